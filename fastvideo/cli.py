@@ -1,0 +1,72 @@
+"""``fastvideo VERB``. Nothing heavy is imported before a verb runs, so every ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+VERBS = {
+    "distill": (
+        "fastvideo.training.distillation",
+        "train a student (or, with the method sft, a teacher) from a config",
+    ),
+    "generate": ("fastvideo.inference.cli", "make a video from a prompt with a student or a teacher"),
+    "evaluate": ("fastvideo.evaluation.cli", "measure prompt accuracy, Frechet distance, diversity and time"),
+    "schedule": ("fastvideo.inference.schedule_cli", "show a config's noise levels: what the network is really given"),
+    "list": ("fastvideo.inference.list_cli", "list methods and model families"),
+}
+"""Verb -> (module with ``main(argv) -> int``, one line of help)."""
+
+EXIT_USER_ERROR = 2
+
+
+def usage() -> str:
+    """The top-level help."""
+    lines = [
+        "usage: fastvideo VERB [options]        fastvideo VERB --help shows a verb's options",
+        "",
+        "Distil a slow video diffusion model into a student that needs 1-8 network calls.",
+        "",
+        *(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()),
+        "",
+        "start here:  fastvideo distill --config examples/distillation/tiny_wan_dmd2.yaml",
+    ]
+    return "\n".join(lines)
+
+
+def report_user_errors(action: Callable[[], int]) -> int:
+    """Run ``action``; a :class:`UserError` becomes one message on stderr and exit code 2."""
+    from fastvideo.errors import UserError
+
+    try:
+        return action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a verb; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else EXIT_USER_ERROR
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"error: unknown verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    from importlib import import_module
+
+    module = import_module(VERBS[verb][0])
+    return report_user_errors(lambda: int(module.main(rest)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""Distributions whose velocity is known exactly: the family that proves algorithms.
+
+Every element of a sample is drawn independently from one Gaussian mixture; ``caption`` is a number that shifts its
+means (the empty caption shifts by 0), so guidance has a closed form too. Formulas: rectified flow, ``alpha = 1 - t``,
+``sigma = t``, ``v_t = alpha^2 s^2 + sigma^2``, ``y = x - alpha mu``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.noise import expand_time
+from fastvideo.distillation.types import Condition, UserError
+
+NETWORKS = ("denoiser", "consistency")
+
+
+class AnalyticConfig(AdapterConfig):
+    """A Gaussian (one component) or a mixture."""
+
+    path: str = "denoiser"
+    """`denoiser` (the exact velocity) or `consistency` (the exact map to the end of the flow; one component only)."""
+    means: tuple[float, ...] = (0.7,)
+    """Means of the components."""
+    stds: tuple[PositiveFloat, ...] = (0.4,)
+    """Standard deviations of the components."""
+    weights: tuple[PositiveFloat, ...] = (1.0,)
+    """Weights of the components; normalised."""
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (1, 1, 4, 4)
+    """``(C, F, H, W)`` of one sample."""
+
+    @model_validator(mode="after")
+    def _same_length(self) -> AnalyticConfig:
+        if not len(self.means) == len(self.stds) == len(self.weights):
+            raise ValueError(f"{len(self.means)} means, {len(self.stds)} stds and {len(self.weights)} weights")
+        return self
+
+
+class MixtureDenoiser(nn.Module):
+    """Exact velocity of a mixture; ``mean`` and ``log_std`` are parameters, so it can be a student or critic."""
+
+    log_weight: Tensor
+
+    def __init__(self, means: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(means))
+        self.log_std = nn.Parameter(torch.tensor(stds).log())
+        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviations of the components."""
+        return self.log_std.exp()
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``; ``t`` float ``[B]`` or ``[B, F]``, ``shift`` ``[B]``."""
+        alpha, sigma = (1 - expand_time(t, x_t)).unsqueeze(-1), expand_time(t, x_t).unsqueeze(-1)
+        mean = self.mean + shift.view(-1, *[1] * x_t.ndim)
+        variance = alpha**2 * self.std**2 + sigma**2
+        y = x_t.unsqueeze(-1) - alpha * mean
+        log_density = self.log_weight - 0.5 * (y**2 / variance + variance.log())
+        per_component = -mean + (sigma - alpha * self.std**2) / variance * y
+        return (log_density.softmax(-1) * per_component).sum(-1)
+
+
+class GaussianConsistency(nn.Module):
+    """Velocity form ``(x - f) / t`` of the exact consistency function ``f = mu + s y / sqrt(v_t)``.
+
+    Started from pure noise it is the two-parameter generator ``mu + s noise``.
+    """
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(std).log())
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of what it generates."""
+        return self.log_std.exp()
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``."""
+        sigma = expand_time(t, x_t)
+        alpha, mean = 1 - sigma, self.mean + shift.view(-1, *[1] * (x_t.ndim - 1))
+        x0 = mean + self.std * (x_t - alpha * mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
+        return (x_t - x0) / sigma
+
+
+class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
+    """Gaussians and mixtures."""
+
+    Config = AnalyticConfig
+    summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return self.config.shape
+
+    @property
+    def default_shift(self) -> float:
+        return 1.0
+
+    def load_network(self, path: str | None = None) -> nn.Module:
+        """A network of the configured distribution.
+
+        Raises:
+            UserError: for an unknown kind, or ``consistency`` of more than one component.
+        """
+        kind, config = path or self.config.path, self.config
+        if kind == "denoiser":
+            return MixtureDenoiser(config.means, config.stds, config.weights).to(self.device)
+        if kind == "consistency" and len(config.means) == 1:
+            return GaussianConsistency(config.means[0], config.stds[0]).to(self.device)
+        if kind == "consistency":
+            raise UserError(f"analytic model 'consistency' needs one component, the config has {len(config.means)}")
+        raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return network(x_t, t, condition.tensors["shift"])  # type: ignore[no-any-return]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """``shift`` ``[B]``: the caption as a number."""
+        try:
+            shifts = [float(prompt) if prompt else 0.0 for prompt in prompts]
+        except ValueError as error:
+            raise UserError(f"a caption of the analytic family is a number that shifts the mean: {error}") from error
+        return Condition({"shift": torch.tensor(shifts, device=self.device)})
+
+    def encode(self, videos: Tensor) -> Tensor:
+        return videos.to(self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """``network.safetensors`` and ``recipe.json``."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(network.state_dict(), folder / "network.safetensors")
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

@@ -1,0 +1,134 @@
+"""``DistillAdapter``: everything that is particular to one model family, behind a handful of primitives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
+
+
+class AdapterConfig(BaseModel):
+    """Base of every family's options: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    path: str = "tiny"
+    """Where the weights are; each family says what it accepts."""
+
+
+ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+
+
+class DistillAdapter(ABC, Generic[ConfigT]):
+    """One model family.
+
+    Latents are ``[B, C, F, H, W]``, normalised to about unit variance; videos are ``[B, 3, T, H, W]`` in ``[-1, 1]``.
+    A call of :meth:`velocity` depends on its arguments alone, so that autograd and activation checkpointing just work.
+
+    Args:
+        config: the family's options.
+        device: where networks and tensors live.
+    """
+
+    Config: ClassVar[type[AdapterConfig]]
+    summary: ClassVar[str]
+    """One line: the family and its parameterisation."""
+
+    def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(C, F, H, W)`` of one sample."""
+
+    @property
+    @abstractmethod
+    def default_shift(self) -> float:
+        """Shift of the teacher's own sampler."""
+
+    @abstractmethod
+    def load_network(self, path: str | None = None) -> nn.Module:
+        """The denoising network with its weights, on the device, from ``path`` or else ``config.path``."""
+
+    @abstractmethod
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``.
+
+        ``t`` are rectified-flow times, float32 ``[B]`` or per frame ``[B, F]``.
+
+        A family that predicts something else, or on another schedule, converts here (``noise.Interpolant``).
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of each prompt.
+
+        Raises:
+            UserError: for a prompt that the text encoder cannot take whole.
+        """
+
+    @abstractmethod
+    def encode(self, videos: Tensor) -> Tensor:
+        """Normalised latents of videos, without gradient."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Videos of normalised latents, without gradient."""
+
+    @abstractmethod
+    def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
+
+    def ensure_negative_conditioning(self) -> None:
+        """Make the condition of the unguided prediction, once; a second call does nothing."""
+        if self._negative is None:
+            self._negative = self.encode_prompts([self.negative_prompt])
+
+    @property
+    def negative_prompt(self) -> str:
+        """The prompt of the unguided prediction."""
+        return ""
+
+    _negative: Condition | None = None
+
+    def negative(self, count: int) -> Condition:
+        """The negative condition for ``count`` samples.
+
+        Raises:
+            RuntimeError: before :meth:`ensure_negative_conditioning`.
+        """
+        if self._negative is None:
+            raise RuntimeError("call ensure_negative_conditioning() before a batch is prepared")
+        tensors = {key: value.expand(count, *value.shape[1:]) for key, value in self._negative.tensors.items()}
+        return Condition(tensors)
+
+    def prepare(self, raw: RawBatch) -> Batch:
+        """Captions to conditions, latents to the device in float32.
+
+        Raises:
+            UserError: if the latents do not have :attr:`latent_shape`.
+        """
+        count = len(raw.captions)
+        x0 = None
+        if raw.latents is not None:
+            if tuple(raw.latents.shape[1:]) != self.latent_shape:
+                raise UserError(
+                    f"data: latents have shape {tuple(raw.latents.shape[1:])} (C, F, H, W), "
+                    f"the model expects {self.latent_shape}"
+                )
+            x0 = raw.latents.to(self.device, torch.float32)
+        return Batch(
+            shape=(count, *self.latent_shape),
+            condition=self.encode_prompts(raw.captions),
+            negative=self.negative(count),
+            x0=x0,
+        )

@@ -1,0 +1,209 @@
+"""Wan text-to-video (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``, UMT5.
+
+The network is rectified flow natively; its time embedding counts to 1000, and that factor exists only in
+:meth:`WanAdapter.velocity`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.loading import load_component, resolve_pipeline
+from fastvideo.distillation.types import Condition, UserError
+
+PIPELINES = ("WanPipeline",)
+TIME_UNITS = 1000.0
+"""The time embedding's unit: what diffusers passes as ``timestep`` at ``t = 1``."""
+
+
+class WanConfig(AdapterConfig):
+    """Options of the Wan family."""
+
+    path: str = "tiny"
+    """A diffusers Wan pipeline: a folder, a hub id, or `tiny` for the one that ships with this package."""
+    height: PositiveInt = 32
+    """Video height in pixels."""
+    width: PositiveInt = 32
+    """Video width in pixels."""
+    num_frames: PositiveInt = 9
+    """Video frames; one more than a multiple of the VAE's temporal factor."""
+    max_sequence_length: PositiveInt = 16
+    """Tokens that a prompt may have; the network sees this many, zero-padded (512 for the published checkpoints)."""
+    prompt_for_negative: str = ""
+    """The negative prompt, used wherever guidance is."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    prompt_cache: PositiveInt = 1024
+    """Distinct prompts whose embeddings are kept, least recently used first out."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> WanConfig:
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % 16:
+                raise ValueError(f"{name} must be a multiple of 16 (VAE factor 8, patch 2), got {size}")
+        if self.num_frames % 4 != 1:
+            raise ValueError(f"num_frames must be one more than a multiple of 4, got {self.num_frames}")
+        return self
+
+
+class WanAdapter(DistillAdapter[WanConfig]):
+    """The Wan family."""
+
+    Config = WanConfig
+    summary = "Wan 2.1 text-to-video: rectified flow, UMT5 text"
+
+    def __init__(self, config: WanConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, device)
+        self.source = resolve_pipeline(config.path, PIPELINES)
+        self._prompts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def negative_prompt(self) -> str:
+        return self.config.prompt_for_negative
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The pipeline's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return load_component(AutoTokenizer, self.source, "tokenizer")
+
+    @cached_property
+    def text_encoder(self) -> nn.Module:
+        """The frozen UMT5 encoder, loaded on first use."""
+        from transformers import UMT5EncoderModel
+
+        return self._frozen(load_component(UMT5EncoderModel, self.source, "text_encoder", dtype=torch.float32))
+
+    @cached_property
+    def vae(self) -> Any:
+        """The frozen video autoencoder, loaded on first use."""
+        from diffusers import AutoencoderKLWan
+
+        return self._frozen(load_component(AutoencoderKLWan, self.source, "vae", torch_dtype=torch.float32))
+
+    @cached_property
+    def _vae_config(self) -> Mapping[str, Any]:
+        from diffusers import AutoencoderKLWan
+
+        return AutoencoderKLWan.load_config(self.source, subfolder="vae")  # type: ignore[no-any-return]
+
+    def _frozen(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        temporal, spatial = self._vae_config["scale_factor_temporal"], self._vae_config["scale_factor_spatial"]
+        frames = (self.config.num_frames - 1) // temporal + 1
+        return self._vae_config["z_dim"], frames, self.config.height // spatial, self.config.width // spatial
+
+    @cached_property
+    def default_shift(self) -> float:
+        """The shift in the pipeline's scheduler config (``flow_shift`` in UniPC, ``shift`` in Euler)."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = FlowMatchEulerDiscreteScheduler.load_config(self.source, subfolder="scheduler")
+        return float(config.get("flow_shift", config.get("shift", 1.0)))
+
+    def load_network(self, path: str | None = None) -> nn.Module:
+        """A ``WanTransformer3DModel`` in float32, in eval mode (Wan has no dropout)."""
+        from diffusers import WanTransformer3DModel
+
+        source = self.source if path is None else resolve_pipeline(path, PIPELINES)
+        network = load_component(WanTransformer3DModel, source, "transformer", torch_dtype=torch.float32)
+        if self.config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        timestep = t * TIME_UNITS if t.ndim == 1 else self._per_token(t * TIME_UNITS, x_t, network)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            (u,) = network(x_t, timestep, condition.tensors["prompt_embeds"], return_dict=False)
+        return u.float()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _per_token(timestep: Tensor, x_t: Tensor, network: Any) -> Tensor:
+        """Per-frame times ``[B, F]`` as the per-token times that the network takes."""
+        frames, height, width = network.config.patch_size
+        tokens = (x_t.shape[3] // height) * (x_t.shape[4] // width)
+        return timestep[:, ::frames].repeat_interleave(tokens, dim=1)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``[B, max_sequence_length, D]``, zero beyond each prompt's tokens, as in ``WanPipeline``."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        if missing:
+            self._prompts.update(zip(missing, self._encode_text(missing), strict=True))
+        for prompt in prompts:
+            self._prompts.move_to_end(prompt)
+        embeds = torch.stack([self._prompts[prompt] for prompt in prompts])
+        while len(self._prompts) > self.config.prompt_cache:
+            self._prompts.popitem(last=False)
+        return Condition({"prompt_embeds": embeds})
+
+    @torch.no_grad()
+    def _encode_text(self, prompts: list[str]) -> Tensor:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        cleaned = [prompt_clean(prompt) for prompt in prompts]
+        self._check_lengths(cleaned)
+        tokens = self.tokenizer(
+            cleaned, padding="max_length", max_length=self.config.max_sequence_length, return_tensors="pt"
+        ).to(self.device)
+        hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return hidden.float() * tokens.attention_mask.unsqueeze(-1)  # type: ignore[no-any-return]
+
+    def _check_lengths(self, prompts: list[str]) -> None:
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, truncation=False).input_ids, strict=True):
+            if len(ids) > self.config.max_sequence_length:
+                raise UserError(
+                    f"prompt has {len(ids)} tokens, the text encoder takes {self.config.max_sequence_length} "
+                    f"(model.max_sequence_length): {prompt[:80]!r}"
+                )
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        mean, std = self._vae_config["latents_mean"], self._vae_config["latents_std"]
+        return torch.tensor(mean, device=self.device).view(shape), torch.tensor(std, device=self.device).view(shape)
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """The posterior's mean, normalised with the VAE's published statistics."""
+        mean, std = self._latent_statistics()
+        return (self.vae.encode(videos.to(self.device)).latent_dist.mode() - mean) / std  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        mean, std = self._latent_statistics()
+        return self.vae.decode(latents * std + mean, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """A pipeline folder that ``WanPipeline.from_pretrained`` loads; everything but the transformer is copied."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for item in self._local_source().iterdir():
+            if item.name in ("transformer", "recipe.json"):
+                continue
+            copy = shutil.copytree if item.is_dir() else shutil.copy2
+            copy(item, folder / item.name, **({"dirs_exist_ok": True} if item.is_dir() else {}))
+        network.save_pretrained(folder / "transformer")  # type: ignore[operator]
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+    def _local_source(self) -> Path:
+        """The pipeline as a folder; a hub id is resolved to its local snapshot."""
+        if Path(self.source).is_dir():
+            return Path(self.source)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.source, ignore_patterns=["transformer/*"]))

@@ -1,0 +1,127 @@
+"""Names to objects: registries, then config -> roles -> handles -> method.
+
+A new method or family is one file and one line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from torch import nn
+
+from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
+from fastvideo.distillation.config import RunConfig
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.optim import attach_optimizer
+from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import UserError
+
+Adapter = DistillAdapter[Any]
+Method = DistillMethod[Any]
+Config = RunConfig[Any, Any]
+
+METHODS = {
+    "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
+    "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
+}
+"""Algorithms, by name."""
+
+ADAPTERS = {
+    "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
+    "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
+}
+"""Model families, by name."""
+
+
+def _load(registry: Mapping[str, str], kind: str, name: str) -> Any:
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"unknown {kind} {name!r}: one of {', '.join(registry)}{hint}")
+    module, attribute = registry[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def load_method(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        UserError: with the list of names.
+    """
+    return cast(type[Method], _load(METHODS, "method", name))
+
+
+def load_adapter(name: str) -> type[Adapter]:
+    """The model family of that name.
+
+    Raises:
+        UserError: with the list of names.
+    """
+    return cast(type[Adapter], _load(ADAPTERS, "model", name))
+
+
+def run_schema(model: str, method: str) -> type[Config]:
+    """The config's class for a family and a method."""
+    adapter: type[AdapterConfig] = load_adapter(model).Config
+    options: type[MethodConfig] = load_method(method).Config
+    return RunConfig[adapter, options]  # type: ignore[valid-type]
+
+
+def build_adapter(config: Config, processes: Processes | None = None) -> Adapter:
+    """The family of the config, on this process's device; no network is loaded yet."""
+    return load_adapter(config.distill_model)(config.model, (processes or Processes()).device)
+
+
+def build_method(
+    config: Config,
+    adapter: Adapter,
+    processes: Processes | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> Method:
+    """Roles, handles with their optimizers, random streams and the method on top.
+
+    Args:
+        config: the run.
+        adapter: the family of all roles.
+        processes: this process among all.
+        networks: networks by role, instead of loading them.
+
+    Raises:
+        UserError: if the roles are not what the method needs; nothing is loaded then.
+    """
+    processes = processes or Processes()
+    method = load_method(config.distill_method)
+    trainable = {name: role.trainable for name, role in config.roles.items()}
+    check_roles(trainable, (*method.trainable_roles, *method.frozen_roles), method.trainable_roles)
+    adapter.ensure_negative_conditioning()
+    handles = []
+    for name, role in config.roles.items():
+        network = networks[name] if networks else adapter.load_network(role.path)
+        handles.append(RoleHandle(name, adapter, network, role.trainable))
+    for role_name, options in method.optimizers(config.method).items():
+        attach_optimizer(next(h for h in handles if h.name == role_name), options)
+    rng = RandomStreams(config.seed, rank=processes.rank, device=processes.device)
+    return method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
+
+
+def build_wan_dmd2_method(
+    config: RunConfig[Any, DMD2Config],
+    processes: Processes | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> DMD2Method:
+    """DMD2 on Wan: :func:`build_method` with both names fixed.
+
+    Raises:
+        UserError: if the config names another family or method.
+    """
+    named = (config.distill_model, config.distill_method)
+    if named != ("wan", "dmd2"):
+        raise UserError(f"build_wan_dmd2_method builds wan x dmd2, the config says {' x '.join(named)}")
+    return cast(DMD2Method, build_method(config, build_adapter(config, processes), processes, networks))

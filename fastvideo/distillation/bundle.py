@@ -1,0 +1,161 @@
+"""``ModelBundle``: role name -> :class:`RoleHandle`. A role is one network with everything that belongs to it alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastvideo.distillation.noise import guide, velocity_to_x0
+from fastvideo.distillation.types import Condition, UserError
+
+
+class VelocityModel(Protocol):
+    """The part of an adapter that a role needs: its network's prediction in rectified-flow form."""
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Float32 ``E[noise - x0 | x_t]`` of shape ``[B, C, F, H, W]``, for ``t`` in ``[0, 1]``."""
+        ...
+
+
+@dataclass
+class RoleHandle:
+    """One role: its adapter, its network, and (if it is trained) its optimizer with the lr schedule in step.
+
+    ``ema`` is a frozen copy of the network that holds the averaged weights, for a role that has them.
+    """
+
+    name: str
+    adapter: VelocityModel
+    network: nn.Module
+    trainable: bool = False
+    optimizer: Optimizer | None = None
+    lr_scheduler: LRScheduler | None = None
+    ema: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.network.requires_grad_(self.trainable)
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's velocity, float32."""
+        return self.adapter.velocity(self.network, x_t, t, condition)
+
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's estimate of the clean latents, float32."""
+        return velocity_to_x0(x_t, self.velocity(x_t, t, condition), t)
+
+    def guided_velocity(
+        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float
+    ) -> Tensor:
+        """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two."""
+        conditional = self.velocity(x_t, t, condition)
+        if guidance == 1.0:
+            return conditional
+        return guide(self.velocity(x_t, t, negative), conditional, guidance)
+
+    def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
+        """Clean latents under standard guidance (guiding x0 or velocity is the same: both are affine in ``x_t``)."""
+        return velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that this role trains."""
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    def step(self) -> None:
+        """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step."""
+        if self.optimizer is None:
+            raise RuntimeError(f"role {self.name!r} has no optimizer")
+        self.optimizer.step()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step uses."""
+        if self.optimizer is None:
+            raise RuntimeError(f"role {self.name!r} has no optimizer")
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: for a frozen role nothing, its weights come from its source."""
+        if not self.trainable:
+            return {}
+        state: dict[str, Any] = {"network": self.network.state_dict()}
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer.state_dict()
+        if self.lr_scheduler is not None:
+            state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken."""
+        if not self.trainable:
+            return
+        self.network.load_state_dict(state["network"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+class ModelBundle:
+    """The roles of a run, by name."""
+
+    def __init__(self, handles: Sequence[RoleHandle]) -> None:
+        self._handles = {handle.name: handle for handle in handles}
+
+    def __getitem__(self, role: str) -> RoleHandle:
+        return self._handles[role]
+
+    def __contains__(self, role: str) -> bool:
+        return role in self._handles
+
+    def __iter__(self) -> Iterator[RoleHandle]:
+        return iter(self._handles.values())
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The names, in the order of the config."""
+        return tuple(self._handles)
+
+    def require_roles(self, roles: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
+        """Check that the bundle holds exactly what a method needs.
+
+        Args:
+            roles: every role that must be there.
+            trainable: those of them that must be trained; all others must be frozen. ``None`` skips that check.
+
+        Raises:
+            UserError: one message that lists every missing, unknown and wrongly frozen or trained role.
+        """
+        check_roles({h.name: h.trainable for h in self}, roles, trainable)
+
+
+def check_roles(given: Mapping[str, bool], roles: Sequence[str], trainable: Sequence[str] | None = None) -> None:
+    """The rule behind :meth:`ModelBundle.require_roles`, on ``name -> trainable``, so a config is checked early."""
+    problems = [f"role {role!r} is missing" for role in roles if role not in given]
+    problems += [f"role {role!r} is unknown to this method" for role in given if role not in roles]
+    for role in roles if trainable is not None else ():
+        must_train = role in (trainable or ())
+        if role in given and given[role] != must_train:
+            want, found = ("trained", "frozen") if must_train else ("frozen", "trainable")
+            problems.append(f"role {role!r} must be {want}, but is {found}")
+    if problems:
+        raise UserError(
+            "roles: " + "; ".join(problems) + f". Needed: {', '.join(roles)}; given: {', '.join(given) or 'none'}"
+        )
+
+
+def copy_network(network: nn.Module) -> nn.Module:
+    """An independent copy with the same weights, for a role that starts from another."""
+    return copy.deepcopy(network)

@@ -1,0 +1,234 @@
+"""One validated config per run: YAML in, frozen objects out, and an error that names the right key for a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fastvideo.distillation.adapters.base import AdapterConfig
+from fastvideo.distillation.methods.base import MethodConfig
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import UserError
+
+
+class Section(BaseModel):
+    """Base of every part: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RoleConfig(Section):
+    """One role of the run."""
+
+    trainable: bool
+    """Whether it is trained; which roles must be and which must not is the method's to say."""
+    path: str | None = None
+    """Where its network's weights come from; the model's own path if not given."""
+
+
+class LadderConfig(Section):
+    """The student's noise levels: real `times`, or a published list of `steps` with its `shift`."""
+
+    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Decreasing times in (0, 1]; the final 0 is implied. In YAML also as `steps: [1000, 750, 500, 250]` with
+    `shift: 5.0` and `warp: true|false`, converted here, once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_steps(cls, value: object) -> object:
+        if not isinstance(value, Mapping) or "steps" not in value:
+            return value
+        unknown = set(value) - {"steps", "shift", "warp"}
+        if unknown:
+            raise ValueError(f"`steps` goes with `shift` and `warp` alone, not with {sorted(unknown)}")
+        ladder = Ladder.from_steps(
+            [float(step) for step in value["steps"]], shift=float(value.get("shift", 1.0)), warp=value.get("warp", True)
+        )
+        return {"times": ladder.times}
+
+    @field_validator("times")
+    @classmethod
+    def _valid(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        try:
+            return Ladder(times).times
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+
+class DataConfig(Section):
+    """What the run trains on."""
+
+    source: Literal["prompts", "tiny_world"] = "tiny_world"
+    """`prompts`: a text file, one prompt per line; `tiny_world`: the embedded world of moving digits, with videos."""
+    path: str | None = None
+    """The prompts file."""
+    size: PositiveInt = 4096
+    """Samples of the tiny world per epoch."""
+    cache: str = "outputs/cache"
+    """Where latents of the tiny world are kept once computed."""
+    batch_size: PositiveInt = 32
+    """Samples per process and micro-batch."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> DataConfig:
+        if (self.source == "prompts") != (self.path is not None):
+            raise ValueError("`path` names the prompts file: it goes with `source: prompts`, and only with it")
+        return self
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    max_steps: PositiveInt = 1000
+    """Steps; every step trains the critic (or whatever the method trains each time) once."""
+    grad_accumulation: PositiveInt = 1
+    """Micro-batches per step; the effective batch is this x batch size x processes."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Each role's gradient is clipped to this norm."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    threads: NonNegativeInt = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+
+
+class EMAConfig(Section):
+    """Averaged weights of the student; they are what is saved as the result."""
+
+    enabled: bool = True
+    """Whether to keep them."""
+    decay: float = Field(default=0.98, ge=0.0, lt=1.0)
+    """Per update of the student."""
+    start_step: NonNegativeInt = 0
+    """Up to this step the average is a copy of the live weights."""
+
+
+class ValidationConfig(Section):
+    """Samples at fixed prompts and noise while training."""
+
+    every: NonNegativeInt = 0
+    """Steps between two validations; 0 means none."""
+    prompts: tuple[str, ...] = ()
+    """Prompts; the first eight are written as video."""
+    world_prompts: NonNegativeInt = 0
+    """This many prompts of the tiny world instead, scored by its classifier."""
+    seed: int = 1234
+    """Seed of the noise."""
+    fps: PositiveInt = 8
+    """Frames per second of the files."""
+
+
+class CheckpointConfig(Section):
+    """What survives a restart."""
+
+    every: NonNegativeInt = 0
+    """Steps between two checkpoints; 0 saves none but the result."""
+    keep: PositiveInt = 2
+    """How many are kept."""
+
+
+AdapterT = TypeVar("AdapterT", bound=AdapterConfig)
+MethodT = TypeVar("MethodT", bound=MethodConfig)
+
+
+class RunConfig(Section, Generic[AdapterT, MethodT]):
+    """A run, complete: saved beside its result, and runs again from there."""
+
+    distill_model: str
+    """The model family; `fastvideo list` shows all."""
+    distill_method: str
+    """The algorithm; `fastvideo list` shows all."""
+    output: str
+    """The run's folder; it must be new, unless the run is resumed or told to overwrite."""
+    seed: int = 0
+    """Seed of every random draw."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto` takes CUDA if there is one."""
+    model: AdapterT
+    """The model family's options."""
+    roles: dict[str, RoleConfig]
+    """Which networks take part, by role."""
+    ladder: LadderConfig = LadderConfig()
+    """The student's noise levels."""
+    method: MethodT
+    """The algorithm's options."""
+    data: DataConfig = DataConfig()
+    """What the run trains on."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The loop."""
+    ema: EMAConfig = EMAConfig()
+    """Averaged weights of the student."""
+    validation: ValidationConfig = ValidationConfig()
+    """Samples while training."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What survives a restart."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        UserError: if it is not there, not YAML, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {path}: a mapping of keys is expected, found {type(content).__name__}")
+    return content
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+    """``values`` as a config.
+
+    Raises:
+        UserError: one line per problem, with the key's full path and, for an unknown key, the nearest right one.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, dict(problem)) for problem in error.errors()]
+        raise UserError("\n  ".join([f"config {source}:", *lines])) from error
+
+
+def _explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
+        return f"{path}: {message}{given}"
+    known = _fields_at(schema, problem["loc"][:-1])
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"{path}: unknown key; {hint}"
+
+
+def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed at a location of the config."""
+    current: Any = schema
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[str(part)].annotation
+        else:  # a mapping of sections, such as roles
+            current = current.__args__[1]
+    return list(current.model_fields)

@@ -1,0 +1,1 @@
+"""Infrastructure: processes, optimizers, checkpoints, metrics. The only folder that may import torch.distributed."""

@@ -1,0 +1,44 @@
+"""One AdamW and one lr schedule per trainable role."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Protocol
+
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastvideo.distillation.bundle import RoleHandle
+
+
+class OptimizerOptions(Protocol):
+    """What :func:`attach_optimizer` reads."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def decay_steps(self) -> int: ...
+
+
+def attach_optimizer(handle: RoleHandle, options: OptimizerOptions) -> None:
+    """Give a trainable role its optimizer and the schedule that moves with it."""
+    handle.optimizer = AdamW(
+        handle.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+    )
+    handle.lr_scheduler = LambdaLR(handle.optimizer, partial(warmup_cosine, options.warmup_steps, options.decay_steps))
+
+
+def warmup_cosine(warmup: int, decay: int, step: int) -> float:
+    """Factor on the peak rate before optimizer step ``step``: linear up, then cosine to 0 (or constant)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if decay == 0:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay)))

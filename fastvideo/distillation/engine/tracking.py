@@ -1,0 +1,68 @@
+"""Where metrics go: a JSONL file and TensorBoard in the run folder, and a progress bar. No account, no network."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Tracker:
+    """Writes ``metrics.jsonl`` (one object per line: ``step``, ``seconds``, then the metrics) and TensorBoard events.
+
+    Only the main process writes; the others pass ``enabled=False``.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool = True) -> None:
+        self.folder, self.enabled = folder, enabled
+        self.console = Console(quiet=not enabled, stderr=True)
+        self._start = time.monotonic()
+        self._progress: Progress | None = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics at ``step`` (the number of finished steps)."""
+        if not self.enabled or not metrics:
+            return
+        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def say(self, message: str) -> None:
+        """One line for the person who watches."""
+        self.console.print(message, highlight=False)
+
+    def progress(self, total: int, done: int) -> Tracker:
+        """The bar of the run; use as a context."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        self._task = self._progress.add_task("distilling", total=total, completed=done)
+        return self
+
+    def advance(self, shown: str) -> None:
+        """One step done; ``shown`` stands beside the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, description=shown)
+
+    def __enter__(self) -> Tracker:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self.enabled:
+            self._events.close()  # type: ignore[no-untyped-call]

@@ -1,0 +1,57 @@
+"""Validation: fixed prompts, fixed noise, the training sampler.
+
+It draws from streams of its own and only reads weights, so it changes the training trajectory by not one bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.bundle import RoleHandle
+
+Sample = Callable[[nn.Module], Tensor]
+"""Videos ``[B, 3, T, H, W]`` that a network generates for the fixed prompts and noise."""
+
+
+@dataclass(frozen=True)
+class ValidationSinks:
+    """Where results go."""
+
+    log: Callable[[Mapping[str, float], int], None]
+    write_video: Callable[[Path, Tensor], None]
+    score: Callable[[Tensor], Mapping[str, float]] | None = None
+
+
+class ValidationHook:
+    """Every ``every`` steps, and before the first: sample live and averaged weights, score them, keep the videos."""
+
+    def __init__(self, handle: RoleHandle, sample: Sample, sinks: ValidationSinks, folder: Path, *, every: int) -> None:
+        self.handle, self.sample, self.sinks, self.folder, self.every = handle, sample, sinks, folder, every
+
+    def after_step(self, step: int, active: Sequence[str]) -> None:
+        """Validate if this step is due."""
+        if self.every and step % self.every == 0:
+            self.run(step)
+
+    @torch.no_grad()
+    def run(self, step: int) -> None:
+        """Sample, score, write."""
+        networks = {"student": self.handle.network}
+        if self.handle.ema is not None:
+            networks["ema"] = self.handle.ema
+        for name, network in networks.items():
+            videos = self.sample(network)
+            self.sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
+            if self.sinks.score is not None:
+                scores = self.sinks.score(videos)
+                self.sinks.log({f"validation/{name}/{key}": value for key, value in scores.items()}, step)
+
+
+def side_by_side(videos: Tensor) -> Tensor:
+    """``[B, 3, T, H, W]`` as one wide video ``[3, T, H, B W]``."""
+    return torch.cat(list(videos), dim=-1)

@@ -1,0 +1,102 @@
+"""``DistillMethod``: an algorithm as a generator of losses, and its config."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+
+from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import Batch, RoleLoss
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW of one role."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW momenta."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+    decay_steps: NonNegativeInt = 0
+    """Optimizer steps of the cosine that follows the warm-up, down to zero; 0 keeps the rate constant."""
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's options: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class DistillMethod(ABC, Generic[ConfigT]):
+    """An algorithm: which role is trained when, on which loss.
+
+    It sees roles, a ladder and random streams; never a model family, a device, a process group or a file.
+
+    Args:
+        config: the method's options.
+        bundle: the roles; checked against ``trainable_roles`` and ``frozen_roles``.
+        ladder: the student's noise levels.
+        rng: where every random draw comes from.
+
+    Raises:
+        UserError: if a role is missing, unknown, or trainable where it must be frozen (or the reverse).
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    trainable_roles: ClassVar[tuple[str, ...]]
+    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    sampler: ClassVar[SamplerKind]
+    """The sampler that the training matches: validation, generation and the recipe of the result use it."""
+    needs_latents: ClassVar[bool] = False
+    """Whether every config of this method trains on clean latents; see :meth:`uses_latents`."""
+    summary: ClassVar[str]
+    """One line: what it is and its paper."""
+
+    def __init__(self, config: ConfigT, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        bundle.require_roles((*self.trainable_roles, *self.frozen_roles), trainable=self.trainable_roles)
+        self.config = config
+        self.bundle = bundle
+        self.ladder = ladder
+        self.rng = rng
+
+    @classmethod
+    @abstractmethod
+    def optimizers(cls, config: ConfigT) -> Mapping[str, OptimizerConfig]:
+        """The optimizer of every trainable role."""
+
+    @classmethod
+    def uses_latents(cls, config: ConfigT) -> bool:
+        """Whether this configuration needs clean latents, or prompts alone."""
+        return cls.needs_latents
+
+    def active_roles(self, step: int) -> tuple[str, ...]:
+        """The roles that are stepped at ``step``: the only truth about who trains."""
+        return self.trainable_roles
+
+    @abstractmethod
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        """Yield one loss at a time; the trainer runs backward before it asks for the next, so one graph is alive.
+
+        Never yield inside a ``with``: the context would leak into the trainer.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the algorithm itself that must survive a restart; most have none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken."""

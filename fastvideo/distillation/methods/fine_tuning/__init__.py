@@ -1,0 +1,1 @@
+"""Methods that train on data alone: they make teachers."""

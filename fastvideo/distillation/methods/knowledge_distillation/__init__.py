@@ -1,0 +1,1 @@
+"""Methods that regress what the teacher produced."""

@@ -1,0 +1,72 @@
+"""Two random streams, and the only place that draws.
+
+``local`` draws tensors and differs per data rank. ``shared`` takes the decisions that change which forwards run; it is
+equal on all ranks, so that all run the same forwards and sharded ones do not hang. Both are checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator with its own state."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def normal(
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Standard normal noise of the given shape, from the given generator."""
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+class RandomStreams:
+    """The streams of one process.
+
+    Args:
+        seed: the run's seed.
+        rank: the data rank; the ranks of one data rank (context parallel) pass the same.
+        device: where tensors are drawn.
+    """
+
+    def __init__(self, seed: int, *, rank: int = 0, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        # A large odd stride keeps the local streams of neighbouring seeds and ranks apart.
+        self.local = seeded(seed * 1_000_003 + rank + 1, self.device)
+        self.shared = seeded(seed)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal noise; differs per data rank."""
+        return normal(shape, self.local, self.device, dtype)
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise with the shape and dtype of ``x``."""
+        return self.normal(tuple(x.shape), x.dtype)
+
+    def uniform(self, count: int) -> Tensor:
+        """Float32 ``[count]`` in ``[0, 1)``; differs per data rank."""
+        return torch.rand(count, generator=self.local, device=self.device, dtype=torch.float32)
+
+    def index(self, count: int, high: int) -> Tensor:
+        """Int64 ``[count]`` in ``0..high - 1``; differs per data rank."""
+        return torch.randint(high, (count,), generator=self.local, device=self.device)
+
+    def shared_index(self, high: int) -> int:
+        """One integer in ``0..high - 1``, the same on all ranks."""
+        return int(torch.randint(high, (), generator=self.shared))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Both generators' states."""
+        return {"local": self.local.get_state(), "shared": self.shared.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken."""
+        self.local.set_state(state["local"])
+        self.shared.set_state(state["shared"])

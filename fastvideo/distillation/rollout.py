@@ -1,0 +1,67 @@
+"""Generation: the same code trains, validates and generates, so a student meets at test time what it met in training.
+
+The rollouts take a *velocity function* ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition already bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.noise import add_noise, velocity_to_x0
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+NoiseLike = Callable[[Tensor], Tensor]
+SamplerKind = Literal["renoise", "euler"]
+
+
+def at_time(x: Tensor, t: float) -> Tensor:
+    """Float32 ``[B]`` filled with ``t``."""
+    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
+
+
+def renoise(velocity: Velocity, x: Tensor, times: Sequence[float], noise_like: NoiseLike) -> Tensor:
+    """Walk ``times`` down without gradient, re-noising the clean estimate: returns the state at ``times[-1]``.
+
+    This is the inside of the stochastic few-step sampler (methods 1.9: "SDE", consistency sampler): at each time but
+    the last, ``x0 = x - t u`` and then ``x = (1 - t') x0 + t' noise`` with fresh noise.
+    """
+    with torch.no_grad():
+        for t, after in itertools.pairwise(times):
+            x0 = velocity_to_x0(x, velocity(x, at_time(x, t)), at_time(x, t))
+            x = add_noise(x0, noise_like(x0), at_time(x0, after))
+    return x
+
+
+def few_step(velocity: Velocity, noise: Tensor, times: Sequence[float], noise_like: NoiseLike) -> Tensor:
+    """Clean latents after ``len(times)`` calls, starting from pure ``noise`` at ``times[0]``.
+
+    Gradient, if the caller has it on, flows through the last call only (DMD2's backward simulation, arXiv 2405.14867
+    section 4.5); inside ``no_grad`` this is the student's sampler.
+    """
+    x = renoise(velocity, noise, times, noise_like)
+    t = at_time(x, times[-1])
+    return velocity_to_x0(x, velocity(x, t), t)
+
+
+def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
+    """Integrate ``dx/dt = u`` from ``times[0]`` to 0 with Euler steps, without gradient: the teacher's sampler."""
+    x = noise
+    with torch.no_grad():
+        for t, after in zip(times, (*times[1:], 0.0), strict=True):
+            x = x - (t - after) * velocity(x, at_time(x, t))
+    return x
+
+
+@torch.no_grad()
+def generate(
+    kind: SamplerKind, velocity: Velocity, noise: Tensor, times: Sequence[float], noise_like: NoiseLike
+) -> Tensor:
+    """Clean latents by the named sampler; ``euler`` is deterministic and draws nothing from ``noise_like``."""
+    if kind == "euler":
+        return euler(velocity, noise, times)
+    return few_step(velocity, noise, times, noise_like)

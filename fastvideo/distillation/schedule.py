@@ -1,0 +1,109 @@
+"""The few-step ladder: the noise levels at which a student runs.
+
+One object serves training, validation, generation and export, so they cannot disagree. It holds real times in
+``(0, 1]``; published step lists and shifts are converted once, when the config is parsed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from fastvideo.distillation.noise import shift_time
+from fastvideo.distillation.types import UserError
+
+TRAIN_STEPS = 1000
+"""Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Decreasing times ``1 >= t_0 > t_1 > ... > t_{K-1} > 0``; the final 0 is implied.
+
+    Raises:
+        UserError: if the times are empty, not strictly decreasing, above 1 or not above 0.
+    """
+
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        shown = list(self.times)
+        if not self.times:
+            raise UserError("ladder: at least one time is needed, for example [1.0, 0.75, 0.5, 0.25]")
+        if self.times[0] > 1.0:
+            raise UserError(
+                f"ladder {shown}: starts at {self.times[0]}, above 1 (pure noise). Times are real numbers in (0, 1]; "
+                f"give integer timesteps as `steps:` with their `shift:`"
+            )
+        if not all(math.isfinite(time) for time in self.times):
+            raise UserError(f"ladder {shown}: every time must be a finite number")
+        for high, low in zip(self.times, self.times[1:], strict=False):
+            if low == high:
+                raise UserError(f"ladder {shown}: repeats {low}; every time must be lower than the one before")
+            if low > high:
+                raise UserError(f"ladder {shown}: rises from {high} to {low}; times must decrease")
+        if self.times[-1] <= 0.0:
+            raise UserError(f"ladder {shown}: ends at {self.times[-1]}; the final 0 is implied, leave it out")
+
+    @classmethod
+    def from_steps(cls, steps: Sequence[float], *, shift: float = 1.0, warp: bool = True) -> Ladder:
+        """Real times of a published step list.
+
+        ``warp`` says that the steps are unshifted and the scheduler warps them (``t = S s / (1 + (S - 1) s)`` with
+        ``s = step / 1000``); without it they are timesteps already and ``shift`` does not act on them. A trailing 0
+        (some lists write it) is dropped.
+        """
+        kept = [step for i, step in enumerate(steps) if not (step == 0 and i == len(steps) - 1)]
+        unshifted = [step / TRAIN_STEPS for step in kept]
+        return cls(tuple(shift_time(s, shift) if warp else s for s in unshifted))
+
+    @classmethod
+    def uniform(cls, count: int, *, shift: float = 1.0) -> Ladder:
+        """``count`` Euler steps from 1, uniform before the shift: what a teacher's sampler walks down."""
+        return cls(tuple(shift_time(1.0 - i / count, shift) for i in range(count)))
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def with_end(self) -> tuple[float, ...]:
+        """The times with the final 0."""
+        return (*self.times, 0.0)
+
+    def first(self, count: int) -> Ladder:
+        """The ladder that makes ``count`` calls: its first rung alone for 1, all rungs for ``len(self)``.
+
+        Raises:
+            UserError: for a count that the student was not trained for.
+        """
+        if count == len(self.times):
+            return self
+        if count == 1:
+            return Ladder(self.times[:1])
+        raise UserError(
+            f"this student was trained for the ladder {list(self.times)}: it runs with --steps {len(self.times)} "
+            f"or --steps 1, not {count}"
+        )
+
+
+def standard_guidance(value: object) -> object:
+    """Guidance in the standard convention from a number, or from another convention by name.
+
+    ``{"extra": w}`` is ``conditional + w (conditional - unconditional)``, hence ``1 + w``; ``{"standard": g}`` is
+    ``g``.
+    """
+    if not isinstance(value, dict):
+        return value
+    known = {"standard": 0.0, "extra": 1.0}
+    if len(value) != 1 or next(iter(value)) not in known:
+        raise ValueError(f"guidance is a number or one of {{standard: g}}, {{extra: w}}; got {value}")
+    convention, number = next(iter(value.items()))
+    return float(number) + known[convention]
+
+
+Guidance = Annotated[float, BeforeValidator(standard_guidance), Field(ge=0.0)]
+"""A guidance scale as config field: standard convention, 1 = conditional only."""

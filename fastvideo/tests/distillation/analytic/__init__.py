@@ -1,0 +1,1 @@
+"""Algorithms proved on distributions whose velocity is known exactly."""

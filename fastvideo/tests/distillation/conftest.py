@@ -1,0 +1,57 @@
+"""One thread, no denormals, no leaking randomness, and the toy fixtures that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.tests.distillation.tiny import SpyAdapter, gaussian, spy, wan_folder
+
+torch.set_num_threads(1)
+torch.set_flush_denormal(True)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Networks that a test initialises are the same in every order of tests, and nothing leaks out of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded generator of the test's own."""
+    return torch.Generator().manual_seed(11)
+
+
+@pytest.fixture
+def streams() -> RandomStreams:
+    """Seeded streams of a run."""
+    return RandomStreams(3)
+
+
+@pytest.fixture
+def adapter() -> SpyAdapter:
+    """The recording analytic family."""
+    return spy()
+
+
+@pytest.fixture
+def bundle(adapter: SpyAdapter) -> ModelBundle:
+    """Student (a consistency function), frozen teacher and critic (denoisers), all at the truth."""
+    kinds = {"student": "consistency", "teacher": "denoiser", "critic": "denoiser"}
+    return ModelBundle(
+        [RoleHandle(n, adapter, gaussian(adapter, kind), trainable=n != "teacher") for n, kind in kinds.items()]
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete Wan pipeline folder with random weights."""
+    return wan_folder(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,100 @@
+"""Every number of the recipe that builds the tiny pipeline, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastvideo.tiny.classifier import ClassifierConfig
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """Training of the judge.
+
+    Attributes:
+        steps, batch_size, learning_rate: AdamW with a one-cycle learning rate.
+        noise: highest standard deviation of the pixel noise added to half of the videos.
+        blur: highest share of a 3x3 box blur mixed in, so that the softness of a VAE does not fool the judge.
+        label_smoothing: of all three cross-entropies.
+    """
+
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.02
+    noise: float = 0.1
+    blur: float = 0.7
+    label_smoothing: float = 0.05
+    seed: int = 11
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """The frozen random text encoder; `max_length` is the prompt length in tokens, the end token included."""
+
+    width: int = 64
+    heads: int = 4
+    layers: int = 2
+    max_length: int = 16
+    seed: int = 12
+
+
+@dataclass(frozen=True)
+class TransformerRecipe:
+    """Size of the Wan transformer; the `sft` method trains it.
+
+    Attributes:
+        channels: of the latents.
+        heads, head_width, feed_forward, layers: as in Wan, smaller.
+        frequency_width: of the sinusoidal time embedding.
+        longest_axis: positions that the rotary embedding knows along each axis.
+        shift: of the flow-matching scheduler that is saved with it.
+    """
+
+    channels: int = 16
+    heads: int = 4
+    head_width: int = 48
+    feed_forward: int = 512
+    layers: int = 4
+    frequency_width: int = 64
+    longest_axis: int = 32
+    shift: float = 3.0
+    seed: int = 14
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """Size and training of the VAE.
+
+    Attributes:
+        encoder_width, decoder_width, multipliers, blocks: channels at the first stage, their multiples at the three
+            resolutions (16, 8 and 4 pixels a side), residual blocks per stage.
+        steps, batch_size: length of training; more steps beat a larger batch.
+        muon_rate, adam_rate: highest learning rates for convolution kernels and for everything else.
+        warm_up: steps of linear warm-up; a cosine to zero follows.
+        short_frames, short_share: the first share of the steps sees only the first frames of each video, which costs
+            half: one temporal chunk of four after the first frame teaches what two do.
+        ink_weight: a pixel of full ink counts 1 + this, black counts 1, as most of a frame is black.
+        squared_weight: of the squared error beside the absolute error.
+        kl_weight: of the KL divergence to a unit Gaussian, per latent element; it keeps the latents smooth.
+        gradient_norm: at which gradients are clipped.
+    """
+
+    encoder_width: int = 16
+    decoder_width: int = 24
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    blocks: int = 1
+    steps: int = 4000
+    batch_size: int = 16
+    muon_rate: float = 4e-3
+    adam_rate: float = 2e-3
+    warm_up: int = 100
+    short_frames: int = 5
+    short_share: float = 0.6
+    ink_weight: float = 3.0
+    squared_weight: float = 4.0
+    kl_weight: float = 2e-4
+    gradient_norm: float = 1.0
+    statistics_videos: int = 2048
+    seed: int = 13

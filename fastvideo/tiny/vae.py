@@ -1,0 +1,104 @@
+"""The VAE of the tiny pipeline: diffusers' `AutoencoderKLWan` in the layout of Wan2.2, small.
+
+Videos [B, 3, 9, 32, 32] become latents [B, 16, 3, 4, 4]: pixels are folded 2x2 into channels, then two stages halve
+height and width, both of them also time. Parameter-free shortcuts around each stage make it trainable in minutes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from torch import nn
+
+from fastvideo.tiny.recipe import VaeRecipe
+
+CHANNELS = 16
+PATCH = 2  # pixels folded into channels, per axis
+LOG_VARIANCE_START = -5.0  # a posterior that starts wide drowns the first reconstructions in noise
+
+
+def build_vae(recipe: VaeRecipe) -> AutoencoderKLWan:
+    """The VAE before training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # module constructors only know the global generator
+        vae = AutoencoderKLWan(
+            base_dim=recipe.encoder_width,
+            decoder_base_dim=recipe.decoder_width,
+            z_dim=CHANNELS,
+            dim_mult=list(recipe.multipliers),
+            num_res_blocks=recipe.blocks,
+            temperal_downsample=[True] * (len(recipe.multipliers) - 1),
+            is_residual=True,
+            in_channels=3 * PATCH**2,
+            out_channels=3 * PATCH**2,
+            patch_size=PATCH,
+            scale_factor_temporal=4,
+            scale_factor_spatial=8,
+            latents_mean=[0.0] * CHANNELS,
+            latents_std=[1.0] * CHANNELS,
+        )
+    with torch.no_grad():
+        vae.quant_conv.bias[CHANNELS:] += LOG_VARIANCE_START
+        vae.decoder.conv_out.bias.fill_(-1.0)  # black
+    return vae
+
+
+def encode_moments(vae: AutoencoderKLWan, videos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the posterior, each [B, 16, 3, 4, 4], with gradients."""
+    posterior = vae.encode(videos).latent_dist
+    return posterior.mean, posterior.logvar
+
+
+def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """`vae.decode` of raw latents [B, 16, T, H, W] without its final clamp to [-1, 1].
+
+    The clamp has no gradient outside the range. Almost every pixel of this world is black, which is the lower end of the
+    range: trained through the clamp, the network overshoots there once and learns nothing more.
+    """
+    vae.clear_cache()
+    hidden = vae.post_quant_conv(latents)
+    chunks = []
+    for index, frame in enumerate(hidden.split(1, dim=2)):
+        vae._conv_idx = [0]
+        chunks.append(
+            vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0)
+        )
+    vae.clear_cache()
+    video: torch.Tensor = unpatchify(torch.cat(chunks, dim=2), patch_size=vae.config.patch_size)
+    return video
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
+    """Normalised latents [B, 16, 3, 4, 4] (posterior mean, unit variance per channel) of videos [B, 3, 9, 32, 32]."""
+    mean, std = latent_statistics(vae)
+    return (encode_moments(vae, videos)[0] - mean) / std
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Videos [B, 3, 9, 32, 32] in [-1, 1] of normalised latents [B, 16, 3, 4, 4]."""
+    mean, std = latent_statistics(vae)
+    videos: torch.Tensor = vae.decode(latents * std + mean, return_dict=False)[0]
+    return videos
+
+
+def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation per channel from the configuration, each [1, 16, 1, 1, 1]."""
+    shape = (1, -1, 1, 1, 1)
+    return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
+
+
+def psnr(reconstruction: torch.Tensor, videos: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, of the mean squared error over all pixels; both in [-1, 1] (peak to peak 2)."""
+    error = (reconstruction - videos).square().mean().item()
+    return 10.0 * math.log10(4.0 / error)
+
+
+def kernels(vae: AutoencoderKLWan) -> list[nn.Parameter]:
+    """Convolution kernels, which Muon trains; the last layer's is left out, its rows being pixels and not features."""
+    last = vae.decoder.conv_out.weight
+    return [p for p in vae.parameters() if p.dim() > 3 and p[0].numel() > 1 and p is not last]

@@ -1,0 +1,147 @@
+"""The tiny world: videos of real handwritten digits, coloured, moving, with captions that name some of it.
+
+A caption names the digit, the colour and the direction of motion, and each of the three is left open with a fixed
+probability. An open attribute makes the distribution of videos given the caption multi-modal, which is what few-step
+sampling blurs, so that there is something to distil.
+
+Everything is a pure function of (split, seed, n): the same arguments give the same bits, and the first k samples of a
+longer draw are the samples of a draw of length k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastvideo.tiny.captions import COLOURS, DIRECTIONS, Attributes, caption_of
+from fastvideo.tiny.render import Motion, render
+
+Split = Literal["train", "heldout"]
+
+FRAMES = 9
+SIZE = 32  # pixels, height and width
+OPEN_PROBABILITY = 0.25  # of each attribute, independently, to stay out of the caption
+TRAIN_SHARE = 0.8
+
+# Unit vectors in image coordinates (x to the right, y downwards), in the order of DIRECTIONS.
+_DIAGONAL = 2**-0.5
+_VECTORS = {
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+    "left": (-1.0, 0.0),
+    "right": (1.0, 0.0),
+    "up and left": (-_DIAGONAL, -_DIAGONAL),
+    "up and right": (_DIAGONAL, -_DIAGONAL),
+    "down and left": (-_DIAGONAL, _DIAGONAL),
+    "down and right": (_DIAGONAL, _DIAGONAL),
+}
+# A little light in the "off" channels keeps the colours from being pure primaries.
+_RGB = {
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 0.9, 0.1),
+    "blue": (0.2, 0.3, 1.0),
+    "yellow": (1.0, 0.95, 0.1),
+    "cyan": (0.1, 0.95, 1.0),
+    "magenta": (1.0, 0.15, 1.0),
+    "white": (1.0, 1.0, 1.0),
+}
+_SPLIT_ID: dict[Split, int] = {"train": 0, "heldout": 1}
+_COLUMNS = 16  # uniform numbers drawn per video; a fixed width keeps draws of different lengths aligned
+
+
+@dataclass(frozen=True)
+class WorldSample:
+    """`n` videos with what is in them.
+
+    Attributes:
+        videos: float32 [n, 3, 9, 32, 32] in [-1, 1].
+        captions: n texts.
+        digit: int64 [n], 0-9: the truth, whether or not the caption names it.
+        colour: int64 [n], index into COLOURS.
+        direction: int64 [n], index into DIRECTIONS.
+        named: bool [n, 3], which of (digit, colour, direction) the caption names.
+    """
+
+    videos: torch.Tensor
+    captions: list[str]
+    digit: torch.Tensor
+    colour: torch.Tensor
+    direction: torch.Tensor
+    named: torch.Tensor
+
+
+@lru_cache(maxsize=2)
+def split_images(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digit images of a split: float32 [m, 8, 8] in [0, 1] and int64 labels [m]. No image is in both splits."""
+    from sklearn.datasets import load_digits  # imported late: it takes a second that `--help` must not pay
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    cut = int(TRAIN_SHARE * len(order))
+    chosen = order[:cut] if split == "train" else order[cut:]
+    images = torch.from_numpy(data.images[chosen] / 16.0).float()
+    return images, torch.from_numpy(data.target[chosen]).long()
+
+
+class TinyWorld:
+    """Draws videos and captions; `split` says which handwritten digits it may use."""
+
+    def __init__(self, split: Split) -> None:
+        if split not in _SPLIT_ID:
+            raise ValueError(f"unknown split {split!r}: expected one of {', '.join(_SPLIT_ID)}")
+        self.split: Split = split
+        self.images, self.labels = split_images(split)
+
+    def sample(self, n: int, seed: int) -> WorldSample:
+        """The first `n` videos of the stream that `seed` names."""
+        return self._build(self._uniforms(n, seed))
+
+    def sample_captions(self, n: int, seed: int) -> list[str]:
+        """The captions of `sample(n, seed)`, without rendering a video."""
+        return self._captions(self._uniforms(n, seed))
+
+    def batches(self, n: int, seed: int, batch_size: int) -> Iterator[WorldSample]:
+        """`sample(n, seed)` in pieces of at most `batch_size`, so that memory stays small."""
+        uniforms = self._uniforms(n, seed)
+        for start in range(0, n, batch_size):
+            yield self._build(uniforms[start : start + batch_size])
+
+    def _uniforms(self, n: int, seed: int) -> npt.NDArray[np.float64]:
+        if n < 1:
+            raise ValueError(f"a sample needs at least one video, got n={n}")
+        return np.random.default_rng([seed, _SPLIT_ID[self.split]]).random((n, _COLUMNS))
+
+    def _truth(self, u: npt.NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image index, colour index, direction index (each int64 [n]) and the named mask (bool [n, 3])."""
+        image = torch.from_numpy((u[:, 0] * len(self.labels)).astype(np.int64))
+        colour = torch.from_numpy((u[:, 1] * len(COLOURS)).astype(np.int64))
+        direction = torch.from_numpy((u[:, 2] * len(DIRECTIONS)).astype(np.int64))
+        return image, colour, direction, torch.from_numpy(u[:, 3:6] >= OPEN_PROBABILITY)
+
+    def _captions(self, u: npt.NDArray[np.float64]) -> list[str]:
+        image, colour, direction, named = self._truth(u)
+        truth = torch.stack([self.labels[image], colour, direction], dim=1).tolist()
+        visible = [[v if show else None for v, show in zip(*row)] for row in zip(truth, named.tolist())]
+        return [caption_of(Attributes(*row)) for row in visible]
+
+    def _build(self, u: npt.NDArray[np.float64]) -> WorldSample:
+        image, colour, direction, named = self._truth(u)
+        unit = torch.tensor([_VECTORS[name] for name in DIRECTIONS])[direction]
+        rgb = torch.tensor([_RGB[name] for name in COLOURS])[colour]
+        motion = Motion.draw(torch.from_numpy(u[:, 6:12]).float(), unit, FRAMES, SIZE)
+        rgb = jitter_colour(rgb, torch.from_numpy(u[:, 12:16]).float())
+        videos = render(self.images[image], rgb, motion, FRAMES, SIZE)
+        return WorldSample(videos, self._captions(u), self.labels[image], colour, direction, named)
+
+
+def jitter_colour(rgb: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Vary brightness (0.8-1) and hue slightly. `rgb` [n, 3] in [0, 1], `u` [n, 4] uniform in [0, 1]."""
+    brightness = 0.8 + 0.2 * u[:, :1]
+    hue = 0.12 * (u[:, 1:] - 0.5)
+    return ((rgb + hue) * brightness).clamp(0.0, 1.0)
