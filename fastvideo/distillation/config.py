@@ -42,24 +42,25 @@ class RoleConfig(Section):
 
 
 class LadderConfig(Section):
-    """The student's noise levels: real `times`, or a published list of `steps` with its `shift`."""
+    """The student's noise levels: real `times`, a published list of `steps`, or a `count`; see `times`."""
 
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Decreasing times in (0, 1]; the final 0 is implied. In YAML also as `steps: [1000, 750, 500, 250]` with
-    `shift: 5.0` and `warp: true|false`, converted here, once."""
+    `shift: 5.0` and `warp: true|false`, or as `count: 50` with `shift: 3.0`: converted here, once."""
 
     @model_validator(mode="before")
     @classmethod
-    def _convert_steps(cls, value: object) -> object:
-        if not isinstance(value, Mapping) or "steps" not in value:
+    def _convert(cls, value: object) -> object:
+        if not isinstance(value, Mapping) or not {"steps", "count"} & set(value):
             return value
-        unknown = set(value) - {"steps", "shift", "warp"}
-        if unknown:
-            raise ValueError(f"`steps` goes with `shift` and `warp` alone, not with {sorted(unknown)}")
-        ladder = Ladder.from_steps(
-            [float(step) for step in value["steps"]], shift=float(value.get("shift", 1.0)), warp=value.get("warp", True)
-        )
-        return {"times": ladder.times}
+        form = "steps" if "steps" in value else "count"
+        allowed = {"steps", "shift", "warp"} if form == "steps" else {"count", "shift"}
+        if set(value) - allowed:
+            raise ValueError(f"`{form}` goes with {sorted(allowed - {form})} alone, not with {sorted(set(value) - allowed)}")
+        shift = float(value.get("shift", 1.0))
+        if form == "count":
+            return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
+        return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
 
     @field_validator("times")
     @classmethod

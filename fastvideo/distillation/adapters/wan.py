@@ -142,7 +142,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
         return timestep[:, ::frames].repeat_interleave(tokens, dim=1)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """``prompt_embeds`` ``[B, max_sequence_length, D]``, zero beyond each prompt's tokens, as in ``WanPipeline``."""
+        """``prompt_embeds`` ``[B, max_sequence_length, D]``, zero beyond a prompt's tokens, as in ``WanPipeline``."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         if missing:
             self._prompts.update(zip(missing, self._encode_text(missing), strict=True))

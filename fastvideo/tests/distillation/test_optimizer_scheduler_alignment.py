@@ -1,0 +1,89 @@
+"""A role's lr schedule has moved exactly as often as its optimizer, whatever the cadence."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.builder import METHODS, load_method
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
+from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.types import RawBatch
+
+WARMUP = 4
+
+
+def build(name: str, **options: object) -> tuple[DistillMethod, AnalyticAdapter]:
+    method = load_method(name)
+    adapter = AnalyticAdapter(AnalyticConfig())
+    adapter.ensure_negative_conditioning()
+    config = method.Config.model_validate({"warmup_steps": WARMUP, **options})
+    roles = dict.fromkeys(method.trainable_roles, True) | dict.fromkeys(method.frozen_roles, False)
+    handles = [RoleHandle(role, adapter, adapter.load_network(), trainable) for role, trainable in roles.items()]
+    for handle in handles:
+        if handle.trainable:
+            attach_optimizer(handle, method.optimizers(config)[handle.name])
+    return method(config, ModelBundle(handles), Ladder((1.0, 0.5)), RandomStreams(0)), adapter
+
+
+def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int, folder: object) -> None:
+    def batches():
+        while True:
+            yield RawBatch(("0", "0"), RandomStreams(1).normal((2, *adapter.latent_shape)))
+
+    tracker = Tracker(folder, enabled=False)
+    options = LoopOptions(max_steps=steps, grad_accumulation=accumulation, log_every=100)
+    DistillTrainer(method, adapter.prepare, options, tracker).run(batches())
+
+
+def optimizer_steps(handle: RoleHandle) -> int:
+    state = handle.optimizer.state
+    return int(next(iter(state.values()))["step"]) if state else 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+@settings(max_examples=8, deadline=None)
+@given(steps=st.integers(1, 12), accumulation=st.integers(1, 3))
+def test_schedule_position_equals_optimizer_steps(name: str, steps: int, accumulation: int) -> None:
+    method, adapter = build(name)
+    train(method, adapter, steps, accumulation, None)
+    for role in method.trainable_roles:
+        handle = method.bundle[role]
+        expected = sum(role in method.active_roles(step) for step in range(steps))
+        assert optimizer_steps(handle) == expected
+        assert handle.lr_scheduler.last_epoch == expected
+
+
+@pytest.mark.parametrize("interval", [1, 3, 5])
+def test_student_is_stepped_on_interval_steps_only_and_critic_on_all(interval: int) -> None:
+    method, adapter = build("dmd2", generator_update_interval=interval)
+    train(method, adapter, 11, 1, None)
+    assert optimizer_steps(method.bundle["student"]) == len(range(0, 11, interval))
+    assert optimizer_steps(method.bundle["critic"]) == 11
+
+
+def test_learning_rate_follows_the_updates_of_its_own_role() -> None:
+    method, adapter = build("dmd2", generator_update_interval=5, student_learning_rate=0.1, critic_learning_rate=0.2)
+    train(method, adapter, 6, 1, None)  # two student updates, six critic updates
+    assert method.bundle["student"].learning_rate == pytest.approx(0.1 * 3 / WARMUP)
+    assert method.bundle["critic"].learning_rate == pytest.approx(0.2)
+
+
+def test_warmup_then_cosine() -> None:
+    assert [warmup_cosine(4, 0, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert warmup_cosine(0, 10, 0) == 1.0
+    assert warmup_cosine(0, 10, 5) == pytest.approx(0.5)
+    assert warmup_cosine(0, 10, 10) == warmup_cosine(0, 10, 99) == pytest.approx(0.0)
+
+
+def test_a_frozen_role_cannot_be_stepped() -> None:
+    method, _ = build("dmd2")
+    with pytest.raises(RuntimeError, match="teacher"):
+        method.bundle["teacher"].step()

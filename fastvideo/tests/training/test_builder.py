@@ -1,0 +1,83 @@
+"""Config to method, without a real model."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from fastvideo.distillation.builder import build_adapter, build_method, build_wan_dmd2_method, run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
+from fastvideo.errors import UserError
+
+ROLES = {"student": {"trainable": True}, "teacher": {"trainable": False}, "critic": {"trainable": True}}
+
+
+def wan_config(**changes: object):
+    values = {"distill_model": "wan", "distill_method": "dmd2", "output": "unused", "model": {}, "method": {}}
+    return validate(run_schema("wan", "dmd2"), values | {"roles": ROLES} | changes, "test")
+
+
+def toy_network() -> nn.Module:
+    return WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=12,
+        text_dim=64,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=8,
+    )
+
+
+def test_build_wan_dmd2_method_needs_no_real_network() -> None:
+    networks = {role: toy_network() for role in ROLES}
+    method = build_wan_dmd2_method(wan_config(), networks=networks)
+    assert isinstance(method, DMD2Method)
+    assert method.bundle.roles == ("student", "teacher", "critic")
+    assert method.student.network is networks["student"]
+    assert method.student.optimizer is not None
+    assert method.critic.optimizer is not None
+    assert method.teacher.optimizer is None
+    assert not any(p.requires_grad for p in method.teacher.network.parameters())
+    assert method.critic.learning_rate == method.config.critic_learning_rate
+
+
+def test_build_wan_dmd2_method_refuses_another_combination(analytic_values: dict) -> None:
+    config = validate(run_schema("analytic", "dmd2"), analytic_values, "test")
+    with pytest.raises(UserError, match="analytic x dmd2"):
+        build_wan_dmd2_method(config)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"student": {"trainable": True}}, "'teacher' is missing; role 'critic' is missing"),
+        (ROLES | {"teacher": {"trainable": True}}, "'teacher' must be frozen, but is trainable"),
+        (ROLES | {"student": {"trainable": False}}, "'student' must be trained, but is frozen"),
+        (ROLES | {"discriminator": {"trainable": True}}, "'discriminator' is unknown"),
+    ],
+)
+def test_wrong_roles_are_refused_before_anything_is_loaded(roles: dict, message: str) -> None:
+    config = wan_config(roles=roles)
+    adapter = build_adapter(config)
+    adapter.load_network = lambda path=None: pytest.fail("loaded a network for a wrong config")  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=message):
+        build_method(config, adapter)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"has no model_index\.json"):
+        build_adapter(wan_config(model={"path": str(tmp_path)}))
+    with pytest.raises(UserError, match="does not exist"):
+        build_adapter(wan_config(model={"path": str(tmp_path / "absent" / "x")}))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    with pytest.raises(UserError, match="holds a CogVideoXPipeline; this family reads WanPipeline"):
+        build_adapter(wan_config(model={"path": str(tmp_path)}))
+
+
+def test_a_prompt_that_is_too_long_is_refused() -> None:
+    adapter = build_adapter(wan_config())
+    with pytest.raises(UserError, match=r"prompt has \d+ tokens, the text encoder takes 16"):
+        adapter.encode_prompts(["a green seven moving up and left " * 4])

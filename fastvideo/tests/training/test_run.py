@@ -1,0 +1,208 @@
+"""Whole runs: folders, results, resume, accumulation, validation, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastvideo.cli import main
+from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.trainer import DistillTrainer, LoopOptions, NonFiniteError
+from fastvideo.distillation.types import RawBatch
+from fastvideo.errors import UserError
+from fastvideo.training.run import build_data, run
+
+
+def config_of(values: dict[str, Any], **changes: Any) -> Any:
+    return validate(run_schema(values["distill_model"], values["distill_method"]), values | changes, "test")
+
+
+def result(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(values["output"]) / "student" / "network.safetensors")
+
+
+def test_a_run_leaves_everything_that_is_needed_to_repeat_it(analytic_values: dict) -> None:
+    folder = run(config_of(analytic_values))
+    output = folder.parent
+    saved = yaml.safe_load((output / "config.yaml").read_text())
+    assert config_of(saved) == config_of(analytic_values)
+    assert json.loads((output / "environment.json").read_text())["torch"] == torch.__version__
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["ladder"] == [1.0, 0.75, 0.5, 0.25]
+    assert recipe["sampler"] == "renoise"
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert "student/loss" in lines[0]
+    assert "critic/grad_norm" in lines[0]
+    assert list((output / "tensorboard").iterdir())
+
+
+def test_a_saved_config_reruns_to_the_same_bits(analytic_values: dict, tmp_path: Path) -> None:
+    run(config_of(analytic_values))
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"output": str(tmp_path / "again")}
+    run(config_of(saved))
+    first, second = result(analytic_values), result(saved)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_continues_bit_exactly_between_a_student_and_a_critic_step(
+    analytic_values: dict, tmp_path: Path
+) -> None:
+    whole = analytic_values | {"output": str(tmp_path / "whole"), "checkpoint": {"every": 7}}
+    whole["trainer"] = {"max_steps": 12, "log_every": 3, "grad_accumulation": 2}
+    run(config_of(whole))
+    parts = whole | {"output": str(tmp_path / "parts")}
+    run(config_of(parts | {"trainer": whole["trainer"] | {"max_steps": 7}}))
+    run(config_of(parts), resume=True)
+    first, second = result(whole), result(parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "parts")]
+    for line in last:
+        del line["seconds"]
+    assert last[0] == last[1]
+
+
+def test_a_damaged_checkpoint_is_named(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    file = Path(values["output"]) / "checkpoints" / "step-12" / "shared.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-12: shared\.safetensors is missing or damaged"):
+        run(config_of(values), resume=True)
+
+
+def test_an_incomplete_checkpoint_is_passed_over_and_old_ones_are_removed(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 3, "keep": 2}}
+    run(config_of(values))
+    folder = Path(values["output"]) / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-12", "step-9"]
+    (folder / "step-12" / "manifest.json").unlink()
+    run(config_of(values), resume=True)
+    assert (folder / "step-12" / "manifest.json").is_file()
+
+
+def test_an_output_folder_that_holds_something_is_left_alone(analytic_values: dict, tmp_path: Path) -> None:
+    run(config_of(analytic_values))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="holds another run.*--resume.*--overwrite"):
+        run(config_of(analytic_values))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    run(config_of(analytic_values), overwrite=True)
+
+
+def test_overwrite_never_deletes_a_folder_that_is_not_a_run(analytic_values: dict) -> None:
+    precious = Path(analytic_values["output"]) / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(UserError, match="not made by a run"):
+        run(config_of(analytic_values), overwrite=True)
+    assert precious.read_text() == "mine"
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) -> None:
+    """Linear losses aside, the mean over k micro-batches is the loss of one batch k times larger."""
+    values = analytic_values | {"distill_method": "sft", "roles": {"student": {"trainable": True}}, "method": {}}
+    values["data"] = {"source": "tiny_world"}
+    latents = torch.linspace(-1, 1, 8 * 16).view(8, 1, 1, 4, 4)
+    gradients = []
+    for size in (8, 2):
+        config = config_of(values)
+        adapter = build_adapter(config)
+        method = build_method(config, adapter)
+        batches = (RawBatch(("0",) * size, part) for part in latents.split(size))
+        noise, times = FixedDraws(latents.shape, size), FixedDraws((8,), size)
+        method.rng.normal_like = noise.next_like  # type: ignore[method-assign]
+        method.times = times.next_times  # type: ignore[attr-defined]
+        handle = method.bundle["student"]
+        handle.step = lambda: None  # type: ignore[method-assign]
+        options = LoopOptions(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
+        DistillTrainer(method, adapter.prepare, options, Tracker(Path(), enabled=False)).train_step(batches)
+        gradients.append([p.grad.clone() for p in handle.parameters()])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+class FixedDraws:
+    """The same draws for a batch of 8, whole or in parts."""
+
+    def __init__(self, shape: tuple[int, ...], size: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.parts = iter(torch.rand(shape, generator=generator).split(size))
+
+    def next_like(self, x: torch.Tensor) -> torch.Tensor:
+        return next(self.parts)
+
+    def next_times(self, count: int) -> torch.Tensor:
+        return next(self.parts)
+
+
+def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(analytic_values: dict) -> None:
+    config = config_of(analytic_values)
+    adapter = build_adapter(config)
+    method = build_method(config, adapter)
+    with torch.no_grad():
+        method.bundle["teacher"].network.mean.fill_(float("nan"))
+    before = {n: p.clone() for n, p in method.bundle["critic"].network.named_parameters()}
+    trainer = DistillTrainer(method, adapter.prepare, LoopOptions(max_steps=1), Tracker(Path(), enabled=False))
+    with pytest.raises(NonFiniteError, match="step 0: the gradient of role 'student'"):
+        trainer.train_step(iter([RawBatch(("0",) * 4)]))
+    assert all(torch.equal(p, before[n]) for n, p in method.bundle["critic"].network.named_parameters())
+
+
+def test_data_order_is_pure_resumable_and_disjoint(analytic_values: dict) -> None:
+    from fastvideo.data.order import SampleStream, Shard
+
+    captions = [str(i) for i in range(22)]
+    streams = [SampleStream(captions, None, 3, Shard(2, rank, 2)) for rank in (0, 1)]
+    epoch = [caption for _ in range(5) for stream in streams for caption in next(stream).captions]
+    assert len(set(epoch)) == 20
+    resumed = SampleStream(captions, None, 3, Shard(2, 0, 2))
+    resumed.load_state_dict(streams[0].state_dict())
+    assert next(resumed) == next(streams[0])
+    assert streams[0].epoch == 1
+
+
+def test_prompts_alone_are_refused_where_videos_are_needed(analytic_values: dict) -> None:
+    values = analytic_values | {"method": {"rollout": "data"}}
+    config = config_of(values)
+    with pytest.raises(UserError, match="trains on videos"):
+        build_data(
+            config,
+            build_adapter(config),
+            __import__("fastvideo.distillation.engine.distributed", fromlist=["x"]).Processes(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distil"], "did you mean 'distill'"),
+        (["distill", "--config", "absent.yaml"], "absent.yaml: No such file"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(arguments: list, message: str, capsys: Any) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_help_of_the_fields_lists_the_values_of_the_file(analytic_values: dict, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(analytic_values))
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "--config", str(path), "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--method.teacher-guidance" in shown
+    assert "--trainer.max-steps" in shown
