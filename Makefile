@@ -1,0 +1,64 @@
+# Everything that a contributor or CI runs. `make help` lists the targets; each sets up .venv first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+# A package index to take torch from. On Linux PyPI's torch brings CUDA libraries of several GB; for the CPU build alone:
+#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+TINY_OUT ?= outputs/tiny_weights
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format types contracts docs-check check demo tiny clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## set up .venv with the pinned CPU packages (once; again when the pins or pyproject.toml change)
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "setting up $(VENV) (torch first; a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) )torch
+	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+test: $(READY) ## run the whole test suite (a part: make test PYTEST_ARGS="-k dmd2")
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## mypy --strict on the library's core
+	$(BIN)/mypy --strict fastvideo/distillation
+
+contracts: $(READY) ## who may import whom
+	$(BIN)/lint-imports --no-cache
+
+docs-check: $(READY) ## run the code in the docs, check its commands and links
+	$(BIN)/python -m pytest -q fastvideo/tests/test_docs.py
+
+check: test lint types contracts ## test, lint, types and contracts
+
+demo: $(READY) ## distil, evaluate and write outputs/demo/report.html
+	$(BIN)/python -m fastvideo.demo $(DEMO_ARGS)
+
+tiny: $(READY) ## rebuild the embedded weights from nothing into TINY_OUT
+	$(BIN)/python -m fastvideo.tiny.build --out $(TINY_OUT)
+
+clean: ## remove caches and build products; .venv and outputs/ stay
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

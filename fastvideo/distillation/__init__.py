@@ -1,0 +1,1 @@
+"""Distillation with algorithm and model family apart: trainer, methods, adapters and the bundle of roles."""
