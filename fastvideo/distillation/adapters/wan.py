@@ -195,8 +195,10 @@ class WanAdapter(DistillAdapter[WanConfig]):
         for item in self._local_source().iterdir():
             if item.name in ("transformer", "recipe.json"):
                 continue
-            copy = shutil.copytree if item.is_dir() else shutil.copy2
-            copy(item, folder / item.name, **({"dirs_exist_ok": True} if item.is_dir() else {}))
+            if item.is_dir():
+                shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(item, folder / item.name)
         network.save_pretrained(folder / "transformer")  # type: ignore[operator]
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 

@@ -71,5 +71,6 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if not dist.is_initialized() or not gradients:
         return
     flat = average(torch.cat([g.flatten() for g in gradients]))
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    means = torch.split(flat, [g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -26,7 +26,7 @@ class Tracker:
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at ``step`` (the number of finished steps)."""
@@ -36,7 +36,7 @@ class Tracker:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._events.add_scalar(name, value, step)
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -65,4 +65,4 @@ class Tracker:
         if self._progress is not None:
             self._progress.stop()
         if self.enabled:
-            self._events.close()  # type: ignore[no-untyped-call]
+            self._events.close()
