@@ -21,13 +21,15 @@ from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Condition, UserError
 
 NETWORKS = ("denoiser", "consistency")
+WEIGHTS = "network.safetensors"
 
 
 class AnalyticConfig(AdapterConfig):
     """A Gaussian (one component) or a mixture."""
 
     path: str = "denoiser"
-    """`denoiser` (the exact velocity) or `consistency` (the exact map to the end of the flow; one component only)."""
+    """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow; one component only), or a
+    folder that a run of this family wrote."""
     means: tuple[float, ...] = (0.7,)
     """Means of the components."""
     stds: tuple[PositiveFloat, ...] = (0.4,)
@@ -116,6 +118,8 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
             UserError: for an unknown kind, or ``consistency`` of more than one component.
         """
         kind, config = path or self.config.path, self.config
+        if (Path(kind) / WEIGHTS).is_file():
+            return self._read(Path(kind) / WEIGHTS)
         if kind == "denoiser":
             return MixtureDenoiser(config.means, config.stds, config.weights).to(self.device)
         if kind == "consistency" and len(config.means) == 1:
@@ -123,6 +127,16 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         if kind == "consistency":
             raise UserError(f"analytic model 'consistency' needs one component, the config has {len(config.means)}")
         raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
+
+    def _read(self, file: Path) -> nn.Module:
+        from safetensors.torch import load_file
+
+        state, config = load_file(file), self.config
+        network: nn.Module = GaussianConsistency(config.means[0], config.stds[0])
+        if "log_weight" in state:
+            network = MixtureDenoiser(config.means, config.stds, config.weights)
+        network.load_state_dict(state)
+        return network.to(self.device)
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return network(x_t, t, condition.tensors["shift"])  # type: ignore[no-any-return]
@@ -142,9 +156,9 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         return latents
 
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """``network.safetensors`` and ``recipe.json``."""
+        """``network.safetensors`` (read back by :meth:`load_network`) and ``recipe.json``."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(network.state_dict(), folder / "network.safetensors")
+        save_file(network.state_dict(), folder / WEIGHTS)
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
