@@ -10,7 +10,8 @@ import torch
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.tests.distillation.tiny import SpyAdapter, gaussian, spy, wan_folder
+from fastvideo.tests.distillation.tiny import wan_folder
+from fastvideo.tests.distillation.toys import SpyAdapter, gaussian, spy
 
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvideo.distillation import noise
 from fastvideo.distillation.noise import Interpolant
-from fastvideo.tests.distillation.tiny import MEAN, STD
+from fastvideo.tests.distillation.toys import MEAN, STD
 
 TIMES = torch.tensor([0.001, 0.2, 0.5, 0.8333, 0.98], dtype=torch.float64)
 INTERPOLANTS = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
 from fastvideo.distillation.types import UserError
-from fastvideo.tests.distillation.tiny import SpyAdapter, gaussian
+from fastvideo.tests.distillation.toys import SpyAdapter, gaussian
 
 NEEDED, TRAINED = ("student", "teacher", "critic"), ("student", "critic")
 ANY_ROLES = st.dictionaries(st.sampled_from((*NEEDED, "discriminator", "studnet")), st.booleans())

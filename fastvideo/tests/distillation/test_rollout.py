@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import Velocity, euler, few_step, renoise
-from fastvideo.tests.distillation.tiny import MEAN, STD, SpyAdapter, gaussian
+from fastvideo.tests.distillation.toys import MEAN, STD, SpyAdapter, gaussian
 
 LADDER = (1.0, 0.9375, 5 / 6, 0.625)
 DRAWS = (50_000, 1, 1, 1, 2)

@@ -1,114 +1,18 @@
-"""Real classes at toy size: one factory per family, and bundles of analytic roles with known truth."""
+"""Model families at toy size: one factory per registered adapter, real classes with random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Condition, RawBatch
-
-MEAN, STD = 0.7, 0.4
-"""The truth that analytic teachers know: every element is drawn from N(MEAN, STD^2)."""
+from fastvideo.distillation.adapters.base import DistillAdapter
 
 WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One network evaluation, as the network saw it."""
-
-    network: nn.Module
-    with_grad: bool
-    x_t: Tensor
-    t: Tensor
-    condition: Condition
-    output: Tensor
-
-
-class SpyAdapter(AnalyticAdapter):
-    """The analytic family, remembering every call."""
-
-    def __init__(self, config: AnalyticConfig) -> None:
-        super().__init__(config)
-        self.calls: list[Call] = []
-
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output = super().velocity(network, x_t, t, condition)
-        if output.requires_grad:
-            output.retain_grad()
-        self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output))
-        return output
-
-    def of(self, handle: RoleHandle) -> list[Call]:
-        """The calls of one role."""
-        return [call for call in self.calls if call.network is handle.network]
-
-    def grad_modes(self, handle: RoleHandle) -> str:
-        """One letter per call of a role: ``g`` with gradient, ``n`` without."""
-        return "".join("g" if call.with_grad else "n" for call in self.of(handle))
-
-
-def spy(shape: tuple[int, int, int, int] = (1, 1, 4, 4)) -> SpyAdapter:
-    """A recording analytic family whose truth is N(MEAN, STD^2)."""
-    adapter = SpyAdapter(AnalyticConfig(means=(MEAN,), stds=(STD,), shape=shape))
-    adapter.ensure_negative_conditioning()
-    return adapter
-
-
-def gaussian(adapter: AnalyticAdapter, kind: str, mean: float = MEAN, std: float = STD) -> nn.Module:
-    """A ``denoiser`` or ``consistency`` network of N(mean, std^2)."""
-    config = adapter.config.model_copy(update={"means": (mean,), "stds": (std,)})
-    return AnalyticAdapter(config).load_network(kind)
-
-
-def moments(handle: RoleHandle) -> tuple[float, float]:
-    """Mean and standard deviation of a one-component network."""
-    return float(handle.network.mean.detach()), float(handle.network.std.detach())
-
-
-def analytic_batch(
-    adapter: AnalyticAdapter, count: int, *, captions: Sequence[str] = (), seed: int = 5, latents: bool = True
-) -> Batch:
-    """A prepared batch of exact data: N(MEAN + caption, STD^2)."""
-    captions = tuple(captions) or ("",) * count
-    shift = adapter.encode_prompts(captions).tensors["shift"].view(-1, 1, 1, 1, 1)
-    generator = torch.Generator().manual_seed(seed)
-    x0 = MEAN + shift + STD * torch.randn((count, *adapter.latent_shape), generator=generator)
-    return adapter.prepare(RawBatch(captions, x0 if latents else None))
-
-
-def train(
-    method: DistillMethod[Any],
-    batches: Callable[[int], Batch],
-    steps: int,
-    rates: Mapping[str, float],
-    *,
-    final_rate: float = 0.0,
-) -> None:
-    """A plain training loop: Adam with the given rates, decayed linearly to ``final_rate`` of them."""
-    for role, rate in rates.items():
-        handle = method.bundle[role]
-        handle.optimizer = torch.optim.Adam(handle.parameters(), lr=rate, betas=(0.0, 0.999))
-        handle.lr_scheduler = torch.optim.lr_scheduler.LinearLR(handle.optimizer, 1.0, final_rate, steps)
-    for step in range(steps):
-        for loss in method.losses(batches(step), step):
-            loss.value.backward()
-        for role in method.active_roles(step):
-            method.bundle[role].step()
-
-
-# ---------------------------------------------------------------------------------------------------- families
 
 
 @dataclass(frozen=True)
@@ -119,8 +23,6 @@ class Family:
     """The adapter over tiny weights under the given folder."""
     prompts: tuple[str, str]
     """Two different prompts that it understands."""
-    saved: Callable[[DistillAdapter[Any], Path], AdapterConfig] | None = None
-    """The config that reads back what ``save_pipeline`` wrote; ``None`` for a family without a folder format."""
 
 
 def analytic_family(folder: Path) -> AnalyticAdapter:
@@ -192,61 +94,5 @@ def _word_tokenizer() -> Any:
 
 FAMILIES = {
     "analytic": Family(analytic_family, ("0.5", "-1")),
-    "wan": Family(
-        wan_family,
-        ("a green seven moving up", "red three"),
-        lambda adapter, folder: adapter.config.model_copy(update={"path": str(folder)}),
-    ),
+    "wan": Family(wan_family, ("a green seven moving up", "red three")),
 }
-
-
-# ---------------------------------------------------------------------------------------------------- methods
-
-
-LADDER = Ladder((1.0, 0.9, 0.75, 0.5))
-
-
-@dataclass(frozen=True)
-class Toy:
-    """The toy config of one method, and which exact network its student has."""
-
-    config: Mapping[str, Any]
-    student: str = "denoiser"
-    sampler: Ladder = LADDER
-    """A ladder on which its sampler is exact for the exact student."""
-
-
-TOYS = {
-    "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
-    "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
-}
-
-
-def toy_bundle(
-    method: type[DistillMethod[Any]], adapter: AnalyticAdapter, student: str, mean: float = MEAN, std: float = STD
-) -> ModelBundle:
-    """Every role that a method asks for: the truth, except that trainable ones start at N(mean, std^2)."""
-    handles = []
-    for role in (*method.trainable_roles, *method.frozen_roles):
-        trained = role in method.trainable_roles
-        kind = student if role == "student" else "denoiser"
-        start = (mean, std) if trained else (MEAN, STD)
-        handles.append(RoleHandle(role, adapter, gaussian(adapter, kind, *start), trainable=trained))
-    return ModelBundle(handles)
-
-
-def toy_method(
-    name: str,
-    adapter: AnalyticAdapter,
-    *,
-    mean: float = MEAN,
-    std: float = STD,
-    rng: RandomStreams | None = None,
-    **options: Any,
-) -> DistillMethod[Any]:
-    """A registered method on analytic roles."""
-    from fastvideo.distillation.builder import load_method
-
-    cls, toy = load_method(name), TOYS.get(name, Toy({}))
-    config = cls.Config(**{**toy.config, **options})
-    return cls(config, toy_bundle(cls, adapter, toy.student, mean, std), LADDER, rng or RandomStreams(3))
