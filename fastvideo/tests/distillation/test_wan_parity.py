@@ -1,0 +1,201 @@
+"""The Wan adapter equals stock diffusers: same prompts, same network inputs, same latents and videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import UserError
+from fastvideo.tests.distillation.tiny import wan_config
+
+PROMPTS = ["a green seven moving up", "  red   three &amp; a "]
+NEGATIVE = "blurry"
+STEPS, GUIDANCE = 4, 3.5
+# Same operations in another order of batching: a few float32 roundings.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(params=["random", "embedded"])
+def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanAdapter:
+    """Random weights on a small odd shape, and the weights that ship with the package."""
+    random = wan_config(tiny_wan, prompt_for_negative=NEGATIVE)
+    adapter = WanAdapter(random if request.param == "random" else WanConfig(prompt_for_negative=NEGATIVE))
+    adapter.ensure_negative_conditioning()
+    return adapter
+
+
+@pytest.fixture
+def pipeline(adapter: WanAdapter) -> Any:
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(adapter.source)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise_of(adapter: WanAdapter) -> Tensor:
+    return normal((len(PROMPTS), *adapter.latent_shape), seeded(6))
+
+
+def stock(pipeline: Any, adapter: WanAdapter, **options: Any) -> Any:
+    """What the stock pipeline makes of the prompts, from the same noise."""
+    config = adapter.config
+    size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
+    return pipeline(
+        PROMPTS, negative_prompt=[NEGATIVE] * len(PROMPTS), guidance_scale=GUIDANCE, num_inference_steps=STEPS,
+        max_sequence_length=config.max_sequence_length, latents=noise_of(adapter), **size, **options,
+    ).frames  # fmt: skip
+
+
+def ours(adapter: WanAdapter, pipeline: Any) -> Tensor:
+    """Euler with guidance on the ladder that the stock scheduler walks."""
+    pipeline.scheduler.set_timesteps(STEPS)
+    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    sigmas = pipeline.scheduler.sigmas.tolist()
+    assert sigmas[-1] == 0.0
+    teacher = RoleHandle("teacher", adapter, adapter.load_network())
+    condition, negative = adapter.encode_prompts(PROMPTS), adapter.negative(len(PROMPTS))
+    return euler(
+        lambda x_t, t: teacher.guided_velocity(x_t, t, condition, negative, GUIDANCE),
+        noise_of(adapter),
+        Ladder(tuple(sigmas[:-1])).times,
+    )
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(adapter: WanAdapter, pipeline: Any) -> None:
+    length = adapter.config.max_sequence_length
+    expected, negative = pipeline.encode_prompt(PROMPTS, negative_prompt=[NEGATIVE] * 2, max_sequence_length=length)
+    found = adapter.encode_prompts(PROMPTS).tensors["prompt_embeds"]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(adapter.negative(2).tensors["prompt_embeds"], negative, **CLOSE)
+    assert torch.count_nonzero(found[1, -1]) == 0, "beyond the prompt there is zero, not an encoded padding"
+    assert found.abs().sum(-1)[0, :6].min() > 0
+
+
+def test_the_network_gets_what_the_pipeline_feeds_it(adapter: WanAdapter, pipeline: Any) -> None:
+    fed: list[dict[str, Tensor]] = []
+
+    def record(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        names = ("hidden_states", "timestep", "encoder_hidden_states")
+        fed.append({**{name: kwargs[name] for name in names}, "output": output[0]})
+
+    pipeline.transformer.register_forward_hook(record, with_kwargs=True)
+    stock(pipeline, adapter, output_type="latent")
+    assert len(fed) == 2 * STEPS
+    network, condition = adapter.load_network(), adapter.encode_prompts(PROMPTS)
+    for call in fed[::2]:
+        t = call["timestep"].float() / 1000
+        with torch.no_grad():
+            u = adapter.velocity(network, call["hidden_states"], t, condition)
+        torch.testing.assert_close(u, call["output"], **CLOSE)
+
+
+def test_guided_euler_gives_the_pipelines_latents(adapter: WanAdapter, pipeline: Any) -> None:
+    expected = stock(pipeline, adapter, output_type="latent")
+    found = ours(adapter, pipeline)
+    assert (expected - noise_of(adapter)).abs().mean() > 0.1, "the network moved the noise"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_gives_the_pipelines_video(adapter: WanAdapter, pipeline: Any) -> None:
+    expected = stock(pipeline, adapter, output_type="pt")
+    videos = adapter.decode(ours(adapter, pipeline))
+    config = adapter.config
+    assert videos.shape == (2, 3, config.num_frames, config.height, config.width)
+    torch.testing.assert_close((videos / 2 + 0.5).clamp(0, 1).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_encoding_normalises_with_the_published_statistics(adapter: WanAdapter, pipeline: Any) -> None:
+    config = adapter.config
+    videos = normal((1, 3, config.num_frames, config.height, config.width), seeded(3)).clamp(-1, 1)
+    raw = pipeline.vae.encode(videos).latent_dist.mode()
+    found = adapter.encode(videos)
+    for channel, (mean, std) in enumerate(
+        zip(pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std, strict=True)
+    ):
+        torch.testing.assert_close(found[:, channel], (raw[:, channel] - mean) / std, **CLOSE)
+
+
+@torch.no_grad()
+def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, pipeline: Any) -> None:
+    frames, height, width = adapter.latent_shape[1:]
+    times = torch.tensor([[0.3, 0.9, 0.5], [0.6, 0.1, 0.2]])[:, :frames]
+    mask = torch.ones(frames, height, width)
+    per_token = torch.stack([(mask[:, ::2, ::2] * (1000 * t).view(-1, 1, 1)).flatten() for t in times])
+    condition = adapter.encode_prompts(PROMPTS)
+    embeds = condition.tensors["prompt_embeds"]
+    (expected,) = pipeline.transformer(noise_of(adapter), per_token, embeds, return_dict=False)
+    found = adapter.velocity(adapter.load_network(), noise_of(adapter), times, condition)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_the_shift_is_the_schedulers(adapter: WanAdapter, pipeline: Any) -> None:
+    config = pipeline.scheduler.config
+    assert adapter.default_shift == config.get("flow_shift", config.get("shift"))
+
+
+def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipeline: Any, tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    network = adapter.load_network()
+    with torch.no_grad():
+        network.proj_out.bias += 1.0
+    adapter.save_pipeline(tmp_path / "student", network, {})
+    loaded = WanPipeline.from_pretrained(tmp_path / "student")
+    assert torch.equal(loaded.transformer.proj_out.bias, pipeline.transformer.proj_out.bias + 1.0)
+    assert torch.equal(loaded.vae.decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
+
+
+def test_checkpointed_gradients_equal_plain_ones(adapter: WanAdapter) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        network = (
+            WanAdapter(adapter.config.model_copy(update={"gradient_checkpointing": checkpointing}))
+            .load_network()
+            .train()
+        )
+        assert network.is_gradient_checkpointing == checkpointing
+        adapter.velocity(network, noise_of(adapter), torch.tensor([0.3, 0.9]), adapter.negative(2)).sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_a_prompt_that_is_too_long_is_refused_not_truncated(adapter: WanAdapter) -> None:
+    limit = adapter.config.max_sequence_length
+    with pytest.raises(UserError, match=rf"prompt has {limit + 1} tokens, the text encoder takes {limit} .*'a a a"):
+        adapter.encode_prompts(["a " * limit])
+    assert adapter.encode_prompts(["a " * (limit - 1)]).tensors["prompt_embeds"].shape[1] == limit
+
+
+def test_the_prompt_cache_forgets_the_least_recently_used_and_changes_no_result(tiny_wan: Path) -> None:
+    small = WanAdapter(wan_config(tiny_wan, prompt_cache=1))
+    large = WanAdapter(wan_config(tiny_wan))
+    for prompts in (["a", "red", "a"], ["red"], ["up", "a"]):
+        found = small.encode_prompts(prompts).tensors["prompt_embeds"]
+        torch.testing.assert_close(found, large.encode_prompts(prompts).tensors["prompt_embeds"], **CLOSE)
+        assert len(small._prompts) == 1
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path, tiny_wan: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        WanAdapter(wan_config(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"has no model_index\.json"):
+        WanAdapter(wan_config(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    with pytest.raises(UserError, match="holds a CogVideoXPipeline; this family reads WanPipeline"):
+        WanAdapter(wan_config(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(UserError, match="cannot load 'transformer'"):
+        WanAdapter(wan_config(tmp_path)).load_network()
