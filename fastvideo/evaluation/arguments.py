@@ -1,0 +1,31 @@
+"""Options of ``fastvideo evaluate``. Free of heavy imports, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Measure models of the tiny world: prompt accuracy, distance from real videos, diversity, speed."""
+
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Model folders, or `tiny` for the shipped teacher; FOLDER:STEPS sets the steps, as in `tiny:50 out/student:1`."""
+    prompts: int = 512
+    """Held-out prompts; all models get the same ones, and the same noise."""
+    seed: int = 0
+    """Chooses prompts and noise."""
+    guidance: float | None = None
+    """Guidance scale for all models; default: each model's own."""
+    sweep_guidance: str | None = None
+    """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
+    out: Path | None = None
+    """Write the figures as JSON."""
+    batch_size: int = 64
+    """Videos that are denoised together; the speed depends on it."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, mps."""

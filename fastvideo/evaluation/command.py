@@ -1,0 +1,152 @@
+"""``fastvideo evaluate``: a row per folder, a table on the terminal, figures as JSON; or the search for a guidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastvideo.distillation.types import UserError
+from fastvideo.evaluation.arguments import EvaluateArguments
+from fastvideo.evaluation.evaluate import Evaluation, RowSpec, evaluate_rows, sample, warm_up
+from fastvideo.evaluation.judge import Judge
+from fastvideo.evaluation.metrics import Row
+from fastvideo.evaluation.statistics import Estimate
+from fastvideo.inference.loading import load_model
+from fastvideo.inference.progress import PatientBar
+from fastvideo.inference.sampler import BATCH_SIZE
+
+
+def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -> None:
+    """Measure the folders, print the table and write ``arguments.out``.
+
+    Raises:
+        UserError: for a bad folder or sampler; nothing is sampled or written then.
+    """
+    console = console or Console()
+    if not arguments.folders:
+        raise UserError("evaluate: give at least one model folder, or `tiny`")
+    if arguments.sweep_guidance is not None:
+        run_sweep(arguments, console)
+        return
+    rows = row_specs(arguments.folders, arguments.guidance)
+    evaluation = evaluate_rows(
+        rows,
+        prompts=arguments.prompts,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        keep_videos=1,
+        device=arguments.device,
+    )
+    console.print(table(evaluation.rows))
+    if arguments.out is not None:
+        write_metrics(arguments.out, evaluation)
+        console.print(f"figures: {arguments.out}", highlight=False)
+
+
+def row_specs(folders: Sequence[str], guidance: float | None = None) -> dict[str, RowSpec]:
+    """A row for each ``FOLDER`` or ``FOLDER:STEPS``, named as given.
+
+    Raises:
+        UserError: if what follows the colon is not a number, or a row is given twice.
+    """
+    rows: dict[str, RowSpec] = {}
+    for text in folders:
+        folder, colon, steps = text.rpartition(":")
+        if colon and not steps.isdigit():
+            raise UserError(f"{text!r}: FOLDER or FOLDER:STEPS is expected, and {steps!r} is not a number of steps")
+        if text in rows:
+            raise UserError(f"{text!r} is given twice")
+        rows[text] = RowSpec(folder, int(steps), guidance) if colon else RowSpec(text, guidance=guidance)
+    return rows
+
+
+def write_metrics(path: Path, evaluation: Evaluation, **more: object) -> None:
+    """``evaluation`` as JSON, with further top-level keys; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps({**evaluation.to_dict(), **more}, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def table(rows: Mapping[str, Row]) -> Table:
+    """All rows with their intervals."""
+    first = next(iter(rows.values()))
+    floors = f"Frechet {first.frechet_floor:.1f}, pixels {first.frechet_pixel_floor:.0f}"
+    out = Table(
+        title=f"{first.samples} held-out prompts, 95 % bootstrap intervals",
+        caption=f"floor (as many real videos through the VAE): {floors}",
+    )
+    out.add_column("model", no_wrap=True)
+    for heading in ("calls", "digit", "colour", "direction", "Frechet", "pixels", "diversity", "s / video"):
+        out.add_column(heading, justify="right")
+    for name, row in rows.items():
+        out.add_row(
+            name,
+            str(row.network_calls),
+            *(shown(e, 3) for e in (row.digit_accuracy, row.colour_accuracy, row.direction_accuracy)),
+            shown(row.frechet, 1),
+            shown(row.frechet_pixel, 0),
+            shown(row.diversity, 2),
+            f"{row.denoise_seconds_per_video:.4f}",
+        )
+    return out
+
+
+def shown(figure: Estimate, digits: int) -> str:
+    """``value`` and below it ``low-high``."""
+    return f"{figure.value:.{digits}f}\n[dim]{figure.low:.{digits}f}-{figure.high:.{digits}f}[/dim]"
+
+
+def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
+    """Print the distance at each guidance scale, for each folder.
+
+    Raises:
+        UserError: if the scales are not numbers.
+    """
+    try:
+        scales = [float(scale) for scale in (arguments.sweep_guidance or "").split(",")]
+    except ValueError as error:
+        raise UserError(f"--sweep-guidance takes numbers such as 1,1.25,1.5,2: {error}") from error
+    for name, spec in row_specs(arguments.folders).items():
+        found = sweep_guidance(
+            spec,
+            scales,
+            prompts=arguments.prompts,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+        best = min(found, key=lambda scale: found[scale].value)
+        out = Table("guidance", "Frechet", title=f"{name}: {arguments.prompts} training prompts")
+        for scale, figure in found.items():
+            out.add_row(f"{scale:g}", shown(figure, 1), style="bold" if scale == best else None)
+        console.print(out)
+
+
+def sweep_guidance(
+    spec: RowSpec,
+    scales: Sequence[float],
+    *,
+    prompts: int = 512,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    device: str = "cpu",
+) -> dict[float, Estimate]:
+    """Frechet distance at each guidance scale, on training prompts against training videos.
+
+    The choice of a scale so made has seen neither the prompts nor the reference videos of any reported figure.
+    """
+    model = load_model(spec.folder, device=device)
+    judge = Judge(prompts, seed, split="train")
+    warm_up(model, judge.prompts)
+    found: dict[float, Estimate] = {}
+    for scale in scales:
+        sampler = RowSpec(spec.folder, spec.steps, scale, spec.ladder).sampler(model)
+        with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
+            sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar)
+        found[scale] = judge.distances(sampled.seen)[0]
+    return found

@@ -1,0 +1,237 @@
+"""Measuring models under samplers: the same prompts and the same noise for every row of the comparison."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.evaluation.frechet import Moments, frechet
+from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
+from fastvideo.evaluation.metrics import Row
+from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
+from fastvideo.inference.progress import PatientBar
+from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, SamplerSpec, generate_batches, generate_latents
+
+DECODE_UNITS = 2
+"""What decoding one video counts for on the progress bar, in network calls."""
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row: a model folder and how it is sampled. What is not given is the model's own choice.
+
+    Attributes:
+        folder: a path or ``tiny``.
+        steps: sampling steps.
+        guidance: standard convention, 1 = none.
+        ladder: sample with the few-step sampler over these times, whatever the model: an untrained student.
+    """
+
+    folder: str
+    steps: int | None = None
+    guidance: float | None = None
+    ladder: tuple[float, ...] | None = None
+
+    def sampler(self, model: LoadedModel) -> SamplerSpec:
+        """The sampler of this row.
+
+        Raises:
+            UserError: for steps that a student was not trained for, or a bad ladder.
+        """
+        if self.ladder is not None:
+            return SamplerSpec.student(Ladder(self.ladder), 1.0 if self.guidance is None else self.guidance)
+        return model.sampler(self.steps, self.guidance)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows by name, with the first videos ``[V, 3, T, H, W]`` of each row for the same ``prompts``."""
+
+    rows: Mapping[str, Row]
+    videos: Mapping[str, Tensor]
+    prompts: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """One JSON object: each row under its name, and ``evaluation`` with the settings they share."""
+        return {**{name: row.to_dict() for name, row in self.rows.items()}, "evaluation": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One run over prompts: what the judge saw, the first videos, and mean seconds per video."""
+
+    seen: Observed
+    videos: Tensor
+    denoise_seconds: float
+    decode_seconds: float
+
+
+def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict[str, RowSpec]:
+    """The rows that say whether distillation was worth it, for a student with a ladder of ``K`` steps.
+
+    ``teacher_50``, ``teacher_K``, ``teacher_1`` with the teacher's own guidance; ``untrained_K``, the teacher's weights
+    under the student's sampler; ``student_K``, ``student_1``.
+    """
+    ladder = tuple(load_recipe(student)["ladder"])
+    few = len(ladder)
+    return {
+        f"teacher_{teacher_steps}": RowSpec(teacher, steps=teacher_steps),
+        f"teacher_{few}": RowSpec(teacher, steps=few),
+        "teacher_1": RowSpec(teacher, steps=1),
+        f"untrained_{few}": RowSpec(teacher, ladder=ladder),
+        f"student_{few}": RowSpec(student),
+        "student_1": RowSpec(student, steps=1),
+    }
+
+
+def evaluate_rows(
+    rows: Mapping[str, RowSpec],
+    *,
+    prompts: int = 512,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    keep_videos: int = 12,
+    device: str = "cpu",
+    judge: Judge | None = None,
+) -> Evaluation:
+    """Measure every row on the same prompts and noise.
+
+    Args:
+        rows: what to measure, by name.
+        prompts: held-out prompts.
+        seed: chooses prompts and noise.
+        keep_videos: videos per row that are returned.
+        judge: instead of the held-out one that ``prompts`` and ``seed`` name.
+
+    Raises:
+        UserError: for a bad folder or sampler (before anything is sampled), or a model of another world.
+    """
+    models = {spec.folder: load_model(spec.folder, device=device) for spec in rows.values()}
+    samplers = {name: spec.sampler(models[spec.folder]) for name, spec in rows.items()}
+    judge = judge or Judge(prompts, seed)
+    text_seconds = {folder: warm_up(model, judge.prompts) for folder, model in models.items()}
+    floors = vae_floor(next(iter(models.values())), judge, batch_size)
+    measured: dict[str, Row] = {}
+    videos: dict[str, Tensor] = {}
+    for name, spec in rows.items():
+        sampled, others = _sample_row(models[spec.folder], samplers[name], judge, batch_size, keep_videos, name)
+        measured[name] = _row(judge, samplers[name], sampled, others, floors, text_seconds[spec.folder], batch_size)
+        videos[name] = sampled.videos
+    return Evaluation(measured, videos, judge.prompts[:keep_videos], _settings(judge, batch_size, device))
+
+
+def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
+    """Load the lazy parts, then encode the prompts: seconds per prompt. Keeps first-use costs out of every timing."""
+    shape = (2, *model.adapter.latent_shape)
+    model.adapter.encode_prompts(["", ""])
+    generate_latents(model.adapter, model.network, ["", ""], SamplerSpec((1.0,), 1.0, "euler"), seed=0)
+    model.adapter.decode(torch.zeros(shape, device=model.adapter.device))
+    begin = time.perf_counter()
+    model.adapter.encode_prompts(prompts)
+    return (time.perf_counter() - begin) / len(prompts)
+
+
+def vae_floor(model: LoadedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
+    """Frechet distances of the prompts' own real videos after the VAE: nothing that samples latents can be closer.
+
+    Same sample size, same reference as the rows: the value is what a perfect model would get, not zero, because the
+    sample is finite and the VAE is not perfect.
+    """
+    real = judge.real_videos()
+    parts = []
+    with PatientBar("real videos through the VAE", len(real)) as bar:
+        for start in range(0, len(real), batch_size):
+            videos = real[start : start + batch_size]
+            decoded = model.adapter.decode(model.adapter.encode(videos.to(model.adapter.device)))
+            parts.append(judge.observe(decoded.float().cpu().clamp(-1, 1)))
+            bar(len(videos))
+    seen = Observed.join(parts)
+    features, pixels = judge.reference
+    return float(frechet(features, Moments.of(seen.features))), float(frechet(pixels, Moments.of(seen.pixels)))
+
+
+def _sample_row(
+    model: LoadedModel, spec: SamplerSpec, judge: Judge, batch_size: int, keep: int, label: str
+) -> tuple[Sampled, Observed]:
+    """One video per prompt, and further ones of the diversity prompts."""
+    again = [judge.prompts[i] for i in judge.diversity_task.positions.tolist() for _ in range(DIVERSITY_SEEDS - 1)]
+    units = (len(judge.prompts) + len(again)) * (spec.network_calls + DECODE_UNITS)
+    with PatientBar(label, units) as bar:
+        sampled = sample(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar)
+        # Another seed, so that no noise of the first run comes again.
+        others = sample(model, spec, judge, again, judge.seed + 1, batch_size, 0, bar)
+    return sampled, others.seen
+
+
+def sample(
+    model: LoadedModel,
+    spec: SamplerSpec,
+    judge: Judge,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    keep: int,
+    progress: ProgressFn,
+) -> Sampled:
+    """Generate, decode and observe videos batch by batch, on a clock that leaves the judge out."""
+    parts: list[Observed] = []
+    kept: list[Tensor] = []
+    denoise = decode = 0.0
+    for batch in generate_batches(
+        model.adapter, model.network, prompts, spec, seed=seed, batch_size=batch_size, progress=progress
+    ):
+        begin = time.perf_counter()
+        videos = model.adapter.decode(batch.latents.to(model.adapter.device)).float().cpu().clamp(-1, 1)
+        decode += time.perf_counter() - begin
+        denoise += batch.seconds
+        parts.append(judge.observe(videos))
+        kept.append(videos[: max(0, keep - sum(map(len, kept)))].clone())
+        progress(DECODE_UNITS * len(videos))
+    return Sampled(Observed.join(parts), torch.cat(kept), denoise / len(prompts), decode / len(prompts))
+
+
+def _row(
+    judge: Judge,
+    spec: SamplerSpec,
+    sampled: Sampled,
+    others: Observed,
+    floors: tuple[float, float],
+    text_seconds: float,
+    batch_size: int,
+) -> Row:
+    distance, pixel_distance = judge.distances(sampled.seen)
+    return Row(
+        **judge.accuracies(sampled.seen),
+        frechet=distance,
+        frechet_pixel=pixel_distance,
+        frechet_floor=floors[0],
+        frechet_pixel_floor=floors[1],
+        diversity=judge.diversity(sampled.seen, others),
+        samples=len(sampled.seen.read),
+        network_calls=spec.network_calls,
+        steps=len(spec.times),
+        guidance=spec.guidance,
+        sampler=spec.kind,
+        denoise_seconds_per_video=sampled.denoise_seconds,
+        end_to_end_seconds_per_video=text_seconds + sampled.denoise_seconds + sampled.decode_seconds,
+        batch_size=batch_size,
+    )
+
+
+def _settings(judge: Judge, batch_size: int, device: str) -> dict[str, Any]:
+    return {
+        "prompts": len(judge.prompts),
+        "seed": judge.seed,
+        "split": judge.world.split,
+        "reference_videos": judge.reference_videos,
+        "batch_size": batch_size,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }

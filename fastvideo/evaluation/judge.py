@@ -1,0 +1,168 @@
+"""The tiny world as a judge: prompts with a known truth, real videos to compare with, two feature spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.types import UserError
+from fastvideo.evaluation.frechet import Moments, PixelPCA, frechet
+from fastvideo.evaluation.metrics import accuracies, diversity, frechet_estimate, named_attributes, spread
+from fastvideo.evaluation.statistics import Estimate, resample_counts
+from fastvideo.inference.progress import PatientBar
+from fastvideo.tiny.classifier import TinyClassifier
+from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER
+from fastvideo.tiny.world import FRAMES, SIZE, Split, TinyWorld
+
+REFERENCE_VIDEOS = 2048
+"""Real held-out videos behind the reference moments, however many prompts are evaluated: figures stay comparable."""
+COMPONENTS = 48
+PCA_VIDEOS = 1024
+REFERENCE_SEED, PCA_SEED = 900_001, 900_002
+"""Streams of the world apart from those that prompts are drawn from."""
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 32, 4
+FITTING_VIDEOS = 8
+"""Real videos that must fit a prompt for their spread to be worth comparing with."""
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the judge sees in ``N`` videos: features ``[N, 64]``, pixel coordinates ``[N, K]``, labels ``[N, 3]``."""
+
+    features: Tensor
+    pixels: Tensor
+    read: Tensor
+
+    @classmethod
+    def join(cls, parts: Iterable[Observed]) -> Observed:
+        """All videos of several batches, in order."""
+        parts = list(parts)
+        return cls(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.pixels for part in parts]),
+            torch.cat([part.read for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Prompts that leave something open: their positions ``[P]`` and the spread ``[P]`` of fitting real videos."""
+
+    positions: Tensor
+    real: Tensor
+
+
+class Judge:
+    """Scores videos of the first ``prompts`` captions that ``seed`` draws from ``split``.
+
+    Reference moments come from :data:`REFERENCE_VIDEOS` other real videos of the same split, the pixel components from
+    videos of the training split. Both are the same for every seed.
+
+    Args:
+        prompts: how many; at least 2.
+        split: ``heldout`` for figures; ``train`` for choices (such as a guidance scale) that must not see the former.
+        reference: real videos behind the reference moments; fewer are faster.
+
+    Raises:
+        UserError: for fewer than two prompts.
+    """
+
+    def __init__(self, prompts: int, seed: int, split: Split = "heldout", reference: int = REFERENCE_VIDEOS) -> None:
+        if prompts < 2:
+            raise UserError(f"evaluation needs at least 2 prompts, got {prompts}")
+        self.world, self.seed, self.reference_videos = TinyWorld(split), seed, reference
+        self.prompts = tuple(self.world.sample_captions(prompts, seed))
+        self.named = named_attributes(self.prompts)
+        self.counts = resample_counts(prompts, seed)
+        self._classifier = TinyClassifier.load(CLASSIFIER_FOLDER)
+        self._pca = PixelPCA.fit(TinyWorld("train").sample(PCA_VIDEOS, PCA_SEED).videos, COMPONENTS)
+
+    @torch.no_grad()
+    def observe(self, videos: Tensor) -> Observed:
+        """Features, pixel coordinates and labels of videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``.
+
+        Raises:
+            UserError: for videos of another shape: only the tiny world has this judge.
+        """
+        if tuple(videos.shape[1:]) != (3, FRAMES, SIZE, SIZE):
+            raise UserError(
+                f"evaluation compares with the tiny world's videos, [3, {FRAMES}, {SIZE}, {SIZE}]; "
+                f"this model makes {list(videos.shape[1:])}"
+            )
+        features = self._classifier.features(videos)
+        read = torch.stack([scores.argmax(1) for scores in self._classifier.heads(features)], 1)
+        return Observed(features, self._pca(videos), read)
+
+    @cached_property
+    def _reference(self) -> tuple[Observed, Tensor]:
+        """Observed real videos and the truth ``[N, 3]`` about them."""
+        seen, truth = [], []
+        with PatientBar("real videos", self.reference_videos) as bar:
+            for sample in self.world.batches(self.reference_videos, REFERENCE_SEED, BATCH):
+                seen.append(self.observe(sample.videos))
+                truth.append(torch.stack([sample.digit, sample.colour, sample.direction], 1))
+                bar(len(sample.videos))
+        return Observed.join(seen), torch.cat(truth)
+
+    @cached_property
+    def reference(self) -> tuple[Moments, Moments]:
+        """Moments of real held-out videos: in the classifier's space and in pixel coordinates."""
+        return Moments.of(self._reference[0].features), Moments.of(self._reference[0].pixels)
+
+    def real_videos(self) -> Tensor:
+        """The real videos ``[N, 3, 9, 32, 32]`` whose captions are the prompts."""
+        return self.world.sample(len(self.prompts), self.seed).videos
+
+    def distances(self, seen: Observed) -> tuple[Estimate, Estimate]:
+        """Frechet distances from the reference, in the classifier's space and in pixel coordinates."""
+        features, pixels = self.reference
+        return (
+            frechet_estimate(features, seen.features, self.counts),
+            frechet_estimate(pixels, seen.pixels, self.counts),
+        )
+
+    def accuracies(self, seen: Observed) -> dict[str, Estimate]:
+        """``digit_accuracy``, ``colour_accuracy`` and ``direction_accuracy`` of one video per prompt."""
+        return accuracies(seen.read, self.named, self.counts)
+
+    @cached_property
+    def diversity_task(self) -> Diversity:
+        """Where diversity is measured: the first prompts that leave an attribute open and have enough real peers."""
+        seen, truth = self._reference
+        positions: list[int] = []
+        real: list[Tensor] = []
+        for position in (self.named < 0).any(1).nonzero().flatten().tolist():
+            wanted = self.named[position]
+            fitting = seen.features[((wanted < 0) | (wanted == truth)).all(1)][: 4 * FITTING_VIDEOS]
+            if len(fitting) >= FITTING_VIDEOS and len(positions) < DIVERSITY_PROMPTS:
+                positions.append(position)
+                real.append(spread(fitting[None])[0])
+        if not positions:
+            raise UserError(f"none of {len(self.prompts)} prompts leaves an attribute open: evaluate more")
+        return Diversity(torch.tensor(positions), torch.stack(real))
+
+    def diversity(self, first: Observed, others: Observed) -> Estimate:
+        """Spread over seeds relative to real videos, see :class:`~fastvideo.evaluation.metrics.Row`.
+
+        Args:
+            first: one video per prompt.
+            others: ``DIVERSITY_SEEDS - 1`` more for each prompt of :attr:`diversity_task`, prompt by prompt.
+        """
+        task = self.diversity_task
+        count = len(task.positions)
+        features = torch.cat([first.features[task.positions, None], others.features.view(count, -1, 64)], 1)
+        return diversity(features, task.real, resample_counts(count, self.seed))
+
+    def score(self, videos: Tensor) -> dict[str, float]:
+        """Quick figures without intervals for one video per prompt, as validation logs them while training."""
+        seen = self.observe(videos)
+        features, pixels = self.reference
+        figures = {name: found.value for name, found in self.accuracies(seen).items()}
+        figures["frechet"] = float(frechet(features, Moments.of(seen.features)))
+        figures["frechet_pixel"] = float(frechet(pixels, Moments.of(seen.pixels)))
+        return figures

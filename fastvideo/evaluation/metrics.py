@@ -1,0 +1,110 @@
+"""What is measured about a set of generated videos, as values with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.evaluation.frechet import Moments, frechet
+from fastvideo.evaluation.statistics import Estimate, estimate, weighted_mean
+from fastvideo.tiny.captions import parse_caption
+
+ATTRIBUTES = ("digit", "colour", "direction")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one model under one sampler.
+
+    Distances are squared, in squared units of their space. The floors are the distances of as many real held-out
+    videos after the VAE: what a perfect model of the latents would score. ``diversity`` is the spread of videos of one
+    prompt relative to that of real videos which fit the prompt: 1 as varied as the world, 0 always the same video.
+    Seconds are wall time per video, ``batch_size`` videos at a time.
+    """
+
+    digit_accuracy: Estimate
+    colour_accuracy: Estimate
+    direction_accuracy: Estimate
+    frechet: Estimate
+    frechet_pixel: Estimate
+    frechet_floor: float
+    frechet_pixel_floor: float
+    diversity: Estimate
+    samples: int
+    network_calls: int
+    steps: int
+    guidance: float
+    sampler: str
+    denoise_seconds_per_video: float
+    end_to_end_seconds_per_video: float
+    batch_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers under the keys above, then ``intervals`` and ``counts`` of the estimates, ready for JSON."""
+        values: dict[str, Any] = {}
+        intervals: dict[str, list[float | None]] = {}
+        counts: dict[str, int] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Estimate):
+                intervals[name] = [_rounded(end) for end in value.interval]
+                counts[name] = value.count
+                values[name] = _rounded(value.value)
+            else:
+                values[name] = _rounded(value) if isinstance(value, float) else value
+        return {**values, "intervals": intervals, "counts": counts}
+
+
+def _rounded(value: float) -> float | None:
+    """Six significant digits; JSON has no NaN, so a figure without observations is null."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
+
+
+def named_attributes(captions: Sequence[str]) -> Tensor:
+    """Indices ``[N, 3]`` of (digit, colour, direction) that each caption names, -1 where it leaves one open."""
+    parsed = [parse_caption(caption) for caption in captions]
+    return torch.tensor([[-1 if v is None else v for v in (a.digit, a.colour, a.direction)] for a in parsed])
+
+
+def correctness(read: Tensor, named: Tensor) -> Tensor:
+    """Float64 ``[N, 3]``: 1 where the video shows what its caption names, 0 where not, NaN where it names nothing."""
+    return torch.where(named < 0, torch.nan, (read == named).double())
+
+
+def accuracies(read: Tensor, named: Tensor, counts: Tensor) -> dict[str, Estimate]:
+    """Accuracy of each attribute over the prompts that name it.
+
+    Args:
+        read: int ``[N, 3]``, what the classifier sees.
+        named: int ``[N, 3]`` of :func:`named_attributes`.
+        counts: bootstrap counts ``[R, N]``.
+    """
+    result = {}
+    for name, column in zip(ATTRIBUTES, correctness(read, named).T, strict=True):
+        value, resampled = weighted_mean(column, counts)
+        result[f"{name}_accuracy"] = estimate(value, resampled, int((~column.isnan()).sum()), highest=1.0)
+    return result
+
+
+def frechet_estimate(reference: Moments, features: Tensor, counts: Tensor) -> Estimate:
+    """Distance of ``[N, D]`` features from the reference, with the error of these features (the reference is held)."""
+    value = float(frechet(reference, Moments.of(features)))
+    return estimate(value, frechet(reference, Moments.weighted(features, counts)), len(features))
+
+
+def spread(features: Tensor) -> Tensor:
+    """Mean Euclidean distance between two different videos of one prompt: ``[P]`` of ``[P, S, D]``."""
+    count = features.shape[1]
+    pairs = torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return pairs.sum((1, 2)) / (count * (count - 1))
+
+
+def diversity(generated: Tensor, real: Tensor, counts: Tensor) -> Estimate:
+    """Mean :func:`spread` of generated features ``[P, S, D]`` over that of real ones ``[P]``, same prompts."""
+    ours = spread(generated)
+    value, resampled = float(ours.mean() / real.mean()), (counts @ ours) / (counts @ real)
+    return estimate(value, resampled, len(ours))

@@ -1,0 +1,44 @@
+"""A progress bar that appears only when there is something to wait for."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PATIENCE = 1.0
+"""Seconds of work before the bar is shown."""
+
+
+class PatientBar:
+    """Counts units of work; from :data:`PATIENCE` seconds on it shows a bar on stderr, and removes it at the end.
+
+    Use as a context; call the object with the number of units just done.
+    """
+
+    def __init__(self, label: str, total: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._bar = Progress(
+            *columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        )
+        self._task = self._bar.add_task(label, total=total)
+        self._begin = time.monotonic()
+        self._shown = False
+
+    def __call__(self, units: int) -> None:
+        """``units`` more are done."""
+        self._bar.update(self._task, advance=units)
+        if not self._shown and time.monotonic() - self._begin > PATIENCE:
+            self._bar.start()
+            self._shown = True
+
+    def __enter__(self) -> PatientBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            self._bar.stop()

@@ -1,0 +1,156 @@
+"""How a model is sampled, as a value, and the loop that does it; evaluation and ``fastvideo generate`` share both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
+from fastvideo.distillation.schedule import Ladder
+
+BATCH_SIZE = 64
+ProgressFn = Callable[[int], None]
+"""Told the number of network calls just made, counted per sample."""
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """Times, guidance (standard convention, 1 = conditional only) and the way from one time to the next."""
+
+    times: tuple[float, ...]
+    guidance: float
+    kind: SamplerKind
+
+    @property
+    def network_calls(self) -> int:
+        """Forward passes per sample: guidance needs two per step."""
+        return len(self.times) * (1 if self.guidance == 1.0 else 2)
+
+    @classmethod
+    def student(cls, ladder: Ladder, guidance: float = 1.0) -> SamplerSpec:
+        """The few-step sampler over a student's ladder."""
+        return cls(ladder.times, guidance, "renoise")
+
+    @classmethod
+    def teacher(cls, steps: int, shift: float, guidance: float) -> SamplerSpec:
+        """``steps`` Euler steps of the guided flow."""
+        return cls(Ladder.uniform(steps, shift=shift).times, guidance, "euler")
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Clean latents ``[B, C, F, H, W]`` on the CPU and the seconds that denoising them took, text encoding left out."""
+
+    latents: Tensor
+    seconds: float
+
+
+class SampleNoise:
+    """One random stream per sample, a pure function of (seed, index of the prompt): batching cannot change a result."""
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
+        self._streams = [seeded(_mixed(seed, index)) for index in indices]
+        self._device = device
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal ``[len(indices), *shape]``, drawn on the CPU so that every device gets the same."""
+        return torch.stack([normal(tuple(shape), stream) for stream in self._streams]).to(self._device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """The next noise for a batch of latents."""
+        return self.draw(x.shape[1:])
+
+
+def _mixed(seed: int, index: int) -> int:
+    """A 64-bit seed in which neighbouring (seed, index) pairs have nothing in common."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+
+
+def generate_batches(
+    adapter: DistillAdapter[Any],
+    network: nn.Module,
+    prompts: Sequence[str],
+    spec: SamplerSpec,
+    *,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    negative_prompt: str | None = None,
+    progress: ProgressFn | None = None,
+) -> Iterator[LatentBatch]:
+    """Sample the prompts in order, ``batch_size`` at a time.
+
+    Args:
+        seed: with a prompt's position in ``prompts`` it determines that prompt's noise.
+        negative_prompt: what guidance leads away from; ``None`` is the adapter's own.
+        progress: called after every network call.
+
+    Raises:
+        UserError: for a prompt that the text encoder cannot take.
+    """
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        velocity = _velocity(adapter, network, [prompts[i] for i in rows], spec.guidance, negative_prompt, progress)
+        begin = time.perf_counter()
+        noise = SampleNoise(seed, rows, adapter.device)
+        latents = generate(spec.kind, velocity, noise.draw(adapter.latent_shape), spec.times, noise.like)
+        latents = latents.float().cpu()  # waits for a GPU, so that the clock is right
+        yield LatentBatch(latents, time.perf_counter() - begin)
+
+
+def generate_latents(
+    adapter: DistillAdapter[Any],
+    network: nn.Module,
+    prompts: Sequence[str],
+    spec: SamplerSpec,
+    *,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    negative_prompt: str | None = None,
+    progress: ProgressFn | None = None,
+) -> Tensor:
+    """All of :func:`generate_batches` as one tensor ``[len(prompts), C, F, H, W]``, float32 on the CPU."""
+    batches = generate_batches(
+        adapter,
+        network,
+        prompts,
+        spec,
+        seed=seed,
+        batch_size=batch_size,
+        negative_prompt=negative_prompt,
+        progress=progress,
+    )
+    return torch.cat([batch.latents for batch in batches])
+
+
+def _velocity(
+    adapter: DistillAdapter[Any],
+    network: nn.Module,
+    prompts: Sequence[str],
+    guidance: float,
+    negative_prompt: str | None,
+    progress: ProgressFn | None,
+) -> Velocity:
+    """The guided velocity of one batch, with text encoded beforehand and progress reported."""
+    role = RoleHandle("sampled", adapter, network)
+    condition = negative = adapter.encode_prompts(prompts)
+    if guidance != 1.0:
+        text = adapter.negative_prompt if negative_prompt is None else negative_prompt
+        negative = adapter.encode_prompts([text] * len(prompts))
+    calls = len(prompts) * (1 if guidance == 1.0 else 2)
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        u = role.guided_velocity(x_t, t, condition, negative, guidance)
+        if progress is not None:
+            progress(calls)
+        return u
+
+    return velocity

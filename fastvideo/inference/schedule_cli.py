@@ -1,0 +1,97 @@
+"""``fastvideo schedule show CONFIG``: the noise levels of a run, in every unit that somebody may know them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastvideo.distillation.builder import Config
+
+WIDTH_IN_PIPE = 120
+"""Columns of a table that goes to a file or a pipe; a terminal has its own width."""
+
+
+@dataclass(frozen=True)
+class ScheduleArguments:
+    """Show a config's noise levels: what the network is really given.
+
+    `t` is the share of noise (1 = pure noise): the clean video is scaled by alpha = 1 - t, the noise by sigma = t.
+    """
+
+    action: Annotated[Literal["show"], tyro.conf.Positional]
+    """What to do with the schedule."""
+    config: Annotated[Path, tyro.conf.Positional]
+    """A run's YAML file: an example, or the config.yaml that a run saved."""
+
+
+def published_steps(ladder: object) -> list[float] | None:
+    """The integer timesteps, before any shift, that a config's ``ladder`` section was written with, where it says so."""
+    if not isinstance(ladder, Mapping):
+        return None
+    if "steps" in ladder:
+        return [float(step) for step in ladder["steps"]]
+    if "count" in ladder:
+        return [1000 * (1 - i / int(ladder["count"])) for i in range(int(ladder["count"]))]
+    return None
+
+
+def schedule_table(config: Config, written: object) -> Table:
+    """One row per network call of ``config``; ``written`` is its ladder section as it stands in the file."""
+    import torch
+    from rich.table import Table
+
+    from fastvideo.distillation.builder import load_adapter, load_method
+    from fastvideo.distillation.noise import Interpolant
+
+    times = torch.tensor(config.ladder.times, dtype=torch.float64)
+    flow = Interpolant.rectified_flow(times)
+    columns = [times, flow.sigma, flow.alpha, (flow.alpha / flow.sigma) ** 2]
+    network = load_adapter(config.distill_model).network_time(times)
+    sampler = load_method(config.distill_method).sampler
+    table = Table(
+        title=f"{config.distill_model} x {config.distill_method}: {len(times)} network calls, sampler {sampler}",
+        caption=f"ladder as written: {_written(written)}",
+    )
+    for heading in ("rung", "step, unshifted", "t", "sigma", "alpha", "SNR", f"time input of {config.distill_model}"):
+        table.add_column(heading, justify="right")
+    steps = published_steps(written) or [None] * len(times)
+    for rung, (step, *values, given) in enumerate(zip(steps, *(c.tolist() for c in columns), network.tolist())):
+        shown = [f"{value:.4f}" for value in values]
+        table.add_row(str(rung), "-" if step is None else f"{step:g}", *shown, f"{given:.3f}")
+    return table
+
+
+def _written(ladder: object) -> str:
+    if not isinstance(ladder, Mapping):
+        return "none, so the default"
+    parts = {key: f"{len(value)} values" if key == "times" else value for key, value in ladder.items()}
+    return ", ".join(f"{key} {value}" for key, value in parts.items())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; the exit code."""
+    arguments = tyro.cli(ScheduleArguments, args=list(argv), prog="fastvideo schedule")
+
+    from rich.console import Console
+
+    from fastvideo.distillation.builder import run_schema
+    from fastvideo.distillation.config import read_yaml, validate
+    from fastvideo.errors import UserError
+
+    values: dict[str, Any] = read_yaml(arguments.config)
+    for key in ("distill_model", "distill_method"):
+        if not isinstance(values.get(key), str):
+            raise UserError(f"config {arguments.config}: {key} is missing")
+    schema = run_schema(values["distill_model"], values["distill_method"])
+    config = validate(schema, values, str(arguments.config))
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
+    console.print(schedule_table(config, values.get("ladder")))
+    return 0
