@@ -32,11 +32,12 @@ class ScheduleArguments:
 
 
 def published_steps(ladder: object) -> list[float] | None:
-    """The integer timesteps, before any shift, that a config's ``ladder`` section was written with, where it says so."""
+    """The timesteps, before any shift, that a config's ``ladder`` section stands for, where it says so."""
     if not isinstance(ladder, Mapping):
         return None
     if "steps" in ladder:
-        return [float(step) for step in ladder["steps"]]
+        steps = [float(step) for step in ladder["steps"]]
+        return steps[:-1] if steps[-1] == 0 else steps
     if "count" in ladder:
         return [1000 * (1 - i / int(ladder["count"])) for i in range(int(ladder["count"]))]
     return None
@@ -59,12 +60,13 @@ def schedule_table(config: Config, written: object) -> Table:
         title=f"{config.distill_model} x {config.distill_method}: {len(times)} network calls, sampler {sampler}",
         caption=f"ladder as written: {_written(written)}",
     )
-    for heading in ("rung", "step, unshifted", "t", "sigma", "alpha", "SNR", f"time input of {config.distill_model}"):
+    for heading in ("rung", "step as written", "t", "sigma", "alpha", "SNR", f"time input of {config.distill_model}"):
         table.add_column(heading, justify="right")
-    steps = published_steps(written) or [None] * len(times)
-    for rung, (step, *values, given) in enumerate(zip(steps, *(c.tolist() for c in columns), network.tolist())):
-        shown = [f"{value:.4f}" for value in values]
-        table.add_row(str(rung), "-" if step is None else f"{step:g}", *shown, f"{given:.3f}")
+    steps = published_steps(written) or []
+    labels = [f"{step:g}" for step in steps] or ["-"] * len(times)
+    rows = zip(labels, *(column.tolist() for column in columns), network.tolist(), strict=True)
+    for rung, (label, *values, given) in enumerate(rows):
+        table.add_row(str(rung), label, *(f"{value:.4f}" for value in values), f"{given:.3f}")
     return table
 
 

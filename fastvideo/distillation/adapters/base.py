@@ -68,6 +68,11 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         A family that predicts something else, or on another schedule, converts here (``noise.Interpolant``).
         """
 
+    @classmethod
+    def network_time(cls, t: Tensor) -> Tensor:
+        """What the network's time embedding is given at rectified-flow times ``t``; :meth:`velocity` passes this."""
+        return t
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of each prompt.

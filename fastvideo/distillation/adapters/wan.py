@@ -1,7 +1,7 @@
 """Wan text-to-video (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``, UMT5.
 
 The network is rectified flow natively; its time embedding counts to 1000, and that factor exists only in
-:meth:`WanAdapter.velocity`.
+:meth:`WanAdapter.network_time`.
 """
 
 from __future__ import annotations
@@ -128,8 +128,14 @@ class WanAdapter(DistillAdapter[WanConfig]):
             network.enable_gradient_checkpointing()
         return network.to(self.device).eval()  # type: ignore[no-any-return]
 
+    @classmethod
+    def network_time(cls, t: Tensor) -> Tensor:
+        return t * TIME_UNITS
+
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        timestep = t * TIME_UNITS if t.ndim == 1 else self._per_token(t * TIME_UNITS, x_t, network)
+        timestep = self.network_time(t)
+        if t.ndim == 2:
+            timestep = self._per_token(timestep, x_t, network)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             (u,) = network(x_t, timestep, condition.tensors["prompt_embeds"], return_dict=False)
         return u.float()  # type: ignore[no-any-return]

@@ -1,0 +1,86 @@
+"""The verbs that only show: ``schedule show`` and ``list``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastvideo.cli import main
+from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.builder import ADAPTERS, METHODS
+from fastvideo.inference.list_cli import split_paper
+from fastvideo.inference.schedule_cli import published_steps
+
+RUN = """
+distill_model: wan
+distill_method: dmd2
+output: outputs/x
+model: {}
+roles: {student: {trainable: true}, teacher: {trainable: false}, critic: {trainable: true}}
+method: {}
+"""
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> list[list[str]]:
+    """The cells of every row that a verb prints."""
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+
+@pytest.mark.parametrize(
+    ("ladder", "step", "t", "snr"),
+    [
+        ("{steps: [1000, 750, 500, 250, 0], shift: 5.0}", "250", "0.6250", "0.3600"),
+        ("{steps: [1000, 250], shift: 5.0, warp: false}", "250", "0.2500", "9.0000"),
+        ("{count: 4, shift: 5.0}", "250", "0.6250", "0.3600"),
+        ("{times: [1.0, 0.625]}", "-", "0.6250", "0.3600"),
+    ],
+)
+def test_every_form_of_a_ladder_shows_what_the_network_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ladder: str, step: str, t: str, snr: str
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(RUN + f"ladder: {ladder}\n")
+    last = shown(capsys, "schedule", "show", str(config))[-1]
+    assert last[1:] == [step, t, t, f"{1 - float(t):.4f}", snr, f"{1000 * float(t):.3f}"]
+
+
+def test_a_config_without_a_ladder_shows_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(RUN)
+    assert [row[2] for row in shown(capsys, "schedule", "show", str(config))] == [
+        "1.0000",
+        "0.7500",
+        "0.5000",
+        "0.2500",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "distill_method: dmd2\n", RUN + "ladder: {times: [0.5, 0.75]}\n"])
+def test_a_bad_config_is_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    assert main(["schedule", "show", str(config)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: config {config}")
+
+
+def test_list_names_every_method_and_family(capsys: pytest.CaptureFixture[str]) -> None:
+    first = {row[0] for row in shown(capsys, "list")}
+    assert first >= {*METHODS, *ADAPTERS}
+
+
+def test_the_time_that_is_shown_is_the_time_that_wan_is_given() -> None:
+    import torch
+
+    t = torch.tensor([0.25, 1.0])
+    assert torch.equal(WanAdapter.network_time(t), torch.tensor([250.0, 1000.0]))
+
+
+def test_helpers() -> None:
+    assert split_paper("DMD2, with a critic (arXiv 2405.14867)") == ("DMD2, with a critic", "2405.14867")
+    assert split_paper("no paper") == ("no paper", "-")
+    assert published_steps(None) is None
