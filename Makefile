@@ -12,7 +12,7 @@ TINY_OUT ?= outputs/tiny_weights
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test lint format types contracts docs-check check demo tiny clean
