@@ -1,0 +1,105 @@
+"""The rules of the code base, as tests: who imports whom, how long things may be, what the command line offers."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fastvideo.cli import VERBS
+from fastvideo.training.distillation import Launch
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "fastvideo"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+MAX_FUNCTION, MAX_FILE, MAX_ADAPTER, MAX_TEST, MAX_DMD2 = 60, 250, 300, 300, 150
+HEAVY = ("torch", "diffusers", "transformers", "pydantic")
+FROZEN_VERBS = {"distill", "generate", "evaluate", "schedule", "list"}
+FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "overwrite"}
+METHODS_NEVER = ("diffusers", "transformers", "peft")
+
+
+def test_import_contracts() -> None:
+    """``.importlinter``: layers, forbidden imports and independent families."""
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / ".importlinter"), cache_dir=None) == 0, "run: make contracts"
+
+
+def imports_of(source: Path) -> Iterator[str]:
+    """Every module that a file imports, under TYPE_CHECKING and inside functions too."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_process_groups_live_in_the_engine_alone() -> None:
+    allowed = {PACKAGE / "distillation" / "engine", PACKAGE / "tests"}
+    others = [source for source in SOURCES if not allowed & set(source.parents)]
+    found = {source.name for source in others for name in imports_of(source) if name.startswith("torch.distributed")}
+    assert not found
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Name and length in lines of every function, its docstring included."""
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield f"{source.relative_to(ROOT)}::{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    assert not {name: lines for name, lines in functions() if lines > MAX_FUNCTION}
+
+
+def test_no_file_is_long() -> None:
+    def limit(source: Path) -> int:
+        if source.name == "dmd2.py":
+            return MAX_DMD2
+        if PACKAGE / "tests" in source.parents:
+            return MAX_TEST
+        return MAX_ADAPTER if source.parent.name == "adapters" else MAX_FILE
+
+    lengths = {source: len(source.read_text().splitlines()) for source in SOURCES}
+    assert not {str(s.relative_to(ROOT)): lines for s, lines in lengths.items() if lines > limit(s)}
+
+
+def test_the_verbs_are_a_decision() -> None:
+    """A new verb is added here too, on purpose: the command line is an interface that others script against."""
+    assert set(VERBS) == FROZEN_VERBS
+
+
+def test_the_launch_flags_are_a_decision() -> None:
+    """An option of a run is a config field, which is a flag of its own; a launch flag is the exception."""
+    assert {field.name for field in dataclasses.fields(Launch)} == FROZEN_LAUNCH_FLAGS
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after ``statement``."""
+    code = f"import sys\ntry:\n    {statement}\nexcept SystemExit as stop:\n    assert not stop.code\n"
+    code += "print('\\n' + ' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_is_instant(arguments: list[str]) -> None:
+    """Nothing heavy is imported before a verb runs."""
+    loaded = loaded_after(f"from fastvideo.cli import main; assert main({arguments!r}) == 0")
+    assert not loaded & set(HEAVY)
+
+
+def test_methods_and_registries_do_not_load_diffusers() -> None:
+    loaded = loaded_after("import fastvideo.distillation.methods, fastvideo.distillation.builder")
+    assert not loaded & set(METHODS_NEVER)
