@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvideo.distillation.types import UserError
-from fastvideo.evaluation.arguments import EvaluateArguments
+from fastvideo.evaluation.cli import EvaluateArguments
 from fastvideo.evaluation.evaluate import Evaluation, RowSpec, evaluate_rows, sample, warm_up
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.metrics import Row

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastvideo.data.video_io import video_format, write_video
-from fastvideo.inference.arguments import GenerateArguments
+from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import SamplerSpec, generate_latents

@@ -10,7 +10,7 @@ import pytest
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.arguments import GenerateArguments
+from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import LoadedModel, load_model
 

@@ -1,7 +1,8 @@
-"""Options of ``fastvideo evaluate``. Free of heavy imports, so that ``--help`` is instant."""
+"""``fastvideo evaluate``: options, free of heavy imports so that ``--help`` is instant."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,3 +30,13 @@ class EvaluateArguments:
     """Videos that are denoised together; the speed depends on it."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, mps."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; the exit code."""
+    arguments = tyro.cli(EvaluateArguments, args=list(argv), prog="fastvideo evaluate")
+
+    from fastvideo.evaluation.command import run_evaluate
+
+    run_evaluate(arguments)
+    return 0

@@ -1,0 +1,54 @@
+"""``fastvideo generate``: options, free of heavy imports so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Generate a video from text with a student (few steps, no guidance) or a teacher (many steps, guided)."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Model folder, a hub id, or `tiny` for the teacher that ships with this package."""
+    prompt: str
+    """What to show, such as "a green seven moving up and left"."""
+    output: Path = Path("video.mp4")
+    """Where the video goes; .mp4, .gif, .webp or .apng."""
+    steps: int | None = None
+    """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
+    guidance: float | None = None
+    """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and 5 for a teacher."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; default: the model's own."""
+    seed: int = 0
+    """Same seed, same video."""
+    fps: int = 8
+    """Frames per second of the file."""
+    scale: int | None = None
+    """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
+    height: int | None = None
+    """Video height in pixels; default: the one the model was distilled for."""
+    width: int | None = None
+    """Video width in pixels."""
+    num_frames: int | None = None
+    """Frames of the video."""
+    max_sequence_length: int | None = None
+    """Tokens of a prompt that the model sees."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, mps."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Generate; the exit code."""
+    arguments = tyro.cli(GenerateArguments, args=list(argv), prog="fastvideo generate")
+
+    from fastvideo.inference.generate import run_generate
+
+    print(run_generate(arguments))
+    return 0
