@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.distillation.toys import SpyAdapter, gaussian, spy
 
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 
