@@ -56,7 +56,9 @@ class LadderConfig(Section):
         form = "steps" if "steps" in value else "count"
         allowed = {"steps", "shift", "warp"} if form == "steps" else {"count", "shift"}
         if set(value) - allowed:
-            raise ValueError(f"`{form}` goes with {sorted(allowed - {form})} alone, not with {sorted(set(value) - allowed)}")
+            raise ValueError(
+                f"`{form}` goes with {sorted(allowed - {form})} alone, not with {sorted(set(value) - allowed)}"
+            )
         shift = float(value.get("shift", 1.0))
         if form == "count":
             return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
@@ -131,6 +133,12 @@ class ValidationConfig(Section):
     """Seed of the noise."""
     fps: PositiveInt = 8
     """Frames per second of the files."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> ValidationConfig:
+        if self.every and not (self.prompts or self.world_prompts):
+            raise ValueError("`every` is set: give `prompts`, or a number of `world_prompts`")
+        return self
 
 
 class CheckpointConfig(Section):

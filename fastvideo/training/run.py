@@ -27,6 +27,9 @@ from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
 from fastvideo.distillation.types import UserError
 
+VALIDATION_REFERENCE = 512
+"""Real videos behind the Frechet distance of a validation: a quick curve, not a figure to report."""
+
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as configured; the folder of the result (a model folder with its recipe).
@@ -163,15 +166,13 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
     from fastvideo.data.video_io import write_video
 
     options = config.validation
-    prompts, score = list(options.prompts), None
+    prompts: list[str] = list(options.prompts)
+    score = None
     if options.world_prompts:
-        from fastvideo.evaluation.metrics import world_scorer
-        from fastvideo.tiny.world import TinyWorld
+        from fastvideo.evaluation.judge import Judge
 
-        prompts = TinyWorld("heldout").sample_captions(options.world_prompts, options.seed)
-        score = world_scorer(prompts)
-    if not prompts:
-        raise UserError("validation.every is set, but there are neither validation.prompts nor world_prompts")
+        judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
+        prompts, score = list(judge.prompts), judge.score
     condition = adapter.encode_prompts(prompts)
 
     def sample(network: nn.Module) -> Tensor:
@@ -195,13 +196,13 @@ def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) 
     """The student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
     student = method.bundle["student"]
     recipe = {
+        "distill_model": config.distill_model,
         "method": config.distill_method,
         "model": config.model.model_dump(mode="json"),
-        "distill_model": config.distill_model,
         "sampler": method.sampler,
-        "ladder": list(method.ladder.times),
-        "guidance": 1.0,
         "weights": "live" if student.ema is None else "ema",
         "steps": config.trainer.max_steps,
     }
+    if method.sampler == "renoise":  # a teacher takes any number of steps and any guidance
+        recipe |= {"ladder": list(method.ladder.times), "guidance": 1.0}
     adapter.save_pipeline(folder, student.ema if student.ema is not None else student.network, recipe)

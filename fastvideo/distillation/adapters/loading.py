@@ -45,8 +45,13 @@ def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) 
     Raises:
         UserError: if the component is not there or cannot be read.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     try:
         return cls.from_pretrained(source, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {subfolder!r} ({cls.__name__}) from {source!r}: {reason}") from error
+    finally:
+        transformers_logging.enable_progress_bar()

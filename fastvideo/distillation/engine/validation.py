@@ -44,12 +44,14 @@ class ValidationHook:
         networks = {"student": self.handle.network}
         if self.handle.ema is not None:
             networks["ema"] = self.handle.ema
+        scores: dict[str, float] = {}
         for name, network in networks.items():
             videos = self.sample(network)
             self.sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
             if self.sinks.score is not None:
-                scores = self.sinks.score(videos)
-                self.sinks.log({f"validation/{name}/{key}": value for key, value in scores.items()}, step)
+                found = self.sinks.score(videos)
+                scores |= {f"validation/{name}/{key}": value for key, value in found.items()}
+        self.sinks.log(scores, step)
 
 
 def side_by_side(videos: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def test_build_wan_dmd2_method_refuses_another_combination(analytic_values: dict
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
-        ({"student": {"trainable": True}}, "'teacher' is missing; role 'critic' is missing"),
+        ({"student": {"trainable": True}}, "'critic' is missing; role 'teacher' is missing"),
         (ROLES | {"teacher": {"trainable": True}}, "'teacher' must be frozen, but is trainable"),
         (ROLES | {"student": {"trainable": False}}, "'student' must be trained, but is frozen"),
         (ROLES | {"discriminator": {"trainable": True}}, "'discriminator' is unknown"),

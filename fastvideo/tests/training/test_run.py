@@ -94,7 +94,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_old_ones_are_removed(analyt
 def test_an_output_folder_that_holds_something_is_left_alone(analytic_values: dict, tmp_path: Path) -> None:
     run(config_of(analytic_values))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match="holds another run.*--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"holds another run.*--resume.*--overwrite"):
         run(config_of(analytic_values))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     run(config_of(analytic_values), overwrite=True)

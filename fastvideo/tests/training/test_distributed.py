@@ -1,0 +1,76 @@
+"""Two gloo processes train what one process would, given the same draws."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
+
+import fastvideo.training.distillation as entry
+from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.training.run import build_data
+
+STEPS = 7
+
+
+def emulate(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Both ranks in this process: each draws and computes on its own, the gradients are averaged by hand."""
+    config = validate(run_schema("analytic", "dmd2"), values, "test")
+    adapter = build_adapter(config)
+    ranks = [Processes(rank, 2) for rank in (0, 1)]
+    methods = [build_method(config, adapter, rank) for rank in ranks]
+    streams = [build_data(config, adapter, rank) for rank in ranks]
+    for step in range(STEPS):
+        for method, stream in zip(methods, streams, strict=True):
+            for loss in method.losses(adapter.prepare(next(stream)), step):
+                loss.value.backward()
+        for role in methods[0].active_roles(step):
+            average_and_step([method.bundle[role] for method in methods])
+    return methods[0].bundle["student"].network.state_dict()
+
+
+def average_and_step(handles: list[Any]) -> None:
+    for parameters in zip(*(handle.parameters() for handle in handles), strict=True):
+        mean = torch.stack([p.grad for p in parameters]).mean(0)
+        for parameter in parameters:
+            parameter.grad = mean.clone()
+    for handle in handles:
+        clip_grad_norm_(handle.parameters(), 1.0)
+        handle.step()
+
+
+@pytest.fixture
+def values(analytic_values: dict[str, Any]) -> dict[str, Any]:
+    changes = {"trainer": {"max_steps": STEPS, "log_every": 2}, "ema": {"enabled": False}, "device": "cpu"}
+    return analytic_values | changes | {"checkpoint": {"every": STEPS}}
+
+
+def test_torchrun_equals_the_same_two_ranks_in_one_process(values: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    command = [*torchrun, entry.__file__, "--distill-model", "analytic", "--distill-method", "dmd2"]
+    done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    output = Path(values["output"])
+    trained, expected = load_file(output / "student" / "network.safetensors"), emulate(values)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-5, atol=1e-6)
+    saved = sorted(file.name for file in (output / "checkpoints" / f"step-{STEPS}").glob("*.json"))
+    assert saved == ["manifest.json", "process-0.json", "process-1.json", "shared.json"]
+
+
+def test_the_ranks_draw_different_tensors_and_take_the_same_decisions(values: dict[str, Any]) -> None:
+    config = validate(run_schema("analytic", "dmd2"), values, "test")
+    first, second = (build_method(config, build_adapter(config), Processes(rank, 2)).rng for rank in (0, 1))
+    assert not torch.equal(first.normal((4,)), second.normal((4,)))
+    assert [first.shared_index(4) for _ in range(20)] == [second.shared_index(4) for _ in range(20)]

@@ -1,0 +1,82 @@
+"""Validation on the real tiny model: it writes what it promises and leaves the training alone, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastvideo.distillation.builder import run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.errors import UserError
+from fastvideo.training.run import run
+
+PROMPTS = ["a green seven moving up and left", "a red three", "a digit"]
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS * 2))
+    trained = {role: {"trainable": role != "teacher"} for role in ("student", "teacher", "critic")}
+    return {
+        "distill_model": "wan",
+        "distill_method": "dmd2",
+        "output": str(tmp_path / "plain"),
+        "model": {"path": "tiny"},
+        "roles": trained,
+        "method": {"teacher_guidance": 1.5, "student_learning_rate": 1e-4, "critic_learning_rate": 1e-4},
+        "data": {"source": "prompts", "path": str(prompts), "batch_size": 2},
+        "trainer": {"max_steps": 4, "log_every": 1},
+    }
+
+
+def trained(values: dict[str, Any], **changes: Any) -> Path:
+    return run(validate(run_schema("wan", "dmd2"), values | changes, "test"))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_trajectory_is_the_same_with_and_without_validation(values: dict[str, Any], tmp_path: Path) -> None:
+    plain = trained(values)
+    watched = trained(values, output=str(tmp_path / "watched"), validation={"every": 2, "prompts": PROMPTS})
+    weights = [load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (plain, watched)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    lines = [metrics(folder.parent) for folder in (plain, watched)]
+    for first, second in zip(*lines, strict=True):
+        first.pop("seconds"), second.pop("seconds")
+        assert first == second
+
+
+def test_validation_writes_videos_of_live_and_averaged_weights(values: dict[str, Any], tmp_path: Path) -> None:
+    trained(values, validation={"every": 2, "prompts": PROMPTS})
+    written = sorted(file.name for file in (tmp_path / "plain" / "validation").iterdir())
+    assert written == [f"step-00000{step}-{name}.mp4" for step in (2, 4) for name in ("ema", "student")]
+
+
+def test_validation_on_the_tiny_world_is_scored(values: dict[str, Any], tmp_path: Path) -> None:
+    trained(values, validation={"every": 4, "world_prompts": 4})
+    scored = next(line for line in metrics(tmp_path / "plain") if "validation/ema/frechet" in line)
+    assert scored["step"] == 4
+    assert 0.0 <= scored["validation/student/digit_accuracy"] <= 1.0
+
+
+def test_validation_without_prompts_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"validation: `every` is set: give `prompts`"):
+        trained(values, validation={"every": 2})
+    assert not Path(values["output"]).exists()
+
+
+def test_the_result_is_a_pipeline_that_stock_diffusers_loads(values: dict[str, Any]) -> None:
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(trained(values))
+    options = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "np"}
+    video = pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=1.0, **options).frames
+    assert video.shape == (1, 9, 32, 32, 3)
