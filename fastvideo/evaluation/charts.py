@@ -115,7 +115,7 @@ class Mark:
 def cost_chart(marks: Sequence[Mark], floor: float, label: str) -> str:
     """Distance over network calls, both logarithmic, with intervals and the floor."""
     width, height = 680, 320
-    x = Axis.over([mark.calls for mark in marks], 64, width - 90, True)
+    x = Axis.over([mark.calls for mark in marks], 64, width - 30, True)
     y = Axis.over([floor, *(max(v, 1e-6) for m in marks for v in (m.low, m.high))], height - 44, 16, True)
     parts = _grid(x, y, width, height, sorted({float(mark.calls) for mark in marks}))
     parts.append(f'<line class="floor" x1="{x.start}" x2="{width - 12}" y1="{y(floor)}" y2="{y(floor)}"/>')
@@ -124,12 +124,19 @@ def cost_chart(marks: Sequence[Mark], floor: float, label: str) -> str:
         cx, cy = x(mark.calls), y(mark.value)
         parts.append(f'<line class="bar {mark.style}" x1="{cx}" x2="{cx}" y1="{y(mark.low)}" y2="{y(mark.high)}"/>')
         parts.append(f'<circle class="mark {mark.style}" cx="{cx}" cy="{cy}" r="6"/>')
-        parts.append(f'<text class="label" x="{cx + 11}" y="{cy + 4}">{escape(mark.label)}</text>')
+        beside = f'x="{cx - 11}" text-anchor="end"' if cx > 0.7 * width else f'x="{cx + 11}"'
+        parts.append(f'<text class="label" {beside} y="{cy + 4}">{escape(mark.label)}</text>')
     parts.append(
         f'<text class="tick" x="{(64 + width) / 2}" y="{height - 6}" text-anchor="middle">network calls</text>'
     )
     described = f"{label} over network calls: " + "; ".join(f"{m.label} {m.value:.3g} at {m.calls}" for m in marks)
     return _svg(described, parts, width, height)
+
+
+def _short(value: float) -> str:
+    """A tick's number in the width that the margin has."""
+    text = f"{value:.4g}"
+    return text if len(text) <= 6 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _thinned(line: Sequence[Point]) -> list[Point]:
@@ -146,9 +153,9 @@ def _grid(
     for tick in y.ticks():
         at = y(tick)
         parts.append(f'<line class="grid" x1="{x.start}" x2="{width - RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="tick" x="{x.start - 6}" y="{at + 3.5}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text class="tick" x="{x.start - 6}" y="{at + 3.5}" text-anchor="end">{_short(tick)}</text>')
     for tick in x.ticks() if x_ticks is None else x_ticks:
-        parts.append(f'<text class="tick" x="{x(tick)}" y="{y.start + 16}" text-anchor="middle">{tick:.4g}</text>')
+        parts.append(f'<text class="tick" x="{x(tick)}" y="{y.start + 16}" text-anchor="middle">{_short(tick)}</text>')
     return parts
 
 

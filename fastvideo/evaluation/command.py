@@ -19,6 +19,8 @@ from fastvideo.inference.loading import load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE
 
+WIDTH_IN_PIPE = 120
+
 
 def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -> None:
     """Measure the folders, print the table and write ``arguments.out``.
@@ -26,7 +28,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     Raises:
         UserError: for a bad folder or sampler; nothing is sampled or written then.
     """
-    console = console or Console()
+    console = console or _console()
     if not arguments.folders:
         raise UserError("evaluate: give at least one model folder, or `tiny`")
     if arguments.sweep_guidance is not None:
@@ -45,6 +47,12 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     if arguments.out is not None:
         write_metrics(arguments.out, evaluation)
         console.print(f"figures: {arguments.out}", highlight=False)
+
+
+def _console() -> Console:
+    """Standard output; a file or a pipe has no width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
 
 
 def row_specs(folders: Sequence[str], guidance: float | None = None) -> dict[str, RowSpec]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
 from fastvideo.evaluation.metrics import Row
@@ -78,8 +79,14 @@ def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict
 
     ``teacher_50``, ``teacher_K``, ``teacher_1`` with the teacher's own guidance; ``untrained_K``, the teacher's weights
     under the student's sampler; ``student_K``, ``student_1``.
+
+    Raises:
+        UserError: if ``student`` has no ladder in its recipe.
     """
-    ladder = tuple(load_recipe(student)["ladder"])
+    recipe = load_recipe(student)
+    if "ladder" not in recipe:
+        raise UserError(f"{student!r} is not a student: its recipe.json names no ladder")
+    ladder = tuple(recipe["ladder"])
     few = len(ladder)
     return {
         f"teacher_{teacher_steps}": RowSpec(teacher, steps=teacher_steps),

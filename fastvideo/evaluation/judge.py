@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -57,6 +57,33 @@ class Diversity:
     real: Tensor
 
 
+@lru_cache(maxsize=1)
+def _instruments() -> tuple[TinyClassifier, PixelPCA]:
+    """The classifier and the pixel components: the same for every judge."""
+    pca = PixelPCA.fit(TinyWorld("train").sample(PCA_VIDEOS, PCA_SEED).videos, COMPONENTS)
+    return TinyClassifier.load(CLASSIFIER_FOLDER), pca
+
+
+@torch.no_grad()
+def observe(videos: Tensor) -> Observed:
+    """Features, pixel coordinates and labels of videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``."""
+    classifier, pca = _instruments()
+    features = classifier.features(videos)
+    return Observed(features, pca(videos), torch.stack([scores.argmax(1) for scores in classifier.heads(features)], 1))
+
+
+@lru_cache(maxsize=4)
+def observe_real(split: Split, count: int) -> tuple[Observed, Tensor]:
+    """``count`` observed real videos and the truth ``[count, 3]`` about them."""
+    seen, truth = [], []
+    with PatientBar("real videos", count) as bar:
+        for sample in TinyWorld(split).batches(count, REFERENCE_SEED, BATCH):
+            seen.append(observe(sample.videos))
+            truth.append(torch.stack([sample.digit, sample.colour, sample.direction], 1))
+            bar(len(sample.videos))
+    return Observed.join(seen), torch.cat(truth)
+
+
 class Judge:
     """Scores videos of the first ``prompts`` captions that ``seed`` draws from ``split``.
 
@@ -79,12 +106,9 @@ class Judge:
         self.prompts = tuple(self.world.sample_captions(prompts, seed))
         self.named = named_attributes(self.prompts)
         self.counts = resample_counts(prompts, seed)
-        self._classifier = TinyClassifier.load(CLASSIFIER_FOLDER)
-        self._pca = PixelPCA.fit(TinyWorld("train").sample(PCA_VIDEOS, PCA_SEED).videos, COMPONENTS)
 
-    @torch.no_grad()
     def observe(self, videos: Tensor) -> Observed:
-        """Features, pixel coordinates and labels of videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``.
+        """What is seen in videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``.
 
         Raises:
             UserError: for videos of another shape: only the tiny world has this judge.
@@ -94,20 +118,11 @@ class Judge:
                 f"evaluation compares with the tiny world's videos, [3, {FRAMES}, {SIZE}, {SIZE}]; "
                 f"this model makes {list(videos.shape[1:])}"
             )
-        features = self._classifier.features(videos)
-        read = torch.stack([scores.argmax(1) for scores in self._classifier.heads(features)], 1)
-        return Observed(features, self._pca(videos), read)
+        return observe(videos)
 
-    @cached_property
+    @property
     def _reference(self) -> tuple[Observed, Tensor]:
-        """Observed real videos and the truth ``[N, 3]`` about them."""
-        seen, truth = [], []
-        with PatientBar("real videos", self.reference_videos) as bar:
-            for sample in self.world.batches(self.reference_videos, REFERENCE_SEED, BATCH):
-                seen.append(self.observe(sample.videos))
-                truth.append(torch.stack([sample.digit, sample.colour, sample.direction], 1))
-                bar(len(sample.videos))
-        return Observed.join(seen), torch.cat(truth)
+        return observe_real(self.world.split, self.reference_videos)
 
     @cached_property
     def reference(self) -> tuple[Moments, Moments]:
