@@ -1,0 +1,104 @@
+"""Every example is what it says: it loads, validates and builds, and the scripts start what they name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvideo.data.order import read_prompts
+from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
+from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.training.distillation import parse
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = ROOT / "examples"
+RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
+SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+EIGHT_STEPS = "distill_wan2.1_t2v_1.3B_dmd2_8steps.sh"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(EXAMPLES))
+
+
+def config_of(values: dict[str, Any], recipe: Path) -> Any:
+    return validate(run_schema(values["distill_model"], values["distill_method"]), values, str(recipe))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_recipe_is_valid_and_says_what_it_is(recipe: Path) -> None:
+    config = config_of(read_yaml(recipe), recipe)
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any("arXiv" in line for line in header), "name the paper"
+    assert any("Command:" in line for line in header), "give the command"
+    assert config.output.startswith("outputs/"), "git ignores outputs/ alone"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_recipe_names_data_that_is_there(recipe: Path) -> None:
+    config = config_of(read_yaml(recipe), recipe)
+    if config.data.source == "prompts":
+        prompts = read_prompts(str(ROOT / config.data.path))
+        assert len(prompts) >= 8 * config.data.batch_size, "eight processes need a batch each"
+        assert not load_method(config.distill_method).uses_latents(config.method)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
+    """The whole builder, with toy networks of the real class instead of the recipe's weights."""
+    values = read_yaml(recipe)
+    if values["distill_model"] == "wan":
+        values["model"]["path"] = str(tiny_wan)
+    config = config_of(values, recipe)
+    adapter = build_adapter(config)
+    method = build_method(config, adapter, networks={role: adapter.load_network() for role in config.roles})
+    assert method.bundle.roles == tuple(config.roles)
+    assert method.ladder.times == config.ladder.times
+    for handle in method.bundle:
+        assert (handle.optimizer is not None) == handle.trainable
+
+
+def test_wan_recipe_is_the_published_one() -> None:
+    recipe = EXAMPLES / "distillation" / "wan2.1_t2v_1.3b_dmd2.yaml"
+    config = config_of(read_yaml(recipe), recipe)
+    assert config.ladder.times == (1.0, 0.75, 0.5, 0.25)
+    assert config.method.teacher_guidance == 4.5
+    assert config.model.prompt_for_negative.startswith("Bright tones, overexposed")
+    assert config.model.prompt_for_negative.endswith("walking backwards")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_script_starts_a_valid_run(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a ``torchrun`` that prints its arguments: they must be flags that the entry knows."""
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUTPUT_DIR": "outputs/from_test"}
+    done = subprocess.run(
+        ["bash", str(script), "--seed", "7"], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    arguments = done.stdout.splitlines()
+    entry = arguments.index("fastvideo/training/distillation.py")
+    monkeypatch.chdir(ROOT)
+    _, config = parse(arguments[entry + 1 :])
+    assert (config.distill_model, config.distill_method, config.seed) == ("wan", "dmd2", 7)
+    assert config.ladder.times == (1.0, 0.85, 0.7, 0.55, 0.35, 0.275, 0.2, 0.125)
+
+
+def test_eight_step_script_documents_its_variables() -> None:
+    text = (EXAMPLES / "distillation" / "phase1" / EIGHT_STEPS).read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    variables = {line.split("=${")[0] for line in text.splitlines() if "=${" in line and not line.startswith("export")}
+    assert variables
+    for variable in variables:
+        assert any(f" {variable} " in line for line in comments), variable
