@@ -13,7 +13,9 @@ WORDS = ("a", "an", "digit", "moving", "and", "up", "down", "left", "right", *DI
 # Longest first: "up and left" must not be read as "up".
 _DIRECTION = "|".join(sorted(DIRECTIONS, key=len, reverse=True))
 _PATTERN = re.compile(
-    rf"an? (?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<digit>digit|{'|'.join(DIGITS)})(?: moving (?P<direction>{_DIRECTION}))?"
+    rf"an? (?:(?P<colour>{'|'.join(COLOURS)}) )?"
+    rf"(?P<digit>digit|{'|'.join(DIGITS)})"
+    rf"(?: moving (?P<direction>{_DIRECTION}))?"
 )
 
 
@@ -47,7 +49,7 @@ def parse_caption(text: str) -> Attributes:
         raise ValueError(f"{text!r}: unknown word {', '.join(unknown)}. The tiny world knows: {', '.join(WORDS)}")
     match = _PATTERN.fullmatch(clean)
     if match is None:
-        raise ValueError(f"{text!r} is not a caption of the tiny world. Write it like 'a green seven moving up and left'")
+        raise ValueError(f"{text!r} is not a caption of the tiny world: write 'a green seven moving up and left'")
     colour, digit, direction = match["colour"], match["digit"], match["direction"]
     return Attributes(
         digit=None if digit == "digit" else DIGITS.index(digit),

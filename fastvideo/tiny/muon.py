@@ -27,7 +27,8 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.T if tall else x
+    result: torch.Tensor = x.T if tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):

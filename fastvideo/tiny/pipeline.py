@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, ModelMixin, WanPipeline, WanTransformer3DModel
 
 from fastvideo.tiny.recipe import TransformerRecipe
 
@@ -34,10 +37,28 @@ def build_transformer(recipe: TransformerRecipe, text_width: int) -> WanTransfor
         )
 
 
-def save_pipeline(folder: Path, shift: float, **parts: object) -> None:
-    """Write a complete diffusers folder from `tokenizer`, `text_encoder`, `vae` and `transformer`."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    WanPipeline(scheduler=scheduler, **parts).save_pretrained(folder, safe_serialization=True)
+# Parts of the folder and the classes that stock `WanPipeline.from_pretrained` loads them with.
+PARTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+}
+
+
+def write_index(folder: Path) -> None:
+    """Write the `model_index.json` that turns the parts in `folder` into a diffusers pipeline."""
+    options = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": (None, None)}
+    index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, **options, **PARTS}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_half(model: ModelMixin, folder: Path) -> None:
+    """Save `model` in half precision, which halves what the package ships; diffusers loads it back as float32."""
+    half = copy.deepcopy(model).half()
+    half.register_to_config(_name_or_path="")  # or the folder it was loaded from would be shipped
+    half.save_pretrained(folder)
 
 
 def load_pipeline(folder: Path = PIPELINE_FOLDER) -> WanPipeline:

@@ -85,7 +85,7 @@ class VaeRecipe:
     decoder_width: int = 24
     multipliers: tuple[int, ...] = (1, 2, 2)
     blocks: int = 1
-    steps: int = 4000
+    steps: int = 2400
     batch_size: int = 16
     muon_rate: float = 4e-3
     adam_rate: float = 2e-3
@@ -94,7 +94,18 @@ class VaeRecipe:
     short_share: float = 0.6
     ink_weight: float = 3.0
     squared_weight: float = 4.0
-    kl_weight: float = 2e-4
+    kl_weight: float = 5e-4
     gradient_norm: float = 1.0
     statistics_videos: int = 2048
     seed: int = 13
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """All parts of the recipe; `report_videos` held-out videos stand behind each figure it prints."""
+
+    classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)
+    vae: VaeRecipe = field(default_factory=VaeRecipe)
+    text: TextRecipe = field(default_factory=TextRecipe)
+    transformer: TransformerRecipe = field(default_factory=TransformerRecipe)
+    report_videos: int = 2048

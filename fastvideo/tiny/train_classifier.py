@@ -42,7 +42,7 @@ def classification_loss(
 ) -> torch.Tensor:
     """Sum of the three cross-entropies."""
     truth = (sample.digit, sample.colour, sample.direction)
-    losses = [F.cross_entropy(s, t, label_smoothing=smoothing) for s, t in zip(model(videos), truth)]
+    losses = [F.cross_entropy(s, t, label_smoothing=smoothing) for s, t in zip(model(videos), truth, strict=True)]
     return torch.stack(losses).sum()
 
 
@@ -51,4 +51,4 @@ def accuracy(model: TinyClassifier, sample: WorldSample, videos: torch.Tensor | 
     read = model.read(sample.videos if videos is None else videos)
     truth = torch.stack([sample.digit, sample.colour, sample.direction], dim=1)
     right = (read == truth).double().mean(dim=0).tolist()
-    return dict(zip(("digit", "colour", "direction"), right))
+    return dict(zip(("digit", "colour", "direction"), right, strict=True))

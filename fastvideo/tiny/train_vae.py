@@ -40,8 +40,9 @@ def train_vae(recipe: VaeRecipe, after_step: StepHook | None = None) -> Autoenco
         vae.zero_grad()
         vae_loss(vae, videos, recipe, generator).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(vae.parameters(), recipe.gradient_norm)
-        for stepper in (*optimizers, *schedules):
-            stepper.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         if after_step is not None:
             after_step(step + 1, vae)
     measure_statistics(vae, recipe)
@@ -84,7 +85,7 @@ def _use_channels_last(vae: AutoencoderKLWan) -> None:
 
 @torch.no_grad()
 def measure_statistics(vae: AutoencoderKLWan, recipe: VaeRecipe) -> None:
-    """Write mean and deviation per channel of the train split's latents into the configuration, where diffusers looks."""
+    """Write mean and deviation per channel of the train split's latents into the configuration."""
     batches = TinyWorld("train").batches(recipe.statistics_videos, recipe.seed + 1, 64)
     latents = torch.cat([encode_moments(vae, sample.videos)[0] for sample in batches])
     std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3, 4))
@@ -106,9 +107,7 @@ class VaeQuality:
 def vae_quality(vae: AutoencoderKLWan, judge: TinyClassifier, samples: int, seed: int) -> VaeQuality:
     """Encode and decode `samples` held-out videos and measure what came back."""
     truth = TinyWorld("heldout").sample(samples, seed)
-    pieces = [vae.decode(encode_moments(vae, part)[0]).sample for part in truth.videos.split(64)]
+    pieces = [vae.decode(encode_moments(vae, part)[0]).sample for part in truth.videos.split(64)]  # type: ignore[no-untyped-call]
     reconstruction = torch.cat(pieces)
     right = accuracy(judge, truth, reconstruction)
-    return VaeQuality(
-        psnr(reconstruction, truth.videos), right["digit"], right["colour"], right["direction"], samples
-    )
+    return VaeQuality(psnr(reconstruction, truth.videos), right["digit"], right["colour"], right["direction"], samples)

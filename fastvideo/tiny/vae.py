@@ -55,17 +55,15 @@ def encode_moments(vae: AutoencoderKLWan, videos: torch.Tensor) -> tuple[torch.T
 def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """`vae.decode` of raw latents [B, 16, T, H, W] without its final clamp to [-1, 1].
 
-    The clamp has no gradient outside the range. Almost every pixel of this world is black, which is the lower end of the
-    range: trained through the clamp, the network overshoots there once and learns nothing more.
+    The clamp has no gradient outside the range. Almost every pixel of this world is black, which is the lower end of
+    the range: trained through the clamp, the network overshoots there once and learns nothing more.
     """
     vae.clear_cache()
     hidden = vae.post_quant_conv(latents)
     chunks = []
     for index, frame in enumerate(hidden.split(1, dim=2)):
         vae._conv_idx = [0]
-        chunks.append(
-            vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0)
-        )
+        chunks.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
     vae.clear_cache()
     video: torch.Tensor = unpatchify(torch.cat(chunks, dim=2), patch_size=vae.config.patch_size)
     return video

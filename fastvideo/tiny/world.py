@@ -127,7 +127,8 @@ class TinyWorld:
     def _captions(self, u: npt.NDArray[np.float64]) -> list[str]:
         image, colour, direction, named = self._truth(u)
         truth = torch.stack([self.labels[image], colour, direction], dim=1).tolist()
-        visible = [[v if show else None for v, show in zip(*row)] for row in zip(truth, named.tolist())]
+        pairs = zip(truth, named.tolist(), strict=True)
+        visible = [[v if show else None for v, show in zip(*row, strict=True)] for row in pairs]
         return [caption_of(Attributes(*row)) for row in visible]
 
     def _build(self, u: npt.NDArray[np.float64]) -> WorldSample:

@@ -134,8 +134,8 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> Sample
         return SampleStream(TinyWorld("train").sample_captions(options.size, config.seed), None, config.seed, shard)
     from fastvideo.tiny.latents import cached_latents
 
-    captions, latents = cached_latents(adapter, options.size, Path(options.cache))
-    return SampleStream(captions, latents, config.seed, shard)
+    encoded = cached_latents(adapter, options.size, config.seed, Path(options.cache))
+    return SampleStream(encoded.captions, encoded.latents, config.seed, shard)
 
 
 def build_trainer(

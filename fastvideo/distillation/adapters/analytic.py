@@ -149,6 +149,10 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
             raise UserError(f"a caption of the analytic family is a number that shifts the mean: {error}") from error
         return Condition({"shift": torch.tensor(shifts, device=self.device)})
 
+    @property
+    def codec_key(self) -> str:
+        return "identity"
+
     def encode(self, videos: Tensor) -> Tensor:
         return videos.to(self.device)
 

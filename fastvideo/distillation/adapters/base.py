@@ -81,6 +81,11 @@ class DistillAdapter(ABC, Generic[ConfigT]):
             UserError: for a prompt that the text encoder cannot take whole.
         """
 
+    @property
+    @abstractmethod
+    def codec_key(self) -> str:
+        """Changes with anything that the latents of a video depend on, so that cached latents are never stale."""
+
     @abstractmethod
     def encode(self, videos: Tensor) -> Tensor:
         """Normalised latents of videos, without gradient."""

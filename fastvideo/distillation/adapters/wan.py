@@ -6,6 +6,7 @@ The network is rectified flow natively; its time embedding counts to 1000, and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import OrderedDict
@@ -183,6 +184,15 @@ class WanAdapter(DistillAdapter[WanConfig]):
         shape = (1, -1, 1, 1, 1)
         mean, std = self._vae_config["latents_mean"], self._vae_config["latents_std"]
         return torch.tensor(mean, device=self.device).view(shape), torch.tensor(std, device=self.device).view(shape)
+
+    @cached_property
+    def codec_key(self) -> str:
+        """SHA-256 of the VAE's config and weights."""
+        digest = hashlib.sha256(json.dumps(dict(self._vae_config), sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""The recipe rebuilds every part, and cached latents are never stale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.tiny.build import build
+from fastvideo.tiny.classifier import TinyClassifier
+from fastvideo.tiny.latents import cache_key, cached_latents
+from fastvideo.tiny.muon import orthogonalise
+from fastvideo.tiny.pipeline import load_pipeline
+from fastvideo.tiny.recipe import ClassifierRecipe, TinyRecipe, VaeRecipe
+from fastvideo.tiny.train_vae import train_vae
+from fastvideo.tiny.vae import build_vae, encode
+from fastvideo.tiny.world import TinyWorld
+
+SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
+
+
+def test_all_stages_write_a_pipeline_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = replace(TinyRecipe(), classifier=ClassifierRecipe(steps=3, batch_size=4), vae=SMALL, report_videos=16)
+    build(tmp_path, ["classifier", "vae", "text", "transformer"], recipe)
+    pipe = load_pipeline(tmp_path / "pipeline")
+    assert pipe.vae.config.base_dim == 8
+    assert pipe.scheduler.config.shift == recipe.transformer.shift
+    assert isinstance(TinyClassifier.load(tmp_path / "classifier"), TinyClassifier)
+    assert capsys.readouterr().out.count("wall_seconds") == 4
+
+
+def test_vae_training_repeats_bit_for_bit_and_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    first, second = train_vae(SMALL).state_dict(), train_vae(SMALL).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_muon_orthogonalises() -> None:
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonalise(matrix))
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+    torch.testing.assert_close(orthogonalise(matrix.T), orthogonalise(matrix).T)
+
+
+@pytest.fixture
+def small_vae() -> AutoencoderKLWan:
+    return build_vae(SMALL).eval().requires_grad_(False)
+
+
+@dataclass
+class Codec:
+    """The small VAE as the latent codec of a model family."""
+
+    vae: AutoencoderKLWan
+    codec_key: str = "first"
+
+    def encode(self, videos: torch.Tensor) -> torch.Tensor:
+        return encode(self.vae, videos)
+
+
+def test_latents_are_encoded_once_and_read_back(small_vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    first = cached_latents(Codec(small_vae), n=5, seed=1, folder=tmp_path)
+    again = cached_latents(Codec(small_vae), n=5, seed=1, folder=tmp_path)
+    world = TinyWorld("train").sample(5, seed=1)
+    assert torch.equal(first.latents, encode(small_vae, world.videos))
+    assert torch.equal(first.latents, again.latents)
+    assert first.captions == again.captions == world.captions
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_codec_or_draw_has_another_key(small_vae: AutoencoderKLWan) -> None:
+    codec = Codec(small_vae)
+    key = cache_key(codec, 5, 1, "train")
+    assert key == cache_key(codec, 5, 1, "train")
+    others = [cache_key(codec, 6, 1, "train"), cache_key(codec, 5, 2, "train"), cache_key(codec, 5, 1, "heldout")]
+    assert key not in [*others, cache_key(Codec(small_vae, "second"), 5, 1, "train")]
+
+
+def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
+    first, second = (WanAdapter(WanConfig(path="tiny")) for _ in range(2))
+    with torch.no_grad():
+        second.vae.quant_conv.bias += 1e-3
+    assert first.codec_key != second.codec_key

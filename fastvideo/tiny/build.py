@@ -1,0 +1,101 @@
+"""Rebuild the tiny pipeline from nothing but scikit-learn's digits.
+
+    python -m fastvideo.tiny.build --out FOLDER [--stage classifier|vae|text|transformer]
+
+Stages, in order, with their wall times on one core: `classifier` (the judge, 3 minutes), `vae` (13 minutes), `text`
+(tokenizer and random text encoder, at once), `transformer` (random weights, at once; the `sft` method trains it).
+Without --stage all of them run. A stage writes FOLDER/classifier or its part of FOLDER/pipeline and replaces what was
+there; the others stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fastvideo.tiny.classifier import TinyClassifier
+from fastvideo.tiny.pipeline import build_transformer, save_half, write_index
+from fastvideo.tiny.recipe import TinyRecipe
+from fastvideo.tiny.text import build_text_encoder, build_tokenizer
+from fastvideo.tiny.train_classifier import accuracy, train_classifier
+from fastvideo.tiny.train_vae import train_vae, vae_quality
+from fastvideo.tiny.world import TinyWorld
+
+Stage = Callable[[Path, TinyRecipe], dict[str, float]]
+
+
+def classifier_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
+    """Train and save the judge; returns its accuracy on held-out real videos."""
+    judge = train_classifier(recipe.classifier)
+    judge.save(out / "classifier")
+    return accuracy(judge, TinyWorld("heldout").sample(recipe.report_videos, seed=0))
+
+
+def vae_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
+    """Train and save the VAE; returns its quality on held-out videos, read by the judge in `out`."""
+    judge = TinyClassifier.load(out / "classifier")
+    vae = train_vae(recipe.vae)
+    quality = asdict(vae_quality(vae, judge, recipe.report_videos, seed=0))
+    save_half(vae, out / "pipeline" / "vae")
+    return quality
+
+
+def text_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
+    """Save tokenizer and text encoder."""
+    build_tokenizer(recipe.text).save_pretrained(out / "pipeline" / "tokenizer")
+    build_text_encoder(recipe.text).save_pretrained(out / "pipeline" / "text_encoder")
+    return {}
+
+
+def transformer_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
+    """Save an untrained transformer, the scheduler and the index that makes the folder a diffusers pipeline."""
+    folder = out / "pipeline"
+    save_half(build_transformer(recipe.transformer, recipe.text.width), folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=recipe.transformer.shift).save_pretrained(folder / "scheduler")
+    write_index(folder)
+    return {}
+
+
+STAGES: dict[str, Stage] = {
+    "classifier": classifier_stage,
+    "vae": vae_stage,
+    "text": text_stage,
+    "transformer": transformer_stage,
+}
+
+
+def build(out: Path, stages: list[str], recipe: TinyRecipe) -> None:
+    """Run `stages` in order, printing one JSON line with wall time and figures after each."""
+    for name in stages:
+        start = time.perf_counter()
+        figures = STAGES[name](out, recipe)
+        seconds = round(time.perf_counter() - start, 1)
+        print(json.dumps({"stage": name, "wall_seconds": seconds, **figures}), flush=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastvideo.tiny.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that receives classifier/ and pipeline/")
+    parser.add_argument("--stage", choices=list(STAGES), action="append", help="run this stage only (repeatable)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, which is reproducible)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)  # black pixels make denormals, which are a hundred times slower
+    wanted = arguments.stage or list(STAGES)
+    if wanted[0] == "vae" and not (arguments.out / "classifier").is_dir():
+        parser.error(f"{arguments.out} holds no classifier to judge the VAE by: run --stage classifier first")
+    build(arguments.out, [name for name in STAGES if name in wanted], TinyRecipe())
+
+
+if __name__ == "__main__":
+    main()
