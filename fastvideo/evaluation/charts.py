@@ -37,7 +37,7 @@ def grouped(curves: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, Sequen
             charts.setdefault(f"validation: {parts[2].replace('_', ' ')}", {})[parts[1]] = points
         else:
             charts[name.replace("/", ": ").replace("_", " ")] = {"": points}
-    return charts
+    return {title: dict(sorted(series.items())) for title, series in charts.items()}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _grid(
         at = y(tick)
         parts.append(f'<line class="grid" x1="{x.start}" x2="{width - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="tick" x="{x.start - 6}" y="{at + 3.5}" text-anchor="end">{_short(tick)}</text>')
-    for tick in x.ticks() if x_ticks is None else x_ticks:
+    for tick in x.ticks(6) if x_ticks is None else x_ticks:
         parts.append(f'<text class="tick" x="{x(tick)}" y="{y.start + 16}" text-anchor="middle">{_short(tick)}</text>')
     return parts
 

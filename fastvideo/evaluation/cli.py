@@ -9,22 +9,26 @@ from typing import Annotated
 
 import tyro
 
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class EvaluateArguments:
     """Measure models of the tiny world: prompt accuracy, distance from real videos, diversity, speed."""
 
-    folders: Annotated[tuple[str, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...", help_behavior_hint="")]
     """Model folders, or `tiny` for the shipped teacher; FOLDER:STEPS sets the steps, as in `tiny:50 out/student:1`."""
     prompts: int = 512
     """Held-out prompts; all models get the same ones, and the same noise."""
     seed: int = 0
     """Chooses prompts and noise."""
-    guidance: float | None = None
+    guidance: OptionalFloat = None
     """Guidance scale for all models; default: each model's own."""
-    sweep_guidance: str | None = None
+    sweep_guidance: OptionalText = None
     """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
-    out: Path | None = None
+    out: OptionalFile = None
     """Write the figures as JSON."""
     batch_size: int = 64
     """Videos that are denoised together; the speed depends on it."""

@@ -108,7 +108,7 @@ def evaluate_rows(
     device: str = "cpu",
     judge: Judge | None = None,
 ) -> Evaluation:
-    """Measure every row on the same prompts and noise.
+    """Measure every row on the same prompts and noise; the floor is that of the first row's VAE.
 
     Args:
         rows: what to measure, by name.

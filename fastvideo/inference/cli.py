@@ -9,36 +9,40 @@ from typing import Annotated
 
 import tyro
 
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class GenerateArguments:
     """Generate a video from text with a student (few steps, no guidance) or a teacher (many steps, guided)."""
 
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Model folder, a hub id, or `tiny` for the teacher that ships with this package."""
-    prompt: str
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """What to show, such as "a green seven moving up and left"."""
     output: Path = Path("video.mp4")
     """Where the video goes; .mp4, .gif, .webp or .apng."""
-    steps: int | None = None
+    steps: OptionalInt = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
-    guidance: float | None = None
+    guidance: OptionalFloat = None
     """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and 5 for a teacher."""
-    negative_prompt: str | None = None
+    negative_prompt: OptionalText = None
     """What guidance leads away from; default: the model's own."""
     seed: int = 0
     """Same seed, same video."""
     fps: int = 8
     """Frames per second of the file."""
-    scale: int | None = None
+    scale: OptionalInt = None
     """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
-    height: int | None = None
+    height: OptionalInt = None
     """Video height in pixels; default: the one the model was distilled for."""
-    width: int | None = None
+    width: OptionalInt = None
     """Video width in pixels."""
-    num_frames: int | None = None
+    num_frames: OptionalInt = None
     """Frames of the video."""
-    max_sequence_length: int | None = None
+    max_sequence_length: OptionalInt = None
     """Tokens of a prompt that the model sees."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, mps."""

@@ -20,8 +20,15 @@ class PatientBar:
 
     def __init__(self, label: str, total: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        # In a log a bar that comes and goes leaves nothing but blank lines.
         self._bar = Progress(
-            *columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(label, total=total)
         self._begin = time.monotonic()
