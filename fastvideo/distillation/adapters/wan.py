@@ -188,7 +188,8 @@ class WanAdapter(DistillAdapter[WanConfig]):
     @cached_property
     def codec_key(self) -> str:
         """SHA-256 of the VAE's config and weights."""
-        digest = hashlib.sha256(json.dumps(dict(self._vae_config), sort_keys=True, default=str).encode())
+        config = {key: value for key, value in self._vae_config.items() if key[0] != "_"}  # no path, no version
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, weight in sorted(self.vae.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.cpu().contiguous().numpy().tobytes())

@@ -202,6 +202,11 @@ def test_latents_and_videos_have_matching_shapes(model: DistillAdapter[Any]) -> 
     assert not videos.requires_grad
 
 
+def test_the_codec_key_is_a_property_of_the_codec(model: DistillAdapter[Any]) -> None:
+    assert model.codec_key
+    assert type(model)(model.config).codec_key == model.codec_key
+
+
 def test_networks_are_loaded_independently(model: DistillAdapter[Any], network: nn.Module) -> None:
     other = model.load_network()
     for (name, one), two in zip(network.named_parameters(), other.parameters(), strict=True):

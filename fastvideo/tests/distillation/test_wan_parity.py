@@ -127,6 +127,20 @@ def test_encoding_normalises_with_the_published_statistics(adapter: WanAdapter, 
         torch.testing.assert_close(found[:, channel], (raw[:, channel] - mean) / std, **CLOSE)
 
 
+def test_any_change_of_the_autoencoder_changes_the_codec_key(adapter: WanAdapter, tmp_path: Path) -> None:
+    keys = [adapter.codec_key]
+    for bias, shift in ((0.0, 0.0), (1e-6, 0.0), (0.0, 1e-6)):
+        folder = tmp_path / f"{bias}_{shift}"
+        adapter.save_pipeline(folder, adapter.load_network(), {})
+        vae = WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).vae
+        vae.encoder.conv_in.bias.data += bias
+        vae.register_to_config(latents_mean=[mean + shift for mean in vae.config.latents_mean])
+        vae.save_pretrained(folder / "vae")
+        keys.append(WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).codec_key)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
 @torch.no_grad()
 def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, pipeline: Any) -> None:
     frames, height, width = adapter.latent_shape[1:]
