@@ -59,11 +59,6 @@ def with_gradient(bundle: ModelBundle) -> set[str]:
     return {h.name for h in bundle for p in h.network.parameters() if p.grad is not None}
 
 
-def run(method: DistillMethod[Any], batch: Batch, steps: int, rate: float = 1e-2) -> None:
-    """A few optimizer steps on one batch."""
-    train(method, lambda step: batch, steps, dict.fromkeys(method.trainable_roles, rate), final_rate=1.0)
-
-
 @every_method
 def test_it_declares_itself(name: str) -> None:
     cls = load_method(name)
@@ -122,7 +117,8 @@ def test_the_gradient_mode_never_leaks_to_the_trainer(name: str, enabled: bool, 
 def test_frozen_roles_stay_bit_identical_and_trained_ones_move(name: str, adapter: SpyAdapter) -> None:
     method = toy_method(name, adapter, mean=-0.5, std=1.2)
     before = parameters(method.bundle)
-    run(method, analytic_batch(adapter, 4), 3)
+    batch = analytic_batch(adapter, 4)
+    train(method, lambda step: batch, 3, dict.fromkeys(method.trainable_roles, 1e-2), final_rate=1.0)
     after = parameters(method.bundle)
     for key, value in before.items():
         trained = key.split(".")[0] in method.trainable_roles and not key.endswith("log_weight")
