@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ MAX_FUNCTION, MAX_FILE, MAX_ADAPTER, MAX_TEST, MAX_DMD2 = 60, 250, 300, 300, 150
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
 FROZEN_VERBS = {"distill", "generate", "evaluate", "schedule", "list"}
 FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "overwrite"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 METHODS_NEVER = ("diffusers", "transformers", "peft")
 
 
@@ -47,6 +49,14 @@ def test_process_groups_live_in_the_engine_alone() -> None:
     others = [source for source in SOURCES if not allowed & set(source.parents)]
     found = {source.name for source in others for name in imports_of(source) if name.startswith("torch.distributed")}
     assert not found
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    known = {line.split(">")[0] for line in declared} | {"fastvideo"} | sys.stdlib_module_names
+    library = [source for source in SOURCES if PACKAGE / "tests" not in source.parents]
+    imported = {name.split(".")[0] for source in library for name in imports_of(source)}
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= known
 
 
 def functions() -> Iterator[tuple[str, int]]:
