@@ -116,21 +116,38 @@ def cost_chart(marks: Sequence[Mark], floor: float, label: str) -> str:
     """Distance over network calls, both logarithmic, with intervals and the floor."""
     width, height = 680, 320
     x = Axis.over([mark.calls for mark in marks], 64, width - 30, True)
-    y = Axis.over([floor, *(max(v, 1e-6) for m in marks for v in (m.low, m.high))], height - 44, 16, True)
+    lows = [max(mark.low, mark.value / 10) for mark in marks]  # a logarithmic axis has no zero
+    y = Axis.over([floor, *lows, *(mark.high for mark in marks)], height - 44, 16, True)
     parts = _grid(x, y, width, height, sorted({float(mark.calls) for mark in marks}))
     parts.append(f'<line class="floor" x1="{x.start}" x2="{width - 12}" y1="{y(floor)}" y2="{y(floor)}"/>')
     parts.append(f'<text class="note" x="{width - 12}" y="{y(floor) - 6}" text-anchor="end">real videos (floor)</text>')
-    for mark in marks:
+    taken = [(x(mark.calls) - 8, x(mark.calls) + 8, y(mark.value) + 4) for mark in marks]
+    for mark, low in zip(marks, lows, strict=True):
         cx, cy = x(mark.calls), y(mark.value)
-        parts.append(f'<line class="bar {mark.style}" x1="{cx}" x2="{cx}" y1="{y(mark.low)}" y2="{y(mark.high)}"/>')
+        name, box = _label(mark.label, cx, cy + 4, width, taken)
+        taken.append(box)
+        parts.append(f'<line class="bar {mark.style}" x1="{cx}" x2="{cx}" y1="{y(low)}" y2="{y(mark.high)}"/>')
         parts.append(f'<circle class="mark {mark.style}" cx="{cx}" cy="{cy}" r="6"/>')
-        beside = f'x="{cx - 11}" text-anchor="end"' if cx > 0.7 * width else f'x="{cx + 11}"'
-        parts.append(f'<text class="label" {beside} y="{cy + 4}">{escape(mark.label)}</text>')
+        parts.append(name)
     parts.append(
         f'<text class="tick" x="{(64 + width) / 2}" y="{height - 6}" text-anchor="middle">network calls</text>'
     )
     described = f"{label} over network calls: " + "; ".join(f"{m.label} {m.value:.3g} at {m.calls}" for m in marks)
     return _svg(described, parts, width, height)
+
+
+Box = tuple[float, float, float]
+"""Left, right and baseline of a text."""
+
+
+def _label(text: str, cx: float, baseline: float, width: int, taken: Sequence[Box]) -> tuple[str, Box]:
+    """The name of a mark beside it, lower where something stands already: equal results share a spot."""
+    length, flipped = 7.2 * len(text), cx > 0.7 * width
+    left = cx - 11 - length if flipped else cx + 11
+    while any(abs(baseline - v) < 13 and left < b and a < left + length for a, b, v in taken):
+        baseline += 14
+    beside = f'x="{cx - 11}" text-anchor="end"' if flipped else f'x="{cx + 11}"'
+    return f'<text class="label" {beside} y="{baseline}">{escape(text)}</text>', (left, left + length, baseline)
 
 
 def _short(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -66,7 +67,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One run over prompts: what the judge saw, the first videos, and mean seconds per video."""
+    """One run over prompts: what the judge saw, the first videos, and seconds per video.
+
+    Seconds are the median over batches, so that a burst of other work on the machine does not count.
+    """
 
     seen: Observed
     videos: Tensor
@@ -190,18 +194,19 @@ def sample(
     """Generate, decode and observe videos batch by batch, on a clock that leaves the judge out."""
     parts: list[Observed] = []
     kept: list[Tensor] = []
-    denoise = decode = 0.0
+    denoise: list[float] = []
+    decode: list[float] = []
     for batch in generate_batches(
         model.adapter, model.network, prompts, spec, seed=seed, batch_size=batch_size, progress=progress
     ):
         begin = time.perf_counter()
         videos = model.adapter.decode(batch.latents.to(model.adapter.device)).float().cpu().clamp(-1, 1)
-        decode += time.perf_counter() - begin
-        denoise += batch.seconds
+        decode.append((time.perf_counter() - begin) / len(videos))
+        denoise.append(batch.seconds / len(videos))
         parts.append(judge.observe(videos))
         kept.append(videos[: max(0, keep - sum(map(len, kept)))].clone())
         progress(DECODE_UNITS * len(videos))
-    return Sampled(Observed.join(parts), torch.cat(kept), denoise / len(prompts), decode / len(prompts))
+    return Sampled(Observed.join(parts), torch.cat(kept), median(denoise), median(decode))
 
 
 def _row(

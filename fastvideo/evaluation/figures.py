@@ -136,7 +136,7 @@ def figures_table(metrics: Metrics) -> str:
         f'<table><thead><tr><th scope="col">model</th><th scope="col">calls</th>{heads}<th scope="col">denoising</th>'
         f'<th scope="col">end to end</th></tr></thead><tbody>{body}</tbody><caption>{rows[0]["samples"]} prompts, of '
         f"which {named}; diversity over {counts['diversity']} prompts. Small print: 95 % bootstrap intervals over "
-        f"prompts. Seconds per video at batch size {rows[0]['batch_size']}; end to end adds text encoding and VAE."
+        f"prompts. Time per video at batch size {rows[0]['batch_size']}, median; end to end adds text encoding and VAE."
         "</caption></table>"
     )
 

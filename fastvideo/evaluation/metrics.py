@@ -24,7 +24,7 @@ class Row:
     Distances are squared, in squared units of their space. The floors are the distances of as many real held-out
     videos after the VAE: what a perfect model of the latents would score. ``diversity`` is the spread of videos of one
     prompt relative to that of real videos which fit the prompt: 1 as varied as the world, 0 always the same video.
-    Seconds are wall time per video, ``batch_size`` videos at a time.
+    Seconds are wall time per video, ``batch_size`` videos at a time, the median over batches.
     """
 
     digit_accuracy: Estimate

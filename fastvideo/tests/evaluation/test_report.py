@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.evaluation.charts import Axis, grouped, line_chart, read_curves
+from fastvideo.evaluation.charts import Axis, Mark, cost_chart, grouped, line_chart, read_curves
 from fastvideo.evaluation.evaluate import Evaluation
 from fastvideo.evaluation.figures import headline, title_of
 from fastvideo.evaluation.report import ReportData, media, write_page, write_report
@@ -138,3 +138,11 @@ def test_axis_keeps_values_and_ticks_inside(low: float, high: float, log: bool) 
     ticks = axis.ticks()
     assert 1 <= len(ticks) <= 8
     assert all(10 <= axis(value) <= 200 for value in (low, high, *ticks))
+
+
+def test_equal_results_keep_readable_names_and_a_described_chart() -> None:
+    marks = [Mark(name, 4, 30.0, 0.0, 40.0, "student") for name in ("first", "second")]
+    svg = ElementTree.fromstring(cost_chart(marks, 10.0, "distance"))
+    assert svg.attrib["aria-label"] == "distance over network calls: first 30 at 4; second 30 at 4"
+    baselines = [float(text.attrib["y"]) for text in svg.iter("text") if text.attrib["class"] == "label"]
+    assert baselines[1] - baselines[0] >= 13
