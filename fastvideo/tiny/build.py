@@ -1,9 +1,10 @@
 """Rebuild the tiny pipeline from nothing but scikit-learn's digits.
 
-    python -m fastvideo.tiny.build --out FOLDER [--stage classifier|vae|text|transformer]
+    python -m fastvideo.tiny.build --out FOLDER [--stage classifier|vae|text|transformer|teacher]
 
-Stages, in order, with their wall times on one core: `classifier` (the judge, 3 minutes), `vae` (13 minutes), `text`
-(tokenizer and random text encoder, at once), `transformer` (random weights, at once; the `sft` method trains it).
+Stages and their wall times on one core, in order: `classifier` (the judge, 3 minutes), `vae` (13 minutes), `text`
+(tokenizer and random text encoder, at once), `transformer` (random weights, at once), `teacher` (the `sft` method trains
+them, 75 minutes; run it from the root of the repository, where its recipe is).
 Without --stage all of them run. A stage writes FOLDER/classifier or its part of FOLDER/pipeline and replaces what was
 there; the others stay.
 """
@@ -23,6 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.pipeline import build_transformer, save_half, write_index
 from fastvideo.tiny.recipe import TinyRecipe
+from fastvideo.tiny.teacher import train_teacher
 from fastvideo.tiny.text import build_text_encoder, build_tokenizer
 from fastvideo.tiny.train_classifier import accuracy, train_classifier
 from fastvideo.tiny.train_vae import train_vae, vae_quality
@@ -63,11 +65,17 @@ def transformer_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
     return {}
 
 
+def teacher_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
+    """Train the transformer and install it; returns its last loss."""
+    return train_teacher(out)
+
+
 STAGES: dict[str, Stage] = {
     "classifier": classifier_stage,
     "vae": vae_stage,
     "text": text_stage,
     "transformer": transformer_stage,
+    "teacher": teacher_stage,
 }
 
 

@@ -16,7 +16,7 @@ from fastvideo.tiny.progress import progress
 from fastvideo.tiny.world import Split, TinyWorld
 
 BATCH = 64
-FORMAT = 1  # raised when the world or the meaning of the file changes, so that older files are not used
+FORMAT = 2  # raised when the world or the meaning of the file changes, so that older files are not used
 
 
 @dataclass(frozen=True)

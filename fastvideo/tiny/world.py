@@ -26,7 +26,7 @@ Split = Literal["train", "heldout"]
 
 FRAMES = 9
 SIZE = 32  # pixels, height and width
-OPEN_PROBABILITY = 0.25  # of each attribute, independently, to stay out of the caption
+OPEN_PROBABILITY = 0.5  # of each attribute, independently, to stay out of the caption
 TRAIN_SHARE = 0.8
 
 # Unit vectors in image coordinates (x to the right, y downwards), in the order of DIRECTIONS.

@@ -54,7 +54,7 @@ def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool)
     barrier()
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
-    data = build_data(config, adapter, processes)
+    data = _build_data_once(config, adapter, processes)
     if processes.is_main:
         prepare_output(config, output, overwrite=overwrite)
     barrier()
@@ -111,6 +111,14 @@ def environment() -> dict[str, str]:
         "revision": revision or "not a git checkout",
         **{package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def _build_data_once(config: Config, adapter: Adapter, processes: Processes) -> SampleStream:
+    """The data, with the main process first: what it computes and caches, the others only read."""
+    if processes.is_main:
+        data = build_data(config, adapter, processes)
+    barrier()
+    return data if processes.is_main else build_data(config, adapter, processes)
 
 
 def build_data(config: Config, adapter: Adapter, processes: Processes) -> SampleStream:
