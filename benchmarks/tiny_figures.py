@@ -87,36 +87,35 @@ def ratios(figures: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        f"Denoising: the 4-step student is {speed} times as fast as the teacher's 50 guided steps, measured in the same",
-        f"run. Distillation: {seconds} s wall time, {figures[0]['distillation']['student_updates']} student updates,",
+        f"Denoising: the 4-step student is {speed} times as fast as the teacher's 50 guided steps, in the same run.",
+        f"Distillation: {seconds} s wall time, {figures[0]['distillation']['student_updates']} student updates,",
         f"{memory} MiB peak memory.",
     ]
 
 
+HEAD = """# Results on the tiny world
+
+Made by `python benchmarks/tiny_figures.py --seeds {seeds}` at revision {revision}, on {cores} cores ({machine}), fp32.
+Mean over {count} training seeds, with the range; {samples} held-out prompts, the same prompts and noise for every row.
+The teacher runs with its best guidance ({guidance:g}). Distances are Frechet distances from 2048 other real held-out
+videos, in the judge's feature space and in a pixel space (48 principal components). As many real videos after the VAE,
+which is what a perfect model of the latents would score, are at {frechet_floor:.1f} and {frechet_pixel_floor:.0f}. Each
+row's bootstrap intervals are in its `metrics.json`.
+"""
+
+
 def page(arguments: Arguments, figures: list[dict[str, Any]]) -> str:
     """The whole page."""
-    first = figures[0]["teacher_50"]
     git = ["git", "rev-parse", "--short", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    seeds = " ".join(map(str, arguments.seeds))
-    return "\n".join(
-        [
-            "# Results on the tiny world",
-            "",
-            f"Made by `python benchmarks/tiny_figures.py --seeds {seeds}` at revision {revision}, on",
-            f"{os.cpu_count()} cores ({platform.machine()}), fp32. Mean over {len(figures)} training seeds, with the range;",
-            f"{first['samples']} held-out prompts, the same prompts and noise for every row. The teacher runs with its best",
-            f"guidance ({first['guidance']:g}). Distances are Frechet distances from 2048 other real held-out videos, in the",
-            "judge's feature space and in a pixel space (48 principal components). As many real videos after the VAE, which",
-            f"is what a perfect model of the latents would score, are at {first['frechet_floor']:.1f} and",
-            f"{first['frechet_pixel_floor']:.0f}. Each row's bootstrap intervals are in its `metrics.json`.",
-            "",
-            *table(figures),
-            "",
-            *ratios(figures),
-            "",
-        ]
+    head = HEAD.format(
+        **figures[0]["teacher_50"],
+        seeds=" ".join(map(str, arguments.seeds)),
+        revision=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        cores=os.cpu_count(),
+        machine=platform.machine(),
+        count=len(figures),
     )
+    return "\n".join([head, *table(figures), "", *ratios(figures), ""])
 
 
 def main() -> None:

@@ -173,7 +173,8 @@ class WanAdapter(DistillAdapter[WanConfig]):
         return hidden.float() * tokens.attention_mask.unsqueeze(-1)  # type: ignore[no-any-return]
 
     def _check_lengths(self, prompts: list[str]) -> None:
-        for prompt, ids in zip(prompts, self.tokenizer(prompts, truncation=False, verbose=False).input_ids, strict=True):
+        tokens = self.tokenizer(prompts, truncation=False, verbose=False).input_ids
+        for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > self.config.max_sequence_length:
                 raise UserError(
                     f"prompt has {len(ids)} tokens, the text encoder takes {self.config.max_sequence_length} "
