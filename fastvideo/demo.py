@@ -6,11 +6,15 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = Path("examples/distillation/tiny_wan_dmd2.yaml")
 SHORT = ["--trainer.max-steps", "10", "--validation.every", "5", "--validation.world-prompts", "16"]
@@ -67,13 +71,22 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
 
 def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> dict[str, Any]:
     """Measure teacher, untrained sampler and student on the same prompts and noise; write the page."""
+    from fastvideo.data.video_io import write_video
     from fastvideo.evaluation.evaluate import comparison_rows, evaluate_rows
     from fastvideo.evaluation.report import write_report
 
     evaluation = evaluate_rows(comparison_rows("tiny", str(out / "student")), prompts=prompts)
     figures = {**evaluation.to_dict(), "distillation": training}
     write_report(out / "report.html", evaluation, run=out, figures=figures)
+    write_video(out / "comparison.gif", side_by_side(evaluation.videos), scale=3)
     return figures
+
+
+def side_by_side(videos: Mapping[str, Tensor], columns: int = 8) -> Tensor:
+    """One video ``[3, T, R H, C W]``: a row per model, a column per prompt."""
+    import torch
+
+    return torch.cat([torch.cat(list(row[:columns]), dim=-1) for row in videos.values()], dim=-2)
 
 
 def peak_memory_mb() -> float:

@@ -57,7 +57,7 @@ class LoadedModel:
         guidance = float(default if guidance is None else guidance)
         if self.is_student:
             return SamplerSpec.student(self.ladder.first(steps or len(self.ladder)), guidance)
-        return SamplerSpec.teacher(steps or TEACHER_STEPS, self.adapter.default_shift, guidance)
+        return SamplerSpec.teacher(self.adapter.teacher_times(steps or TEACHER_STEPS), guidance)
 
 
 def load_model(folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu") -> LoadedModel:

@@ -41,9 +41,9 @@ class SamplerSpec:
         return cls(ladder.times, guidance, "renoise")
 
     @classmethod
-    def teacher(cls, steps: int, shift: float, guidance: float) -> SamplerSpec:
-        """``steps`` Euler steps of the guided flow."""
-        return cls(Ladder.uniform(steps, shift=shift).times, guidance, "euler")
+    def teacher(cls, times: tuple[float, ...], guidance: float) -> SamplerSpec:
+        """Euler steps of the guided flow, at the times that the family's own scheduler walks."""
+        return cls(times, guidance, "euler")
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,8 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self.config.shape
 
-    @property
-    def default_shift(self) -> float:
-        return 1.0
+    def teacher_times(self, steps: int) -> tuple[float, ...]:
+        return tuple(1 - i / steps for i in range(steps))
 
     def load_network(self, path: str | None = None) -> nn.Module:
         """A network of the configured distribution.

@@ -50,10 +50,9 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def latent_shape(self) -> tuple[int, int, int, int]:
         """``(C, F, H, W)`` of one sample."""
 
-    @property
     @abstractmethod
-    def default_shift(self) -> float:
-        """Shift of the teacher's own sampler."""
+    def teacher_times(self, steps: int) -> tuple[float, ...]:
+        """The times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
 
     @abstractmethod
     def load_network(self, path: str | None = None) -> nn.Module:

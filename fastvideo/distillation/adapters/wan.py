@@ -111,13 +111,15 @@ class WanAdapter(DistillAdapter[WanConfig]):
         frames = (self.config.num_frames - 1) // temporal + 1
         return self._vae_config["z_dim"], frames, self.config.height // spatial, self.config.width // spatial
 
-    @cached_property
-    def default_shift(self) -> float:
-        """The shift in the pipeline's scheduler config (``flow_shift`` in UniPC, ``shift`` in Euler)."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def teacher_times(self, steps: int) -> tuple[float, ...]:
+        """The noise levels that stock ``WanPipeline`` walks with an Euler scheduler of the pipeline's shift."""
+        from diffusers import FlowMatchEulerDiscreteScheduler as Euler
 
-        config = FlowMatchEulerDiscreteScheduler.load_config(self.source, subfolder="scheduler")
-        return float(config.get("flow_shift", config.get("shift", 1.0)))
+        config = Euler.load_config(self.source, subfolder="scheduler")
+        # The published checkpoints come with UniPC, whose config names the same shift differently.
+        scheduler = Euler(shift=config["flow_shift"]) if "flow_shift" in config else Euler.from_config(config)
+        scheduler.set_timesteps(steps)
+        return tuple(scheduler.sigmas[:-1].tolist())
 
     def load_network(self, path: str | None = None) -> nn.Module:
         """A ``WanTransformer3DModel`` in float32, in eval mode (Wan has no dropout)."""

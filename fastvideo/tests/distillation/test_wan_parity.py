@@ -154,9 +154,10 @@ def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, 
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def test_the_shift_is_the_schedulers(adapter: WanAdapter, pipeline: Any) -> None:
-    config = pipeline.scheduler.config
-    assert adapter.default_shift == config.get("flow_shift", config.get("shift"))
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_a_teacher_is_called_where_the_stock_pipeline_calls_it(adapter: WanAdapter, pipeline: Any, steps: int) -> None:
+    pipeline.scheduler.set_timesteps(steps)
+    assert adapter.teacher_times(steps) == tuple(pipeline.scheduler.sigmas[:-1].tolist())
 
 
 def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipeline: Any, tmp_path: Path) -> None:

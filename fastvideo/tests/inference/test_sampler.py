@@ -11,7 +11,13 @@ from fastvideo.inference.sampler import SamplerSpec, generate_batches, generate_
 
 LADDER = Ladder((1.0, 0.75, 0.5, 0.25))
 STUDENT = SamplerSpec.student(LADDER)
-TEACHER = SamplerSpec.teacher(50, shift=1.0, guidance=2.0)
+TEACHER = SamplerSpec.teacher(Ladder.uniform(50).times, guidance=2.0)
+
+
+def teacher(guidance: float) -> SamplerSpec:
+    return SamplerSpec.teacher(Ladder.uniform(20).times, guidance)
+
+
 PROMPTS = ["0", "0.5", "-1", "2", "", "0.1", "1"]
 
 
@@ -49,7 +55,7 @@ def test_all_samplers_start_from_the_same_noise(adapter: AnalyticAdapter) -> Non
 def test_guidance_one_is_one_call_per_step() -> None:
     assert STUDENT.network_calls == 4
     assert TEACHER.network_calls == 100
-    assert SamplerSpec.teacher(50, 3.0, 1.0).network_calls == 50
+    assert SamplerSpec.teacher(Ladder.uniform(50, shift=3.0).times, 1.0).network_calls == 50
 
 
 @pytest.mark.parametrize("spec", [STUDENT, TEACHER])
@@ -61,11 +67,9 @@ def test_progress_counts_every_call_of_every_sample(adapter: AnalyticAdapter, sp
 
 def test_guidance_moves_along_the_prompt(adapter: AnalyticAdapter) -> None:
     network = adapter.load_network()
-    plain = generate_latents(adapter, network, ["1"] * 8, SamplerSpec.teacher(20, 1.0, 1.0), seed=0).mean()
-    guided = generate_latents(adapter, network, ["1"] * 8, SamplerSpec.teacher(20, 1.0, 3.0), seed=0).mean()
-    away = generate_latents(
-        adapter, network, ["1"] * 8, SamplerSpec.teacher(20, 1.0, 3.0), seed=0, negative_prompt="2"
-    ).mean()
+    plain = generate_latents(adapter, network, ["1"] * 8, teacher(1.0), seed=0).mean()
+    guided = generate_latents(adapter, network, ["1"] * 8, teacher(3.0), seed=0).mean()
+    away = generate_latents(adapter, network, ["1"] * 8, teacher(3.0), seed=0, negative_prompt="2").mean()
     assert away < plain < guided
 
 
