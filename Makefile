@@ -5,6 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 # A package index to take torch from. On Linux PyPI's torch brings CUDA libraries of several GB; for the CPU build alone:
 #   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# That index takes part for torch itself only: what torch needs comes from PyPI, where the pins hold.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -27,7 +28,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "setting up $(VENV) (torch first; a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) )torch
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX) )torch
 	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
