@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 Point = tuple[float, float]
 Series = Mapping[str, Sequence[Point]]
@@ -18,14 +20,24 @@ MANY = 400
 
 
 def read_curves(path: Path) -> dict[str, list[Point]]:
-    """``(step, value)`` of every metric in a ``metrics.jsonl``; ``step`` is the x axis, times are left out."""
+    """``(step, value)`` of every metric in a ``metrics.jsonl``; ``step`` is the x axis, times are left out.
+
+    A last line that is not whole is left out too: the run was killed while it wrote it.
+    """
     curves: dict[str, list[Point]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in _records(path.read_text().splitlines()):
         for name, value in record.items():
             if name not in ("step", "time", "seconds") and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((float(record["step"]), float(value)))
     return curves
+
+
+def _records(lines: Sequence[str]) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in lines[:-1]]
+    for line in lines[-1:]:
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def grouped(curves: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, Sequence[Point]]]:

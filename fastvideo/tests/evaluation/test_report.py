@@ -130,6 +130,16 @@ def test_networks_of_a_validation_share_a_chart(tmp_path: Path) -> None:
         ElementTree.fromstring(svg.group())
 
 
+def test_the_half_written_last_line_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert read_curves(tmp_path / "m.jsonl") == {"loss": [(1.0, 3.0)]}
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 3.0}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read_curves(tmp_path / "m.jsonl")
+    (tmp_path / "m.jsonl").write_text("")
+    assert read_curves(tmp_path / "m.jsonl") == {}
+
+
 @pytest.mark.parametrize(
     ("low", "high", "log"), [(0.0, 1.0, False), (3.0, 3.0, False), (1.0, 100.0, True), (-5, 9e4, False)]
 )
