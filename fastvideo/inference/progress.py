@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
 
 PATIENCE = 1.0
 """Seconds of work before the bar is shown."""
@@ -49,3 +53,11 @@ class PatientBar:
     ) -> None:
         if self._shown:
             self._bar.stop()
+
+
+def tracked(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+    """Yield ``items`` and count them on a :class:`PatientBar`."""
+    with PatientBar(label, total) as bar:
+        for item in items:
+            yield item
+            bar(1)

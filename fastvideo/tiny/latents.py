@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastvideo.tiny.progress import progress
+from fastvideo.inference.progress import tracked
 from fastvideo.tiny.world import Split, TinyWorld
 
 BATCH = 64
@@ -56,7 +56,7 @@ def encode_world(codec: LatentCodec, n: int, seed: int, split: Split) -> LatentS
     """Encode `TinyWorld(split).sample(n, seed)`, with a progress bar: about 2 ms per video on one core."""
     batches = TinyWorld(split).batches(n, seed, BATCH)
     pieces, captions = [], []
-    for sample in progress(batches, "latents", total=-(-n // BATCH)):
+    for sample in tracked(batches, "latents", total=-(-n // BATCH)):
         pieces.append(codec.encode(sample.videos).cpu())
         captions += sample.captions
     return LatentSet(torch.cat(pieces), captions)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastvideo.inference.progress import tracked
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.progress import progress
 from fastvideo.tiny.recipe import ClassifierRecipe
 from fastvideo.tiny.world import TinyWorld, WorldSample
 
@@ -20,7 +20,7 @@ def train_classifier(recipe: ClassifierRecipe) -> TinyClassifier:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
     generator = torch.Generator().manual_seed(recipe.seed)
     videos = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
-    for sample in progress(videos, "classifier", total=recipe.steps):
+    for sample in tracked(videos, "classifier", total=recipe.steps):
         loss = classification_loss(model, sample, augment(sample.videos, recipe, generator), recipe.label_smoothing)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
+from fastvideo.inference.progress import tracked
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.muon import Muon
-from fastvideo.tiny.progress import progress
 from fastvideo.tiny.recipe import VaeRecipe
 from fastvideo.tiny.train_classifier import accuracy
 from fastvideo.tiny.vae import build_vae, decode_unclamped, encode_moments, kernels, psnr
@@ -34,7 +34,7 @@ def train_vae(recipe: VaeRecipe, after_step: StepHook | None = None) -> Autoenco
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, recipe)) for o in optimizers]
     generator = torch.Generator().manual_seed(recipe.seed)
     samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
-    for step, sample in enumerate(progress(samples, "vae", total=recipe.steps)):
+    for step, sample in enumerate(tracked(samples, "vae", total=recipe.steps)):
         short = step < recipe.short_share * recipe.steps
         videos = sample.videos[:, :, : recipe.short_frames] if short else sample.videos
         vae.zero_grad()
