@@ -11,9 +11,13 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from fastvideo.tiny.pipeline import save_half
+from fastvideo.tiny.recipe import TextRecipe
+from fastvideo.tiny.world import FRAMES, SIZE
 
 CONFIG = Path("examples/distillation/tiny_wan_sft.yaml")
-GUIDANCE = 1.5  # the best of a sweep: fastvideo evaluate tiny --sweep-guidance 1,1.25,1.5,1.75,2,2.5,3
+GUIDANCE = 2.0  # the best of: fastvideo evaluate tiny --sweep-guidance 1,1.25,1.5,2,3
+# What the transformer was trained on, so that a copy of the folder is sampled like the folder itself.
+MODEL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": TextRecipe().max_length}
 
 # The second run starts from the averaged weights of the first, with a fresh schedule and twice the batch.
 SECOND = {
@@ -47,8 +51,8 @@ def distil(config: Path, pipeline: Path, output: Path, flags: dict[str, str]) ->
 
 
 def install(trained: Path, pipeline: Path) -> None:
-    """Put the transformer of a trained model folder into `pipeline`, in half precision, with the guidance it likes."""
+    """Put the transformer of a trained model folder into `pipeline`, in half precision, with how it is sampled."""
     transformer = WanTransformer3DModel.from_pretrained(trained, subfolder="transformer", torch_dtype=torch.float32)
     save_half(transformer, pipeline / "transformer")
-    recipe = {"sampler": "euler", "guidance": GUIDANCE}
+    recipe = {"sampler": "euler", "guidance": GUIDANCE, "model": MODEL}
     (pipeline / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
