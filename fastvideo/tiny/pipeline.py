@@ -1,4 +1,4 @@
-"""The tiny pipeline as a diffusers folder: assembling, saving and loading it."""
+"""The tiny pipeline as a diffusers folder: assembling and saving it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, ModelMixin, WanPipeline, WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 
 from fastvideo.tiny.recipe import TransformerRecipe
 
@@ -59,14 +59,3 @@ def save_half(model: ModelMixin, folder: Path) -> None:
     half = copy.deepcopy(model).half()
     half.register_to_config(_name_or_path="")  # or the folder it was loaded from would be shipped
     half.save_pretrained(folder)
-
-
-def load_pipeline(folder: Path = PIPELINE_FOLDER) -> WanPipeline:
-    """The pipeline in `folder` (the shipped one by default), float32 on the CPU, through diffusers' own loader."""
-    return WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-
-
-def load_vae(folder: Path = PIPELINE_FOLDER) -> AutoencoderKLWan:
-    """The frozen VAE of the pipeline in `folder`, float32 on the CPU."""
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-    return vae.eval().requires_grad_(False)

@@ -69,27 +69,6 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
     return video
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
-    """Normalised latents [B, 16, 3, 4, 4] (posterior mean, unit variance per channel) of videos [B, 3, 9, 32, 32]."""
-    mean, std = latent_statistics(vae)
-    return (encode_moments(vae, videos)[0] - mean) / std
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Videos [B, 3, 9, 32, 32] in [-1, 1] of normalised latents [B, 16, 3, 4, 4]."""
-    mean, std = latent_statistics(vae)
-    videos: torch.Tensor = vae.decode(latents * std + mean, return_dict=False)[0]
-    return videos
-
-
-def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation per channel from the configuration, each [1, 16, 1, 1, 1]."""
-    shape = (1, -1, 1, 1, 1)
-    return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
-
-
 def psnr(reconstruction: torch.Tensor, videos: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB, of the mean squared error over all pixels; both in [-1, 1] (peak to peak 2)."""
     error = (reconstruction - videos).square().mean().item()

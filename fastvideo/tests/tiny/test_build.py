@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanPipeline
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.tiny.build import build
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.latents import cache_key, cached_latents
 from fastvideo.tiny.muon import orthogonalise
-from fastvideo.tiny.pipeline import load_pipeline
 from fastvideo.tiny.recipe import ClassifierRecipe, TinyRecipe, VaeRecipe
 from fastvideo.tiny.train_vae import train_vae
-from fastvideo.tiny.vae import build_vae, encode
+from fastvideo.tiny.vae import build_vae, encode_moments
 from fastvideo.tiny.world import TinyWorld
 
 SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
@@ -26,7 +25,7 @@ SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_
 def test_all_stages_write_a_pipeline_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = replace(TinyRecipe(), classifier=ClassifierRecipe(steps=3, batch_size=4), vae=SMALL, report_videos=16)
     build(tmp_path, ["classifier", "vae", "text", "transformer"], recipe)
-    pipe = load_pipeline(tmp_path / "pipeline")
+    pipe = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
     assert pipe.vae.config.base_dim == 8
     assert pipe.scheduler.config.shift == recipe.transformer.shift
     assert isinstance(TinyClassifier.load(tmp_path / "classifier"), TinyClassifier)
@@ -61,14 +60,15 @@ class Codec:
     codec_key: str = "first"
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
-        return encode(self.vae, videos)
+        return encode_moments(self.vae, videos)[0]
 
 
 def test_latents_are_encoded_once_and_read_back(small_vae: AutoencoderKLWan, tmp_path: Path) -> None:
-    first = cached_latents(Codec(small_vae), n=5, seed=1, folder=tmp_path)
-    again = cached_latents(Codec(small_vae), n=5, seed=1, folder=tmp_path)
+    codec = Codec(small_vae)
+    first = cached_latents(codec, n=5, seed=1, folder=tmp_path)
+    again = cached_latents(codec, n=5, seed=1, folder=tmp_path)
     world = TinyWorld("train").sample(5, seed=1)
-    assert torch.equal(first.latents, encode(small_vae, world.videos))
+    assert torch.equal(first.latents, codec.encode(world.videos))
     assert torch.equal(first.latents, again.latents)
     assert first.captions == again.captions == world.captions
     assert len(list(tmp_path.iterdir())) == 1

@@ -5,17 +5,22 @@ Figures are taken on fewer videos than the published ones, so each bar leaves ro
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.inference.loading import load_model
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER, PIPELINE_FOLDER, WEIGHTS, load_vae
+from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER, PIPELINE_FOLDER, WEIGHTS
+from fastvideo.tiny.teacher import GUIDANCE, install
 from fastvideo.tiny.train_classifier import accuracy
 from fastvideo.tiny.train_vae import vae_quality
-from fastvideo.tiny.vae import decode, decode_unclamped, encode, encode_moments
+from fastvideo.tiny.vae import decode_unclamped, encode_moments
 from fastvideo.tiny.world import TinyWorld, WorldSample
 
 
@@ -25,8 +30,13 @@ def judge() -> TinyClassifier:
 
 
 @pytest.fixture(scope="module")
-def vae() -> AutoencoderKLWan:
-    return load_vae()
+def adapter() -> WanAdapter:
+    return WanAdapter(WanConfig())
+
+
+@pytest.fixture(scope="module")
+def vae(adapter: WanAdapter) -> AutoencoderKLWan:
+    return adapter.vae
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +73,8 @@ def test_the_vae_keeps_heldout_digits_readable(vae: AutoencoderKLWan, judge: Tin
     assert quality.direction_accuracy >= 0.98
 
 
-def test_latents_have_unit_variance_per_channel(vae: AutoencoderKLWan, heldout: WorldSample) -> None:
-    latents = encode(vae, heldout.videos[:128])
+def test_latents_have_unit_variance_per_channel(adapter: WanAdapter, heldout: WorldSample) -> None:
+    latents = adapter.encode(heldout.videos[:128])
     assert latents.shape == (128, 16, 3, 4, 4)
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     assert mean.abs().max() < 0.15
@@ -76,7 +86,6 @@ def test_the_unclamped_decode_is_decode_without_its_clamp(vae: AutoencoderKLWan,
     video = decode_unclamped(vae, raw)
     assert video.min() < -1.0
     torch.testing.assert_close(video.clamp(-1.0, 1.0), vae.decode(raw).sample, rtol=0.0, atol=0.0)
-    assert decode(vae, encode(vae, heldout.videos[:2])).shape == (2, 3, 9, 32, 32)
 
 
 def test_stock_pipeline_runs(pipe: WanPipeline) -> None:
@@ -114,3 +123,21 @@ def test_tokenizer_knows_the_length_that_the_pipeline_was_trained_with(pipe: Wan
 def test_shipped_weights_are_small() -> None:
     files = [path for path in Path(WEIGHTS).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12 * 2**20
+
+
+def test_the_teacher_is_sampled_with_the_guidance_that_was_found_best() -> None:
+    spec = load_model("tiny").sampler()
+    assert (spec.kind, spec.guidance) == ("euler", GUIDANCE)
+
+
+def test_a_copy_of_an_installed_pipeline_is_sampled_like_the_embedded_one(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(PIPELINE_FOLDER, folder)
+    install(PIPELINE_FOLDER, folder)
+    copy, embedded = load_model(str(folder)), load_model("tiny")
+    assert copy.sampler().guidance == GUIDANCE
+    assert copy.adapter.config.model_copy(update={"path": "tiny"}) == WanConfig()
+    assert copy.adapter.latent_shape == embedded.adapter.latent_shape
+    for name, weight in embedded.network.state_dict().items():
+        assert torch.equal(weight, copy.network.state_dict()[name])
+    assert json.loads((folder / "recipe.json").read_text())["sampler"] == "euler"
