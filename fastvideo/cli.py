@@ -35,14 +35,14 @@ def usage() -> str:
 
 
 def report_user_errors(action: Callable[[], int]) -> int:
-    """Run ``action``; a :class:`UserError` becomes one message on stderr and exit code 2."""
-    from fastvideo.errors import UserError
+    """Run ``action``; a :class:`UserError` becomes one message on stderr and exit code 2, a :class:`RunError` 1."""
+    from fastvideo.errors import RunError, UserError
 
     try:
         return action()
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

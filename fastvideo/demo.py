@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = Path("examples/distillation/tiny_wan_dmd2.yaml")
+DEMO, SHORT_DEMO = Path("outputs/demo"), Path("outputs/demo_short")
 SHORT = ["--trainer.max-steps", "10", "--validation.every", "5", "--validation.world-prompts", "16"]
 SHORT_PROMPTS = 48
 
@@ -27,7 +28,7 @@ class DemoArguments:
 
     config: Path = CONFIG
     """The recipe."""
-    out: Path = Path("outputs/demo")
+    out: Path = DEMO
     """Where everything goes; an earlier demo there is replaced."""
     prompts: int = 512
     """Held-out prompts behind the figures."""
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
     arguments = tyro.cli(DemoArguments, args=argv, prog="python -m fastvideo.demo")
     out = arguments.out
-    if arguments.short and out == DemoArguments.out:
-        out = Path("outputs/demo_short")
+    if arguments.short and out == DEMO:
+        out = SHORT_DEMO
     training = distil(arguments, out)
     prompts = SHORT_PROMPTS if arguments.short else arguments.prompts
     figures = evaluate(out, prompts, training)
@@ -59,7 +60,7 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     flags = ["--config", str(arguments.config), "--output", str(out), "--seed", str(arguments.seed)]
     launch, config = parse([*flags, *(SHORT if arguments.short else [])])
     begin = time.monotonic()
-    run(config, overwrite=(out / "config.yaml").is_file() or launch.overwrite)
+    run(config, overwrite=launch.overwrite or _is_earlier_demo(out))
     seconds = time.monotonic() - begin
     interval = config.method.generator_update_interval
     return {
@@ -67,6 +68,11 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
         "student_updates": len(range(0, config.trainer.max_steps, interval)),
         "peak_rss_mb": round(peak_memory_mb()),
     }
+
+
+def _is_earlier_demo(out: Path) -> bool:
+    """Whether ``out`` may be replaced: another run's folder is refused like anywhere else."""
+    return (out / "config.yaml").is_file() and (out in (DEMO, SHORT_DEMO) or (out / "report.html").is_file())
 
 
 def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> dict[str, Any]:

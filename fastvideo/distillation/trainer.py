@@ -16,6 +16,7 @@ from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss
+from fastvideo.errors import RunError
 
 
 class Hook(Protocol):
@@ -36,7 +37,7 @@ class LoopOptions:
     log_every: int = 10
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A gradient that is not finite: names the role and the step. No state was changed by that step."""
 
 

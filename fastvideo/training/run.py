@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream, Shard, read_prompts
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method, load_method
-from fastvideo.distillation.engine.checkpoint import CheckpointHook, complete_checkpoints
+from fastvideo.distillation.engine.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.ema import EMAHook
 from fastvideo.distillation.engine.tracking import Tracker
@@ -26,7 +21,10 @@ from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
 from fastvideo.distillation.types import UserError
+from fastvideo.training.output import check_output, prepare_output
 
+WATCHABLE = 128
+"""Pixels of height below which a validation video is enlarged."""
 VALIDATION_REFERENCE = 512
 """Real videos behind the Frechet distance of a validation: a quick curve, not a figure to report."""
 
@@ -50,67 +48,27 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Pat
 
 def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool) -> Path:
     output = Path(config.output)
-    check_output(output, resume=resume, overwrite=overwrite)
+    check_output(config, resume=resume, overwrite=overwrite)
     barrier()
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
     data = _build_data_once(config, adapter, processes)
-    if processes.is_main:
-        prepare_output(config, output, overwrite=overwrite)
-    barrier()
     tracker = Tracker(output, enabled=processes.is_main)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     checkpoint = _checkpoint_hook(config, trainer, data, processes)
+    step = checkpoint.restore() if resume else 0
+    if processes.is_main:
+        prepare_output(config, overwrite=overwrite)
+    barrier()
     if resume:
-        tracker.say(f"resumed at step {checkpoint.restore()} from {checkpoint.folder}")
+        tracker.rewind(step)
+        tracker.say(f"resumed at step {step} from {checkpoint.folder}")
     trainer.hooks = (*trainer.hooks, checkpoint)
     trainer.run(data)
     if processes.is_main:
         save_result(config, adapter, method, output / "student")
         tracker.say(f"saved {output / 'student'}")
-    barrier()
     return output / "student"
-
-
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless told what to do with it.
-
-    Raises:
-        UserError: if it is not empty and neither flag is given, both are, or there is nothing to resume.
-    """
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if resume and not complete_checkpoints(output / "checkpoints"):
-        raise UserError(f"--resume: no complete checkpoint in {output / 'checkpoints'}")
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
-        raise UserError(
-            f"output folder {output} holds another run: continue it with --resume, delete it with --overwrite, "
-            f"or choose another with --output"
-        )
-    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / "config.yaml").is_file():
-        raise UserError(f"--overwrite: {output} was not made by a run (it has no config.yaml); delete it yourself")
-
-
-def prepare_output(config: Config, output: Path, *, overwrite: bool) -> None:
-    """The folder with what is needed to run again: resolved config, package versions, code revision."""
-    if overwrite:
-        shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-
-
-def environment() -> dict[str, str]:
-    """Versions and revision behind a run."""
-    packages = ("torch", "diffusers", "transformers", "numpy", "safetensors", "pydantic")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "revision": revision or "not a git checkout",
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
 
 
 def _build_data_once(config: Config, adapter: Adapter, processes: Processes) -> SampleStream:
@@ -135,7 +93,9 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> Sample
             raise UserError(
                 f"data: method {config.distill_method!r} (as configured) trains on videos, `source: prompts` has none"
             )
-        return SampleStream(read_prompts(str(options.path)), None, config.seed, shard)
+        prompts = read_prompts(str(options.path))
+        adapter.check_prompts(prompts)
+        return SampleStream(prompts, None, config.seed, shard)
     if not uses_latents:
         from fastvideo.tiny.world import TinyWorld
 
@@ -167,7 +127,14 @@ def _checkpoint_hook(
     parts: dict[str, Any] = {handle.name: handle for handle in trainer.method.bundle if handle.trainable}
     parts |= {"method": trainer.method, "trainer": trainer, "rng": trainer.method.rng, "data": data}
     options = config.checkpoint
-    return CheckpointHook(Path(config.output) / "checkpoints", parts, processes, every=options.every, keep=options.keep)
+    return CheckpointHook(
+        Path(config.output) / "checkpoints",
+        parts,
+        processes,
+        every=options.every,
+        keep=options.keep,
+        last_step=config.trainer.max_steps,
+    )
 
 
 def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: Tracker) -> ValidationHook:
@@ -194,7 +161,10 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
             )
         )
 
-    sinks = ValidationSinks(tracker.log, partial(write_video, fps=options.fps, scale=4), score)
+    def write(path: Path, video: Tensor) -> None:
+        write_video(path, video, options.fps, scale=max(1, WATCHABLE // video.shape[2]))
+
+    sinks = ValidationSinks(tracker.log, write, score)
     return ValidationHook(
         method.bundle["student"], sample, sinks, Path(config.output) / "validation", every=options.every
     )
@@ -211,6 +181,11 @@ def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) 
         "weights": "live" if student.ema is None else "ema",
         "steps": config.trainer.max_steps,
     }
-    if method.sampler == "renoise":  # a teacher takes any number of steps and any guidance
+    if "teacher" in method.bundle:  # without one, the result is a teacher: any number of steps, any guidance
         recipe |= {"ladder": list(method.ladder.times), "guidance": 1.0}
-    adapter.save_pipeline(folder, student.ema if student.ema is not None else student.network, recipe)
+    partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    adapter.save_pipeline(partial_folder, student.ema if student.ema is not None else student.network, recipe)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    partial_folder.rename(folder)

@@ -74,7 +74,7 @@ def digest(file: Path) -> str:
 
 
 class CheckpointHook:
-    """Saves every ``every`` steps and keeps the last ``keep``.
+    """Saves every ``every`` steps and after ``last_step``, and keeps the last ``keep``.
 
     Args:
         folder: where ``step-N`` directories go.
@@ -89,14 +89,15 @@ class CheckpointHook:
         *,
         every: int,
         keep: int,
-        per_process: Sequence[str] = ("rng", "data"),
+        last_step: int,
+        per_process: Sequence[str] = ("rng", "data", "trainer"),
     ) -> None:
         self.folder, self.parts, self.processes = folder, parts, processes
-        self.every, self.keep, self.per_process = every, keep, tuple(per_process)
+        self.every, self.keep, self.last_step, self.per_process = every, keep, last_step, tuple(per_process)
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """Save if this step is due."""
-        if self.every and step % self.every == 0:
+        """Save if this step is due, or the last."""
+        if self.every and (step % self.every == 0 or step == self.last_step):
             self.save(step)
 
     def save(self, step: int) -> Path:

@@ -7,9 +7,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Tracker:
@@ -23,10 +27,8 @@ class Tracker:
         self.console = Console(quiet=not enabled, stderr=True)
         self._start = time.monotonic()
         self._progress: Progress | None = None
-        if enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+        self._events: SummaryWriter | None = None
+        self._rewound_to: int | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at ``step`` (the number of finished steps)."""
@@ -35,8 +37,27 @@ class Tracker:
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        events = self._tensorboard()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+            events.add_scalar(name, value, step)
+
+    def _tensorboard(self) -> SummaryWriter:
+        """The event writer, opened with the first line so that a refused run leaves nothing behind."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if self._rewound_to is None else self._rewound_to + 1
+            self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        return self._events
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after ``step``: a resumed run writes those lines again."""
+        file = self.folder / "metrics.jsonl"
+        if self.enabled and file.is_file():
+            # A run that was killed may have left half a line at the end.
+            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            self._rewound_to = step
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -64,5 +85,5 @@ class Tracker:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self.enabled:
+        if self._events is not None:
             self._events.close()

@@ -70,6 +70,16 @@ def test_resume_continues_bit_exactly_between_a_student_and_a_critic_step(
     assert last[0] == last[1]
 
 
+def test_a_resumed_run_logs_each_step_once(analytic_values: dict) -> None:
+    """The first run dies after step 12 was logged; the newest checkpoint is of step 10."""
+    values = analytic_values | {"checkpoint": {"every": 5}}
+    run(config_of(values))
+    (Path(values["output"]) / "checkpoints" / "step-12" / "manifest.json").unlink()
+    run(config_of(values), resume=True)
+    lines = (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
+
+
 def test_a_damaged_checkpoint_is_named(analytic_values: dict) -> None:
     values = analytic_values | {"checkpoint": {"every": 6}}
     run(config_of(values))
@@ -157,6 +167,32 @@ def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(analytic_values
     with pytest.raises(NonFiniteError, match="step 0: the gradient of role 'student'"):
         trainer.train_step(iter([RawBatch(("0",) * 4)]))
     assert all(torch.equal(p, before[n]) for n, p in method.bundle["critic"].network.named_parameters())
+
+
+def test_overwrite_never_deletes_what_the_run_reads(analytic_values: dict) -> None:
+    folder = run(config_of(analytic_values))
+    again = config_of(analytic_values, model=analytic_values["model"] | {"path": str(folder)})
+    with pytest.raises(UserError, match=r"would delete .*student, which this run reads"):
+        run(again, overwrite=True)
+    assert (folder / "network.safetensors").is_file()
+
+
+def test_resume_refuses_a_config_that_would_change_the_run(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    changed = values | {"method": values["method"] | {"student_learning_rate": 0.02}}
+    with pytest.raises(UserError, match=r"method\.student_learning_rate: 0\.01 -> 0\.02"):
+        run(config_of(changed), resume=True)
+    run(config_of(values | {"trainer": values["trainer"] | {"max_steps": 14}}), resume=True)
+
+
+def test_half_a_line_of_metrics_is_dropped_on_resume(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    log = Path(values["output"]) / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 13, "sec')
+    run(config_of(values), resume=True)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [3, 6, 9, 12]
 
 
 def test_data_order_is_pure_resumable_and_disjoint(analytic_values: dict) -> None:
