@@ -40,6 +40,8 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     Config: ClassVar[type[AdapterConfig]]
     summary: ClassVar[str]
     """One line: the family and its parameterisation."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) whose folders this family reads."""
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -71,6 +73,13 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def network_time(cls, t: Tensor) -> Tensor:
         """What the network's time embedding is given at rectified-flow times ``t``; :meth:`velocity` passes this."""
         return t
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Check prompts before a run starts on them; a family without a limit takes all.
+
+        Raises:
+            UserError: for the first prompt that the text encoder cannot take whole.
+        """
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,17 @@ EMBEDDED = {"tiny": "tiny/weights/pipeline"}
 """Pipelines that ship inside the package, by the name that stands for their path."""
 
 
-def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
-    """The folder (or hub id) behind ``path``, checked to be a diffusers pipeline of one of the given classes.
+EXPECTED = (
+    "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "
+    f"or one of {sorted(EMBEDDED)} is expected"
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
-    A path that exists, or that cannot be a hub id (``owner/name``), is read locally.
+
+def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
+    """The local folder behind ``path``, checked to be a diffusers pipeline of one of the given classes.
+
+    A path that does not exist and looks like a hub id (``owner/name``) is fetched, or found in the hub's local cache.
 
     Raises:
         UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
@@ -24,19 +32,45 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     if path in EMBEDDED:
         path = str(files("fastvideo").joinpath(EMBEDDED[path]))
     folder = Path(path)
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~", "outputs/")):
-        return path
+    if not folder.exists() and HUB_ID.fullmatch(path):
+        folder = _from_hub(path)
     index = folder / "model_index.json"
     if not index.is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
+        raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
+    content = json.loads(index.read_text())
+    if content.get("_class_name") not in pipeline_classes:
         raise UserError(
-            f"model folder {path!r} {what}: a diffusers pipeline folder, a hub id such as "
-            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' or one of {sorted(EMBEDDED)} is expected"
+            f"model folder {path!r} holds a {content.get('_class_name')}; "
+            f"this family reads {' or '.join(pipeline_classes)}"
         )
-    found = json.loads(index.read_text()).get("_class_name")
-    if found not in pipeline_classes:
-        raise UserError(f"model folder {path!r} holds a {found}; this family reads {' or '.join(pipeline_classes)}")
+    if (content.get("transformer_2") or [None])[0] is not None:
+        raise UserError(f"model {path!r} has two transformers (Wan 2.2): this family runs pipelines with one")
     return str(folder)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        why = f"{first_line(error)}; {EXPECTED}"
+        raise UserError(
+            f"model {name!r} does not exist as a folder and is not to be had from the hub: {why}"
+        ) from error
+
+
+def load_config(cls: type[Any], source: str, subfolder: str) -> dict[str, Any]:
+    """The config of one component, as its file says.
+
+    Raises:
+        UserError: if the component is not there or cannot be read.
+    """
+    try:
+        return dict(cls.load_config(source, subfolder=subfolder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {subfolder!r} in {source!r}: {first_line(error)}") from error
 
 
 def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) -> Any:
@@ -51,7 +85,11 @@ def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) 
     try:
         return cls.from_pretrained(source, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {subfolder!r} ({cls.__name__}) from {source!r}: {reason}") from error
+        raise UserError(f"cannot load {subfolder!r} ({cls.__name__}) from {source!r}: {first_line(error)}") from error
     finally:
         transformers_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The part of a library's message that says what happened."""
+    return str(error).strip().splitlines()[0]

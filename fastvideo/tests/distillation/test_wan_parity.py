@@ -155,9 +155,18 @@ def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, 
 
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
-def test_a_teacher_is_called_where_the_stock_pipeline_calls_it(adapter: WanAdapter, pipeline: Any, steps: int) -> None:
-    pipeline.scheduler.set_timesteps(steps)
-    assert adapter.teacher_times(steps) == tuple(pipeline.scheduler.sigmas[:-1].tolist())
+def test_a_teacher_is_called_where_the_published_scheduler_calls_it(
+    adapter: WanAdapter, pipeline: Any, steps: int
+) -> None:
+    """Wan's checkpoints come with UniPC, whose grid ends at 1/1000 before the shift where ours ends at 0."""
+    from diffusers import UniPCMultistepScheduler
+
+    shift = pipeline.scheduler.config.shift
+    published = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+    published.set_timesteps(steps)
+    torch.testing.assert_close(
+        torch.tensor(adapter.teacher_times(steps)), published.sigmas[:-1], rtol=0, atol=3e-3, check_dtype=False
+    )
 
 
 def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipeline: Any, tmp_path: Path) -> None:

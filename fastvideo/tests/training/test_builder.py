@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 from diffusers import WanTransformer3DModel
 from torch import nn
@@ -81,3 +85,31 @@ def test_a_prompt_that_is_too_long_is_refused() -> None:
     adapter = build_adapter(wan_config())
     with pytest.raises(UserError, match=r"prompt has \d+ tokens, the text encoder takes 16"):
         adapter.encode_prompts(["a green seven moving up and left " * 4])
+
+
+def test_a_vae_config_without_scale_factors_gets_the_defaults_of_diffusers(tmp_path) -> None:
+    """The published Wan 2.1 checkpoints were saved before these keys existed."""
+    source = Path(build_adapter(wan_config()).source)
+    shutil.copytree(source, tmp_path / "old")
+    file = tmp_path / "old" / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    for key in ("scale_factor_temporal", "scale_factor_spatial"):
+        assert config.pop(key)
+    file.write_text(json.dumps(config))
+    assert build_adapter(wan_config(model={"path": str(tmp_path / "old")})).latent_shape == (16, 3, 4, 4)
+
+
+def test_a_missing_component_is_one_message(tmp_path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    adapter = build_adapter(wan_config(model={"path": str(tmp_path)}))
+    with pytest.raises(UserError, match="cannot read the config of 'vae'"):
+        _ = adapter.latent_shape
+    with pytest.raises(UserError, match="cannot load 'transformer'"):
+        adapter.load_network()
+
+
+def test_two_experts_are_refused(tmp_path) -> None:
+    index = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="two transformers"):
+        build_adapter(wan_config(model={"path": str(tmp_path)}))
