@@ -59,10 +59,13 @@ class LadderConfig(Section):
             raise ValueError(
                 f"`{form}` goes with {sorted(allowed - {form})} alone, not with {sorted(set(value) - allowed)}"
             )
-        shift = float(value.get("shift", 1.0))
-        if form == "count":
-            return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
-        return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
+        try:
+            shift = float(value.get("shift", 1.0))
+            if form == "count":
+                return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
+            return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
+        except (TypeError, UserError) as error:
+            raise ValueError(f"{error} (given: {dict(value)})") from error
 
     @field_validator("times")
     @classmethod

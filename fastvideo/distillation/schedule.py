@@ -102,6 +102,8 @@ def standard_guidance(value: object) -> object:
     if len(value) != 1 or next(iter(value)) not in known:
         raise ValueError(f"guidance is a number or one of {{standard: g}}, {{extra: w}}; got {value}")
     convention, number = next(iter(value.items()))
+    if not isinstance(number, (int, float)):
+        raise ValueError(f"guidance: {convention} needs a number, got {number!r}")
     return float(number) + known[convention]
 
 

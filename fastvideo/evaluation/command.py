@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -153,7 +154,7 @@ def sweep_guidance(
     warm_up(model, judge.prompts)
     found: dict[float, Estimate] = {}
     for scale in scales:
-        sampler = RowSpec(spec.folder, spec.steps, scale, spec.ladder).sampler(model)
+        sampler = replace(spec, guidance=scale).sampler(model)
         with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
             sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar)
         found[scale] = judge.distances(sampled.seen)[0]

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
 from fastvideo.evaluation.metrics import Row
-from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
+from fastvideo.inference.loading import LoadedModel, load_model, load_recipe, student_sampler
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, SamplerSpec, generate_batches, generate_latents
 
@@ -32,13 +33,15 @@ class RowSpec:
         folder: a path or ``tiny``.
         steps: sampling steps.
         guidance: standard convention, 1 = none.
-        ladder: sample with the few-step sampler over these times, whatever the model: an untrained student.
+        ladder: sample as a student over these times, whatever the model: an untrained student.
+        kind: the sampler that walks ``ladder``.
     """
 
     folder: str
     steps: int | None = None
     guidance: float | None = None
     ladder: tuple[float, ...] | None = None
+    kind: SamplerKind = "renoise"
 
     def sampler(self, model: LoadedModel) -> SamplerSpec:
         """The sampler of this row.
@@ -47,7 +50,8 @@ class RowSpec:
             UserError: for steps that a student was not trained for, or a bad ladder.
         """
         if self.ladder is not None:
-            return SamplerSpec.student(Ladder(self.ladder), 1.0 if self.guidance is None else self.guidance)
+            guidance = 1.0 if self.guidance is None else self.guidance
+            return SamplerSpec.student(Ladder(self.ladder), guidance, self.kind)
         return model.sampler(self.steps, self.guidance)
 
 
@@ -85,7 +89,7 @@ def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict
     under the student's sampler; ``student_K``, ``student_1``.
 
     Raises:
-        UserError: if ``student`` has no ladder in its recipe.
+        UserError: if ``student`` has no ladder in its recipe, or an unknown sampler.
     """
     recipe = load_recipe(student)
     if "ladder" not in recipe:
@@ -96,7 +100,7 @@ def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict
         f"teacher_{teacher_steps}": RowSpec(teacher, steps=teacher_steps),
         f"teacher_{few}": RowSpec(teacher, steps=few),
         "teacher_1": RowSpec(teacher, steps=1),
-        f"untrained_{few}": RowSpec(teacher, ladder=ladder),
+        f"untrained_{few}": RowSpec(teacher, ladder=ladder, kind=student_sampler(recipe)),
         f"student_{few}": RowSpec(student),
         "student_1": RowSpec(student, steps=1),
     }

@@ -37,7 +37,7 @@ class GenerateArguments:
     scale: OptionalInt = None
     """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
     height: OptionalInt = None
-    """Video height in pixels; default: the one the model was distilled for."""
+    """Video height in pixels. Default of all four sizes: those in the recipe; a folder without one needs them given."""
     width: OptionalInt = None
     """Video width in pixels."""
     num_frames: OptionalInt = None

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.loading import resolve_pipeline
-from fastvideo.distillation.builder import load_adapter
+from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.builder import ADAPTERS, load_adapter
 from fastvideo.distillation.config import validate
+from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.sampler import SamplerSpec
 
-FAMILIES = {"WanPipeline": "wan"}
-"""The adapter of each diffusers pipeline class, as written in ``model_index.json``."""
 RECIPE = "recipe.json"
+SIZES = ("height", "width", "num_frames", "max_sequence_length")
+"""What a family's config must be told about any model but an embedded one: weights do not say it."""
 TEACHER_STEPS = 50
 TEACHER_GUIDANCE = 5.0
 """Wan's published guidance, for a teacher whose folder names none."""
@@ -49,14 +51,15 @@ class LoadedModel:
         """The sampler this model is meant for, with the given steps and guidance where they are given.
 
         Raises:
-            UserError: for a number of steps that a student was not trained for, or below 1.
+            UserError: for a number of steps that a student was not trained for, or below 1; for an unknown sampler.
         """
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
         default = self.recipe.get("guidance", 1.0 if self.is_student else TEACHER_GUIDANCE)
         guidance = float(default if guidance is None else guidance)
         if self.is_student:
-            return SamplerSpec.student(self.ladder.first(steps or len(self.ladder)), guidance)
+            ladder = self.ladder.first(steps or len(self.ladder))
+            return SamplerSpec.student(ladder, guidance, student_sampler(self.recipe))
         return SamplerSpec.teacher(self.adapter.teacher_times(steps or TEACHER_STEPS), guidance)
 
 
@@ -67,13 +70,15 @@ def load_model(folder: str, options: Mapping[str, Any] | None = None, device: st
         options: fields of the family's config that override the recipe's.
 
     Raises:
-        UserError: if the folder is not a diffusers pipeline of a known family, its recipe is not readable, or an
-            option is wrong.
+        UserError: if the folder is not a diffusers pipeline of a known family, its recipe is not readable, neither
+            recipe nor options say which size the model has, or an option is wrong.
     """
-    source = resolve_pipeline(folder, tuple(FAMILIES))
+    source = resolve_pipeline(folder, tuple(families()))
     recipe = _read_recipe(source)
-    family = load_adapter(FAMILIES[_pipeline_class(source)])
+    family = load_adapter(families()[_pipeline_class(source)])
     fields = {**recipe.get("model", {}), **(options or {}), "path": source}
+    if folder not in EMBEDDED:
+        _check_sizes(folder, fields, family.Config.model_fields)
     config = validate(family.Config, fields, f"of the model in {folder!r}")
     adapter = family(config, device)
     return LoadedModel(source, adapter, adapter.load_network().requires_grad_(False), recipe)
@@ -85,23 +90,41 @@ def load_recipe(folder: str) -> dict[str, Any]:
     Raises:
         UserError: if the folder is not a pipeline of a known family or the recipe is not readable.
     """
-    return _read_recipe(resolve_pipeline(folder, tuple(FAMILIES)))
+    return _read_recipe(resolve_pipeline(folder, tuple(families())))
+
+
+def student_sampler(recipe: Mapping[str, Any]) -> SamplerKind:
+    """The sampler that a student's recipe names; re-noising where it names none.
+
+    Raises:
+        UserError: if there is no such sampler.
+    """
+    kind = recipe.get("sampler", "renoise")
+    if kind not in get_args(SamplerKind):
+        raise UserError(f"{RECIPE}: unknown sampler {kind!r}, one of {', '.join(get_args(SamplerKind))} is expected")
+    return cast(SamplerKind, kind)
+
+
+@cache
+def families() -> dict[str, str]:
+    """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
+    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).pipelines}
+
+
+def _check_sizes(folder: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse to sample at the config's defaults, which are the sizes of the embedded model."""
+    missing = [name for name in SIZES if name in known and name not in fields]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise UserError(
+            f'model {folder!r} does not say which size it is made for: give {flags} (or write a "model" section with '
+            f"{', '.join(missing)} into its {RECIPE})"
+        )
 
 
 def _pipeline_class(source: str) -> str:
-    """``_class_name`` of the pipeline; :func:`resolve_pipeline` has checked a folder's, not a hub id's."""
-    index = Path(source) / "model_index.json"
-    if not index.is_file():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            index = Path(hf_hub_download(source, "model_index.json"))
-        except OSError as error:
-            raise UserError(f"cannot read the model {source!r}: {str(error).strip().splitlines()[0]}") from error
-    name = str(json.loads(index.read_text()).get("_class_name"))
-    if name not in FAMILIES:
-        raise UserError(f"model {source!r} holds a {name}; known are {', '.join(FAMILIES)}")
-    return name
+    """``_class_name`` of a pipeline folder that :func:`resolve_pipeline` has checked."""
+    return str(json.loads((Path(source) / "model_index.json").read_text())["_class_name"])
 
 
 def _read_recipe(source: str) -> dict[str, Any]:

@@ -36,9 +36,9 @@ class SamplerSpec:
         return len(self.times) * (1 if self.guidance == 1.0 else 2)
 
     @classmethod
-    def student(cls, ladder: Ladder, guidance: float = 1.0) -> SamplerSpec:
-        """The few-step sampler over a student's ladder."""
-        return cls(ladder.times, guidance, "renoise")
+    def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
+        """The sampler that a student was trained for, over its ladder."""
+        return cls(ladder.times, guidance, kind)
 
     @classmethod
     def teacher(cls, times: tuple[float, ...], guidance: float) -> SamplerSpec:

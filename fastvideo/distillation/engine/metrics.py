@@ -19,7 +19,7 @@ class Metrics:
         """Add one observation (a detached scalar tensor) of each name."""
         for name, value in values.items():
             value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def drain(self) -> dict[str, float]:
@@ -27,9 +27,12 @@ class Metrics:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        means = average(torch.stack([self._sums[name] / self._counts[name] for name in names]))
+        means = [self._sums[name] / self._counts[name] for name in names]
+        # Learning rates and a restored window are on the CPU, losses where the networks are.
+        device = next((mean.device for mean in means if mean.device.type != "cpu"), means[0].device)
+        averaged = average(torch.stack([mean.to(device) for mean in means]))
         self._sums, self._counts = {}, {}
-        return dict(zip(names, means.tolist(), strict=True))
+        return dict(zip(names, averaged.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, object]:
         """The open window."""

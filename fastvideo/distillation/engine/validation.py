@@ -28,7 +28,7 @@ class ValidationSinks:
 
 
 class ValidationHook:
-    """Every ``every`` steps, and before the first: sample live and averaged weights, score them, keep the videos."""
+    """Every ``every`` steps: sample live and averaged weights, score them, keep the videos."""
 
     def __init__(self, handle: RoleHandle, sample: Sample, sinks: ValidationSinks, folder: Path, *, every: int) -> None:
         self.handle, self.sample, self.sinks, self.folder, self.every = handle, sample, sinks, folder, every

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.rng import RandomStreams
@@ -30,6 +30,18 @@ class OptimizerConfig(BaseModel):
     """Optimizer steps of linear warm-up."""
     decay_steps: NonNegativeInt = 0
     """Optimizer steps of the cosine that follows the warm-up, down to zero; 0 keeps the rate constant."""
+
+
+def ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    """``bounds`` if they do not fall."""
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"a range does not fall from its first value to its second, got {list(bounds)}")
+    return bounds
+
+
+Time = Annotated[float, Field(ge=0.0, le=1.0)]
+TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
+"""Two times in [0, 1] that do not fall."""
 
 
 class MethodConfig(BaseModel):

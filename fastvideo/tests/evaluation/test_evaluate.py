@@ -20,6 +20,7 @@ from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.tests.evaluation.test_metrics import ISSUE_KEYS
 from fastvideo.tiny.pipeline import PIPELINE_FOLDER
+from fastvideo.tiny.teacher import MODEL
 
 LADDER = (1.0, 0.75, 0.5, 0.25)
 
@@ -29,7 +30,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The shipped teacher with a student's recipe."""
     folder = tmp_path_factory.mktemp("models") / "student"
     shutil.copytree(PIPELINE_FOLDER, folder)
-    (folder / "recipe.json").write_text(json.dumps({"ladder": LADDER, "sampler": "renoise", "guidance": 1.0}))
+    recipe = {"ladder": LADDER, "sampler": "renoise", "guidance": 1.0, "model": MODEL}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     return str(folder)
 
 
@@ -92,6 +94,12 @@ def test_comparison_has_the_six_rows(student: str) -> None:
     rows = comparison_rows("tiny", student)
     assert list(rows) == ["teacher_50", "teacher_4", "teacher_1", "untrained_4", "student_4", "student_1"]
     assert rows["untrained_4"] == RowSpec("tiny", ladder=LADDER)
+
+
+def test_the_untrained_row_has_the_sampler_of_the_student(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"ladder": LADDER, "sampler": "euler"}))
+    assert comparison_rows("tiny", str(tmp_path))["untrained_4"].kind == "euler"
 
 
 def test_comparison_needs_a_student() -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
-from fastvideo.inference.loading import LoadedModel, load_model
+from fastvideo.inference.loading import LoadedModel, families, load_model
+from fastvideo.inference.sampler import SampleNoise, generate_latents
+from fastvideo.tiny.pipeline import PIPELINE_FOLDER
 
 LADDER = [1.0, 0.75, 0.5, 0.25]
+MODEL = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
 
 
 def model(**recipe: Any) -> LoadedModel:
@@ -30,6 +37,23 @@ def test_student_runs_its_ladder_without_guidance() -> None:
 
 def test_student_in_one_step_runs_the_first_rung() -> None:
     assert model(ladder=LADDER).sampler(steps=1).times == (1.0,)
+
+
+def test_an_euler_student_walks_its_own_ladder_by_euler() -> None:
+    """As a rollout written out here: no noise after the first, no other times."""
+    student = model(ladder=[1.0, 0.6, 0.2], sampler="euler", guidance=1.0)
+    spec = student.sampler()
+    assert (spec.kind, spec.times, spec.guidance) == ("euler", (1.0, 0.6, 0.2), 1.0)
+    adapter, prompts = student.adapter, ["0.5", "-1"]
+    condition = adapter.encode_prompts(prompts)
+    noise = SampleNoise(7, range(2), adapter.device).draw(adapter.latent_shape)
+    expected = euler(lambda x, t: adapter.velocity(student.network, x, t, condition), noise, (1.0, 0.6, 0.2))
+    torch.testing.assert_close(generate_latents(adapter, student.network, prompts, spec, seed=7), expected)
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown sampler 'heun', one of renoise, euler"):
+        model(ladder=LADDER, sampler="heun").sampler()
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 50])
@@ -77,8 +101,48 @@ def test_damaged_recipe(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+@pytest.fixture
+def second_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A registered adapter that names a pipeline class."""
+    monkeypatch.setattr(AnalyticAdapter, "pipelines", ("ToyPipeline",))
+    families.cache_clear()
+    yield
+    families.cache_clear()
+
+
+@pytest.mark.usefixtures("second_family")
+def test_a_registered_family_is_known_by_the_pipelines_it_names(tmp_path: Path) -> None:
+    assert families() == {"WanPipeline": "wan", "ToyPipeline": "analytic"}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    with pytest.raises(UserError, match=r"OtherPipeline.* WanPipeline or ToyPipeline"):
+        load_model(str(tmp_path))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A Wan pipeline that came from elsewhere: no recipe."""
+    shutil.copytree(PIPELINE_FOLDER, tmp_path / "wan", ignore=shutil.ignore_patterns("recipe.json"))
+    return tmp_path / "wan"
+
+
+def test_a_model_of_unknown_size_is_not_sampled_at_the_size_of_the_tiny_world(plain: Path) -> None:
+    with pytest.raises(UserError, match=r"give --height, --width, --num-frames, --max-sequence-length \(or"):
+        load_model(str(plain))
+    with pytest.raises(UserError, match=r"give --num-frames, --max-sequence-length \(or"):
+        load_model(str(plain), {"height": 64, "width": 48})
+
+
+def test_sizes_come_from_options_or_the_recipe(plain: Path) -> None:
+    given = load_model(str(plain), {**MODEL, "height": 64, "width": 48})
+    assert given.adapter.latent_shape == (16, 3, 8, 6)
+    (plain / "recipe.json").write_text(json.dumps({"model": MODEL}))
+    assert load_model(str(plain)).adapter.latent_shape == (16, 3, 4, 4)
+    assert load_model(str(plain), {"num_frames": 13}).adapter.latent_shape == (16, 4, 4, 4)
+
+
 def test_wrong_option_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": MODEL}))
     with pytest.raises(UserError, match=r"(?s)of the model in .*height"):
         load_model(str(tmp_path), {"height": 31})
 

@@ -91,11 +91,27 @@ def test_ladder_forms() -> None:
         ({"times": []}, "at least one"),
         ({"steps": [1000], "times": [1.0]}, "steps"),
         ({"count": 4, "warp": True}, "count"),
+        ({"count": 0}, r"run\.yaml:\n  ladder: ladder: at least one"),
+        ({"steps": 1000}, "not iterable"),
+        ({"steps": [250, 750]}, r"run\.yaml:\n  ladder: .*rises"),
     ],
 )
 def test_bad_ladder_is_refused_with_the_reason(analytic_values: dict, ladder: dict, message: str) -> None:
     analytic_values["ladder"] = ladder
     with pytest.raises(UserError, match=message):
+        parsed(analytic_values)
+
+
+@pytest.mark.parametrize("guidance", [{"extra": None}, {"extra": 1, "standard": 2}, {"cfg": 3}, "much"])
+def test_bad_guidance_is_refused_by_key(analytic_values: dict, guidance: object) -> None:
+    analytic_values["method"]["teacher_guidance"] = guidance
+    with pytest.raises(UserError, match=r"method\.teacher_guidance"):
+        parsed(analytic_values)
+
+
+def test_a_falling_range_is_refused(analytic_values: dict) -> None:
+    analytic_values["method"]["score_time_range"] = [0.98, 0.02]
+    with pytest.raises(UserError, match=r"method\.score_time_range: a range does not fall"):
         parsed(analytic_values)
 
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig
+from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, TimeRange
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import few_step
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
-
-Time = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @runtime_checkable
@@ -49,7 +47,7 @@ class DMD2Config(MethodConfig):
     convention is converted by name: `{extra: 3.5}` is 4.5."""
     score_time_shift: PositiveFloat = 1.0
     """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
-    score_time_range: tuple[Time, Time] = (0.02, 0.98)
+    score_time_range: TimeRange = (0.02, 0.98)
     """Those noise levels are clamped to this range, after the shift."""
     student_learning_rate: PositiveFloat = 2e-6
     """AdamW learning rate of the student."""

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig
+from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, TimeRange
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
 from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
 
@@ -23,7 +23,7 @@ class SFTConfig(MethodConfig):
     """Density of the training times before the shift; logit-normal has mean 0 and scale 1."""
     time_shift: PositiveFloat = 3.0
     """Shift of the training times: 3 for Wan at 480p, 5 at 720p."""
-    time_range: tuple[float, float] = (0.001, 0.999)
+    time_range: TimeRange = (0.001, 0.999)
     """Times are clamped to this range, after the shift."""
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of samples whose caption is replaced by the negative one: without it guidance has nothing to push from."""
