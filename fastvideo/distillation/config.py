@@ -141,6 +141,8 @@ class ValidationConfig(Section):
     def _has_prompts(self) -> ValidationConfig:
         if self.every and not (self.prompts or self.world_prompts):
             raise ValueError("`every` is set: give `prompts`, or a number of `world_prompts`")
+        if self.prompts and self.world_prompts:
+            raise ValueError("give `prompts` or `world_prompts`, not both")
         return self
 
 

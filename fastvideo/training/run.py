@@ -152,14 +152,14 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
 
     def sample(network: nn.Module) -> Tensor:
         generator = seeded(options.seed)
-        draw = partial(normal, generator=generator)
-        noise = draw((len(prompts), *adapter.latent_shape)).to(adapter.device)
+
+        def draw(like: Tensor) -> Tensor:
+            return normal(tuple(like.shape), generator).to(adapter.device)
+
+        noise = draw(torch.empty(len(prompts), *adapter.latent_shape))
         velocity = partial(adapter.velocity, network, condition=condition)
-        return adapter.decode(
-            generate(
-                method.sampler, velocity, noise, method.ladder.times, lambda x: draw(tuple(x.shape)).to(adapter.device)
-            )
-        )
+        latents = generate(method.sampler, velocity, noise, method.ladder.times, draw)
+        return adapter.decode(latents).float().cpu()
 
     def write(path: Path, video: Tensor) -> None:
         write_video(path, video, options.fps, scale=max(1, WATCHABLE // video.shape[2]))
