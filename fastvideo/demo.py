@@ -78,8 +78,9 @@ def _is_earlier_demo(out: Path) -> bool:
 def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> dict[str, Any]:
     """Measure teacher, untrained sampler and student on the same prompts and noise; write the page."""
     from fastvideo.data.video_io import write_video
-    from fastvideo.evaluation.evaluate import comparison_rows, evaluate_rows
+    from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report import write_report
+    from fastvideo.evaluation.rows import comparison_rows
 
     evaluation = evaluate_rows(comparison_rows("tiny", str(out / "student")), prompts=prompts)
     figures = {**evaluation.to_dict(), "distillation": training}

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.cli import EvaluateArguments
-from fastvideo.evaluation.evaluate import Evaluation, RowSpec, evaluate_rows, sample, warm_up
+from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows, sample, warm_up
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.metrics import Row
+from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.progress import PatientBar

@@ -11,48 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.rollout import SamplerKind
-from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
 from fastvideo.evaluation.metrics import Row
-from fastvideo.inference.loading import LoadedModel, load_model, load_recipe, student_sampler
+from fastvideo.evaluation.rows import RowSpec
+from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, SamplerSpec, generate_batches, generate_latents
 
 DECODE_UNITS = 2
 """What decoding one video counts for on the progress bar, in network calls."""
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """One row: a model folder and how it is sampled. What is not given is the model's own choice.
-
-    Attributes:
-        folder: a path or ``tiny``.
-        steps: sampling steps.
-        guidance: standard convention, 1 = none.
-        ladder: sample as a student over these times, whatever the model: an untrained student.
-        kind: the sampler that walks ``ladder``.
-    """
-
-    folder: str
-    steps: int | None = None
-    guidance: float | None = None
-    ladder: tuple[float, ...] | None = None
-    kind: SamplerKind = "renoise"
-
-    def sampler(self, model: LoadedModel) -> SamplerSpec:
-        """The sampler of this row.
-
-        Raises:
-            UserError: for steps that a student was not trained for, or a bad ladder.
-        """
-        if self.ladder is not None:
-            guidance = 1.0 if self.guidance is None else self.guidance
-            return SamplerSpec.student(Ladder(self.ladder), guidance, self.kind)
-        return model.sampler(self.steps, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -80,30 +48,6 @@ class Sampled:
     videos: Tensor
     denoise_seconds: float
     decode_seconds: float
-
-
-def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict[str, RowSpec]:
-    """The rows that say whether distillation was worth it, for a student with a ladder of ``K`` steps.
-
-    ``teacher_50``, ``teacher_K``, ``teacher_1`` with the teacher's own guidance; ``untrained_K``, the teacher's weights
-    under the student's sampler; ``student_K``, ``student_1``.
-
-    Raises:
-        UserError: if ``student`` has no ladder in its recipe, or an unknown sampler.
-    """
-    recipe = load_recipe(student)
-    if "ladder" not in recipe:
-        raise UserError(f"{student!r} is not a student: its recipe.json names no ladder")
-    ladder = tuple(recipe["ladder"])
-    few = len(ladder)
-    return {
-        f"teacher_{teacher_steps}": RowSpec(teacher, steps=teacher_steps),
-        f"teacher_{few}": RowSpec(teacher, steps=few),
-        "teacher_1": RowSpec(teacher, steps=1),
-        f"untrained_{few}": RowSpec(teacher, ladder=ladder, kind=student_sampler(recipe)),
-        f"student_{few}": RowSpec(student),
-        "student_1": RowSpec(student, steps=1),
-    }
 
 
 def evaluate_rows(

@@ -14,8 +14,9 @@ from rich.console import Console
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.cli import EvaluateArguments
 from fastvideo.evaluation.command import row_specs, run_evaluate, table, write_metrics
-from fastvideo.evaluation.evaluate import Evaluation, RowSpec, comparison_rows, evaluate_rows
+from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
 from fastvideo.evaluation.judge import Judge
+from fastvideo.evaluation.rows import RowSpec, comparison_rows
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.tests.evaluation.test_metrics import ISSUE_KEYS

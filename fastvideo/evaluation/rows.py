@@ -1,0 +1,65 @@
+"""What is compared: model folders and how each is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import UserError
+from fastvideo.inference.loading import LoadedModel, load_recipe, student_sampler
+from fastvideo.inference.sampler import SamplerSpec
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row: a model folder and how it is sampled. What is not given is the model's own choice.
+
+    Attributes:
+        folder: a path or ``tiny``.
+        steps: sampling steps.
+        guidance: standard convention, 1 = none.
+        ladder: sample as a student over these times, whatever the model: an untrained student.
+        kind: the sampler that walks ``ladder``.
+    """
+
+    folder: str
+    steps: int | None = None
+    guidance: float | None = None
+    ladder: tuple[float, ...] | None = None
+    kind: SamplerKind = "renoise"
+
+    def sampler(self, model: LoadedModel) -> SamplerSpec:
+        """The sampler of this row.
+
+        Raises:
+            UserError: for steps that a student was not trained for, or a bad ladder.
+        """
+        if self.ladder is not None:
+            guidance = 1.0 if self.guidance is None else self.guidance
+            return SamplerSpec.student(Ladder(self.ladder), guidance, self.kind)
+        return model.sampler(self.steps, self.guidance)
+
+
+def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict[str, RowSpec]:
+    """The rows that say whether distillation was worth it, for a student with a ladder of ``K`` steps.
+
+    ``teacher_50``, ``teacher_K``, ``teacher_1`` with the teacher's own guidance; ``untrained_K``, the teacher's weights
+    under the student's sampler; ``student_K``, ``student_1``.
+
+    Raises:
+        UserError: if ``student`` has no ladder in its recipe, or an unknown sampler.
+    """
+    recipe = load_recipe(student)
+    if "ladder" not in recipe:
+        raise UserError(f"{student!r} is not a student: its recipe.json names no ladder")
+    ladder = tuple(recipe["ladder"])
+    few = len(ladder)
+    return {
+        f"teacher_{teacher_steps}": RowSpec(teacher, steps=teacher_steps),
+        f"teacher_{few}": RowSpec(teacher, steps=few),
+        "teacher_1": RowSpec(teacher, steps=1),
+        f"untrained_{few}": RowSpec(teacher, ladder=ladder, kind=student_sampler(recipe)),
+        f"student_{few}": RowSpec(student),
+        "student_1": RowSpec(student, steps=1),
+    }
