@@ -57,9 +57,9 @@ def values(analytic_values: dict[str, Any]) -> dict[str, Any]:
 def test_torchrun_equals_the_same_two_ranks_in_one_process(values: dict[str, Any], tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, entry.__file__, "--distill-model", "analytic", "--distill-method", "dmd2"]
-    done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     output = Path(values["output"])
     trained, expected = load_file(output / "student" / "network.safetensors"), emulate(values)
