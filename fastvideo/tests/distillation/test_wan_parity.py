@@ -181,17 +181,19 @@ def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipe
     assert torch.equal(loaded.vae.decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
 
 
-def test_checkpointed_gradients_equal_plain_ones(adapter: WanAdapter) -> None:
-    gradients = []
+def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: WanAdapter) -> None:
+    gradients, forwards = [], [0, 0]
     for checkpointing in (False, True):
-        network = (
-            WanAdapter(adapter.config.model_copy(update={"gradient_checkpointing": checkpointing}))
-            .load_network()
-            .train()
-        )
-        assert network.is_gradient_checkpointing == checkpointing
+        config = adapter.config.model_copy(update={"gradient_checkpointing": checkpointing})
+        network = WanAdapter(config).load_network()
+
+        def count(module: Any, inputs: Any, which: int = int(checkpointing)) -> None:
+            forwards[which] += 1
+
+        network.blocks[0].register_forward_pre_hook(count)
         adapter.velocity(network, noise_of(adapter), torch.tensor([0.3, 0.9]), adapter.negative(2)).sum().backward()
         gradients.append([p.grad for p in network.parameters()])
+    assert forwards == [1, 2], "backward runs the block again, and only with checkpointing"
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
 

@@ -54,13 +54,21 @@ def values(analytic_values: dict[str, Any]) -> dict[str, Any]:
     return analytic_values | changes | {"checkpoint": {"every": STEPS}}
 
 
-def test_torchrun_equals_the_same_two_ranks_in_one_process(values: dict[str, Any], tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values))
+def launch(config: Path, *flags: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, entry.__file__, "--distill-model", "analytic", "--distill-method", "dmd2"]
-    done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, timeout=300, check=False)
+    command += ["--config", str(config), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_torchrun_and_its_resume_equal_the_same_two_ranks_in_one_process(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    launch(config, "--trainer.max-steps", "4")
+    launch(config, "--resume")
     output = Path(values["output"])
     trained, expected = load_file(output / "student" / "network.safetensors"), emulate(values)
     for name, tensor in expected.items():
