@@ -181,8 +181,11 @@ def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) 
         "weights": "live" if student.ema is None else "ema",
         "steps": config.trainer.max_steps,
     }
-    if "teacher" in method.bundle:  # without one, the result is a teacher: any number of steps, any guidance
+    if "teacher" in method.bundle:
         recipe |= {"ladder": list(method.ladder.times), "guidance": 1.0}
+    elif "guidance" in adapter.source_recipe:
+        # Without a teacher the result is one: any number of steps, with the guidance of the model it was tuned from.
+        recipe |= {"guidance": adapter.source_recipe["guidance"]}
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
     adapter.save_pipeline(partial_folder, student.ema if student.ema is not None else student.network, recipe)

@@ -106,6 +106,11 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
 
+    @property
+    def source_recipe(self) -> Mapping[str, Any]:
+        """``recipe.json`` of the model that the run starts from; empty if it has none."""
+        return {}
+
     def ensure_negative_conditioning(self) -> None:
         """Make the condition of the unguided prediction, once; a second call does nothing."""
         if self._negative is None:

@@ -219,6 +219,11 @@ class WanAdapter(DistillAdapter[WanConfig]):
         mean, std = self._latent_statistics()
         return self.vae.decode(latents * std + mean, return_dict=False)[0]  # type: ignore[no-any-return]
 
+    @property
+    def source_recipe(self) -> Mapping[str, Any]:
+        file = Path(self.source) / "recipe.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """A pipeline folder that ``WanPipeline.from_pretrained`` loads; everything but the transformer is copied."""
         folder.mkdir(parents=True, exist_ok=True)

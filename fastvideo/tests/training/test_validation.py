@@ -80,3 +80,14 @@ def test_the_result_is_a_pipeline_that_stock_diffusers_loads(values: dict[str, A
     options = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "np"}
     video = pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=1.0, **options).frames
     assert video.shape == (1, 9, 32, 32, 3)
+
+
+def test_a_tuned_teacher_keeps_the_guidance_of_its_source(values: dict[str, Any], tmp_path: Path) -> None:
+    from fastvideo.inference.loading import load_model
+
+    data = {"source": "tiny_world", "size": 4, "batch_size": 2, "cache": str(tmp_path / "cache")}
+    changes = {"distill_method": "sft", "method": {}, "roles": {"student": {"trainable": True}}, "data": data}
+    folder = run(validate(run_schema("wan", "sft"), values | changes, "test"))
+    tuned, source = load_model(str(folder)), load_model("tiny")
+    assert not tuned.is_student
+    assert tuned.sampler() == source.sampler()
