@@ -81,8 +81,11 @@ def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> dict[str, Any
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report import write_report
     from fastvideo.evaluation.rows import comparison_rows
+    from fastvideo.inference.loading import load_recipe
 
-    evaluation = evaluate_rows(comparison_rows("tiny", str(out / "student")), prompts=prompts)
+    student = str(out / "student")
+    teacher = load_recipe(student)["model"]["path"]
+    evaluation = evaluate_rows(comparison_rows(teacher, student), prompts=prompts)
     figures = {**evaluation.to_dict(), "distillation": training}
     write_report(out / "report.html", evaluation, run=out, figures=figures)
     write_video(out / "comparison.gif", side_by_side(evaluation.videos), scale=3)
