@@ -4,7 +4,7 @@
 
 Stages and their wall times on one core, in order: `classifier` (the judge, 3 minutes), `vae` (13 minutes), `text`
 (tokenizer and random text encoder, at once), `transformer` (random weights, at once), `teacher` (the `sft` method
-trains them, 75 minutes; run it from the root of the repository, where its recipe is). Without --stage all of them run.
+trains them, 80 minutes; run it from the root of the repository, where its recipe is). Without --stage all of them run.
 A stage writes FOLDER/classifier or its part of FOLDER/pipeline and replaces what was there; the others stay.
 """
 
