@@ -40,10 +40,15 @@ class Condition:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """What a data source yields: captions, and clean latents ``[B, C, F, H, W]`` (normalised) where it has them."""
+    """What a data source yields: captions, and clean latents ``[B, C, F, H, W]`` (normalised) where it has them.
+
+    ``extras`` is what else was computed beforehand and stands in for what the adapter would compute, batched, by name:
+    ``text_embedding`` ``[B, L, D]``, and whatever more a family declares (``DistillAdapter.extra_shapes``).
+    """
 
     captions: tuple[str, ...]
     latents: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -24,6 +25,19 @@ class AdapterConfig(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class StockSampler:
+    """What stock diffusers needs to sample a student.
+
+    ``scheduler`` is a diffusers scheduler that calls the network at rectified-flow times ``times`` when it is asked for
+    ``len(times)`` steps, and goes from one to the next as the student's own sampler does. ``times`` may differ from the
+    student's ladder, where no scheduler yields that ladder.
+    """
+
+    scheduler: Any
+    times: tuple[float, ...]
 
 
 class DistillAdapter(ABC, Generic[ConfigT]):
@@ -105,6 +119,30 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     @abstractmethod
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
+
+    @property
+    def extra_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
+        """Shape of one sample of everything but latents that can be computed beforehand, by name; ``None``: any size.
+
+        ``text_embedding`` is optional in a dataset (captions are encoded instead), all others are not.
+        """
+        return {}
+
+    def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """Everything that :attr:`extra_shapes` names, for videos ``[B, 3, T, H, W]`` and their captions, batched."""
+        return {}
+
+    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
+        """The scheduler with which stock diffusers comes closest to a student's ladder ``times``.
+
+        Args:
+            times: the ladder.
+            kind: the student's sampler, ``renoise`` or ``euler``.
+
+        Raises:
+            UserError: for a family that has no diffusers pipeline.
+        """
+        raise UserError(f"{type(self).__name__} has no diffusers pipeline to export to")
 
     @property
     def source_recipe(self) -> Mapping[str, Any]:
