@@ -56,6 +56,10 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     """One line: the family and its parameterisation."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) whose folders this family reads."""
+    per_frame_times: ClassVar[bool] = True
+    """Whether :meth:`velocity` takes times per frame ``[B, F]``; a family without them refuses with a ``UserError``."""
+    frames_first: ClassVar[bool] = False
+    """Whether the diffusers pipeline has its latents as ``[B, F, C, H, W]``."""
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
         self.config = config
