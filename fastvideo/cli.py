@@ -13,6 +13,7 @@ VERBS = {
     "generate": ("fastvideo.inference.cli", "make a video from a prompt with a student or a teacher"),
     "evaluate": ("fastvideo.evaluation.cli", "measure prompt accuracy, Frechet distance, diversity and time"),
     "schedule": ("fastvideo.inference.schedule_cli", "show a config's noise levels: what the network is really given"),
+    "conformance": ("fastvideo.conformance.cli", "check that a model family fulfils the adapter contract"),
     "list": ("fastvideo.inference.list_cli", "list methods and model families"),
 }
 """Verb -> (module with ``main(argv) -> int``, one line of help)."""
@@ -27,7 +28,7 @@ def usage() -> str:
         "",
         "Distil a slow video diffusion model into a student that needs 1-8 network calls.",
         "",
-        *(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()),
+        *(f"  {verb:<12} {text}" for verb, (_, text) in VERBS.items()),
         "",
         "start here:  fastvideo distill --config examples/distillation/tiny_wan_dmd2.yaml",
     ]

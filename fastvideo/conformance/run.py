@@ -1,0 +1,135 @@
+"""Running the checks on one adapter, and their report."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fastvideo.conformance import folder_checks, network_checks, stock_checks
+from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.builder import ADAPTERS, load_adapter
+from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.distillation.types import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RULES = (network_checks, folder_checks, stock_checks)
+"""The modules whose import fills :data:`CHECKS`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one check found; ``where`` is the place to look at when it failed."""
+
+    name: str
+    result: Literal["passed", "FAILED", "not applicable"]
+    message: str = ""
+    where: str = ""
+
+
+def examine(subject: Subject, checks: Iterable[Check] = tuple(CHECKS)) -> Iterator[Outcome]:
+    """Run ``checks`` one after the other; a failed one does not stop the rest."""
+    for rule in checks:
+        try:
+            rule.run(subject)
+        except NotApplicable as reason:
+            yield Outcome(rule.name, "not applicable", str(reason))
+        except Violation as violation:
+            yield Outcome(rule.name, "FAILED", str(violation), rule.where)
+        except Exception as error:  # an adapter under examination may raise anything; it is reported, with its place
+            message = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+            yield Outcome(rule.name, "FAILED", message, f"{rule.where}, raised at {place(error, subject.adapter)}")
+        else:
+            yield Outcome(rule.name, "passed")
+
+
+def place(error: Exception, adapter: DistillAdapter[Any]) -> str:
+    """``file:line`` where ``error`` left the adapter's own module, else where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = inspect.getsourcefile(type(adapter))
+    inside = [frame for frame in frames if frame.filename == own]
+    last = (inside or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
+def find_family(name: str) -> type[DistillAdapter[Any]]:
+    """The adapter class that ``name`` means: a registered family, or ``package.module:Class``.
+
+    Raises:
+        UserError: if there is no such family, module or class, or the class is no adapter.
+    """
+    if ":" not in name:
+        if name not in ADAPTERS:
+            raise UserError(f"{name!r} is neither one of {', '.join(ADAPTERS)} nor package.module:Class")
+        return load_adapter(name)
+    module_name, _, class_name = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: an author runs this beside the file
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"cannot import {module_name!r} (from {Path.cwd()}): {error}") from error
+    except AttributeError as error:
+        raise UserError(f"module {module_name!r} has no class {class_name!r}") from error
+    if not (inspect.isclass(found) and issubclass(found, DistillAdapter)):
+        raise UserError(f"{name!r} is not a subclass of fastvideo.distillation.adapters.base.DistillAdapter")
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"{name!r} does not implement {', '.join(missing)}")
+    return found
+
+
+def model_options(config: Path | None, settings: Iterable[str]) -> dict[str, Any]:
+    """The ``model`` section of a run's config, with ``key=value`` settings over it.
+
+    Raises:
+        UserError: for a setting of another form, or a config that cannot be read.
+    """
+    options: dict[str, Any] = {}
+    if config is not None:
+        section = read_yaml(config).get("model", {})
+        options |= section if isinstance(section, Mapping) else {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found:
+            raise UserError(f"--set takes key=value, got {setting!r}")
+        options[key] = value
+    return options
+
+
+def conform(
+    family: type[DistillAdapter[Any]], options: Mapping[str, Any], prompts: tuple[str, str], device: str
+) -> list[Outcome]:
+    """Build the adapter and run every check on it, with a progress bar.
+
+    Raises:
+        UserError: for a wrong option, or a model folder that cannot be read.
+    """
+    from fastvideo.inference.progress import tracked
+
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = family(validate(family.Config, options, "of the model"), device)
+        subject = Subject(adapter, prompts, Path(folder))
+        return list(tracked(examine(subject), "conformance", total=len(CHECKS)))
+
+
+def table(outcomes: Iterable[Outcome]) -> Table:
+    """One row per check; for a failed one what was found and where to look."""
+    from rich.table import Table
+
+    styles = {"passed": "green", "FAILED": "bold red", "not applicable": "dim"}
+    shown = Table("check", "result", "what was found", "where to look")
+    for outcome in outcomes:
+        result = f"[{styles[outcome.result]}]{outcome.result}[/]"
+        shown.add_row(outcome.name, result, outcome.message, outcome.where)
+    return shown

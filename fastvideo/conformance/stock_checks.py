@@ -1,0 +1,63 @@
+"""The rule that ties a family to its original: stock diffusers, given the same noise, makes the same video."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.conformance.subject import NotApplicable, Subject, check, require
+from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.rollout import euler
+
+STEPS = 4
+TOLERANCE = 2 / 255
+"""Of a pixel in [0, 1]."""
+
+
+@check("velocity(), decode(), encode_prompts(), stock_sampler()")
+def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
+    adapter = subject.adapter
+    if not adapter.pipelines:
+        raise NotApplicable("the family has no diffusers pipeline")
+    stock = adapter.stock_sampler(adapter.teacher_times(STEPS), "euler")
+    noise = subject.noise(1)
+    velocity = partial(adapter.velocity, subject.network, condition=adapter.encode_prompts(subject.prompts[:1]))
+    ours = (adapter.decode(euler(velocity, noise, stock.times)).clamp(-1, 1) + 1) / 2
+    theirs = stock_video(subject, stock, noise)
+    require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
+    worst = float((ours.cpu() - theirs).abs().max())
+    require(
+        worst <= TOLERANCE, f"pixels differ by up to {worst:.4f} of 1 after {STEPS} steps ({TOLERANCE:.4f} allowed)"
+    )
+
+
+def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
+    """``[1, 3, T, H, W]`` in ``[0, 1]`` from the stock pipeline over the adapter's own folder."""
+    import diffusers
+
+    adapter = subject.adapter
+    folder = subject.folder / "stock"
+    adapter.save_pipeline(folder, subject.network, {})
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(adapter.device)
+    pipeline.scheduler = stock.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        prompt=subject.prompts[0],
+        latents=noise.transpose(1, 2) if adapter.frames_first else noise,
+        num_inference_steps=len(stock.times),
+        guidance_scale=1.0,
+        output_type="pt",
+        **_sizes(adapter.config, type(pipeline)),
+    ).frames
+    return frames.transpose(1, 2).float().cpu()  # type: ignore[no-any-return]
+
+
+def _sizes(config: Any, pipeline: type[Any]) -> dict[str, Any]:
+    """The config's sizes, as far as the pipeline takes them."""
+    taken = inspect.signature(pipeline.__call__).parameters
+    names = ("height", "width", "num_frames", "max_sequence_length")
+    return {name: getattr(config, name) for name in names if name in taken and hasattr(config, name)}

@@ -1,0 +1,106 @@
+"""What the checks look at, and how they say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.types import Condition
+
+COUNT = 3
+
+
+class Violation(Exception):
+    """A check failed; the message says what was found and what is expected."""
+
+
+class NotApplicable(Exception):
+    """A check has nothing to look at in this family; the message says why."""
+
+
+def require(holds: bool | Tensor, message: str) -> None:
+    """Raise :class:`Violation` with ``message`` unless ``holds``."""
+    if not bool(holds):
+        raise Violation(message)
+
+
+def require_close(found: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """Raise :class:`Violation` with the largest difference unless it is within ``tolerance`` of the largest value."""
+    require(found.shape == wanted.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+    worst = float((found - wanted).detach().abs().max())
+    allowed = tolerance * max(1.0, float(wanted.detach().abs().max()))
+    require(worst <= allowed, f"{what}: differs by up to {worst:.1e}, {allowed:.1e} is allowed")
+
+
+@dataclass
+class Subject:
+    """One adapter under examination, with toy inputs of its own shape.
+
+    Attributes:
+        adapter: over a folder of real weights, or random ones of a toy size.
+        prompts: two different prompts that the text encoder tells apart.
+        folder: an empty folder that checks may write into.
+    """
+
+    adapter: DistillAdapter[Any]
+    prompts: tuple[str, str]
+    folder: Path
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """One network; checks leave it as it was."""
+        return self.adapter.load_network()
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The condition of first prompt, empty prompt, second prompt."""
+        return self.adapter.encode_prompts([self.prompts[0], "", self.prompts[1]])
+
+    @cached_property
+    def x_t(self) -> Tensor:
+        """Noisy latents ``[3, C, F, H, W]``."""
+        return self.noise(COUNT)
+
+    @cached_property
+    def times(self) -> Tensor:
+        """Three different times, float32."""
+        return torch.tensor([0.9, 0.3, 0.6], device=self.adapter.device)
+
+    def noise(self, count: int, seed: int = 2) -> Tensor:
+        """Standard normal latents."""
+        return normal((count, *self.adapter.latent_shape), seeded(seed)).to(self.adapter.device)
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The adapter's velocity."""
+        return self.adapter.velocity(self.network, x_t, t, condition or self.condition)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule of the contract: its name, what it looks at, where an author looks when it fails."""
+
+    name: str
+    run: Callable[[Subject], None]
+    where: str
+
+
+CHECKS: list[Check] = []
+"""Every rule, in the order in which they are reported."""
+
+
+def check(where: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Register a function as a rule; its name, with spaces, is the rule's."""
+
+    def register(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        CHECKS.append(Check(run.__name__.replace("_", " "), run, where))
+        return run
+
+    return register
