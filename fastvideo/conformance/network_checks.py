@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require, require_close
@@ -68,7 +70,7 @@ def teacher_times_fall_from_pure_noise(subject: Subject) -> None:
         times = subject.adapter.teacher_times(steps)
         require(len(times) == steps, f"{len(times)} times for {steps} steps")
         require(times[0] <= 1.0 and times[-1] > 0.0, f"they leave (0, 1]: {times[0]} to {times[-1]}")
-        require(all(a > b for a, b in zip(times, times[1:], strict=False)), f"they do not decrease: {list(times)}")
+        require(all(a > b for a, b in itertools.pairwise(times)), f"they do not decrease: {list(times)}")
 
 
 @check(VELOCITY)
