@@ -20,7 +20,8 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter, StockSampler
+from fastvideo.distillation.adapters.flow_scheduler import flow_match_sampler
 from fastvideo.distillation.adapters.loading import load_component, load_config, resolve_pipeline
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import Condition, UserError
@@ -128,6 +129,9 @@ class WanAdapter(DistillAdapter[WanConfig]):
         config = load_config(FlowMatchEulerDiscreteScheduler, self.source, "scheduler")
         shift = float(config.get("flow_shift", config.get("shift", 1.0)))
         return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
+
+    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
+        return flow_match_sampler(times, kind)
 
     def load_network(self, path: str | None = None) -> nn.Module:
         """A ``WanTransformer3DModel`` in float32, in eval mode (Wan has no dropout)."""
