@@ -21,6 +21,7 @@ from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.recipe import result_recipe
 from fastvideo.training.output import check_output, prepare_output
 
 WATCHABLE = 128
@@ -173,19 +174,7 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
 def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) -> None:
     """The student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
     student = method.bundle["student"]
-    recipe = {
-        "distill_model": config.distill_model,
-        "method": config.distill_method,
-        "model": config.model.model_dump(mode="json"),
-        "sampler": method.sampler,
-        "weights": "live" if student.ema is None else "ema",
-        "steps": config.trainer.max_steps,
-    }
-    if "teacher" in method.bundle:
-        recipe |= {"ladder": list(method.ladder.times), "guidance": 1.0}
-    elif "guidance" in adapter.source_recipe:
-        # Without a teacher the result is one: any number of steps, with the guidance of the model it was tuned from.
-        recipe |= {"guidance": adapter.source_recipe["guidance"]}
+    recipe = result_recipe(config, adapter, "live" if student.ema is None else "ema", config.trainer.max_steps)
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
     adapter.save_pipeline(partial_folder, student.ema if student.ema is not None else student.network, recipe)

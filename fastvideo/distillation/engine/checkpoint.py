@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastvideo.distillation.engine.distributed import Processes, barrier
@@ -173,3 +174,18 @@ def verified_manifest(checkpoint: Path) -> dict[str, Any]:
                 f"checkpoint {checkpoint}: {name} is missing or damaged; remove this checkpoint to use an older one"
             )
     return manifest
+
+
+def role_parts(checkpoint: Path, role: str) -> set[str]:
+    """Which parts of a role's state (``network``, ``ema``, ``optimizer``) a checkpoint holds."""
+    with safe_open(checkpoint / "shared.safetensors", "pt") as file:
+        split = [key.split(JOINT) for key in file.keys()]  # noqa: SIM118 (not a mapping)
+    return {parts[1] for parts in split if parts[0] == role}
+
+
+def role_weights(checkpoint: Path, role: str, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of one part of a role's state by name; nothing else of the checkpoint is read."""
+    prefix = JOINT.join((role, part, ""))
+    with safe_open(checkpoint / "shared.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}

@@ -1,0 +1,28 @@
+"""``recipe.json`` of a run's result: how the model beside it is sampled, and where it comes from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastvideo.distillation.builder import Adapter, Config, load_method
+
+Weights = Literal["ema", "live"]
+"""Averaged weights, or those of the last step."""
+
+
+def result_recipe(config: Config, adapter: Adapter, weights: Weights, step: int) -> dict[str, Any]:
+    """The recipe of a run's student after ``step`` steps."""
+    recipe: dict[str, Any] = {
+        "distill_model": config.distill_model,
+        "method": config.distill_method,
+        "model": config.model.model_dump(mode="json"),
+        "sampler": load_method(config.distill_method).sampler,
+        "weights": weights,
+        "steps": step,
+    }
+    if "teacher" in config.roles:
+        return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
+    if "guidance" in adapter.source_recipe:
+        # Without a teacher the result is one: any number of steps, with the guidance of the model it was tuned from.
+        return recipe | {"guidance": adapter.source_recipe["guidance"]}
+    return recipe
