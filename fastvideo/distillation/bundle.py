@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastvideo.distillation.noise import guide, velocity_to_x0
+from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition, UserError
 
 
@@ -42,12 +42,22 @@ class RoleHandle:
         self.network.requires_grad_(self.trainable)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's velocity, float32."""
-        return self.adapter.velocity(self.network, x_t, t, condition)
+        """The network's velocity, float32.
+
+        Given frames of the condition reach the network clean, at time 0, whatever ``x_t`` holds there. Their own
+        velocity is known, ``(x_t - clean) / t``, so it is returned instead of a prediction: every formula on velocities
+        (x0, noise, a step, guidance) is right for them too, and no gradient comes from them.
+        """
+        given = condition.given
+        if given is None:
+            return self.adapter.velocity(self.network, x_t, t, condition)
+        u = self.adapter.velocity(self.network, given.fill(x_t), given.times(t), condition)
+        return x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's estimate of the clean latents, float32."""
-        return velocity_to_x0(x_t, self.velocity(x_t, t, condition), t)
+        """The network's estimate of the clean latents, float32; given frames are exact."""
+        x0 = velocity_to_x0(x_t, self.velocity(x_t, t, condition), t)
+        return x0 if condition.given is None else condition.given.fill(x0)
 
     def guided_velocity(
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float
@@ -60,7 +70,8 @@ class RoleHandle:
 
     def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
         """Clean latents under standard guidance (guiding x0 or velocity is the same: both are affine in ``x_t``)."""
-        return velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t)
+        x0 = velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t)
+        return x0 if condition.given is None else condition.given.fill(x0)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that this role trains."""

@@ -1,4 +1,4 @@
-"""The values that cross boundaries: frozen and free of behaviour beyond indexing.
+"""The values that cross boundaries: frozen, with no behaviour beyond indexing, joining and averaging.
 
 Shapes use diffusers' layout: latents are ``[B, C, F, H, W]``, an image is ``F = 1``.
 """
@@ -12,30 +12,73 @@ from torch import Tensor
 
 from fastvideo.errors import UserError
 
-__all__ = ["Batch", "Condition", "RawBatch", "RoleLoss", "UserError"]
+__all__ = ["Batch", "Condition", "Given", "RawBatch", "RoleLoss", "UserError", "free_means"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Latent frames that are given, not generated, such as the first frame of a video that continues an image.
+
+    ``mask`` is bool ``[B, F]``, true where a frame is given; ``clean`` are latents ``[B, C, F, H, W]`` that hold the
+    given frames (what they hold elsewhere is never read).
+    """
+
+    mask: Tensor
+    clean: Tensor
+
+    @property
+    def frames(self) -> Tensor:
+        """The mask, shaped to broadcast against latents: ``[B, 1, F, 1, 1]``."""
+        return self.mask[:, None, :, None, None]
+
+    def fill(self, x: Tensor) -> Tensor:
+        """``x`` ``[B, C, F, H, W]`` with the given frames in their place, to the bit and without gradient."""
+        return self.clean.to(x.dtype).where(self.frames, x)
+
+    def times(self, t: Tensor) -> Tensor:
+        """Times ``[B]`` or ``[B, F]`` as ``[B, F]`` with 0, which is clean, on the given frames."""
+        per_frame = t if t.ndim == 2 else t[:, None].expand(self.mask.shape)
+        return per_frame.masked_fill(self.mask, 0.0)
+
+
+def free_means(x: Tensor, given: Given | None) -> Tensor:
+    """Mean of each sample of ``x`` ``[B, C, F, H, W]`` over what is not given: ``[B, 1, 1, 1, 1]``."""
+    dims = tuple(range(1, x.ndim))
+    if given is None:
+        return x.mean(dim=dims, keepdim=True)
+    free = x.masked_fill(given.frames, 0.0).sum(dim=dims, keepdim=True)
+    return free / (~given.frames).expand(x.shape).sum(dim=dims, keepdim=True)
 
 
 @dataclass(frozen=True)
 class Condition:
     """What a network is conditioned on, as batched tensors that only the adapter interprets.
 
-    Every tensor has the batch as its first dimension.
+    Every tensor has the batch as its first dimension. ``given`` are frames that every role sees clean: they travel with
+    the condition so that no caller can forget them (``RoleHandle`` puts them into every network input).
     """
 
     tensors: Mapping[str, Tensor]
+    given: Given | None = None
 
     def where(self, keep: Tensor, other: Condition) -> Condition:
-        """Rows of ``self`` where ``keep`` (bool ``[B]``) is true, rows of ``other`` elsewhere."""
+        """Rows of ``self`` where ``keep`` (bool ``[B]``) is true, rows of ``other`` elsewhere; given frames stay."""
         return Condition(
             {
                 key: value.where(keep.view(-1, *[1] * (value.ndim - 1)), other.tensors[key])
                 for key, value in self.tensors.items()
-            }
+            },
+            self.given,
         )
 
     def rows(self, index: slice) -> Condition:
         """The given rows of the batch."""
-        return Condition({key: value[index] for key, value in self.tensors.items()})
+        given = None if self.given is None else Given(self.given.mask[index], self.given.clean[index])
+        return Condition({key: value[index] for key, value in self.tensors.items()}, given)
+
+    def __or__(self, other: Condition) -> Condition:
+        """Both conditions at once, such as a text and an image."""
+        return Condition({**self.tensors, **other.tensors}, other.given or self.given)
 
 
 @dataclass(frozen=True)
@@ -56,7 +99,7 @@ class Batch:
     """One prepared micro-batch.
 
     ``x0`` are normalised clean latents ``[B, C, F, H, W]`` in float32, or ``None`` for a text-only run; ``shape`` is
-    their shape either way. ``negative`` is the condition of the unguided prediction.
+    their shape either way. ``negative`` is the condition of the unguided prediction; it holds the same given frames.
     """
 
     shape: tuple[int, ...]
@@ -64,8 +107,24 @@ class Batch:
     negative: Condition
     x0: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.condition.given is not self.negative.given:
+            raise ValueError("condition and negative condition of a batch hold the same given frames")
+
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def given(self) -> Tensor | None:
+        """Bool ``[B, F]``: frames that are given, not generated; ``None`` where there are none."""
+        return None if self.condition.given is None else self.condition.given.mask
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of ``x`` ``[B, C, F, H, W]`` over what is generated: losses average with this, never with ``x.mean()``.
+
+        Every sample weighs the same, however many of its frames are given.
+        """
+        return x.mean() if self.given is None else free_means(x, self.condition.given).mean()
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class GaussianConsistency(nn.Module):
         sigma = expand_time(t, x_t)
         alpha, mean = 1 - sigma, self.mean + shift.view(-1, *[1] * (x_t.ndim - 1))
         x0 = mean + self.std * (x_t - alpha * mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
-        return (x_t - x0) / sigma
+        return (x_t - x0) / sigma.clamp_min(1e-6)  # at time 0, where given frames are, x0 is x_t
 
 
 class AnalyticAdapter(DistillAdapter[AnalyticConfig]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Condition, RawBatch
+from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
 
 MEAN, STD = 0.7, 0.4
 """The truth that analytic teachers know: every element is drawn from N(MEAN, STD^2)."""
@@ -82,6 +82,15 @@ def analytic_batch(
     generator = torch.Generator().manual_seed(seed)
     x0 = MEAN + shift + STD * torch.randn((count, *adapter.latent_shape), generator=generator)
     return adapter.prepare(RawBatch(captions, x0 if latents else None))
+
+
+def with_given(batch: Batch, frames: int = 1) -> Batch:
+    """The batch with its first latent frames given."""
+    assert batch.x0 is not None
+    mask = torch.zeros(len(batch), batch.shape[2], dtype=torch.bool)
+    mask[:, :frames] = True
+    given = Condition({}, Given(mask, batch.x0))
+    return replace(batch, condition=batch.condition | given, negative=batch.negative | given)
 
 
 def train(

@@ -22,7 +22,7 @@ from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import few_step
 from fastvideo.distillation.schedule import Guidance, Ladder
-from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, Condition, Given, RoleLoss, UserError, free_means
 
 
 @runtime_checkable
@@ -122,23 +122,22 @@ class DMD2Method(DistillMethod[DMD2Config]):
             x_t = add_noise(x0, self.rng.normal_like(x0), t)
             fake = self.critic.x0(x_t, t, batch.condition)
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
-            gradient = dmd_gradient(x0, real=real, fake=fake)
-        loss = 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
-        return RoleLoss("student", loss, {"dmd_gradient_rms": gradient.square().mean().sqrt()})
+            gradient = dmd_gradient(x0, real=real, fake=fake, given=batch.condition.given)
+        loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
+        return RoleLoss("student", loss, {"dmd_gradient_rms": batch.mean(gradient.square()).sqrt()})
 
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Flow matching on the student's samples, conditional only."""
         t, noise = self.score_times(len(batch)), self.rng.normal_like(x0)
         u = self.critic.velocity(add_noise(x0, noise, t), t, batch.condition)
-        return RoleLoss("critic", (u - velocity_target(x0, noise)).square().mean())
+        return RoleLoss("critic", batch.mean((u - velocity_target(x0, noise)).square()))
 
     def score_times(self, count: int) -> Tensor:
         """Uniform, then shifted, then clamped; one time per sample, all frames share it."""
         return shift_time(self.rng.uniform(count), self.config.score_time_shift).clamp(*self.config.score_time_range)
 
 
-def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, eps: float = 1e-6) -> Tensor:
-    """``(fake - real) / (mean |x0 - real| + eps)`` with the mean over each sample alone (DMD eq. 8), float32."""
+def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: Given | None = None, eps: float = 1e-6) -> Tensor:
+    """``(fake - real) / (mean |x0 - real| + eps)`` with the mean over what is generated of each sample (DMD eq. 8)."""
     x0, real, fake = x0.float(), real.float(), fake.float()
-    scale = (x0 - real).abs().mean(dim=tuple(range(1, x0.ndim)), keepdim=True)
-    return (fake - real) / (scale + eps)
+    return (fake - real) / (free_means((x0 - real).abs(), given) + eps)

@@ -59,7 +59,7 @@ class SFTMethod(DistillMethod[SFTConfig]):
         noise, t = self.rng.normal_like(batch.x0), self.times(len(batch))
         x_t = add_noise(batch.x0, noise, t)
         u = self.bundle["student"].velocity(x_t, t, self.dropped(batch))
-        yield RoleLoss("student", (u - velocity_target(batch.x0, noise)).square().mean())
+        yield RoleLoss("student", batch.mean((u - velocity_target(batch.x0, noise)).square()))
 
     def times(self, count: int) -> Tensor:
         """Training times ``[count]``, drawn as times and never as table indices (which would flip a skewed density)."""
