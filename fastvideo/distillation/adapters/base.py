@@ -176,11 +176,56 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         tensors = {key: value.expand(count, *value.shape[1:]) for key, value in self._negative.tensors.items()}
         return Condition(tensors)
 
-    def prepare(self, raw: RawBatch) -> Batch:
-        """Captions to conditions, latents to the device in float32.
+    @property
+    def first_frames(self) -> tuple[int, ...]:
+        """How many frames of a video may be given, for the model to go on from.
+
+        ``(0,)`` is text alone, ``(1,)`` always an image, ``(0, 1)`` either.
+        """
+        return (0,)
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether there is nothing to generate, or to train on, without given frames."""
+        return 0 not in self.first_frames
+
+    def condition_on(self, frames: Tensor | None) -> Condition:
+        """What given frames ``[B, 3, T, H, W]`` in ``[-1, 1]`` add to every condition, the negative one too.
 
         Raises:
-            UserError: if the latents do not have :attr:`latent_shape`.
+            UserError: if the model does not take this number of frames; ``None`` is 0.
+        """
+        count = 0 if frames is None else frames.shape[2]
+        if count not in self.first_frames:
+            wanted = " or ".join(map(str, self.first_frames))
+            raise UserError(f"the model goes on from {wanted} given frames, got {count}")
+        return Condition({}) if frames is None else self.encode_frames(frames)
+
+    def encode_frames(self, frames: Tensor) -> Condition:
+        """:meth:`condition_on`, for a number of frames that is in :attr:`first_frames`."""
+        raise NotImplementedError(f"{type(self).__name__}.first_frames promises it")
+
+    def first_frames_of(self, raw: RawBatch) -> Condition:
+        """What :meth:`condition_on` is for the first frames of the data; asked if :attr:`needs_frames`.
+
+        Raises:
+            UserError: if the data does not hold them.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.first_frames promises it")
+
+    def text_of(self, raw: RawBatch) -> Condition:
+        """The condition of the captions; a family reads ``text_embedding`` here where the data holds it.
+
+        Raises:
+            UserError: for a caption that the text encoder cannot take whole, or an embedding that does not fit.
+        """
+        return self.encode_prompts(raw.captions)
+
+    def prepare(self, raw: RawBatch) -> Batch:
+        """Captions and first frames to conditions, latents to the device in float32.
+
+        Raises:
+            UserError: if the latents do not have :attr:`latent_shape`, or the data lacks what conditions are made of.
         """
         count = len(raw.captions)
         x0 = None
@@ -191,9 +236,10 @@ class DistillAdapter(ABC, Generic[ConfigT]):
                     f"the model expects {self.latent_shape}"
                 )
             x0 = raw.latents.to(self.device, torch.float32)
+        first = self.first_frames_of(raw) if self.needs_frames else Condition({})
         return Batch(
             shape=(count, *self.latent_shape),
-            condition=self.encode_prompts(raw.captions),
-            negative=self.negative(count),
+            condition=self.text_of(raw) | first,
+            negative=self.negative(count) | first,
             x0=x0,
         )
