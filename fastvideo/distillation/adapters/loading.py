@@ -1,12 +1,19 @@
-"""Reading diffusers pipeline folders, with errors that a person can act on."""
+"""Reading and writing diffusers pipeline folders, with errors that a person can act on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from fastvideo.distillation.types import UserError
 
@@ -93,3 +100,64 @@ def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) 
 def first_line(error: Exception) -> str:
     """The part of a library's message that says what happened."""
     return str(error).strip().splitlines()[0]
+
+
+def read_recipe(source: str) -> Mapping[str, Any]:
+    """``recipe.json`` of a pipeline folder; empty if it has none."""
+    file = Path(source) / "recipe.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_pipeline(source: str, folder: Path, transformer: nn.Module, recipe: Mapping[str, Any]) -> None:
+    """The pipeline ``source`` under ``folder`` with another transformer and another ``recipe.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in Path(source).iterdir():
+        if item.name in ("transformer", "recipe.json"):
+            continue
+        if item.is_dir():
+            shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(item, folder / item.name)
+    transformer.save_pretrained(folder / "transformer")  # type: ignore[operator]
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
+    """SHA-256 of a component's config (but for entries about its file) and weights."""
+    kept = {key: value for key, value in config.items() if key[0] != "_"}  # no path, no version
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class PromptCache:
+    """Embeddings of prompts, each encoded once and alone: a result does not depend on what else a batch holds.
+
+    Args:
+        encode: the embedding ``[L, D]`` of one prompt.
+        size: how many are kept, least recently used first out.
+    """
+
+    def __init__(self, encode: Callable[[str], Tensor], size: int) -> None:
+        self._encode, self._size = encode, size
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """The distinct prompts that are not kept."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+
+    def __call__(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Embeddings ``[B, L, D]`` on the device."""
+        for prompt in self.missing(prompts):
+            self._kept[prompt] = self._encode(prompt).cpu()
+        for prompt in prompts:
+            self._kept.move_to_end(prompt)
+        embeds = torch.stack([self._kept[prompt] for prompt in prompts]).to(device)
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        return embeds

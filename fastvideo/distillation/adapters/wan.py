@@ -6,11 +6,7 @@ The network is rectified flow natively; its time embedding counts to 1000, and t
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import shutil
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +18,15 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter, StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import flow_match_sampler
-from fastvideo.distillation.adapters.loading import load_component, load_config, resolve_pipeline
+from fastvideo.distillation.adapters.loading import (
+    PromptCache,
+    component_hash,
+    load_component,
+    load_config,
+    read_recipe,
+    resolve_pipeline,
+    write_pipeline,
+)
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import Condition, UserError
 
@@ -73,7 +77,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
     def __init__(self, config: WanConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
         self.source = resolve_pipeline(config.path, PIPELINES)
-        self._prompts: OrderedDict[str, Tensor] = OrderedDict()
+        self._prompts = PromptCache(self._encode_text, config.prompt_cache)
 
     @property
     def negative_prompt(self) -> str:
@@ -164,17 +168,8 @@ class WanAdapter(DistillAdapter[WanConfig]):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """``prompt_embeds`` ``[B, max_sequence_length, D]``, zero beyond a prompt's tokens, as in ``WanPipeline``."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
-        self.check_prompts(missing)
-        for prompt in missing:
-            # One by one, so that an embedding does not depend on what else the batch or the cache holds.
-            self._prompts[prompt] = self._encode_text(prompt).cpu()
-        for prompt in prompts:
-            self._prompts.move_to_end(prompt)
-        embeds = torch.stack([self._prompts[prompt] for prompt in prompts]).to(self.device)
-        while len(self._prompts) > self.config.prompt_cache:
-            self._prompts.popitem(last=False)
-        return Condition({"prompt_embeds": embeds})
+        self.check_prompts(self._prompts.missing(prompts))
+        return Condition({"prompt_embeds": self._prompts(prompts, self.device)})
 
     @torch.no_grad()
     def _encode_text(self, prompt: str) -> Tensor:
@@ -205,12 +200,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
     @cached_property
     def codec_key(self) -> str:
         """SHA-256 of the VAE's config and weights."""
-        config = {key: value for key, value in self._vae_config.items() if key[0] != "_"}  # no path, no version
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return component_hash(self._vae_config, self.vae)
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
@@ -225,18 +215,8 @@ class WanAdapter(DistillAdapter[WanConfig]):
 
     @property
     def source_recipe(self) -> Mapping[str, Any]:
-        file = Path(self.source) / "recipe.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_recipe(self.source)
 
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """A pipeline folder that ``WanPipeline.from_pretrained`` loads; everything but the transformer is copied."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for item in Path(self.source).iterdir():
-            if item.name in ("transformer", "recipe.json"):
-                continue
-            if item.is_dir():
-                shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
-            else:
-                shutil.copy2(item, folder / item.name)
-        network.save_pretrained(folder / "transformer")  # type: ignore[operator]
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        write_pipeline(self.source, folder, network, recipe)
