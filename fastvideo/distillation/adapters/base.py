@@ -116,6 +116,14 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def encode(self, videos: Tensor) -> Tensor:
         """Normalised latents of videos, without gradient."""
 
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Normalised latents of what the VAE gives, on the same device: published datasets hold raw latents.
+
+        Raises:
+            UserError: for a family that reads no such datasets.
+        """
+        raise UserError(f"{type(self).__name__} cannot normalise raw latents: preprocess the videos with this project")
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Videos of normalised latents, without gradient."""
@@ -221,24 +229,27 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         """
         return self.encode_prompts(raw.captions)
 
-    def prepare(self, raw: RawBatch) -> Batch:
+    def prepare(self, raw: RawBatch, *, any_size: bool = False) -> Batch:
         """Captions and first frames to conditions, latents to the device in float32.
+
+        Args:
+            raw: from the data source.
+            any_size: take latents of every number of frames, height and width, as a dataset with buckets has them.
 
         Raises:
             UserError: if the latents do not have :attr:`latent_shape`, or the data lacks what conditions are made of.
         """
-        count = len(raw.captions)
-        x0 = None
+        shape, x0 = self.latent_shape, None
         if raw.latents is not None:
-            if tuple(raw.latents.shape[1:]) != self.latent_shape:
-                raise UserError(
-                    f"data: latents have shape {tuple(raw.latents.shape[1:])} (C, F, H, W), "
-                    f"the model expects {self.latent_shape}"
-                )
+            found = tuple(raw.latents.shape[1:])
+            if found != shape and not (any_size and found[0] == shape[0] and len(found) == len(shape)):
+                raise UserError(f"data: latents have shape {found} (C, F, H, W), the model expects {shape}")
             x0 = raw.latents.to(self.device, torch.float32)
+            shape = (found[0], found[1], found[2], found[3])
+        count = len(raw.captions)
         first = self.first_frames_of(raw) if self.needs_frames else Condition({})
         return Batch(
-            shape=(count, *self.latent_shape),
+            shape=(count, *shape),
             condition=self.text_of(raw) | first,
             negative=self.negative(count) | first,
             x0=x0,
