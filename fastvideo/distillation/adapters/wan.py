@@ -205,8 +205,11 @@ class WanAdapter(DistillAdapter[WanConfig]):
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
         """The posterior's mean, normalised with the VAE's published statistics."""
-        mean, std = self._latent_statistics()
-        return (self.vae.encode(videos.to(self.device)).latent_dist.mode() - mean) / std  # type: ignore[no-any-return]
+        return self.normalise(self.vae.encode(videos.to(self.device)).latent_dist.mode())
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        mean, std = (value.to(latents.device) for value in self._latent_statistics())
+        return (latents - mean) / std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
