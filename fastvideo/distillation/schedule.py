@@ -59,12 +59,12 @@ class Ladder:
         """
         kept = [step for i, step in enumerate(steps) if not (step == 0 and i == len(steps) - 1)]
         unshifted = [step / TRAIN_STEPS for step in kept]
-        return cls(tuple(shift_time(s, shift) if warp else s for s in unshifted))
+        return cls(tuple(_shifted(s, shift) if warp else s for s in unshifted))
 
     @classmethod
     def uniform(cls, count: int, *, shift: float = 1.0) -> Ladder:
         """``count`` Euler steps from 1, uniform before the shift: what a teacher's sampler walks down."""
-        return cls(tuple(shift_time(1.0 - i / count, shift) for i in range(count)))
+        return cls(tuple(_shifted(1.0 - i / count, shift) for i in range(count)))
 
     def __len__(self) -> int:
         return len(self.times)
@@ -88,6 +88,11 @@ class Ladder:
             f"this student was trained for the ladder {list(self.times)}: it runs with --steps {len(self.times)} "
             f"or --steps 1, not {count}"
         )
+
+
+def _shifted(time: float, shift: float) -> float:
+    """``shift_time`` that keeps 1 exactly: rounding makes 1.0000000000000002 of it for some shifts, such as 0.2."""
+    return time if time == 1.0 else shift_time(time, shift)
 
 
 def standard_guidance(value: object) -> object:
