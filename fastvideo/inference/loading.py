@@ -75,7 +75,7 @@ def load_model(folder: str, options: Mapping[str, Any] | None = None, device: st
     """
     source = resolve_pipeline(folder, tuple(families()))
     recipe = _read_recipe(source)
-    family = load_adapter(families()[_pipeline_class(source)])
+    family = load_adapter(families()[pipeline_class(source)])
     fields = {**recipe.get("model", {}), **(options or {}), "path": source}
     if folder not in EMBEDDED:
         _check_sizes(folder, fields, family.Config.model_fields)
@@ -122,7 +122,7 @@ def _check_sizes(folder: str, fields: Mapping[str, Any], known: Mapping[str, Any
         )
 
 
-def _pipeline_class(source: str) -> str:
+def pipeline_class(source: str) -> str:
     """``_class_name`` of a pipeline folder that :func:`resolve_pipeline` has checked."""
     return str(json.loads((Path(source) / "model_index.json").read_text())["_class_name"])
 

@@ -1,0 +1,195 @@
+"""``fastvideo export``: a student as a model folder that other programs sample as this one does."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.flow_scheduler import deviation
+from fastvideo.distillation.types import UserError
+from fastvideo.inference.export_cli import ExportArguments
+from fastvideo.inference.export_source import Source, find_source, load_source
+from fastvideo.inference.loading import RECIPE, LoadedModel, pipeline_class
+from fastvideo.inference.model_card import CardFacts, call_options, model_card, read_front_matter
+from fastvideo.inference.sampler import SamplerSpec
+
+FORMATS = ("diffusers",)
+MARK = "exported_to"
+"""Key of a recipe that marks an export, which alone may be overwritten."""
+CLOSE = 1.001e-3
+"""Largest difference of a time at which a stock ladder counts as the student's; a bit more than that of 0.999 and 1."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, for the terminal."""
+
+    folder: Path
+    summary: str
+    warnings: tuple[str, ...]
+
+
+def run_export(arguments: ExportArguments) -> Export:
+    """Find the weights, fit the scheduler, write the folder.
+
+    Raises:
+        UserError: for an unknown format, an output folder in use, weights that are not there, a number of steps that
+            the student was not trained for, or a folder that cannot be written; nothing is left behind then.
+    """
+    _check_format(arguments.to)
+    source = find_source(arguments.source, arguments.weights)
+    out = Path(os.path.abspath(arguments.out))
+    _check_out(out, source, arguments.overwrite)
+    model = load_source(source)
+    _check_apart(out, Path(model.source))
+    spec = model.sampler(arguments.steps)
+    # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
+    fitted = model.is_student or arguments.steps is not None
+    stock = model.adapter.stock_sampler(spec.times, spec.kind) if fitted else None
+    warnings = _warnings(spec, stock)
+    facts = _facts(out.name, source, model, spec, stock, arguments.dtype, warnings)
+    _write(out, model, facts)
+    return Export(out, _summary(arguments.out, source, facts), warnings)
+
+
+def _check_format(name: str) -> None:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name.lower(), FORMATS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"--to {name!r}: unknown format, one of {', '.join(FORMATS)} is expected{hint}")
+
+
+def _check_out(out: Path, source: Source, overwrite: bool) -> None:
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; a new folder is expected")
+    if source.folder:
+        _check_apart(out, source.folder)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"output folder {out} is in use: choose another with --out, or replace an export: --overwrite")
+    if not _is_export(out):
+        raise UserError(f"--overwrite: {out} is no earlier export; delete it yourself")
+
+
+def _check_apart(out: Path, folder: Path) -> None:
+    read = folder.resolve()
+    if out.is_relative_to(read) or read.is_relative_to(out):
+        raise UserError(f"--out {out}: the folder that is read ({folder}) must not lie in it, nor it in that")
+
+
+def _is_export(folder: Path) -> bool:
+    recipe = folder / RECIPE
+    return recipe.is_file() and f'"{MARK}"' in recipe.read_text()
+
+
+def _warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
+    if stock is None or deviation(stock.times, spec.times) <= CLOSE:
+        return ()
+    return (
+        f"no stock scheduler yields this ladder. Trained: {shown(spec.times)}; stock diffusers uses "
+        f"{shown(stock.times)} instead (largest difference {deviation(stock.times, spec.times):.4f}), so its videos "
+        f"differ from those of `fastvideo generate`. To train on what it yields: ladder.times "
+        f"{[round(time, 7) for time in stock.times]}",
+    )
+
+
+def shown(times: Sequence[float]) -> str:
+    """A ladder for people; a long one in part."""
+    texts = [f"{time:.4f}" for time in times]
+    return " ".join(texts if len(texts) <= 8 else [*texts[:4], "...", *texts[-2:]])
+
+
+def _facts(
+    name: str,
+    source: Source,
+    model: LoadedModel,
+    spec: SamplerSpec,
+    stock: StockSampler | None,
+    dtype: str | None,
+    warnings: tuple[str, ...],
+) -> CardFacts:
+    recipe = {**model.recipe, "guidance": spec.guidance, "sampler": spec.kind, MARK: "diffusers"}
+    if model.is_student:
+        recipe["ladder"] = list(spec.times)
+    return CardFacts(
+        name=name,
+        pipeline=pipeline_class(model.source),
+        recipe=recipe,
+        spec=spec,
+        stock=stock,
+        dtype=dtype,
+        warnings=warnings,
+        base_card=read_front_matter(Path(model.source)),
+        config=source.config,
+        environment=_json(source.run, "environment.json"),
+        metrics=_json(source.run, "metrics.json"),
+    )
+
+
+def _json(folder: Path | None, name: str) -> dict[str, Any]:
+    """A file that a run may have left; empty without it."""
+    file = folder / name if folder else None
+    return json.loads(file.read_text()) if file and file.is_file() else {}
+
+
+def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
+    """The folder, which appears whole or not at all."""
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        network = _in_precision(model.network, facts.dtype)
+        network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
+        model.adapter.save_pipeline(partial, network, facts.recipe)
+        if facts.stock is not None:
+            _replace_scheduler(partial, facts.stock.scheduler)
+        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+        if out.is_dir():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _in_precision(network: nn.Module, dtype: str | None) -> nn.Module:
+    """Weights rounded to ``dtype``, except those that diffusers keeps in float32 when it loads that precision."""
+    if dtype is None:
+        return network
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    for name, weight in network.named_parameters():
+        if weight.is_floating_point() and not set(kept) & set(name.split(".")):
+            weight.data = weight.data.to(getattr(torch, dtype))
+    return network
+
+
+def _replace_scheduler(folder: Path, scheduler: Any) -> None:
+    shutil.rmtree(folder / "scheduler", ignore_errors=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    components = json.loads(index.read_text())
+    components["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index.write_text(json.dumps(components, indent=2) + "\n")
+
+
+def _summary(out: Path, source: Source, facts: CardFacts) -> str:
+    weights = f"{source.weights or 'saved'} weights of step {source.step}"
+    lines = [f"{out}: {facts.pipeline}, {weights}"]
+    lines += [f"  trained on       {shown(facts.spec.times)}"] if facts.recipe.get("ladder") else []
+    if facts.stock is not None:
+        lines.append(f"  stock diffusers  {shown(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
+    lines.append(f"  pipe = {facts.pipeline}.from_pretrained({str(out)!r})")
+    options = ", ".join(f"{name}={value}" for name, value in call_options(facts).items())
+    return "\n".join([*lines, f"  pipe(prompt, {options})"])

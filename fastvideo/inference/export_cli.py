@@ -1,0 +1,51 @@
+"""``fastvideo export``: options, free of heavy imports so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalWeights = Annotated[Literal["ema", "live"] | None, tyro.conf.arg(metavar="ema|live", help_behavior_hint="")]
+OptionalPrecision = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    tyro.conf.arg(metavar="float32|bfloat16|float16", help_behavior_hint=""),
+]
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write a student for other programs, with its sampler: the newest weights of a run, or a model folder."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder (finished or not), or the student's folder in it."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where the model goes; must be new or empty."""
+    to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
+    """Format: `diffusers`, a pipeline folder whose scheduler walks the student's ladder."""
+    steps: OptionalInt = None
+    """Network steps that the scheduler is made for: all of the ladder (the default) or 1."""
+    weights: OptionalWeights = None
+    """Averaged weights or those of the last step. Default: averaged, if the run keeps them."""
+    dtype: OptionalPrecision = None
+    """Precision of the network's weights in the file. Default: as trained."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace an earlier export in that folder."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export; the exit code."""
+    arguments = tyro.cli(ExportArguments, args=list(argv), prog="fastvideo export")
+
+    from fastvideo.inference.export import run_export
+
+    export = run_export(arguments)
+    print(export.summary)
+    for warning in export.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0

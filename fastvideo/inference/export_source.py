@@ -1,0 +1,127 @@
+"""What an export takes its weights from: a student's folder, or the newest checkpoint of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastvideo.distillation.adapters.loading import resolve_pipeline
+from fastvideo.distillation.builder import build_adapter, load_adapter, run_schema
+from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.distillation.engine.checkpoint import complete_checkpoints, role_parts, role_weights, verified_manifest
+from fastvideo.distillation.types import UserError
+from fastvideo.inference.loading import RECIPE, LoadedModel, families, load_model
+from fastvideo.inference.recipe import Weights, result_recipe
+
+RUN_CONFIG = "config.yaml"
+PARTS: dict[Weights, str] = {"ema": "ema", "live": "network"}
+"""The part of a role's checkpoint that holds each kind of weights."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of weights: those in ``folder``, or those in ``checkpoint`` for the model in ``folder``.
+
+    ``run`` is the run's folder, if there is one; a run that has not finished has no model ``folder`` yet. ``step`` is
+    how long the weights were trained; 0 if nothing says so.
+    """
+
+    run: Path | None
+    folder: Path | None
+    checkpoint: Path | None
+    weights: str | None
+    step: int
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's resolved config as it stands in the file; empty without a run."""
+        return read_yaml(self.run / RUN_CONFIG) if self.run else {}
+
+
+def find_source(path: str, weights: Weights | None = None) -> Source:
+    """The newest weights of the wanted kind; nothing is loaded.
+
+    Args:
+        path: a run's folder, or a model folder.
+        weights: averaged or live; ``None`` takes the averaged ones where there are any.
+
+    Raises:
+        UserError: if the folder is neither, or does not hold such weights.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"export: folder {path!r} does not exist; give a run's folder or a student's")
+    if not (folder / RUN_CONFIG).is_file():
+        return _of_model(folder, weights)
+    family = read_yaml(folder / RUN_CONFIG).get("distill_model", "")
+    if not load_adapter(family).pipelines:
+        raise UserError(f"export: {path} is a run of the family {family!r}, which has no diffusers pipeline")
+    return _of_run(folder, weights)
+
+
+def _of_model(folder: Path, wanted: Weights | None) -> Source:
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"export: {folder} is no run ({RUN_CONFIG}) and no model folder (model_index.json)")
+    found = _saved(folder.parent if (folder.parent / RUN_CONFIG).is_file() else None, folder)
+    if wanted not in (None, found.weights):
+        raise UserError(
+            f"--weights {wanted}: {folder} holds {found.weights or 'no named kind of'} weights alone; give the run's "
+            f"folder, whose checkpoints hold both kinds"
+        )
+    return found
+
+
+def _saved(run: Path | None, folder: Path) -> Source:
+    recipe = json.loads((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else {}
+    return Source(run, folder, None, recipe.get("weights"), int(recipe.get("steps", 0)))
+
+
+def _of_run(run: Path, wanted: Weights | None) -> Source:
+    student = run / "student"
+    offers = [_saved(run, student)] if student.is_dir() else []
+    folder = student if offers else None
+    for checkpoint in complete_checkpoints(run / "checkpoints")[-1:]:
+        step, parts = int(checkpoint.name.removeprefix("step-")), role_parts(checkpoint, "student")
+        kinds = [kind for kind, part in PARTS.items() if part in parts]
+        offers += [Source(run, folder, checkpoint, kind, step) for kind in kinds]
+    kind = wanted or ("ema" if any(offer.weights == "ema" for offer in offers) else "live")
+    fitting = [offer for offer in offers if offer.weights == kind]
+    if not fitting:
+        held = ", ".join(f"{offer.weights} (step {offer.step})" for offer in offers) or "none"
+        raise UserError(
+            f"export: {run} holds no {kind} weights; it holds: {held}. Checkpoints hold live and averaged ones; a run "
+            f"keeps them with checkpoint.every"
+        )
+    return max(fitting, key=lambda offer: (offer.step, offer.checkpoint is None))
+
+
+def load_source(source: Source) -> LoadedModel:
+    """The model with the source's weights and the recipe that belongs to them, on the CPU.
+
+    Raises:
+        UserError: for a model folder, a config or a checkpoint that is not readable or does not fit.
+    """
+    model = load_model(str(source.folder)) if source.folder else _unfinished(source)
+    if source.checkpoint is None:
+        return model
+    verified_manifest(source.checkpoint)
+    state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
+    try:
+        model.network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source.checkpoint} does not fit the network that the run's config names: {error}") from error
+    return replace(model, recipe={**model.recipe, "weights": source.weights, "steps": source.step})
+
+
+def _unfinished(source: Source) -> LoadedModel:
+    """The model that the run started from, with the recipe of its result."""
+    values = source.config
+    schema = run_schema(values["distill_model"], values["distill_method"])
+    config = validate(schema, values, f"{source.run}/{RUN_CONFIG}")
+    adapter = build_adapter(config)
+    network = adapter.load_network(config.roles["student"].path).requires_grad_(False)
+    recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]
+    return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)

@@ -1,0 +1,199 @@
+"""The model card of an exported student: what it is, lines that load it, its ladder, figures, versions, licence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.loading import EMBEDDED, HUB_ID
+from fastvideo.inference.sampler import SamplerSpec
+
+PROMPTS = {"tiny": "a green seven moving up and left"}
+PROMPT = "A cat walks on the grass, realistic style."
+CALL_OPTIONS = ("height", "width", "num_frames", "max_sequence_length")
+SAMPLERS = {
+    "renoise": "re-noising (after each call the clean estimate is noised again, with fresh noise, to the next time)",
+    "euler": "Euler (deterministic steps along the velocity)",
+}
+PACKAGE_LICENSE = {"license": "apache-2.0"}
+"""Of the pipelines that ship inside this package."""
+UNKNOWN_LICENSE = {"license": "other", "license_name": "same-as-base-model"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything that a card tells.
+
+    ``name`` is the folder's, ``pipeline`` the diffusers class, ``stock`` the exported scheduler or ``None`` where the
+    base model's own was kept; ``base_card`` is the front matter of the base model's README.
+    """
+
+    name: str
+    pipeline: str
+    recipe: Mapping[str, Any]
+    spec: SamplerSpec
+    stock: StockSampler | None
+    dtype: str | None = None
+    warnings: Sequence[str] = ()
+    base_card: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The model that the run started from, as it may be shown to others: no folder of this machine."""
+        path = str(self.recipe.get("model", {}).get("path", "unknown"))
+        return path if path in EMBEDDED or HUB_ID.fullmatch(path) else Path(path).name
+
+    @property
+    def license(self) -> dict[str, Any]:
+        """What the base model's card says, since a student is derived from its weights."""
+        found = {key: value for key, value in self.base_card.items() if key.startswith("license")}
+        return found or (PACKAGE_LICENSE if self.base in EMBEDDED else UNKNOWN_LICENSE)
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of ``README.md``, with the front matter that the hub reads."""
+    parts = [_front_matter(facts), _head(facts), _usage(facts), _ladder(facts), _recipe(facts)]
+    parts += [_figures(facts.metrics), _versions(facts), _license(facts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def read_front_matter(folder: Path) -> dict[str, Any]:
+    """The YAML at the head of a folder's ``README.md``; empty if there is none that can be read."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        found = yaml.safe_load(text[4 : text.index("\n---", 4)])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _task(facts: CardFacts) -> str:
+    return "image-to-video" if "ImageToVideo" in facts.pipeline else "text-to-video"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    method, family = facts.recipe.get("method"), facts.recipe.get("distill_model")
+    values: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": _task(facts), **facts.license}
+    base = facts.base if HUB_ID.fullmatch(facts.base) else facts.base_card.get("base_model")
+    if base:
+        values["base_model"] = base
+    values["tags"] = [tag for tag in ("distillation", "few-step", family, method) if tag]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _head(facts: CardFacts) -> str:
+    steps, recipe = _steps(len(facts.spec.times)), facts.recipe
+    made = f"`{recipe['method']}`" if "method" in recipe else "an unnamed method"
+    kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
+    text = f"# {facts.name}\n\n{facts.pipeline} that samples in {steps}. Made from `{facts.base}` by {made} "
+    text += f"with FastVideo Distillation; these are the {kind} after {recipe.get('steps', 'an unknown number of')} "
+    return text + "steps of training." + "".join(f"\n\n> **Warning:** {warning}" for warning in facts.warnings)
+
+
+def call_options(facts: CardFacts) -> dict[str, Any]:
+    """The arguments of the pipeline's call that belong to this model."""
+    model = facts.recipe.get("model", {})
+    options = {"num_inference_steps": len(facts.spec.times), "guidance_scale": facts.spec.guidance}
+    return options | {name: model[name] for name in CALL_OPTIONS if name in model}
+
+
+def _usage(facts: CardFacts) -> str:
+    prompts = facts.config.get("validation", {}).get("prompts") or [PROMPTS.get(facts.base, PROMPT)]
+    image = 'image=load_image("first_frame.png"), ' if _task(facts) == "image-to-video" else ""
+    dtype = f", torch_dtype=torch.{facts.dtype}" if facts.dtype else ""
+    lines = [
+        "import torch",
+        f"from diffusers import {facts.pipeline}",
+        *(["from diffusers.utils import load_image"] if image else []),
+        "",
+        f"pipe = {facts.pipeline}.from_pretrained({json.dumps(facts.name)}{dtype})",
+        "torch.manual_seed(0)",
+        "video = pipe(",
+        f"    {image}prompt={json.dumps(prompts[0], ensure_ascii=False)},",
+        *(f"    {name}={value}," for name, value in call_options(facts).items()),
+        '    output_type="pil",',
+        ").frames[0]",
+        'video[0].save("video.gif", save_all=True, append_images=video[1:], duration=125, loop=0)',
+    ]
+    return "\n".join(["## Use", "", "```python", *lines, "```", "", *_notes(facts)])
+
+
+def _notes(facts: CardFacts) -> list[str]:
+    """What goes wrong with other arguments."""
+    steps, model = len(facts.spec.times), facts.recipe.get("model", {})
+    notes = [
+        "* `torch.manual_seed` repeats a video; a pipeline's `generator` need not reach the noise between two calls."
+    ]
+    if facts.stock is not None:
+        notes.append(f"* The scheduler is made for `num_inference_steps={steps}`, which the student was trained for.")
+    if facts.stock is not None and facts.stock.scheduler.config.get("shift_terminal") is not None:
+        notes.append(
+            "* One call alone needs another scheduler (this one divides by zero): `pipe.scheduler = "
+            "type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=None)`."
+        )
+    if "max_sequence_length" in model:
+        length = model["max_sequence_length"]
+        notes.append(
+            f"* Prompts were padded to {length} tokens in training; another `max_sequence_length` changes the video."
+        )
+    return notes
+
+
+def _ladder(facts: CardFacts) -> str:
+    title = f"## Sampler\n\n{SAMPLERS[facts.spec.kind]}, guidance {facts.spec.guidance:g} (1 = none)."
+    if facts.stock is None:
+        return f"{title} The scheduler is the base model's own."
+    rows = enumerate(zip(facts.spec.times, facts.stock.times, strict=True))
+    table = [f"| {i} | {own:.6f} | {stock:.6f} |" for i, (own, stock) in rows]
+    head = [f"| call | share of noise in training | in `{type(facts.stock.scheduler).__name__}` |", "|---|---|---|"]
+    return "\n".join([title, "", *head, *table])
+
+
+def _recipe(facts: CardFacts) -> str:
+    sections = {key: facts.config[key] for key in ("method", "ladder", "trainer", "ema") if key in facts.config}
+    if not sections:
+        return ""
+    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)}```"
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """A column per measured model, a row per number that all of them have."""
+    models = {name: row for name, row in metrics.items() if isinstance(row, Mapping) and "network_calls" in row}
+    if not models:
+        return ""
+    first = next(iter(models.values()))
+    names = [name for name in first if all(isinstance(row.get(name), int | float) for row in models.values())]
+    lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{row[name]:.4g}' for row in models.values())} |" for name in names]
+    return "\n".join(["## Figures", "", *lines])
+
+
+def _versions(facts: CardFacts) -> str:
+    trained = ", ".join(f"{name} {version}" for name, version in facts.environment.items())
+    with_ = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "torch", "transformers"))
+    return "## Versions\n\n" + (f"* trained with: {trained}\n" if trained else "") + f"* exported with: {with_}"
+
+
+def _license(facts: CardFacts) -> str:
+    text = "The student is derived from the base model's weights, so the base model's licence applies to it"
+    if facts.license == UNKNOWN_LICENSE:
+        return f"## Licence\n\n{text}. Its folder does not say which; look it up before you publish this one."
+    named = ", ".join(map(str, facts.license.values()))
+    return f"## Licence\n\n{text}: {named}. The training data may add terms of its own."
+
+
+def _steps(count: int) -> str:
+    return "1 network call" if count == 1 else f"{count} steps"
