@@ -77,12 +77,15 @@ class LadderConfig(Section):
 
 
 class DataConfig(Section):
-    """What the run trains on."""
+    """What the run trains on: preprocessed videos, the embedded world, or prompts alone."""
 
-    source: Literal["prompts", "tiny_world"] = "tiny_world"
-    """`prompts`: a text file, one prompt per line; `tiny_world`: the embedded world of moving digits, with videos."""
-    path: str | None = None
-    """The prompts file."""
+    path: str = "tiny"
+    """`tiny` (the embedded world of moving digits), or what `fastvideo preprocess` made: a Parquet file, or a folder of
+    them in FastVideo's public schema. A method that needs no videos reads captions and text embeddings alone."""
+    prompts: str | None = None
+    """Instead of `path`: a text file, one prompt per line."""
+    buckets: bool = False
+    """Take videos of every size in the dataset, each batch of one size; otherwise all must have the model's."""
     size: PositiveInt = 4096
     """Samples of the tiny world per epoch."""
     cache: str = "outputs/cache"
@@ -91,9 +94,9 @@ class DataConfig(Section):
     """Samples per process and micro-batch."""
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> DataConfig:
-        if (self.source == "prompts") != (self.path is not None):
-            raise ValueError("`path` names the prompts file: it goes with `source: prompts`, and only with it")
+    def _one_source(self) -> DataConfig:
+        if self.prompts is not None and self.path != "tiny":
+            raise ValueError(f"give `path` ({self.path!r}) or `prompts` ({self.prompts!r}), not both")
         return self
 
 
