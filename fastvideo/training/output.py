@@ -52,7 +52,7 @@ def _check_overwrite(config: Config, output: Path) -> None:
         raise UserError(
             f"--overwrite: {output} was not made by a run (no {' and '.join(RUN_FILES)}); delete it yourself"
         )
-    sources = [config.model.path, config.data.path, *(role.path for role in config.roles.values())]
+    sources = [config.model.path, config.data.path, config.data.prompts, *(r.path for r in config.roles.values())]
     for source in filter(None, sources):
         if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
             raise UserError(f"--overwrite would delete {source}, which this run reads; choose another --output")
