@@ -59,7 +59,7 @@ def velocity_reads_sample_time_and_prompt(subject: Subject) -> None:
 @check("network_time()")
 def network_time_is_float32_and_rises_with_time(subject: Subject) -> None:
     t = torch.linspace(0.0, 1.0, 101, device=subject.adapter.device)
-    times = subject.adapter.network_time(t)
+    times = subject.adapter.network_time(t, subject.adapter.config)
     require(times.dtype in (torch.float32, torch.float64), f"{times.dtype}: low precision moves the noise level")
     require((times.diff() >= 0).all(), "t = 1 is pure noise, and the network's own time does not rise towards it")
 

@@ -35,6 +35,7 @@ METHODS = {
 
 ADAPTERS = {
     "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
+    "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""

@@ -54,7 +54,7 @@ def schedule_table(config: Config, written: object) -> Table:
     times = torch.tensor(config.ladder.times, dtype=torch.float64)
     flow = Interpolant.rectified_flow(times)
     columns = [times, flow.sigma, flow.alpha, (flow.alpha / flow.sigma) ** 2]
-    network = load_adapter(config.distill_model).network_time(times)
+    network = load_adapter(config.distill_model).network_time(times, config.model)
     sampler = load_method(config.distill_method).sampler
     table = Table(
         title=f"{config.distill_model} x {config.distill_method}: {len(times)} network calls, sampler {sampler}",

@@ -88,8 +88,11 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         """
 
     @classmethod
-    def network_time(cls, t: Tensor) -> Tensor:
-        """What the network's time embedding is given at rectified-flow times ``t``; :meth:`velocity` passes this."""
+    def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
+        """What the network's time embedding is given at rectified-flow times ``t``; :meth:`velocity` passes this.
+
+        A class method, so that a schedule can be shown without the model where the model does not matter.
+        """
         return t
 
     def check_prompts(self, prompts: Sequence[str]) -> None:

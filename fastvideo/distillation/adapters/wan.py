@@ -148,11 +148,11 @@ class WanAdapter(DistillAdapter[WanConfig]):
         return network.to(self.device).eval()  # type: ignore[no-any-return]
 
     @classmethod
-    def network_time(cls, t: Tensor) -> Tensor:
+    def network_time(cls, t: Tensor, config: WanConfig) -> Tensor:
         return t * TIME_UNITS
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        timestep = self.network_time(t)
+        timestep = self.network_time(t, self.config)
         if t.ndim == 2:
             timestep = self._per_token(timestep, x_t, network)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):

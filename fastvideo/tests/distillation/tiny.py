@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,69 @@ def _wan_pipeline(latent_std: Sequence[float]) -> Any:
     )
 
 
+def cogvideox_family(folder: Path) -> DistillAdapter[Any]:
+    """A CogVideoX pipeline with random weights and rotary positions: latents [4, 3, 2, 4]."""
+    from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+
+    return CogVideoXAdapter(cogvideox_config(cogvideox_folder(folder)))
+
+
+def cogvideox_config(folder: Path, **options: Any) -> Any:
+    """16 x 32 pixels, 9 frames, prompts of up to 8 tokens."""
+    from fastvideo.distillation.adapters.cogvideox import CogVideoXConfig
+
+    size = {"height": 16, "width": 32, "num_frames": 9, "max_sequence_length": 8}
+    return CogVideoXConfig(path=str(folder), **{**size, **options})
+
+
+COGVIDEOX_5B = {"use_rotary_positional_embeddings": True}
+COGVIDEOX_2B = {"use_rotary_positional_embeddings": False}
+COGVIDEOX_15 = {"use_rotary_positional_embeddings": True, "patch_size_t": 2}
+"""What tells the published networks apart, but for their size."""
+
+
+def cogvideox_folder(
+    root: Path, network: Mapping[str, Any] = COGVIDEOX_5B, shift: float = 1.0, spacing: str = "trailing"
+) -> Path:
+    """A complete diffusers CogVideoX pipeline of about 60 thousand parameters, built once under ``root``."""
+    folder = root / "-".join(["cogvideox", *map(str, network.values()), str(shift), spacing])
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _cogvideox_pipeline(network, shift, spacing).save_pretrained(folder)
+    return folder
+
+
+def _cogvideox_pipeline(network: Mapping[str, Any], shift: float, spacing: str) -> Any:
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=4, out_channels=4, text_embed_dim=16,
+        time_embed_dim=16, sample_height=2, sample_width=4, sample_frames=9, max_text_seq_length=8, **network,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        sample_height=16, sample_width=32, scaling_factor=0.7,
+    )  # fmt: skip
+    return CogVideoXPipeline(
+        tokenizer=_word_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(vocab_size=len(WORDS) + 3, **sizes)).eval(),
+        vae=vae,
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=shift, clip_sample=False,
+            timestep_spacing=spacing,
+        ),
+        transformer=transformer,
+    )  # fmt: skip
+
+
 def _word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -94,5 +157,6 @@ def _word_tokenizer() -> Any:
 
 FAMILIES = {
     "analytic": Family(analytic_family, ("0.5", "-1")),
+    "cogvideox": Family(cogvideox_family, ("a green seven moving up", "red three")),
     "wan": Family(wan_family, ("a green seven moving up", "red three")),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.cli import main
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import ADAPTERS, METHODS
 from fastvideo.inference.list_cli import split_paper
 from fastvideo.inference.schedule_cli import published_steps
@@ -77,7 +77,7 @@ def test_the_time_that_is_shown_is_the_time_that_wan_is_given() -> None:
     import torch
 
     t = torch.tensor([0.25, 1.0])
-    assert torch.equal(WanAdapter.network_time(t), torch.tensor([250.0, 1000.0]))
+    assert torch.equal(WanAdapter.network_time(t, WanConfig()), torch.tensor([250.0, 1000.0]))
 
 
 def test_helpers() -> None:

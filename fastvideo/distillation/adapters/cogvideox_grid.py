@@ -1,0 +1,108 @@
+"""CogVideoX's own time: a table of 1000 noise levels, seen from rectified flow.
+
+The scheduler of the checkpoint says which table (``snr_shift_scale`` is 3 for 2B and 1 for 5B). Its last entry is pure
+noise, ``alpha = 0`` (zero terminal SNR, arXiv 2305.08891); its first is a little noisy, ``t`` about 0.03 to 0.05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.noise import Interpolant
+from fastvideo.distillation.types import UserError
+
+ON_GRID = 2e-3
+"""Steps within which a time counts as one of the table: float32 places ``t`` to 3e-4 of the narrowest step."""
+
+
+class NoiseGrid:
+    """The noise levels of a CogVideoX scheduler.
+
+    Args:
+        config: of the scheduler, as its file says.
+
+    Raises:
+        UserError: for a scheduler that is not v-prediction on a table that ends in pure noise.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from diffusers import CogVideoXDDIMScheduler
+
+        if config.get("prediction_type") != "v_prediction" or not config.get("rescale_betas_zero_snr"):
+            raise UserError(
+                "the scheduler of a CogVideoX model has prediction_type v_prediction and rescale_betas_zero_snr true, "
+                f"this one {config.get('prediction_type')} and {config.get('rescale_betas_zero_snr')}"
+            )
+        self.config = dict(config)
+        self.scheduler = CogVideoXDDIMScheduler.from_config(self.config)
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.double()
+        self.times = Interpolant.variance_preserving(self.alphas_cumprod).flow_time
+        """Rectified-flow time of every timestep, float64 ``[1000]``, rising to exactly 1."""
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The timestep, float32 in ``[0, 999]``, whose noise level rectified-flow time ``t`` (any shape) has.
+
+        Whole on the table's own times. Between them it is a fraction, linear in ``t``: the sinusoidal embedding is
+        smooth, and a rounded one would misstate the noise by half a step and have no derivative. Below the first
+        level, which no training video was cleaner than, it stays 0.
+        """
+        grid = self.times.to(t.device, torch.float32)
+        t = t.float().clamp(grid[0], grid[-1])
+        above = torch.searchsorted(grid, t.contiguous()).clamp_min(1)
+        below = above - 1
+        exact = below + (t - grid[below]) / (grid[above] - grid[below])
+        whole = exact.round()
+        # Added as a constant, so that the derivative in t is that of the line on the table's times too.
+        return exact + ((whole - exact) * ((whole - exact).abs() < ON_GRID)).detach()
+
+    def times_of(self, timesteps: Sequence[int]) -> tuple[float, ...]:
+        """The rectified-flow times of whole timesteps."""
+        return tuple(float(self.times[step]) for step in timesteps)
+
+    def teacher_timesteps(self, steps: int) -> list[int]:
+        """Where the pipeline's own scheduler calls the network for so many steps.
+
+        Raises:
+            UserError: if its spacing does not start from pure noise.
+        """
+        self.scheduler.set_timesteps(steps)
+        timesteps: list[int] = self.scheduler.timesteps.tolist()
+        if steps == 1:  # numpy's linspace of one point is its start, the clean end
+            return [len(self.times) - 1]
+        if timesteps[0] != len(self.times) - 1:
+            raise UserError(
+                f"the scheduler's timestep_spacing {self.config.get('timestep_spacing', 'leading')!r} starts at "
+                f"{timesteps[0]}, which is not pure noise; trailing and linspace do start there"
+            )
+        return timesteps
+
+    def renoising_scheduler(self) -> Any:
+        """Stock ``LCMScheduler`` on this table: from one timestep to the next through fresh noise."""
+        from diffusers import LCMScheduler
+
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        return LCMScheduler(
+            num_train_timesteps=len(self.times),
+            trained_betas=(1 - self.alphas_cumprod / previous).tolist(),
+            original_inference_steps=len(self.times),  # every number of steps starts at 999
+            prediction_type="v_prediction",
+        )
+
+    def euler_scheduler(self, steps: int) -> Any:
+        """Stock ``CogVideoXDDIMScheduler``, which is Euler's method in rectified flow, spaced from pure noise to clean.
+
+        Raises:
+            UserError: for a number of steps that it cannot take evenly.
+        """
+        from diffusers import CogVideoXDDIMScheduler
+
+        if len(self.times) % steps:
+            raise UserError(
+                f"stock CogVideoXDDIMScheduler takes {steps} steps unevenly (it goes down by whole timesteps): "
+                f"the number of steps must divide {len(self.times)}"
+            )
+        return CogVideoXDDIMScheduler.from_config(self.config, timestep_spacing="trailing")
