@@ -1,10 +1,18 @@
-"""The order of samples: a pure function of (seed, epoch), disjoint between processes, resumable at any batch."""
+"""The order of samples: a pure function of (seed, epoch), disjoint between processes, resumable at any batch.
+
+Rows come in **buckets** (one shape each: a batch never mixes them) and in **blocks** (what is read from disk at once).
+Blocks are shuffled, then the rows of a few neighbouring ones, so that a block is read once per epoch and not once per
+row; a block of one row is a full shuffle. Every process owns one contiguous part of that order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,73 +29,159 @@ class Shard:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def per_round(self) -> int:
+        """Samples that all processes take in one step."""
+        return self.batch_size * self.world_size
 
-class SampleStream:
-    """An endless, resumable stream of batches over captions and (where there are any) their latents.
 
-    Every epoch is a new permutation; an incomplete last round of batches is left out of its epoch, so that all
-    processes take the same number of steps.
+@dataclass(frozen=True)
+class Bucket:
+    """Samples that may share a batch.
 
-    Args:
-        captions: one per sample.
-        latents: ``[N, C, F, H, W]``, normalised, or ``None`` for prompts alone.
-        seed: of the order.
-        shard: batch size, and which process this is.
-
-    Raises:
-        UserError: if there are fewer samples than one round of batches takes.
+    ``rows`` int64 ``[N]`` are their numbers in the source, ascending; ``blocks`` int64 ``[N]`` the block that each is
+    in, ``None`` where every row is one; ``window`` is how many blocks are shuffled into one another.
     """
 
-    def __init__(self, captions: Sequence[str], latents: Tensor | None, seed: int, shard: Shard) -> None:
-        per_round = shard.batch_size * shard.world_size
-        if len(captions) < per_round:
-            raise UserError(
-                f"data: {len(captions)} samples are fewer than one batch of {shard.batch_size} on each of "
-                f"{shard.world_size} processes"
-            )
-        self.captions, self.latents, self.seed, self.shard = captions, latents, seed, shard
-        self.rounds = len(captions) // per_round
-        self.epoch, self.round = 0, 0
-        self._order = self._permutation()
+    name: str
+    rows: Tensor
+    blocks: Tensor | None = None
+    window: int = 1
 
-    def _permutation(self) -> Tensor:
-        return torch.randperm(len(self.captions), generator=seeded(self.seed * 1_000_003 + self.epoch))
+    def rounds(self, shard: Shard) -> int:
+        """Steps per epoch: the incomplete last one is left out, so that all processes take the same number."""
+        return len(self.rows) // shard.per_round
+
+    def shuffled(self, generator: torch.Generator) -> Tensor:
+        """The rows in a new order."""
+        if self.blocks is None:
+            return self.rows[torch.randperm(len(self.rows), generator=generator)]
+        sizes = torch.unique_consecutive(self.blocks, return_counts=True)[1].tolist()
+        blocks = torch.split(self.rows, sizes)
+        order = torch.randperm(len(blocks), generator=generator).tolist()
+        windows = [order[i : i + self.window] for i in range(0, len(order), self.window)]
+        mixed = []
+        for window in windows:
+            rows = torch.cat([blocks[i] for i in window])
+            mixed.append(rows[torch.randperm(len(rows), generator=generator)])
+        return torch.cat(mixed)
+
+
+class Source(Protocol):
+    """Samples by number."""
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """All samples, by what may share a batch."""
+        ...
+
+    def read(self, rows: Sequence[int]) -> RawBatch:
+        """The samples of those numbers, which are of one bucket."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Samples that are in memory: captions, and latents ``[N, C, F, H, W]`` and extras ``[N, ...]`` where there are."""
+
+    captions: Sequence[str]
+    latents: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        return (Bucket("all", torch.arange(len(self.captions))),)
+
+    def read(self, rows: Sequence[int]) -> RawBatch:
+        index = torch.as_tensor(rows)
+        latents = None if self.latents is None else self.latents[index]
+        extras = {name: value[index] for name, value in self.extras.items()}
+        return RawBatch(tuple(self.captions[i] for i in rows), latents, extras)
+
+
+class SampleStream:
+    """An endless, resumable stream of batches.
+
+    Every epoch is a new order, of which each sample is part at most once: a bucket's incomplete last round is left out
+    (another one each epoch). At every step all processes have batches of the same bucket.
+
+    Args:
+        source: the samples.
+        seed: of the order.
+        shard: batch size, and which process this is.
+        ahead: batches that a thread reads beforehand.
+
+    Raises:
+        UserError: if no bucket has enough samples for one batch on each process.
+    """
+
+    def __init__(self, source: Source, seed: int, shard: Shard, ahead: int = 0) -> None:
+        self.source, self.seed, self.shard, self.ahead = source, seed, shard, ahead
+        self.rounds = sum(bucket.rounds(shard) for bucket in source.buckets)
+        if not self.rounds:
+            raise UserError(too_few(source.buckets, shard))
+        self.epoch, self.round = 0, 0
+        self._plan = lru_cache(maxsize=2)(self._plan_of)
+        self._reader = ThreadPoolExecutor(1, "reader") if ahead else None
+        self._restart()
+
+    def _plan_of(self, epoch: int) -> list[Tensor]:
+        """This process's rows at every step of an epoch."""
+        generator = seeded(self.seed * 1_000_003 + epoch)
+        steps: list[Tensor] = []
+        for bucket in self.source.buckets:
+            used = bucket.rounds(self.shard) * self.shard.per_round
+            if used:
+                own = bucket.shuffled(generator)[:used].view(self.shard.world_size, -1)[self.shard.rank]
+                steps += own.split(self.shard.batch_size)
+        if len(self.source.buckets) == 1:
+            return steps
+        return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+
+    def _restart(self) -> None:
+        self._upcoming = self._positions(self.epoch, self.round)
+        self._queue: deque[Callable[[], RawBatch]] = deque()
+
+    def _positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        while True:
+            for i in range(step, self.rounds):
+                yield epoch, i
+            epoch, step = epoch + 1, 0
+
+    def _read(self, epoch: int, step: int) -> Callable[[], RawBatch]:
+        """The batch of a position, to be called for; it is on its way if there is a thread for that."""
+        rows = self._plan(epoch)[step].tolist()
+        if self._reader is None:
+            return partial(self.source.read, rows)
+        return self._reader.submit(self.source.read, rows).result
 
     def __iter__(self) -> SampleStream:
         return self
 
     def __next__(self) -> RawBatch:
         """The next batch of this process."""
-        if self.round == self.rounds:
-            self.epoch, self.round = self.epoch + 1, 0
-            self._order = self._permutation()
-        start = (self.round * self.shard.world_size + self.shard.rank) * self.shard.batch_size
-        index = self._order[start : start + self.shard.batch_size]
-        self.round += 1
-        latents = None if self.latents is None else self.latents[index]
-        return RawBatch(tuple(self.captions[i] for i in index.tolist()), latents)
+        while len(self._queue) <= self.ahead:
+            self._queue.append(self._read(*next(self._upcoming)))
+        batch = self._queue.popleft()()
+        more, self.round = divmod(self.round + 1, self.rounds)
+        self.epoch += more
+        return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position."""
+        """The position of the next batch."""
         return {"epoch": self.epoch, "round": self.round}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue with the batch after the last one of :meth:`state_dict`."""
-        self.epoch, self.round = int(state["epoch"]), int(state["round"])
-        self._order = self._permutation()
+        more, self.round = divmod(int(state["round"]), self.rounds)
+        self.epoch = int(state["epoch"]) + more
+        self._restart()
 
 
-def read_prompts(path: str) -> list[str]:
-    """The non-empty lines of a text file.
-
-    Raises:
-        UserError: if the file is not there, not text, or has no prompt.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path: cannot read prompts from {path!r}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"data.path: {path!r} has no prompt; one per line is expected")
-    return prompts
+def too_few(buckets: Sequence[Bucket], shard: Shard) -> str:
+    """Why there is no step to take."""
+    needed = f"fewer than one batch of {shard.batch_size} on each of {shard.world_size} processes"
+    largest = max((len(bucket.rows) for bucket in buckets), default=0)
+    if len(buckets) < 2:
+        return f"data: {largest} samples are {needed}"
+    return f"data: the largest of {len(buckets)} buckets has {largest} samples, {needed}"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvideo.data.order import SampleStream, Shard, read_prompts
-from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method, load_method
+from fastvideo.data.order import SampleStream
+from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.engine.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.ema import EMAHook
@@ -20,8 +20,8 @@ from fastvideo.distillation.engine.validation import ValidationHook, ValidationS
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
-from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import result_recipe
+from fastvideo.training.data import build_data
 from fastvideo.training.output import check_output, prepare_output
 
 WATCHABLE = 128
@@ -53,7 +53,7 @@ def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool)
     barrier()
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
-    data = _build_data_once(config, adapter, processes)
+    data, description = _build_data_once(config, adapter, processes)
     tracker = Tracker(output, enabled=processes.is_main)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     checkpoint = _checkpoint_hook(config, trainer, data, processes)
@@ -65,6 +65,7 @@ def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool)
         tracker.rewind(step)
         tracker.say(f"resumed at step {step} from {checkpoint.folder}")
     trainer.hooks = (*trainer.hooks, checkpoint)
+    tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     trainer.run(data)
     if processes.is_main:
         save_result(config, adapter, method, output / "student")
@@ -72,39 +73,12 @@ def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool)
     return output / "student"
 
 
-def _build_data_once(config: Config, adapter: Adapter, processes: Processes) -> SampleStream:
+def _build_data_once(config: Config, adapter: Adapter, processes: Processes) -> tuple[SampleStream, str]:
     """The data, with the main process first: what it computes and caches, the others only read."""
     if processes.is_main:
         data = build_data(config, adapter, processes)
     barrier()
     return data if processes.is_main else build_data(config, adapter, processes)
-
-
-def build_data(config: Config, adapter: Adapter, processes: Processes) -> SampleStream:
-    """The stream of the configured source; latents are computed (once) only for a method that trains on them.
-
-    Raises:
-        UserError: if the method needs latents and the source has prompts alone.
-    """
-    options = config.data
-    shard = Shard(options.batch_size, processes.rank, processes.world_size)
-    uses_latents = load_method(config.distill_method).uses_latents(config.method)
-    if options.source == "prompts":
-        if uses_latents:
-            raise UserError(
-                f"data: method {config.distill_method!r} (as configured) trains on videos, `source: prompts` has none"
-            )
-        prompts = read_prompts(str(options.path))
-        adapter.check_prompts(prompts)
-        return SampleStream(prompts, None, config.seed, shard)
-    if not uses_latents:
-        from fastvideo.tiny.world import TinyWorld
-
-        return SampleStream(TinyWorld("train").sample_captions(options.size, config.seed), None, config.seed, shard)
-    from fastvideo.tiny.latents import cached_latents
-
-    encoded = cached_latents(adapter, options.size, config.seed, Path(options.cache))
-    return SampleStream(encoded.captions, encoded.latents, config.seed, shard)
 
 
 def build_trainer(
@@ -119,7 +93,8 @@ def build_trainer(
         hooks.append(_validation_hook(config, adapter, method, tracker))
     names = ("max_steps", "grad_accumulation", "max_grad_norm", "log_every")
     options = LoopOptions(**config.trainer.model_dump(include=set(names)))
-    return DistillTrainer(method, adapter.prepare, options, tracker, hooks)
+    prepare = partial(adapter.prepare, any_size=config.data.buckets)
+    return DistillTrainer(method, prepare, options, tracker, hooks)
 
 
 def _checkpoint_hook(

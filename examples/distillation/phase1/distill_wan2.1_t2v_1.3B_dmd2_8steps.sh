@@ -42,8 +42,7 @@ torchrun --nnodes 1 --nproc-per-node "$NUM_GPUS" --master-port "$MASTER_PORT" \
   --roles.teacher.path "$TEACHER_MODEL_PATH" \
   --roles.critic.path "$CRITIC_MODEL_PATH" \
   --ladder.times "${LADDER[@]}" \
-  --data.source prompts \
-  --data.path "$PROMPTS" \
+  --data.prompts "$PROMPTS" \
   --trainer.max-steps "$MAX_STEPS" \
   --output "$OUTPUT_DIR" \
   "$@"

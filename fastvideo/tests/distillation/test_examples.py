@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastvideo.data.order import read_prompts
+from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
 from fastvideo.distillation.config import read_yaml, validate
 from fastvideo.training.distillation import parse
@@ -41,8 +41,8 @@ def test_recipe_is_valid_and_says_what_it_is(recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipe_names_data_that_is_there(recipe: Path) -> None:
     config = config_of(read_yaml(recipe), recipe)
-    if config.data.source == "prompts":
-        prompts = read_prompts(str(ROOT / config.data.path))
+    if config.data.prompts:
+        prompts = read_prompts(str(ROOT / config.data.prompts))
         assert len(prompts) >= 8 * config.data.batch_size, "eight processes need a batch each"
         assert not load_method(config.distill_method).uses_latents(config.method)
 

@@ -27,6 +27,6 @@ def analytic_values(tmp_path: Path) -> dict[str, Any]:
             "critic": {"trainable": True},
         },
         "method": {"teacher_guidance": 1.0, "student_learning_rate": 0.01, "critic_learning_rate": 0.01},
-        "data": {"source": "prompts", "path": str(prompts), "batch_size": 4},
+        "data": {"prompts": str(prompts), "batch_size": 4},
         "trainer": {"max_steps": 12, "log_every": 3},
     }

@@ -17,7 +17,7 @@ import fastvideo.training.distillation as entry
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config import validate
 from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.training.run import build_data
+from fastvideo.training.data import build_data
 
 STEPS = 7
 
@@ -28,7 +28,7 @@ def emulate(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     adapter = build_adapter(config)
     ranks = [Processes(rank, 2) for rank in (0, 1)]
     methods = [build_method(config, adapter, rank) for rank in ranks]
-    streams = [build_data(config, adapter, rank) for rank in ranks]
+    streams = [build_data(config, adapter, rank)[0] for rank in ranks]
     for step in range(STEPS):
         for method, stream in zip(methods, streams, strict=True):
             for loss in method.losses(adapter.prepare(next(stream)), step):

@@ -12,13 +12,16 @@ import yaml
 from safetensors.torch import load_file
 
 from fastvideo.cli import main
+from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config import validate
+from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions, NonFiniteError
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
-from fastvideo.training.run import build_data, run
+from fastvideo.training.data import build_data
+from fastvideo.training.run import run
 
 
 def config_of(values: dict[str, Any], **changes: Any) -> Any:
@@ -122,7 +125,7 @@ def test_overwrite_never_deletes_a_folder_that_is_not_a_run(analytic_values: dic
 def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) -> None:
     """Linear losses aside, the mean over k micro-batches is the loss of one batch k times larger."""
     values = analytic_values | {"distill_method": "sft", "roles": {"student": {"trainable": True}}, "method": {}}
-    values["data"] = {"source": "tiny_world"}
+    values["data"] = {}
     latents = torch.linspace(-1, 1, 8 * 16).view(8, 1, 1, 4, 4)
     gradients = []
     for size in (8, 2):
@@ -196,13 +199,11 @@ def test_half_a_line_of_metrics_is_dropped_on_resume(analytic_values: dict) -> N
 
 
 def test_data_order_is_pure_resumable_and_disjoint(analytic_values: dict) -> None:
-    from fastvideo.data.order import SampleStream, Shard
-
-    captions = [str(i) for i in range(22)]
-    streams = [SampleStream(captions, None, 3, Shard(2, rank, 2)) for rank in (0, 1)]
+    source = MemorySource([str(i) for i in range(22)])
+    streams = [SampleStream(source, 3, Shard(2, rank, 2)) for rank in (0, 1)]
     epoch = [caption for _ in range(5) for stream in streams for caption in next(stream).captions]
     assert len(set(epoch)) == 20
-    resumed = SampleStream(captions, None, 3, Shard(2, 0, 2))
+    resumed = SampleStream(source, 3, Shard(2, 0, 2))
     resumed.load_state_dict(streams[0].state_dict())
     assert next(resumed) == next(streams[0])
     assert streams[0].epoch == 1
@@ -212,11 +213,7 @@ def test_prompts_alone_are_refused_where_videos_are_needed(analytic_values: dict
     values = analytic_values | {"method": {"rollout": "data"}}
     config = config_of(values)
     with pytest.raises(UserError, match="trains on videos"):
-        build_data(
-            config,
-            build_adapter(config),
-            __import__("fastvideo.distillation.engine.distributed", fromlist=["x"]).Processes(),
-        )
+        build_data(config, build_adapter(config), Processes())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def values(tmp_path: Path) -> dict[str, Any]:
         "model": {"path": "tiny"},
         "roles": trained,
         "method": {"teacher_guidance": 1.5, "student_learning_rate": 1e-4, "critic_learning_rate": 1e-4},
-        "data": {"source": "prompts", "path": str(prompts), "batch_size": 2},
+        "data": {"prompts": str(prompts), "batch_size": 2},
         "trainer": {"max_steps": 4, "log_every": 1},
     }
 
@@ -85,7 +85,7 @@ def test_the_result_is_a_pipeline_that_stock_diffusers_loads(values: dict[str, A
 def test_a_tuned_teacher_keeps_the_guidance_of_its_source(values: dict[str, Any], tmp_path: Path) -> None:
     from fastvideo.inference.loading import load_model
 
-    data = {"source": "tiny_world", "size": 4, "batch_size": 2, "cache": str(tmp_path / "cache")}
+    data = {"size": 4, "batch_size": 2, "cache": str(tmp_path / "cache")}
     changes = {"distill_method": "sft", "method": {}, "roles": {"student": {"trainable": True}}, "data": data}
     folder = run(validate(run_schema("wan", "sft"), values | changes, "test"))
     tuned, source = load_model(str(folder)), load_model("tiny")

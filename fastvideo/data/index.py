@@ -1,0 +1,171 @@
+"""What is in a Parquet dataset, found out without reading its tensors: rows, row groups, shapes, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvideo.data.schema import DTYPES, LATENT, TEXT, byte_count, dtype_name, metadata_of
+from fastvideo.errors import UserError
+
+MANIFEST = "preprocess.json"
+"""What ``fastvideo preprocess`` writes first, and what makes a folder its output."""
+Kind = tuple[tuple[int, ...], str]
+"""Shape and dtype of a stored tensor."""
+
+
+@dataclass(frozen=True)
+class TensorIndex:
+    """One tensor column of one file: the distinct kinds, and which of them each row is (-1 for a row without it)."""
+
+    kinds: tuple[Kind, ...]
+    codes: npt.NDArray[np.int64]
+
+    @property
+    def missing(self) -> int:
+        """Rows that have no such tensor."""
+        return int((self.codes < 0).sum())
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """One Parquet file: rows of each row group, tensors by name, and how it was made (empty if made elsewhere)."""
+
+    path: Path
+    groups: tuple[int, ...]
+    tensors: dict[str, TensorIndex]
+    made: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the file."""
+        return sum(self.groups)
+
+
+def dataset_files(path: str) -> list[Path]:
+    """The Parquet files at ``path``, in nested folders too, in the order of their names.
+
+    Raises:
+        UserError: if there is none, or a ``fastvideo preprocess`` into that folder did not come to its end.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise UserError(f"data.path: {path!r} does not exist; 'tiny', a Parquet file or a folder of them is expected")
+    found = [root] if root.is_file() else sorted(file for file in root.rglob("*.parquet") if file.name[0] != ".")
+    if not found:
+        hint = "make one from videos with: fastvideo preprocess VIDEOS --model MODEL --out FOLDER"
+        raise UserError(f"data.path: {path!r} has no .parquet file; {hint}")
+    for manifest in sorted(root.rglob(MANIFEST)) if root.is_dir() else ():
+        _check_finished(manifest)
+    return found
+
+
+def _check_finished(manifest: Path) -> None:
+    import json
+
+    expected, present = json.loads(manifest.read_text())["files"], len(list(manifest.parent.glob("*.parquet")))
+    if present < expected:
+        raise UserError(
+            f"data.path: {manifest.parent} has {present} of {expected} files: its preprocessing was interrupted. Run "
+            f"the same fastvideo preprocess command again to finish it"
+        )
+
+
+def index_file(path: Path, required: Sequence[str] = (), optional: Sequence[str] = ()) -> FileIndex:
+    """Read the footer, and the shape and dtype columns of the named tensors.
+
+    Raises:
+        UserError: if the file is not readable as Parquet, lacks a column, a column has another type, or a dtype is
+            unknown.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, footer = file.schema_arrow, file.metadata
+            groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+            present = [name for name in optional if f"{name}_bytes" in schema.names]
+            _check_columns(path, schema, [*required, *present])
+            tensors = {name: _index_tensor(file, path, name) for name in [*required, *present]}
+            _check_first_row(file, path, tensors)
+            return FileIndex(path, groups, tensors, metadata_of(footer.metadata))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _check_columns(path: Path, schema: pa.Schema, tensors: Sequence[str]) -> None:
+    kinds = {"caption": pa.types.is_string}
+    for name in tensors:
+        kinds |= {f"{name}_bytes": pa.types.is_binary, f"{name}_shape": pa.types.is_list}
+        kinds |= {f"{name}_dtype": pa.types.is_string}
+    for column, fits in kinds.items():
+        if column not in schema.names:
+            raise UserError(f"{path}: column {column!r} is missing; it has {', '.join(schema.names)}")
+        found = schema.field(column).type
+        if not (fits(found) or getattr(pa.types, fits.__name__.replace("is_", "is_large_"))(found)):
+            raise UserError(f"{path}: column {column!r} has type {found}, {fits.__name__[3:]} is expected")
+
+
+def _index_tensor(file: pq.ParquetFile, path: Path, name: str) -> TensorIndex:
+    table = file.read(columns=[f"{name}_shape", f"{name}_dtype"], use_threads=False)
+    kinds: dict[Kind, int] = {}
+    pairs = zip(table[f"{name}_shape"].to_pylist(), table[f"{name}_dtype"].to_pylist(), strict=True)
+    codes = np.empty(len(table), dtype=np.int64)
+    for row, (shape, written) in enumerate(pairs):
+        if not shape:
+            codes[row] = -1
+            continue
+        dtype = dtype_name(written or "")
+        if dtype is None:
+            raise UserError(f"{path}, row {row}: {name}_dtype is {written!r}, one of {', '.join(DTYPES)} is expected")
+        codes[row] = kinds.setdefault((tuple(shape), dtype), len(kinds))
+    return TensorIndex(tuple(kinds), codes)
+
+
+def _check_first_row(file: pq.ParquetFile, path: Path, tensors: dict[str, TensorIndex]) -> None:
+    """Bytes against shape and dtype, of one row: every other row is checked when it is read."""
+    if not tensors or not len(next(iter(tensors.values())).codes):
+        return
+    columns = [f"{name}_bytes" for name in tensors]
+    first = next(file.iter_batches(batch_size=1, columns=columns, use_threads=False))
+    for name, index in tensors.items():
+        if index.codes[0] >= 0:
+            check_bytes(path, 0, name, first[f"{name}_bytes"][0].as_buffer(), index.kinds[index.codes[0]])
+
+
+def check_bytes(path: Path, row: int, name: str, data: pa.Buffer | None, kind: Kind) -> None:
+    """Whether a tensor's bytes are as many as its shape and dtype take.
+
+    Raises:
+        UserError: with the file, the row and both numbers.
+    """
+    size, expected = 0 if data is None else len(data), byte_count(*kind)
+    if size != expected:
+        shape, dtype = kind
+        raise UserError(
+            f"{path}, row {row}: {name}_bytes has {size} bytes, shape {list(shape)} of {dtype} takes {expected}"
+        )
+
+
+def latent_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """A stored latent's shape as ``(C, F, H, W)``: images may be stored without F, and a batch dimension of 1 goes."""
+    if len(shape) == 5 and shape[0] == 1:
+        shape = shape[1:]
+    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else tuple(shape)
+
+
+def iter_row_groups(files: Sequence[FileIndex]) -> Iterator[tuple[int, int, int, int]]:
+    """``(file, row group, first row within the file, rows)`` of every row group, in order."""
+    for number, file in enumerate(files):
+        start = 0
+        for group, rows in enumerate(file.groups):
+            yield number, group, start, rows
+            start += rows
+
+
+__all__ = ["LATENT", "MANIFEST", "TEXT", "FileIndex", "TensorIndex", "dataset_files", "index_file", "latent_shape"]

@@ -1,0 +1,69 @@
+"""The columns of a preprocessed dataset, as FastVideo publishes them, and tensors as bytes in them.
+
+Column names and types are those of hao-ai-lab/FastVideo, ``fastvideo/dataset/dataloader/schema.py``. A tensor is three
+columns: ``NAME_bytes`` (row-major, little-endian), ``NAME_shape`` (without a batch dimension) and ``NAME_dtype``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+LATENT, TEXT = "vae_latent", "text_embedding"
+METADATA_KEY = b"fastvideo.preprocess"
+"""Key of the JSON in a Parquet file's metadata that says how the file was made; public datasets have none."""
+
+DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+"""How the bytes are read; numpy has no bfloat16, so its 16 bits are read as they are."""
+
+Floats = npt.NDArray[np.float32]
+
+
+def schema_with(tensors: Iterable[str]) -> pa.Schema:
+    """The columns of a dataset with latents, text embeddings and the given further tensors."""
+    names = [LATENT, TEXT, *(name for name in tensors if name not in (LATENT, TEXT))]
+    fields = [pa.field("id", pa.string())]
+    for name in names:
+        types = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
+        fields += [pa.field(f"{name}_{part}", kind) for part, kind in types.items()]
+    fields += [pa.field(name, pa.string()) for name in ("file_name", "caption", "media_type")]
+    fields += [pa.field(name, pa.int64()) for name in ("width", "height", "num_frames")]
+    return pa.schema(fields + [pa.field(name, pa.float64()) for name in ("duration_sec", "fps")])
+
+
+def tensor_columns(name: str, value: Floats) -> dict[str, Any]:
+    """One tensor of one row, float32."""
+    data = np.ascontiguousarray(value, dtype="<f4")
+    return {f"{name}_bytes": data.tobytes(), f"{name}_shape": list(data.shape), f"{name}_dtype": "float32"}
+
+
+def dtype_name(written: str) -> str | None:
+    """The dtype that a file names (``float32``, ``torch.bfloat16``), or ``None`` if it is not one of :data:`DTYPES`."""
+    name = written.removeprefix("torch.")
+    return name if name in DTYPES else None
+
+
+def byte_count(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def floats(data: pa.Buffer | bytes, shape: Sequence[int], dtype: str) -> Floats:
+    """The numbers in ``data``; no copy for float32. Nothing is unpickled."""
+    numbers = np.frombuffer(data, dtype=DTYPES[dtype])
+    if dtype == "bfloat16":  # the upper half of a float32
+        numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.float32, copy=False).reshape(shape)
+
+
+def metadata_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """What this project wrote into a file's metadata; empty for a file that was made elsewhere."""
+    text = (metadata or {}).get(METADATA_KEY)
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found

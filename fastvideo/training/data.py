@@ -1,0 +1,85 @@
+"""What a run trains on, from its config: a dataset, the embedded world, or prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvideo.data.order import MemorySource, SampleStream, Shard, Source
+from fastvideo.data.prompts import read_prompts
+from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.types import UserError
+
+TINY = "tiny"
+READ_AHEAD = 2
+"""Batches that a thread reads from disk while the networks are busy."""
+
+
+def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[SampleStream, str]:
+    """The stream of this process, and one line that says what is in it.
+
+    Raises:
+        UserError: if the data cannot be read, does not fit the model, or holds no videos where the method needs them.
+    """
+    source, description = open_source(config, adapter)
+    shard = Shard(config.data.batch_size, processes.rank, processes.world_size)
+    on_disk = not isinstance(source, MemorySource)
+    return SampleStream(source, config.seed, shard, READ_AHEAD if on_disk else 0), description
+
+
+def open_source(config: Config, adapter: Adapter) -> tuple[Source, str]:
+    """The samples; latents are read, or (once) computed, only for a method that trains on them."""
+    with_latents = load_method(config.distill_method).uses_latents(config.method)
+    if config.data.prompts is not None:
+        return _prompts(config, adapter, with_latents or adapter.needs_frames)
+    if config.data.path != TINY:
+        return _dataset(config, adapter, with_latents or adapter.needs_frames)
+    return _tiny_world(config, adapter, with_latents or adapter.needs_frames)
+
+
+def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+    if with_latents:
+        needs = "goes on from given frames" if adapter.needs_frames else "trains on videos"
+        raise UserError(
+            f"data.prompts: {config.distill_model} x {config.distill_method} (as configured) {needs}, a prompts file "
+            f"has none; give data.path"
+        )
+    prompts = read_prompts(str(config.data.prompts))
+    adapter.check_prompts(prompts)
+    return MemorySource(prompts), f"{len(prompts)} prompts of {config.data.prompts}"
+
+
+def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+    size, seed = config.data.size, config.seed
+    if not with_latents:
+        from fastvideo.tiny.world import TinyWorld
+
+        return MemorySource(TinyWorld("train").sample_captions(size, seed)), f"{size} captions of the tiny world"
+    from fastvideo.tiny.latents import cached_latents
+
+    encoded = cached_latents(adapter, size, seed, Path(config.data.cache))
+    return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the tiny world"
+
+
+def _dataset(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+    from fastvideo.data.parquet import ParquetSource, Wanted
+
+    wanted = Wanted(
+        latents=adapter.latent_shape if with_latents else None,
+        any_size=config.data.buckets,
+        extras=adapter.extra_shapes,
+        normalise=adapter.normalise,
+        codec_key=adapter.codec_key if with_latents else None,
+    )
+    source = ParquetSource(config.data.path, wanted)
+    text = "stored text embeddings" if source.has_text else "captions"
+    files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
+    if not source.has_text:
+        captions = source.captions()
+        adapter.check_prompts(captions)
+        if not source.names:
+            return MemorySource(captions), f"{len(source)} captions of {config.data.path} ({files})"
+    if not with_latents:
+        return source, f"{len(source)} {text} of {config.data.path} ({files})"
+    sizes = ", ".join(f"{len(bucket.rows)} of {bucket.name}" for bucket in source.buckets)
+    return source, f"{len(source)} videos of {config.data.path} ({files}) with {text}, latents: {sizes} (CxFxHxW)"
