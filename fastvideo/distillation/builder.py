@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -66,6 +67,12 @@ def load_adapter(name: str) -> type[Adapter]:
         UserError: with the list of names.
     """
     return cast(type[Adapter], _load(ADAPTERS, "model", name))
+
+
+@cache
+def families() -> dict[str, str]:
+    """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
+    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).pipelines}
 
 
 def run_schema(model: str, method: str) -> type[Config]:
