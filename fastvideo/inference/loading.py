@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
-from fastvideo.distillation.builder import ADAPTERS, load_adapter
+from fastvideo.distillation.builder import families, load_adapter
 from fastvideo.distillation.config import validate
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
@@ -103,12 +102,6 @@ def student_sampler(recipe: Mapping[str, Any]) -> SamplerKind:
     if kind not in get_args(SamplerKind):
         raise UserError(f"{RECIPE}: unknown sampler {kind!r}, one of {', '.join(get_args(SamplerKind))} is expected")
     return cast(SamplerKind, kind)
-
-
-@cache
-def families() -> dict[str, str]:
-    """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
-    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).pipelines}
 
 
 def _check_sizes(folder: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
