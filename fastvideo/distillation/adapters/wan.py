@@ -1,4 +1,4 @@
-"""Wan text-to-video (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``, UMT5.
+"""Wan 2.1 and TI2V-5B (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``, UMT5, CLIP.
 
 The network is rectified flow natively; its time embedding counts to 1000, and that factor exists only in
 :meth:`WanAdapter.network_time`.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter, StockSampler
@@ -27,10 +27,20 @@ from fastvideo.distillation.adapters.loading import (
     resolve_pipeline,
     write_pipeline,
 )
+from fastvideo.distillation.adapters.wan_inputs import (
+    FITTED,
+    IMAGE_EMBEDS,
+    IMAGE_LATENTS,
+    ClipImages,
+    ImageInput,
+    NetworkInputs,
+    allow_given_frames,
+    fitted_text,
+)
 from fastvideo.distillation.noise import shift_time
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.types import Condition, RawBatch, UserError
 
-PIPELINES = ("WanPipeline",)
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 TIME_UNITS = 1000.0
 """The time embedding's unit: what diffusers passes as ``timestep`` at ``t = 1``."""
 
@@ -46,6 +56,10 @@ class WanConfig(AdapterConfig):
     """Video width in pixels."""
     num_frames: PositiveInt = 9
     """Video frames; one more than a multiple of the VAE's temporal factor."""
+    given_frames: NonNegativeInt = 0
+    """Latent frames at the start of a video that are given and not generated: 1 goes on from an image (Wan 2.2 TI2V-5B,
+    or a text-to-video model that is tuned to), more from a clip. An image-to-video checkpoint (Wan 2.1 I2V) takes its
+    image otherwise and keeps 0."""
     max_sequence_length: PositiveInt = 16
     """Tokens that a prompt may have; the network sees this many, zero-padded (512 for the published checkpoints)."""
     prompt_for_negative: str = ""
@@ -64,6 +78,11 @@ class WanConfig(AdapterConfig):
                 raise ValueError(f"{name} must be a multiple of 16 (VAE factor 8, patch 2), got {size}")
         if self.num_frames % 4 != 1:
             raise ValueError(f"num_frames must be one more than a multiple of 4, got {self.num_frames}")
+        frames = self.num_frames // 4 + 1
+        if self.given_frames >= frames:
+            raise ValueError(
+                f"given_frames must leave one of {frames} latent frames to generate, got {self.given_frames}"
+            )
         return self
 
 
@@ -72,7 +91,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
 
     Config = WanConfig
     pipelines = PIPELINES
-    summary = "Wan 2.1 text-to-video: rectified flow, UMT5 text"
+    summary = "Wan 2.1 and TI2V-5B, from text and images: rectified flow, UMT5 text"
 
     def __init__(self, config: WanConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -116,9 +135,20 @@ class WanAdapter(DistillAdapter[WanConfig]):
     def _frozen(self, module: nn.Module) -> nn.Module:
         return module.to(self.device).eval().requires_grad_(False)
 
+    @cached_property
+    def inputs(self) -> NetworkInputs:
+        """What the network reads beside noise."""
+        return NetworkInputs.read(self.source)
+
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(C, F, H, W)`` of one sample.
+
+        Raises:
+            UserError: if the checkpoint does not take the configured size or given frames.
+        """
         temporal, spatial = self._vae_config["scale_factor_temporal"], self._vae_config["scale_factor_spatial"]
+        self.inputs.check(self.source, spatial, **self.config.model_dump(include=set(FITTED)))
         frames = (self.config.num_frames - 1) // temporal + 1
         return self._vae_config["z_dim"], frames, self.config.height // spatial, self.config.width // spatial
 
@@ -155,8 +185,10 @@ class WanAdapter(DistillAdapter[WanConfig]):
         timestep = self.network_time(t, self.config)
         if t.ndim == 2:
             timestep = self._per_token(timestep, x_t, network)
+        tensors = condition.tensors
+        x = torch.cat([x_t, tensors[IMAGE_LATENTS]], dim=1) if IMAGE_LATENTS in tensors else x_t
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            (u,) = network(x_t, timestep, condition.tensors["prompt_embeds"], return_dict=False)
+            (u,) = network(x, timestep, tensors["prompt_embeds"], tensors.get(IMAGE_EMBEDS), return_dict=False)
         return u.float()  # type: ignore[no-any-return]
 
     @staticmethod
@@ -165,6 +197,40 @@ class WanAdapter(DistillAdapter[WanConfig]):
         frames, height, width = network.config.patch_size
         tokens = (x_t.shape[3] // height) * (x_t.shape[4] // width)
         return timestep[:, ::frames].repeat_interleave(tokens, dim=1)
+
+    @cached_property
+    def _images(self) -> ImageInput:
+        scale, config = int(self._vae_config["scale_factor_temporal"]), self.config
+        clip = ClipImages(self.source, self._frozen) if self.inputs.image_width else None
+        return ImageInput(self.inputs, self.latent_shape, scale, config.given_frames, self.encode, self.decode, clip)
+
+    @property
+    def first_frames(self) -> tuple[int, ...]:
+        return self._images.counts
+
+    def encode_frames(self, frames: Tensor) -> Condition:
+        return self._images.condition(frames.to(self.device))
+
+    def first_frames_of(self, raw: RawBatch) -> Condition:
+        """Given frames are those of the latents. What an image-to-video checkpoint reads comes from ``raw.extras``
+        (``first_frame_latent``, ``clip_feature``), or else is encoded from the decoded first latent frame."""
+        return self._images.condition_of(raw, self.device)
+
+    @property
+    def extra_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
+        return {"text_embedding": (None, self.inputs.text_width), **self._images.extra_shapes}
+
+    def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        text = {"text_embedding": self.encode_prompts(captions).tensors["prompt_embeds"]}
+        latent_frames = (videos.shape[2] - 1) // self._images.scale + 1
+        return text | self._images.extras(videos.to(self.device), latent_frames)
+
+    def text_of(self, raw: RawBatch) -> Condition:
+        embedding = raw.extras.get("text_embedding")
+        if embedding is None:
+            return self.encode_prompts(raw.captions)
+        fitted = fitted_text(embedding, self.config.max_sequence_length, self.inputs.text_width)
+        return Condition({"prompt_embeds": fitted.to(self.device)})
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """``prompt_embeds`` ``[B, max_sequence_length, D]``, zero beyond a prompt's tokens, as in ``WanPipeline``."""
@@ -223,3 +289,5 @@ class WanAdapter(DistillAdapter[WanConfig]):
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """A pipeline folder that ``WanPipeline.from_pretrained`` loads; everything but the transformer is copied."""
         write_pipeline(self.source, folder, network, recipe)
+        if self.config.given_frames:
+            allow_given_frames(folder)

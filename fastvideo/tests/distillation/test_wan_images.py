@@ -1,0 +1,263 @@
+"""Going on from an image equals stock diffusers: the same network inputs and the same latents, for both ways of Wan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import Condition, RawBatch, UserError
+from fastvideo.tests.distillation.tiny import wan_config
+from fastvideo.tests.distillation.tiny_images import CLIP_TOKENS, CLIP_WIDTH, i2v_config, i2v_folder, ti2v_config
+
+PROMPTS, NEGATIVE, STEPS, GUIDANCE = ["a green seven moving up", "red three"], "blurry", 3, 3.5
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+WAYS = ("i2v", "i2v_without_clip", "ti2v")
+
+
+def adapter_of(way: str, root: Path, **options: Any) -> WanAdapter:
+    """The toy checkpoint that takes its image in this way."""
+    options = {"prompt_for_negative": NEGATIVE, **options}
+    if way == "ti2v":
+        return WanAdapter(ti2v_config(root, **options))
+    config = i2v_config(root, **options)
+    return WanAdapter(config.model_copy(update={"path": str(i2v_folder(root, clip=way == "i2v"))}))
+
+
+@pytest.fixture(params=WAYS)
+def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanAdapter:
+    adapter = adapter_of(request.param, tiny_wan.parent)
+    adapter.ensure_negative_conditioning()
+    return adapter
+
+
+@pytest.fixture
+def i2v(tiny_wan: Path) -> WanAdapter:
+    adapter = adapter_of("i2v", tiny_wan.parent)
+    adapter.ensure_negative_conditioning()
+    return adapter
+
+
+def picture(adapter: WanAdapter) -> Tensor:
+    """One image ``[3, H, W]`` in ``[-1, 1]`` whose values are exact in 8 bits."""
+    shape = (3, adapter.config.height, adapter.config.width)
+    return (normal(shape, seeded(5)) * 60 + 128).clamp(0, 255).round() / 127.5 - 1
+
+
+def noise_of(adapter: WanAdapter) -> Tensor:
+    return normal((len(PROMPTS), *adapter.latent_shape), seeded(6))
+
+
+def stock(adapter: WanAdapter) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]:
+    """What stock diffusers feeds its transformer, the latents it ends with, and the times it walks."""
+    from diffusers import WanImageToVideoPipeline
+    from PIL import Image
+
+    pipeline = WanImageToVideoPipeline.from_pretrained(adapter.source)
+    pipeline.set_progress_bar_config(disable=True)
+    fed: list[dict[str, Tensor]] = []
+    names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
+
+    def record(module: Any, args: Any, kwargs: Any) -> None:
+        fed.append({name: kwargs[name] for name in names})
+
+    pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    pixels = ((picture(adapter) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    sizes = adapter.config.model_dump(include={"height", "width", "num_frames", "max_sequence_length"})
+    latents = pipeline(
+        Image.fromarray(pixels), PROMPTS, negative_prompt=[NEGATIVE] * len(PROMPTS), guidance_scale=GUIDANCE,
+        num_inference_steps=STEPS, latents=noise_of(adapter), output_type="latent", **sizes,
+    ).frames  # fmt: skip
+    return fed, latents, Ladder(tuple(pipeline.scheduler.sigmas[:-1].tolist()))
+
+
+def conditions(adapter: WanAdapter) -> tuple[Condition, Condition]:
+    """Positive and negative, going on from the picture."""
+    images = adapter.condition_on(picture(adapter)[None, :, None].expand(len(PROMPTS), -1, -1, -1, -1))
+    return adapter.encode_prompts(PROMPTS) | images, adapter.encode_prompts([NEGATIVE] * len(PROMPTS)) | images
+
+
+@torch.no_grad()
+def test_stock_diffusers_feeds_the_network_the_same_and_ends_with_the_same_latents(adapter: WanAdapter) -> None:
+    expected, latents, ladder = stock(adapter)
+    condition, negative = conditions(adapter)
+    network, fed = adapter.load_network(), list[dict[str, Tensor]]()
+
+    def record(module: Any, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
+        fed.append(dict(zip(names, args, strict=True)))
+
+    network.register_forward_pre_hook(record, with_kwargs=True)
+    role = RoleHandle("student", adapter, network)
+    found = euler(
+        lambda x, t: role.guided_velocity(x, t, condition, negative, GUIDANCE), noise_of(adapter), ladder.times
+    )
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    assert (latents - noise_of(adapter)).abs().mean() > 0.1, "the network moved the noise"
+    assert len(fed) == len(expected) == 2 * STEPS
+    for ours, theirs in zip(fed, expected, strict=True):
+        for name, value in theirs.items():
+            if value is None:
+                assert ours[name] is None
+            else:
+                torch.testing.assert_close(ours[name], value.expand(ours[name].shape), **CLOSE)
+
+
+def test_the_image_is_in_the_condition_as_its_checkpoint_takes_it(adapter: WanAdapter) -> None:
+    condition, _ = conditions(adapter)
+    channels, frames, height, width = adapter.latent_shape
+    if condition.given is None:
+        latents = condition.tensors["image_latents"]
+        assert latents.shape == (2, 4 + channels, frames, height, width)
+        assert (latents[:, :4, 0] == 1).all()
+        assert (latents[:, :4, 1:] == 0).all()
+        embeds = condition.tensors.get("image_embeds")
+        assert embeds is None or embeds.shape == (2, CLIP_TOKENS, CLIP_WIDTH)
+    else:
+        assert condition.given.mask.tolist() == [[True] + [False] * (frames - 1)] * 2
+        assert set(condition.tensors) == {"prompt_embeds"}
+
+
+def test_another_image_makes_another_video(adapter: WanAdapter) -> None:
+    network, role_times = adapter.load_network(), torch.tensor([0.9, 0.4])
+    role = RoleHandle("student", adapter, network)
+    velocities = []
+    for image in (picture(adapter), -picture(adapter)):
+        images = adapter.condition_on(image[None, :, None].expand(2, -1, -1, -1, -1))
+        velocities.append(role.velocity(noise_of(adapter), role_times, adapter.encode_prompts(PROMPTS) | images))
+    assert not torch.allclose(velocities[0][:, :, 1:], velocities[1][:, :, 1:], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_first_frame_of_a_video_is_given_alike_by_data_and_by_an_image(tiny_wan: Path) -> None:
+    """The codec is causal, so the first latent frame of a video is that of its first frame."""
+    adapter = adapter_of("ti2v", tiny_wan.parent, given_frames=1)
+    adapter.ensure_negative_conditioning()
+    config = adapter.config
+    video = normal((1, 3, config.num_frames, config.height, config.width), seeded(8)).clamp(-1, 1)
+    batch = adapter.prepare(RawBatch(("red",), adapter.encode(video)))
+    by_image = adapter.condition_on(video[:, :, :1])
+    assert batch.condition.given is not None
+    assert by_image.given is not None
+    assert torch.equal(batch.condition.given.mask, by_image.given.mask)
+    torch.testing.assert_close(batch.condition.given.clean[:, :, :1], by_image.given.clean[:, :, :1], **CLOSE)
+    assert batch.given is not None
+    assert batch.negative.given is batch.condition.given
+    assert adapter.needs_frames
+
+
+@torch.no_grad()
+def test_what_is_computed_beforehand_stands_in_for_what_is_computed_now(adapter: WanAdapter) -> None:
+    config = adapter.config
+    videos = normal((2, 3, config.num_frames, config.height, config.width), seeded(9)).clamp(-1, 1)
+    extras = adapter.encode_extras(videos, PROMPTS)
+    assert set(extras) == set(adapter.extra_shapes)
+    for name, shape in adapter.extra_shapes.items():
+        wanted = [have if want is None else want for want, have in zip(shape, extras[name].shape[1:], strict=True)]
+        assert list(extras[name].shape) == [2, *wanted]
+    latents = adapter.encode(videos)
+    now = adapter.encode_prompts(PROMPTS)
+    if adapter.needs_frames:
+        now = now | adapter.condition_on(videos[:, :, :1])
+    found = adapter.prepare(RawBatch(PROMPTS, latents, extras)).condition
+    assert found.tensors.keys() == now.tensors.keys()
+    for name, value in now.tensors.items():
+        torch.testing.assert_close(found.tensors[name], value, **CLOSE)
+
+
+@torch.no_grad()
+def test_latents_alone_give_an_image_to_video_checkpoint_its_first_frame(i2v: WanAdapter) -> None:
+    latents = normal((2, *i2v.latent_shape), seeded(9))
+    batch = i2v.prepare(RawBatch(tuple(PROMPTS), latents))
+    frame = i2v.decode(latents)[:, :, :1]
+    expected = i2v.condition_on(frame).tensors
+    for name in ("image_latents", "image_embeds"):
+        torch.testing.assert_close(batch.condition.tensors[name], expected[name], rtol=1e-4, atol=1e-4)
+        assert torch.equal(batch.negative.tensors[name], batch.condition.tensors[name])
+    assert batch.given is None
+    with pytest.raises(UserError, match="prompts alone"):
+        i2v.prepare(RawBatch(tuple(PROMPTS)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_buckets_of_another_size_have_given_frames_too(way: str, tiny_wan: Path) -> None:
+    adapter = adapter_of(way, tiny_wan.parent, given_frames=int(way == "ti2v"))
+    adapter.ensure_negative_conditioning()
+    channels, frames, height, width = adapter.latent_shape
+    latents = normal((2, channels, frames + 1, height + 2, width), seeded(9))
+    batch = adapter.prepare(RawBatch(tuple(PROMPTS), latents), any_size=True)
+    u = RoleHandle("student", adapter, adapter.load_network()).velocity(latents, torch.ones(2), batch.condition)
+    assert u.shape == latents.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("text_embedding", (2, 5, 7), "text_embedding has width 7, the model's text has width 16"),
+        ("text_embedding", (2, 9, 16), "has 9 tokens, the model sees 8"),
+        ("first_frame_latent", (2, 4, 3, 2, 5), r"first_frame_latent has shape \(4, 3, 2, 5\), .* \(4, 3, 2, 4\)"),
+        ("clip_feature", (2, 5, 17), r"clip_feature has shape \(5, 17\), the model expects \('any', 16\)"),
+        ("clip_feature", (2, 16), r"clip_feature has shape \(16,\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_numbers(
+    name: str, shape: tuple[int, ...], message: str, i2v: WanAdapter
+) -> None:
+    with pytest.raises(UserError, match=message):
+        i2v.prepare(RawBatch(tuple(PROMPTS), normal((2, *i2v.latent_shape), seeded(1)), {name: torch.ones(shape)}))
+
+
+def test_a_shorter_text_is_padded_and_padding_beyond_the_limit_is_cut(i2v: WanAdapter) -> None:
+    text = i2v.encode_prompts(PROMPTS).tensors["prompt_embeds"]
+    for given in (text[:, :6], torch.cat([text, torch.zeros_like(text)], dim=1)):
+        found = i2v.text_of(RawBatch(tuple(PROMPTS), None, {"text_embedding": given.half()}))
+        torch.testing.assert_close(found.tensors["prompt_embeds"], text, rtol=1e-3, atol=1e-3)
+
+
+def test_the_number_of_given_frames_is_what_the_checkpoint_takes(tiny_wan: Path) -> None:
+    root = tiny_wan.parent
+    found = {
+        "text": WanAdapter(wan_config(tiny_wan)),
+        "tuned": WanAdapter(wan_config(tiny_wan, given_frames=1)),
+        "clip": WanAdapter(wan_config(tiny_wan, given_frames=2, num_frames=9)),
+        "i2v": adapter_of("i2v", root),
+        "ti2v": adapter_of("ti2v", root),
+        "ti2v tuned": adapter_of("ti2v", root, given_frames=1),
+    }
+    counts = {name: adapter.first_frames for name, adapter in found.items()}
+    assert counts == {"text": (0,), "tuned": (1,), "clip": (5,), "i2v": (1,), "ti2v": (0, 1), "ti2v tuned": (1,)}
+    with pytest.raises(UserError, match="goes on from 0 given frames, got 1"):
+        found["text"].condition_on(torch.zeros(1, 3, 1, 16, 32))
+    with pytest.raises(UserError, match="goes on from 5 given frames, got 0"):
+        found["clip"].condition_on(None)
+    assert found["clip"].condition_on(torch.zeros(1, 3, 5, 16, 32)).given is not None
+
+
+def test_options_that_do_not_fit_the_checkpoint_are_refused(tiny_wan: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.given_frames: .* it takes 0, got 1"):
+        _ = adapter_of("i2v", tiny_wan.parent, given_frames=1).first_frames
+    with pytest.raises(UserError, match=r"model\.width: .* multiples of 32, got 48"):
+        _ = adapter_of("ti2v", tiny_wan.parent, width=48).latent_shape
+    with pytest.raises(ValueError, match="must leave one of 2 latent frames to generate, got 2"):
+        WanConfig(num_frames=5, given_frames=2)
+
+
+def test_a_student_with_given_frames_loads_into_stock_image_to_video(tiny_wan: Path, tmp_path: Path) -> None:
+    from diffusers import WanImageToVideoPipeline
+
+    adapter = WanAdapter(wan_config(tiny_wan, given_frames=1))
+    adapter.save_pipeline(tmp_path / "student", adapter.load_network(), {})
+    assert WanImageToVideoPipeline.from_pretrained(tmp_path / "student").config.expand_timesteps
+    assert WanAdapter(wan_config(tmp_path / "student")).first_frames == (0, 1)
+    plain = WanAdapter(wan_config(tiny_wan))
+    plain.save_pipeline(tmp_path / "plain", plain.load_network(), {})
+    assert WanAdapter(wan_config(tmp_path / "plain")).first_frames == (0,)
