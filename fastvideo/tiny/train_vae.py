@@ -1,36 +1,72 @@
-"""Training of the tiny VAE, and how good it is."""
+"""Training of a tiny VAE, and how good it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import nn
 
 from fastvideo.inference.progress import tracked
+from fastvideo.tiny import cogvideox_vae
+from fastvideo.tiny import vae as wan_vae
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.muon import Muon
 from fastvideo.tiny.recipe import VaeRecipe
 from fastvideo.tiny.train_classifier import accuracy
-from fastvideo.tiny.vae import build_vae, decode_unclamped, encode_moments, kernels, psnr
+from fastvideo.tiny.vae import encode_moments, psnr
 from fastvideo.tiny.world import TinyWorld
 
-StepHook = Callable[[int, AutoencoderKLWan], None]
+Vae = Any
+"""A diffusers video autoencoder."""
+StepHook = Callable[[int, Vae], None]
 
 
-def train_vae(recipe: VaeRecipe, after_step: StepHook | None = None) -> AutoencoderKLWan:
+@dataclass(frozen=True)
+class VaeKind:
+    """What the training of a VAE must know of its class.
+
+    Attributes:
+        build: the VAE before training, from its recipe.
+        decode: raw latents to videos, with gradients everywhere.
+        kernels: the parameters that Muon trains.
+        normalise: takes mean and deviation per latent channel and makes the latents that leave the VAE normal.
+    """
+
+    build: Callable[[Any], Vae]
+    decode: Callable[[Vae, torch.Tensor], torch.Tensor]
+    kernels: Callable[[Vae], list[nn.Parameter]]
+    normalise: Callable[[Vae, torch.Tensor, torch.Tensor], None]
+
+
+WAN = VaeKind(
+    wan_vae.build_vae,
+    wan_vae.decode_unclamped,
+    wan_vae.kernels,
+    lambda vae, mean, std: vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist()),
+)
+COGVIDEOX = VaeKind(
+    cogvideox_vae.build_vae,
+    cogvideox_vae.decode,
+    cogvideox_vae.kernels,
+    lambda vae, mean, std: cogvideox_vae.fold_deviation(vae, std),
+)
+
+
+def train_vae(recipe: VaeRecipe, kind: VaeKind = WAN, after_step: StepHook | None = None) -> Vae:
     """A VAE trained on videos of the train split, its latent statistics measured; frozen, in eval mode.
 
     Args:
         recipe: size and training.
+        kind: the class of the VAE; its recipe goes with it.
         after_step: called with the number of steps done and the VAE, for checkpoints and measurements.
     """
-    vae = build_vae(recipe)
+    vae = kind.build(recipe)
     _use_channels_last(vae)
-    optimizers = _optimizers(vae, recipe)
+    optimizers = _optimizers(vae, kind, recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, recipe)) for o in optimizers]
     generator = torch.Generator().manual_seed(recipe.seed)
     samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
@@ -38,24 +74,24 @@ def train_vae(recipe: VaeRecipe, after_step: StepHook | None = None) -> Autoenco
         short = step < recipe.short_share * recipe.steps
         videos = sample.videos[:, :, : recipe.short_frames] if short else sample.videos
         vae.zero_grad()
-        vae_loss(vae, videos, recipe, generator).backward()  # type: ignore[no-untyped-call]
+        vae_loss(vae, kind, videos, recipe, generator).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(vae.parameters(), recipe.gradient_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         if after_step is not None:
             after_step(step + 1, vae)
-    measure_statistics(vae, recipe)
+    kind.normalise(vae, *measure_statistics(vae, recipe))
     return vae.eval().requires_grad_(False)
 
 
 def vae_loss(
-    vae: AutoencoderKLWan, videos: torch.Tensor, recipe: VaeRecipe, generator: torch.Generator
+    vae: Vae, kind: VaeKind, videos: torch.Tensor, recipe: VaeRecipe, generator: torch.Generator
 ) -> torch.Tensor:
     """Weighted reconstruction error of videos [B, 3, T, H, W] from a sample of their posterior, and the KL term."""
     mean, log_variance = encode_moments(vae, videos)
     noise = torch.randn(mean.shape, generator=generator)
-    error = decode_unclamped(vae, mean + (0.5 * log_variance).exp() * noise) - videos
+    error = kind.decode(vae, mean + (0.5 * log_variance).exp() * noise) - videos
     ink = (videos.amax(dim=1, keepdim=True) + 1.0) / 2.0
     weight = 1.0 + recipe.ink_weight * ink
     reconstruction = (weight * (error.abs() + recipe.squared_weight * error.square())).mean()
@@ -63,8 +99,8 @@ def vae_loss(
     return reconstruction + recipe.kl_weight * kl
 
 
-def _optimizers(vae: AutoencoderKLWan, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
-    muon = kernels(vae)
+def _optimizers(vae: Vae, kind: VaeKind, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
+    muon = kind.kernels(vae)
     taken = {id(p) for p in muon}
     others = [p for p in vae.parameters() if id(p) not in taken]
     return [Muon(muon, recipe.muon_rate), torch.optim.Adam(others, recipe.adam_rate, betas=(0.9, 0.99))]
@@ -75,7 +111,7 @@ def _rate(step: int, recipe: VaeRecipe) -> float:
     return min(1.0, (step + 1) / recipe.warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / recipe.steps))
 
 
-def _use_channels_last(vae: AutoencoderKLWan) -> None:
+def _use_channels_last(vae: Vae) -> None:
     """Store kernels with their channels last: a sixth faster on a CPU, the same numbers."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in vae.parameters():
@@ -84,12 +120,12 @@ def _use_channels_last(vae: AutoencoderKLWan) -> None:
 
 
 @torch.no_grad()
-def measure_statistics(vae: AutoencoderKLWan, recipe: VaeRecipe) -> None:
-    """Write mean and deviation per channel of the train split's latents into the configuration."""
+def measure_statistics(vae: Vae, recipe: VaeRecipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [16] per channel of the train split's latents, float64."""
     batches = TinyWorld("train").batches(recipe.statistics_videos, recipe.seed + 1, 64)
     latents = torch.cat([encode_moments(vae, sample.videos)[0] for sample in batches])
     std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return mean, std
 
 
 @dataclass(frozen=True)
@@ -104,10 +140,10 @@ class VaeQuality:
 
 
 @torch.no_grad()
-def vae_quality(vae: AutoencoderKLWan, judge: TinyClassifier, samples: int, seed: int) -> VaeQuality:
+def vae_quality(vae: Vae, judge: TinyClassifier, samples: int, seed: int) -> VaeQuality:
     """Encode and decode `samples` held-out videos and measure what came back."""
     truth = TinyWorld("heldout").sample(samples, seed)
-    pieces = [vae.decode(encode_moments(vae, part)[0]).sample for part in truth.videos.split(64)]  # type: ignore[no-untyped-call]
+    pieces = [vae.decode(encode_moments(vae, part)[0]).sample for part in truth.videos.split(64)]
     reconstruction = torch.cat(pieces)
     right = accuracy(judge, truth, reconstruction)
     return VaeQuality(psnr(reconstruction, truth.videos), right["digit"], right["colour"], right["direction"], samples)
