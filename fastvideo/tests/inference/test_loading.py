@@ -112,9 +112,9 @@ def second_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("second_family")
 def test_a_registered_family_is_known_by_the_pipelines_it_names(tmp_path: Path) -> None:
-    assert families() == {"WanPipeline": "wan", "ToyPipeline": "analytic"}
+    assert families().items() >= {"WanPipeline": "wan", "ToyPipeline": "analytic"}.items()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
-    with pytest.raises(UserError, match=r"OtherPipeline.* WanPipeline or ToyPipeline"):
+    with pytest.raises(UserError, match=r"OtherPipeline.* WanPipeline or .*ToyPipeline"):
         load_model(str(tmp_path))
 
 
