@@ -187,7 +187,7 @@ def _replace_scheduler(folder: Path, scheduler: Any) -> None:
 def _summary(out: Path, source: Source, facts: CardFacts) -> str:
     weights = f"{source.weights or 'saved'} weights of step {source.step}"
     lines = [f"{out}: {facts.pipeline}, {weights}"]
-    lines += [f"  trained on       {shown(facts.spec.times)}"] if facts.recipe.get("ladder") else []
+    lines += [f"  our sampler      {shown(facts.spec.times)}"] if facts.recipe.get("ladder") else []
     if facts.stock is not None:
         lines.append(f"  stock diffusers  {shown(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
     lines.append(f"  pipe = {facts.pipeline}.from_pretrained({str(out)!r})")

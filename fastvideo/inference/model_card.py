@@ -158,7 +158,10 @@ def _ladder(facts: CardFacts) -> str:
         return f"{title} The scheduler is the base model's own."
     rows = enumerate(zip(facts.spec.times, facts.stock.times, strict=True))
     table = [f"| {i} | {own:.6f} | {stock:.6f} |" for i, (own, stock) in rows]
-    head = [f"| call | share of noise in training | in `{type(facts.stock.scheduler).__name__}` |", "|---|---|---|"]
+    head = [
+        f"| call | share of noise in our sampler | in stock `{type(facts.stock.scheduler).__name__}` |",
+        "|---|---|---|",
+    ]
     return "\n".join([title, "", *head, *table])
 
 
