@@ -1,0 +1,100 @@
+"""The output folder of ``fastvideo preprocess``: made once, gone on with only under the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvideo.data.captions import Video
+from fastvideo.data.index import MANIFEST
+from fastvideo.data.schema import metadata_of
+from fastvideo.errors import UserError
+
+SKIPPED = "skipped.jsonl"
+
+
+def sources_key(videos: Sequence[Video]) -> str:
+    """SHA-256 of what is read: names, sizes and captions, in order."""
+    digest = hashlib.sha256()
+    for video in videos:
+        entry = [video.name, video.path.stat().st_size, video.caption, video.problem]
+        digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """The name of an output file."""
+    return out / f"videos-{number:05d}.parquet"
+
+
+def prepare_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> list[int]:
+    """Make the folder, or go on with an interrupted one; the numbers of the files that are still to be written.
+
+    Raises:
+        UserError: if the folder holds something else, or was begun with other settings or other videos.
+    """
+    if overwrite and (out / MANIFEST).is_file():
+        shutil.rmtree(out)
+    if (out / MANIFEST).is_file():
+        _check_same(out, json.loads((out / MANIFEST).read_text()), json.loads(json.dumps(manifest)))
+    elif out.exists() and (not out.is_dir() or any(not _is_leftover(item) for item in out.iterdir())):
+        raise UserError(f"--out: {out} exists and was not made by fastvideo preprocess; choose another")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    for item in out.iterdir():
+        if _is_leftover(item):
+            item.unlink()
+    return [number for number in range(manifest["files"]) if not shard_path(out, number).is_file()]
+
+
+def _is_leftover(item: Path) -> bool:
+    return item.name[0] == "." and item.suffix == ".part"
+
+
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{key}: {before['settings'].get(key)} -> {now['settings'].get(key)}"
+        for key in sorted(before["settings"].keys() | now["settings"].keys())
+        if before["settings"].get(key) != now["settings"].get(key)
+    ]
+    if before["sources"] != now["sources"]:
+        changed.append(f"videos or captions: {before['videos']} files before, {now['videos']} now")
+    if changed:
+        raise UserError(
+            f"--out: {out} was begun with other settings ({'; '.join(changed)}); choose another folder, or --overwrite"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def collect(out: Path, files: int) -> tuple[int, list[dict[str, str]]]:
+    """Rows in all files, and the videos that were skipped; the latter are written to :data:`SKIPPED` as well.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
+    rows, skipped = 0, []
+    for number in range(files):
+        path = shard_path(out, number)
+        try:
+            footer = pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+        rows += footer.num_rows
+        skipped += metadata_of(footer.metadata)["skipped"]
+    write_whole(out / SKIPPED, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+    return rows, skipped

@@ -1,0 +1,89 @@
+"""``fastvideo preprocess``: options, free of heavy imports so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class PreprocessArguments:
+    """Encode a folder of videos and captions once, into Parquet files to train on.
+
+    An interrupted call goes on where it was when it is given again. Exit code 0: every video is in; 1: finished, but
+    some videos were skipped and are listed in OUT/skipped.jsonl; 2: nothing was done, because of a mistake in the call.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")]
+    """Folder of .mp4, .webm, .mov, .gif, .mkv, .avi or .m4v files; folders in it are searched too."""
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """The model to encode for: a diffusers pipeline folder, a hub id, or `tiny`."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where the Parquet files go."""
+    captions: OptionalPath = None
+    """CSV (with a header) or JSONL file with file_name and caption. Default: captions.csv or captions.jsonl in the
+    folder, else a .txt file beside each video."""
+    workers: int = 1
+    """Processes, each with one thread; the rows do not depend on their number."""
+    height: OptionalInt = None
+    """Height in pixels. Default of all four sizes: the model's own."""
+    width: OptionalInt = None
+    """Width in pixels."""
+    num_frames: OptionalInt = None
+    """Frames of a clip; a shorter video is skipped."""
+    max_sequence_length: OptionalInt = None
+    """Tokens that a caption may have; a video with a longer one is skipped."""
+    buckets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HxWxF ...", help_behavior_hint="")] = ()
+    """Several sizes instead of one, such as 480x832x81 832x480x81: a video takes the nearest aspect ratio, and of those
+    the longest that it fills."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How a video of another aspect ratio becomes one of this size: cut both sides, add black bars, or distort."""
+    fps: OptionalFloat = None
+    """Frame rate, by dropping or repeating frames; Wan is trained at 16. Default: every frame as it is."""
+    every_clip: Switch = False
+    """Cut the whole video into clips, instead of taking its beginning."""
+    videos_per_file: int = 64
+    """Videos per Parquet file; an interruption loses at most this many per process."""
+    device: str = "cpu"
+    """Where to encode: cpu, or cuda (the processes are dealt to all GPUs)."""
+    overwrite: Switch = False
+    """Delete what an earlier call has left in the folder."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Preprocess; the exit code."""
+    arguments = tyro.cli(PreprocessArguments, args=list(argv), prog="fastvideo preprocess")
+
+    from fastvideo.data.clips import Policy, Size
+    from fastvideo.data.model import SIZES, choose_model
+    from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.errors import UserError
+
+    for name in ("workers", "videos_per_file"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.fps is not None and not arguments.fps > 0:
+        raise UserError(f"--fps must be above 0, got {arguments.fps}")
+    choice = choose_model(arguments.model, {name: getattr(arguments, name) for name in SIZES})
+    own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
+    sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
+    policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip)
+    job = make_job(
+        arguments.folder, arguments.captions, choice, policy, arguments.out, arguments.videos_per_file, arguments.device
+    )
+    rate = "as they are" if policy.fps is None else f"at {policy.fps:g} fps"
+    shown = ", ".join(map(str, sizes))
+    print(f"{len(job.videos)} videos, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
+    summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite)
+    print(summary)
+    return 1 if summary.skipped else 0

@@ -1,0 +1,135 @@
+"""One output file: the rows of its videos, whole or not there at all, with what was skipped in its metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from fastvideo.data.captions import Video
+from fastvideo.data.clips import Clip, Policy, VideoError, read_clips
+from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
+from fastvideo.distillation.builder import Adapter
+from fastvideo.distillation.types import UserError
+
+GROUP_BYTES = 32 * 2**20
+"""A row group is closed once its tensors take this much: small enough that a shuffling reader holds several."""
+Row = dict[str, Any]
+
+
+def encode_clip(clip: Clip, video: Video, adapter: Adapter) -> dict[str, Tensor]:
+    """Everything that is computed beforehand for one clip, by name, without a batch dimension.
+
+    One clip at a time, so that a row depends on nothing but its video.
+    """
+    videos = clip.tensor[None]
+    tensors = {LATENT: adapter.encode(videos), **adapter.encode_extras(videos, [video.caption])}
+    return {name: value[0].float().cpu() for name, value in tensors.items()}
+
+
+def rows_of(video: Video, adapter: Adapter, policy: Policy) -> list[Row]:
+    """The rows of one video.
+
+    Raises:
+        VideoError: if it cannot be used, and why.
+    """
+    if video.problem:
+        raise VideoError(video.problem)
+    try:
+        adapter.check_prompts([video.caption])
+    except UserError as error:
+        raise VideoError(f"caption: {error}") from error
+    return [_row(clip, video, encode_clip(clip, video, adapter), policy) for clip in read_clips(video.path, policy)]
+
+
+def _row(clip: Clip, video: Video, tensors: Mapping[str, Tensor], policy: Policy) -> Row:
+    frames, height, width = clip.frames.shape[:3]
+    row: Row = {
+        "id": f"{video.name}#{clip.number}" if policy.every_clip else video.name,
+        "file_name": video.name,
+        "caption": video.caption,
+        "media_type": "video",
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "duration_sec": frames / clip.fps,
+        "fps": clip.fps,
+    }
+    for name, value in tensors.items():
+        row |= tensor_columns(name, without_padding(value.numpy()) if name == TEXT else value.numpy())
+    return row
+
+
+def without_padding(embedding: Floats) -> Floats:
+    """A text embedding ``[L, D]`` without the zeros at its end: they are padding, and readers put them back."""
+    used = embedding.any(axis=1).nonzero()[0]
+    return embedding[: used[-1] + 1 if len(used) else 1]
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes output files.
+
+    ``made`` is what their metadata says about how they were made.
+    """
+
+    adapter: Adapter
+    policy: Policy
+    made: Mapping[str, Any]
+
+    def write(self, path: Path, videos: Sequence[Video], done: Callable[[int], None]) -> None:
+        """The file of these videos; ``done`` is called with the number of finished videos.
+
+        It appears whole: it is written under another name, flushed to the disk and renamed.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        schema = schema_with(self.adapter.extra_shapes)
+        skipped: list[dict[str, str]] = []
+        with pq.ParquetWriter(
+            temporary, schema, compression="none", use_dictionary=False, write_statistics=False
+        ) as file:
+            groups = _Groups(file, schema)
+            for count, video in enumerate(videos, start=1):
+                try:
+                    for row in rows_of(video, self.adapter, self.policy):
+                        groups.add(row)
+                except VideoError as error:
+                    skipped.append({"file": video.name, "reason": str(error)})
+                done(count)
+            groups.close()
+            made = {**self.made, "skipped": skipped}
+            file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(made)})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+
+
+class _Groups:
+    """Row groups, each of one latent shape, so that a batch of one bucket reads nothing of another."""
+
+    def __init__(self, file: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self.file, self.schema = file, schema
+        self.open: dict[tuple[int, ...], list[Row]] = {}
+
+    def add(self, row: Row) -> None:
+        """Collect a row; write its group once that is large enough."""
+        shape = tuple(row[f"{LATENT}_shape"])
+        rows = self.open.setdefault(shape, [])
+        rows.append(row)
+        if sum(len(v) for row in rows for v in row.values() if isinstance(v, bytes)) >= GROUP_BYTES:
+            self._write(self.open.pop(shape))
+
+    def close(self) -> None:
+        """Write what is left."""
+        for shape in sorted(self.open):
+            self._write(self.open[shape])
+
+    def _write(self, rows: list[Row]) -> None:
+        self.file.write_table(pa.Table.from_pylist(rows, schema=self.schema))
