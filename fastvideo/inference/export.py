@@ -56,7 +56,7 @@ def run_export(arguments: ExportArguments) -> Export:
     # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
     fitted = model.is_student or arguments.steps is not None
     stock = model.adapter.stock_sampler(spec.times, spec.kind) if fitted else None
-    warnings = _warnings(spec, stock)
+    warnings = (*_ladder_warnings(spec, stock), *_image_warnings(model))
     facts = _facts(out.name, source, model, spec, stock, arguments.dtype, warnings)
     _write(out, model, facts)
     return Export(out, _summary(arguments.out, source, facts), warnings)
@@ -93,7 +93,7 @@ def _is_export(folder: Path) -> bool:
     return recipe.is_file() and f'"{MARK}"' in recipe.read_text()
 
 
-def _warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
+def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
     if stock is None or deviation(stock.times, spec.times) <= CLOSE:
         return ()
     return (
@@ -102,6 +102,22 @@ def _warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
         f"differ from those of `fastvideo generate`. To train on what it yields: ladder.times "
         f"{[round(time, 7) for time in stock.times]}",
     )
+
+
+def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
+    counts = model.adapter.first_frames
+    if not model.adapter.needs_frames or 1 in counts:
+        return ()
+    wanted = " or ".join(map(str, counts))
+    return (f"this student goes on from {wanted} frames, and stock diffusers gives it one image: it cannot sample it",)
+
+
+def _loader(model: LoadedModel) -> str:
+    """The diffusers class that gives the model what it needs; an index may name the one for text alone."""
+    name = pipeline_class(model.source)
+    if not model.adapter.needs_frames or "ImageToVideo" in name:
+        return name
+    return name.replace("Pipeline", "ImageToVideoPipeline")
 
 
 def shown(times: Sequence[float]) -> str:
@@ -124,7 +140,8 @@ def _facts(
         recipe["ladder"] = list(spec.times)
     return CardFacts(
         name=name,
-        pipeline=pipeline_class(model.source),
+        pipeline=_loader(model),
+        image=model.adapter.needs_frames,
         recipe=recipe,
         spec=spec,
         stock=stock,

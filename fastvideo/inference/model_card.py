@@ -31,8 +31,9 @@ UNKNOWN_LICENSE = {"license": "other", "license_name": "same-as-base-model"}
 class CardFacts:
     """Everything that a card tells.
 
-    ``name`` is the folder's, ``pipeline`` the diffusers class, ``stock`` the exported scheduler or ``None`` where the
-    base model's own was kept; ``base_card`` is the front matter of the base model's README.
+    ``name`` is the folder's, ``pipeline`` the diffusers class to load it with, ``image`` whether that is given an
+    image; ``stock`` is the exported scheduler, or ``None`` where the base model's own was kept, and ``base_card`` the
+    front matter of the base model's README.
     """
 
     name: str
@@ -40,6 +41,7 @@ class CardFacts:
     recipe: Mapping[str, Any]
     spec: SamplerSpec
     stock: StockSampler | None
+    image: bool = False
     dtype: str | None = None
     warnings: Sequence[str] = ()
     base_card: Mapping[str, Any] = field(default_factory=dict)
@@ -80,13 +82,10 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _task(facts: CardFacts) -> str:
-    return "image-to-video" if "ImageToVideo" in facts.pipeline else "text-to-video"
-
-
 def _front_matter(facts: CardFacts) -> str:
     method, family = facts.recipe.get("method"), facts.recipe.get("distill_model")
-    values: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": _task(facts), **facts.license}
+    task = "image-to-video" if facts.image else "text-to-video"
+    values: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task, **facts.license}
     base = facts.base if HUB_ID.fullmatch(facts.base) else facts.base_card.get("base_model")
     if base:
         values["base_model"] = base
@@ -112,17 +111,17 @@ def call_options(facts: CardFacts) -> dict[str, Any]:
 
 def _usage(facts: CardFacts) -> str:
     prompts = facts.config.get("validation", {}).get("prompts") or [PROMPTS.get(facts.base, PROMPT)]
-    image = 'image=load_image("first_frame.png"), ' if _task(facts) == "image-to-video" else ""
     dtype = f", torch_dtype=torch.{facts.dtype}" if facts.dtype else ""
     lines = [
         "import torch",
         f"from diffusers import {facts.pipeline}",
-        *(["from diffusers.utils import load_image"] if image else []),
+        *(["from diffusers.utils import load_image"] if facts.image else []),
         "",
         f"pipe = {facts.pipeline}.from_pretrained({json.dumps(facts.name)}{dtype})",
         "torch.manual_seed(0)",
         "video = pipe(",
-        f"    {image}prompt={json.dumps(prompts[0], ensure_ascii=False)},",
+        *(['    image=load_image("first_frame.png"),'] if facts.image else []),
+        f"    prompt={json.dumps(prompts[0], ensure_ascii=False)},",
         *(f"    {name}={value}," for name, value in call_options(facts).items()),
         '    output_type="pil",',
         ").frames[0]",

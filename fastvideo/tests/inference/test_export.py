@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint import complete_checkpoints
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
-from fastvideo.inference.loading import load_model
+from fastvideo.inference.loading import SIZES, load_model
 from fastvideo.tests.distillation.tiny import wan_folder
+from fastvideo.tests.distillation.tiny_images import i2v_config, ti2v_config
 from fastvideo.tests.inference.exporting import PROMPTS, export
 
 ONE_LEVEL = 1 / 255
@@ -102,6 +106,36 @@ def test_one_call_of_a_student_for_four_by_the_line_in_its_card(distilled: Path,
     assert "from_config(pipe.scheduler.config, shift_terminal=None)" in (out / "README.md").read_text()
     changed = type(scheduler).from_config(scheduler.config, shift_terminal=None)
     assert difference(stock(out, 1, changed), ours(out, 1)) <= 2 * ONE_LEVEL
+
+
+@pytest.mark.parametrize("way", ["i2v", "ti2v"])
+def test_stock_diffusers_goes_on_from_an_image_as_we_do(
+    way: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """An image beside the noise (Wan 2.1 I2V), and a first frame that stays clean (TI2V-5B)."""
+    root = tmp_path_factory.getbasetemp()
+    config = i2v_config(root) if way == "i2v" else ti2v_config(root, given_frames=1)
+    adapter = WanAdapter(config)
+    recipe = {"ladder": SHIFTED, "sampler": "renoise", "guidance": 1.0, "model": config.model_dump()}
+    adapter.save_pipeline(tmp_path / "student", adapter.load_network(), recipe)
+    out = export(tmp_path / "student", tmp_path / "out")
+    assert "from diffusers import WanImageToVideoPipeline" in (out / "README.md").read_text()
+    image = (normal((3, config.height, config.width), seeded(5)) * 60 + 128).clamp(0, 255).byte()
+    noise, sizes = noise_of(out), {name: getattr(config, name) for name in SIZES}
+    pipeline = WanImageToVideoPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(7)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noise, "output_type": "latent"}
+    expected = pipeline(picture, PROMPTS, **options, **sizes).frames
+    model = load_model(str(out))
+    frames = (image / 127.5 - 1)[None, :, None].expand(len(PROMPTS), -1, -1, -1, -1)
+    condition = model.adapter.encode_prompts(PROMPTS) | model.adapter.condition_on(frames)
+    role = RoleHandle("student", model.adapter, model.network)
+    torch.manual_seed(7)
+    velocity = partial(role.velocity, condition=condition)
+    found = generate("renoise", velocity, noise, SHIFTED, lambda x: torch.randn(x.shape))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def checkpointed(run_folder: Path, part: str) -> dict[str, Tensor]:
