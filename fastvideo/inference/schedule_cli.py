@@ -1,4 +1,7 @@
-"""``fastvideo schedule show CONFIG``: the noise levels of a run, in every unit that somebody may know them by."""
+"""``fastvideo schedule show CONFIG``: the noise levels of a run, in every unit that somebody may know them by.
+
+``fastvideo schedule stock CONFIG`` prints the ladder next to it that stock diffusers can sample, to be written there.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,12 @@ class ScheduleArguments:
     `t` is the share of noise (1 = pure noise): the clean video is scaled by alpha = 1 - t, the noise by sigma = t.
     """
 
-    action: Annotated[Literal["show"], tyro.conf.Positional]
-    """What to do with the schedule."""
+    action: Annotated[Literal["show", "stock"], tyro.conf.Positional]
+    """show: a table of the noise levels. stock: the nearest ladder that stock diffusers samples exactly, as YAML."""
     config: Annotated[Path, tyro.conf.Positional]
     """A run's YAML file: an example, or the config.yaml that a run saved."""
+    steps: int | None = None
+    """With stock: the number of steps, instead of those of the config's ladder."""
 
 
 def published_steps(ladder: object) -> list[float] | None:
@@ -70,6 +75,24 @@ def schedule_table(config: Config, written: object) -> Table:
     return table
 
 
+def stock_ladder(config: Config, steps: int | None) -> str:
+    """YAML of the ladder on which a stock scheduler samples the family's students, to the last digit.
+
+    Raises:
+        UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
+    """
+    from fastvideo.distillation.builder import load_adapter, load_method
+    from fastvideo.distillation.schedule import Ladder
+    from fastvideo.errors import UserError
+
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps must be at least 1, got {steps}")
+    wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
+    adapter = load_adapter(config.distill_model)(config.model)
+    sampler = adapter.stock_sampler(wanted, load_method(config.distill_method).sampler)
+    return f"ladder:  # {type(sampler.scheduler).__name__}\n  times: {list(sampler.times)}"
+
+
 def _written(ladder: object) -> str:
     if not isinstance(ladder, Mapping):
         return "none, so the default"
@@ -93,6 +116,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"config {arguments.config}: {key} is missing")
     schema = run_schema(values["distill_model"], values["distill_method"])
     config = validate(schema, values, str(arguments.config))
+    if arguments.action == "stock":
+        print(stock_ladder(config, arguments.steps))
+        return 0
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
     console.print(schedule_table(config, values.get("ladder")))

@@ -11,6 +11,7 @@ from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import ADAPTERS, METHODS
 from fastvideo.inference.list_cli import split_paper
 from fastvideo.inference.schedule_cli import published_steps
+from fastvideo.tests.distillation.tiny import cogvideox_folder
 
 RUN = """
 distill_model: wan
@@ -78,6 +79,34 @@ def test_the_time_that_is_shown_is_the_time_that_wan_is_given() -> None:
 
     t = torch.tensor([0.25, 1.0])
     assert torch.equal(WanAdapter.network_time(t, WanConfig()), torch.tensor([250.0, 1000.0]))
+
+
+def test_the_stock_ladder_is_yaml_that_means_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_cogvideox: Path
+) -> None:
+    """On CogVideoX's own timesteps: what is printed is what a stock scheduler yields, and a run reads it so."""
+    config = tmp_path / "run.yaml"
+    run = RUN.replace("wan", "cogvideox").replace("model: {}", f"model: {{path: {tiny_cogvideox}}}")
+    config.write_text(run)
+    assert main(["schedule", "stock", str(config), "--steps", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "LCMScheduler" in printed
+    config.write_text(run + printed)
+    assert [row[-1] for row in shown(capsys, "schedule", "show", str(config))] == [
+        "999.000",
+        "749.000",
+        "499.000",
+        "249.000",
+    ]
+    assert main(["schedule", "stock", str(config)]) == 0
+    assert capsys.readouterr().out == printed, "a ladder on the grid stays where it is"
+    assert main(["schedule", "stock", str(config), "--steps", "0"]) == 2
+
+
+@pytest.fixture(scope="module")
+def tiny_cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete CogVideoX pipeline folder with random weights."""
+    return cogvideox_folder(tmp_path_factory.mktemp("tiny"))
 
 
 def test_helpers() -> None:
