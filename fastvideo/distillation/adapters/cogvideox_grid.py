@@ -32,14 +32,17 @@ class NoiseGrid:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import CogVideoXDDIMScheduler
 
-        if config.get("prediction_type") != "v_prediction" or not config.get("rescale_betas_zero_snr"):
+        written_out = config.get("trained_betas")  # by renoising_scheduler: shifted and rescaled already
+        if config.get("prediction_type") != "v_prediction" or not (written_out or config.get("rescale_betas_zero_snr")):
             raise UserError(
                 "the scheduler of a CogVideoX model has prediction_type v_prediction and rescale_betas_zero_snr true, "
                 f"this one {config.get('prediction_type')} and {config.get('rescale_betas_zero_snr')}"
             )
-        self.config = dict(config)
+        self.config = {**config, "snr_shift_scale": 1.0} if written_out else dict(config)
         self.scheduler = CogVideoXDDIMScheduler.from_config(self.config)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.double()
+        if written_out:
+            self.alphas_cumprod = (1 - torch.tensor(written_out, dtype=torch.float64)).cumprod(0)
         self.times = Interpolant.variance_preserving(self.alphas_cumprod).flow_time
         """Rectified-flow time of every timestep, float64 ``[1000]``, rising to exactly 1."""
 
