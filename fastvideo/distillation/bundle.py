@@ -23,6 +23,20 @@ class VelocityModel(Protocol):
         ...
 
 
+def velocity_of(adapter: VelocityModel, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """A network's velocity, float32: the one way from training, validation and sampling to an adapter.
+
+    Given frames of the condition reach the network clean, at time 0, whatever ``x_t`` holds there. Their own velocity
+    is known, ``(x_t - clean) / t``, so it is returned instead of a prediction: every formula on velocities (x0, noise,
+    a step, guidance) is right for them too, and no gradient comes from them.
+    """
+    given = condition.given
+    if given is None:
+        return adapter.velocity(network, x_t, t, condition)
+    u = adapter.velocity(network, given.fill(x_t), given.times(t), condition)
+    return x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
+
+
 @dataclass
 class RoleHandle:
     """One role: its adapter, its network, and (if it is trained) its optimizer with the lr schedule in step.
@@ -42,17 +56,8 @@ class RoleHandle:
         self.network.requires_grad_(self.trainable)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's velocity, float32.
-
-        Given frames of the condition reach the network clean, at time 0, whatever ``x_t`` holds there. Their own
-        velocity is known, ``(x_t - clean) / t``, so it is returned instead of a prediction: every formula on velocities
-        (x0, noise, a step, guidance) is right for them too, and no gradient comes from them.
-        """
-        given = condition.given
-        if given is None:
-            return self.adapter.velocity(self.network, x_t, t, condition)
-        u = self.adapter.velocity(self.network, given.fill(x_t), given.times(t), condition)
-        return x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
+        """The network's velocity, float32; see :func:`velocity_of`."""
+        return velocity_of(self.adapter, self.network, x_t, t, condition)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's estimate of the clean latents, float32; given frames are exact."""

@@ -133,6 +133,8 @@ class ValidationConfig(Section):
     """Steps between two validations; 0 means none."""
     prompts: tuple[str, ...] = ()
     """Prompts; the first eight are written as video."""
+    images: tuple[str, ...] = ()
+    """One image (or clip) per prompt, for a model that goes on from one."""
     world_prompts: NonNegativeInt = 0
     """This many prompts of the tiny world instead, scored by its classifier."""
     seed: int = 1234
@@ -146,6 +148,8 @@ class ValidationConfig(Section):
             raise ValueError("`every` is set: give `prompts`, or a number of `world_prompts`")
         if self.prompts and self.world_prompts:
             raise ValueError("give `prompts` or `world_prompts`, not both")
+        if self.images and len(self.images) != len(self.prompts):
+            raise ValueError(f"`images` has {len(self.images)} files for {len(self.prompts)} prompts")
         return self
 
 

@@ -11,17 +11,21 @@ import tyro
 
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """Generate a video from text with a student (few steps, no guidance) or a teacher (many steps, guided)."""
+    """Generate a video from text, or text and image, with a student (few steps) or a teacher (many steps, guided)."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Model folder, a hub id, or `tiny` for the teacher that ships with this package."""
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """What to show, such as "a green seven moving up and left"."""
+    image: OptionalPath = None
+    """Image (or clip) that the video goes on from, for a model made for that. It is scaled until it fills the video's
+    size, and what hangs over is cut off on both sides."""
     output: Path = Path("video.mp4")
     """Where the video goes; .mp4, .gif, .webp or .apng."""
     steps: OptionalInt = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvideo.data.video_io import video_format, write_video
 from fastvideo.inference.cli import GenerateArguments
+from fastvideo.inference.first_frames import first_frames
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import SamplerSpec, generate_latents
@@ -22,15 +23,16 @@ def run_generate(arguments: GenerateArguments) -> str:
     """Generate and write one video; returns the line that tells what was done.
 
     Raises:
-        UserError: for a bad folder, prompt, number of steps or file name; nothing is written then.
+        UserError: for a bad folder, prompt, image, number of steps or file name; nothing is written then.
     """
     video_format(arguments.output)
     sizes = ("height", "width", "num_frames", "max_sequence_length")
     options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
     model = load_model(arguments.folder, options, arguments.device)
     spec = model.sampler(arguments.steps, arguments.guidance)
+    frames = first_frames(model, arguments.image)
     begin = time.perf_counter()
-    video = generate_video(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt)
+    video = generate_video(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
     seconds = time.perf_counter() - begin
     scale = arguments.scale or max(1, math.ceil(WATCHABLE / video.shape[2]))
     path = write_video(arguments.output, video, arguments.fps, scale)
@@ -38,9 +40,16 @@ def run_generate(arguments: GenerateArguments) -> str:
 
 
 def generate_video(
-    model: LoadedModel, prompt: str, spec: SamplerSpec, seed: int = 0, negative_prompt: str | None = None
+    model: LoadedModel,
+    prompt: str,
+    spec: SamplerSpec,
+    seed: int = 0,
+    negative_prompt: str | None = None,
+    frames: Tensor | None = None,
 ) -> Tensor:
     """The video ``[3, T, H, W]`` in ``[-1, 1]`` of one prompt, float32 on the CPU.
+
+    ``frames`` ``[1, 3, T', H, W]`` are those that it goes on from.
 
     Raises:
         UserError: for a prompt that the text encoder cannot take.
@@ -53,6 +62,7 @@ def generate_video(
             spec,
             seed=seed,
             negative_prompt=negative_prompt,
+            frames=frames,
             progress=bar,
         )
     return model.adapter.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)

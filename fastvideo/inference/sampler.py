@@ -16,6 +16,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import Condition
 
 BATCH_SIZE = 64
 ProgressFn = Callable[[int], None]
@@ -84,6 +85,7 @@ def generate_batches(
     seed: int,
     batch_size: int = BATCH_SIZE,
     negative_prompt: str | None = None,
+    frames: Tensor | None = None,
     progress: ProgressFn | None = None,
 ) -> Iterator[LatentBatch]:
     """Sample the prompts in order, ``batch_size`` at a time.
@@ -91,14 +93,17 @@ def generate_batches(
     Args:
         seed: with a prompt's position in ``prompts`` it determines that prompt's noise.
         negative_prompt: what guidance leads away from; ``None`` is the adapter's own.
+        frames: given first frames ``[len(prompts), 3, T, H, W]`` in ``[-1, 1]``, for a model that goes on from some.
         progress: called after every network call.
 
     Raises:
-        UserError: for a prompt that the text encoder cannot take.
+        UserError: for a prompt that the text encoder cannot take, or a number of frames that the model does not.
     """
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
-        velocity = _velocity(adapter, network, [prompts[i] for i in rows], spec.guidance, negative_prompt, progress)
+        first = adapter.condition_on(None if frames is None else frames[rows.start : rows.stop])
+        texts = [prompts[i] for i in rows]
+        velocity = _velocity(adapter, network, texts, first, spec.guidance, negative_prompt, progress)
         begin = time.perf_counter()
         noise = SampleNoise(seed, rows, adapter.device)
         latents = generate(spec.kind, velocity, noise.draw(adapter.latent_shape), spec.times, noise.like)
@@ -115,6 +120,7 @@ def generate_latents(
     seed: int,
     batch_size: int = BATCH_SIZE,
     negative_prompt: str | None = None,
+    frames: Tensor | None = None,
     progress: ProgressFn | None = None,
 ) -> Tensor:
     """All of :func:`generate_batches` as one tensor ``[len(prompts), C, F, H, W]``, float32 on the CPU."""
@@ -126,6 +132,7 @@ def generate_latents(
         seed=seed,
         batch_size=batch_size,
         negative_prompt=negative_prompt,
+        frames=frames,
         progress=progress,
     )
     return torch.cat([batch.latents for batch in batches])
@@ -135,16 +142,17 @@ def _velocity(
     adapter: DistillAdapter[Any],
     network: nn.Module,
     prompts: Sequence[str],
+    first: Condition,
     guidance: float,
     negative_prompt: str | None,
     progress: ProgressFn | None,
 ) -> Velocity:
-    """The guided velocity of one batch, with text encoded beforehand and progress reported."""
+    """The guided velocity of one batch that goes on from ``first``, with text encoded beforehand."""
     role = RoleHandle("sampled", adapter, network)
-    condition = negative = adapter.encode_prompts(prompts)
+    condition = negative = adapter.encode_prompts(prompts) | first
     if guidance != 1.0:
         text = adapter.negative_prompt if negative_prompt is None else negative_prompt
-        negative = adapter.encode_prompts([text] * len(prompts))
+        negative = adapter.encode_prompts([text] * len(prompts)) | first
     calls = len(prompts) * (1 if guidance == 1.0 else 2)
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:

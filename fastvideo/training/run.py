@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
+from fastvideo.distillation.bundle import velocity_of
 from fastvideo.distillation.engine.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.ema import EMAHook
@@ -20,6 +21,7 @@ from fastvideo.distillation.engine.validation import ValidationHook, ValidationS
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
+from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import result_recipe
 from fastvideo.training.data import build_data
 from fastvideo.training.output import check_output, prepare_output
@@ -124,7 +126,10 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
 
         judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
         prompts, score = list(judge.prompts), judge.score
-    condition = adapter.encode_prompts(prompts)
+        frames = judge.first_frames(adapter)
+    else:
+        frames = _image_frames(config, adapter)
+    condition = adapter.encode_prompts(prompts) | adapter.condition_on(frames)
 
     def sample(network: nn.Module) -> Tensor:
         generator = seeded(options.seed)
@@ -133,7 +138,7 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
             return normal(tuple(like.shape), generator).to(adapter.device)
 
         noise = draw(torch.empty(len(prompts), *adapter.latent_shape))
-        velocity = partial(adapter.velocity, network, condition=condition)
+        velocity = partial(velocity_of, adapter, network, condition=condition)
         latents = generate(method.sampler, velocity, noise, method.ladder.times, draw)
         return adapter.decode(latents).float().cpu()
 
@@ -144,6 +149,21 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
     return ValidationHook(
         method.bundle["student"], sample, sinks, Path(config.output) / "validation", every=options.every
     )
+
+
+def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:
+    """What the validation's own prompts go on from."""
+    from fastvideo.inference.first_frames import read_first_frames
+
+    images, count = config.validation.images, max(adapter.first_frames)
+    if not images:
+        if adapter.needs_frames:
+            raise UserError("validation.images: this model goes on from an image; give one for every prompt")
+        return None
+    if not count:
+        raise UserError("validation.images: this model generates from text alone")
+    size = config.model.height, config.model.width
+    return torch.cat([read_first_frames(Path(image), *size, count) for image in images])
 
 
 def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) -> None:

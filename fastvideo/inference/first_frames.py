@@ -1,0 +1,43 @@
+"""The frames that a video goes on from, out of an image or a clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fastvideo.data.clips import Policy, Size, VideoError, read_clips
+from fastvideo.distillation.types import UserError
+from fastvideo.inference.loading import LoadedModel
+
+
+def first_frames(model: LoadedModel, image: Path | None) -> Tensor | None:
+    """Float32 ``[1, 3, T, H, W]`` in ``[-1, 1]``, of the size and number that the model takes; ``None`` for text alone.
+
+    Raises:
+        UserError: if the model needs an image and there is none, or takes none, or the file is not readable or short.
+    """
+    count = max(model.adapter.first_frames)
+    if image is None:
+        if model.adapter.needs_frames:
+            what = "an image" if count == 1 else f"a clip of {count} frames"
+            raise UserError(f"the model in {model.source} goes on from {what}: give it with --image")
+        return None
+    if count == 0:
+        raise UserError(f"--image {image}: the model in {model.source} generates from text alone")
+    return read_first_frames(image, model.adapter.config.height, model.adapter.config.width, count)
+
+
+def read_first_frames(path: Path, height: int, width: int, count: int) -> Tensor:
+    """The first ``count`` frames of an image or clip as ``[1, 3, count, height, width]``, scaled to fill and cropped.
+
+    Raises:
+        UserError: if the file is not there, cannot be decoded or has fewer frames.
+    """
+    if not path.is_file():
+        raise UserError(f"image {path} does not exist")
+    try:
+        clip = next(read_clips(path, Policy((Size(height, width, count),))))
+    except VideoError as error:
+        raise UserError(f"image {path}: {error}") from error
+    return clip.tensor[None]
