@@ -18,6 +18,7 @@ from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, SamplerSpec, generate_batches, generate_latents
+from fastvideo.tiny.world import SIZE
 
 DECODE_UNITS = 2
 """What decoding one video counts for on the progress bar, in network calls."""
@@ -90,7 +91,8 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
     """Load the lazy parts, then encode the prompts: seconds per prompt. Keeps first-use costs out of every timing."""
     shape = (2, *model.adapter.latent_shape)
     model.adapter.encode_prompts(["", ""])
-    generate_latents(model.adapter, model.network, ["", ""], SamplerSpec((1.0,), 1.0, "euler"), seed=0)
+    grey = torch.zeros(2, 3, max(model.adapter.first_frames), SIZE, SIZE) if model.adapter.needs_frames else None
+    generate_latents(model.adapter, model.network, ["", ""], SamplerSpec((1.0,), 1.0, "euler"), seed=0, frames=grey)
     model.adapter.decode(torch.zeros(shape, device=model.adapter.device))
     begin = time.perf_counter()
     model.adapter.encode_prompts(prompts)
@@ -123,9 +125,12 @@ def _sample_row(
     again = [judge.prompts[i] for i in judge.diversity_task.positions.tolist() for _ in range(DIVERSITY_SEEDS - 1)]
     units = (len(judge.prompts) + len(again)) * (spec.network_calls + DECODE_UNITS)
     with PatientBar(label, units) as bar:
-        sampled = sample(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar)
+        frames = judge.first_frames(model.adapter)
+        sampled = sample(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)
         # Another seed, so that no noise of the first run comes again.
-        others = sample(model, spec, judge, again, judge.seed + 1, batch_size, 0, bar)
+        if frames is not None:
+            frames = frames[judge.diversity_task.positions].repeat_interleave(DIVERSITY_SEEDS - 1, dim=0)
+        others = sample(model, spec, judge, again, judge.seed + 1, batch_size, 0, bar, frames=frames)
     return sampled, others.seen
 
 
@@ -138,6 +143,8 @@ def sample(
     batch_size: int,
     keep: int,
     progress: ProgressFn,
+    *,
+    frames: Tensor | None = None,
 ) -> Sampled:
     """Generate, decode and observe videos batch by batch, on a clock that leaves the judge out."""
     parts: list[Observed] = []
@@ -145,7 +152,7 @@ def sample(
     denoise: list[float] = []
     decode: list[float] = []
     for batch in generate_batches(
-        model.adapter, model.network, prompts, spec, seed=seed, batch_size=batch_size, progress=progress
+        model.adapter, model.network, prompts, spec, seed=seed, batch_size=batch_size, frames=frames, progress=progress
     ):
         begin = time.perf_counter()
         videos = model.adapter.decode(batch.latents.to(model.adapter.device)).float().cpu().clamp(-1, 1)
