@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fastvideo.tiny.recipe import VaeRecipe
+from fastvideo.tiny.recipe import ClassifierRecipe, TextRecipe, VaeRecipe
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,31 @@ class CogVideoXVaeRecipe(VaeRecipe):
     short_frames: int = 1
     short_share: float = 0.3
     seed: int = 23
+
+
+@dataclass(frozen=True)
+class CogVideoXTransformerRecipe:
+    """Size of the transformer, which has rotary positions as CogVideoX-5B has; the `sft` method trains it.
+
+    Attributes:
+        heads, head_width, layers, time_width: as in CogVideoX, smaller.
+        snr_shift: `snr_shift_scale` of the scheduler that is saved with it; 1 as for 5B.
+    """
+
+    heads: int = 4
+    head_width: int = 48
+    layers: int = 4
+    time_width: int = 64
+    snr_shift: float = 1.0
+    seed: int = 24
+
+
+@dataclass(frozen=True)
+class CogVideoXRecipe:
+    """All parts of the recipe; `report_videos` held-out videos stand behind each figure it prints."""
+
+    classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)
+    vae: CogVideoXVaeRecipe = field(default_factory=CogVideoXVaeRecipe)
+    text: TextRecipe = field(default_factory=TextRecipe)
+    transformer: CogVideoXTransformerRecipe = field(default_factory=CogVideoXTransformerRecipe)
+    report_videos: int = 2048

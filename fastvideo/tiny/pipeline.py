@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, WanTransformer3DModel
 
-from fastvideo.tiny.recipe import TransformerRecipe
+from fastvideo.tiny.recipe import TinyRecipe, TransformerRecipe
 
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE_FOLDER = WEIGHTS / "pipeline"
@@ -47,10 +49,19 @@ PARTS = {
 }
 
 
-def write_index(folder: Path) -> None:
+OPTIONS = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": (None, None)}
+
+
+def write_network(folder: Path, recipe: TinyRecipe) -> None:
+    """Save an untrained transformer, the scheduler and the index that makes the folder a diffusers pipeline."""
+    save_half(build_transformer(recipe.transformer, recipe.text.width), folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=recipe.transformer.shift).save_pretrained(folder / "scheduler")
+    write_index(folder, "WanPipeline", {**OPTIONS, **PARTS})
+
+
+def write_index(folder: Path, pipeline: str, parts: Mapping[str, Any]) -> None:
     """Write the `model_index.json` that turns the parts in `folder` into a diffusers pipeline."""
-    options = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": (None, None)}
-    index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, **options, **PARTS}
+    index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **parts}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,14 +1,16 @@
-"""The tiny world's teacher: the `sft` method on the latents of real videos, started as a user would start it."""
+"""A tiny teacher: the `sft` method on the latents of the world's real videos, started as a user would start it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 
 from fastvideo.tiny.pipeline import save_half
 from fastvideo.tiny.recipe import TextRecipe
@@ -16,6 +18,7 @@ from fastvideo.tiny.world import FRAMES, SIZE
 
 CONFIG = Path("examples/distillation/tiny_wan_sft.yaml")
 GUIDANCE = 2.0  # the best of: fastvideo evaluate tiny --sweep-guidance 1,1.25,1.5,2,3
+COGVIDEOX_GUIDANCE = 2.0
 # What the transformer was trained on, so that a copy of the folder is sampled like the folder itself.
 MODEL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": TextRecipe().max_length}
 
@@ -28,12 +31,33 @@ SECOND = {
 }
 
 
-def train_teacher(out: Path, config: Path = CONFIG) -> dict[str, float]:
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """How one family's teacher is made.
+
+    Attributes:
+        config: of the first run; the second has `SECOND` over it.
+        network: class of the transformer.
+        guidance: that is best for sampling, by a sweep.
+    """
+
+    config: Path
+    network: type[Any]
+    guidance: float
+
+
+WAN = TeacherRecipe(CONFIG, WanTransformer3DModel, GUIDANCE)
+COGVIDEOX = TeacherRecipe(
+    Path("examples/distillation/tiny_cogvideox_sft.yaml"), CogVideoXTransformer3DModel, COGVIDEOX_GUIDANCE
+)
+
+
+def train_teacher(out: Path, recipe: TeacherRecipe = WAN) -> dict[str, float]:
     """Train the transformer in `out`/pipeline, keep both runs in `out`, install the result."""
     first, second = out / "teacher-first", out / "teacher-second"
-    distil(config, out / "pipeline", first, {})
-    distil(config, out / "pipeline", second, {**SECOND, "--roles.student.path": str(first / "student")})
-    install(second / "student", out / "pipeline")
+    distil(recipe.config, out / "pipeline", first, {})
+    distil(recipe.config, out / "pipeline", second, {**SECOND, "--roles.student.path": str(first / "student")})
+    install(second / "student", out / "pipeline", recipe)
     last = (second / "metrics.jsonl").read_text().splitlines()[-1]
     return {"loss": json.loads(last)["student/loss"]}
 
@@ -50,9 +74,9 @@ def distil(config: Path, pipeline: Path, output: Path, flags: dict[str, str]) ->
     subprocess.run([*command, *(["--overwrite"] if (output / "config.yaml").is_file() else [])], check=True)
 
 
-def install(trained: Path, pipeline: Path) -> None:
+def install(trained: Path, pipeline: Path, recipe: TeacherRecipe = WAN) -> None:
     """Put the transformer of a trained model folder into `pipeline`, in half precision, with how it is sampled."""
-    transformer = WanTransformer3DModel.from_pretrained(trained, subfolder="transformer", torch_dtype=torch.float32)
+    transformer = recipe.network.from_pretrained(trained, subfolder="transformer", torch_dtype=torch.float32)
     save_half(transformer, pipeline / "transformer")
-    recipe = {"sampler": "euler", "guidance": GUIDANCE, "model": MODEL}
-    (pipeline / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    sampled = {"sampler": "euler", "guidance": recipe.guidance, "model": MODEL}
+    (pipeline / "recipe.json").write_text(json.dumps(sampled, indent=2) + "\n", encoding="utf-8")

@@ -6,9 +6,11 @@ transformer's cross-attention learns what they mean.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from fastvideo.tiny.captions import WORDS
 from fastvideo.tiny.recipe import TextRecipe
@@ -33,9 +35,19 @@ def build_tokenizer(recipe: TextRecipe) -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(recipe: TextRecipe) -> UMT5EncoderModel:
-    """The frozen encoder: int64 token ids [B, L] to float32 [B, L, width] of about unit scale (its last layer norm)."""
-    config = UMT5Config(
+def build_umt5(recipe: TextRecipe) -> UMT5EncoderModel:
+    """Wan's text encoder; see :func:`_build`."""
+    return _build(UMT5EncoderModel, UMT5Config, recipe)
+
+
+def build_t5(recipe: TextRecipe) -> T5EncoderModel:
+    """CogVideoX's text encoder; see :func:`_build`."""
+    return _build(T5EncoderModel, T5Config, recipe)
+
+
+def _build(cls: type[Any], config_cls: type[Any], recipe: TextRecipe) -> Any:
+    """A frozen encoder: int64 token ids [B, L] to float32 [B, L, width] of about unit scale (its last layer norm)."""
+    config = config_cls(
         vocab_size=len(WORDS) + 3,
         d_model=recipe.width,
         d_kv=recipe.width // recipe.heads,
@@ -46,5 +58,5 @@ def build_text_encoder(recipe: TextRecipe) -> UMT5EncoderModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # transformers initialises from the global generator only
-        encoder = UMT5EncoderModel(config)
+        encoder = cls(config)
     return encoder.eval().requires_grad_(False)

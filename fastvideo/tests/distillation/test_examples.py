@@ -12,6 +12,7 @@ import pytest
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
 from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.tests.distillation.tiny import cogvideox_folder
 from fastvideo.training.distillation import parse
 
 ROOT = Path(__file__).parents[3]
@@ -53,6 +54,8 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     values = read_yaml(recipe)
     if values["distill_model"] == "wan":
         values["model"]["path"] = str(tiny_wan)
+    if values["distill_model"] == "cogvideox":
+        values["model"]["path"] = str(cogvideox_folder(tiny_wan.parent))
     config = config_of(values, recipe)
     adapter = build_adapter(config)
     method = build_method(config, adapter, networks={role: adapter.load_network() for role in config.roles})
