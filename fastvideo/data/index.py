@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastvideo.data.schema import DTYPES, LATENT, TEXT, byte_count, dtype_name, metadata_of
+from fastvideo.data.schema import DTYPES, byte_count, dtype_name, metadata_of
 from fastvideo.errors import UserError
 
 MANIFEST = "preprocess.json"
@@ -68,8 +69,6 @@ def dataset_files(path: str) -> list[Path]:
 
 
 def _check_finished(manifest: Path) -> None:
-    import json
-
     expected, present = json.loads(manifest.read_text())["files"], len(list(manifest.parent.glob("*.parquet")))
     if present < expected:
         raise UserError(
@@ -166,6 +165,3 @@ def iter_row_groups(files: Sequence[FileIndex]) -> Iterator[tuple[int, int, int,
         for group, rows in enumerate(file.groups):
             yield number, group, start, rows
             start += rows
-
-
-__all__ = ["LATENT", "MANIFEST", "TEXT", "FileIndex", "TensorIndex", "dataset_files", "index_file", "latent_shape"]

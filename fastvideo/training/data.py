@@ -62,12 +62,14 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
 
 
 def _dataset(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
-    from fastvideo.data.parquet import ParquetSource, Wanted
+    from fastvideo.data.fits import Wanted
+    from fastvideo.data.parquet import ParquetSource
 
     wanted = Wanted(
         latents=adapter.latent_shape if with_latents else None,
         any_size=config.data.buckets,
         extras=adapter.extra_shapes,
+        text_length=getattr(config.model, "max_sequence_length", None),
         normalise=adapter.normalise,
         codec_key=adapter.codec_key if with_latents else None,
     )

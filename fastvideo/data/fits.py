@@ -1,0 +1,95 @@
+"""What a run wants of a dataset, and whether a file has it: refused before the first step, with both numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastvideo.data.index import FileIndex, Kind, latent_shape
+from fastvideo.data.schema import LATENT, TEXT
+from fastvideo.distillation.types import UserError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run reads of a dataset, and what that must look like.
+
+    Attributes:
+        latents: ``(C, F, H, W)``, or ``None`` to leave latents on disk.
+        any_size: take latents of every size that has those channels.
+        extras: shape of one sample by name (``DistillAdapter.extra_shapes``); ``text_embedding`` may be absent.
+        text_length: most tokens of a text embedding.
+        normalise: raw latents of the codec to normalised ones.
+        codec_key: of the model's codec.
+    """
+
+    latents: tuple[int, ...] | None = None
+    any_size: bool = False
+    extras: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    text_length: int | None = None
+    normalise: Callable[[Tensor], Tensor] | None = None
+    codec_key: str | None = None
+
+    @property
+    def required(self) -> list[str]:
+        """Tensors that every row must have."""
+        return ([LATENT] if self.latents else []) + [name for name in self.extras if name != TEXT]
+
+
+def is_raw(made: Mapping[str, Any]) -> bool:
+    """Whether a file holds latents as the VAE gives them: FastVideo's do, and normalise them when they train."""
+    return made.get("latents") != "normalised"
+
+
+def sample_shape(name: str, kind: Kind, wanted: Wanted) -> tuple[int, ...]:
+    """A stored shape as the shape of one sample: without a batch dimension of 1."""
+    shape = kind[0]
+    if name == LATENT:
+        return latent_shape(shape)
+    return shape[1:] if len(shape) == len(wanted.extras[name]) + 1 and shape[0] == 1 else shape
+
+
+def check_fits(file: FileIndex, wanted: Wanted) -> None:
+    """Whether the model can be trained on the file.
+
+    Raises:
+        UserError: with the file and both numbers: latent shape, channels, text width, codec.
+    """
+    for name in wanted.required:
+        if file.tensors[name].missing:
+            row = int(np.flatnonzero(file.tensors[name].codes < 0)[0])
+            raise UserError(f"{file.path}, row {row}: no {name}, which the model needs")
+    if wanted.latents:
+        _check_latents(file, wanted.latents, wanted)
+    for name, expected in wanted.extras.items():
+        for kind in file.tensors[name].kinds if name in file.tensors else ():
+            found = sample_shape(name, kind, wanted)
+            if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
+                shown = ["any" if e is None else e for e in expected]
+                raise UserError(f"{file.path}: {name} has shape {list(found)}, the model takes {shown}")
+            if name == TEXT and wanted.text_length is not None and found[0] > wanted.text_length:
+                raise UserError(
+                    f"{file.path}: a text embedding has {found[0]} tokens, the model takes {wanted.text_length} "
+                    f"(model.max_sequence_length)"
+                )
+
+
+def _check_latents(file: FileIndex, expected: tuple[int, ...], wanted: Wanted) -> None:
+    for shape in (latent_shape(shape) for shape, _ in file.tensors[LATENT].kinds):
+        if len(shape) != 4 or shape[0] != expected[0]:
+            raise UserError(f"{file.path}: latents have {shape[0]} channels, the model's codec has {expected[0]}")
+        if shape != expected and not wanted.any_size:
+            raise UserError(
+                f"{file.path}: latents have shape {shape} (C, F, H, W), the model is configured for {expected}: set "
+                f"model.height, model.width and model.num_frames to what the data has, or data.buckets: true"
+            )
+    made = file.made.get("codec_key")
+    if made and wanted.codec_key and made != wanted.codec_key:
+        raise UserError(
+            f"{file.path}: its latents were encoded with another VAE (of {file.made.get('model')}, {made[:12]}) than "
+            f"the model's ({wanted.codec_key[:12]})"
+        )
