@@ -1,0 +1,74 @@
+"""Every method trains CogVideoX as it is: whole runs, from the config to a folder that can be sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+from fastvideo.distillation.builder import METHODS, load_method, run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.noise import Interpolant, add_noise, expand_time
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.inference.loading import load_model
+from fastvideo.inference.sampler import generate_latents
+from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder
+from fastvideo.training.run import run
+
+WORLD = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
+
+
+def config_of(name: str, folder: Path, output: Path, **model: Any) -> Any:
+    """Two steps of a method on the tiny world, other options at their defaults."""
+    method = load_method(name)
+    roles = {role: {"trainable": role in method.trainable_roles} for role in method.trainable_roles}
+    roles |= {role: {"trainable": False} for role in method.frozen_roles}
+    values = {
+        "distill_model": "cogvideox",
+        "distill_method": name,
+        "output": str(output / "run"),
+        "model": {"path": str(folder), **WORLD, **model},
+        "roles": roles,
+        "method": {},
+        "data": {"path": "tiny", "size": 8, "batch_size": 2, "cache": str(output / "cache")},
+        "trainer": {"max_steps": 2, "log_every": 1},
+    }
+    return validate(run_schema("cogvideox", name), values, "test")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
+    name: str, precision: str, tiny_wan: Path, tmp_path: Path
+) -> None:
+    source = cogvideox_folder(tiny_wan.parent)
+    student = run(config_of(name, source, tmp_path, precision=precision))
+    model, before = load_model(str(student)), CogVideoXAdapter(cogvideox_config(source)).load_network()
+    moved = [not torch.equal(a, b) for a, b in zip(model.network.parameters(), before.parameters(), strict=True)]
+    assert all(moved)
+    latents = generate_latents(model.adapter, model.network, ["a green seven"], model.sampler(4), seed=0)
+    assert latents.shape == (1, 4, 3, 4, 4)
+    assert latents.isfinite().all()
+
+
+def test_a_network_that_knows_v_comes_out_as_noise_minus_data(tiny_wan: Path) -> None:
+    """At every time from clean to pure noise; what is fed is the sample on CogVideoX's own schedule."""
+    adapter = CogVideoXAdapter(cogvideox_config(cogvideox_folder(tiny_wan.parent)))
+    x0, noise = (normal((6, *adapter.latent_shape), seeded(seed)) for seed in (1, 2))
+    t = torch.tensor([0.0, 0.01, 0.3, 0.7, 0.9999, 1.0])
+    native = Interpolant.trigflow(torch.atan2(t.double(), 1 - t.double()))
+    alpha, sigma = (expand_time(c, x0).float() for c in (native.alpha, native.sigma))
+
+    class Truth(nn.Module):
+        config = adapter.load_network().config
+
+        def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
+            torch.testing.assert_close(hidden_states.transpose(1, 2), alpha * x0 + sigma * noise)
+            return ((alpha * noise - sigma * x0).transpose(1, 2),)
+
+    u = adapter.velocity(Truth(), add_noise(x0, noise, t), t, adapter.encode_prompts(["a"] * 6))
+    torch.testing.assert_close(u, noise - x0)
