@@ -100,7 +100,8 @@ def test_a_window_of_blocks_is_read_before_the_next() -> None:
 def test_each_process_reads_blocks_of_its_own() -> None:
     rows = torch.arange(120)
     source = Numbers((Bucket("all", rows, rows // 10, window=1),))
-    blocks = [{row // 10 for row in sum(epoch_of(SampleStream(source, 0, Shard(5, r, 4))), [])} for r in range(4)]
+    streams = [SampleStream(source, 0, Shard(5, rank, 4)) for rank in range(4)]
+    blocks = [{row // 10 for rows in epoch_of(stream) for row in rows} for stream in streams]
     assert [len(found) for found in blocks] == [3, 3, 3, 3]
     assert len(set.union(*blocks)) == 12
 

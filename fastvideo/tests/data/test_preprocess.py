@@ -1,4 +1,4 @@
-"""From a folder of videos to Parquet: what is stored, by how many processes, through kills, with bad files among them."""
+"""From a folder of videos to Parquet: what is stored, by how many processes, through kills, with bad files in it."""
 
 from __future__ import annotations
 
