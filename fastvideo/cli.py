@@ -15,6 +15,7 @@ VERBS = {
     "generate": ("fastvideo.inference.cli", "make a video from a prompt with a student or a teacher"),
     "evaluate": ("fastvideo.evaluation.cli", "measure prompt accuracy, Frechet distance, diversity and time"),
     "export": ("fastvideo.inference.export_cli", "write a student as a pipeline folder that stock diffusers samples"),
+    "report": ("fastvideo.evaluation.report_cli", "write the page of a run, or of several runs side by side"),
     "schedule": ("fastvideo.inference.schedule_cli", "show a config's noise levels: what the network is really given"),
     "conformance": ("fastvideo.conformance.cli", "check that a model family fulfils the adapter contract"),
     "list": ("fastvideo.inference.list_cli", "list methods and model families"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -46,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         out = SHORT_DEMO
     training = distil(arguments, out)
     prompts = SHORT_PROMPTS if arguments.short else arguments.prompts
-    figures = evaluate(out, prompts, training)
-    (out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    evaluate(out, prompts, training)
     print(f"\n{out / 'report.html'}: open it in a browser\n{out / 'metrics.json'}: the figures")
     return 0
 
@@ -72,24 +70,25 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
 
 def _is_earlier_demo(out: Path) -> bool:
     """Whether ``out`` may be replaced: another run's folder is refused like anywhere else."""
-    return (out / "config.yaml").is_file() and (out in (DEMO, SHORT_DEMO) or (out / "report.html").is_file())
+    return (out / "config.yaml").is_file() and (out in (DEMO, SHORT_DEMO) or (out / "comparison.gif").is_file())
 
 
-def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> dict[str, Any]:
+def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
     """Measure teacher, untrained sampler and student on the same prompts and noise; write the page."""
     from fastvideo.data.video_io import write_video
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report import write_report
+    from fastvideo.evaluation.report_run import read_run
+    from fastvideo.evaluation.report_store import save_measured
     from fastvideo.evaluation.rows import comparison_rows
     from fastvideo.inference.loading import load_recipe
 
     student = str(out / "student")
     teacher = load_recipe(student)["model"]["path"]
     evaluation = evaluate_rows(comparison_rows(teacher, student), prompts=prompts)
-    figures = {**evaluation.to_dict(), "distillation": training}
-    write_report(out / "report.html", evaluation, run=out, figures=figures)
+    save_measured(out, evaluation, distillation=training)
+    write_report(out / "report.html", read_run(out))
     write_video(out / "comparison.gif", side_by_side(evaluation.videos), scale=3)
-    return figures
 
 
 def side_by_side(videos: Mapping[str, Tensor], columns: int = 8) -> Tensor:

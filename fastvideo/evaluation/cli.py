@@ -11,7 +11,7 @@ import tyro
 
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class EvaluateArguments:
     """Guidance scale for all models; default: each model's own."""
     sweep_guidance: OptionalText = None
     """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
-    out: OptionalFile = None
-    """Write the figures as JSON."""
+    out: OptionalPath = None
+    """Folder for figures, the first videos and a page, which may be a run's; a name ending in .json: figures alone."""
     batch_size: int = 64
     """Videos that are denoised together; the speed depends on it."""
     device: str = "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,9 @@ from fastvideo.evaluation.cli import EvaluateArguments
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows, sample, warm_up
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.metrics import Row
+from fastvideo.evaluation.report import write_report
+from fastvideo.evaluation.report_run import read_run
+from fastvideo.evaluation.report_store import check_unmeasured, save_measured, write_json
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.inference.loading import load_model
@@ -22,13 +24,15 @@ from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE
 
 WIDTH_IN_PIPE = 120
+KEPT_VIDEOS = 12
+"""Videos per model that a folder keeps; the page shows the first of them."""
 
 
 def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -> None:
     """Measure the folders, print the table and write ``arguments.out``.
 
     Raises:
-        UserError: for a bad folder or sampler; nothing is sampled or written then.
+        UserError: for a bad folder or sampler, or an ``out`` that holds figures; nothing is sampled or written then.
     """
     console = console or _console()
     if not arguments.folders:
@@ -37,18 +41,20 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
         run_sweep(arguments, console)
         return
     rows = row_specs(arguments.folders, arguments.guidance)
+    alone = arguments.out is not None and arguments.out.suffix == ".json"
+    if arguments.out is not None and not alone:
+        check_unmeasured(arguments.out)
     evaluation = evaluate_rows(
         rows,
         prompts=arguments.prompts,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        keep_videos=1,
+        keep_videos=1 if alone or arguments.out is None else KEPT_VIDEOS,
         device=arguments.device,
     )
     console.print(table(evaluation.rows))
     if arguments.out is not None:
-        write_metrics(arguments.out, evaluation)
-        console.print(f"figures: {arguments.out}", highlight=False)
+        console.print(write_out(arguments.out, evaluation), highlight=False)
 
 
 def _console() -> Console:
@@ -74,12 +80,13 @@ def row_specs(folders: Sequence[str], guidance: float | None = None) -> dict[str
     return rows
 
 
-def write_metrics(path: Path, evaluation: Evaluation, **more: object) -> None:
-    """``evaluation`` as JSON, with further top-level keys; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps({**evaluation.to_dict(), **more}, indent=2) + "\n")
-    temporary.replace(path)
+def write_out(out: Path, evaluation: Evaluation) -> str:
+    """The figures alone into a ``.json`` file; into a folder also the first videos and the page. What was written."""
+    if out.suffix == ".json":
+        write_json(out, evaluation.to_dict())
+        return f"figures: {out}"
+    save_measured(out, evaluation)
+    return f"page: {write_report(out / 'report.html', read_run(out))}"
 
 
 def table(rows: Mapping[str, Row]) -> Table:
@@ -90,9 +97,9 @@ def table(rows: Mapping[str, Row]) -> Table:
         title=f"{first.samples} held-out prompts, 95 % bootstrap intervals",
         caption=f"floor (as many real videos through the VAE): {floors}",
     )
-    out.add_column("model", no_wrap=True)
+    out.add_column("model", overflow="fold")
     for heading in ("calls", "digit", "colour", "direction", "Frechet", "pixels", "diversity", "s / video"):
-        out.add_column(heading, justify="right")
+        out.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         out.add_row(
             name,

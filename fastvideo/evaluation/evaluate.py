@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvideo.environment import environment
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
 from fastvideo.evaluation.metrics import Row
@@ -18,6 +20,8 @@ from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, SamplerSpec, generate_batches, generate_latents
+from fastvideo.tiny.classifier import WEIGHTS_NAME
+from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import SIZE
 
 DECODE_UNITS = 2
@@ -82,9 +86,17 @@ def evaluate_rows(
     videos: dict[str, Tensor] = {}
     for name, spec in rows.items():
         sampled, others = _sample_row(models[spec.folder], samplers[name], judge, batch_size, keep_videos, name)
-        measured[name] = _row(judge, samplers[name], sampled, others, floors, text_seconds[spec.folder], batch_size)
+        row = _row(judge, samplers[name], sampled, others, floors, text_seconds[spec.folder], batch_size)
+        measured[name] = replace(row, kind=_kind(spec, models[spec.folder]))
         videos[name] = sampled.videos
     return Evaluation(measured, videos, judge.prompts[:keep_videos], _settings(judge, batch_size, device))
+
+
+def _kind(spec: RowSpec, model: LoadedModel) -> str:
+    """What a row is: see :class:`Row`."""
+    if spec.ladder is not None and not model.is_student:
+        return "untrained"
+    return "student" if model.is_student else "teacher"
 
 
 def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
@@ -198,7 +210,10 @@ def _settings(judge: Judge, batch_size: int, device: str) -> dict[str, Any]:
         "seed": judge.seed,
         "split": judge.world.split,
         "reference_videos": judge.reference_videos,
+        "prompts_sha256": hashlib.sha256("\n".join(judge.prompts).encode()).hexdigest(),
+        "judge_sha256": hashlib.sha256((CLASSIFIER_FOLDER / WEIGHTS_NAME).read_bytes()).hexdigest(),
         "batch_size": batch_size,
         "device": device,
         "threads": torch.get_num_threads(),
+        **environment(),
     }

@@ -24,7 +24,8 @@ class Row:
     Distances are squared, in squared units of their space. The floors are the distances of as many real held-out
     videos after the VAE: what a perfect model of the latents would score. ``diversity`` is the spread of videos of one
     prompt relative to that of real videos which fit the prompt: 1 as varied as the world, 0 always the same video.
-    Seconds are wall time per video, ``batch_size`` videos at a time, the median over batches.
+    Seconds are wall time per video, ``batch_size`` videos at a time, the median over batches. ``kind`` is ``teacher``,
+    ``student``, or ``untrained`` for a teacher's weights under a student's sampler.
     """
 
     digit_accuracy: Estimate
@@ -43,6 +44,7 @@ class Row:
     denoise_seconds_per_video: float
     end_to_end_seconds_per_video: float
     batch_size: int
+    kind: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers under the keys above, then ``intervals`` and ``counts`` of the estimates, ready for JSON."""

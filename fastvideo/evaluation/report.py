@@ -1,28 +1,36 @@
-"""The report: one HTML file that holds everything it shows, so that it can be mailed and opened anywhere."""
+"""The page of one run: one HTML file that holds everything it shows, so that it can be mailed and opened anywhere."""
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
-from importlib.resources import files
+from collections.abc import Mapping
 from pathlib import Path
-from string import Template
-from typing import Any
 
-import yaml
-from torch import Tensor
-
-from fastvideo.data.video_io import FORMATS, video_bytes
-from fastvideo.evaluation.charts import cost_chart, grouped, line_chart, read_curves
-from fastvideo.evaluation.evaluate import Evaluation
-from fastvideo.evaluation.figures import facts, figures_table, headline, lead, marks, row_names, title_of
-
-TINY = 128
-"""Pixels of height up to which videos are embedded losslessly and enlarged by the browser."""
-
+from fastvideo.evaluation.charts import Point
+from fastvideo.evaluation.charts_cost import cost_chart
+from fastvideo.evaluation.figures import (
+    facts,
+    headline,
+    lead,
+    marks,
+    measured_on,
+    row_names,
+    style_of,
+    titles_of,
+)
+from fastvideo.evaluation.figures_table import figures_table, verdicts
+from fastvideo.evaluation.report_media import Column, gallery
+from fastvideo.evaluation.report_page import (
+    Curves,
+    Head,
+    card,
+    curve_sections,
+    fold,
+    pre,
+    section,
+    settings_list,
+    write_page,
+)
+from fastvideo.evaluation.report_run import Run
 
 FIGURES_LEAD = (
     "Lower is better for both distances, higher for the rest. Accuracy counts only prompts that name the attribute, "
@@ -31,136 +39,71 @@ FIGURES_LEAD = (
     "independent of any network. The floor is what as many real videos score after the VAE. Diversity is the spread "
     "between videos of one prompt, relative to real videos that fit it (1 = as varied as the world)."
 )
+VIDEOS_LEAD = (
+    "The first held-out prompts of the evaluation, not chosen by eye. Every row of pictures starts from one noise."
+)
+WORTH_LEAD = (
+    "Each student against what one could use in its place: its teacher as good as it gets, its teacher hurried to as "
+    "few steps, and the same sampler before any training."
+)
+NO_VIDEOS = "This run kept no videos: its folder has figures, but no videos folder."
+UNMEASURED = "Trained, not measured yet: `fastvideo evaluate {folder}/student --out {folder}` adds figures and videos."
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """What the page shows.
-
-    Attributes:
-        metrics: the object in ``metrics.json``.
-        videos: by row name, ``[V, 3, T, H, W]`` in ``[-1, 1]`` for the same ``prompts``.
-        prompts: ``V`` texts or more.
-        curves: ``metrics.jsonl`` files by title.
-        configs: YAML texts by title.
-        environment: versions and machine.
-        eyebrow: the small line above the title.
-        fps: frames per second of the videos.
-    """
-
-    metrics: Mapping[str, Any]
-    videos: Mapping[str, Tensor]
-    prompts: Sequence[str]
-    curves: Mapping[str, Path] = field(default_factory=dict)
-    configs: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    eyebrow: str = "fastvideo"
-    fps: int = 8
-
-
-def write_report(path: Path, evaluation: Evaluation, *, run: Path, figures: Mapping[str, Any]) -> Path:
-    """The page of one run: its evaluation, and what lies in its folder.
-
-    Args:
-        path: the page.
-        evaluation: where the videos come from.
-        run: the run's folder, with ``config.yaml``, ``metrics.jsonl`` and ``environment.json`` as far as they exist.
-        figures: the object in ``metrics.json``.
-    """
-    config, curves, environment = run / "config.yaml", run / "metrics.jsonl", run / "environment.json"
-    resolved = config.read_text(encoding="utf-8") if config.is_file() else ""
-    values = yaml.safe_load(resolved) or {}
-    names = [str(values[key]).upper() for key in ("distill_method", "distill_model") if key in values]
-    data = ReportData(
-        metrics=figures,
-        videos=evaluation.videos,
-        prompts=evaluation.prompts,
-        curves={"Training": curves} if curves.is_file() else {},
-        configs={"Resolved config": resolved} if resolved else {},
-        environment=json.loads(environment.read_text()) if environment.is_file() else {},
-        eyebrow=" x ".join(names) or "fastvideo",
-    )
-    return write_page(path, data)
-
-
-def write_page(path: Path, data: ReportData, most_prompts: int = 10) -> Path:
-    """Write the page to ``path``, whole or not at all.
-
-    Raises:
-        ValueError: if there is no row to show.
-    """
-    rows = row_names(data.metrics)
-    if not rows:
-        raise ValueError("a report needs at least one row of figures")
-    height, width = next(iter(data.videos.values())).shape[-2:]
-    template = Template(files("fastvideo.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=escape(headline(data.metrics)),
-        eyebrow=escape(data.eyebrow),
-        lead=escape(lead(data.metrics)),
-        facts=facts(data.metrics),
-        aspect=f"{width} / {height}",
-        rendering="pixelated" if height <= TINY else "auto",
-        videos=video_table(data, most_prompts),
-        figures_lead=escape(FIGURES_LEAD),
-        cost=cost_chart(marks(data.metrics), data.metrics[rows[0]]["frechet_floor"], "Fréchet distance"),
-        figures=figures_table(data.metrics),
-        curves=curve_section(data.curves),
-        details=details(data),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def video_table(data: ReportData, most: int) -> str:
-    """Prompts down, models across."""
-    names = [name for name in row_names(data.metrics) if name in data.videos]
-    count = min(most, len(data.prompts), *(len(data.videos[name]) for name in names))
-    heads = "".join(f'<th scope="col">{escape(title_of(name, data.metrics[name]))}</th>' for name in names)
-    body = []
-    for index in range(count):
-        prompt = data.prompts[index]
-        cells = "".join(
-            f'<td class="{"student" if name.startswith("student") else "other"}">'
-            f"{media(data.videos[name][index], data.fps, f'{title_of(name, data.metrics[name])}: {prompt}')}</td>"
-            for name in names
-        )
-        body.append(f'<tr><th scope="row">{escape(prompt)}</th>{cells}</tr>')
-    return f'<table class="videos"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-
-
-def media(video: Tensor, fps: int, described: str) -> str:
-    """A looping video ``[3, T, H, W]`` as an element with its data inside."""
-    suffix = ".apng" if video.shape[2] <= TINY else ".mp4"
-    source = f"data:{FORMATS[suffix].mime};base64,{base64.b64encode(video_bytes(video, suffix, fps)).decode()}"
-    if suffix == ".apng":
-        return f'<img src="{source}" alt="{escape(described)}">'
-    return f'<video src="{source}" aria-label="{escape(described)}" autoplay loop muted playsinline></video>'
-
-
-def curve_section(curves: Mapping[str, Path]) -> str:
-    """Every metric of every run as a small chart."""
-    parts = []
-    for number, (title, path) in enumerate(curves.items()):
-        charts = "".join(line_chart(name, series) for name, series in grouped(read_curves(path)).items())
-        parts.append(
-            f'<section aria-labelledby="curves{number}"><h2 id="curves{number}">{escape(title)}</h2>'
-            f'<p class="soft">Over training steps.</p><div class="charts">{charts}</div></section>'
-        )
-    return "".join(parts)
-
-
-def details(data: ReportData) -> str:
-    """Configs and environment."""
-    parts = [
-        f'<details class="card"><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>'
-        for title, text in data.configs.items()
+def write_report(path: Path, run: Run) -> Path:
+    """The page of one run, with whatever its folder holds."""
+    metrics = run.metrics
+    sections = [
+        section("videos", "Same prompts, same noise", VIDEOS_LEAD, run_gallery(run)) if metrics else "",
+        section("worth", "Was it worth it?", WORTH_LEAD, card(verdicts(metrics))),
+        section("figures", "Figures", FIGURES_LEAD, _figures(run)) if metrics else "",
+        section("curves", "Training", "", curve_sections(run_curves(run))),
+        section("details", "How it was made", "", _details(run)),
     ]
-    settings = {**data.environment, **data.metrics.get("evaluation", {})}
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in settings.items())
-    table = f'<table class="environment"><tbody>{rows}</tbody></table>'
-    parts.append(f'<details class="card" open><summary>Environment and evaluation</summary>{table}</details>')
+    return write_page(path, _head(run), sections)
+
+
+def _head(run: Run) -> Head:
+    eyebrow = run.recipe or "fastvideo"
+    if not run.metrics:
+        return Head(run.name, eyebrow, UNMEASURED.format(folder=run.folder), "")
+    meta = f"{measured_on(run.metrics)} \u00b7 the same for every row \u00b7 95 % intervals"
+    return Head(headline(run.metrics), eyebrow, lead(run.metrics), meta, facts(run.metrics))
+
+
+def run_gallery(run: Run) -> str:
+    """The kept videos, or a line that says that there are none."""
+    if run.gallery is None:
+        return f'<p class="notice">{NO_VIDEOS}</p>'
+    kept = {name: title for name, title in titles_of(run.metrics).items() if name in run.gallery.rows}
+    columns = [Column(title, style_of(n, run.metrics[n]), run.gallery.rows[n]) for n, title in kept.items()]
+    return card(gallery(run.gallery.prompts, columns))
+
+
+def run_curves(run: Run) -> Curves:
+    """Curves by metric; ``validation/NETWORK/METRIC`` of several networks share one chart."""
+    charts: dict[str, dict[str, list[Point]]] = {}
+    for name, points in sorted(run.curves.items()):
+        parts = name.split("/")
+        shared = parts[0] == "validation" and len(parts) == 3
+        title, series = (f"validation/{parts[2]}", parts[1]) if shared else (name, "")
+        charts.setdefault(title, {})[series] = list(points)
+    return charts
+
+
+def _figures(run: Run) -> str:
+    first = run.metrics[row_names(run.metrics)[0]]
+    chart = cost_chart(marks(run.metrics), first["frechet_floor"], "Fréchet distance")
+    return card(chart) + card(figures_table(run.metrics))
+
+
+def _details(run: Run) -> str:
+    groups: dict[str, Mapping[str, object]] = {
+        "Evaluation": run.metrics.get("evaluation", {}),
+        "Distillation": run.metrics.get("distillation", {}),
+        "Environment of the training": run.environment,
+    }
+    parts = [fold(title, settings_list(values)) for title, values in groups.items() if values]
+    if run.config:
+        parts.append(fold("Resolved config", pre(run.config)))
     return "".join(parts)

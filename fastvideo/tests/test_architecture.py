@@ -21,7 +21,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_FUNCTION, MAX_FILE, MAX_ADAPTER, MAX_TEST, MAX_DMD2 = 60, 250, 300, 300, 150
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
-FROZEN_VERBS = {"distill", "preprocess", "buckets", "generate", "evaluate", "export", "schedule", "conformance", "list"}
+FROZEN_VERBS = {
+    *("distill", "preprocess", "buckets", "generate", "evaluate", "export"),
+    *("report", "schedule", "conformance", "list"),
+}
 FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "overwrite"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 METHODS_NEVER = ("diffusers", "transformers", "peft")

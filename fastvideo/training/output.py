@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config import read_yaml
 from fastvideo.distillation.engine.checkpoint import complete_checkpoints
 from fastvideo.distillation.types import UserError
+from fastvideo.environment import environment
 
 RUN_FILES = ("config.yaml", "environment.json")
 """What every run writes first, and what makes a folder a run's."""
@@ -92,16 +89,3 @@ def prepare_output(config: Config, *, overwrite: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-
-
-def environment() -> dict[str, str]:
-    """Versions and revision behind a run."""
-    packages = ("torch", "diffusers", "transformers", "numpy", "safetensors", "pydantic")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "revision": revision or "not a git checkout",
-        **{package: importlib.metadata.version(package) for package in packages},
-    }

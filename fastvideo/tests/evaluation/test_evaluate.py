@@ -13,9 +13,10 @@ from rich.console import Console
 
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.cli import EvaluateArguments
-from fastvideo.evaluation.command import row_specs, run_evaluate, table, write_metrics
+from fastvideo.evaluation.command import row_specs, run_evaluate, table
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
 from fastvideo.evaluation.judge import Judge
+from fastvideo.evaluation.report_store import read_gallery, save_measured
 from fastvideo.evaluation.rows import RowSpec, comparison_rows
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
@@ -64,6 +65,7 @@ def test_rows_have_every_promised_figure(evaluation: Evaluation) -> None:
         assert set(ISSUE_KEYS) <= set(values[name])
         assert values[name]["network_calls"] == calls
         assert values[name]["samples"] == 24
+        assert values[name]["kind"] == name.split("_")[0]
         assert values[name]["denoise_seconds_per_video"] < values[name]["end_to_end_seconds_per_video"]
         assert 0 < values[name]["frechet_floor"] < values[name]["frechet"]
 
@@ -85,7 +87,7 @@ def test_table_and_json(evaluation: Evaluation, tmp_path: Path) -> None:
     console.print(table(evaluation.rows))
     text = console.export_text()
     assert all(name in text for name in evaluation.rows)
-    write_metrics(tmp_path / "out" / "metrics.json", evaluation, distillation={"wall_seconds": 1})
+    save_measured(tmp_path / "out", evaluation, distillation={"wall_seconds": 1})
     values = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert values["distillation"] == {"wall_seconds": 1}
     assert values["evaluation"]["prompts"] == 24
@@ -114,6 +116,22 @@ def test_command_measures_folders(student: str, tmp_path: Path) -> None:
     console = Console(width=160, record=True)
     run_evaluate(EvaluateArguments((f"{student}:1",), prompts=16, out=out), console)
     assert json.loads(out.read_text())[f"{student}:1"]["network_calls"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_command_fills_a_folder_once(student: str, tmp_path: Path) -> None:
+    arguments = EvaluateArguments((f"{student}:1",), prompts=16, out=tmp_path)
+    run_evaluate(arguments, Console(width=160, record=True))
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures[f"{student}:1"]["kind"] == "student"
+    assert {"seed", "prompts_sha256", "judge_sha256", "revision", "torch"} <= set(figures["evaluation"])
+    found = read_gallery(tmp_path)
+    assert found is not None
+    assert [len(clips) for clips in found.rows.values()] == [len(found.prompts)] == [12]
+    assert "Figures of Student, 1 step" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UserError, match="holds figures already"):
+        run_evaluate(arguments)
 
 
 @pytest.mark.usefixtures("quick")
@@ -133,6 +151,7 @@ def test_sweep_names_every_scale() -> None:
         (EvaluateArguments(("tiny", "tiny")), "given twice"),
         (EvaluateArguments(("tiny",), sweep_guidance="1,two"), "two"),
         (EvaluateArguments(("./nowhere",)), "does not exist"),
+        (EvaluateArguments(("tiny",), out=Path(__file__)), "this is a file"),
     ],
 )
 def test_bad_input_is_one_message(arguments: EvaluateArguments, message: str) -> None:

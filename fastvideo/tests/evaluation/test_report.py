@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
+import av
 import pytest
 import torch
 
-from fastvideo.evaluation.charts import Axis, Mark, cost_chart, grouped, line_chart, read_curves
+from fastvideo.data.video_io import video_bytes
+from fastvideo.evaluation.charts import Axis, line_chart, read_curves
+from fastvideo.evaluation.charts_cost import Mark, cost_chart
 from fastvideo.evaluation.evaluate import Evaluation
-from fastvideo.evaluation.figures import headline, title_of
-from fastvideo.evaluation.report import ReportData, media, write_page, write_report
+from fastvideo.evaluation.figures import difference, headline, titles_of
+from fastvideo.evaluation.figures_table import verdicts
+from fastvideo.evaluation.report import run_curves, write_report
+from fastvideo.evaluation.report_media import Column, gallery, middle_frame, moving_and_still
+from fastvideo.evaluation.report_run import Run, read_run
+from fastvideo.evaluation.report_store import Clip
 from fastvideo.evaluation.statistics import Estimate
+from fastvideo.tests.evaluation.runs import PROMPTS, make_run, measured
 from fastvideo.tests.evaluation.test_metrics import row
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -47,72 +55,94 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def evaluation() -> Evaluation:
-    rows = {
-        "teacher_50": row(network_calls=100, steps=50, guidance=2.0, sampler="euler", denoise_seconds_per_video=0.25),
-        "teacher_4": row(network_calls=8, steps=4, guidance=2.0, sampler="euler"),
-        "untrained_4": row(frechet=Estimate(200.0, 190.0, 215.0, 512)),
-        "student_4": row(),
-        "student_1": row(network_calls=1, steps=1),
-    }
-    videos = {name: torch.rand(3, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0)) for name in rows}
-    return Evaluation(rows, videos, ("a green seven", "a <b> digit", "an eight moving up"), {"prompts": 512})
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text("distill_model: wan\ndistill_method: dmd2\nnote: 'a < b'\n")
-    (tmp_path / "environment.json").write_text(json.dumps({"torch": "2.13"}))
-    lines: list[dict[str, Any]] = [
-        {"step": s, "seconds": 0.1 * s, "critic/loss": 1.0 / s, "validation/ema/frechet": 300.0 / s}
-        for s in range(1, 900)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return tmp_path
-
-
-def test_page_is_self_contained_and_complete(run_folder: Path) -> None:
-    found = evaluation()
-    figures = {**found.to_dict(), "distillation": {"wall_seconds": 240.0, "student_updates": 160}}
-    text = write_report(run_folder / "report.html", found, run=run_folder, figures=figures).read_text()
+def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    text = write_report(tmp_path / "report.html", run).read_text()
     page = Page(text)
     assert not page.open
-    assert page.addresses
-    assert all(address.startswith("data:image/apng;base64,") for address in page.addresses)
-    assert not re.search(r"@import|url\(|<script|<link|<iframe", text)
-    assert "DMD2 x WAN" in text
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"@import|url\(|<script|<iframe", text)
+    assert "DMD2 \u00d7 WAN" in text
     assert "a &lt; b" in text
-    for name in found.rows:
-        assert title_of(name, figures[name]) in text
-    for prompt in ("a green seven", "a &lt;b&gt; digit", "an eight moving up"):
-        assert prompt in text
-    assert len(page.images) == 15
+    assert all(title in text for title in titles_of(run.metrics).values())
+    assert "a &lt;b&gt; digit" in text
+    assert len(page.images) == 2 * 5 * len(PROMPTS), "a moving and a still picture per video"
     assert all("digit" in alt or "seven" in alt or "eight" in alt for alt in page.images)
     assert "$" not in text
     assert "4 network calls instead of 100: 25\u00d7 faster" in text
+    assert "200 student updates" in text
 
 
-def test_page_without_a_run_or_a_student(tmp_path: Path) -> None:
-    found = evaluation()
-    rows = {"outputs/mine": found.rows["student_4"]}
-    only = Evaluation(rows, {"outputs/mine": found.videos["student_4"]}, found.prompts, {})
-    text = write_report(tmp_path / "page.html", only, run=tmp_path, figures=only.to_dict()).read_text()
-    assert "<h1>Figures of outputs/mine</h1>" in text
+def test_page_of_a_run_that_was_not_measured_shows_its_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", evaluation=None)
+    text = write_report(tmp_path / "page.html", read_run(run)).read_text()
+    assert "not measured yet" in text
+    assert "Critic: loss" in text
+    assert "<table" not in text
 
 
-def test_page_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one row"):
-        write_page(tmp_path / "page.html", ReportData({}, {}, ()))
+def test_page_of_figures_alone_says_that_there_are_no_videos(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps(measured().to_dict()))
+    assert "kept no videos" in write_report(tmp_path / "page.html", read_run(tmp_path)).read_text()
 
 
 def test_large_videos_are_embedded_as_looping_mp4() -> None:
-    element = media(torch.zeros(3, 2, 144, 160), 8, "a seven")
-    assert element.startswith('<video src="data:video/mp4;base64,')
+    clip = Clip(video_bytes(torch.zeros(3, 2, 144, 160), ".mp4"), ".mp4")
+    element = moving_and_still(clip, "a seven")
+    assert element.startswith('<video class="moving" src="data:video/mp4;base64,')
     assert " loop muted playsinline" in element
+    assert 'alt="a seven, one frame"' in element
+
+
+def test_the_still_picture_is_the_middle_frame() -> None:
+    video = torch.stack([torch.full((3, 32, 32), level) for level in (-1.0, 0.2, 1.0)], 1)
+    still = middle_frame(Clip(video_bytes(video, ".apng"), ".apng"))
+    with av.open(io.BytesIO(still)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [frame.mean() for frame in frames] == [153.0]
+
+
+def test_a_gallery_that_is_too_large_says_how_much_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = Clip(video_bytes(torch.zeros(3, 2, 32, 32), ".apng"), ".apng")
+    columns = [Column("Student", "student", [clip] * 3)]
+    whole = gallery(PROMPTS, columns)
+    assert whole.count('class="prompt"') == 3
+    assert "of 3 prompts" not in whole
+    one_and_a_half = int(1.5 * len(whole.split('class="prompt"')[1]))
+    monkeypatch.setattr("fastvideo.evaluation.report_media.MOST_VIDEO_BYTES", one_and_a_half)
+    cut = gallery(PROMPTS, columns)
+    assert cut.count('class="prompt"') == 1
+    assert "1 of 3 prompts" in cut
 
 
 def test_headline_compares_the_fullest_rows() -> None:
-    assert headline(evaluation().to_dict()).startswith("4 network calls instead of 100")
+    assert headline(measured().to_dict()).startswith("4 network calls instead of 100")
+    student = row(kind="student")
+    two = Evaluation({"a/student": student, "b/student": student, "tiny": row(kind="teacher")}, {}, (), {}).to_dict()
+    assert headline(two) == "3 models side by side", "of two students with equal calls none is the one"
+    assert titles_of(two) == {"a/student": "a/student", "b/student": "b/student", "tiny": "Teacher, 4 steps"}
+
+
+def test_a_difference_is_sure_only_if_its_interval_leaves_zero_out() -> None:
+    near, far = (row(frechet=Estimate(v, v - 3.0, v + 4.0, 9)).to_dict() for v in (10.0, 14.0))
+    found = difference(near, far, "frechet")
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((-4.0, -9.0, 1.0)), "ends: 3-4-5 triangles"
+    assert not found.sure
+    much = difference(near, row(frechet=Estimate(30.0, 27.0, 34.0, 9)).to_dict(), "frechet")
+    assert much is not None
+    assert much.sure
+
+
+def test_verdicts_hold_the_student_against_the_guided_and_the_untrained() -> None:
+    text = re.sub(r"<[^>]+>", " ", verdicts(measured().to_dict()))
+    lines = re.findall(r"instead of\s+(\w[^<]*?)\s{2,}", text)
+    assert lines == [
+        *("Teacher, 50 steps, guided", "Teacher, 4 steps, guided", "Student before training, 4 steps"),
+        "Teacher, 50 steps, guided",
+    ]
+    assert "closer to real videos" in text, "than before training"
+    assert "not told apart" in text, "from the teacher, whose figures are the same"
 
 
 def test_networks_of_a_validation_share_a_chart(tmp_path: Path) -> None:
@@ -122,8 +152,8 @@ def test_networks_of_a_validation_share_a_chart(tmp_path: Path) -> None:
     )
     curves = read_curves(tmp_path / "m.jsonl")
     assert set(curves) == {"validation/ema/frechet", "validation/student/frechet", "grad"}
-    charts = grouped(curves)
-    assert set(charts["validation: frechet"]) == {"ema", "student"}
+    charts = run_curves(Run("run", tmp_path, curves=curves))
+    assert set(charts["validation/frechet"]) == {"ema", "student"}
     for name, series in charts.items():
         svg = re.search(r"<svg.*</svg>", line_chart(name, series))
         assert svg is not None
@@ -150,9 +180,18 @@ def test_axis_keeps_values_and_ticks_inside(low: float, high: float, log: bool) 
     assert all(10 <= axis(value) <= 200 for value in (low, high, *ticks))
 
 
+def test_a_chart_of_shares_ends_at_one() -> None:
+    ticks = re.findall(r'text-anchor="end">([\d.]+)</text>', line_chart("accuracy", {"": [(1, 1.0), (2, 1.0)]}))
+    assert ticks
+    assert max(map(float, ticks)) <= 1
+
+
 def test_equal_results_keep_readable_names_and_a_described_chart() -> None:
-    marks = [Mark(name, 4, 30.0, 0.0, 40.0, "student") for name in ("first", "second")]
-    svg = ElementTree.fromstring(cost_chart(marks, 10.0, "distance"))
-    assert svg.attrib["aria-label"] == "distance over network calls: first 30 at 4; second 30 at 4"
-    baselines = [float(text.attrib["y"]) for text in svg.iter("text") if text.attrib["class"] == "label"]
-    assert baselines[1] - baselines[0] >= 13
+    marks = [Mark(name, 4, 30.0, 0.0, 40.0, "student", "Student") for name in ("first", "second")]
+    wide, narrow = re.findall(r"<svg.*?</svg>", cost_chart(marks, 10.0, "distance"))
+    for drawing in (wide, narrow):
+        svg = ElementTree.fromstring(drawing)
+        described = "distance over network calls: Student, first 30 at 4; Student, second 30 at 4"
+        assert svg.attrib["aria-label"] == described
+        baselines = [float(text.attrib["y"]) for text in svg.iter("text") if text.attrib["class"] == "label"]
+        assert baselines[1] - baselines[0] >= 13

@@ -1,0 +1,29 @@
+"""What a result depends on besides its config: package versions, machine, code revision."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "pydantic")
+
+
+def environment() -> dict[str, str]:
+    """Versions and revision behind a run."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "revision": revision(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def revision() -> str:
+    """The commit of this code, as far as it lies in a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return found or "not a git checkout"

@@ -1,0 +1,33 @@
+"""``fastvideo report``: options, free of heavy imports so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Write a page from run folders: one run's own page, or several runs side by side. Nothing is generated again."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUT...", help_behavior_hint="")]
+    """Run folders, as `fastvideo distill --output`, `fastvideo evaluate --out` and the demo leave them."""
+    out: OptionalFile = None
+    """The page, a name that ends in .html. Default: OUT/report.html for one run, compare.html for several."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page; the exit code."""
+    arguments = tyro.cli(ReportArguments, args=list(argv), prog="fastvideo report")
+
+    from fastvideo.evaluation.report_command import run_report
+
+    path = run_report(arguments)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
+    return 0
