@@ -15,10 +15,15 @@ import tyro
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastvideo.distillation.builder import Config
+
 CONFIG = Path("examples/distillation/tiny_wan_dmd2.yaml")
 DEMO, SHORT_DEMO = Path("outputs/demo"), Path("outputs/demo_short")
 SHORT = ["--trainer.max-steps", "10", "--validation.every", "5", "--validation.world-prompts", "16"]
 SHORT_PROMPTS = 48
+DATA = Path("outputs/demo_data")
+VIDEOS, SHORT_VIDEOS = 1024, 64
+"""Video files that the demo writes and reads back."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     from fastvideo.training.run import run
 
     flags = ["--config", str(arguments.config), "--output", str(out), "--seed", str(arguments.seed)]
-    launch, config = parse([*flags, *(SHORT if arguments.short else [])])
+    flags += SHORT if arguments.short else []
+    launch, config = parse(flags)
+    if config.data.path == "tiny" and config.data.prompts is None:
+        dataset = preprocess_world(config, SHORT_VIDEOS if arguments.short else VIDEOS)
+        launch, config = parse([*flags, "--data.path", str(dataset)])
     begin = time.monotonic()
     run(config, overwrite=launch.overwrite or _is_earlier_demo(out))
     seconds = time.monotonic() - begin
@@ -66,6 +75,23 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
         "student_updates": len(range(0, config.trainer.max_steps, interval)),
         "peak_rss_mb": round(peak_memory_mb()),
     }
+
+
+def preprocess_world(config: Config, count: int) -> Path:
+    """Write the tiny world as MP4 files and preprocess them like anybody's videos; the folder of Parquet files."""
+    from fastvideo.data.clips import Policy, Size
+    from fastvideo.data.model import ModelChoice
+    from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.tiny.video_files import write_world
+
+    videos, out = DATA / f"videos-{count}", DATA / f"parquet-{count}"
+    print(f"writing {count} videos of the tiny world to {videos}")
+    write_world(videos, count)
+    print(f"fastvideo preprocess {videos} --model {config.model.path} --out {out} --overwrite")
+    policy = Policy((Size(config.model.height, config.model.width, config.model.num_frames),))
+    choice = ModelChoice(config.distill_model, config.model.model_dump())
+    print(preprocess(make_job(videos, None, choice, policy, out, 64, "cpu"), workers=1, overwrite=True))
+    return out
 
 
 def _is_earlier_demo(out: Path) -> bool:
