@@ -1,0 +1,30 @@
+"""The tiny world as people have their videos: a folder of MP4 files with a ``captions.csv``."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+from fastvideo.data.video_io import write_video
+from fastvideo.tiny.world import Split, TinyWorld
+
+BATCH = 64
+
+
+def write_world(folder: Path, count: int, seed: int = 0, split: Split = "train") -> Path:
+    """Write `TinyWorld(split).sample(count, seed)` as `00000.mp4`, ... with captions; what was in `folder` goes.
+
+    H.264 is lossy and halves the resolution of colour: the files look like the world, they are not its bits.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("file_name", "caption"))
+        number = 0
+        for sample in TinyWorld(split).batches(count, seed, BATCH):
+            for video, caption in zip(sample.videos, sample.captions, strict=True):
+                table.writerow((write_video(folder / f"{number:05d}.mp4", video).name, caption))
+                number += 1
+    return folder
