@@ -157,7 +157,11 @@ def _facts(
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     """A file that a run may have left; empty without it."""
     file = folder / name if folder else None
-    return json.loads(file.read_text()) if file and file.is_file() else {}
+    try:
+        found = json.loads(file.read_text()) if file and file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.loading import resolve_pipeline
-from fastvideo.distillation.builder import build_adapter, load_adapter, run_schema
+from fastvideo.distillation.builder import build_adapter, families, load_adapter, run_schema
 from fastvideo.distillation.config import read_yaml, validate
 from fastvideo.distillation.engine.checkpoint import complete_checkpoints, role_parts, role_weights, verified_manifest
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.loading import RECIPE, LoadedModel, families, load_model
+from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe
 
 RUN_CONFIG = "config.yaml"
@@ -75,7 +74,7 @@ def _of_model(folder: Path, wanted: Weights | None) -> Source:
 
 
 def _saved(run: Path | None, folder: Path) -> Source:
-    recipe = json.loads((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else {}
+    recipe = load_recipe(str(folder))
     return Source(run, folder, None, recipe.get("weights"), int(recipe.get("steps", 0)))
 
 
@@ -119,7 +118,7 @@ def load_source(source: Source) -> LoadedModel:
 def _unfinished(source: Source) -> LoadedModel:
     """The model that the run started from, with the recipe of its result."""
     values = source.config
-    schema = run_schema(values["distill_model"], values["distill_method"])
+    schema = run_schema(values.get("distill_model", ""), values.get("distill_method", ""))
     config = validate(schema, values, f"{source.run}/{RUN_CONFIG}")
     adapter = build_adapter(config)
     network = adapter.load_network(config.roles["student"].path).requires_grad_(False)
