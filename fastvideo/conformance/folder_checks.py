@@ -35,7 +35,7 @@ def a_prompt_is_encoded_alike_alone_and_in_a_batch(subject: Subject) -> None:
 def the_negative_condition_is_the_negative_prompt(subject: Subject) -> None:
     adapter = _fresh(subject)
     try:
-        adapter.prepare(RawBatch(subject.prompts))
+        adapter.prepare(RawBatch(subject.prompts, subject.noise(2)))
     except RuntimeError:
         pass
     else:

@@ -128,7 +128,8 @@ def gradient_flows_to_the_input_and_to_every_parameter(subject: Subject) -> None
 def guidance_of_one_is_the_conditional_prediction(subject: Subject) -> None:
     subject.adapter.ensure_negative_conditioning()
     role = RoleHandle("student", subject.adapter, subject.network)
-    negative, arguments = subject.adapter.negative(len(subject.x_t)), (subject.x_t, subject.times, subject.condition)
+    negative = subject.adapter.negative(len(subject.x_t)) | subject.first_frames(len(subject.x_t))
+    arguments = (subject.x_t, subject.times, subject.condition)
     with torch.no_grad():
         conditional, unconditional = role.velocity(*arguments), role.velocity(*arguments[:2], negative)
         guided = {g: role.guided_velocity(*arguments, negative, g) for g in (0.0, 1.0, 3.0)}

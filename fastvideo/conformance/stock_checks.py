@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
 from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.bundle import velocity_of
 from fastvideo.distillation.rollout import euler
 
 STEPS = 4
@@ -25,7 +26,8 @@ def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
         raise NotApplicable("the family has no diffusers pipeline")
     stock = adapter.stock_sampler(adapter.teacher_times(STEPS), "euler")
     noise = subject.noise(1)
-    velocity = partial(adapter.velocity, subject.network, condition=adapter.encode_prompts(subject.prompts[:1]))
+    condition = adapter.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
+    velocity = partial(velocity_of, adapter, subject.network, condition=condition)
     ours = (adapter.decode(euler(velocity, noise, stock.times)).clamp(-1, 1) + 1) / 2
     theirs = stock_video(subject, stock, noise)
     require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
@@ -41,6 +43,7 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
     folder = subject.folder / "stock"
     adapter.save_pipeline(folder, subject.network, {})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(adapter.device)
+    image = _image(subject, type(pipeline))
     pipeline.scheduler = stock.scheduler
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
@@ -49,9 +52,22 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
         num_inference_steps=len(stock.times),
         guidance_scale=1.0,
         output_type="pt",
+        **image,
         **_sizes(adapter.config, type(pipeline)),
     ).frames
     return frames.transpose(1, 2).float().cpu()  # type: ignore[no-any-return]
+
+
+def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:
+    """The image that the first video goes on from, as the pipeline takes it."""
+    if subject.frames is None:
+        return {}
+    if subject.frames.shape[2] != 1 or "image" not in inspect.signature(pipeline.__call__).parameters:
+        raise NotApplicable(f"{pipeline.__name__} does not take the frames that the model goes on from")
+    from diffusers.image_processor import VaeImageProcessor
+
+    pixels = (subject.frames[0, :, 0].permute(1, 2, 0).cpu().numpy() + 1) / 2
+    return {"image": VaeImageProcessor.numpy_to_pil(pixels)[0]}
 
 
 def _sizes(config: Any, pipeline: type[Any]) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 
 IMAGE_LATENTS, IMAGE_EMBEDS = "image_latents", "image_embeds"
 """Names under which the image is in a condition."""
-FITTED = ("height", "width", "given_frames")
+FITTED = ("height", "width", "given_frames", "max_sequence_length")
 """Options of the family that a checkpoint may not fit."""
+TEXT_BESIDE_CLIP = 512
+"""Text tokens of a network that reads CLIP features: diffusers takes all before the last 512 for the image's."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class NetworkInputs:
             patch=(config["patch_size"][1], config["patch_size"][2]),
         )
 
-    def check(self, source: str, spatial: int, *, height: int, width: int, given_frames: int) -> None:
+    def check(
+        self, source: str, spatial: int, *, height: int, width: int, given_frames: int, max_sequence_length: int
+    ) -> None:
         """Check the options of a run; ``spatial`` are the pixels along one side of a latent pixel.
 
         Raises:
@@ -71,6 +75,11 @@ class NetworkInputs:
             raise UserError(
                 f"model.given_frames: {source} is an image-to-video checkpoint, which reads its image beside the "
                 f"noise; it takes 0, got {given_frames}"
+            )
+        if self.image_width and max_sequence_length != TEXT_BESIDE_CLIP:
+            raise UserError(
+                f"model.max_sequence_length: {source} reads CLIP features before exactly {TEXT_BESIDE_CLIP} text "
+                f"tokens, got {max_sequence_length}"
             )
         for name, size, patch in (("height", height, self.patch[0]), ("width", width, self.patch[1])):
             if size % (spatial * patch):

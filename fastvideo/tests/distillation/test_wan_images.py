@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastvideo.conformance.run import CHECKS, examine
+from fastvideo.conformance.subject import Subject
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.rng import normal, seeded
@@ -136,6 +138,20 @@ def test_another_image_makes_another_video(adapter: WanAdapter) -> None:
     assert not torch.allclose(velocities[0][:, :, 1:], velocities[1][:, :, 1:], rtol=1e-3, atol=1e-4)
 
 
+def test_the_clip_features_alone_change_the_velocity(i2v: WanAdapter) -> None:
+    condition, _ = conditions(i2v)
+    other = condition | Condition({"image_embeds": condition.tensors["image_embeds"].flip(0) + 1})
+    network, t = i2v.load_network(), torch.tensor([0.9, 0.4])
+    velocities = [i2v.velocity(network, noise_of(i2v), t, one) for one in (condition, other)]
+    assert not torch.allclose(*velocities, rtol=1e-3, atol=1e-4)
+
+
+def test_every_rule_of_the_adapter_contract_holds(adapter: WanAdapter, tmp_path: Path) -> None:
+    outcomes = list(examine(Subject(adapter, (PROMPTS[0], PROMPTS[1]), tmp_path)))
+    assert [(outcome.name, outcome.message) for outcome in outcomes if outcome.result == "FAILED"] == []
+    assert len(outcomes) == len(CHECKS)
+
+
 @torch.no_grad()
 def test_the_first_frame_of_a_video_is_given_alike_by_data_and_by_an_image(tiny_wan: Path) -> None:
     """The codec is causal, so the first latent frame of a video is that of its first frame."""
@@ -203,7 +219,7 @@ def test_buckets_of_another_size_have_given_frames_too(way: str, tiny_wan: Path)
     ("name", "shape", "message"),
     [
         ("text_embedding", (2, 5, 7), "text_embedding has width 7, the model's text has width 16"),
-        ("text_embedding", (2, 9, 16), "has 9 tokens, the model sees 8"),
+        ("text_embedding", (2, 513, 16), "has 513 tokens, the model sees 512"),
         ("first_frame_latent", (2, 4, 3, 2, 5), r"first_frame_latent has shape \(4, 3, 2, 5\), .* \(4, 3, 2, 4\)"),
         ("clip_feature", (2, 5, 17), r"clip_feature has shape \(5, 17\), the model expects \('any', 16\)"),
         ("clip_feature", (2, 16), r"clip_feature has shape \(16,\)"),
@@ -245,6 +261,8 @@ def test_the_number_of_given_frames_is_what_the_checkpoint_takes(tiny_wan: Path)
 def test_options_that_do_not_fit_the_checkpoint_are_refused(tiny_wan: Path) -> None:
     with pytest.raises(UserError, match=r"model\.given_frames: .* it takes 0, got 1"):
         _ = adapter_of("i2v", tiny_wan.parent, given_frames=1).first_frames
+    with pytest.raises(UserError, match=r"model\.max_sequence_length: .* exactly 512 text tokens, got 8"):
+        _ = adapter_of("i2v", tiny_wan.parent, max_sequence_length=8).latent_shape
     with pytest.raises(UserError, match=r"model\.width: .* multiples of 32, got 48"):
         _ = adapter_of("ti2v", tiny_wan.parent, width=48).latent_shape
     with pytest.raises(ValueError, match="must leave one of 2 latent frames to generate, got 2"):

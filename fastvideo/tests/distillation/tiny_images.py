@@ -72,8 +72,8 @@ def ti2v_folder(root: Path) -> Path:
 
 
 def i2v_config(root: Path, **options: Any) -> Any:
-    """16 x 32 pixels, 9 frames."""
-    return wan_config(i2v_folder(root), **{"num_frames": 9, **options})
+    """16 x 32 pixels, 9 frames, and the text length without which diffusers would not find the image's features."""
+    return wan_config(i2v_folder(root), **{"num_frames": 9, "max_sequence_length": 512, **options})
 
 
 def ti2v_config(root: Path, **options: Any) -> Any:
