@@ -136,8 +136,8 @@ def _facts(
     warnings: tuple[str, ...],
 ) -> CardFacts:
     recipe = {**model.recipe, "guidance": spec.guidance, "sampler": spec.kind, MARK: "diffusers"}
-    if model.is_student:
-        recipe["ladder"] = list(spec.times)
+    if stock is not None:
+        recipe["ladder"] = list(spec.times)  # ours and the scheduler's are one; with fewer steps, a shorter one
     return CardFacts(
         name=name,
         pipeline=_loader(model),
@@ -206,7 +206,7 @@ def _replace_scheduler(folder: Path, scheduler: Any) -> None:
 
 
 def _summary(out: Path, source: Source, facts: CardFacts) -> str:
-    weights = f"{source.weights or 'saved'} weights of step {source.step}"
+    weights = f"{source.weights} weights of step {source.step}" if source.weights else "weights as they are"
     lines = [f"{out}: {facts.pipeline}, {weights}"]
     lines += [f"  our sampler      {shown(facts.spec.times)}"] if facts.recipe.get("ladder") else []
     if facts.stock is not None:

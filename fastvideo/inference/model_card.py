@@ -89,17 +89,19 @@ def _front_matter(facts: CardFacts) -> str:
     base = facts.base if HUB_ID.fullmatch(facts.base) else facts.base_card.get("base_model")
     if base:
         values["base_model"] = base
-    values["tags"] = [tag for tag in ("distillation", "few-step", family, method) if tag]
+    kind = ("distillation", "few-step") if facts.stock is not None else ()
+    values["tags"] = [tag for tag in (*kind, family, method) if tag]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
 def _head(facts: CardFacts) -> str:
-    steps, recipe = _steps(len(facts.spec.times)), facts.recipe
-    made = f"`{recipe['method']}`" if "method" in recipe else "an unnamed method"
-    kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
-    text = f"# {facts.name}\n\n{facts.pipeline} that samples in {steps}. Made from `{facts.base}` by {made} "
-    text += f"with FastVideo Distillation; these are the {kind} after {recipe.get('steps', 'an unknown number of')} "
-    return text + "steps of training." + "".join(f"\n\n> **Warning:** {warning}" for warning in facts.warnings)
+    recipe, count = facts.recipe, len(facts.spec.times)
+    text = f"# {facts.name}\n\n{facts.pipeline} that samples in {count} step{'' if count == 1 else 's'}."
+    if "method" in recipe:
+        kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
+        text += f" Made from `{facts.base}` by `{recipe['method']}` with FastVideo Distillation: the {kind} after "
+        text += f"{recipe.get('steps', 'some')} steps of training."
+    return text + "".join(f"\n\n> **Warning:** {warning}" for warning in facts.warnings)
 
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
@@ -195,7 +197,3 @@ def _license(facts: CardFacts) -> str:
         return f"## Licence\n\n{text}. Its folder does not say which; look it up before you publish this one."
     named = ", ".join(map(str, facts.license.values()))
     return f"## Licence\n\n{text}: {named}. The training data may add terms of its own."
-
-
-def _steps(count: int) -> str:
-    return "1 network call" if count == 1 else f"{count} steps"

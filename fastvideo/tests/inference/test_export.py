@@ -206,6 +206,8 @@ def test_a_teacher_keeps_its_scheduler_unless_steps_are_asked_for(tiny: Path, tm
     scheduler.set_timesteps(6)
     expected = load_model(str(tiny)).adapter.teacher_times(6)
     torch.testing.assert_close(scheduler.sigmas[:-1], torch.tensor(expected), rtol=0, atol=1e-6)
+    spec = load_model(str(made)).sampler()
+    assert (spec.times, spec.kind, spec.guidance) == (expected, "euler", 2.0), "we sample it there too"
 
 
 @pytest.fixture
