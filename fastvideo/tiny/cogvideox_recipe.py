@@ -21,9 +21,9 @@ class CogVideoXVaeRecipe(VaeRecipe):
 
     widths: tuple[int, ...] = (8, 24, 48, 64)
     groups: int = 4
-    steps: int = 3000
+    steps: int = 1500
     short_frames: int = 1
-    short_share: float = 0.3
+    short_share: float = 0.6
     seed: int = 23
 
 

@@ -8,7 +8,6 @@ coefficient that can be 0. The pipeline's latents are ``[B, F, C, H, W]``; they 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
 from fastvideo.distillation.adapters.loading import (
     PromptCache,
     component_hash,
+    full_config,
     load_component,
     load_config,
     read_recipe,
@@ -30,7 +30,7 @@ from fastvideo.distillation.adapters.loading import (
     write_pipeline,
 )
 from fastvideo.distillation.noise import Interpolant
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.types import Condition, RawBatch, UserError
 
 PIPELINES = ("CogVideoXPipeline",)
 
@@ -113,14 +113,13 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
     def _vae_config(self) -> Mapping[str, Any]:
         from diffusers import AutoencoderKLCogVideoX
 
-        return _with_defaults(AutoencoderKLCogVideoX, load_config(AutoencoderKLCogVideoX, self.source, "vae"))
+        return full_config(AutoencoderKLCogVideoX, self.source, "vae")
 
     @cached_property
     def _network_config(self) -> Mapping[str, Any]:
         from diffusers import CogVideoXTransformer3DModel
 
-        found = load_config(CogVideoXTransformer3DModel, self.source, "transformer")
-        return _with_defaults(CogVideoXTransformer3DModel, found)
+        return full_config(CogVideoXTransformer3DModel, self.source, "transformer")
 
     @cached_property
     def grid(self) -> NoiseGrid:
@@ -199,6 +198,23 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
         self.check_prompts(self._prompts.missing(prompts))
         return Condition({"prompt_embeds": self._prompts(prompts, self.device)})
 
+    @property
+    def extra_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
+        return {"text_embedding": (self.config.max_sequence_length, self._network_config["text_embed_dim"])}
+
+    def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        return {"text_embedding": self.encode_prompts(captions).tensors["prompt_embeds"]}
+
+    def text_of(self, raw: RawBatch) -> Condition:
+        """Every position counts, padding too, so an embedding has to have all of them."""
+        embedding = raw.extras.get("text_embedding")
+        if embedding is None:
+            return self.encode_prompts(raw.captions)
+        found, wanted = tuple(embedding.shape[1:]), self.extra_shapes["text_embedding"]
+        if found != wanted:
+            raise UserError(f"data: text_embedding has shape {found}, the model expects {wanted} (tokens, channels)")
+        return Condition({"prompt_embeds": embedding.to(self.device, torch.float32)})
+
     @torch.no_grad()
     def _encode_text(self, prompt: str) -> Tensor:
         length = self.config.max_sequence_length
@@ -238,12 +254,6 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """A pipeline folder that ``CogVideoXPipeline.from_pretrained`` loads; all but the transformer is copied."""
         write_pipeline(self.source, folder, network, recipe)
-
-
-def _with_defaults(cls: type[Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A component's config, with diffusers' defaults for what an older checkpoint's file does not say."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **found}
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -78,6 +79,17 @@ def load_config(cls: type[Any], source: str, subfolder: str) -> dict[str, Any]:
         return dict(cls.load_config(source, subfolder=subfolder))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of {subfolder!r} in {source!r}: {first_line(error)}") from error
+
+
+def full_config(cls: type[Any], source: str, subfolder: str) -> dict[str, Any]:
+    """The config of one component, with diffusers' defaults for what an older checkpoint's file does not say.
+
+    Raises:
+        UserError: if the component is not there or cannot be read.
+    """
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **load_config(cls, source, subfolder)}
 
 
 def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) -> Any:

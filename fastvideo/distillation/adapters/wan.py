@@ -6,7 +6,6 @@ The network is rectified flow natively; its time embedding counts to 1000, and t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastvideo.distillation.adapters.flow_scheduler import flow_match_sampler
 from fastvideo.distillation.adapters.loading import (
     PromptCache,
     component_hash,
+    full_config,
     load_component,
     load_config,
     read_recipe,
@@ -125,12 +125,9 @@ class WanAdapter(DistillAdapter[WanConfig]):
 
     @cached_property
     def _vae_config(self) -> Mapping[str, Any]:
-        """The VAE's config, with diffusers' defaults for what an older checkpoint's file does not say."""
         from diffusers import AutoencoderKLWan
 
-        found = load_config(AutoencoderKLWan, self.source, "vae")
-        parameters = inspect.signature(AutoencoderKLWan.__init__).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty} | found
+        return full_config(AutoencoderKLWan, self.source, "vae")
 
     def _frozen(self, module: nn.Module) -> nn.Module:
         return module.to(self.device).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import SamplerKind, euler, generate
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.tests.distillation.tiny import (
     COGVIDEOX_2B,
     COGVIDEOX_5B,
@@ -179,6 +179,17 @@ def test_a_prompt_that_is_too_long_is_refused_not_truncated(adapter: CogVideoXAd
     with pytest.raises(UserError, match=r"prompt has 9 tokens, the text encoder takes 8 .*'a a a"):
         adapter.encode_prompts(["a " * 8])
     assert adapter.encode_prompts(["a " * 7]).tensors["prompt_embeds"].shape[1] == 8
+
+
+def test_text_that_was_computed_before_is_used_if_it_is_whole(adapter: CogVideoXAdapter) -> None:
+    latents = noise_of(adapter)
+    extras = dict(adapter.encode_extras(torch.empty(0), ["red", "a three"]))
+    batch = adapter.prepare(RawBatch(("other", "words"), latents, extras))
+    expected = adapter.encode_prompts(["red", "a three"]).tensors["prompt_embeds"]
+    assert torch.equal(batch.condition.tensors["prompt_embeds"], expected)
+    assert tuple(expected.shape[1:]) == adapter.extra_shapes["text_embedding"] == (8, 16)
+    with pytest.raises(UserError, match=r"text_embedding has shape \(5, 16\), the model expects \(8, 16\)"):
+        adapter.prepare(RawBatch(("other", "words"), latents, {"text_embedding": expected[:, :5]}))
 
 
 @torch.no_grad()
