@@ -160,10 +160,11 @@ def sweep_guidance(
     model = load_model(spec.folder, device=device)
     judge = Judge(prompts, seed, split="train")
     warm_up(model, judge.prompts)
+    frames = judge.first_frames(model.adapter)
     found: dict[float, Estimate] = {}
     for scale in scales:
         sampler = replace(spec, guidance=scale).sampler(model)
         with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
-            sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar)
+            sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
         found[scale] = judge.distances(sampled.seen)[0]
     return found
