@@ -67,6 +67,17 @@ def test_a_spacing_that_misses_pure_noise_is_refused() -> None:
         NoiseGrid({**SCHEDULER, "timestep_spacing": "leading"}).teacher_timesteps(4)
 
 
+def test_the_other_scheduler_of_the_published_pipelines_has_the_same_table(grid: NoiseGrid) -> None:
+    """CogVideoX 1.5 comes with the DPM scheduler."""
+    from diffusers import CogVideoXDPMScheduler
+
+    other = NoiseGrid(
+        dict(CogVideoXDPMScheduler(**{**SCHEDULER, "snr_shift_scale": grid.config["snr_shift_scale"]}).config)
+    )
+    assert torch.equal(other.times, grid.times)
+    assert type(other.euler_scheduler(4)).__name__ == "CogVideoXDDIMScheduler"
+
+
 @pytest.mark.parametrize("wrong", [{"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": False}])
 def test_another_kind_of_scheduler_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="has prediction_type v_prediction and rescale_betas_zero_snr true, this one"):
