@@ -23,6 +23,8 @@ ROW_KEYS = (
     *("intervals", "counts", "samples", "network_calls", "steps", "guidance", "sampler", "batch_size"),
     *("frechet_floor", "frechet_pixel_floor", "denoise_seconds_per_video", "end_to_end_seconds_per_video"),
 )
+MEASURED_WITH = ("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256")
+"""Settings of an evaluation that figures must share to stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class Run:
     def measurement(self) -> tuple[Any, ...]:
         """What figures must share to stand side by side: prompts, noise, judge and reference videos."""
         settings = self.metrics.get("evaluation", {})
-        return tuple(settings.get(key) for key in ("prompts", "seed", "split", "reference_videos", "prompts_sha256"))
+        return tuple(
+            settings.get(key)
+            for key in ("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256")
+        )
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:

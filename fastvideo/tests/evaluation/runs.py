@@ -43,14 +43,14 @@ def measured(student_frechet: float = 30.0, side: int = 32, **settings: object) 
 
 
 def make_run(folder: Path, evaluation: Evaluation | None = measured(), guidance: float = 2.0) -> Path:  # noqa: B008
-    """A run of 900 steps with config, environment, curves and, if it was measured, figures and videos."""
+    """A run of 400 steps with config, environment, curves and, if it was measured, figures and videos."""
     folder.mkdir(parents=True)
     config = f"distill_model: wan\ndistill_method: dmd2\noutput: {folder}\nmethod:\n  teacher_guidance: {guidance}\n"
     (folder / "config.yaml").write_text(config + "note: 'a < b'\n")
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13", "revision": "0123456789abcdef" * 3}))
     lines = [
         {"step": s, "seconds": 0.1 * s, "critic/loss": guidance / s, "student/grad_norm": 1 + s % 7, **_validation(s)}
-        for s in range(1, 900)
+        for s in range(1, 401)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if evaluation is not None:
