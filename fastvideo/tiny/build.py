@@ -1,11 +1,12 @@
 """Rebuild a tiny pipeline from nothing but scikit-learn's digits.
 
     python -m fastvideo.tiny.build --out FOLDER [--family wan|cogvideox]
-                                   [--stage classifier|vae|text|transformer|teacher]
+                                   [--stage classifier|vae|decoder|text|transformer|teacher]
 
-Stages and their wall times on one core, in order: `classifier` (the judge, 3 minutes), `vae` (13 minutes), `text`
-(tokenizer and random text encoder, at once), `transformer` (random weights, at once), `teacher` (the `sft` method
-trains them, 80 minutes; run it from the root of the repository, where its recipe is). Without --stage all of them run.
+Stages and their wall times on one core, in order: `classifier` (the judge, 7 minutes), `vae` (13 minutes), `decoder`
+(its decoder alone once more, 25 minutes), `text` (tokenizer and random text encoder, at once), `transformer` (random
+weights, at once), `teacher` (the `sft` method trains them, 2.5 hours; run it from the root of the repository, where its
+recipe is). Without --stage all of them run.
 A stage writes FOLDER/classifier or its part of FOLDER/pipeline and replaces what was there; the others stay.
 """
 
@@ -26,6 +27,7 @@ from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.cogvideox_recipe import CogVideoXRecipe
 from fastvideo.tiny.pipeline import save_half
 from fastvideo.tiny.recipe import TinyRecipe
+from fastvideo.tiny.sharpen import sharpen_decoder
 from fastvideo.tiny.text import build_t5, build_tokenizer, build_umt5
 from fastvideo.tiny.train_classifier import accuracy, train_classifier
 from fastvideo.tiny.world import TinyWorld
@@ -78,6 +80,15 @@ def vae_stage(out: Path, recipe: Recipe, family: TinyFamily) -> dict[str, float]
     return quality
 
 
+def decoder_stage(out: Path, recipe: Recipe, family: TinyFamily) -> dict[str, float]:
+    """Train the decoder of the VAE in `out` further and save it; returns the quality of the VAE then."""
+    vae = family.vae.load(out / "pipeline" / "vae")
+    sharpen_decoder(vae, recipe.sharpen, family.vae)
+    judge = TinyClassifier.load(out / "classifier")
+    save_half(vae, out / "pipeline" / "vae")
+    return asdict(train_vae.vae_quality(vae, judge, recipe.report_videos, seed=0))
+
+
 def text_stage(out: Path, recipe: Recipe, family: TinyFamily) -> dict[str, float]:
     """Save tokenizer and text encoder."""
     build_tokenizer(recipe.text).save_pretrained(out / "pipeline" / "tokenizer")
@@ -99,6 +110,7 @@ def teacher_stage(out: Path, recipe: Recipe, family: TinyFamily) -> dict[str, fl
 STAGES: dict[str, Stage] = {
     "classifier": classifier_stage,
     "vae": vae_stage,
+    "decoder": decoder_stage,
     "text": text_stage,
     "transformer": transformer_stage,
     "teacher": teacher_stage,

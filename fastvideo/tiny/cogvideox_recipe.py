@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastvideo.tiny.recipe import ClassifierRecipe, TextRecipe, VaeRecipe
+from fastvideo.tiny.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe, VaeRecipe
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class CogVideoXRecipe:
 
     classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)
     vae: CogVideoXVaeRecipe = field(default_factory=CogVideoXVaeRecipe)
+    sharpen: SharpenRecipe = field(default_factory=SharpenRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
     transformer: CogVideoXTransformerRecipe = field(default_factory=CogVideoXTransformerRecipe)
     report_videos: int = 2048

@@ -16,7 +16,7 @@ from fastvideo.inference.progress import tracked
 from fastvideo.tiny.world import Split, TinyWorld
 
 BATCH = 64
-FORMAT = 2  # raised when the world or the meaning of the file changes, so that older files are not used
+FORMAT = 3  # raised when the world or the meaning of the file changes, so that older files are not used
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -22,8 +23,9 @@ COGVIDEOX_GUIDANCE = 2.0
 # What the transformer was trained on, so that a copy of the folder is sampled like the folder itself.
 MODEL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": TextRecipe().max_length}
 
-# The second run starts from the averaged weights of the first, with a fresh schedule and twice the batch.
-SECOND = {
+# Each further run starts from the averaged weights of the one before, with a fresh schedule and twice the batch.
+FURTHER_RUNS = 2
+FURTHER = {
     "--method.learning-rate": "1e-3",
     "--method.decay-steps": "9000",
     "--trainer.max-steps": "9000",
@@ -36,7 +38,7 @@ class TeacherRecipe:
     """How one family's teacher is made.
 
     Attributes:
-        config: of the first run; the second has `SECOND` over it.
+        config: of the first run; further ones have `FURTHER` over it.
         network: class of the transformer.
         guidance: that is best for sampling, by a sweep.
     """
@@ -53,12 +55,13 @@ COGVIDEOX = TeacherRecipe(
 
 
 def train_teacher(out: Path, recipe: TeacherRecipe = WAN) -> dict[str, float]:
-    """Train the transformer in `out`/pipeline, keep both runs in `out`, install the result."""
-    first, second = out / "teacher-first", out / "teacher-second"
-    distil(recipe.config, out / "pipeline", first, {})
-    distil(recipe.config, out / "pipeline", second, {**SECOND, "--roles.student.path": str(first / "student")})
-    install(second / "student", out / "pipeline", recipe)
-    last = (second / "metrics.jsonl").read_text().splitlines()[-1]
+    """Train the transformer in `out`/pipeline, keep all runs in `out`, install the result."""
+    runs = [out / f"teacher-{number}" for number in range(1, 2 + FURTHER_RUNS)]
+    distil(recipe.config, out / "pipeline", runs[0], {})
+    for before, run in itertools.pairwise(runs):
+        distil(recipe.config, out / "pipeline", run, {**FURTHER, "--roles.student.path": str(before / "student")})
+    install(runs[-1] / "student", out / "pipeline", recipe)
+    last = (runs[-1] / "metrics.jsonl").read_text().splitlines()[-1]
     return {"loss": json.loads(last)["student/loss"]}
 
 

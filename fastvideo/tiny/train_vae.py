@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import nn
 
 from fastvideo.inference.progress import tracked
@@ -30,25 +32,33 @@ class VaeKind:
     """What the training of a VAE must know of its class.
 
     Attributes:
+        model: the diffusers class.
         build: the VAE before training, from its recipe.
         decode: raw latents to videos, with gradients everywhere.
         kernels: the parameters that Muon trains.
         normalise: takes mean and deviation per latent channel and makes the latents that leave the VAE normal.
     """
 
+    model: type[Any]
     build: Callable[[Any], Vae]
     decode: Callable[[Vae, torch.Tensor], torch.Tensor]
     kernels: Callable[[Vae], list[nn.Parameter]]
     normalise: Callable[[Vae, torch.Tensor, torch.Tensor], None]
 
+    def load(self, folder: Path) -> Vae:
+        """The VAE that was saved in `folder`, in float32."""
+        return self.model.from_pretrained(folder, torch_dtype=torch.float32)
+
 
 WAN = VaeKind(
+    AutoencoderKLWan,
     wan_vae.build_vae,
     wan_vae.decode_unclamped,
     wan_vae.kernels,
     lambda vae, mean, std: vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist()),
 )
 COGVIDEOX = VaeKind(
+    AutoencoderKLCogVideoX,
     cogvideox_vae.build_vae,
     cogvideox_vae.decode,
     cogvideox_vae.kernels,
@@ -67,7 +77,8 @@ def train_vae(recipe: VaeRecipe, kind: VaeKind = WAN, after_step: StepHook | Non
     vae = kind.build(recipe)
     _use_channels_last(vae)
     optimizers = _optimizers(vae, kind, recipe)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, recipe)) for o in optimizers]
+    share = warmed_cosine(recipe.warm_up, recipe.steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(recipe.seed)
     samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
     for step, sample in enumerate(tracked(samples, "vae", total=recipe.steps)):
@@ -106,9 +117,9 @@ def _optimizers(vae: Vae, kind: VaeKind, recipe: VaeRecipe) -> list[torch.optim.
     return [Muon(muon, recipe.muon_rate), torch.optim.Adam(others, recipe.adam_rate, betas=(0.9, 0.99))]
 
 
-def _rate(step: int, recipe: VaeRecipe) -> float:
-    """Share of the highest learning rate at `step`: linear warm-up times a cosine to zero."""
-    return min(1.0, (step + 1) / recipe.warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / recipe.steps))
+def warmed_cosine(warm_up: int, steps: int) -> Callable[[int], float]:
+    """Share of the highest learning rate at a step: linear warm-up times a cosine to zero."""
+    return lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def _use_channels_last(vae: Vae) -> None:

@@ -12,8 +12,10 @@ from fastvideo.tiny.world import Split, TinyWorld
 BATCH = 64
 
 
-def write_world(folder: Path, count: int, seed: int = 0, split: Split = "train") -> Path:
+def write_world(folder: Path, count: int, seed: int = 0, split: Split = "train", scale: int = 1) -> Path:
     """Write `TinyWorld(split).sample(count, seed)` as `00000.mp4`, ... with captions; what was in `folder` goes.
+
+    Every pixel becomes a square of side `scale`.
 
     H.264 is lossy and halves the resolution of colour: the files look like the world, they are not its bits.
     """
@@ -25,6 +27,6 @@ def write_world(folder: Path, count: int, seed: int = 0, split: Split = "train")
         number = 0
         for sample in TinyWorld(split).batches(count, seed, BATCH):
             for video, caption in zip(sample.videos, sample.captions, strict=True):
-                table.writerow((write_video(folder / f"{number:05d}.mp4", video).name, caption))
+                table.writerow((write_video(folder / f"{number:05d}.mp4", video, scale=scale).name, caption))
                 number += 1
     return folder

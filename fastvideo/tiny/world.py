@@ -1,8 +1,8 @@
 """The tiny world: videos of real handwritten digits, coloured, moving, with captions that name some of it.
 
 A caption names the digit, the colour and the direction of motion, and each of the three is left open with a fixed
-probability. An open attribute makes the distribution of videos given the caption multi-modal, which is what few-step
-sampling blurs, so that there is something to distil.
+probability of its own. An open attribute makes the distribution of videos given the caption multi-modal, which is what
+few-step sampling blurs, so that there is something to distil.
 
 Everything is a pure function of (split, seed, n): the same arguments give the same bits, and the first k samples of a
 longer draw are the samples of a draw of length k.
@@ -26,7 +26,9 @@ Split = Literal["train", "heldout"]
 
 FRAMES = 9
 SIZE = 32  # pixels, height and width
-OPEN_PROBABILITY = 0.5  # of each attribute, independently, to stay out of the caption
+# Of digit, colour and direction, independently, to stay out of the caption. Guidance sharpens what a caption names and
+# so hides what few steps lose there; colour and direction are mostly left to the sampler.
+OPEN_PROBABILITIES = (0.15, 0.8, 0.8)
 TRAIN_SHARE = 0.8
 
 # Unit vectors in image coordinates (x to the right, y downwards), in the order of DIRECTIONS.
@@ -52,7 +54,8 @@ _RGB = {
     "white": (1.0, 1.0, 1.0),
 }
 _SPLIT_ID: dict[Split, int] = {"train": 0, "heldout": 1}
-_COLUMNS = 16  # uniform numbers drawn per video; a fixed width keeps draws of different lengths aligned
+LOOKS = 10  # numbers behind the look of a video, see WorldSample.look
+_COLUMNS = 6 + LOOKS  # uniform numbers drawn per video; a fixed width keeps draws of different lengths aligned
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class WorldSample:
         colour: int64 [n], index into COLOURS.
         direction: int64 [n], index into DIRECTIONS.
         named: bool [n, 3], which of (digit, colour, direction) the caption names.
+        look: float32 [n, 10] in [0, 1], the uniform numbers behind what no caption names: size, tilt, slant, speed,
+            start (x, y), brightness, hue (r, g, b).
     """
 
     videos: torch.Tensor
@@ -74,6 +79,7 @@ class WorldSample:
     colour: torch.Tensor
     direction: torch.Tensor
     named: torch.Tensor
+    look: torch.Tensor
 
 
 @lru_cache(maxsize=2)
@@ -122,7 +128,7 @@ class TinyWorld:
         image = torch.from_numpy((u[:, 0] * len(self.labels)).astype(np.int64))
         colour = torch.from_numpy((u[:, 1] * len(COLOURS)).astype(np.int64))
         direction = torch.from_numpy((u[:, 2] * len(DIRECTIONS)).astype(np.int64))
-        return image, colour, direction, torch.from_numpy(u[:, 3:6] >= OPEN_PROBABILITY)
+        return image, colour, direction, torch.from_numpy(u[:, 3:6] >= np.array(OPEN_PROBABILITIES))
 
     def _captions(self, u: npt.NDArray[np.float64]) -> list[str]:
         image, colour, direction, named = self._truth(u)
@@ -135,10 +141,10 @@ class TinyWorld:
         image, colour, direction, named = self._truth(u)
         unit = torch.tensor([_VECTORS[name] for name in DIRECTIONS])[direction]
         rgb = torch.tensor([_RGB[name] for name in COLOURS])[colour]
-        motion = Motion.draw(torch.from_numpy(u[:, 6:12]).float(), unit, FRAMES, SIZE)
-        rgb = jitter_colour(rgb, torch.from_numpy(u[:, 12:16]).float())
-        videos = render(self.images[image], rgb, motion, FRAMES, SIZE)
-        return WorldSample(videos, self._captions(u), self.labels[image], colour, direction, named)
+        look = torch.from_numpy(u[:, 6:16]).float()
+        motion = Motion.draw(look[:, :6], unit, FRAMES, SIZE)
+        videos = render(self.images[image], jitter_colour(rgb, look[:, 6:]), motion, FRAMES, SIZE)
+        return WorldSample(videos, self._captions(u), self.labels[image], colour, direction, named, look)
 
 
 def jitter_colour(rgb: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -14,22 +14,35 @@ from fastvideo.tiny.build import build
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.latents import cache_key, cached_latents
 from fastvideo.tiny.muon import orthogonalise
-from fastvideo.tiny.recipe import ClassifierRecipe, TinyRecipe, VaeRecipe
-from fastvideo.tiny.train_vae import train_vae
+from fastvideo.tiny.recipe import ClassifierRecipe, SharpenRecipe, TinyRecipe, VaeRecipe
+from fastvideo.tiny.sharpen import decoder_loss, sharpen_decoder
+from fastvideo.tiny.train_vae import WAN, train_vae
 from fastvideo.tiny.vae import build_vae, encode_moments
 from fastvideo.tiny.world import TinyWorld
 
+SHORT = SharpenRecipe(steps=2, batch_size=2, warm_up=1)
 SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
 
 
 def test_all_stages_write_a_pipeline_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = replace(TinyRecipe(), classifier=ClassifierRecipe(steps=3, batch_size=4), vae=SMALL, report_videos=16)
-    build(tmp_path, ["classifier", "vae", "text", "transformer"], recipe)
+    parts = {"classifier": ClassifierRecipe(steps=3, batch_size=4), "vae": SMALL, "sharpen": SHORT}
+    recipe = replace(TinyRecipe(), **parts, report_videos=16)
+    build(tmp_path, ["classifier", "vae", "decoder", "text", "transformer"], recipe)
     pipe = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
     assert pipe.vae.config.base_dim == 8
     assert pipe.scheduler.config.shift == recipe.transformer.shift
     assert isinstance(TinyClassifier.load(tmp_path / "classifier"), TinyClassifier)
-    assert capsys.readouterr().out.count("wall_seconds") == 4
+    assert capsys.readouterr().out.count("wall_seconds") == 5
+
+
+def test_a_sharper_decoder_leaves_the_latents_alone(small_vae: AutoencoderKLWan) -> None:
+    videos = TinyWorld("heldout").sample(8, 0).videos
+    recipe = replace(SHORT, steps=12, batch_size=8, warm_up=2)
+    latents, before = encode_moments(small_vae, videos)[0], decoder_loss(small_vae, WAN, videos, recipe)
+    sharpen_decoder(small_vae, recipe)
+    assert torch.equal(encode_moments(small_vae, videos)[0], latents)
+    assert decoder_loss(small_vae, WAN, videos, recipe) < 0.9 * before
+    assert not any(p.requires_grad for p in small_vae.parameters())
 
 
 def test_vae_training_repeats_bit_for_bit_and_leaves_the_global_generator_alone() -> None:

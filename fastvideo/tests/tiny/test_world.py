@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of, parse_caption
-from fastvideo.tiny.world import OPEN_PROBABILITY, TinyWorld, WorldSample, split_images
+from fastvideo.tiny.world import OPEN_PROBABILITIES, TinyWorld, WorldSample, split_images
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_each_attribute_is_left_open_at_its_rate() -> None:
     read = [parse_caption(caption) for caption in TinyWorld("train").sample_captions(2000, seed=1)]
     values = torch.tensor([[a.digit is not None, a.colour is not None, a.direction is not None] for a in read])
     named = values.double().mean(dim=0)
-    assert torch.allclose(named, torch.full((3,), 1.0 - OPEN_PROBABILITY, dtype=torch.float64), atol=0.04)
+    assert torch.allclose(named, 1.0 - torch.tensor(OPEN_PROBABILITIES, dtype=torch.float64), atol=0.04)
 
 
 def test_the_centre_of_mass_moves_in_the_direction_of_the_label(sample: WorldSample) -> None:

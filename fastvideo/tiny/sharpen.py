@@ -1,0 +1,56 @@
+"""More training for the decoder of a tiny VAE alone: sharper videos from the same latents.
+
+The encoder and the latent statistics stay as they are, so latents that were computed and networks that were trained on
+them remain valid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastvideo.inference.progress import tracked
+from fastvideo.tiny.muon import Muon
+from fastvideo.tiny.recipe import SharpenRecipe
+from fastvideo.tiny.train_vae import WAN, Vae, VaeKind, warmed_cosine
+from fastvideo.tiny.vae import encode_moments
+from fastvideo.tiny.world import TinyWorld
+
+DECODER = ("decoder.", "post_quant_conv.")
+
+
+def sharpen_decoder(vae: Vae, recipe: SharpenRecipe, kind: VaeKind = WAN) -> Vae:
+    """Train the decoder of ``vae`` in place on videos of the train split; frozen, in eval mode."""
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name.startswith(DECODER))
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    optimizers = _optimizers(parameters, kind.kernels(vae), recipe)
+    share = warmed_cosine(recipe.warm_up, recipe.steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
+    samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
+    for sample in tracked(samples, "decoder", total=recipe.steps):
+        vae.zero_grad()
+        decoder_loss(vae, kind, sample.videos, recipe).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    return vae.eval().requires_grad_(False)
+
+
+def decoder_loss(vae: Vae, kind: VaeKind, videos: torch.Tensor, recipe: SharpenRecipe) -> torch.Tensor:
+    """Weighted reconstruction error of videos ``[B, 3, T, H, W]`` from the means of their posteriors."""
+    with torch.no_grad():
+        mean, _ = encode_moments(vae, videos)
+    error = kind.decode(vae, mean) - videos
+    weight = 1.0 + recipe.ink_weight * (videos.amax(dim=1, keepdim=True) + 1.0) / 2.0
+    return (weight * (error.abs() + recipe.squared_weight * error.square())).mean()
+
+
+def _optimizers(
+    parameters: list[nn.Parameter], kernels: list[nn.Parameter], recipe: SharpenRecipe
+) -> list[torch.optim.Optimizer]:
+    taken = {id(p) for p in kernels}
+    muon = [p for p in parameters if id(p) in taken]
+    others = [p for p in parameters if id(p) not in taken]
+    return [Muon(muon, recipe.muon_rate), torch.optim.Adam(others, recipe.adam_rate, betas=(0.9, 0.99))]
