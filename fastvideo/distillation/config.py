@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -21,6 +20,7 @@ from pydantic import (
 )
 
 from fastvideo.distillation.adapters.base import AdapterConfig
+from fastvideo.distillation.config_errors import explain
 from fastvideo.distillation.methods.base import MethodConfig
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
@@ -228,28 +228,5 @@ def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> C
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(schema, dict(problem)) for problem in error.errors()]
+        lines = [explain(schema, dict(problem)) for problem in error.errors()]
         raise UserError("\n  ".join([f"config {source}:", *lines])) from error
-
-
-def _explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-    if problem["type"] != "extra_forbidden":
-        message = problem["msg"].removeprefix("Value error, ")
-        given = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
-        return f"{path}: {message}{given}"
-    known = _fields_at(schema, problem["loc"][:-1])
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"{path}: unknown key; {hint}"
-
-
-def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that are allowed at a location of the config."""
-    current: Any = schema
-    for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            current = current.model_fields[str(part)].annotation
-        else:  # a mapping of sections, such as roles
-            current = current.__args__[1]
-    return list(current.model_fields)
