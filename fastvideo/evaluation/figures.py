@@ -13,6 +13,8 @@ from fastvideo.evaluation.charts_cost import Mark
 
 Metrics = Mapping[str, Any]
 KINDS = {"teacher": "Teacher", "untrained": "Student before training", "student": "Student"}
+SPACE = "\u00a0"
+"""Between a number and its unit: no line breaks there."""
 STYLES = {"student": "student", "untrained": "baseline"}
 
 
@@ -36,7 +38,7 @@ class Column:
             return "n/a"
         text = f"{self.shown(value):{'+' if signed else ''}.{self.digits}f}"
         text = text.replace("-", "\u2212")
-        return f"{text} %" if self.percent and not signed else text
+        return f"{text}{SPACE}%" if self.percent and not signed else text
 
 
 COLUMNS = (
@@ -192,19 +194,19 @@ def fact_list(items: list[tuple[str, str, str]]) -> str:
 
 def interval(column: Column, low: float | None, high: float | None, signed: bool = False) -> str:
     """Such as "8.4 to 9.9"."""
-    ends = (column.text(end, signed).removesuffix(" %") for end in (low, high))
+    ends = (column.text(end, signed).removesuffix(f"{SPACE}%") for end in (low, high))
     return " to ".join(ends)
 
 
 def duration(seconds: float) -> str:
     """Seconds or minutes."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    return f"{seconds:.0f}{SPACE}s" if seconds < 100 else f"{seconds / 60:.1f}{SPACE}min"
 
 
 def time_of(row: Metrics, key: str = "denoise_seconds_per_video") -> str:
     """Seconds or milliseconds per video."""
     seconds = row[key]
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+    return f"{seconds:.2f}{SPACE}s" if seconds >= 0.1 else f"{1000 * seconds:.1f}{SPACE}ms"
 
 
 def marks(metrics: Metrics) -> list[Mark]:
