@@ -14,7 +14,6 @@ import multiprocessing
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -118,25 +117,39 @@ def compare(arguments: Arguments, videos: Path) -> None:
 
 def kill_again_and_again(arguments: Arguments, videos: Path) -> None:
     """Print at which moments it was killed, and whether the rows are the same in the end."""
-    whole, killed = arguments.folder / "whole", arguments.folder / "killed"
-    for folder in (whole, killed):
-        shutil.rmtree(folder, ignore_errors=True)
+    from fastvideo.data.clips import Policy, Size
+    from fastvideo.data.model import choose_model
+    from fastvideo.data.preprocess import make_job, preprocess
+
+    side, folders = 32 * arguments.scale, [arguments.folder / name for name in ("whole", "killed")]
+    policy, choice = Policy((Size(side, side, 9),)), choose_model("tiny", {})
+    whole, killed = (make_job(videos, None, choice, policy, out, 4, "cpu") for out in folders)
     begin = time.monotonic()
-    subprocess.run(command(videos, whole, arguments), check=True, capture_output=True)
-    length, draw = time.monotonic() - begin, random.Random(0)
-    for number in range(arguments.kills):
-        process = subprocess.Popen(command(videos, killed, arguments), stderr=subprocess.DEVNULL)
-        moment = draw.uniform(0, length)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        done = len(list(killed.glob("*.parquet")))
-        print(f"kill {number + 1} after {moment:.1f} s: code {process.returncode}, {done} files done", flush=True)
-    subprocess.run(command(videos, killed, arguments), check=True, capture_output=True)
+    preprocess(whole, workers=1, overwrite=True)
+    length, draw, kills = time.monotonic() - begin, random.Random(0), 0
+    shutil.rmtree(killed.out, ignore_errors=True)
+    while kills < arguments.kills:
+        # Forked: everything is imported already, so that a kill meets the work and not the start of Python.
+        process = multiprocessing.get_context("fork").Process(target=preprocess, args=(killed,), kwargs={"workers": 1})
+        process.start()
+        process.join(draw.uniform(0, length / 4))
+        hit = process.is_alive()
+        process.kill()
+        process.join()
+        kills += hit
+        done = len(list(killed.out.glob("*.parquet")))
+        print(f"{kills} kills, {done} of {killed.files} files done", flush=True)
+        if not hit:
+            report_same(whole.out, killed.out)
+            shutil.rmtree(killed.out)
+    preprocess(killed, workers=1)
+    report_same(whole.out, killed.out)
+
+
+def report_same(whole: Path, killed: Path) -> None:
+    """Compare all files."""
     same = [path.read_bytes() == (killed / path.name).read_bytes() for path in sorted(whole.iterdir())]
-    print(f"{sum(same)} of {len(same)} files identical to those of the undisturbed call")
+    print(f"{sum(same)} of {len(same)} files identical to those of the undisturbed call", flush=True)
 
 
 def main() -> None:
