@@ -25,7 +25,7 @@ FIGURES = {
     "digit_accuracy": "{:.3f}",
     "colour_accuracy": "{:.3f}",
     "direction_accuracy": "{:.3f}",
-    "frechet": "{:.1f}",
+    "frechet": "{:.2f}",
     "frechet_pixel": "{:.0f}",
     "diversity": "{:.2f}",
 }
@@ -99,7 +99,7 @@ Made by `python benchmarks/tiny_figures.py --seeds {seeds}` at revision {revisio
 Mean over {count} training seeds, with the range; {samples} held-out prompts, the same prompts and noise for every row.
 The teacher runs with its best guidance ({guidance:g}). Distances are Frechet distances from 2048 other real held-out
 videos, in the judge's feature space and in a pixel space (48 principal components). As many real videos after the VAE,
-which is what a perfect model of the latents would score, are at {frechet_floor:.1f} and {frechet_pixel_floor:.0f}. Each
+which is what a perfect model of the latents would score, are at {frechet_floor:.2f} and {frechet_pixel_floor:.0f}. Each
 row's bootstrap intervals are in its `metrics.json`.
 """
 
