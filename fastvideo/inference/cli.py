@@ -31,7 +31,8 @@ class GenerateArguments:
     steps: OptionalInt = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
     guidance: OptionalFloat = None
-    """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and 5 for a teacher."""
+    """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and the family's published
+    one for a teacher (Wan 5, CogVideoX 6)."""
     negative_prompt: OptionalText = None
     """What guidance leads away from; default: the model's own."""
     seed: int = 0

@@ -23,8 +23,6 @@ RECIPE = "recipe.json"
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
 """What a family's config must be told about any model but an embedded one: weights do not say it."""
 TEACHER_STEPS = 50
-TEACHER_GUIDANCE = 5.0
-"""Wan's published guidance, for a teacher whose folder names none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class LoadedModel:
         """
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
-        default = self.recipe.get("guidance", 1.0 if self.is_student else TEACHER_GUIDANCE)
+        default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.published_guidance)
         guidance = float(default if guidance is None else guidance)
         if self.is_student:
             ladder = self.ladder.first(steps or len(self.ladder))

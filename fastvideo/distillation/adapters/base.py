@@ -58,6 +58,8 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) whose folders this family reads."""
     per_frame_times: ClassVar[bool] = True
     """Whether :meth:`velocity` takes times per frame ``[B, F]``; a family without them refuses with a ``UserError``."""
+    published_guidance: ClassVar[float] = 1.0
+    """Guidance that the family's authors sample with, for a model folder that names none."""
     frames_first: ClassVar[bool] = False
     """Whether the diffusers pipeline has its latents as ``[B, F, C, H, W]``."""
 

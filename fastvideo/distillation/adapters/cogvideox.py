@@ -72,6 +72,7 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
 
     Config = CogVideoXConfig
     pipelines = PIPELINES
+    published_guidance = 6.0
     summary = "CogVideoX text-to-video: v-prediction, zero-terminal-SNR schedule, T5 text"
     per_frame_times = False
     frames_first = True
@@ -237,10 +238,12 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """The posterior's mean times the VAE's one scaling factor."""
-        latents: Tensor = self.vae.encode(videos.to(self.device)).latent_dist.mode() * self.vae.config.scaling_factor
-        padding = self._padding(latents.shape[2])
-        return torch.cat([latents[:, :, :1].expand(-1, -1, padding, -1, -1), latents], dim=2)
+        """The posterior's mean, normalised."""
+        return self.normalise(self.vae.encode(videos.to(self.device)).latent_dist.mode())
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        latents = latents * float(self._vae_config["scaling_factor"])
+        return torch.cat([latents[:, :, :1].expand(-1, -1, self._padding(latents.shape[2]), -1, -1), latents], dim=2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

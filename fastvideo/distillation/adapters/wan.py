@@ -91,6 +91,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
 
     Config = WanConfig
     pipelines = PIPELINES
+    published_guidance = 5.0
     summary = "Wan 2.1 and TI2V-5B, from text and images: rectified flow, UMT5 text"
 
     def __init__(self, config: WanConfig, device: torch.device | str = "cpu") -> None:

@@ -224,3 +224,9 @@ def test_a_position_table_for_other_prompts_is_refused(tiny_wan: Path) -> None:
     folder = cogvideox_folder(tiny_wan.parent, COGVIDEOX_2B, 3.0)
     with pytest.raises(UserError, match=r"max_sequence_length is 6, the network in .* takes 8 tokens"):
         CogVideoXAdapter(cogvideox_config(folder, max_sequence_length=6)).load_network()
+
+
+def test_raw_latents_are_normalised_as_encode_does(adapter: CogVideoXAdapter) -> None:
+    videos = adapter.decode(normal((1, *adapter.latent_shape), seeded(3)))
+    raw = adapter.vae.encode(videos).latent_dist.mode()
+    assert torch.equal(adapter.normalise(raw), adapter.encode(videos))
