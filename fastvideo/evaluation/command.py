@@ -92,7 +92,7 @@ def write_out(out: Path, evaluation: Evaluation) -> str:
 def table(rows: Mapping[str, Row]) -> Table:
     """All rows with their intervals."""
     first = next(iter(rows.values()))
-    floors = f"Frechet {first.frechet_floor:.1f}, pixels {first.frechet_pixel_floor:.0f}"
+    floors = f"Frechet {first.frechet_floor:.2f}, pixels {first.frechet_pixel_floor:.0f}"
     out = Table(
         title=f"{first.samples} held-out prompts, 95 % bootstrap intervals",
         caption=f"floor (as many real videos through the VAE): {floors}",
@@ -105,7 +105,7 @@ def table(rows: Mapping[str, Row]) -> Table:
             name,
             str(row.network_calls),
             *(shown(e, 3) for e in (row.digit_accuracy, row.colour_accuracy, row.direction_accuracy)),
-            shown(row.frechet, 1),
+            shown(row.frechet, 2),
             shown(row.frechet_pixel, 0),
             shown(row.diversity, 2),
             f"{row.denoise_seconds_per_video:.4f}",
@@ -138,9 +138,10 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
             device=arguments.device,
         )
         best = min(found, key=lambda scale: found[scale].value)
-        out = Table("guidance", "Frechet", title=f"{name}: {arguments.prompts} training prompts")
+        title = f"{name}: {arguments.prompts} training prompts"
+        out = Table("guidance", "Frechet", title=title, min_width=len(title) + 4)
         for scale, figure in found.items():
-            out.add_row(f"{scale:g}", shown(figure, 1), style="bold" if scale == best else None)
+            out.add_row(f"{scale:g}", shown(figure, 2), style="bold" if scale == best else None)
         console.print(out)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.builder import load_adapter
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.cli import GenerateArguments
@@ -62,9 +63,13 @@ def test_steps_that_are_not_in_the_ladder_are_refused(steps: int) -> None:
         model(ladder=LADDER).sampler(steps=steps)
 
 
-def test_teacher_defaults() -> None:
-    spec = model().sampler()
-    assert (spec.kind, len(spec.times), spec.guidance, spec.network_calls) == ("euler", 50, 5.0, 100)
+@pytest.mark.parametrize(("family", "guidance"), [("wan", 5.0), ("cogvideox", 6.0), ("analytic", 1.0)])
+def test_a_teacher_without_a_recipe_has_the_published_guidance_of_its_family(family: str, guidance: float) -> None:
+    teacher = model()
+    teacher.adapter.published_guidance = load_adapter(family).published_guidance
+    spec = teacher.sampler()
+    assert (spec.kind, len(spec.times), spec.guidance) == ("euler", 50, guidance)
+    assert spec.network_calls == (50 if guidance == 1.0 else 100)
 
 
 def test_teacher_with_its_own_guidance() -> None:
