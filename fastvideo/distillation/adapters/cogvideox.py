@@ -10,64 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter, StockSampler
+from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
-from fastvideo.distillation.adapters.loading import (
-    PromptCache,
-    component_hash,
-    full_config,
-    load_component,
-    load_config,
-    read_recipe,
-    resolve_pipeline,
-    write_pipeline,
-)
+from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
+from fastvideo.distillation.adapters.pipeline import PipelineAdapter, PipelineConfig, check_divisible
 from fastvideo.distillation.noise import Interpolant
 from fastvideo.distillation.types import Condition, RawBatch, UserError
 
 PIPELINES = ("CogVideoXPipeline",)
 
 
-class CogVideoXConfig(AdapterConfig):
+class CogVideoXConfig(PipelineConfig):
     """Options of the CogVideoX family."""
 
     path: str
     """A diffusers CogVideoX pipeline: a folder or a hub id."""
-    height: PositiveInt = 32
-    """Video height in pixels."""
-    width: PositiveInt = 32
-    """Video width in pixels."""
     num_frames: PositiveInt = 9
     """Video frames; one more than a multiple of 8, which is how many the VAE codes at a time."""
     max_sequence_length: PositiveInt = 16
     """Tokens that a prompt may have; the network sees this many (226 for the published checkpoints)."""
-    prompt_for_negative: str = ""
-    """The negative prompt, used wherever guidance is."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
-    prompt_cache: PositiveInt = 1024
-    """Distinct prompts whose embeddings are kept, least recently used first out."""
 
     @model_validator(mode="after")
     def _divisible(self) -> CogVideoXConfig:
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % 16:
-                raise ValueError(f"{name} must be a multiple of 16 (VAE factor 8, patch 2), got {size}")
-        if self.num_frames % 8 != 1:
-            raise ValueError(f"num_frames must be one more than a multiple of 8, got {self.num_frames}")
+        check_divisible(self, side=16, frames=8)
         return self
 
 
-class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
+class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
     """The CogVideoX family."""
 
     Config = CogVideoXConfig
@@ -76,51 +51,9 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
     summary = "CogVideoX text-to-video: v-prediction, zero-terminal-SNR schedule, T5 text"
     per_frame_times = False
     frames_first = True
-
-    def __init__(self, config: CogVideoXConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, device)
-        self.source = resolve_pipeline(config.path, PIPELINES)
-        self._prompts = PromptCache(self._encode_text, config.prompt_cache)
-
-    @property
-    def negative_prompt(self) -> str:
-        return self.config.prompt_for_negative
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The pipeline's tokenizer."""
-        from transformers import AutoTokenizer
-
-        return load_component(AutoTokenizer, self.source, "tokenizer")
-
-    @cached_property
-    def text_encoder(self) -> nn.Module:
-        """The frozen T5 encoder, loaded on first use."""
-        from transformers import T5EncoderModel
-
-        return self._frozen(load_component(T5EncoderModel, self.source, "text_encoder", dtype=torch.float32))
-
-    @cached_property
-    def vae(self) -> Any:
-        """The frozen video autoencoder, loaded on first use."""
-        from diffusers import AutoencoderKLCogVideoX
-
-        return self._frozen(load_component(AutoencoderKLCogVideoX, self.source, "vae", torch_dtype=torch.float32))
-
-    def _frozen(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device).eval().requires_grad_(False)
-
-    @cached_property
-    def _vae_config(self) -> Mapping[str, Any]:
-        from diffusers import AutoencoderKLCogVideoX
-
-        return full_config(AutoencoderKLCogVideoX, self.source, "vae")
-
-    @cached_property
-    def _network_config(self) -> Mapping[str, Any]:
-        from diffusers import CogVideoXTransformer3DModel
-
-        return full_config(CogVideoXTransformer3DModel, self.source, "transformer")
+    transformer_class = "CogVideoXTransformer3DModel"
+    vae_class = "AutoencoderKLCogVideoX"
+    text_encoder_class = "T5EncoderModel"
 
     @cached_property
     def grid(self) -> NoiseGrid:
@@ -164,16 +97,12 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
         Raises:
             UserError: if its position table is made for prompts of another length.
         """
-        from diffusers import CogVideoXTransformer3DModel
-
-        source = self.source if path is None else resolve_pipeline(path, PIPELINES)
-        network = load_component(CogVideoXTransformer3DModel, source, "transformer", torch_dtype=torch.float32)
+        network: Any = super().load_network(path)
         length, wanted = self.config.max_sequence_length, network.config.max_text_seq_length
         if length != wanted and not network.config.use_rotary_positional_embeddings:
+            source = path or self.source
             raise UserError(f"model.max_sequence_length is {length}, the network in {source!r} takes {wanted} tokens")
-        if self.config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        return network.to(self.device).eval()  # type: ignore[no-any-return]
+        return network  # type: ignore[no-any-return]
 
     @classmethod
     def network_time(cls, t: Tensor, config: CogVideoXConfig) -> Tensor:
@@ -194,17 +123,9 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
             )
         return native.flow_velocity_from_v(x, v.float().transpose(1, 2))
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """``prompt_embeds`` ``[B, max_sequence_length, D]``, padding encoded like words, as its pipeline does."""
-        self.check_prompts(self._prompts.missing(prompts))
-        return Condition({"prompt_embeds": self._prompts(prompts, self.device)})
-
     @property
     def extra_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
         return {"text_embedding": (self.config.max_sequence_length, self._network_config["text_embed_dim"])}
-
-    def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        return {"text_embedding": self.encode_prompts(captions).tensors["prompt_embeds"]}
 
     def text_of(self, raw: RawBatch) -> Condition:
         """Every position counts, padding too, so an embedding has to have all of them."""
@@ -218,30 +139,11 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
 
     @torch.no_grad()
     def _encode_text(self, prompt: str) -> Tensor:
-        length = self.config.max_sequence_length
-        ids = self.tokenizer([prompt], padding="max_length", max_length=length, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self.device))[0][0].float()  # type: ignore[no-any-return]
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            count = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-            if count > self.config.max_sequence_length:
-                raise UserError(
-                    f"prompt has {count} tokens, the text encoder takes {self.config.max_sequence_length} "
-                    f"(model.max_sequence_length): {prompt[:80]!r}"
-                )
-
-    @cached_property
-    def codec_key(self) -> str:
-        """SHA-256 of the VAE's config and weights."""
-        return component_hash(self._vae_config, self.vae)
-
-    @torch.no_grad()
-    def encode(self, videos: Tensor) -> Tensor:
-        """The posterior's mean, normalised."""
-        return self.normalise(self.vae.encode(videos.to(self.device)).latent_dist.mode())
+        """Padding is encoded like words, without a mask, as in ``CogVideoXPipeline``."""
+        return self.text_encoder(self._tokens(prompt).input_ids)[0][0].float()  # type: ignore[no-any-return]
 
     def normalise(self, latents: Tensor) -> Tensor:
+        """Times the VAE's one scaling factor."""
         latents = latents * float(self._vae_config["scaling_factor"])
         return torch.cat([latents[:, :, :1].expand(-1, -1, self._padding(latents.shape[2]), -1, -1), latents], dim=2)
 
@@ -249,14 +151,6 @@ class CogVideoXAdapter(DistillAdapter[CogVideoXConfig]):
     def decode(self, latents: Tensor) -> Tensor:
         frames = (self.config.num_frames - 1) // int(self._vae_config["temporal_compression_ratio"]) + 1
         return self.vae.decode(latents[:, :, -frames:] / self.vae.config.scaling_factor, return_dict=False)[0]  # type: ignore[no-any-return]
-
-    @property
-    def source_recipe(self) -> Mapping[str, Any]:
-        return read_recipe(self.source)
-
-    def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """A pipeline folder that ``CogVideoXPipeline.from_pretrained`` loads; all but the transformer is copied."""
-        write_pipeline(self.source, folder, network, recipe)
 
 
 @lru_cache(maxsize=8)

@@ -9,24 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter, StockSampler
+from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import flow_match_sampler
-from fastvideo.distillation.adapters.loading import (
-    PromptCache,
-    component_hash,
-    full_config,
-    load_component,
-    load_config,
-    read_recipe,
-    resolve_pipeline,
-    write_pipeline,
-)
+from fastvideo.distillation.adapters.loading import load_config
+from fastvideo.distillation.adapters.pipeline import PipelineAdapter, PipelineConfig, check_divisible
 from fastvideo.distillation.adapters.wan_inputs import (
     FITTED,
     IMAGE_EMBEDS,
@@ -38,22 +30,18 @@ from fastvideo.distillation.adapters.wan_inputs import (
     fitted_text,
 )
 from fastvideo.distillation.noise import shift_time
-from fastvideo.distillation.types import Condition, RawBatch, UserError
+from fastvideo.distillation.types import Condition, RawBatch
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 TIME_UNITS = 1000.0
 """The time embedding's unit: what diffusers passes as ``timestep`` at ``t = 1``."""
 
 
-class WanConfig(AdapterConfig):
+class WanConfig(PipelineConfig):
     """Options of the Wan family."""
 
     path: str = "tiny"
     """A diffusers Wan pipeline: a folder, a hub id, or `tiny` for the one that ships with this package."""
-    height: PositiveInt = 32
-    """Video height in pixels."""
-    width: PositiveInt = 32
-    """Video width in pixels."""
     num_frames: PositiveInt = 9
     """Video frames; one more than a multiple of the VAE's temporal factor."""
     given_frames: NonNegativeInt = 0
@@ -62,22 +50,10 @@ class WanConfig(AdapterConfig):
     image otherwise and keeps 0."""
     max_sequence_length: PositiveInt = 16
     """Tokens that a prompt may have; the network sees this many, zero-padded (512 for the published checkpoints)."""
-    prompt_for_negative: str = ""
-    """The negative prompt, used wherever guidance is."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
-    prompt_cache: PositiveInt = 1024
-    """Distinct prompts whose embeddings are kept, least recently used first out."""
 
     @model_validator(mode="after")
     def _divisible(self) -> WanConfig:
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % 16:
-                raise ValueError(f"{name} must be a multiple of 16 (VAE factor 8, patch 2), got {size}")
-        if self.num_frames % 4 != 1:
-            raise ValueError(f"num_frames must be one more than a multiple of 4, got {self.num_frames}")
+        check_divisible(self, side=16, frames=4)
         frames = self.num_frames // 4 + 1
         if self.given_frames >= frames:
             raise ValueError(
@@ -86,52 +62,16 @@ class WanConfig(AdapterConfig):
         return self
 
 
-class WanAdapter(DistillAdapter[WanConfig]):
+class WanAdapter(PipelineAdapter[WanConfig]):
     """The Wan family."""
 
     Config = WanConfig
     pipelines = PIPELINES
     published_guidance = 5.0
     summary = "Wan 2.1 and TI2V-5B, from text and images: rectified flow, UMT5 text"
-
-    def __init__(self, config: WanConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, device)
-        self.source = resolve_pipeline(config.path, PIPELINES)
-        self._prompts = PromptCache(self._encode_text, config.prompt_cache)
-
-    @property
-    def negative_prompt(self) -> str:
-        return self.config.prompt_for_negative
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The pipeline's tokenizer."""
-        from transformers import AutoTokenizer
-
-        return load_component(AutoTokenizer, self.source, "tokenizer")
-
-    @cached_property
-    def text_encoder(self) -> nn.Module:
-        """The frozen UMT5 encoder, loaded on first use."""
-        from transformers import UMT5EncoderModel
-
-        return self._frozen(load_component(UMT5EncoderModel, self.source, "text_encoder", dtype=torch.float32))
-
-    @cached_property
-    def vae(self) -> Any:
-        """The frozen video autoencoder, loaded on first use."""
-        from diffusers import AutoencoderKLWan
-
-        return self._frozen(load_component(AutoencoderKLWan, self.source, "vae", torch_dtype=torch.float32))
-
-    @cached_property
-    def _vae_config(self) -> Mapping[str, Any]:
-        from diffusers import AutoencoderKLWan
-
-        return full_config(AutoencoderKLWan, self.source, "vae")
-
-    def _frozen(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device).eval().requires_grad_(False)
+    transformer_class = "WanTransformer3DModel"
+    vae_class = "AutoencoderKLWan"
+    text_encoder_class = "UMT5EncoderModel"
 
     @cached_property
     def inputs(self) -> NetworkInputs:
@@ -164,16 +104,6 @@ class WanAdapter(DistillAdapter[WanConfig]):
 
     def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
         return flow_match_sampler(times, kind)
-
-    def load_network(self, path: str | None = None) -> nn.Module:
-        """A ``WanTransformer3DModel`` in float32, in eval mode (Wan has no dropout)."""
-        from diffusers import WanTransformer3DModel
-
-        source = self.source if path is None else resolve_pipeline(path, PIPELINES)
-        network = load_component(WanTransformer3DModel, source, "transformer", torch_dtype=torch.float32)
-        if self.config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        return network.to(self.device).eval()  # type: ignore[no-any-return]
 
     @classmethod
     def network_time(cls, t: Tensor, config: WanConfig) -> Tensor:
@@ -219,7 +149,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
         return {"text_embedding": (None, self.inputs.text_width), **self._images.extra_shapes}
 
     def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        text = {"text_embedding": self.encode_prompts(captions).tensors["prompt_embeds"]}
+        text = dict(super().encode_extras(videos, captions))
         latent_frames = (videos.shape[2] - 1) // self._images.scale + 1
         return text | self._images.extras(videos.to(self.device), latent_frames)
 
@@ -230,48 +160,25 @@ class WanAdapter(DistillAdapter[WanConfig]):
         fitted = fitted_text(embedding, self.config.max_sequence_length, self.inputs.text_width)
         return Condition({"prompt_embeds": fitted.to(self.device)})
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """``prompt_embeds`` ``[B, max_sequence_length, D]``, zero beyond a prompt's tokens, as in ``WanPipeline``."""
-        self.check_prompts(self._prompts.missing(prompts))
-        return Condition({"prompt_embeds": self._prompts(prompts, self.device)})
-
     @torch.no_grad()
     def _encode_text(self, prompt: str) -> Tensor:
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-        length = self.config.max_sequence_length
-        tokens = self.tokenizer([prompt_clean(prompt)], padding="max_length", max_length=length, return_tensors="pt")
-        tokens = tokens.to(self.device)
+        """Zero beyond the prompt's tokens, as in ``WanPipeline``."""
+        tokens = self._tokens(prompt)
         hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return (hidden.float() * tokens.attention_mask.unsqueeze(-1))[0]  # type: ignore[no-any-return]
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def clean_prompt(self, prompt: str) -> str:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        for prompt in prompts:
-            count = len(self.tokenizer(prompt_clean(prompt), truncation=False, verbose=False).input_ids)
-            if count > self.config.max_sequence_length:
-                raise UserError(
-                    f"prompt has {count} tokens, the text encoder takes {self.config.max_sequence_length} "
-                    f"(model.max_sequence_length): {prompt[:80]!r}"
-                )
+        return prompt_clean(prompt)  # type: ignore[no-any-return]
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
         mean, std = self._vae_config["latents_mean"], self._vae_config["latents_std"]
         return torch.tensor(mean, device=self.device).view(shape), torch.tensor(std, device=self.device).view(shape)
 
-    @cached_property
-    def codec_key(self) -> str:
-        """SHA-256 of the VAE's config and weights."""
-        return component_hash(self._vae_config, self.vae)
-
-    @torch.no_grad()
-    def encode(self, videos: Tensor) -> Tensor:
-        """The posterior's mean, normalised with the VAE's published statistics."""
-        return self.normalise(self.vae.encode(videos.to(self.device)).latent_dist.mode())
-
     def normalise(self, latents: Tensor) -> Tensor:
+        """With the VAE's published statistics."""
         mean, std = (value.to(latents.device) for value in self._latent_statistics())
         return (latents - mean) / std
 
@@ -280,12 +187,7 @@ class WanAdapter(DistillAdapter[WanConfig]):
         mean, std = self._latent_statistics()
         return self.vae.decode(latents * std + mean, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    @property
-    def source_recipe(self) -> Mapping[str, Any]:
-        return read_recipe(self.source)
-
     def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """A pipeline folder that ``WanPipeline.from_pretrained`` loads; everything but the transformer is copied."""
-        write_pipeline(self.source, folder, network, recipe)
+        super().save_pipeline(folder, network, recipe)
         if self.config.given_frames:
             allow_given_frames(folder)

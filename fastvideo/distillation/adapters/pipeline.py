@@ -1,0 +1,173 @@
+"""What families over a diffusers pipeline have in common: its parts, its prompts, its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.loading import (
+    PromptCache,
+    component_hash,
+    full_config,
+    load_component,
+    read_recipe,
+    resolve_pipeline,
+    write_pipeline,
+)
+from fastvideo.distillation.types import Condition, UserError
+
+
+class PipelineConfig(AdapterConfig):
+    """Options of every family over a diffusers pipeline."""
+
+    height: PositiveInt = 32
+    """Video height in pixels."""
+    width: PositiveInt = 32
+    """Video width in pixels."""
+    num_frames: PositiveInt = 9
+    """Video frames."""
+    max_sequence_length: PositiveInt = 16
+    """Tokens that a prompt may have."""
+    prompt_for_negative: str = ""
+    """The negative prompt, used wherever guidance is."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    prompt_cache: PositiveInt = 1024
+    """Distinct prompts whose embeddings are kept, least recently used first out."""
+
+
+def check_divisible(config: PipelineConfig, side: int, frames: int) -> None:
+    """Check that sides are multiples of ``side`` and frames one more than a multiple of ``frames``.
+
+    Raises:
+        ValueError: for the first that is not, as pydantic's validators want it.
+    """
+    for name, size in (("height", config.height), ("width", config.width)):
+        if size % side:
+            raise ValueError(f"{name} must be a multiple of {side} (VAE factor {side // 2}, patch 2), got {size}")
+    if config.num_frames % frames != 1:
+        raise ValueError(f"num_frames must be one more than a multiple of {frames}, got {config.num_frames}")
+
+
+ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
+
+
+class PipelineAdapter(DistillAdapter[ConfigT]):
+    """A family whose weights are a diffusers pipeline folder; heavy parts are loaded on first use."""
+
+    transformer_class: ClassVar[str]
+    """Class of the denoising network, in diffusers."""
+    vae_class: ClassVar[str]
+    """Class of the video autoencoder, in diffusers."""
+    text_encoder_class: ClassVar[str]
+    """Class of the text encoder, in transformers."""
+
+    def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, device)
+        self.source = resolve_pipeline(config.path, self.pipelines)
+        self._prompts = PromptCache(self._encode_text, config.prompt_cache)
+
+    @property
+    def negative_prompt(self) -> str:
+        return self.config.prompt_for_negative
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The pipeline's tokenizer."""
+        return load_component(_class("transformers", "AutoTokenizer"), self.source, "tokenizer")
+
+    @cached_property
+    def text_encoder(self) -> nn.Module:
+        """The frozen text encoder, float32."""
+        encoder = _class("transformers", self.text_encoder_class)
+        return self._frozen(load_component(encoder, self.source, "text_encoder", dtype=torch.float32))
+
+    @cached_property
+    def vae(self) -> Any:
+        """The frozen video autoencoder, float32."""
+        autoencoder = _class("diffusers", self.vae_class)
+        return self._frozen(load_component(autoencoder, self.source, "vae", torch_dtype=torch.float32))
+
+    def _frozen(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def _vae_config(self) -> Mapping[str, Any]:
+        return full_config(_class("diffusers", self.vae_class), self.source, "vae")
+
+    @cached_property
+    def _network_config(self) -> Mapping[str, Any]:
+        return full_config(_class("diffusers", self.transformer_class), self.source, "transformer")
+
+    def load_network(self, path: str | None = None) -> nn.Module:
+        """The transformer in float32, in eval mode (published ones have no dropout)."""
+        source = self.source if path is None else resolve_pipeline(path, self.pipelines)
+        transformer = _class("diffusers", self.transformer_class)
+        network = load_component(transformer, source, "transformer", torch_dtype=torch.float32)
+        if self.config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def clean_prompt(self, prompt: str) -> str:
+        """What the family's pipeline makes of a prompt before it is tokenized."""
+        return prompt
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            count = len(self.tokenizer(self.clean_prompt(prompt), truncation=False, verbose=False).input_ids)
+            if count > self.config.max_sequence_length:
+                raise UserError(
+                    f"prompt has {count} tokens, the text encoder takes {self.config.max_sequence_length} "
+                    f"(model.max_sequence_length): {prompt[:80]!r}"
+                )
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``[B, max_sequence_length, D]``; padding is what the family's own pipeline makes of it."""
+        self.check_prompts(self._prompts.missing(prompts))
+        return Condition({"prompt_embeds": self._prompts(prompts, self.device)})
+
+    def _tokens(self, prompt: str) -> Any:
+        """Ids and mask ``[1, max_sequence_length]`` of one prompt, on the device."""
+        length = self.config.max_sequence_length
+        text = [self.clean_prompt(prompt)]
+        return self.tokenizer(text, padding="max_length", max_length=length, return_tensors="pt").to(self.device)
+
+    def _encode_text(self, prompt: str) -> Tensor:
+        """Embedding ``[max_sequence_length, D]`` of one prompt."""
+        raise NotImplementedError(f"{type(self).__name__} has to say how a prompt is embedded")
+
+    def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        return {"text_embedding": self.encode_prompts(captions).tensors["prompt_embeds"]}
+
+    @cached_property
+    def codec_key(self) -> str:
+        """SHA-256 of the VAE's config and weights."""
+        return component_hash(self._vae_config, self.vae)
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """The posterior's mean, normalised."""
+        return self.normalise(self.vae.encode(videos.to(self.device)).latent_dist.mode())
+
+    @property
+    def source_recipe(self) -> Mapping[str, Any]:
+        return read_recipe(self.source)
+
+    def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """A folder that the pipeline's ``from_pretrained`` loads; everything but the transformer is copied."""
+        write_pipeline(self.source, folder, network, recipe)
+
+
+def _class(library: str, name: str) -> Any:
+    """A class of a library that takes seconds to import, so only when it is needed."""
+    return getattr(import_module(library), name)
