@@ -41,6 +41,8 @@ class Arguments:
     """Where the runs go."""
     out: Path = Path("docs/results.md")
     """The page."""
+    remark: str = ""
+    """A sentence on the circumstances, for the foot of the page."""
 
 
 def measure(seed: int, runs: Path) -> dict[str, Any]:
@@ -115,7 +117,8 @@ def page(arguments: Arguments, figures: list[dict[str, Any]]) -> str:
         machine=platform.machine(),
         count=len(figures),
     )
-    return "\n".join([head, *table(figures), "", *ratios(figures), ""])
+    remark = ["", arguments.remark] if arguments.remark else []
+    return "\n".join([head, *table(figures), "", *ratios(figures), *remark, ""])
 
 
 def main() -> None:
