@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
-from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.base import AdapterConfig, StockSampler
 from fastvideo.distillation.bundle import velocity_of
 from fastvideo.distillation.rollout import euler
 
@@ -70,8 +70,8 @@ def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:
     return {"image": VaeImageProcessor.numpy_to_pil(pixels)[0]}
 
 
-def _sizes(config: Any, pipeline: type[Any]) -> dict[str, Any]:
+def _sizes(config: AdapterConfig, pipeline: type[Any]) -> dict[str, Any]:
     """The config's sizes, as far as the pipeline takes them."""
     taken = inspect.signature(pipeline.__call__).parameters
-    names = ("height", "width", "num_frames", "max_sequence_length")
-    return {name: getattr(config, name) for name in names if name in taken and hasattr(config, name)}
+    names = {"height", "width", "num_frames", "max_sequence_length"}
+    return config.model_dump(include=names & set(taken))

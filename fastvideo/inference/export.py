@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import deviation
@@ -185,11 +184,11 @@ def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _in_precision(network: nn.Module, dtype: str | None) -> nn.Module:
+def _in_precision(network: Any, dtype: str | None) -> Any:
     """Weights rounded to ``dtype``, except those that diffusers keeps in float32 when it loads that precision."""
     if dtype is None:
         return network
-    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    kept = network._keep_in_fp32_modules or ()
     for name, weight in network.named_parameters():
         if weight.is_floating_point() and not set(kept) & set(name.split(".")):
             weight.data = weight.data.to(getattr(torch, dtype))

@@ -69,7 +69,7 @@ def _dataset(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Sour
         latents=adapter.latent_shape if with_latents else None,
         any_size=config.data.buckets,
         extras=adapter.extra_shapes,
-        text_length=getattr(config.model, "max_sequence_length", None),
+        text_length=adapter.text_length,
         normalise=adapter.normalise,
         codec_key=adapter.codec_key if with_latents else None,
     )

@@ -138,6 +138,11 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens of the longest text embedding that the network takes; ``None`` if it has no such limit."""
+        return None
+
+    @property
     def extra_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
         """Shape of one sample of everything but latents that can be computed beforehand, by name; ``None``: any size.
 

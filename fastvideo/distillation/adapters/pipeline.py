@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -78,6 +79,10 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         self._prompts = PromptCache(self._encode_text, config.prompt_cache)
 
     @property
+    def text_length(self) -> int | None:
+        return self.config.max_sequence_length
+
+    @property
     def negative_prompt(self) -> str:
         return self.config.prompt_for_negative
 
@@ -142,9 +147,9 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         text = [self.clean_prompt(prompt)]
         return self.tokenizer(text, padding="max_length", max_length=length, return_tensors="pt").to(self.device)
 
+    @abstractmethod
     def _encode_text(self, prompt: str) -> Tensor:
         """Embedding ``[max_sequence_length, D]`` of one prompt."""
-        raise NotImplementedError(f"{type(self).__name__} has to say how a prompt is embedded")
 
     def encode_extras(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
         return {"text_embedding": self.encode_prompts(captions).tensors["prompt_embeds"]}
