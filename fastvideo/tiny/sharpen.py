@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from fastvideo.inference.progress import tracked
-from fastvideo.tiny.muon import Muon
 from fastvideo.tiny.recipe import SharpenRecipe
-from fastvideo.tiny.train_vae import WAN, Vae, VaeKind, warmed_cosine
+from fastvideo.tiny.train_vae import WAN, Vae, VaeKind, ink_error, split_optimizers, warmed_cosine
 from fastvideo.tiny.vae import encode_moments
 from fastvideo.tiny.world import TinyWorld
 
@@ -24,7 +23,7 @@ def sharpen_decoder(vae: Vae, recipe: SharpenRecipe, kind: VaeKind = WAN) -> Vae
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name.startswith(DECODER))
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizers = _optimizers(parameters, kind.kernels(vae), recipe)
+    optimizers = split_optimizers(parameters, kind.kernels(vae), recipe.muon_rate, recipe.adam_rate)
     share = warmed_cosine(recipe.warm_up, recipe.steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
@@ -42,15 +41,4 @@ def decoder_loss(vae: Vae, kind: VaeKind, videos: torch.Tensor, recipe: SharpenR
     """Weighted reconstruction error of videos ``[B, 3, T, H, W]`` from the means of their posteriors."""
     with torch.no_grad():
         mean, _ = encode_moments(vae, videos)
-    error = kind.decode(vae, mean) - videos
-    weight = 1.0 + recipe.ink_weight * (videos.amax(dim=1, keepdim=True) + 1.0) / 2.0
-    return (weight * (error.abs() + recipe.squared_weight * error.square())).mean()
-
-
-def _optimizers(
-    parameters: list[nn.Parameter], kernels: list[nn.Parameter], recipe: SharpenRecipe
-) -> list[torch.optim.Optimizer]:
-    taken = {id(p) for p in kernels}
-    muon = [p for p in parameters if id(p) in taken]
-    others = [p for p in parameters if id(p) not in taken]
-    return [Muon(muon, recipe.muon_rate), torch.optim.Adam(others, recipe.adam_rate, betas=(0.9, 0.99))]
+    return ink_error(kind.decode(vae, mean), videos, recipe.ink_weight, recipe.squared_weight)

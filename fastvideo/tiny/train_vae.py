@@ -76,7 +76,7 @@ def train_vae(recipe: VaeRecipe, kind: VaeKind = WAN, after_step: StepHook | Non
     """
     vae = kind.build(recipe)
     _use_channels_last(vae)
-    optimizers = _optimizers(vae, kind, recipe)
+    optimizers = split_optimizers(list(vae.parameters()), kind.kernels(vae), recipe.muon_rate, recipe.adam_rate)
     share = warmed_cosine(recipe.warm_up, recipe.steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -102,19 +102,26 @@ def vae_loss(
     """Weighted reconstruction error of videos [B, 3, T, H, W] from a sample of their posterior, and the KL term."""
     mean, log_variance = encode_moments(vae, videos)
     noise = torch.randn(mean.shape, generator=generator)
-    error = kind.decode(vae, mean + (0.5 * log_variance).exp() * noise) - videos
-    ink = (videos.amax(dim=1, keepdim=True) + 1.0) / 2.0
-    weight = 1.0 + recipe.ink_weight * ink
-    reconstruction = (weight * (error.abs() + recipe.squared_weight * error.square())).mean()
+    decoded = kind.decode(vae, mean + (0.5 * log_variance).exp() * noise)
     kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1.0).mean()
-    return reconstruction + recipe.kl_weight * kl
+    return ink_error(decoded, videos, recipe.ink_weight, recipe.squared_weight) + recipe.kl_weight * kl
 
 
-def _optimizers(vae: Vae, kind: VaeKind, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
-    muon = kind.kernels(vae)
-    taken = {id(p) for p in muon}
-    others = [p for p in vae.parameters() if id(p) not in taken]
-    return [Muon(muon, recipe.muon_rate), torch.optim.Adam(others, recipe.adam_rate, betas=(0.9, 0.99))]
+def ink_error(decoded: torch.Tensor, videos: torch.Tensor, ink_weight: float, squared_weight: float) -> torch.Tensor:
+    """Absolute plus weighted squared error, where a pixel of full ink counts `1 + ink_weight` and black counts 1."""
+    error = decoded - videos
+    ink = (videos.amax(dim=1, keepdim=True) + 1.0) / 2.0
+    return ((1.0 + ink_weight * ink) * (error.abs() + squared_weight * error.square())).mean()
+
+
+def split_optimizers(
+    parameters: list[nn.Parameter], kernels: list[nn.Parameter], muon_rate: float, adam_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for those `parameters` that are among `kernels`, Adam for the others."""
+    taken = {id(p) for p in kernels}
+    muon = [p for p in parameters if id(p) in taken]
+    others = [p for p in parameters if id(p) not in taken]
+    return [Muon(muon, muon_rate), torch.optim.Adam(others, adam_rate, betas=(0.9, 0.99))]
 
 
 def warmed_cosine(warm_up: int, steps: int) -> Callable[[int], float]:
