@@ -8,6 +8,8 @@ CONSTRAINTS ?= constraints/cpu.txt
 # That index takes part for torch itself only: what torch needs comes from PyPI, where the pins hold.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Test processes; each has one torch thread.
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 TINY_OUT ?= outputs/tiny_weights
 
@@ -16,7 +18,7 @@ READY := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format types contracts docs-check check demo tiny clean
+.PHONY: help venv test test-slow lint format types contracts docs-check check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +34,11 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
-test: $(READY) ## run the whole test suite (a part: make test PYTEST_ARGS="-k dmd2")
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(READY) ## run the test suite without its slow part (one topic: make test PYTEST_ARGS="-k dmd2")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-slow: $(READY) ## run the tests marked slow: longer fault injection, the whole parity matrix, ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
