@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class RoleHandle:
     optimizer: Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
     ema: nn.Module | None = None
+    _schedule_before: tuple[dict[str, Any], list[float]] = field(default=({}, []), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.network.requires_grad_(self.trainable)
@@ -82,14 +83,36 @@ class RoleHandle:
         """The parameters that this role trains."""
         return [p for p in self.network.parameters() if p.requires_grad]
 
-    def step(self) -> None:
-        """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step.
+
+        Args:
+            skip: float scalar on the device. Where it is 1 the optimizer changes nothing, which the host may not know
+                yet: the schedule moves, and :meth:`take_back` moves it back.
+        """
         if self.optimizer is None:
             raise RuntimeError(f"role {self.name!r} has no optimizer")
-        self.optimizer.step()
+        if skip is None or skips_on_device(self.optimizer):
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what fused kernels look at
+            self.optimizer.step()
+        elif not bool(skip):  # waits for the device: such an optimizer cannot be told otherwise
+            self.optimizer.step()
         if self.lr_scheduler is not None:
+            self._schedule_before = self.lr_scheduler.state_dict(), self._rates()
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def take_back(self) -> None:
+        """Undo the schedule's part of a :meth:`step` that the optimizer left out."""
+        if self.optimizer is None or self.lr_scheduler is None:
+            return
+        state, rates = self._schedule_before
+        self.lr_scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _rates(self) -> list[float]:
+        return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def learning_rate(self) -> float:
@@ -122,6 +145,11 @@ class RoleHandle:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernels take a tensor that says to change nothing (torch's fused ones)."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 class ModelBundle:

@@ -109,6 +109,10 @@ class TrainerConfig(Section):
     """Micro-batches per step; the effective batch is this x batch size x processes."""
     max_grad_norm: PositiveFloat = 1.0
     """Each role's gradient is clipped to this norm."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """What to do about a loss or gradient that is not finite: stop, or leave that step out and go on."""
+    max_skips: NonNegativeInt = 10
+    """With `skip`: the run stops when more steps than this in a row were not finite."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     threads: NonNegativeInt = 0

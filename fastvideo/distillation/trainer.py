@@ -8,22 +8,34 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.distributed import average_gradients
 from fastvideo.distillation.engine.metrics import Metrics
+from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss
-from fastvideo.errors import RunError
+
+__all__ = ["DistillTrainer", "Hook", "LoopOptions", "NonFiniteError"]
 
 
 class Hook(Protocol):
-    """EMA, validation, checkpoint: called in this order after every step."""
+    """Validation, checkpoint: called in this order for every step."""
+
+    def due(self, step: int) -> bool:
+        """Whether it must be called right after this step; otherwise it is called before the next step ends."""
+        ...
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """``step`` counts finished steps; ``active`` are the roles that were stepped."""
+        """``step`` counts finished steps; ``active`` are the roles that were stepped, none if it was left out."""
+        ...
+
+
+class Average(Protocol):
+    """Averaged weights, updated with every step."""
+
+    def after_update(self, step: int, active: Sequence[str], skip: Tensor) -> None:
+        """``step`` counts finished steps; ``skip`` is a scalar on the device, 1 where the step is left out."""
         ...
 
 
@@ -37,15 +49,12 @@ class LoopOptions:
     log_every: int = 10
 
 
-class NonFiniteError(RunError):
-    """A gradient that is not finite: names the role and the step. No state was changed by that step."""
-
-
 class DistillTrainer:
     """Runs a method: accumulation, clipping, stepping, metrics, hooks.
 
     One step consumes ``grad_accumulation`` batches; every role that the method declares active is stepped once, on the
-    mean of its losses. The gradient of a role is averaged over processes.
+    mean of its losses. The gradient of a role is averaged over processes. A step that is not finite is left out on the
+    device; the host learns of it, and does what depends on it (:meth:`settle`), before the next step ends.
     """
 
     def __init__(
@@ -55,71 +64,102 @@ class DistillTrainer:
         options: LoopOptions,
         tracker: Tracker,
         hooks: Sequence[Hook] = (),
+        *,
+        averages: Sequence[Average] = (),
+        guard: NonFiniteGuard | None = None,
     ) -> None:
         self.method, self.prepare, self.options, self.tracker = method, prepare, options, tracker
-        self.hooks = tuple(hooks)
+        self.hooks, self.averages = tuple(hooks), tuple(averages)
+        self.guard = guard or NonFiniteGuard("raise", 0, None)
         self.metrics = Metrics()
         self.step = 0
+        self._open: Attempt | None = None
 
     def run(self, data: Iterator[RawBatch]) -> None:
-        """Train from the current step to ``max_steps``."""
-        with self.tracker.progress(self.options.max_steps, self.step):
-            while self.step < self.options.max_steps:
-                active = self.train_step(data)
-                self.step += 1
-                self._log()
-                for hook in self.hooks:
-                    hook.after_step(self.step, active)
-
-    def train_step(self, data: Iterator[RawBatch]) -> tuple[str, ...]:
-        """One step; the roles that were stepped.
+        """Train from the current step to ``max_steps``.
 
         Raises:
-            NonFiniteError: if a gradient is not finite.
+            NonFiniteError: if a loss or gradient is not finite and the policy does not leave out the step.
         """
-        active = self.method.active_roles(self.step)
-        for _ in range(self.options.grad_accumulation):
-            self._accumulate(self.prepare(next(data)), active)
-        handles = [self.method.bundle[role] for role in active]
-        norms = [self._clip(handle) for handle in handles]
-        for handle, norm in zip(handles, norms, strict=True):
-            rate = torch.tensor(handle.learning_rate)
-            self.metrics.add(**{f"{handle.name}/grad_norm": norm, f"{handle.name}/learning_rate": rate})
-            handle.step()
-        return active
+        with self.tracker.progress(self.options.max_steps, self.step):
+            while self.step < self.options.max_steps:
+                self.train_step(data)
+                if self._wanted_now():
+                    self.settle()
 
-    def _accumulate(self, batch: Batch, active: Sequence[str]) -> None:
+    def _wanted_now(self) -> bool:
+        last = self.step == self.options.max_steps
+        return last or self.step % self.options.log_every == 0 or any(hook.due(self.step) for hook in self.hooks)
+
+    def train_step(self, data: Iterator[RawBatch]) -> tuple[str, ...]:
+        """One step, to be settled; the roles that are stepped if it is finite.
+
+        Raises:
+            NonFiniteError: as :meth:`settle`, about the step before.
+        """
+        attempt = Attempt(self.step, tuple(self.method.active_roles(self.step)), self.method.rng.state_dict())
+        for _ in range(self.options.grad_accumulation):
+            attempt.batches.append(next(data))
+            self._accumulate(self.prepare(attempt.batches[-1]), attempt)
+        handles = [self.method.bundle[role] for role in attempt.active]
+        for handle in handles:
+            average_gradients(handle.parameters())
+            attempt.gradients[handle.name] = clip_gradient(handle, self.options.max_grad_norm)
+        self.settle()
+        skip = attempt.judge().skip
+        for handle in handles:
+            norm, rate = attempt.gradients[handle.name].total, torch.tensor(handle.learning_rate)
+            attempt.metrics.append({f"{handle.name}/grad_norm": norm, f"{handle.name}/learning_rate": rate})
+            handle.step(skip)
+        self.step += 1
+        for average in self.averages:
+            average.after_update(self.step, attempt.active, skip)
+        self._open = attempt
+        return attempt.active
+
+    def settle(self) -> None:
+        """Learn whether the last step was finite, and do what waits for that: metrics, log, hooks.
+
+        Raises:
+            NonFiniteError: if it was not, and the policy allows no more such steps.
+        """
+        attempt, self._open = self._open, None
+        if attempt is None:
+            return
+        step, taken = attempt.step + 1, attempt.active
+        if complaint := self.guard.complaint(attempt):
+            self.tracker.say(complaint)
+            taken = ()
+            for role in attempt.active:
+                self.method.bundle[role].take_back()
+        for observed in attempt.metrics if taken else ():
+            self.metrics.add(**observed)
+        self._log(step)
+        for hook in self.hooks:
+            hook.after_step(step, taken)
+
+    def _accumulate(self, batch: Batch, attempt: Attempt) -> None:
         """Backward of each loss before the next is asked for: one graph is alive at a time."""
-        seen = []
+        active, seen = attempt.active, []
         for loss in self.method.losses(batch, self.step):
             if loss.role not in active:
-                raise RuntimeError(f"the method yielded a loss for {loss.role!r}, active are {tuple(active)}")
+                raise RuntimeError(f"the method yielded a loss for {loss.role!r}, active are {active}")
             (loss.value / self.options.grad_accumulation).backward()  # type: ignore[no-untyped-call]
-            self._record(loss)
+            self._record(loss, attempt)
             seen.append(loss.role)
         if set(seen) != set(active):
-            raise RuntimeError(f"the method declared {tuple(active)} active and yielded losses for {tuple(seen)}")
+            raise RuntimeError(f"the method declared {active} active and yielded losses for {tuple(seen)}")
 
-    def _record(self, loss: RoleLoss) -> None:
+    def _record(self, loss: RoleLoss, attempt: Attempt) -> None:
         values = {"loss": loss.value, **loss.metrics}
-        self.metrics.add(**{f"{loss.role}/{name}": value for name, value in values.items()})
+        attempt.losses.append((loss.role, loss.value.detach()))
+        attempt.metrics.append({f"{loss.role}/{name}": value.detach() for name, value in values.items()})
 
-    def _clip(self, handle: RoleHandle) -> Tensor:
-        """Average and clip one role's gradient; its norm before clipping."""
-        parameters = handle.parameters()
-        average_gradients(parameters)
-        norm = clip_grad_norm_(parameters, self.options.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"step {self.step}: the gradient of role {handle.name!r} is not finite (norm {norm.item()}). "
-                f"Lower its learning rate or the guidance, or look at the batch"
-            )
-        return norm
-
-    def _log(self) -> None:
-        if self.step % self.options.log_every == 0:
+    def _log(self, step: int) -> None:
+        if step % self.options.log_every == 0:
             drained = self.metrics.drain()
-            self.tracker.log(drained, self.step)
+            skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
+            self.tracker.log(drained | skipped, step)
             losses = {name.split("/")[0]: value for name, value in drained.items() if name.endswith("/loss")}
             self._shown = " ".join(f"{role} {value:.3g}" for role, value in losses.items())
         self.tracker.advance(self._shown)
@@ -127,10 +167,11 @@ class DistillTrainer:
     _shown = "distilling"
 
     def state_dict(self) -> dict[str, Any]:
-        """Finished steps and the open metrics window."""
-        return {"step": self.step, "metrics": self.metrics.state_dict()}
+        """Finished steps, the open metrics window, and how many steps were left out."""
+        return {"step": self.step, "metrics": self.metrics.state_dict(), "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`state_dict` was taken."""
         self.step = int(state["step"])
         self.metrics.load_state_dict(state["metrics"])
+        self.guard.load_state_dict(state["guard"])

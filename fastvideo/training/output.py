@@ -19,7 +19,7 @@ from fastvideo.environment import environment
 RUN_FILES = ("config.yaml", "environment.json")
 """What every run writes first, and what makes a folder a run's."""
 HARMLESS = {"output", "device", "validation", "checkpoint"}
-HARMLESS_IN_TRAINER = {"max_steps", "log_every", "threads"}
+HARMLESS_IN_TRAINER = {"max_steps", "log_every", "threads", "non_finite", "max_skips"}
 """What a resumed run may change."""
 
 

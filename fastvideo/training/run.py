@@ -16,6 +16,7 @@ from fastvideo.distillation.bundle import velocity_of
 from fastvideo.distillation.engine.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.ema import EMAHook
+from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
 from fastvideo.distillation.rng import normal, seeded
@@ -88,15 +89,16 @@ def build_trainer(
 ) -> DistillTrainer:
     """The trainer with its averaging and validation hooks."""
     student = method.bundle["student"]
+    averages = [EMAHook(student, config.ema.decay, config.ema.start_step)] if config.ema.enabled else []
     hooks: list[Hook] = []
-    if config.ema.enabled:
-        hooks.append(EMAHook(student, config.ema.decay, config.ema.start_step))
     if config.validation.every and processes.is_main:
         hooks.append(_validation_hook(config, adapter, method, tracker))
     names = ("max_steps", "grad_accumulation", "max_grad_norm", "log_every")
     options = LoopOptions(**config.trainer.model_dump(include=set(names)))
     prepare = partial(adapter.prepare, any_size=config.data.buckets)
-    return DistillTrainer(method, prepare, options, tracker, hooks)
+    folder = Path(config.output) / "non_finite"
+    guard = NonFiniteGuard(config.trainer.non_finite, config.trainer.max_skips, folder, processes.rank)
+    return DistillTrainer(method, prepare, options, tracker, hooks, averages=averages, guard=guard)
 
 
 def _checkpoint_hook(

@@ -96,9 +96,13 @@ class CheckpointHook:
         self.folder, self.parts, self.processes = folder, parts, processes
         self.every, self.keep, self.last_step, self.per_process = every, keep, last_step, tuple(per_process)
 
+    def due(self, step: int) -> bool:
+        """Whether to save after this step: every so often, and after the last."""
+        return bool(self.every) and (step % self.every == 0 or step == self.last_step)
+
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """Save if this step is due, or the last."""
-        if self.every and (step % self.every == 0 or step == self.last_step):
+        """Save if this step is due."""
+        if self.due(step):
             self.save(step)
 
     def save(self, step: int) -> Path:

@@ -65,6 +65,13 @@ def average(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(flag: Tensor) -> Tensor:
+    """A float scalar that is 1 on any process, as 1 on all; in place, without waiting for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace every gradient by its mean over processes, with one collective for all of them."""
     gradients = [p.grad for p in parameters if p.grad is not None]

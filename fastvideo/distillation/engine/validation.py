@@ -33,9 +33,13 @@ class ValidationHook:
     def __init__(self, handle: RoleHandle, sample: Sample, sinks: ValidationSinks, folder: Path, *, every: int) -> None:
         self.handle, self.sample, self.sinks, self.folder, self.every = handle, sample, sinks, folder, every
 
+    def due(self, step: int) -> bool:
+        """Whether to validate after this step."""
+        return bool(self.every) and step % self.every == 0
+
     def after_step(self, step: int, active: Sequence[str]) -> None:
         """Validate if this step is due."""
-        if self.every and step % self.every == 0:
+        if self.due(step):
             self.run(step)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from fastvideo.distillation.builder import build_adapter, build_method, run_sche
 from fastvideo.distillation.config import validate
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions, NonFiniteError
+from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.training.data import build_data
@@ -137,7 +137,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) 
         method.rng.normal_like = noise.next_like  # type: ignore[method-assign]
         method.times = times.next_times  # type: ignore[attr-defined]
         handle = method.bundle["student"]
-        handle.step = lambda: None  # type: ignore[method-assign]
+        handle.step = lambda skip: None  # type: ignore[method-assign]
         options = LoopOptions(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
         DistillTrainer(method, adapter.prepare, options, Tracker(Path(), enabled=False)).train_step(batches)
         gradients.append([p.grad.clone() for p in handle.parameters()])
@@ -157,19 +157,6 @@ class FixedDraws:
 
     def next_times(self, count: int) -> torch.Tensor:
         return next(self.parts)
-
-
-def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(analytic_values: dict) -> None:
-    config = config_of(analytic_values)
-    adapter = build_adapter(config)
-    method = build_method(config, adapter)
-    with torch.no_grad():
-        method.bundle["teacher"].network.mean.fill_(float("nan"))
-    before = {n: p.clone() for n, p in method.bundle["critic"].network.named_parameters()}
-    trainer = DistillTrainer(method, adapter.prepare, LoopOptions(max_steps=1), Tracker(Path(), enabled=False))
-    with pytest.raises(NonFiniteError, match="step 0: the gradient of role 'student'"):
-        trainer.train_step(iter([RawBatch(("0",) * 4)]))
-    assert all(torch.equal(p, before[n]) for n, p in method.bundle["critic"].network.named_parameters())
 
 
 def test_overwrite_never_deletes_what_the_run_reads(analytic_values: dict) -> None:
