@@ -22,7 +22,7 @@ from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.types import Need, UserError
 
 Adapter = DistillAdapter[Any]
 Method = DistillMethod[Any]
@@ -87,6 +87,40 @@ def build_adapter(config: Config, processes: Processes | None = None) -> Adapter
     return load_adapter(config.distill_model)(config.model, (processes or Processes()).device)
 
 
+def lacks(config: MethodConfig, method: type[Method], family: type[Adapter]) -> list[Need]:
+    """What a method with these options needs of a model family and does not get, in alphabetic order."""
+    return sorted(method.needs_of(config) - family.supports)
+
+
+def check_needs(config: Config) -> None:
+    """Check that the family gives what the method needs.
+
+    Raises:
+        UserError: with what is lacking, and what would work instead.
+    """
+    method, name = load_method(config.distill_method), config.distill_model
+    lacking = lacks(config.method, method, load_adapter(name))
+    if not lacking:
+        return
+    fitting = [other for other in ADAPTERS if not lacks(config.method, method, load_adapter(other))]
+    methods = [
+        other for other in METHODS if not lacks(load_method(other).Config(), load_method(other), load_adapter(name))
+    ]
+    hint = "set method.jvp: central_difference; " if "jvp" in lacking else ""
+    raise UserError(
+        f"{config.distill_method} needs {' and '.join(lacking)} of the model family, which {name} does not have: {hint}"
+        f"families that do: {', '.join(fitting) or 'none'}; methods that run on {name}: {', '.join(methods) or 'none'}"
+    )
+
+
+def load_role(config: Config, adapter: Adapter, role: str) -> nn.Module:
+    """The network of a role as training starts with it: the student of a method of flow maps is one."""
+    network = adapter.load_network(config.roles[role].path)
+    if role == "student" and "flow_map" in load_method(config.distill_method).needs_of(config.method):
+        adapter.add_flow_map(network)
+    return network
+
+
 def build_method(
     config: Config,
     adapter: Adapter,
@@ -102,16 +136,19 @@ def build_method(
         networks: networks by role, instead of loading them.
 
     Raises:
-        UserError: if the roles are not what the method needs; nothing is loaded then.
+        UserError: if the roles or the family are not what the method needs; nothing is loaded then.
     """
     processes = processes or Processes()
     method = load_method(config.distill_method)
     trainable = {name: role.trainable for name, role in config.roles.items()}
     check_roles(trainable, (*method.trainable_roles, *method.frozen_roles), method.trainable_roles)
+    check_needs(config)
     adapter.ensure_negative_conditioning()
+    heads = method.heads(config.method, adapter)
     handles = []
     for name, role in config.roles.items():
-        network = networks[name] if networks else adapter.load_network(role.path)
+        own = (networks or {}).get(name, heads.get(name))
+        network = load_role(config, adapter, name) if own is None else own.to(adapter.device)
         handles.append(RoleHandle(name, adapter, network, role.trainable))
     for role_name, options in method.optimizers(config.method).items():
         attach_optimizer(next(h for h in handles if h.name == role_name), options)

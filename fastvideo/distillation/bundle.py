@@ -18,22 +18,36 @@ from fastvideo.distillation.types import Condition, UserError
 class VelocityModel(Protocol):
     """The part of an adapter that a role needs: its network's prediction in rectified-flow form."""
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Float32 ``E[noise - x0 | x_t]`` of shape ``[B, C, F, H, W]``, for ``t`` in ``[0, 1]``."""
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
+        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]`` at ``t`` in ``[0, 1]``, or its mean down to ``r``."""
         ...
 
 
-def velocity_of(adapter: VelocityModel, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def velocity_of(
+    adapter: VelocityModel,
+    network: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    *,
+    r: Tensor | None = None,
+) -> Tensor:
     """A network's velocity, float32: the one way from training, validation and sampling to an adapter.
+
+    With ``r`` it is a flow map's mean velocity from ``t`` down to ``r`` (``x_r = x_t - (t - r) u``).
 
     Given frames of the condition reach the network clean, at time 0, whatever ``x_t`` holds there. Their own velocity
     is known, ``(x_t - clean) / t``, so it is returned instead of a prediction: every formula on velocities (x0, noise,
     a step, guidance) is right for them too, and no gradient comes from them.
     """
     given = condition.given
+    # Only a flow map is asked with r, so that a family without one need not know of it.
+    down_to = {} if r is None else {"r": r if given is None else given.times(r)}
     if given is None:
-        return adapter.velocity(network, x_t, t, condition)
-    u = adapter.velocity(network, given.fill(x_t), given.times(t), condition)
+        return adapter.velocity(network, x_t, t, condition, **down_to)
+    u = adapter.velocity(network, given.fill(x_t), given.times(t), condition, **down_to)
     return x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
 
 
@@ -56,9 +70,13 @@ class RoleHandle:
     def __post_init__(self) -> None:
         self.network.requires_grad_(self.trainable)
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's velocity, float32; see :func:`velocity_of`."""
-        return velocity_of(self.adapter, self.network, x_t, t, condition)
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None) -> Tensor:
+        """The network's velocity, float32, or a flow map's mean velocity down to ``r``; see :func:`velocity_of`."""
+        return velocity_of(self.adapter, self.network, x_t, t, condition, r=r)
+
+    def flow_map(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        """The sample at times ``r``: ``x_t - (t - r) u(x_t, t, r)``; given frames come as they are at ``r``."""
+        return velocity_to_x0(x_t, self.velocity(x_t, t, condition, r=r), t - r)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's estimate of the clean latents, float32; given frames are exact."""
@@ -66,13 +84,20 @@ class RoleHandle:
         return x0 if condition.given is None else condition.given.fill(x0)
 
     def guided_velocity(
-        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        negative: Condition,
+        guidance: float,
+        *,
+        r: Tensor | None = None,
     ) -> Tensor:
         """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two."""
-        conditional = self.velocity(x_t, t, condition)
+        conditional = self.velocity(x_t, t, condition, r=r)
         if guidance == 1.0:
             return conditional
-        return guide(self.velocity(x_t, t, negative), conditional, guidance)
+        return guide(self.velocity(x_t, t, negative, r=r), conditional, guidance)
 
     def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
         """Clean latents under standard guidance (guiding x0 or velocity is the same: both are affine in ``x_t``)."""

@@ -1,22 +1,28 @@
 """Generation: the same code trains, validates and generates, so a student meets at test time what it met in training.
 
-The rollouts take a *velocity function* ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition already bound.
+The rollouts take a *velocity function* ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition already bound; a
+flow map's takes ``r`` too and answers the mean velocity from ``t`` down to it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fastvideo.distillation.noise import add_noise, velocity_to_x0
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
 NoiseLike = Callable[[Tensor], Tensor]
-SamplerKind = Literal["renoise", "euler"]
+SamplerKind = Literal["renoise", "euler", "flow_map"]
+
+
+class Velocity(Protocol):
+    """``u(x_t, t)``; only a flow map is asked with ``r``, for the mean velocity from ``t`` down to ``r``."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor: ...
 
 
 def at_time(x: Tensor, t: float) -> Tensor:
@@ -57,11 +63,24 @@ def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
     return x
 
 
+def flow_map(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
+    """Jump down ``times`` to 0: ``x <- x - (t - r) u(x, t, r)``, one call per jump (MeanFlow arXiv 2505.13447, eq. 12).
+
+    With an exact flow map the result does not depend on the times in between. Gradient flows if the caller has it on.
+    """
+    x = noise
+    for t, r in zip(times, (*times[1:], 0.0), strict=True):
+        x = x - (t - r) * velocity(x, at_time(x, t), r=at_time(x, r))
+    return x
+
+
 @torch.no_grad()
 def generate(
     kind: SamplerKind, velocity: Velocity, noise: Tensor, times: Sequence[float], noise_like: NoiseLike
 ) -> Tensor:
-    """Clean latents by the named sampler; ``euler`` is deterministic and draws nothing from ``noise_like``."""
+    """Clean latents by the named sampler; only ``renoise`` draws from ``noise_like``."""
     if kind == "euler":
         return euler(velocity, noise, times)
+    if kind == "flow_map":
+        return flow_map(velocity, noise, times)
     return few_step(velocity, noise, times, noise_like)

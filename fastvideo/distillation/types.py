@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from fastvideo.errors import UserError
 
-__all__ = ["Batch", "Condition", "Given", "RawBatch", "RoleLoss", "UserError", "free_means"]
+__all__ = ["Batch", "Condition", "Given", "Need", "RawBatch", "RoleLoss", "UserError", "free_means"]
+
+Need = Literal["flow_map", "jvp", "features"]
+"""What a method may need of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of
+``velocity``, features inside the network."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ def run_export(arguments: ExportArguments) -> Export:
     spec = model.sampler(arguments.steps)
     # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
     fitted = model.is_student or arguments.steps is not None
+    fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
     stock = model.adapter.stock_sampler(spec.times, spec.kind) if fitted else None
-    warnings = (*_ladder_warnings(spec, stock), *_image_warnings(model))
+    warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = _facts(out.name, source, model, spec, stock, arguments.dtype, warnings)
     _write(out, model, facts)
     return Export(out, _summary(arguments.out, source, facts), warnings)
@@ -100,6 +101,15 @@ def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str
         f"{shown(stock.times)} instead (largest difference {deviation(stock.times, spec.times):.4f}), so its videos "
         f"differ from those of `fastvideo generate`. To train on what it yields: ladder.times "
         f"{[round(time, 7) for time in stock.times]}",
+    )
+
+
+def _flow_map_warnings(spec: SamplerSpec) -> tuple[str, ...]:
+    if spec.kind != "flow_map":
+        return ()
+    return (
+        "this student is a flow map: its network reads where a step ends, by a head in the folder that stock diffusers "
+        "leaves out (it then samples like an undistilled model). Sample it with `fastvideo generate`",
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.loading import resolve_pipeline
-from fastvideo.distillation.builder import build_adapter, families, load_adapter, run_schema
+from fastvideo.distillation.builder import build_adapter, families, load_adapter, load_role, run_schema
 from fastvideo.distillation.config import read_yaml, validate
 from fastvideo.distillation.engine.checkpoint import complete_checkpoints, role_parts, role_weights, verified_manifest
 from fastvideo.distillation.types import UserError
@@ -121,6 +121,6 @@ def _unfinished(source: Source) -> LoadedModel:
     schema = run_schema(values.get("distill_model", ""), values.get("distill_method", ""))
     config = validate(schema, values, f"{source.run}/{RUN_CONFIG}")
     adapter = build_adapter(config)
-    network = adapter.load_network(config.roles["student"].path).requires_grad_(False)
+    network = load_role(config, adapter, "student").requires_grad_(False)
     recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]
     return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)

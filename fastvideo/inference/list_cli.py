@@ -1,4 +1,4 @@
-"""``fastvideo list``: methods and model families, and what each method needs."""
+"""``fastvideo list``: methods and model families, what each method needs, and which go together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH_IN_PIPE = 120
 
 @dataclass(frozen=True)
 class ListArguments:
-    """List the methods and the model families; any method runs on any family."""
+    """List the methods and the model families, and which go together."""
 
 
 def split_paper(summary: str) -> tuple[str, str]:
@@ -35,12 +35,28 @@ def method_table() -> Table:
 
     from fastvideo.distillation.builder import METHODS, load_method
 
-    table = Table("method", "what it does", "arXiv", "trained roles", "frozen roles", "data", title="methods")
+    table = Table("method", "what it does", "arXiv", "trained roles", "frozen roles", title="methods")
     for name in METHODS:
         method = load_method(name)
         what, paper = split_paper(method.summary)
-        data = "videos" if method.uses_latents(method.Config()) else "prompts suffice"
-        table.add_row(name, what, paper, ", ".join(method.trainable_roles), ", ".join(method.frozen_roles) or "-", data)
+        table.add_row(name, what, paper, ", ".join(method.trainable_roles), ", ".join(method.frozen_roles) or "-")
+    return table
+
+
+def combination_table() -> Table:
+    """One row per method: what it needs by default, and for every family `yes` or what the family lacks."""
+    from rich.table import Table
+
+    from fastvideo.distillation.builder import ADAPTERS, METHODS, lacks, load_adapter, load_method
+
+    table = Table("method", "data", "needs of the family", *ADAPTERS, title="what goes together")
+    for name in METHODS:
+        method = load_method(name)
+        config = method.Config()
+        data = "videos" if method.uses_latents(config) else "prompts suffice"
+        lacking = [lacks(config, method, load_adapter(family)) for family in ADAPTERS]
+        cells = [f"no {', '.join(missing)}" if missing else "yes" for missing in lacking]
+        table.add_row(name, data, ", ".join(sorted(method.needs_of(config))) or "-", *cells)
     return table
 
 
@@ -57,14 +73,15 @@ def family_table() -> Table:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print both tables; the exit code."""
+    """Print the tables; the exit code."""
     tyro.cli(ListArguments, args=list(argv), prog="fastvideo list")
 
     from rich.console import Console
 
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
-    console.print(method_table())
-    console.print(family_table())
-    console.print("Any method runs on any family: distill_method and distill_model in a config, or the flags.")
+    for table in (method_table(), family_table(), combination_table()):
+        console.print(table)
+    console.print("Name a pair in a config (distill_method, distill_model), or with the flags of the same names.")
+    console.print("A need of jvp goes away with method.jvp: central_difference.")
     return 0

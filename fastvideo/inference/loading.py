@@ -55,8 +55,10 @@ class LoadedModel:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.published_guidance)
         guidance = float(default if guidance is None else guidance)
         if self.is_student:
-            ladder = self.ladder.first(steps or len(self.ladder))
-            return SamplerSpec.student(ladder, guidance, student_sampler(self.recipe))
+            kind = student_sampler(self.recipe)
+            if kind == "flow_map" and steps not in (None, 1, len(self.ladder)):
+                return SamplerSpec.student(Ladder.uniform(steps), guidance, kind)  # it jumps between any two times
+            return SamplerSpec.student(self.ladder.first(steps or len(self.ladder)), guidance, kind)
         return SamplerSpec.teacher(self.adapter.teacher_times(steps or TEACHER_STEPS), guidance)
 
 

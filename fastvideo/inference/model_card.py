@@ -21,6 +21,7 @@ CALL_OPTIONS = ("height", "width", "num_frames", "max_sequence_length")
 SAMPLERS = {
     "renoise": "re-noising (after each call the clean estimate is noised again, with fresh noise, to the next time)",
     "euler": "Euler (deterministic steps along the velocity)",
+    "flow_map": "flow map (deterministic jumps along the mean velocity of each step)",
 }
 PACKAGE_LICENSE = {"license": "apache-2.0"}
 """Of the pipelines that ship inside this package."""

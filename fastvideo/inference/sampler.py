@@ -155,8 +155,8 @@ def _velocity(
         negative = adapter.encode_prompts([text] * len(prompts)) | first
     calls = len(prompts) * (1 if guidance == 1.0 else 2)
 
-    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-        u = role.guided_velocity(x_t, t, condition, negative, guidance)
+    def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        u = role.guided_velocity(x_t, t, condition, negative, guidance, r=r)
         if progress is not None:
             progress(calls)
         return u

@@ -69,6 +69,8 @@ def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool)
         tracker.say(f"resumed at step {step} from {checkpoint.folder}")
     trainer.hooks = (*trainer.hooks, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
+    for note in method.notes:
+        tracker.say(note)
     trainer.run(data)
     if processes.is_main:
         save_result(config, adapter, method, output / "student")

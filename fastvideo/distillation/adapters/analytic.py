@@ -20,7 +20,7 @@ from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Condition, UserError
 
-NETWORKS = ("denoiser", "consistency")
+NETWORKS = ("denoiser", "consistency", "mean_velocity")
 WEIGHTS = "network.safetensors"
 
 
@@ -28,8 +28,8 @@ class AnalyticConfig(AdapterConfig):
     """A Gaussian (one component) or a mixture."""
 
     path: str = "denoiser"
-    """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow; one component only), or a
-    folder that a run of this family wrote."""
+    """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow; one component only),
+    `mean_velocity` (the exact flow map; one component only), or a folder that a run of this family wrote."""
     means: tuple[float, ...] = (0.7,)
     """Means of the components."""
     stds: tuple[PositiveFloat, ...] = (0.4,)
@@ -97,11 +97,41 @@ class GaussianConsistency(nn.Module):
         return (x_t - x0) / sigma.clamp_min(1e-6)  # at time 0, where given frames are, x0 is x_t
 
 
+class GaussianMeanVelocity(nn.Module):
+    """Exact mean velocity ``(x_t - x_r) / (t - r)`` of the flow of a Gaussian, without dividing by ``t - r``.
+
+    ``-mu + q y`` with ``q = ((t + r)(1 + s^2) - 2 s^2) / (v_t (1 + sqrt(v_r / v_t)))``; the velocity at ``r = t``.
+    """
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(std).log())
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of what it generates."""
+        return self.log_std.exp()
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, r: Tensor | None = None) -> Tensor:
+        """Mean velocity from ``t`` down to ``r``, in the dtype of ``x_t``."""
+        mean, variance = self.mean + shift.view(-1, *[1] * (x_t.ndim - 1)), self.std**2
+        t, r = expand_time(t, x_t), expand_time(t if r is None else r, x_t)
+        v_t, v_r = (1 - t) ** 2 * variance + t**2, (1 - r) ** 2 * variance + r**2
+        slope = ((t + r) * (1 + variance) - 2 * variance) / (v_t * (1 + (v_r / v_t).sqrt()))
+        return slope * (x_t - (1 - t) * mean) - mean
+
+
+MAPS = {"consistency": GaussianConsistency, "mean_velocity": GaussianMeanVelocity}
+"""Exact maps along the flow of a Gaussian, by name."""
+
+
 class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
     """Gaussians and mixtures."""
 
     Config = AnalyticConfig
     summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
+    supports = frozenset({"flow_map", "jvp"})
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -114,31 +144,49 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         """A network of the configured distribution.
 
         Raises:
-            UserError: for an unknown kind, or ``consistency`` of more than one component.
+            UserError: for an unknown kind, or a map along the flow of more than one component.
         """
         kind, config = path or self.config.path, self.config
         if (Path(kind) / WEIGHTS).is_file():
             return self._read(Path(kind) / WEIGHTS)
         if kind == "denoiser":
             return MixtureDenoiser(config.means, config.stds, config.weights).to(self.device)
-        if kind == "consistency" and len(config.means) == 1:
-            return GaussianConsistency(config.means[0], config.stds[0]).to(self.device)
-        if kind == "consistency":
-            raise UserError(f"analytic model 'consistency' needs one component, the config has {len(config.means)}")
-        raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
+        if kind not in MAPS:
+            raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
+        if len(config.means) > 1:
+            raise UserError(f"analytic model {kind!r} needs one component, the config has {len(config.means)}")
+        return MAPS[kind](config.means[0], config.stds[0]).to(self.device)
 
     def _read(self, file: Path) -> nn.Module:
+        from safetensors import safe_open
         from safetensors.torch import load_file
 
         state, config = load_file(file), self.config
-        network: nn.Module = GaussianConsistency(config.means[0], config.stds[0])
         if "log_weight" in state:
-            network = MixtureDenoiser(config.means, config.stds, config.weights)
+            network: nn.Module = MixtureDenoiser(config.means, config.stds, config.weights)
+        else:
+            with safe_open(file, "pt") as opened:
+                kind = (opened.metadata() or {}).get("kind", "consistency")
+            network = MAPS[kind](config.means[0], config.stds[0])
         network.load_state_dict(state)
         return network.to(self.device)
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return network(x_t, t, condition.tensors["shift"])  # type: ignore[no-any-return]
+    def add_flow_map(self, network: nn.Module) -> None:
+        """Check that the network is one already: an exact one cannot be extended.
+
+        Raises:
+            UserError: if it is not.
+        """
+        if not isinstance(network, GaussianMeanVelocity):
+            raise UserError(
+                "the analytic family's flow map is the network 'mean_velocity': roles.student.path names it"
+            )
+
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
+        down_to = {} if r is None else {"r": r}
+        return network(x_t, t, condition.tensors["shift"], **down_to)  # type: ignore[no-any-return]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """``shift`` ``[B]``: the caption as a number."""
@@ -163,5 +211,6 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(network.state_dict(), folder / WEIGHTS)
+        kind = next((kind for kind, cls in MAPS.items() if isinstance(network, cls)), "denoiser")
+        save_file(network.state_dict(), folder / WEIGHTS, metadata={"kind": kind})
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
+from fastvideo.distillation.types import Batch, Condition, Need, RawBatch, UserError
 
 
 class AdapterConfig(BaseModel):
@@ -62,6 +62,8 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     """Guidance that the family's authors sample with, for a model folder that names none."""
     frames_first: ClassVar[bool] = False
     """Whether the diffusers pipeline has its latents as ``[B, F, C, H, W]``."""
+    supports: ClassVar[frozenset[Need]] = frozenset()
+    """What :meth:`velocity` does beyond the velocity; a method that needs more is refused before anything is loaded."""
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -80,13 +82,25 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def load_network(self, path: str | None = None) -> nn.Module:
         """The denoising network with its weights, on the device, from ``path`` or else ``config.path``."""
 
+    def add_flow_map(self, network: nn.Module) -> None:
+        """Make a flow map of a network: one that reads ``r``, and at first answers as before whatever ``r`` is.
+
+        Raises:
+            UserError: for a family that has none (``supports``).
+        """
+        raise UserError(f"{type(self).__name__} has no flow maps: its networks take one time, not two")
+
     @abstractmethod
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
         """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``.
 
         ``t`` are rectified-flow times, float32 ``[B]`` or per frame ``[B, F]``.
 
-        A family that predicts something else, or on another schedule, converts here (``noise.Interpolant``).
+        A family that predicts something else, or on another schedule, converts here (``noise.Interpolant``). With ``r``
+        (shape of ``t``, ``r <= t``; families that support ``flow_map``) it is the mean velocity over ``[r, t]``:
+        ``x_r = x_t - (t - r) u``.
         """
 
     @classmethod

@@ -54,6 +54,7 @@ class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
     transformer_class = "CogVideoXTransformer3DModel"
     vae_class = "AutoencoderKLCogVideoX"
     text_encoder_class = "T5EncoderModel"
+    time_embedding = "time_embedding"
 
     @cached_property
     def grid(self) -> NoiseGrid:
@@ -108,12 +109,14 @@ class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
     def network_time(cls, t: Tensor, config: CogVideoXConfig) -> Tensor:
         return _grid(resolve_pipeline(config.path, PIPELINES)).timestep(t)
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
         if t.ndim != 1:
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
         native = _variance_preserving(t)
         x = native.from_flow(x_t)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        with self._autocast(x_t), self._reading(network, None if r is None else t - r):
             (v,) = network(
                 hidden_states=x.transpose(1, 2),
                 encoder_hidden_states=condition.tensors["prompt_embeds"],

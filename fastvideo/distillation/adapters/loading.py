@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.adapters.flow_map import HEAD_FILE, save_head, without_head
 from fastvideo.distillation.types import UserError
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline"}
@@ -121,16 +122,22 @@ def read_recipe(source: str) -> Mapping[str, Any]:
 
 
 def write_pipeline(source: str, folder: Path, transformer: nn.Module, recipe: Mapping[str, Any]) -> None:
-    """The pipeline ``source`` under ``folder`` with another transformer and another ``recipe.json``."""
+    """The pipeline ``source`` under ``folder`` with another transformer and another ``recipe.json``.
+
+    A flow map's head is written beside the transformer and not into it, which stock diffusers goes on to load.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for item in Path(source).iterdir():
-        if item.name in ("transformer", "recipe.json"):
+        if item.name in ("transformer", "recipe.json", HEAD_FILE):
             continue
         if item.is_dir():
             shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
         else:
             shutil.copy2(item, folder / item.name)
-    transformer.save_pretrained(folder / "transformer")  # type: ignore[operator]
+    with without_head(transformer) as head:
+        transformer.save_pretrained(folder / "transformer")  # type: ignore[operator]
+    if head is not None:
+        save_head(head, folder)
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.flow_map import add_head, load_head, reading
 from fastvideo.distillation.adapters.loading import (
     PromptCache,
     component_hash,
@@ -72,6 +75,9 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
     """Class of the video autoencoder, in diffusers."""
     text_encoder_class: ClassVar[str]
     """Class of the text encoder, in transformers."""
+    time_embedding: ClassVar[str]
+    """Module of the denoising network whose output is the time embedding: where a flow map's second time goes in."""
+    supports = frozenset({"flow_map", "jvp"})
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -115,13 +121,28 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         return full_config(_class("diffusers", self.transformer_class), self.source, "transformer")
 
     def load_network(self, path: str | None = None) -> nn.Module:
-        """The transformer in float32, in eval mode (published ones have no dropout)."""
+        """The transformer in float32, in eval mode (published ones have no dropout), with a flow map's head."""
         source = self.source if path is None else resolve_pipeline(path, self.pipelines)
         transformer = _class("diffusers", self.transformer_class)
         network = load_component(transformer, source, "transformer", torch_dtype=torch.float32)
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        load_head(network, self.time_embedding, Path(source))
         return network.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def add_flow_map(self, network: nn.Module) -> None:
+        add_head(network, self.time_embedding)
+
+    def _reading(self, network: nn.Module, span: Tensor | None) -> AbstractContextManager[None]:
+        """Calls inside read ``span`` = ``t - r`` beside their times."""
+        return reading(network, self.time_embedding, span)
+
+    def _autocast(self, x_t: Tensor) -> torch.autocast:
+        """Autocast as configured, but for a derivative: bfloat16 would leave mostly noise of it (arXiv 2410.11081)."""
+        derived = unpack_dual(x_t).tangent is not None  # type: ignore[no-untyped-call]
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16" and not derived
+        )
 
     def clean_prompt(self, prompt: str) -> str:
         """What the family's pipeline makes of a prompt before it is tokenized."""

@@ -72,6 +72,7 @@ class WanAdapter(PipelineAdapter[WanConfig]):
     transformer_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
     text_encoder_class = "UMT5EncoderModel"
+    time_embedding = "condition_embedder.time_embedder"
 
     @cached_property
     def inputs(self) -> NetworkInputs:
@@ -109,13 +110,16 @@ class WanAdapter(PipelineAdapter[WanConfig]):
     def network_time(cls, t: Tensor, config: WanConfig) -> Tensor:
         return t * TIME_UNITS
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        timestep = self.network_time(t, self.config)
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
+        timestep, span = self.network_time(t, self.config), None if r is None else t - r
         if t.ndim == 2:
             timestep = self._per_token(timestep, x_t, network)
+            span = None if span is None else self._per_token(span, x_t, network)
         tensors = condition.tensors
         x = torch.cat([x_t, tensors[IMAGE_LATENTS]], dim=1) if IMAGE_LATENTS in tensors else x_t
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        with self._autocast(x_t), self._reading(network, span):
             (u,) = network(x, timestep, tensors["prompt_embeds"], tensors.get(IMAGE_EMBEDS), return_dict=False)
         return u.float()  # type: ignore[no-any-return]
 

@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import nn
 
-from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.jvp import JVPMode
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, RoleLoss
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 
 class OptimizerConfig(BaseModel):
@@ -50,6 +52,22 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class DerivativeConfig(MethodConfig):
+    """Options of a method that takes the derivative of its student along a direction."""
+
+    jvp: JVPMode = "autodiff"
+    """`autodiff` is forward-mode and exact; `central_difference` is for networks that it does not work with."""
+    jvp_step: PositiveFloat = 1e-3
+    """Step of the central difference, in the unit of the method's time; `autodiff` has none."""
+
+    @property
+    def derivative_note(self) -> str:
+        """What the log says about it."""
+        if self.jvp == "autodiff":
+            return "derivatives: forward-mode autodiff, attention in SDPA's math backend, float32"
+        return f"derivatives: central differences with step {self.jvp_step:g}"
+
+
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 
@@ -75,8 +93,12 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """The sampler that the training matches: validation, generation and the recipe of the result use it."""
     needs_latents: ClassVar[bool] = False
     """Whether every config of this method trains on clean latents; see :meth:`uses_latents`."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it needs of the model family, at most; see :meth:`needs_of`. ``flow_map`` is about the student's network."""
     summary: ClassVar[str]
     """One line: what it is and its paper."""
+    notes: tuple[str, ...] = ()
+    """What a run says once in its log about choices that do not show in the metrics."""
 
     def __init__(self, config: ConfigT, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         bundle.require_roles((*self.trainable_roles, *self.frozen_roles), trainable=self.trainable_roles)
@@ -94,6 +116,16 @@ class DistillMethod(ABC, Generic[ConfigT]):
     def uses_latents(cls, config: ConfigT) -> bool:
         """Whether this configuration needs clean latents, or prompts alone."""
         return cls.needs_latents
+
+    @classmethod
+    def needs_of(cls, config: ConfigT) -> frozenset[Need]:
+        """What this configuration needs of the model family; a family that lacks it is refused before loading."""
+        return cls.needs
+
+    @classmethod
+    def heads(cls, config: ConfigT, family: VelocityModel) -> Mapping[str, nn.Module]:
+        """Networks of the roles that are the method's own and not the family's, such as a loss weight, by role."""
+        return {}
 
     def active_roles(self, step: int) -> tuple[str, ...]:
         """The roles that are stepped at ``step``: the only truth about who trains."""

@@ -41,7 +41,9 @@ class Drifting(AnalyticAdapter):
 
     calls = 0
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
         self.calls += 1
         return super().velocity(network, x_t, t, condition) + self.calls
 

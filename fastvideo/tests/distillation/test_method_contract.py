@@ -217,9 +217,9 @@ def test_the_declared_sampler_reproduces_the_truth(name: str) -> None:
     method, streams = toy_method(name, adapter), RandomStreams(4)
     condition = adapter.negative(2000)
 
-    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+    def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         adapter.calls.clear()
-        return method.bundle["student"].velocity(x_t, t, condition)
+        return method.bundle["student"].velocity(x_t, t, condition, r=r)
 
     noise = streams.normal((2000, *adapter.latent_shape))
     x0 = generate(method.sampler, velocity, noise, toy.sampler.times, streams.normal_like)
@@ -234,9 +234,13 @@ def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan:
     wan = type(wan)(wan_config(tiny_wan, precision="bfloat16"))
     wan.ensure_negative_conditioning()
     cls, toy = load_method(name), TOYS.get(name, Toy({}))
-    roles = (*cls.trainable_roles, *cls.frozen_roles)
-    handles = [RoleHandle(role, wan, wan.load_network(), trainable=role in cls.trainable_roles) for role in roles]
-    method = cls(cls.Config(**toy.config), ModelBundle(handles), LADDER, RandomStreams(3))
+    config = cls.Config(**toy.config)
+    networks = {role: wan.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles)}
+    if "flow_map" in cls.needs_of(config):
+        wan.add_flow_map(networks["student"])
+    networks |= cls.heads(config, wan)
+    handles = [RoleHandle(role, wan, network, role in cls.trainable_roles) for role, network in networks.items()]
+    method = cls(config, ModelBundle(handles), LADDER, RandomStreams(3))
     move_apart(method)
     latents = RandomStreams(1).normal((2, *wan.latent_shape))
     for loss in method.losses(wan.prepare(RawBatch(("red seven", "a three"), latents)), 0):

@@ -30,6 +30,7 @@ class Call:
     t: Tensor
     condition: Condition
     output: Tensor
+    r: Tensor | None = None
 
 
 class SpyAdapter(AnalyticAdapter):
@@ -39,11 +40,13 @@ class SpyAdapter(AnalyticAdapter):
         super().__init__(config)
         self.calls: list[Call] = []
 
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output = super().velocity(network, x_t, t, condition)
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+    ) -> Tensor:
+        output = super().velocity(network, x_t, t, condition, r=r)
         if output.requires_grad:
             output.retain_grad()
-        self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output))
+        self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output, r))
         return output
 
     def of(self, handle: RoleHandle) -> list[Call]:
@@ -133,15 +136,24 @@ TOYS = {
 
 
 def toy_bundle(
-    method: type[DistillMethod[Any]], adapter: AnalyticAdapter, student: str, mean: float = MEAN, std: float = STD
+    method: type[DistillMethod[Any]],
+    adapter: AnalyticAdapter,
+    student: str,
+    mean: float = MEAN,
+    std: float = STD,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> ModelBundle:
-    """Every role that a method asks for: the truth, except that trainable ones start at N(mean, std^2)."""
+    """Every role that a method asks for: the truth, except that trainable ones start at N(mean, std^2).
+
+    ``heads`` are the networks of roles that are the method's own.
+    """
     handles = []
     for role in (*method.trainable_roles, *method.frozen_roles):
         trained = role in method.trainable_roles
         kind = student if role == "student" else "denoiser"
         start = (mean, std) if trained else (MEAN, STD)
-        handles.append(RoleHandle(role, adapter, gaussian(adapter, kind, *start), trainable=trained))
+        network = (heads or {}).get(role) or gaussian(adapter, kind, *start)
+        handles.append(RoleHandle(role, adapter, network, trainable=trained))
     return ModelBundle(handles)
 
 
@@ -159,4 +171,5 @@ def toy_method(
 
     cls, toy = load_method(name), TOYS.get(name, Toy({}))
     config = cls.Config(**{**toy.config, **options})
-    return cls(config, toy_bundle(cls, adapter, toy.student, mean, std), LADDER, rng or RandomStreams(3))
+    bundle = toy_bundle(cls, adapter, toy.student, mean, std, cls.heads(config, adapter))
+    return cls(config, bundle, LADDER, rng or RandomStreams(3))

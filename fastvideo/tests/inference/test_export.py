@@ -72,6 +72,23 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(first - second).max())
 
 
+def test_a_flow_map_is_exported_with_its_head_and_a_warning(student: Callable[..., Path], tmp_path: Path) -> None:
+    given = student(sampler="flow_map")
+    model = load_model(str(given))
+    model.adapter.add_flow_map(model.network)
+    torch.nn.init.normal_(model.network.get_parameter("flow_map_head.last.weight"), std=0.3)
+    model.adapter.save_pipeline(tmp_path / "mapped", model.network, dict(model.recipe))
+    folder = export(tmp_path / "mapped", tmp_path / "out")
+    assert difference(ours(folder), ours(tmp_path / "mapped")) == 0.0
+    assert difference(ours(folder, 1), ours(folder)) > ONE_LEVEL
+    card = (folder / "README.md").read_text()
+    assert "flow map" in card
+    assert "`fastvideo generate`" in card
+    assert stock(folder, 2).shape == (2, 5, 16, 32, 3), "stock diffusers loads it, without the head"
+    back = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert back["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+
+
 @pytest.mark.parametrize(
     ("steps", "ladder", "sampler"),
     [

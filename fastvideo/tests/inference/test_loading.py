@@ -52,8 +52,17 @@ def test_an_euler_student_walks_its_own_ladder_by_euler() -> None:
     torch.testing.assert_close(generate_latents(adapter, student.network, prompts, spec, seed=7), expected)
 
 
+def test_a_flow_map_jumps_in_any_number_of_steps() -> None:
+    student = model(ladder=LADDER, sampler="flow_map")
+    assert student.sampler().times == tuple(LADDER)
+    assert student.sampler(steps=1).times == (1.0,)
+    assert student.sampler(steps=5).times == pytest.approx((1.0, 0.8, 0.6, 0.4, 0.2))
+    with pytest.raises(UserError, match="not 5"):
+        model(ladder=LADDER, sampler="renoise").sampler(steps=5)
+
+
 def test_an_unknown_sampler_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown sampler 'heun', one of renoise, euler"):
+    with pytest.raises(UserError, match="unknown sampler 'heun', one of renoise, euler, flow_map"):
         model(ladder=LADDER, sampler="heun").sampler()
 
 

@@ -9,6 +9,7 @@ import pytest
 from fastvideo.cli import main
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import ADAPTERS, METHODS
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.inference.list_cli import split_paper
 from fastvideo.inference.schedule_cli import published_steps
 from fastvideo.tests.distillation.tiny import cogvideox_folder
@@ -72,6 +73,18 @@ def test_a_bad_config_is_one_message_and_exit_code_2(
 def test_list_names_every_method_and_family(capsys: pytest.CaptureFixture[str]) -> None:
     first = {row[0] for row in shown(capsys, "list")}
     assert first >= {*METHODS, *ADAPTERS}
+
+
+def test_list_says_what_goes_together(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WanAdapter, "supports", frozenset({"flow_map"}))
+    monkeypatch.setattr(DMD2Method, "needs", frozenset({"flow_map", "jvp"}))
+    rows = {row[0]: row for row in shown(capsys, "list") if len(row) == 3 + len(ADAPTERS)}
+    assert set(rows) == set(METHODS)
+    assert rows["dmd2"][1:3] == ["prompts suffice", "flow_map, jvp"]
+    assert rows["sft"][1:3] == ["videos", "-"]
+    cells = dict(zip(ADAPTERS, rows["dmd2"][3:], strict=True))
+    assert (cells["wan"], cells["analytic"]) == ("no jvp", "yes")
+    assert set(rows["sft"][3:]) == {"yes"}
 
 
 def test_the_time_that_is_shown_is_the_time_that_wan_is_given() -> None:

@@ -10,7 +10,15 @@ import pytest
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from fastvideo.distillation.builder import build_adapter, build_method, build_wan_dmd2_method, run_schema
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter
+from fastvideo.distillation.builder import (
+    build_adapter,
+    build_method,
+    build_wan_dmd2_method,
+    check_needs,
+    load_role,
+    run_schema,
+)
 from fastvideo.distillation.config import validate
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.errors import UserError
@@ -113,3 +121,28 @@ def test_two_experts_are_refused(tmp_path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="two transformers"):
         build_adapter(wan_config(model={"path": str(tmp_path)}))
+
+
+def test_a_family_without_what_a_method_needs_is_refused_before_anything_is_loaded(
+    analytic_values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = validate(run_schema("analytic", "dmd2"), analytic_values, "test")
+    check_needs(config)
+    monkeypatch.setattr(DMD2Method, "needs", frozenset({"jvp", "features"}))
+    monkeypatch.setattr(AnalyticAdapter, "supports", frozenset({"features"}))
+    monkeypatch.setattr(AnalyticAdapter, "load_network", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError) as refusal:
+        build_method(config, build_adapter(config))
+    message = str(refusal.value)
+    assert message.startswith("dmd2 needs jvp of the model family, which analytic does not have: ")
+    assert "method.jvp: central_difference" in message
+    assert "methods that run on analytic: sft" in message
+
+
+def test_the_student_of_a_method_of_flow_maps_is_one_and_the_teacher_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = wan_config()
+    adapter = build_adapter(config)
+    assert "flow_map_head" not in dict(load_role(config, adapter, "student").named_children())
+    monkeypatch.setattr(DMD2Method, "needs", frozenset({"flow_map"}))
+    assert "flow_map_head" in dict(load_role(config, adapter, "student").named_children())
+    assert "flow_map_head" not in dict(load_role(config, adapter, "teacher").named_children())

@@ -1,0 +1,130 @@
+"""A flow map's second time, for any network with a time embedding: no network is forked, no forward is copied.
+
+:func:`add_head` hangs a small module under a network as ``flow_map_head``, so that it is trained, averaged, sharded and
+checkpointed with it. :func:`reading` adds the module's output for ``t - r`` to the network's time embedding, for one
+call. The output starts at zero and is always zero for ``r = t`` (the instantaneous velocity).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.types import UserError
+
+HEAD = "flow_map_head"
+"""Name of the module under its network, and in parameter names."""
+HEAD_FILE = "flow_map_head.safetensors"
+"""Where a model folder holds it: beside the pipeline's parts, which stock diffusers loads without it."""
+FREQUENCIES = 8
+"""Sines and cosines of ``pi (t - r) 2^k / 8``; the fastest has a period of 1/8."""
+
+
+class FlowMapHead(nn.Module):
+    """``(t - r) MLP(t - r)`` with a last layer of zeros (MeanFlow arXiv 2505.13447, section 4.3: embed t and t - r).
+
+    Args:
+        width: of the network's time embedding.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * FREQUENCIES, width)
+        self.last = nn.Linear(width, width)
+        # Every process starts from the same weights, whatever else was drawn before.
+        nn.init.normal_(self.first.weight, std=FREQUENCIES**-0.5, generator=torch.Generator().manual_seed(0))
+        for zero in (self.first.bias, self.last.weight, self.last.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, span: Tensor) -> Tensor:
+        """What is added to the time embedding, ``[..., width]``, for spans ``t - r`` of shape ``[...]``."""
+        phase = span[..., None] * (math.pi / 8 * 2 ** torch.arange(FREQUENCIES, device=span.device))
+        hidden = self.first(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        return span[..., None] * self.last(nn.functional.silu(hidden))  # type: ignore[no-any-return]
+
+
+def has_head(network: nn.Module) -> bool:
+    """Whether the network is a flow map."""
+    return HEAD in dict(network.named_children())
+
+
+def add_head(network: nn.Module, embedding: str) -> None:
+    """Make a flow map of a network, which answers as before for every ``r``; one that has a head keeps it.
+
+    Args:
+        embedding: the module whose output is the time embedding, by its name in the network.
+    """
+    if has_head(network):
+        return
+    like = next(network.get_submodule(embedding).parameters())
+    width = [m.out_features for m in network.get_submodule(embedding).modules() if isinstance(m, nn.Linear)][-1]
+    network.add_module(HEAD, FlowMapHead(width).to(like.device))
+
+
+@contextmanager
+def reading(network: nn.Module, embedding: str, span: Tensor | None) -> Iterator[None]:
+    """Calls of the network inside see ``span`` = ``t - r``, in the shape of its times; ``None`` adds nothing.
+
+    Raises:
+        UserError: if the network has no head.
+    """
+    if span is None:
+        yield
+        return
+    if not has_head(network):
+        raise UserError("this network is not a flow map: it has no flow_map_head, so it has no use for r")
+    head = network.get_submodule(HEAD)
+
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + head(span).view(output.shape).type_as(output)  # type: ignore[no-any-return]
+
+    hook = network.get_submodule(embedding).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def without_head(network: nn.Module) -> Iterator[nn.Module | None]:
+    """The head, taken off its network for the time being: what is saved then is what stock diffusers knows."""
+    head = dict(network.named_children()).get(HEAD)
+    if head is None:
+        yield None
+        return
+    delattr(network, HEAD)
+    try:
+        yield head
+    finally:
+        network.add_module(HEAD, head)
+
+
+def save_head(head: nn.Module, folder: Path) -> None:
+    """Write the head into a model folder."""
+    from safetensors.torch import save_file
+
+    state = {name: value.contiguous() for name, value in head.state_dict().items()}
+    save_file(state, folder / HEAD_FILE, metadata={"format": "pt"})
+
+
+def load_head(network: nn.Module, embedding: str, folder: Path) -> None:
+    """Give the network the head of a model folder, where it holds one.
+
+    Raises:
+        UserError: if the file does not fit the network.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / HEAD_FILE).is_file():
+        return
+    add_head(network, embedding)
+    try:
+        network.get_submodule(HEAD).load_state_dict(load_file(folder / HEAD_FILE))
+    except RuntimeError as error:
+        raise UserError(f"{folder / HEAD_FILE} does not fit the network beside it: {error}") from error

@@ -1,0 +1,82 @@
+"""Derivative of a network along a direction in ``(x, t)``: what continuous-time objectives are made of.
+
+Forward-mode autodiff is exact and costs about two forwards; a central difference costs two forwards, works with any
+network, and errs by its step squared (and by rounding: use it in float32). Which of them is a config field, never a
+silent fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastvideo.distillation.noise import expand_time
+from fastvideo.distillation.types import UserError
+
+JVPMode = Literal["autodiff", "central_difference"]
+Field = Callable[[Tensor, Tensor], Tensor]
+"""A function of a sample ``[B, C, F, H, W]`` and its times ``[B]``."""
+UNSUPPORTED = ("forward AD", "forward mode", "autograd.Function", "jvp")
+"""What torch's messages hold when an operation has no forward-mode derivative."""
+
+
+class Derivative(Protocol):
+    """``d field / d s`` at ``s = 0`` along ``(x + s dx, t + s dt)``, without gradient, in the shape of ``x``."""
+
+    def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor: ...
+
+
+class AutodiffDerivative:
+    """Forward-mode autodiff (``torch.func.jvp``); attention runs in SDPA's math backend, which alone supports it."""
+
+    def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
+        """One call of ``field``.
+
+        Raises:
+            UserError: if the network has an operation without forward-mode derivative; it names the operation.
+        """
+        try:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                return torch.func.jvp(field, (x, t), (dx, dt))[1].detach()  # type: ignore[no-any-return]
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(phrase in str(error) for phrase in UNSUPPORTED):
+                raise
+            raise UserError(
+                f"method.jvp: autodiff does not work with this network: {str(error).splitlines()[0]} "
+                f"Use method.jvp: central_difference, or an attention backend that supports forward-mode derivatives"
+            ) from error
+
+
+class CentralDifference:
+    """Two calls at ``s = step`` and ``s = -step``; next to an end of time the outer one stays inside.
+
+    Args:
+        step: in units of ``s``.
+        bounds: the first and the last time at which the field may be asked.
+    """
+
+    def __init__(self, step: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+        self.step, self.bounds = step, bounds
+
+    def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
+        """Two calls of ``field``; a sample closer to an end than ``step`` gets its true, shorter spacing."""
+        ahead, behind = self._steps(t, dt), self._steps(t, -dt)
+        with torch.no_grad():
+            after = field(x + expand_time(ahead, x) * dx, t + ahead * dt)
+            before = field(x - expand_time(behind, x) * dx, t - behind * dt)
+            return (after - before) / expand_time(ahead + behind, x)
+
+    def _steps(self, t: Tensor, dt: Tensor) -> Tensor:
+        """The largest ``s`` up to the step, per sample, with ``t + s dt`` inside the bounds."""
+        low, high = self.bounds
+        room = torch.where(dt > 0, high - t, t - low) / dt.abs()
+        return room.clamp(0.0, self.step).where(dt != 0, self.step)
+
+
+def derivative(mode: JVPMode, step: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Derivative:
+    """The way of taking derivatives that a config names; ``step`` is for central differences alone."""
+    return AutodiffDerivative() if mode == "autodiff" else CentralDifference(step, bounds)
