@@ -141,7 +141,8 @@ def build_method(
     processes = processes or Processes()
     method = load_method(config.distill_method)
     trainable = {name: role.trainable for name, role in config.roles.items()}
-    check_roles(trainable, (*method.trainable_roles, *method.frozen_roles), method.trainable_roles)
+    roles = (*method.trainable_roles, *method.frozen_roles)
+    check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     adapter.ensure_negative_conditioning()
     heads = method.heads(config.method, adapter)

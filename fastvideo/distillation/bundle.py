@@ -197,32 +197,40 @@ class ModelBundle:
         """The names, in the order of the config."""
         return tuple(self._handles)
 
-    def require_roles(self, roles: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
+    def require_roles(
+        self, roles: Sequence[str], *, trainable: Sequence[str] | None = None, optional: Sequence[str] = ()
+    ) -> None:
         """Check that the bundle holds exactly what a method needs.
 
         Args:
             roles: every role that must be there.
             trainable: those of them that must be trained; all others must be frozen. ``None`` skips that check.
+            optional: further roles that may be there.
 
         Raises:
             UserError: one message that lists every missing, unknown and wrongly frozen or trained role.
         """
-        check_roles({h.name: h.trainable for h in self}, roles, trainable)
+        check_roles({h.name: h.trainable for h in self}, roles, trainable, optional)
 
 
-def check_roles(given: Mapping[str, bool], roles: Sequence[str], trainable: Sequence[str] | None = None) -> None:
+def check_roles(
+    given: Mapping[str, bool],
+    roles: Sequence[str],
+    trainable: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
+) -> None:
     """The rule behind :meth:`ModelBundle.require_roles`, on ``name -> trainable``, so a config is checked early."""
     problems = [f"role {role!r} is missing" for role in roles if role not in given]
-    problems += [f"role {role!r} is unknown to this method" for role in given if role not in roles]
-    for role in roles if trainable is not None else ():
+    known = (*roles, *optional)
+    problems += [f"role {role!r} is unknown to this method" for role in given if role not in known]
+    for role in known if trainable is not None else ():
         must_train = role in (trainable or ())
         if role in given and given[role] != must_train:
             want, found = ("trained", "frozen") if must_train else ("frozen", "trainable")
             problems.append(f"role {role!r} must be {want}, but is {found}")
     if problems:
-        raise UserError(
-            "roles: " + "; ".join(problems) + f". Needed: {', '.join(roles)}; given: {', '.join(given) or 'none'}"
-        )
+        needed = ", ".join([*roles, *(f"{role} (optional)" for role in optional)])
+        raise UserError(f"roles: {'; '.join(problems)}. Needed: {needed}; given: {', '.join(given) or 'none'}")
 
 
 def copy_network(network: nn.Module) -> nn.Module:

@@ -20,9 +20,9 @@ def result_recipe(config: Config, adapter: Adapter, weights: Weights, step: int)
         "weights": weights,
         "steps": step,
     }
-    if "teacher" in config.roles:
+    if not load_method(config.distill_method).makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
     if "guidance" in adapter.source_recipe:
-        # Without a teacher the result is one: any number of steps, with the guidance of the model it was tuned from.
+        # The result is a teacher: any number of steps, with the guidance of the model it was tuned from.
         return recipe | {"guidance": adapter.source_recipe["guidance"]}
     return recipe

@@ -1,12 +1,13 @@
-"""One AdamW and one lr schedule per trainable role."""
+"""One optimizer and one lr schedule per trainable role."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
-from torch.optim import AdamW
+from torch import nn
+from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvideo.distillation.bundle import RoleHandle
@@ -17,6 +18,8 @@ class OptimizerOptions(Protocol):
 
     @property
     def learning_rate(self) -> float: ...
+    @property
+    def kind(self) -> Literal["adamw", "radam"]: ...
     @property
     def betas(self) -> tuple[float, float]: ...
     @property
@@ -30,16 +33,18 @@ class OptimizerOptions(Protocol):
 def attach_optimizer(handle: RoleHandle, options: OptimizerOptions) -> None:
     """Give a trainable role its optimizer and the schedule that moves with it.
 
-    The fused kernels can leave out a step on the word of a tensor, so that a step which is not finite costs no wait.
+    The fused kernels of AdamW can leave out a step on the word of a tensor, so that a step which is not finite costs no
+    wait; RAdam has none, and the host waits to know.
     """
-    handle.optimizer = AdamW(
-        handle.parameters(),
-        lr=options.learning_rate,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    handle.optimizer = _optimizer(handle.parameters(), options)
     handle.lr_scheduler = LambdaLR(handle.optimizer, partial(warmup_cosine, options.warmup_steps, options.decay_steps))
+
+
+def _optimizer(parameters: list[nn.Parameter], options: OptimizerOptions) -> Optimizer:
+    rate, betas, decay = options.learning_rate, options.betas, options.weight_decay
+    if options.kind == "radam":
+        return RAdam(parameters, lr=rate, betas=betas, weight_decay=decay, decoupled_weight_decay=True)
+    return AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
 def warmup_cosine(warmup: int, decay: int, step: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
@@ -16,16 +16,20 @@ from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 
+OptimizerKind = Literal["adamw", "radam"]
+
 
 class OptimizerConfig(BaseModel):
-    """AdamW of one role."""
+    """The optimizer of one role."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
+    kind: OptimizerKind = "adamw"
+    """`adamw`, or `radam` (arXiv 1908.03265), which warms its second moment up and is what consistency models use."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW momenta."""
+    """Momenta."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     warmup_steps: NonNegativeInt = 0
@@ -78,7 +82,7 @@ class DistillMethod(ABC, Generic[ConfigT]):
 
     Args:
         config: the method's options.
-        bundle: the roles; checked against ``trainable_roles`` and ``frozen_roles``.
+        bundle: the roles; checked against ``trainable_roles``, ``frozen_roles`` and ``optional_roles``.
         ladder: the student's noise levels.
         rng: where every random draw comes from.
 
@@ -89,19 +93,24 @@ class DistillMethod(ABC, Generic[ConfigT]):
     Config: ClassVar[type[MethodConfig]]
     trainable_roles: ClassVar[tuple[str, ...]]
     frozen_roles: ClassVar[tuple[str, ...]] = ()
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Frozen roles that a run may leave out: what the method then does without them is its own to say."""
     sampler: ClassVar[SamplerKind]
     """The sampler that the training matches: validation, generation and the recipe of the result use it."""
     needs_latents: ClassVar[bool] = False
     """Whether every config of this method trains on clean latents; see :meth:`uses_latents`."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What it needs of the model family, at most; see :meth:`needs_of`. ``flow_map`` is about the student's network."""
+    makes_teachers: ClassVar[bool] = False
+    """Whether its result is sampled in any number of guided steps, and not as the run's ladder says."""
     summary: ClassVar[str]
     """One line: what it is and its paper."""
     notes: tuple[str, ...] = ()
     """What a run says once in its log about choices that do not show in the metrics."""
 
     def __init__(self, config: ConfigT, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
-        bundle.require_roles((*self.trainable_roles, *self.frozen_roles), trainable=self.trainable_roles)
+        roles = (*self.trainable_roles, *self.frozen_roles)
+        bundle.require_roles(roles, trainable=self.trainable_roles, optional=self.optional_roles)
         self.config = config
         self.bundle = bundle
         self.ladder = ladder

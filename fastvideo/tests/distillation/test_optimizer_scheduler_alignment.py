@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim import AdamW, RAdam
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.builder import METHODS, load_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
@@ -87,3 +89,18 @@ def test_a_frozen_role_cannot_be_stepped() -> None:
     method, _ = build("dmd2")
     with pytest.raises(RuntimeError, match="teacher"):
         method.bundle["teacher"].step()
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("adamw", AdamW), ("radam", RAdam)])
+def test_a_role_gets_the_optimizer_that_its_method_names(kind: str, expected: type) -> None:
+    """One step of AdamW goes ``rate`` far; RAdam's first steps are plain momentum, so far as the gradient is large."""
+    adapter = AnalyticAdapter(AnalyticConfig())
+    handle = RoleHandle("student", adapter, adapter.load_network(), trainable=True)
+    attach_optimizer(handle, OptimizerConfig(learning_rate=0.1, kind=kind, weight_decay=0.5))
+    assert type(handle.optimizer) is expected
+    mean = handle.network.mean
+    mean.grad = torch.full_like(mean, 1e-3)
+    before = float(mean.detach())
+    handle.step()
+    moved = before * (1 - 0.1 * 0.5) - float(mean.detach())  # what decoupled decay leaves, less the step
+    assert moved == pytest.approx(0.1 if kind == "adamw" else 0.1 * 1e-3, rel=1e-3)

@@ -76,3 +76,10 @@ def test_a_bundle_knows_its_roles_in_order(bundle: ModelBundle) -> None:
     assert [handle.name for handle in bundle] == list(NEEDED)
     assert "critic" in bundle
     assert "discriminator" not in bundle
+
+
+def test_an_optional_role_may_be_left_out_and_must_be_frozen() -> None:
+    check_roles({"student": True}, ["student"], ["student"], optional=["teacher"])
+    check_roles({"student": True, "teacher": False}, ["student"], ["student"], optional=["teacher"])
+    with pytest.raises(UserError, match=r"role 'teacher' must be frozen.*Needed: student, teacher \(optional\)"):
+        check_roles({"student": True, "teacher": True}, ["student"], ["student"], optional=["teacher"])
