@@ -1,30 +1,44 @@
-"""SFT: flow-matching fine-tuning (Flow Matching arXiv 2210.02747; logit-normal times and shift from arXiv 2403.03206).
+"""SFT: flow-matching fine-tuning (Flow Matching arXiv 2210.02747; time densities and shift from arXiv 2403.03206).
 
 The smallest complete method, and the one that makes teachers. Read it first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, TimeRange
-from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
+from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
 
 
 class SFTConfig(MethodConfig):
     """Options of SFT."""
 
-    time_density: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Density of the training times before the shift; logit-normal has mean 0 and scale 1."""
+    time_density: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """Density of the training times before the shift; `mode` is heavier in the middle and does not vanish at the ends
+    (Stable Diffusion 3, eq. 20)."""
+    logit_mean: float = 0.0
+    """Mean of `logit(t)` for `logit_normal`: above 0 favours noise, below 0 data. (A shift S adds ln S to it.)"""
+    logit_std: PositiveFloat = 1.0
+    """Standard deviation of `logit(t)` for `logit_normal`."""
+    mode_scale: float = Field(default=1.29, ge=-1.0, le=1.75)
+    """Scale of `mode`: 0 is uniform, above 0 favours the middle; outside of -1 to 1.75 it would not be a density."""
     time_shift: PositiveFloat = 3.0
     """Shift of the training times: 3 for Wan at 480p, 5 at 720p."""
     time_range: TimeRange = (0.001, 0.999)
     """Times are clamped to this range, after the shift."""
+    weighting: Literal["none", "gaussian", "beta08", "min_snr"] = "none"
+    """Weight of a sample's loss at its time. `gaussian`: a bump in the middle, for uniform times; `beta08`:
+    t sqrt(1 - t) (AnyFlow); both have mean 1 over uniform times. `min_snr`: the loss in x0 weighted min(SNR, gamma)."""
+    min_snr_gamma: PositiveFloat = 5.0
+    """The gamma of `min_snr`."""
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of samples whose caption is replaced by the negative one: without it guidance has nothing to push from."""
     learning_rate: PositiveFloat = 1e-5
@@ -45,6 +59,7 @@ class SFTMethod(DistillMethod[SFTConfig]):
     Config = SFTConfig
     trainable_roles = ("student",)
     needs_latents = True
+    makes_teachers = True
     sampler = "euler"
     summary = "flow-matching fine-tuning: makes and tunes teachers (arXiv 2210.02747)"
 
@@ -59,14 +74,54 @@ class SFTMethod(DistillMethod[SFTConfig]):
         noise, t = self.rng.normal_like(batch.x0), self.times(len(batch))
         x_t = add_noise(batch.x0, noise, t)
         u = self.bundle["student"].velocity(x_t, t, self.dropped(batch))
-        yield RoleLoss("student", batch.mean((u - velocity_target(batch.x0, noise)).square()))
+        error = (u - velocity_target(batch.x0, noise)).square()
+        yield RoleLoss("student", batch.mean(expand_time(self.weight(t), error) * error))
 
     def times(self, count: int) -> Tensor:
         """Training times ``[count]``, drawn as times and never as table indices (which would flip a skewed density)."""
-        t = self.rng.uniform(count) if self.config.time_density == "uniform" else self.rng.normal((count,)).sigmoid()
-        return shift_time(t, self.config.time_shift).clamp(*self.config.time_range)
+        config = self.config
+        if config.time_density == "logit_normal":
+            t = (config.logit_mean + config.logit_std * self.rng.normal((count,))).sigmoid()
+        else:
+            t = self.rng.uniform(count)
+        if config.time_density == "mode":
+            t = mode_time(t, config.mode_scale)
+        return shift_time(t, config.time_shift).clamp(*config.time_range)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight ``[B]`` of each sample's loss."""
+        if self.config.weighting == "gaussian":
+            return gaussian_weight(t)
+        if self.config.weighting == "beta08":
+            return t * (1 - t).sqrt() * 15 / 4
+        if self.config.weighting == "min_snr":
+            return min_snr_weight(t, self.config.min_snr_gamma)
+        return torch.ones_like(t)
 
     def dropped(self, batch: Batch) -> Condition:
         """The batch's condition with a share of rows replaced by the negative one."""
         keep = self.rng.uniform(len(batch)) >= self.config.caption_dropout
         return batch.condition.where(keep, batch.negative)
+
+
+def mode_time(u: Tensor, scale: float) -> Tensor:
+    """Uniform ``u`` to the mode density: ``1 - u - s (cos^2(pi u / 2) - 1 + u)`` (arXiv 2403.03206, eq. 20)."""
+    return 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u)
+
+
+def gaussian_weight(t: Tensor) -> Tensor:
+    """``exp(-2 (t - 1/2)^2) - exp(-1/2)``, with mean 1 over uniform times: 0 at both ends, a function of time itself.
+
+    Some call it "bsmntw"; it is used with uniform times.
+    """
+    least = math.exp(-0.5)
+    mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - least
+    return ((-2 * (t - 0.5).square()).exp() - least) / mean
+
+
+def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
+    """Min-SNR (arXiv 2303.09556) for a loss in the velocity: ``min(SNR, gamma) t^2`` with ``SNR = (1 - t)^2 / t^2``.
+
+    The paper weights the loss in x0 with ``min(SNR, gamma)``, and that loss is ``t^2`` times the one in the velocity.
+    """
+    return torch.minimum((1 - t).square(), gamma * t.square())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvideo.distillation import noise
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
+from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod, gaussian_weight
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Condition, RawBatch, UserError
 from fastvideo.tests.distillation.toys import (
@@ -99,6 +99,58 @@ def test_times_are_clamped_after_the_shift(adapter: SpyAdapter) -> None:
     assert float(t.min()) == pytest.approx(0.4)
     assert float(t.max()) == pytest.approx(0.6)
     assert (t == t.min()).float().mean() == pytest.approx(0.4 / (5 - 4 * 0.4), abs=0.03)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.8, 0.5), (-1.1, 2.0)])
+def test_logit_normal_times_have_the_given_mean_and_scale(mean: float, std: float, adapter: SpyAdapter) -> None:
+    t = sft(adapter, time_shift=1.0, time_range=(0, 1), logit_mean=mean, logit_std=std).times(100_000)
+    assert kolmogorov_smirnov(torch.special.ndtr((t.double().logit() - mean) / std)) < KS_BOUND
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, 1.75])
+def test_mode_times_follow_the_published_density(scale: float, adapter: SpyAdapter) -> None:
+    """Against a numerical inverse of the published map, which falls from 1 to 0 as the uniform number rises."""
+    t = sft(adapter, time_density="mode", mode_scale=scale, time_shift=1.0, time_range=(0, 1)).times(100_000)
+    u = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    published = 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    assert published.diff().max() < 1e-9
+    position = torch.searchsorted(published.flip(0), t.double()).clamp(max=len(u) - 1)
+    assert kolmogorov_smirnov(1 - u.flip(0)[position]) < KS_BOUND
+
+
+def test_the_middle_is_what_mode_and_gaussian_favour(adapter: SpyAdapter) -> None:
+    middle = [
+        (t - 0.5).abs().lt(0.2).float().mean()
+        for t in (sft(adapter, time_density=d, time_shift=1.0).times(20_000) for d in ("uniform", "mode"))
+    ]
+    assert middle[1] > middle[0] + 0.1
+    assert gaussian_weight(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([0.0, 1.5799, 0.0], abs=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["gaussian", "beta08"])
+def test_a_weight_has_mean_one_over_uniform_times(weighting: str, adapter: SpyAdapter) -> None:
+    t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    assert float(sft(adapter, weighting=weighting).weight(t).mean()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_min_snr_is_the_clipped_weight_of_the_loss_in_x0(adapter: SpyAdapter) -> None:
+    t = torch.tensor([0.1, 0.25, 0.3, 0.5, 0.9], dtype=torch.float64)
+    in_x0 = ((1 - t) ** 2 / t**2).clamp(max=5.0)
+    torch.testing.assert_close(sft(adapter, weighting="min_snr").weight(t), in_x0 * t**2)
+    assert float(sft(adapter, weighting="min_snr", min_snr_gamma=1.0).weight(t)[0]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("weighting", ["none", "gaussian", "beta08", "min_snr"])
+def test_every_sample_is_weighted_at_its_own_time(weighting: str, adapter: SpyAdapter) -> None:
+    method, batch = sft(adapter, mean=-0.5, std=1.2, weighting=weighting), analytic_batch(adapter, 8)
+    (loss,) = method.losses(batch, 0)
+    loss.value.backward()
+    (call,) = adapter.calls
+    assert batch.x0 is not None
+    t = call.t.view(-1, 1, 1, 1, 1)
+    eps = (call.x_t - (1 - t) * batch.x0) / t
+    expected = 2 * method.weight(t) * (call.output - (eps - batch.x0)) / call.output.numel()
+    torch.testing.assert_close(call.output.grad, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_two_parameter_student_reaches_the_truth() -> None:
