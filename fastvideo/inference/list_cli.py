@@ -39,7 +39,8 @@ def method_table() -> Table:
     for name in METHODS:
         method = load_method(name)
         what, paper = split_paper(method.summary)
-        table.add_row(name, what, paper, ", ".join(method.trainable_roles), ", ".join(method.frozen_roles) or "-")
+        frozen = [*method.frozen_roles, *(f"{role} (optional)" for role in method.optional_roles)]
+        table.add_row(name, what, paper, ", ".join(method.trainable_roles), ", ".join(frozen) or "-")
     return table
 
 
