@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fastvideo.conformance import folder_checks, network_checks, stock_checks
+from fastvideo.conformance import feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.builder import ADAPTERS, load_adapter
@@ -24,7 +24,7 @@ from fastvideo.distillation.types import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-RULES = (network_checks, folder_checks, stock_checks)
+RULES = (network_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
 
 

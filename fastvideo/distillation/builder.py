@@ -20,7 +20,7 @@ from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.optim import attach_optimizer
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
-from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Need, UserError
 
@@ -30,6 +30,7 @@ Config = RunConfig[Any, Any]
 
 METHODS = {
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
+    "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
 }
 """Algorithms, by name."""
@@ -133,7 +134,7 @@ def build_method(
         config: the run.
         adapter: the family of all roles.
         processes: this process among all.
-        networks: networks by role, instead of loading them.
+        networks: networks by role, instead of loading or building them.
 
     Raises:
         UserError: if the roles or the family are not what the method needs; nothing is loaded then.
@@ -145,7 +146,11 @@ def build_method(
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     adapter.ensure_negative_conditioning()
-    heads = method.heads(config.method, adapter)
+    with initialising(config.seed):
+        heads = method.heads(config.method, adapter)
+    for name in heads:
+        if config.roles[name].path is not None:
+            raise UserError(f"roles.{name}.path: {config.distill_method} makes this network itself; leave the path out")
     handles = []
     for name, role in config.roles.items():
         own = (networks or {}).get(name, heads.get(name))

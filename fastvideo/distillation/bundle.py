@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastvideo.distillation.features import FeatureModel, FeatureReader
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition, UserError
 
 
-class VelocityModel(Protocol):
+class VelocityModel(FeatureModel, Protocol):
     """The part of an adapter that a role needs: its network's prediction in rectified-flow form."""
 
     def velocity(
@@ -52,7 +53,7 @@ def velocity_of(
 
 
 @dataclass
-class RoleHandle:
+class RoleHandle(FeatureReader):
     """One role: its adapter, its network, and (if it is trained) its optimizer with the lr schedule in step.
 
     ``ema`` is a frozen copy of the network that holds the averaged weights, for a role that has them.

@@ -6,7 +6,8 @@ equal on all ranks, so that all run the same forwards and sharded ones do not ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ def normal(
 ) -> Tensor:
     """Standard normal noise of the given shape, from the given generator."""
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+@contextmanager
+def initialising(seed: int) -> Iterator[None]:
+    """Networks that are made inside have first weights that follow from ``seed``; nothing leaks out of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 class RandomStreams:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvideo.errors import UserError
 
-__all__ = ["Batch", "Condition", "Given", "Need", "RawBatch", "RoleLoss", "UserError", "free_means"]
+__all__ = ["Batch", "Condition", "Given", "Need", "RawBatch", "RoleLoss", "UserError", "free_means", "free_tokens"]
 
 Need = Literal["flow_map", "jvp", "features"]
 """What a method may need of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of
@@ -53,6 +53,11 @@ def free_means(x: Tensor, given: Given | None) -> Tensor:
         return x.mean(dim=dims, keepdim=True)
     free = x.masked_fill(given.frames, 0.0).sum(dim=dims, keepdim=True)
     return free / (~given.frames).expand(x.shape).sum(dim=dims, keepdim=True)
+
+
+def free_tokens(count: int, given: Given) -> Tensor:
+    """Bool ``[B, count]``: which of a sample's tokens, frame by frame, are of frames that are not given."""
+    return ~given.mask.repeat_interleave(count // given.mask.shape[1], dim=1)
 
 
 @dataclass(frozen=True)

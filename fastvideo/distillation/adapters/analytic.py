@@ -17,6 +17,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.taps import Tokens, check_taps
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Condition, UserError
 
@@ -44,6 +45,13 @@ class AnalyticConfig(AdapterConfig):
         if not len(self.means) == len(self.stds) == len(self.weights):
             raise ValueError(f"{len(self.means)} means, {len(self.stds)} stds and {len(self.weights)} weights")
         return self
+
+
+def standardised(x_t: Tensor, t: Tensor, shift: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``(x_t - alpha mu) / sqrt(v_t)`` of each of ``K`` components: ``[*x_t.shape, K]``; ``shift`` ``[B]``."""
+    alpha, sigma = (1 - expand_time(t, x_t)).unsqueeze(-1), expand_time(t, x_t).unsqueeze(-1)
+    y = x_t.unsqueeze(-1) - alpha * (mean + shift.view(-1, *[1] * x_t.ndim))
+    return y / (alpha**2 * std**2 + sigma**2).sqrt()
 
 
 class MixtureDenoiser(nn.Module):
@@ -131,7 +139,7 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
 
     Config = AnalyticConfig
     summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
-    supports = frozenset({"flow_map", "jvp"})
+    supports = frozenset({"features", "flow_map", "jvp"})
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -187,6 +195,29 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
     ) -> Tensor:
         down_to = {} if r is None else {"r": r}
         return network(x_t, t, condition.tensors["shift"], **down_to)  # type: ignore[no-any-return]
+
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """One tap: a constant, and two numbers per channel and component."""
+        return (1 + 2 * self.config.shape[0] * len(self.config.means),)
+
+    def features(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
+        """One token per frame and place: ``1``, and ``y`` and ``y^2`` of each channel and component.
+
+        ``y = (x_t - alpha mu) / sqrt(v_t)`` is the sample as the network's components see it. These are the sufficient
+        statistics of a Gaussian, so the best discriminator between two of them is linear in the token.
+        """
+        check_taps(taps, self.feature_widths, type(self).__name__)
+        source: Any = network
+        mean, std = source.mean.reshape(-1), source.std.reshape(-1)
+        y = standardised(x_t, t, condition.tensors["shift"], mean, std).flatten(2, -2)  # [B, C, L, K]
+        y = y.transpose(1, 2).flatten(2)
+        return (torch.cat([torch.ones_like(y[..., :1]), y, y.square()], dim=-1),) * len(taps)
+
+    def velocity_and_features(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, Tokens]:
+        return self.velocity(network, x_t, t, condition), self.features(network, x_t, t, condition, taps)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """``shift`` ``[B]``: the caption as a number."""

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from fastvideo.distillation.adapters.taps import FeatureTaps
 from fastvideo.distillation.types import Batch, Condition, Need, RawBatch, UserError
 
 
@@ -40,7 +41,7 @@ class StockSampler:
     times: tuple[float, ...]
 
 
-class DistillAdapter(ABC, Generic[ConfigT]):
+class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
     """One model family.
 
     Latents are ``[B, C, F, H, W]``, normalised to about unit variance; videos are ``[B, 3, T, H, W]`` in ``[-1, 1]``.

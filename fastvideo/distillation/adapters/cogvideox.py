@@ -55,6 +55,7 @@ class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
     vae_class = "AutoencoderKLCogVideoX"
     text_encoder_class = "T5EncoderModel"
     time_embedding = "time_embedding"
+    blocks = "transformer_blocks"
 
     @cached_property
     def grid(self) -> NoiseGrid:

@@ -77,7 +77,7 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
     """Class of the text encoder, in transformers."""
     time_embedding: ClassVar[str]
     """Module of the denoising network whose output is the time embedding: where a flow map's second time goes in."""
-    supports = frozenset({"flow_map", "jvp"})
+    supports = frozenset({"features", "flow_map", "jvp"})
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -119,6 +119,12 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
     @cached_property
     def _network_config(self) -> Mapping[str, Any]:
         return full_config(_class("diffusers", self.transformer_class), self.source, "transformer")
+
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """Heads times head width, for every layer: how diffusers' transformers name it."""
+        config = self._network_config
+        return (int(config["num_attention_heads"]) * int(config["attention_head_dim"]),) * int(config["num_layers"])
 
     def load_network(self, path: str | None = None) -> nn.Module:
         """The transformer in float32, in eval mode (published ones have no dropout), with a flow map's head."""

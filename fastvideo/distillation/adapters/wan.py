@@ -73,6 +73,7 @@ class WanAdapter(PipelineAdapter[WanConfig]):
     vae_class = "AutoencoderKLWan"
     text_encoder_class = "UMT5EncoderModel"
     time_embedding = "condition_embedder.time_embedder"
+    blocks = "blocks"
 
     @cached_property
     def inputs(self) -> NetworkInputs:

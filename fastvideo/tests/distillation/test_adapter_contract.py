@@ -73,6 +73,22 @@ BROKEN: Mapping[str, tuple[type[AnalyticAdapter], str]] = {
         changed("velocity", lambda u, n, x, t, c: u if t.ndim == 1 else u.flip(2)),
         "constant times per frame equal a time per sample",
     ),
+    "other width": (
+        changed("features", lambda tokens, *_: tuple(t[..., 1:] for t in tokens)),
+        "features are float32 tokens of the declared widths",
+    ),
+    "other features": (
+        changed("velocity_and_features", lambda both, *_: (both[0], tuple(2 * t for t in both[1]))),
+        "features are those of the whole call",
+    ),
+    "detached features": (
+        changed("features", lambda tokens, *_: tuple(t.detach() + 0 * t.detach().requires_grad_() for t in tokens)),
+        "features carry gradient and samples stay apart",
+    ),
+    "shuffled tokens": (
+        changed("features", lambda tokens, *_: tuple(t.flip(1) for t in tokens)),
+        "tokens come frame by frame",
+    ),
     "rising": (changed("teacher_times", lambda times, steps: times[::-1]), "teacher times fall from pure noise"),
     "other prompt": (
         changed("negative", lambda c, n: Condition({k: v + 1 for k, v in c.tensors.items()})),

@@ -78,9 +78,11 @@ def test_given_frames_count_in_no_loss_and_no_normaliser(name: str, options: dic
 def test_every_role_sees_given_frames_clean_at_time_zero(name: str, options: dict[str, Any]) -> None:
     method, adapter, batch = made(name, **options)
     losses_of(method, with_given(batch, GIVEN))
-    assert {h.name for h in method.bundle if adapter.of(h)} == set(method.bundle.roles)
+    calls = [*adapter.calls, *adapter.feature_calls]
+    seeing = {h.name for h in method.bundle for call in calls if call.network is h.network}
+    assert seeing == set(method.bundle.roles) - set(method.heads(method.config, adapter))
     assert batch.x0 is not None
-    for call in adapter.calls:
+    for call in calls:
         assert torch.equal(call.x_t[:, :, :GIVEN], batch.x0[:, :, :GIVEN])
         assert call.t.shape == (COUNT, FRAMES)
         assert torch.count_nonzero(call.t[:, :GIVEN]) == 0

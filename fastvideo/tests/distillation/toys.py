@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
 
@@ -39,6 +39,7 @@ class SpyAdapter(AnalyticAdapter):
     def __init__(self, config: AnalyticConfig) -> None:
         super().__init__(config)
         self.calls: list[Call] = []
+        self.feature_calls: list[Call] = []
 
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
@@ -49,13 +50,27 @@ class SpyAdapter(AnalyticAdapter):
         self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output, r))
         return output
 
+    def features(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        tokens = super().features(network, x_t, t, condition, taps)
+        self.feature_calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, tokens[0]))
+        return tokens
+
+    def velocity_and_features(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One call, among those of the velocity."""
+        return self.velocity(network, x_t, t, condition), super().features(network, x_t, t, condition, taps)
+
     def of(self, handle: RoleHandle) -> list[Call]:
         """The calls of one role."""
         return [call for call in self.calls if call.network is handle.network]
 
     def grad_modes(self, handle: RoleHandle) -> str:
-        """One letter per call of a role: ``g`` with gradient, ``n`` without."""
-        return "".join("g" if call.with_grad else "n" for call in self.of(handle))
+        """One letter per call of a role: ``g`` with gradient, ``n`` without; calls for features alone come last."""
+        calls = [*self.of(handle), *(call for call in self.feature_calls if call.network is handle.network)]
+        return "".join("g" if call.with_grad else "n" for call in calls)
 
 
 def spy(shape: tuple[int, int, int, int] = (1, 1, 4, 4)) -> SpyAdapter:
@@ -131,6 +146,7 @@ class Toy:
 
 TOYS = {
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
 }
 
@@ -166,10 +182,12 @@ def toy_method(
     rng: RandomStreams | None = None,
     **options: Any,
 ) -> DistillMethod[Any]:
-    """A registered method on analytic roles."""
+    """A registered method on analytic roles: the truth, except that trained ones start at N(mean, std^2)."""
     from fastvideo.distillation.builder import load_method
 
     cls, toy = load_method(name), TOYS.get(name, Toy({}))
     config = cls.Config(**{**toy.config, **options})
-    bundle = toy_bundle(cls, adapter, toy.student, mean, std, cls.heads(config, adapter))
+    with initialising(1):
+        heads = cls.heads(config, adapter)
+    bundle = toy_bundle(cls, adapter, toy.student, mean, std, heads)
     return cls(config, bundle, LADDER, rng or RandomStreams(3))

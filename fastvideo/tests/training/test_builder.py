@@ -136,7 +136,7 @@ def test_a_family_without_what_a_method_needs_is_refused_before_anything_is_load
     message = str(refusal.value)
     assert message.startswith("dmd2 needs jvp of the model family, which analytic does not have: ")
     assert "method.jvp: central_difference" in message
-    assert "methods that run on analytic: sft" in message
+    assert message.endswith("sft")
 
 
 def test_the_student_of_a_method_of_flow_maps_is_one_and_the_teacher_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

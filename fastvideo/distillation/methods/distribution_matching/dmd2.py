@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -65,13 +65,15 @@ class DMD2Method(DistillMethod[DMD2Config]):
     """Student, frozen teacher, critic."""
 
     Config = DMD2Config
-    trainable_roles = ("student", "critic")
+    trainable_roles: ClassVar[tuple[str, ...]] = ("student", "critic")
     frozen_roles = ("teacher",)
+    term_roles: ClassVar[tuple[str, ...]] = ()
+    """Roles of further terms, in a method that adds some."""
     sampler = "renoise"
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2Config, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
-        bundle.require_roles(["student", "teacher", "critic"])
+        bundle.require_roles(["student", "teacher", "critic", *self.term_roles])
         super().__init__(config, bundle, ladder, rng)
         self.student, self.teacher, self.critic = bundle["student"], bundle["teacher"], bundle["critic"]
         if not isinstance(self.teacher.adapter, _DMD2Adapter):
@@ -100,6 +102,10 @@ class DMD2Method(DistillMethod[DMD2Config]):
         else:
             with torch.no_grad():
                 x0 = self.rollout(batch)
+        yield from self.follow(x0, batch)
+
+    def follow(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
+        """What learns from the student's sample ``x0``, detached, on every step."""
         yield self.critic_loss(x0, batch)
 
     def rollout(self, batch: Batch) -> Tensor:

@@ -1,0 +1,81 @@
+"""The discriminator: one small head on every tapped block of a diffusion network, real from student's at a noise level.
+
+After LADD (arXiv 2403.12015, section 3): independent heads on the token features of several blocks, conditioned on the
+time. It is a network of the framework, built from the widths that a family declares, so no family knows of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastvideo.distillation.types import Given, UserError, free_tokens
+
+FREQUENCIES = 4
+"""Octaves of the time embedding."""
+
+
+class Head(nn.Module):
+    """RMS-normed tokens, a two-layer perceptron on each with the time added, the mean over tokens, one logit."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(width, hidden)
+        self.time = nn.Linear(2 * FREQUENCIES, hidden)
+        self.mix = nn.Linear(hidden, hidden)
+        self.logit = nn.Linear(hidden, 1)
+
+    def forward(self, tokens: Tensor, time: Tensor, free: Tensor | None) -> Tensor:
+        """Logits ``[B]`` of tokens ``[B, L, D]``; ``free`` bool ``[B, L]`` are those that count."""
+        hidden = self.tokens(functional.rms_norm(tokens.float(), tokens.shape[-1:])) + self.time(time)[:, None]
+        hidden = functional.silu(self.mix(functional.silu(hidden)))
+        pooled = hidden.mean(1) if free is None else (hidden * free[..., None]).sum(1) / free.sum(1, keepdim=True)
+        return self.logit(pooled)[:, 0]  # type: ignore[no-any-return]
+
+
+class Discriminator(nn.Module):
+    """Logits ``[B, taps]`` in float32: positive says real.
+
+    Args:
+        widths: of the tokens of each tap.
+        hidden: width of the heads.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head(width, hidden) for width in widths)
+
+    def forward(self, features: Sequence[Tensor], t: Tensor, given: Given | None = None) -> Tensor:
+        """``features``: tokens ``[B, L, D]`` of each tap, at times ``t`` ``[B]``; given frames do not count."""
+        time = embed(t.float())
+        return torch.stack(
+            [
+                head(tokens, time, None if given is None else free_tokens(tokens.shape[1], given))
+                for head, tokens in zip(self.heads, features, strict=True)
+            ],
+            dim=1,
+        )
+
+
+def embed(t: Tensor) -> Tensor:
+    """Cosines and sines of times ``[B]`` in [0, 1]: ``[B, 2 FREQUENCIES]``."""
+    angles = math.pi * t[:, None] * 2.0 ** torch.arange(FREQUENCIES, device=t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def taps_at(depths: Sequence[float], blocks: int) -> tuple[int, ...]:
+    """Block indices at relative ``depths``, where 1 is the last block; two that fall together count once.
+
+    Raises:
+        UserError: if the network has no blocks to tap.
+    """
+    if not blocks:
+        raise UserError(
+            "roles: a discriminator needs features of the network, and this model family declares none "
+            "(feature_widths); take a method without one, such as dmd2"
+        )
+    return tuple(sorted({max(0, math.ceil(depth * blocks) - 1) for depth in depths}))

@@ -1,0 +1,115 @@
+"""Adversarial terms on noised latents (LADD arXiv 2403.12015; approximate R1: APT arXiv 2501.08316).
+
+The discriminator is a role: it tells noised real latents from noised samples of the student by the features that
+another role, the backbone, has of them. Methods put these parts together; none of them is a method itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.methods.base import MethodConfig
+from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
+from fastvideo.distillation.noise import add_noise
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.types import Condition, RoleLoss
+
+GanLoss = Literal["softplus", "hinge"]
+Depth = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+def discriminator_loss(fake: Tensor, real: Tensor, kind: GanLoss = "softplus") -> Tensor:
+    """``mean softplus(fake) + mean softplus(-real)``, or the hinge ``mean relu(1 + fake) + mean relu(1 - real)``."""
+    if kind == "hinge":
+        return functional.relu(1 + fake).mean() + functional.relu(1 - real).mean()
+    return functional.softplus(fake).mean() + functional.softplus(-real).mean()
+
+
+def generator_loss(fake: Tensor, kind: GanLoss = "softplus") -> Tensor:
+    """``mean softplus(-fake)``, which does not saturate, or the hinge's ``-mean fake``."""
+    return -fake.mean() if kind == "hinge" else functional.softplus(-fake).mean()
+
+
+def approximate_r1(logits: Tensor, moved: Tensor, sigma: float) -> Tensor:
+    """``mean ((D(x) - D(x + sigma n)) / sigma)^2``, which tends to ``E |dD/dx|^2``: R1 without a second derivative."""
+    return ((logits - moved) / sigma).square().mean()
+
+
+class AdversaryConfig(MethodConfig):
+    """Options of every method with a discriminator."""
+
+    gan_loss: GanLoss = "softplus"
+    """`softplus` (non-saturating) or `hinge`."""
+    r1_weight: NonNegativeFloat = 0.0
+    """Weight of the approximate R1 penalty, whose difference is divided by `r1_sigma`: APT's weight times `r1_sigma`
+    squared. 0 leaves it out."""
+    r1_sigma: PositiveFloat = 0.1
+    """Standard deviation of the noise that the penalty adds to what the discriminator saw."""
+    feature_depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (0.5, 0.75, 1.0)
+    """Where features are tapped, relative to the network's depth: 1 is after its last block."""
+    head_width: PositiveInt = 64
+    """Hidden width of each head."""
+    discriminator_learning_rate: PositiveFloat = 1e-5
+    """AdamW learning rate of the discriminator."""
+
+
+class Adversary:
+    """A discriminator on the features of a backbone.
+
+    Args:
+        config: its options.
+        backbone: the role whose features it sees.
+        heads: the role ``discriminator``.
+        rng: where the penalty's noise comes from.
+    """
+
+    def __init__(self, config: AdversaryConfig, backbone: RoleHandle, heads: RoleHandle, rng: RandomStreams) -> None:
+        self.config, self.backbone, self.heads, self.rng = config, backbone, heads, rng
+        self.taps = taps_at(config.feature_depths, len(backbone.adapter.feature_widths))
+
+    @staticmethod
+    def build(config: AdversaryConfig, widths: Sequence[int]) -> nn.Module:
+        """The discriminator's network for a backbone with these token widths."""
+        return Discriminator([widths[tap] for tap in taps_at(config.feature_depths, len(widths))], config.head_width)
+
+    def hold(self) -> Callable[[], None]:
+        """Freeze heads and backbone until the returned function is called: see :meth:`RoleHandle.hold`."""
+        releases = [role.hold() for role in (self.heads, self.backbone)]
+
+        def release() -> None:
+            for one in releases:
+                one()
+
+        return release
+
+    def logits(self, features: Sequence[Tensor], t: Tensor, condition: Condition) -> Tensor:
+        """``[B, taps]``."""
+        return self.heads.network(features, t, condition.given)  # type: ignore[no-any-return]
+
+    def see(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits of noised latents; no gradient reaches them or the backbone."""
+        with torch.no_grad():
+            features = self.backbone.features(x_t, t, condition, self.taps)
+        return self.logits(features, t, condition)
+
+    def loss(self, x0: Tensor, real: Tensor, t: Tensor, condition: Condition) -> RoleLoss:
+        """Tell ``x0`` from ``real``, both at time ``t`` under the same noise."""
+        noise = self.rng.normal_like(x0)
+        fake_logits = self.see(add_noise(x0, noise, t), t, condition)
+        real_t = add_noise(real, noise, t)
+        real_logits = self.see(real_t, t, condition)
+        loss = discriminator_loss(fake_logits, real_logits, self.config.gan_loss)
+        metrics = {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
+        if self.config.r1_weight:
+            moved = self.see(real_t + self.config.r1_sigma * self.rng.normal_like(real_t), t, condition)
+            penalty = approximate_r1(real_logits, moved, self.config.r1_sigma)
+            loss = loss + self.config.r1_weight * penalty
+            metrics["r1"] = penalty.detach()
+        return RoleLoss("discriminator", loss, metrics)

@@ -1,0 +1,134 @@
+"""Features of real networks: what the hooks give is what the blocks computed, with and without checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.types import Condition, Given, UserError, free_tokens
+from fastvideo.tests.distillation.tiny import FAMILIES, cogvideox_config, wan_config
+from fastvideo.tests.distillation.toys import spy
+
+PROMPTS = ("red seven", "a three")
+
+
+def family(name: str, folder: Path, **options: Any) -> DistillAdapter[Any]:
+    adapter = FAMILIES[name].make(folder)
+    config = {"wan": wan_config, "cogvideox": cogvideox_config}[name]
+    root = Path(adapter.config.path)
+    return type(adapter)(config(root, **options)) if options else adapter
+
+
+def inputs(adapter: DistillAdapter[Any]) -> tuple[Tensor, Tensor, Condition]:
+    x_t = normal((2, *adapter.latent_shape), seeded(1)).requires_grad_()
+    return x_t, torch.tensor([0.3, 0.8]), adapter.encode_prompts(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_nothing_runs_after_the_last_tap(name: str, tiny_wan: Path) -> None:
+    adapter = family(name, tiny_wan.parent)
+    network = adapter.load_network()
+    ran: list[int] = []
+    for index, block in enumerate(getattr(network, adapter.blocks)):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    adapter.features(network, *inputs(adapter), (0,))
+    assert ran == [0]
+    adapter.features(network, *inputs(adapter), (1,))
+    assert ran == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_checkpointed_blocks_give_the_same_features_and_gradients(name: str, tiny_wan: Path) -> None:
+    found = []
+    for options in ({}, {"gradient_checkpointing": True}):
+        adapter = family(name, tiny_wan.parent, **options)
+        network = adapter.load_network()
+        x_t, t, condition = inputs(adapter)
+        features = adapter.features(network, x_t, t, condition, (0,))
+        u, both = adapter.velocity_and_features(network, x_t, t, condition, (0, 1))
+        (u.square().sum() + sum(f.pow(3).sum() for f in (*features, *both))).backward()
+        found.append([u.detach(), *features, *both, x_t.grad, *(p.grad for p in network.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_are_gone_after_a_call_even_one_that_fails(tiny_wan: Path) -> None:
+    adapter = family("wan", tiny_wan.parent)
+    network = adapter.load_network()
+    x_t, t, condition = inputs(adapter)
+    adapter.features(network, x_t, t, condition, (0,))
+    with pytest.raises(RuntimeError):
+        adapter.features(network, x_t[:, :1], t, condition, (0,))
+    for block in getattr(network, adapter.blocks):
+        assert not block._forward_hooks
+        assert not block._forward_pre_hooks
+
+
+def test_a_tap_that_is_no_block_is_refused(tiny_wan: Path) -> None:
+    adapter = family("wan", tiny_wan.parent)
+    network = adapter.load_network()
+    for taps in ((2,), (-1,), ()):
+        with pytest.raises(UserError, match="blocks 0 to 1 of WanAdapter"):
+            adapter.features(network, *inputs(adapter), taps)
+
+
+def test_a_role_shows_given_frames_clean_and_marks_their_tokens(tiny_wan: Path) -> None:
+    adapter = family("wan", tiny_wan.parent)
+    role = RoleHandle("teacher", adapter, adapter.load_network())
+    x_t, t, text = inputs(adapter)
+    mask = torch.tensor([[True, False], [False, False]])
+    condition = Condition(text.tensors, Given(mask, normal(tuple(x_t.shape), seeded(2))))
+    (tokens,) = role.features(x_t, t, condition, (0,))
+    (gradient,) = torch.autograd.grad(tokens.square().sum(), x_t)
+    assert torch.count_nonzero(gradient[0, :, 0]) == 0
+    assert (gradient[0, :, 1].abs().sum(), gradient[1, :, 0].abs().sum()) > (0.0, 0.0)
+    free = free_tokens(tokens.shape[1], condition.given)  # type: ignore[arg-type]
+    assert free.shape == tokens.shape[:2]
+    assert free.view(2, 2, -1).float().mean(2).tolist() == [[0.0, 1.0], [1.0, 1.0]]
+    x0, again = role.x0_guided_and_features(x_t, t, condition, condition, 1.0, (0,))
+    torch.testing.assert_close(again[0], tokens)
+    torch.testing.assert_close(x0, role.x0(x_t, t, condition))
+    assert not x0.requires_grad
+
+
+def test_guided_x0_beside_features_is_the_guided_x0(tiny_wan: Path) -> None:
+    adapter = family("wan", tiny_wan.parent)
+    adapter.ensure_negative_conditioning()
+    role = RoleHandle("teacher", adapter, adapter.load_network())
+    x_t, t, condition = inputs(adapter)
+    negative = adapter.negative(2)
+    x0, (tokens,) = role.x0_guided_and_features(x_t, t, condition, negative, 3.0, (1,))
+    assert torch.equal(x0, role.x0_guided(x_t, t, condition, negative, 3.0).detach())
+    torch.testing.assert_close(tokens, role.features(x_t, t, condition, (1,))[0])
+
+
+def test_the_tokens_of_the_analytic_family_are_its_sufficient_statistics() -> None:
+    adapter = spy((2, 3, 1, 2))
+    role = RoleHandle("teacher", adapter, adapter.load_network().double())
+    x_t, t = normal((2, 2, 3, 1, 2), seeded(1), dtype=torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    (tokens,) = role.features(x_t, t, adapter.encode_prompts(["0.5", "0"]), (0,))
+    assert tokens.shape == (2, 6, 5)
+    alpha, mean, std = 0.7, 0.7 + 0.5, 0.4
+    y = (x_t[0] - alpha * mean) / (alpha**2 * std**2 + 0.3**2) ** 0.5
+    expected = torch.stack([torch.ones(6, dtype=torch.float64), *y.flatten(1), *y.flatten(1).square()], dim=1)
+    torch.testing.assert_close(tokens[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_held_weights_let_gradient_through_and_keep_none(tiny_wan: Path) -> None:
+    adapter = family("wan", tiny_wan.parent)
+    role = RoleHandle("critic", adapter, adapter.load_network(), trainable=True)
+    x_t, t, condition = inputs(adapter)
+    release = role.hold()
+    role.features(x_t, t, condition, (0,))[0].square().sum().backward()
+    assert x_t.grad is not None
+    assert x_t.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in role.network.parameters())
+    release()
+    assert len(role.parameters()) == len(list(role.network.parameters()))
