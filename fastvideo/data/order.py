@@ -168,14 +168,20 @@ class SampleStream:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position of the next batch."""
-        return {"epoch": self.epoch, "round": self.round}
+        """The position of the next batch, and how many samples one round of all processes takes."""
+        return {"epoch": self.epoch, "round": self.round, "per_round": self.shard.per_round}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue with the batch after the last one of :meth:`state_dict`."""
         more, self.round = divmod(int(state["round"]), self.rounds)
         self.epoch = int(state["epoch"]) + more
         self._restart()
+
+    def load_foreign_state(self, state: Mapping[str, int], step: int) -> str:
+        """Go on from a run with other processes, as many samples into the epoch; what is not exact then."""
+        seen = int(state["round"]) * int(state["per_round"])
+        self.load_state_dict({**state, "round": -(-seen // self.shard.per_round)})
+        return "the data go on at the same place of the epoch, dealt anew to the processes"
 
 
 def too_few(buckets: Sequence[Bucket], shard: Shard) -> str:

@@ -145,6 +145,7 @@ def build_method(
     roles = (*method.trainable_roles, *method.frozen_roles)
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
+    _check_averages(config, trainable)
     adapter.ensure_negative_conditioning()
     with initialising(config.seed):
         heads = method.heads(config.method, adapter)
@@ -160,6 +161,13 @@ def build_method(
         attach_optimizer(next(h for h in handles if h.name == role_name), options)
     rng = RandomStreams(config.seed, rank=processes.rank, device=processes.device)
     return method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
+
+
+def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:
+    wrong = [role for role in config.ema.roles if not trainable.get(role)]
+    if config.ema.enabled and wrong:
+        trained = ", ".join(role for role in trainable if trainable[role])
+        raise UserError(f"ema.roles: {', '.join(wrong)} is not trained; trained are {trained}")
 
 
 def build_wan_dmd2_method(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -56,7 +55,7 @@ def velocity_of(
 class RoleHandle(FeatureReader):
     """One role: its adapter, its network, and (if it is trained) its optimizer with the lr schedule in step.
 
-    ``ema`` is a frozen copy of the network that holds the averaged weights, for a role that has them.
+    ``ema`` holds averages of :meth:`tensors` by name, for a role that has them; they are shards where those are.
     """
 
     name: str
@@ -65,7 +64,7 @@ class RoleHandle(FeatureReader):
     trainable: bool = False
     optimizer: Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
-    ema: nn.Module | None = None
+    ema: dict[str, Tensor] | None = None
     _schedule_before: tuple[dict[str, Any], list[float]] = field(default=({}, []), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,9 +104,23 @@ class RoleHandle(FeatureReader):
         x0 = velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t)
         return x0 if condition.given is None else condition.given.fill(x0)
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this role trains, by their names in its network."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that this role trains."""
-        return [p for p in self.network.parameters() if p.requires_grad]
+        return list(self.named_parameters().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What training changes, without graph: the trained parameters, and the buffers of a network trained whole.
+
+        They share memory with the network, and are what a checkpoint and an average hold of this role.
+        """
+        state, trained = self.network.state_dict(), self.named_parameters()
+        if len(trained) == sum(1 for _ in self.network.parameters()):
+            return state
+        return {name: state[name] for name in trained}
 
     def step(self, skip: Tensor | None = None) -> None:
         """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step.
@@ -146,31 +159,6 @@ class RoleHandle(FeatureReader):
         if self.optimizer is None:
             raise RuntimeError(f"role {self.name!r} has no optimizer")
         return float(self.optimizer.param_groups[0]["lr"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart: for a frozen role nothing, its weights come from its source."""
-        if not self.trainable:
-            return {}
-        state: dict[str, Any] = {"network": self.network.state_dict()}
-        if self.optimizer is not None:
-            state["optimizer"] = self.optimizer.state_dict()
-        if self.lr_scheduler is not None:
-            state["lr_scheduler"] = self.lr_scheduler.state_dict()
-        if self.ema is not None:
-            state["ema"] = self.ema.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken."""
-        if not self.trainable:
-            return
-        self.network.load_state_dict(state["network"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
@@ -232,8 +220,3 @@ def check_roles(
     if problems:
         needed = ", ".join([*roles, *(f"{role} (optional)" for role in optional)])
         raise UserError(f"roles: {'; '.join(problems)}. Needed: {needed}; given: {', '.join(given) or 'none'}")
-
-
-def copy_network(network: nn.Module) -> nn.Module:
-    """An independent copy with the same weights, for a role that starts from another."""
-    return copy.deepcopy(network)

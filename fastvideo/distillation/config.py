@@ -120,12 +120,14 @@ class TrainerConfig(Section):
 
 
 class EMAConfig(Section):
-    """Averaged weights of the student; they are what is saved as the result."""
+    """Averaged weights; the student's are what is saved as the result."""
 
     enabled: bool = True
     """Whether to keep them."""
+    roles: tuple[str, ...] = ("student",)
+    """Whose; trained roles alone have some."""
     decay: float = Field(default=0.98, ge=0.0, lt=1.0)
-    """Per update of the student."""
+    """Per update of the role."""
     start_step: NonNegativeInt = 0
     """Up to this step the average is a copy of the live weights."""
 
@@ -163,7 +165,11 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 0
     """Steps between two checkpoints; 0 saves none but the result."""
     keep: PositiveInt = 2
-    """How many are kept."""
+    """How many of the newest are kept."""
+    keep_every: NonNegativeInt = 0
+    """Those of every this-many-th step are kept as well; 0 keeps none of them."""
+    asynchronous: bool = False
+    """Write in a thread: training waits for the copy to host memory alone."""
 
 
 AdapterT = TypeVar("AdapterT", bound=AdapterConfig)

@@ -72,10 +72,25 @@ class RandomStreams:
         return int(torch.randint(high, (), generator=self.shared))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Both generators' states."""
-        return {"local": self.local.get_state(), "shared": self.shared.get_state()}
+        """Both generators' states, and torch's own (which a network may draw dropout from)."""
+        state = {"local": self.local.get_state(), "shared": self.shared.get_state(), "torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["torch_cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue exactly where :meth:`state_dict` was taken."""
         self.local.set_state(state["local"])
         self.shared.set_state(state["shared"])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["torch_cuda"], self.device)
+
+    def load_foreign_state(self, state: Mapping[str, Tensor], step: int) -> str:
+        """Go on from the main process's state of a run with other processes or another device; what is not exact then.
+
+        The shared stream goes on exactly. Local streams belong to processes: new ones begin.
+        """
+        self.shared.set_state(state["shared"])
+        self.local.manual_seed((self.local.initial_seed() + 7_919 * (step + 1)) % 2**63)
+        return "tensors are drawn from new local streams"

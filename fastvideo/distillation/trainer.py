@@ -175,3 +175,8 @@ class DistillTrainer:
         self.step = int(state["step"])
         self.metrics.load_state_dict(state["metrics"])
         self.guard.load_state_dict(state["guard"])
+
+    def load_foreign_state(self, state: Mapping[str, Any], step: int) -> str:
+        """Go on from the main process's state of a run with other processes; what is not exact then."""
+        self.step = step
+        return "metrics begin a new window"

@@ -10,7 +10,8 @@ from typing import Any
 from fastvideo.distillation.adapters.loading import resolve_pipeline
 from fastvideo.distillation.builder import build_adapter, families, load_adapter, load_role, run_schema
 from fastvideo.distillation.config import read_yaml, validate
-from fastvideo.distillation.engine.checkpoint import complete_checkpoints, role_parts, role_weights, verified_manifest
+from fastvideo.distillation.engine.manifest import DamagedError, complete_checkpoints, verified
+from fastvideo.distillation.engine.restore import role_parts, role_weights
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -106,7 +107,10 @@ def load_source(source: Source) -> LoadedModel:
     model = load_model(str(source.folder)) if source.folder else _unfinished(source)
     if source.checkpoint is None:
         return model
-    verified_manifest(source.checkpoint)
+    try:
+        verified(source.checkpoint)
+    except DamagedError as error:
+        raise UserError(f"checkpoint {source.checkpoint} cannot be used: {error}") from error
     state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
     try:
         model.network.load_state_dict(state)

@@ -25,7 +25,7 @@ FROZEN_VERBS = {
     *("distill", "preprocess", "buckets", "generate", "evaluate", "export"),
     *("report", "schedule", "conformance", "list"),
 }
-FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "overwrite"}
+FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "resume_from", "overwrite"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 METHODS_NEVER = ("diffusers", "transformers", "peft")
 

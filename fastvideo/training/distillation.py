@@ -33,7 +33,9 @@ class Launch:
     distill_method: str | None = None
     """Algorithm, instead of the config's; `fastvideo list` shows all."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in the output folder from its newest checkpoint."""
+    """Continue the run in the output folder from its newest intact checkpoint."""
+    resume_from: Path | None = None
+    """Continue from this checkpoint, in the output folder that it is in or in a new one."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what the output folder holds."""
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
 
     from fastvideo.training.run import run
 
-    run(config, resume=launch.resume, overwrite=launch.overwrite)
+    run(config, resume=launch.resume, overwrite=launch.overwrite, resume_from=launch.resume_from)
     return 0
 
 

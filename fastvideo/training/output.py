@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fastvideo.distillation.builder import Config
-from fastvideo.distillation.config import read_yaml
-from fastvideo.distillation.engine.checkpoint import complete_checkpoints
+from fastvideo.distillation.engine.durable import replace_file
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
+from fastvideo.training.lock import LOCK
 
 RUN_FILES = ("config.yaml", "environment.json")
 """What every run writes first, and what makes a folder a run's."""
-HARMLESS = {"output", "device", "validation", "checkpoint"}
-HARMLESS_IN_TRAINER = {"max_steps", "log_every", "threads", "non_finite", "max_skips"}
-"""What a resumed run may change."""
 
 
-def check_output(config: Config, *, resume: bool, overwrite: bool) -> None:
+def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: Path | None = None) -> None:
     """Refuse a folder that holds something, unless told what to do with it.
 
     Raises:
-        UserError: if it is not empty and neither flag is given, both are, there is nothing to resume, the config to
-            resume is another one, or overwriting would delete what is no run or what this run reads.
+        UserError: if it is not empty and no flag says what to do, if flags exclude each other, or if overwriting would
+            delete what is no run or what this run reads.
     """
     output = Path(config.output)
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if resume:
-        _check_resume(config, output)
-    elif output.is_dir() and any(output.iterdir()):
+    if (resume or resume_from) and overwrite:
+        raise UserError(f"{'--resume' if resume else '--resume-from'} and --overwrite exclude each other")
+    if resume and resume_from:
+        raise UserError("--resume takes the newest checkpoint, --resume-from the one it names: give one of them")
+    if resume or (resume_from and resume_from.resolve().is_relative_to(output.resolve())):
+        return
+    if in_use(output):
         if not overwrite:
             raise UserError(
                 f"output folder {output} holds another run: continue it with --resume, delete it with --overwrite, "
                 f"or choose another with --output"
             )
         _check_overwrite(config, output)
+
+
+def in_use(output: Path) -> bool:
+    """Whether a folder holds anything but a lock."""
+    return output.is_dir() and any(entry.name != LOCK for entry in output.iterdir())
 
 
 def _check_overwrite(config: Config, output: Path) -> None:
@@ -55,37 +57,14 @@ def _check_overwrite(config: Config, output: Path) -> None:
             raise UserError(f"--overwrite would delete {source}, which this run reads; choose another --output")
 
 
-def _check_resume(config: Config, output: Path) -> None:
-    if not complete_checkpoints(output / "checkpoints"):
-        raise UserError(f"--resume: no complete checkpoint in {output / 'checkpoints'}")
-    before, now = _flat(read_yaml(output / "config.yaml")), _flat(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _harmless(key)
-    ]
-    if changed:
-        raise UserError("--resume: this config is not the run's, and would change it silently: " + "; ".join(changed))
-
-
-def _harmless(key: str) -> bool:
-    section, _, field = key.partition(".")
-    return section in HARMLESS or (section == "trainer" and field in HARMLESS_IN_TRAINER)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def prepare_output(config: Config, *, overwrite: bool) -> None:
     """Make the folder, with what is needed to run again: resolved config, package versions, code revision."""
     output = Path(config.output)
-    if overwrite and output.is_dir():
-        shutil.rmtree(output)
+    for entry in list(output.iterdir()) if overwrite and output.is_dir() else []:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    replace_file(output / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    replace_file(output / "environment.json", json.dumps(environment(), indent=2) + "\n")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.bundle import velocity_of
-from fastvideo.distillation.engine.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
-from fastvideo.distillation.engine.ema import EMAHook
+from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
@@ -25,7 +25,9 @@ from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import result_recipe
 from fastvideo.training.data import build_data
+from fastvideo.training.lock import locked
 from fastvideo.training.output import check_output, prepare_output
+from fastvideo.training.resume import checkpoint_hook, find_checkpoint, go_on, set_aside
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -33,11 +35,17 @@ VALIDATION_REFERENCE = 512
 """Real videos behind the Frechet distance of a validation: a quick curve, not a figure to report."""
 
 
-def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume_from: Path | None = None) -> Path:
     """Train as configured; the folder of the result (a model folder with its recipe).
+
+    Args:
+        resume: go on from the newest intact checkpoint of the output folder.
+        overwrite: delete what the output folder holds.
+        resume_from: go on from this checkpoint; into the output folder that it is in, or into a new one.
 
     Raises:
         UserError: for a mistake in the config, the data, the model folder or the output folder.
+        RunError: if the run cannot go on.
     """
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
@@ -45,33 +53,52 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Pat
     torch.set_flush_denormal(True)
     processes = start_processes(config.device)
     try:
-        return _run(config, processes, resume=resume, overwrite=overwrite)
+        check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
+        barrier()
+        with locked(Path(config.output)) if processes.is_main else nullcontext():
+            return _run(config, processes, Launched(resume, overwrite, resume_from))
     finally:
         stop_processes()
 
 
-def _run(config: Config, processes: Processes, *, resume: bool, overwrite: bool) -> Path:
+@dataclass(frozen=True)
+class Launched:
+    """What the user said about the output folder."""
+
+    resume: bool
+    overwrite: bool
+    resume_from: Path | None
+
+
+def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     output = Path(config.output)
-    check_output(config, resume=resume, overwrite=overwrite)
-    barrier()
+    if processes.is_main:  # another run may have finished here since the first look
+        check_output(config, **asdict(launched))
+    tracker = Tracker(output, enabled=processes.is_main)
+    source = None
+    if launched.resume or launched.resume_from:
+        source = find_checkpoint(config, processes, launched.resume_from, tracker.say)
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
     data, description = _build_data_once(config, adapter, processes)
-    tracker = Tracker(output, enabled=processes.is_main)
     trainer = build_trainer(config, adapter, method, tracker, processes)
-    checkpoint = _checkpoint_hook(config, trainer, data, processes)
-    step = checkpoint.restore() if resume else 0
     if processes.is_main:
-        prepare_output(config, overwrite=overwrite)
+        prepare_output(config, overwrite=launched.overwrite)
     barrier()
-    if resume:
-        tracker.rewind(step)
-        tracker.say(f"resumed at step {step} from {checkpoint.folder}")
+    if source:
+        lines = go_on(source, trainer, data, processes) + set_aside(config, source, processes)
+        tracker.rewind(trainer.step)
+        for line in lines:
+            tracker.say(line)
+    checkpoint = checkpoint_hook(config, trainer, data, processes)
     trainer.hooks = (*trainer.hooks, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     for note in method.notes:
         tracker.say(note)
-    trainer.run(data)
+    try:
+        trainer.run(data)
+    finally:
+        checkpoint.wait()
     if processes.is_main:
         save_result(config, adapter, method, output / "student")
         tracker.say(f"saved {output / 'student'}")
@@ -90,8 +117,8 @@ def build_trainer(
     config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
 ) -> DistillTrainer:
     """The trainer with its averaging and validation hooks."""
-    student = method.bundle["student"]
-    averages = [EMAHook(student, config.ema.decay, config.ema.start_step)] if config.ema.enabled else []
+    averaged_roles = [method.bundle[role] for role in config.ema.roles] if config.ema.enabled else []
+    averages = [EMAHook(averaged_roles, config.ema.decay, config.ema.start_step)]
     hooks: list[Hook] = []
     if config.validation.every and processes.is_main:
         hooks.append(_validation_hook(config, adapter, method, tracker))
@@ -101,22 +128,6 @@ def build_trainer(
     folder = Path(config.output) / "non_finite"
     guard = NonFiniteGuard(config.trainer.non_finite, config.trainer.max_skips, folder, processes.rank)
     return DistillTrainer(method, prepare, options, tracker, hooks, averages=averages, guard=guard)
-
-
-def _checkpoint_hook(
-    config: Config, trainer: DistillTrainer, data: SampleStream, processes: Processes
-) -> CheckpointHook:
-    parts: dict[str, Any] = {handle.name: handle for handle in trainer.method.bundle if handle.trainable}
-    parts |= {"method": trainer.method, "trainer": trainer, "rng": trainer.method.rng, "data": data}
-    options = config.checkpoint
-    return CheckpointHook(
-        Path(config.output) / "checkpoints",
-        parts,
-        processes,
-        every=options.every,
-        keep=options.keep,
-        last_step=config.trainer.max_steps,
-    )
 
 
 def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: Tracker) -> ValidationHook:
@@ -176,7 +187,8 @@ def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) 
     recipe = result_recipe(config, adapter, "live" if student.ema is None else "ema", config.trainer.max_steps)
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
-    adapter.save_pipeline(partial_folder, student.ema if student.ema is not None else student.network, recipe)
+    with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
+        adapter.save_pipeline(partial_folder, network, recipe)
     if folder.is_dir():
         shutil.rmtree(folder)
     partial_folder.rename(folder)

@@ -1,195 +1,222 @@
-"""Checkpoints: a new directory each, a manifest with hashes written last, newest complete one wins.
+"""Checkpoints: a new directory each, its manifest written last; the newest intact one is where a run goes on.
 
-Tensors are safetensors and everything else is JSON, so nothing that is loaded is ever unpickled.
+Every process writes its own tensors and its own streams; nothing that is loaded is ever unpickled. Training waits for
+the copy to host memory, and with ``asynchronous`` for nothing more: a thread does the writing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastvideo.distillation.engine.distributed import Processes, barrier
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.engine.durable import (
+    FileRecord,
+    make_folder,
+    remove_tree,
+    replace_file,
+    sync_folder,
+    write_file,
+)
+from fastvideo.distillation.engine.manifest import MANIFEST, PREFIX, Manifest, checkpoints_in, step_of
+from fastvideo.distillation.engine.state import PerProcess, RoleState, Stateful, split_state
+from fastvideo.distillation.engine.storage import HostCopy, copy_to_host, index_text, safetensors_bytes
+from fastvideo.errors import RunError
 
-MANIFEST = "manifest.json"
-SCHEMA = 1
-JOINT = "::"
-
-
-class Stateful(Protocol):
-    """A part that survives a restart."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
-def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Nested state as flat tensors (keys joined by ``::``) and a nested rest that JSON can hold."""
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, Any] = {}
-    for key, value in state.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
-        elif isinstance(value, Mapping):
-            inner, plain[str(key)] = split_state(value, f"{path}{JOINT}")
-            tensors.update(inner)
-        else:
-            plain[str(key)] = value
-    return tensors, plain
+CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"
+OTHERS_TIMEOUT = 3600.0
+"""Seconds that the main process waits for what the others write."""
 
 
-def join_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of :func:`split_state`; keys that are numbers (parameters in optimizer state) become ints again."""
-    state = _with_int_keys(plain)
-    for path, tensor in tensors.items():
-        *parents, last = [_key(part) for part in path.split(JOINT)]
-        node = state
-        for part in parents:
-            node = node[part]
-        node[last] = tensor
-    return state
+@dataclass(frozen=True)
+class SaveOptions:
+    """When to save, and what to keep."""
+
+    every: int
+    """Steps between two checkpoints; 0 saves none."""
+    last_step: int
+    """Saved too."""
+    keep: int = 2
+    """The newest this many stay."""
+    keep_every: int = 0
+    """Those of steps that this divides stay as well; 0 keeps none of them."""
+    asynchronous: bool = False
+    """Write in a thread."""
 
 
-def _key(text: str) -> Any:
-    return int(text) if text.isdigit() else text
+@dataclass(frozen=True)
+class RunFacts:
+    """What a checkpoint says about its run: the config as YAML, the hash of what a resumed run must keep, versions."""
+
+    config: str
+    config_hash: str
+    packages: Mapping[str, str]
 
 
-def _with_int_keys(plain: Mapping[str, Any]) -> dict[Any, Any]:
-    return {_key(k): _with_int_keys(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+@dataclass(frozen=True)
+class Parts:
+    """Everything that survives: trained roles, what else is the same on all processes, and what is not."""
+
+    roles: Mapping[str, RoleState]
+    shared: Mapping[str, Stateful]
+    own: Mapping[str, PerProcess]
+
+    @property
+    def everywhere(self) -> dict[str, Stateful]:
+        """The parts that all processes hold alike, or in shards."""
+        return {**self.roles, **self.shared}
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@dataclass(frozen=True)
+class _Snapshot:
+    """The state at one step, in host memory: nothing in it changes while it is written."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    texts: Mapping[str, str]
 
 
 class CheckpointHook:
-    """Saves every ``every`` steps and after ``last_step``, and keeps the last ``keep``.
+    """Saves when due, and keeps what the options say.
 
     Args:
         folder: where ``step-N`` directories go.
-        parts: what survives; parts named in ``per_process`` differ between processes and get a file each.
+        parts: what survives.
+        facts: what the manifest says about the run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Stateful],
-        processes: Processes,
-        *,
-        every: int,
-        keep: int,
-        last_step: int,
-        per_process: Sequence[str] = ("rng", "data", "trainer"),
-    ) -> None:
-        self.folder, self.parts, self.processes = folder, parts, processes
-        self.every, self.keep, self.last_step, self.per_process = every, keep, last_step, tuple(per_process)
+    def __init__(self, folder: Path, parts: Parts, processes: Processes, options: SaveOptions, facts: RunFacts) -> None:
+        self.folder, self.parts, self.processes, self.options, self.facts = folder, parts, processes, options, facts
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
+        self._in_flight: Future[None] | None = None
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: every so often, and after the last."""
-        return bool(self.every) and (step % self.every == 0 or step == self.last_step)
+        every = self.options.every
+        return bool(every) and (step % every == 0 or step == self.options.last_step)
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """Save if this step is due."""
+        """Save if this step is due.
+
+        Raises:
+            RunError: if this save, or an earlier one that ran in the thread, failed.
+        """
+        if self._in_flight is not None and self._in_flight.done():
+            self.wait()
         if self.due(step):
             self.save(step)
 
     def save(self, step: int) -> Path:
-        """Write ``step-N``; it counts only once its manifest is there, and only then are older ones removed."""
-        target = self.folder / f"step-{step}"
-        if self.processes.is_main:
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True)
-        barrier()
-        own = {name: part for name, part in self.parts.items() if name in self.per_process}
-        self._write(target, f"process-{self.processes.rank}", own)
-        if self.processes.is_main:
-            shared = {name: part for name, part in self.parts.items() if name not in self.per_process}
-            self._write(target, "shared", shared)
-        barrier()
-        if self.processes.is_main:
-            self._complete(target, step)
-        return target
-
-    @staticmethod
-    def _write(target: Path, name: str, parts: Mapping[str, Stateful]) -> None:
-        tensors, plain = split_state({part: parts[part].state_dict() for part in parts})
-        save_file(tensors, target / f"{name}.safetensors")
-        (target / f"{name}.json").write_text(json.dumps(plain))
-
-    def _complete(self, target: Path, step: int) -> None:
-        files = {file.name: digest(file) for file in sorted(target.iterdir())}
-        manifest = {"schema": SCHEMA, "step": step, "world_size": self.processes.world_size, "sha256": files}
-        temporary = target / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-        temporary.rename(target / MANIFEST)
-        for old in complete_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
-
-    def restore(self) -> int:
-        """Load the newest complete checkpoint into the parts; its step.
+        """Write ``step-N``, or have it written; it counts only once its manifest is there.
 
         Raises:
-            UserError: if there is none, a file differs from its hash, or the number of processes changed.
+            RunError: if it cannot be written.
         """
-        found = complete_checkpoints(self.folder)
-        if not found:
-            raise UserError(f"--resume: no complete checkpoint in {self.folder}")
-        manifest = verified_manifest(found[-1])
-        if manifest["world_size"] != self.processes.world_size:
-            raise UserError(
-                f"checkpoint {found[-1]} was saved by {manifest['world_size']} processes, this run has "
-                f"{self.processes.world_size}"
-            )
-        for name in ("shared", f"process-{self.processes.rank}"):
-            plain = json.loads((found[-1] / f"{name}.json").read_text())
-            for part, state in join_state(load_file(found[-1] / f"{name}.safetensors"), plain).items():
-                self.parts[part].load_state_dict(state)
-        return int(manifest["step"])
+        self.wait()
+        target = self.folder / f"{PREFIX}{step}"
+        with _explained(target):
+            if self.processes.is_main:
+                make_folder(self.folder)
+                remove_tree(target, first=[MANIFEST])
+                os.mkdir(target)
+                sync_folder(self.folder)
+        barrier()
+        write = partial(self._write, target, self._snapshot(step))
+        if self._thread is None:
+            write()
+        else:
+            self._in_flight = self._thread.submit(write)
+        return target
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            RunError: if a save in the thread failed.
+        """
+        running, self._in_flight = self._in_flight, None
+        if running is not None:
+            running.result()
+
+    def _snapshot(self, step: int) -> _Snapshot:
+        rank = f"process-{self.processes.rank}"
+        own, own_rest = split_state({rank: {name: part.state_dict() for name, part in self.parts.own.items()}})
+        shared, rest = split_state({name: part.state_dict() for name, part in self.parts.everywhere.items()})
+        copy = HostCopy(f"{rank}.safetensors")
+        copy_to_host({**shared, **own}, copy)
+        texts = {f"{rank}.json": json.dumps(own_rest[rank])}
+        if self.processes.is_main:
+            texts |= {SHARED: json.dumps(rest), INDEX: index_text(copy.index), CONFIG: self.facts.config}
+        return _Snapshot(step, copy.tensors, texts)
+
+    def _write(self, target: Path, snapshot: _Snapshot) -> None:
+        with _explained(target):
+            rank = f"process-{self.processes.rank}"
+            files = {
+                f"{rank}.safetensors": write_file(target / f"{rank}.safetensors", safetensors_bytes(snapshot.tensors))
+            }
+            files |= {name: write_file(target / name, [text.encode()]) for name, text in snapshot.texts.items()}
+            if not self.processes.is_main:
+                replace_file(target / f"{rank}.files", json.dumps({n: asdict(r) for n, r in files.items()}))
+                return
+            files |= self._written_by_others(target)
+            sync_folder(target)
+            self._manifest(snapshot.step, files).write(target)
+            self._tidy(snapshot.step)
+
+    def _written_by_others(self, target: Path) -> dict[str, FileRecord]:
+        """What the other processes report, once all have: no collective runs in a thread."""
+        files: dict[str, FileRecord] = {}
+        deadline = time.monotonic() + OTHERS_TIMEOUT
+        for rank in range(1, self.processes.world_size):
+            report = target / f"process-{rank}.files"
+            while not report.is_file():
+                if time.monotonic() > deadline:
+                    raise RunError(f"checkpoint {target}: process {rank} has not written its part")
+                time.sleep(0.01)
+            files |= {name: FileRecord(**record) for name, record in json.loads(report.read_text()).items()}
+            os.unlink(report)
+        return files
+
+    def _manifest(self, step: int, files: Mapping[str, FileRecord]) -> Manifest:
+        return Manifest(
+            step=step,
+            roles=tuple(self.parts.roles),
+            world_size=self.processes.world_size,
+            device=self.processes.device.type,
+            config_hash=self.facts.config_hash,
+            packages=self.facts.packages,
+            saved_at=int(time.time()),
+            files=files,
+        )
+
+    def _tidy(self, newest: int) -> None:
+        """Remove what is neither kept nor newer; only now that the newest is on the disk."""
+        complete = [path for path in checkpoints_in(self.folder) if (path / MANIFEST).is_file()]
+        kept = set(complete[-self.options.keep :])
+        for path in checkpoints_in(self.folder):
+            step = step_of(path) or 0
+            milestone = path in complete and self.options.keep_every and step % self.options.keep_every == 0
+            if path not in kept and not milestone and step < newest:
+                remove_tree(path, first=[MANIFEST])
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that have their manifest, oldest first."""
-    found = [path.parent for path in folder.glob(f"step-*/{MANIFEST}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def verified_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after every file's hash was compared.
-
-    Raises:
-        UserError: naming the file that is missing or differs.
-    """
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-    for name, expected in manifest["sha256"].items():
-        if not (checkpoint / name).is_file() or digest(checkpoint / name) != expected:
-            raise UserError(
-                f"checkpoint {checkpoint}: {name} is missing or damaged; remove this checkpoint to use an older one"
-            )
-    return manifest
-
-
-def role_parts(checkpoint: Path, role: str) -> set[str]:
-    """Which parts of a role's state (``network``, ``ema``, ``optimizer``) a checkpoint holds."""
-    with safe_open(checkpoint / "shared.safetensors", "pt") as file:
-        split = [key.split(JOINT) for key in file.keys()]  # noqa: SIM118 (not a mapping)
-    return {parts[1] for parts in split if parts[0] == role}
-
-
-def role_weights(checkpoint: Path, role: str, part: str) -> dict[str, torch.Tensor]:
-    """The tensors of one part of a role's state by name; nothing else of the checkpoint is read."""
-    prefix = JOINT.join((role, part, ""))
-    with safe_open(checkpoint / "shared.safetensors", "pt") as file:
-        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """A file system that refuses is a message and not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"checkpoint {target} cannot be written: {error.strerror}. The run stops here; earlier checkpoints are "
+            f"untouched: make room and go on with --resume"
+        ) from error

@@ -57,6 +57,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_main(value: int, processes: Processes) -> int:
+    """The main process's value, on all processes: for what one decides and all must follow."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=processes.device)
+    dist.broadcast(shared, src=0)
+    return int(shared)
+
+
 def average(values: Tensor) -> Tensor:
     """Mean over processes, in place."""
     if dist.is_initialized():

@@ -1,38 +1,76 @@
-"""Exponential moving average of one role's weights."""
+"""Exponential moving averages of trained weights, shard by shard."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from fastvideo.distillation.bundle import RoleHandle, copy_network
+from fastvideo.distillation.bundle import RoleHandle
 
 
 class EMAHook:
     """Updates ``handle.ema`` after each optimizer step of its role, and only then.
 
-    Up to ``start_step`` the average is a copy of the live weights, so that it never remembers the initial ones.
+    Up to ``start_step`` the average is a copy of the live weights, so that it never remembers the initial ones. Every
+    process averages its own shards: nothing is gathered.
     """
 
-    def __init__(self, handle: RoleHandle, decay: float, start_step: int = 0) -> None:
-        self.handle, self.decay, self.start_step = handle, decay, start_step
-        handle.ema = copy_network(handle.network).requires_grad_(False)
+    def __init__(self, handles: Sequence[RoleHandle], decay: float, start_step: int = 0) -> None:
+        self.handles, self.decay, self.start_step = tuple(handles), decay, start_step
+        for handle in self.handles:
+            handle.ema = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
 
     @torch.no_grad()
     def after_update(self, step: int, active: Sequence[str], skip: Tensor) -> None:
-        """``ema <- decay ema + (1 - decay) weights`` if the role was stepped, and ``skip`` (a scalar) is not 1.
+        """``ema <- decay ema + (1 - decay) weights`` for every role that was stepped, if ``skip`` (a scalar) is not 1.
 
         A skipped step leaves the average as it is, to the bit: ``lerp`` with weight 0 returns its first argument.
         """
-        if self.handle.name not in active or self.handle.ema is None:
-            return
         decay = 0.0 if step < self.start_step else self.decay
         weight = (1 - decay) * (1 - skip)
-        live = self.handle.network.state_dict()
-        for name, average in self.handle.ema.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(live[name], weight.to(average.dtype))
-            else:
-                average.copy_(live[name])
+        for handle in self.handles:
+            if handle.name in active and handle.ema is not None:
+                _blend(handle.ema, handle.tensors(), weight)
+
+
+def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+    for name, tensor in tensors.items():
+        average, live = local(averages[name]), local(tensor)
+        if average.is_floating_point():
+            average.lerp_(live, weight.to(average.dtype))
+        else:
+            average.copy_(live)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, in the same memory; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@contextmanager
+def averaged(handle: RoleHandle) -> Iterator[nn.Module]:
+    """The role's network with its averaged weights; the live ones are back, to the bit, when the context ends."""
+    _exchange(handle)
+    try:
+        yield handle.network
+    finally:
+        _exchange(handle)
+
+
+@torch.no_grad()
+def _exchange(handle: RoleHandle) -> None:
+    if handle.ema is None:
+        raise RuntimeError(f"role {handle.name!r} has no average")
+    for name, tensor in handle.tensors().items():
+        average, live = local(handle.ema[name]), local(tensor)
+        kept = live.clone()
+        live.copy_(average)
+        average.copy_(kept)
+    for module in handle.network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a root that is still whole from its last forward would go on with the other weights

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastvideo.distillation.engine.durable import replace_file
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -56,7 +58,7 @@ class Tracker:
         if self.enabled and file.is_file():
             # A run that was killed may have left half a line at the end.
             lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            replace_file(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
             self._rewound_to = step
 
     def say(self, message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.ema import averaged
 
 Sample = Callable[[nn.Module], Tensor]
 """Videos ``[B, 3, T, H, W]`` that a network generates for the fixed prompts and noise."""
@@ -45,17 +46,17 @@ class ValidationHook:
     @torch.no_grad()
     def run(self, step: int) -> None:
         """Sample, score, write."""
-        networks = {"student": self.handle.network}
+        scores = self._look_at("student", self.handle.network, step)
         if self.handle.ema is not None:
-            networks["ema"] = self.handle.ema
-        scores: dict[str, float] = {}
-        for name, network in networks.items():
-            videos = self.sample(network)
-            self.sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
-            if self.sinks.score is not None:
-                found = self.sinks.score(videos)
-                scores |= {f"validation/{name}/{key}": value for key, value in found.items()}
+            with averaged(self.handle) as network:
+                scores |= self._look_at("ema", network, step)
         self.sinks.log(scores, step)
+
+    def _look_at(self, name: str, network: nn.Module, step: int) -> dict[str, float]:
+        videos = self.sample(network)
+        self.sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
+        found = self.sinks.score(videos) if self.sinks.score is not None else {}
+        return {f"validation/{name}/{key}": value for key, value in found.items()}
 
 
 def side_by_side(videos: Tensor) -> Tensor:

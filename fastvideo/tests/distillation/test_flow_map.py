@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig, GaussianMeanVelocity
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.flow_map import HEAD, HEAD_FILE
-from fastvideo.distillation.bundle import RoleHandle, copy_network
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rollout import flow_map, generate
 from fastvideo.distillation.types import Condition, Given, UserError
@@ -92,7 +93,7 @@ def test_a_saved_flow_map_comes_back_and_stock_diffusers_loads_the_rest(
     mapped: Mapped, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     mapped.train_head()
-    mapped.adapter.save_pipeline(tmp_path, copy_network(mapped.network), {"sampler": "flow_map"})
+    mapped.adapter.save_pipeline(tmp_path, copy.deepcopy(mapped.network), {"sampler": "flow_map"})
     assert set(load_file(tmp_path / HEAD_FILE)) == {"first.weight", "first.bias", "last.weight", "last.bias"}
     weights = load_file(next((tmp_path / "transformer").glob("*.safetensors")))
     assert not [key for key in weights if HEAD in key], "stock diffusers would warn about keys that it does not know"

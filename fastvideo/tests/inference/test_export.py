@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.wan import WanAdapter
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.checkpoint import complete_checkpoints
+from fastvideo.distillation.engine.manifest import complete_checkpoints
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.inference.loading import SIZES, load_model
@@ -157,7 +157,7 @@ def test_stock_diffusers_goes_on_from_an_image_as_we_do(
 
 def checkpointed(run_folder: Path, part: str) -> dict[str, Tensor]:
     """One kind of the student's weights in the newest checkpoint, read without any of our readers."""
-    tensors = load_file(complete_checkpoints(run_folder / "checkpoints")[-1] / "shared.safetensors")
+    tensors = load_file(complete_checkpoints(run_folder / "checkpoints")[-1] / "process-0.safetensors")
     prefix = f"student::{part}::"
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
@@ -265,11 +265,11 @@ def test_a_run_without_checkpoints_has_only_what_its_result_holds(
 def test_a_damaged_checkpoint_is_named(distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(distilled, damaged)
-    with (damaged / "checkpoints/step-2/shared.safetensors").open("r+b") as file:
+    with (damaged / "checkpoints/step-2/process-0.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
     said = refusal(capsys, damaged, tmp_path / "out", "--weights", "live")
-    assert "shared.safetensors is missing or damaged" in said
+    assert "process-0.safetensors is damaged" in said
 
 
 def test_an_output_folder_in_use_is_left_alone(

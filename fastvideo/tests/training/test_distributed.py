@@ -73,8 +73,9 @@ def test_torchrun_and_its_resume_equal_the_same_two_ranks_in_one_process(
     trained, expected = load_file(output / "student" / "network.safetensors"), emulate(values)
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-5, atol=1e-6)
-    saved = sorted(file.name for file in (output / "checkpoints" / f"step-{STEPS}").glob("*.json"))
-    assert saved == ["manifest.json", "process-0.json", "process-1.json", "shared.json"]
+    saved = sorted(file.name for file in (output / "checkpoints" / f"step-{STEPS}").iterdir())
+    own = [f"process-{rank}.{end}" for rank in (0, 1) for end in ("json", "safetensors")]
+    assert saved == ["config.yaml", "manifest.json", *own, "shared.json", "tensors.json"]
 
 
 def test_the_ranks_draw_different_tensors_and_take_the_same_decisions(values: dict[str, Any]) -> None:

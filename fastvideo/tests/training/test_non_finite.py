@@ -16,6 +16,7 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config import validate
 from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.state import RoleState
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, NonFiniteError
 from fastvideo.distillation.types import RawBatch
@@ -58,7 +59,7 @@ def state_of(trainer: DistillTrainer) -> dict[str, Tensor]:
     """Weights, averages, optimizer and schedule of every role, flat."""
     flat: dict[str, Tensor] = {}
     for handle in trainer.method.bundle:
-        state = handle.state_dict()
+        state = RoleState(handle).state_dict()
         for part in ("network", "ema"):
             flat |= {f"{handle.name}/{part}/{k}": v.clone() for k, v in state.get(part, {}).items()}
         for number, values in state.get("optimizer", {}).get("state", {}).items():

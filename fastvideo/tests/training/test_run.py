@@ -83,15 +83,21 @@ def test_a_resumed_run_logs_each_step_once(analytic_values: dict) -> None:
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
 
 
-def test_a_damaged_checkpoint_is_named(analytic_values: dict) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over_but_refused_by_its_path(analytic_values: dict, capsys) -> None:
     values = analytic_values | {"checkpoint": {"every": 6}}
     run(config_of(values))
-    file = Path(values["output"]) / "checkpoints" / "step-12" / "shared.safetensors"
-    content = bytearray(file.read_bytes())
+    whole = result(values)
+    newest = Path(values["output"]) / "checkpoints" / "step-12"
+    content = bytearray((newest / "process-0.safetensors").read_bytes())
     content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-12: shared\.safetensors is missing or damaged"):
-        run(config_of(values), resume=True)
+    (newest / "process-0.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"step-12 cannot be used: process-0\.safetensors is damaged"):
+        run(config_of(values), resume_from=newest)
+    run(config_of(values), resume=True)
+    said = "".join(capsys.readouterr().err.split())  # a narrow console breaks lines anywhere
+    assert "step-12:process-0.safetensorsisdamaged" in said
+    assert "resumedatstep6" in said
+    assert all(torch.equal(tensor, result(values)[name]) for name, tensor in whole.items())
 
 
 def test_an_incomplete_checkpoint_is_passed_over_and_old_ones_are_removed(analytic_values: dict) -> None:

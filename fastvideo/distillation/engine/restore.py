@@ -1,0 +1,146 @@
+"""Going on from a checkpoint: the newest intact one, or the one that was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from fastvideo.distillation.engine.checkpoint import INDEX, SHARED, Parts
+from fastvideo.distillation.engine.distributed import Processes, from_main
+from fastvideo.distillation.engine.manifest import (
+    PREFIX,
+    DamagedError,
+    Manifest,
+    checkpoints_in,
+    newest_intact,
+    verified,
+)
+from fastvideo.distillation.engine.state import EMA, JOINT, NETWORK, RoleState, join_state
+from fastvideo.distillation.engine.storage import Stored, read_index, read_into
+from fastvideo.distillation.types import UserError
+
+NONE = -1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a run goes on; ``notes`` say what is not bit-exact."""
+
+    folder: Path
+    step: int
+    roles: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path:
+    """The newest intact checkpoint of a run, the same on all processes; what is passed over is said.
+
+    Raises:
+        UserError: if there is none.
+    """
+    passed_over: list[str] = []
+    step = NONE
+    if processes.is_main:
+        found = newest_intact(checkpoints_in(folder), passed_over)
+        step = found[1].step if found else NONE
+    step = from_main(step, processes)
+    for line in passed_over:
+        say(f"passed over {line}")
+    if step == NONE:
+        listed = "".join(f"\n  {line}" for line in passed_over)
+        raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
+    return folder / f"{PREFIX}{step}"
+
+
+def check_intact(folder: Path, processes: Processes) -> None:
+    """Verify a checkpoint that was asked for by its path.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    problem = ""
+    if processes.is_main:
+        try:
+            verified(folder)
+        except DamagedError as error:
+            problem = str(error)
+    if from_main(int(bool(problem)), processes):
+        raise UserError(f"checkpoint {folder} cannot be used: {problem or 'see the main process'}")
+
+
+def restore(folder: Path, parts: Parts, processes: Processes) -> Restored:
+    """Load an intact checkpoint into the parts; another sharding or number of processes is dealt with.
+
+    Raises:
+        UserError: if it holds other roles, or weights that do not fit.
+    """
+    manifest = Manifest.read(folder)
+    if set(manifest.roles) != set(parts.roles):
+        raise UserError(
+            f"checkpoint {folder} holds the roles {', '.join(manifest.roles)}; this run trains {', '.join(parts.roles)}"
+        )
+    foreign = (manifest.world_size, manifest.device) != (processes.world_size, processes.device.type)
+    source = f"process-{0 if foreign else processes.rank}"
+    index = read_index(folder / INDEX)
+    _check_fit(folder, parts, index)
+    targets: dict[str, Tensor] = {}
+    for name, part in parts.everywhere.items():
+        stored = _under(index, f"{name}{JOINT}")
+        wanted = part.targets(stored) if isinstance(part, RoleState) else _empty(stored)
+        targets |= {f"{name}{JOINT}{key}": tensor for key, tensor in wanted.items()}
+    targets |= {f"{source}{JOINT}{key}": t for key, t in _empty(_under(index, f"{source}{JOINT}")).items()}
+    read_into(targets, folder, index)
+    shared = json.loads((folder / SHARED).read_text())
+    for name, part in parts.everywhere.items():
+        part.load_state_dict(join_state(_under(targets, f"{name}{JOINT}"), shared[name]))
+    own = json.loads((folder / f"{source}.json").read_text())
+    states = {name: join_state(_under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
+    return Restored(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
+
+
+def _load_own(
+    parts: Parts, states: Mapping[str, Any], manifest: Manifest, processes: Processes, foreign: bool
+) -> tuple[str, ...]:
+    if not foreign:
+        for name, part in parts.own.items():
+            part.load_state_dict(states[name])
+        return ()
+    notes = [part.load_foreign_state(states[name], manifest.step) for name, part in parts.own.items()]
+    before = f"{manifest.world_size} x {manifest.device}"
+    now = f"{processes.world_size} x {processes.device.type}"
+    return (f"saved by {before}, resumed by {now}: weights, optimizers and averages are exact", *notes)
+
+
+def _check_fit(folder: Path, parts: Parts, index: Mapping[str, Stored]) -> None:
+    for name, part in parts.roles.items():
+        problems = part.problems(_under(index, f"{name}{JOINT}"))
+        if problems:
+            raise UserError(f"checkpoint {folder}: the weights of role {name!r} do not fit: {'; '.join(problems)}")
+
+
+def _empty(index: Mapping[str, Stored]) -> dict[str, Tensor]:
+    return {name: stored.empty() for name, stored in index.items()}
+
+
+def _under(values: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def role_parts(checkpoint: Path, role: str) -> set[str]:
+    """Which parts of a role's state (``network``, ``ema``, ``optimizer``) a checkpoint holds."""
+    return {name.split(JOINT)[0] for name in _under(read_index(checkpoint / INDEX), f"{role}{JOINT}")}
+
+
+def role_weights(checkpoint: Path, role: str, part: str) -> dict[str, Tensor]:
+    """The whole tensors of one part of a role's state by name, on the CPU; nothing else of the checkpoint is read."""
+    assert part in (NETWORK, EMA)
+    index, prefix = read_index(checkpoint / INDEX), JOINT.join((role, part, ""))
+    wanted = {name: stored.empty() for name, stored in index.items() if name.startswith(prefix)}
+    read_into(wanted, checkpoint, index, alone=True)
+    return _under(wanted, prefix)

@@ -1,0 +1,172 @@
+"""What survives a restart: nested state as named tensors and a rest that JSON holds; a role's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.storage import Index, Stored
+
+JOINT = "::"
+NETWORK, EMA, OPTIMIZER, SCHEDULE = "network", "ema", "optimizer", "lr_scheduler"
+
+
+class Stateful(Protocol):
+    """A part that survives a restart."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class PerProcess(Stateful, Protocol):
+    """A part that differs between processes."""
+
+    def load_foreign_state(self, state: Any, step: int) -> str:
+        """Go on from the main process's state of a run with other processes, or another kind of device.
+
+        Returns what is then not bit-exact, for the user.
+        """
+        ...
+
+
+def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nested state as flat tensors (keys joined by ``::``) and a nested rest that JSON can hold; nothing is copied."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            tensors[path] = value
+        elif isinstance(value, Mapping):
+            inner, plain[str(key)] = split_state(value, f"{path}{JOINT}")
+            tensors.update(inner)
+        else:
+            plain[str(key)] = value
+    return tensors, plain
+
+
+def join_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of :func:`split_state`; lists that were tuples are for the part to turn back."""
+    state = {key: join_state({}, value) if isinstance(value, Mapping) else value for key, value in plain.items()}
+    for path, tensor in tensors.items():
+        *parents, last = path.split(JOINT)
+        node = state
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = tensor
+    return state
+
+
+class RoleState:
+    """A trained role: the tensors that its training changes, its optimizer, its learning-rate schedule, its average.
+
+    Optimizer state is kept by parameter name and not by number, and only for parameters that have some: torch's own
+    helpers give a fresh optimizer one step at rate 0 to find out what it would hold, and that step counts in Adam's
+    bias correction. Every tensor may be a shard; nothing is gathered.
+    """
+
+    def __init__(self, handle: RoleHandle) -> None:
+        self.handle = handle
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live tensors, not copies."""
+        handle, state = self.handle, {NETWORK: self.handle.tensors()}
+        if handle.ema is not None:
+            state[EMA] = dict(handle.ema)
+        if handle.optimizer is not None:
+            state[OPTIMIZER] = self._optimizer_state()
+        if handle.lr_scheduler is not None:
+            state[SCHEDULE] = handle.lr_scheduler.state_dict()
+        return state
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        optimizer, names = self.handle.optimizer, self._names()
+        assert optimizer is not None
+        state = {names[p]: dict(entry) for p, entry in optimizer.state.items()}
+        groups = [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        return {"state": state, "param_groups": groups}
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.handle.named_parameters().items()}
+
+    def targets(self, index: Index) -> dict[str, Tensor]:
+        """Memory for each stored tensor (by its name within the role) that this run uses, sharded as its own."""
+        live = split_state({NETWORK: self.handle.tensors(), EMA: self.handle.ema or {}})[0]
+        kept = {NETWORK: True, EMA: bool(self.handle.ema), OPTIMIZER: self.handle.optimizer is not None}
+        found: dict[str, Tensor] = {}
+        for name, stored in index.items():
+            if kept.get(name.split(JOINT)[0], False):
+                found[name] = live[name].detach() if name in live else self._optimizer_target(name, stored)
+        return found
+
+    def _optimizer_target(self, name: str, stored: Stored) -> Tensor:
+        """Moments are sharded like their parameter; a step counter is where this optimizer keeps it."""
+        *_, parameter, entry = name.split(JOINT)
+        owner = self.handle.named_parameters()[parameter].detach()
+        if entry == "step":
+            assert self.handle.optimizer is not None
+            group = self.handle.optimizer.param_groups[0]
+            return stored.empty().to(owner.device if group.get("fused") or group.get("capturable") else "cpu")
+        if tuple(owner.shape) == stored.shape:
+            return torch.zeros_like(owner, dtype=getattr(torch, stored.dtype))
+        return stored.empty().to(owner.device)
+
+    def problems(self, index: Index) -> list[str]:
+        """How the stored weights differ from this run's network; empty where they fit."""
+        prefix = f"{NETWORK}{JOINT}"
+        stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
+        return mismatches(self.handle.tensors(), stored)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken; the state's tensors come from :meth:`targets`."""
+        handle = self.handle
+        fill(handle.tensors(), state[NETWORK])
+        if handle.ema is not None:
+            # A run that begins to average where its checkpoint has none starts from the live weights.
+            fill(handle.ema, state.get(EMA, state[NETWORK]))
+        if handle.optimizer is not None:
+            self._load_optimizer(state[OPTIMIZER])
+        if handle.lr_scheduler is not None:
+            handle.lr_scheduler.load_state_dict(state[SCHEDULE])
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        optimizer, parameters = self.handle.optimizer, self.handle.named_parameters()
+        assert optimizer is not None
+        optimizer.state.clear()
+        optimizer.state.update({parameters[name]: dict(entry) for name, entry in state["state"].items()})
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({k: as_before(group[k], v) for k, v in saved.items() if k != "params"})
+
+
+def as_before(current: Any, loaded: Any) -> Any:
+    """JSON has lists alone: a value that is a tuple in this run becomes one again."""
+    return tuple(loaded) if isinstance(current, tuple) else loaded
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy by name into existing tensors."""
+    for name, tensor in tensors.items():
+        tensor.copy_(source[name])
+
+
+def mismatches(own: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> list[str]:
+    """How stored weights differ from a network's in names and shapes; empty where they fit."""
+    found = _listed("missing", own.keys() - stored.keys()) + _listed("unknown here", stored.keys() - own.keys())
+    for name in sorted(own.keys() & stored.keys()):
+        if tuple(own[name].shape) != stored[name].shape:
+            found.append(f"{name} has shape {list(stored[name].shape)} instead of {list(own[name].shape)}")
+    return found[:6] + ([f"and {len(found) - 6} more"] if len(found) > 6 else [])
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    return [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"] if names else []

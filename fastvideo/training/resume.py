@@ -1,0 +1,139 @@
+"""Going on: which checkpoint, under which config, and what a person is told about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastvideo.data.order import SampleStream
+from fastvideo.distillation.builder import Config
+from fastvideo.distillation.config import read_yaml
+from fastvideo.distillation.engine.checkpoint import CONFIG, CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.distributed import Processes, barrier
+from fastvideo.distillation.engine.manifest import checkpoints_in, step_of
+from fastvideo.distillation.engine.restore import Restored, check_intact, newest, restore
+from fastvideo.distillation.engine.state import RoleState
+from fastvideo.distillation.trainer import DistillTrainer
+from fastvideo.distillation.types import UserError
+from fastvideo.environment import environment
+
+CHECKPOINTS = "checkpoints"
+HARMLESS = ("output", "device", "validation", "checkpoint", "data.cache")
+"""Sections and fields that a resumed run may change: they cannot change what it trains."""
+HARMLESS_IN_TRAINER = tuple(
+    f"trainer.{name}" for name in ("max_steps", "log_every", "threads", "non_finite", "max_skips")
+)
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(config.output) / CHECKPOINTS
+
+
+def checkpoint_hook(
+    config: Config, trainer: DistillTrainer, data: SampleStream, processes: Processes
+) -> CheckpointHook:
+    """What saves this run."""
+    options = config.checkpoint.model_dump() | {"last_step": config.trainer.max_steps}
+    return CheckpointHook(
+        checkpoint_folder(config), run_parts(trainer, data), processes, SaveOptions(**options), run_facts(config)
+    )
+
+
+def run_parts(trainer: DistillTrainer, data: SampleStream) -> Parts:
+    """Everything of a run that survives."""
+    method = trainer.method
+    roles = {handle.name: RoleState(handle) for handle in method.bundle if handle.trainable}
+    return Parts(roles, {"method": method}, {"trainer": trainer, "rng": method.rng, "data": data})
+
+
+def run_facts(config: Config) -> RunFacts:
+    """What a checkpoint says about its run."""
+    values = config.model_dump(mode="json")
+    binding = {key: value for key, value in flat(values).items() if not is_harmless(key)}
+    digest = hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()
+    return RunFacts(yaml.safe_dump(values, sort_keys=False), digest, environment())
+
+
+def find_checkpoint(config: Config, processes: Processes, wanted: Path | None, say: Callable[[str], None]) -> Path:
+    """The checkpoint to go on from: the one that was asked for, else the newest intact one of the output folder.
+
+    Raises:
+        UserError: if it is damaged or there is none, or if its config is one of another run.
+    """
+    if wanted is not None:
+        check_intact(wanted, processes)
+    found = wanted or newest(checkpoint_folder(config), processes, say)
+    for line in check_config(config, found):
+        say(f"changed since {found.name}: {line}")
+    return found
+
+
+def check_config(config: Config, checkpoint: Path) -> list[str]:
+    """The differences to a checkpoint's config that may be, for the user.
+
+    Raises:
+        UserError: listing those that would change the run silently.
+    """
+    before, now = flat(read_yaml(checkpoint / CONFIG)), flat(config.model_dump(mode="json"))
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
+    refused = [line for key, line in lines.items() if not is_harmless(key)]
+    if refused:
+        raise UserError(
+            f"--resume: this config is not that of {checkpoint}, and would change the run silently:\n  "
+            + "\n  ".join(refused)
+        )
+    return list(lines.values())
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a field (by its dotted key) may differ between a run and its continuation."""
+    return key in HARMLESS_IN_TRAINER or any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def go_on(checkpoint: Path, trainer: DistillTrainer, data: SampleStream, processes: Processes) -> list[str]:
+    """Restore a run from an intact checkpoint; what was restored, for the user.
+
+    Raises:
+        UserError: if the checkpoint's roles or weights do not fit.
+    """
+    restored = restore(checkpoint, run_parts(trainer, data), processes)
+    return [_summary(restored, data), *(f"not bit-exact: {note}" for note in restored.notes)]
+
+
+def _summary(restored: Restored, data: SampleStream) -> str:
+    roles = ", ".join(restored.roles)
+    position = f"epoch {data.epoch}, batch {data.round} of {data.rounds}"
+    return f"resumed at step {restored.step} from {restored.folder}: roles {roles}; data at {position}; random streams"
+
+
+def set_aside(config: Config, checkpoint: Path, processes: Processes) -> list[str]:
+    """Take later checkpoints out of the way of a run that goes on from an earlier one; nothing is deleted."""
+    folder, moved = checkpoint_folder(config), []
+    if processes.is_main and checkpoint.resolve().parent == folder.resolve():
+        for path in checkpoints_in(folder):
+            if (step_of(path) or 0) > (step_of(checkpoint) or 0):
+                target = _free_name(folder / f"abandoned-{path.name}")
+                path.rename(target)
+                moved.append(f"{path.name} is later than the one asked for: kept as {target.name}")
+    barrier()
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
+    return next(name for name in names if not name.exists())
