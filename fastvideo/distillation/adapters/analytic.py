@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from fastvideo.distillation.adapters.analytic_networks import (
+    FrameConsistency,
+    FrameDenoiser,
+    MixtureConsistency,
+    SiteMLP,
+)
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
 from fastvideo.distillation.adapters.taps import Tokens, check_taps
-from fastvideo.distillation.noise import expand_time
+from fastvideo.distillation.noise import expand_time, velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
 
-NETWORKS = ("denoiser", "consistency", "mean_velocity")
+NETWORKS = ("denoiser", "consistency", "mean_velocity", "mlp")
 WEIGHTS = "network.safetensors"
 
 
@@ -29,8 +35,9 @@ class AnalyticConfig(AdapterConfig):
     """A Gaussian (one component) or a mixture."""
 
     path: str = "denoiser"
-    """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow; one component only),
-    `mean_velocity` (the exact flow map; one component only), or a folder that a run of this family wrote."""
+    """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow), `mean_velocity` (the exact
+    flow map; one component only), `mlp` (a small network with random weights, to learn any of them), or a folder that a
+    run of this family wrote."""
     means: tuple[float, ...] = (0.7,)
     """Means of the components."""
     stds: tuple[PositiveFloat, ...] = (0.4,)
@@ -39,9 +46,13 @@ class AnalyticConfig(AdapterConfig):
     """Weights of the components; normalised."""
     shape: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (1, 1, 4, 4)
     """``(C, F, H, W)`` of one sample."""
+    correlation: float = Field(default=0.0, gt=-1.0, lt=1.0)
+    """Correlation `a` of neighbouring frames, `a^2` of the next ones: AR(1); one component only."""
 
     @model_validator(mode="after")
     def _same_length(self) -> AnalyticConfig:
+        if self.correlation and len(self.means) > 1:
+            raise ValueError(f"correlated frames have one component, not {len(self.means)}")
         if not len(self.means) == len(self.stds) == len(self.weights):
             raise ValueError(f"{len(self.means)} means, {len(self.stds)} stds and {len(self.weights)} weights")
         return self
@@ -130,8 +141,36 @@ class GaussianMeanVelocity(nn.Module):
         return slope * (x_t - (1 - t) * mean) - mean
 
 
-MAPS = {"consistency": GaussianConsistency, "mean_velocity": GaussianMeanVelocity}
-"""Exact maps along the flow of a Gaussian, by name."""
+CLASSES: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "denoiser": (MixtureDenoiser, FrameDenoiser),
+    "consistency": (GaussianConsistency, MixtureConsistency, FrameConsistency),
+    "mean_velocity": (GaussianMeanVelocity,),
+    "mlp": (SiteMLP,),
+}
+"""What each kind of network may be."""
+
+
+def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
+    """A network of that kind for the configured distribution.
+
+    Raises:
+        UserError: for an unknown kind, or one that the distribution does not have.
+    """
+    if kind not in NETWORKS:
+        raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
+    if kind == "mlp":
+        return SiteMLP(config.shape[0])
+    mean, std, components = config.means[0], config.stds[0], (config.means, config.stds, config.weights)
+    if config.correlation and kind != "mean_velocity":
+        frames = FrameDenoiser if kind == "denoiser" else FrameConsistency
+        return frames(mean, std, config.correlation, config.shape[1])
+    if kind == "denoiser":
+        return MixtureDenoiser(*components)
+    if kind == "consistency":
+        return GaussianConsistency(mean, std) if len(config.means) == 1 else MixtureConsistency(*components)
+    if len(config.means) > 1 or config.correlation:
+        raise UserError(f"analytic model {kind!r} needs one component, without correlation between frames")
+    return GaussianMeanVelocity(mean, std)
 
 
 class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
@@ -152,42 +191,32 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         """A network of the configured distribution.
 
         Raises:
-            UserError: for an unknown kind, or a map along the flow of more than one component.
+            UserError: for an unknown kind, or one that the distribution does not have.
         """
         kind, config = path or self.config.path, self.config
         if (Path(kind) / WEIGHTS).is_file():
             return self._read(Path(kind) / WEIGHTS)
-        if kind == "denoiser":
-            return MixtureDenoiser(config.means, config.stds, config.weights).to(self.device)
-        if kind not in MAPS:
-            raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
-        if len(config.means) > 1:
-            raise UserError(f"analytic model {kind!r} needs one component, the config has {len(config.means)}")
-        return MAPS[kind](config.means[0], config.stds[0]).to(self.device)
+        return build_network(kind, config).to(self.device)
 
     def _read(self, file: Path) -> nn.Module:
         from safetensors import safe_open
         from safetensors.torch import load_file
 
-        state, config = load_file(file), self.config
-        if "log_weight" in state:
-            network: nn.Module = MixtureDenoiser(config.means, config.stds, config.weights)
-        else:
-            with safe_open(file, "pt") as opened:
-                kind = (opened.metadata() or {}).get("kind", "consistency")
-            network = MAPS[kind](config.means[0], config.stds[0])
-        network.load_state_dict(state)
+        with safe_open(file, "pt") as opened:
+            kind = opened.metadata()["kind"]
+        network = build_network(kind, self.config)
+        network.load_state_dict(load_file(file))
         return network.to(self.device)
 
     def add_flow_map(self, network: nn.Module) -> None:
-        """Check that the network is one already: an exact one cannot be extended.
+        """Check that the network reads ``r`` already: the learned one does, an exact one cannot be extended.
 
         Raises:
-            UserError: if it is not.
+            UserError: if it does not.
         """
-        if not isinstance(network, GaussianMeanVelocity):
+        if not isinstance(network, GaussianMeanVelocity | SiteMLP):
             raise UserError(
-                "the analytic family's flow map is the network 'mean_velocity': roles.student.path names it"
+                "the analytic family's flow maps are 'mean_velocity' and 'mlp': roles.student.path names one of them"
             )
 
     def velocity(
@@ -219,6 +248,12 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
     ) -> tuple[Tensor, Tokens]:
         return self.velocity(network, x_t, t, condition), self.features(network, x_t, t, condition, taps)
 
+    def data_of(self, noise: Tensor, condition: Condition) -> Tensor:
+        """Exact data: where the flow takes pure ``noise`` ``[B, C, F, H, W]``; drawn independently if the noise is."""
+        t = torch.ones(len(noise), dtype=torch.float32, device=self.device)
+        end = build_network("consistency", self.config).to(self.device).requires_grad_(False)
+        return velocity_to_x0(noise, end(noise, t, condition.tensors["shift"]), t)
+
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """``shift`` ``[B]``: the caption as a number."""
         try:
@@ -242,6 +277,6 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        kind = next((kind for kind, cls in MAPS.items() if isinstance(network, cls)), "denoiser")
+        kind = next(kind for kind, classes in CLASSES.items() if isinstance(network, classes))
         save_file(network.state_dict(), folder / WEIGHTS, metadata={"kind": kind})
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

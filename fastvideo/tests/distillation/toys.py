@@ -140,6 +140,8 @@ class Toy:
 
     config: Mapping[str, Any]
     student: str = "denoiser"
+    optional: tuple[str, ...] = ()
+    """Roles that the method can do without, and here has."""
     sampler: Ladder = LADDER
     """A ladder on which its sampler is exact for the exact student."""
 
@@ -158,13 +160,14 @@ def toy_bundle(
     mean: float = MEAN,
     std: float = STD,
     heads: Mapping[str, nn.Module] | None = None,
+    optional: tuple[str, ...] = (),
 ) -> ModelBundle:
     """Every role that a method asks for: the truth, except that trainable ones start at N(mean, std^2).
 
-    ``heads`` are the networks of roles that are the method's own.
+    ``heads`` are the networks of roles that are the method's own, ``optional`` further roles to have.
     """
     handles = []
-    for role in (*method.trainable_roles, *method.frozen_roles):
+    for role in (*method.trainable_roles, *method.frozen_roles, *optional):
         trained = role in method.trainable_roles
         kind = student if role == "student" else "denoiser"
         start = (mean, std) if trained else (MEAN, STD)
@@ -189,5 +192,5 @@ def toy_method(
     config = cls.Config(**{**toy.config, **options})
     with initialising(1):
         heads = cls.heads(config, adapter)
-    bundle = toy_bundle(cls, adapter, toy.student, mean, std, heads)
+    bundle = toy_bundle(cls, adapter, toy.student, mean, std, heads, toy.optional)
     return cls(config, bundle, LADDER, rng or RandomStreams(3))

@@ -1,0 +1,215 @@
+"""Further networks of the analytic family: mixtures as flow maps and in several dimensions, correlated frames, an MLP.
+
+Each is a module ``(x_t [B, C, F, H, W], t [B] or [B, F], shift [B]) -> velocity``, in the dtype of ``x_t``, as
+:class:`~fastvideo.distillation.adapters.analytic.AnalyticAdapter` calls it. Formulas are of rectified flow:
+``x_t = (1 - t) x0 + t noise``, ``alpha = 1 - t`` and ``v_t = alpha^2 s^2 + t^2``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.noise import expand_time
+
+BISECTIONS = 60
+"""Halvings of an interval of some ten standard deviations: past the resolution of float64."""
+
+
+def shifted(mean: Tensor, shift: Tensor, x_t: Tensor) -> Tensor:
+    """``mean + shift`` per sample, to broadcast against ``x_t``."""
+    return mean + shift.view(-1, *[1] * (x_t.ndim - 1))
+
+
+class _Mixture:
+    """A 1-D Gaussian mixture on the way from data to noise; tensors end in the dimension of components."""
+
+    def __init__(self, x: Tensor, t: Tensor, mean: Tensor, std: Tensor, weight: Tensor) -> None:
+        sigma = expand_time(t, x).unsqueeze(-1)
+        self.mean, self.weight = (1 - sigma) * mean, weight
+        self.std = ((1 - sigma) ** 2 * std**2 + sigma**2).sqrt()
+
+    def below(self, x: Tensor) -> Tensor:
+        """Probability of a smaller value."""
+        z = (x.unsqueeze(-1) - self.mean) / self.std
+        return torch.sum(self.weight * torch.special.ndtr(z), -1)
+
+    def above(self, x: Tensor) -> Tensor:
+        """Probability of a larger value: what keeps its digits in the upper tail."""
+        z = (self.mean - x.unsqueeze(-1)) / self.std
+        return torch.sum(self.weight * torch.special.ndtr(z), -1)
+
+    def density(self, x: Tensor) -> Tensor:
+        """Probability density."""
+        z = (x.unsqueeze(-1) - self.mean) / self.std
+        return (self.weight * torch.exp(-0.5 * z**2) / (self.std * math.sqrt(2 * math.pi))).sum(-1)
+
+
+def mixture_flow_map(
+    x: Tensor, t: Tensor, r: Tensor, mean: Tensor, std: Tensor, weight: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """Where the flow of a 1-D mixture takes ``x`` from times ``t`` to ``r``: ``CDF_r^{-1}(CDF_t(x))``, in float64.
+
+    The flow keeps the order of points, so it maps quantiles. ``mean``, ``std`` and ``weight`` are ``[K]``.
+    The first derivative with respect to everything is exact (one Newton step stands on the graph).
+    """
+    x, t, r, std, weight = x.double(), t.double(), r.double(), std.double(), weight.double()
+    means = mean.double() if shift is None else mean.double() + shift.double().view(-1, *[1] * x.ndim)
+    start, end = _Mixture(x, t, means, std, weight), _Mixture(x, r, means, std, weight)
+    below, above = start.below(x), start.above(x)
+    with torch.no_grad():
+        low, high = (end.mean - 12 * end.std).amin(-1).expand_as(x), (end.mean + 12 * end.std).amax(-1).expand_as(x)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            right = torch.where(below < 0.5, end.below(middle) < below, end.above(middle) > above)
+            low, high = middle.where(right, low), high.where(right, middle)
+        found = (low + high) / 2
+    missing = torch.where(below < 0.5, below - end.below(found), end.above(found) - above)
+    return found + missing / end.density(found).clamp_min(1e-300)
+
+
+class MixtureConsistency(nn.Module):
+    """Velocity form ``(x - f) / t`` of the exact consistency function of a 1-D mixture: its quantile map."""
+
+    log_weight: Tensor
+
+    def __init__(self, means: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(means))
+        self.log_std = nn.Parameter(torch.tensor(stds).log())
+        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviations of the components."""
+        return self.log_std.exp()
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``."""
+        end = mixture_flow_map(x_t, t, torch.zeros_like(t), self.mean, self.std, self.log_weight.exp(), shift)
+        return ((x_t - end) / expand_time(t, x_t).clamp_min(1e-6)).to(x_t.dtype)
+
+
+class VectorMixtureDenoiser(nn.Module):
+    """Exact velocity of a mixture over the channels: every site ``(f, h, w)`` is one draw of ``C`` values.
+
+    ``means`` are ``[K][C]``, ``stds`` ``[K]``.
+    """
+
+    log_weight: Tensor
+
+    def __init__(self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(means))
+        self.log_std = nn.Parameter(torch.tensor(stds).log())
+        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``; one posterior over components for all channels of a site."""
+        sigma = expand_time(t, x_t).unsqueeze(-1)
+        alpha, std = 1 - sigma, self.log_std.exp()
+        mean = shifted(self.mean.T[:, None, None, None, :], shift, x_t.unsqueeze(-1))
+        variance = alpha**2 * std**2 + sigma**2
+        y = x_t.unsqueeze(-1) - alpha * mean
+        log_density = self.log_weight - 0.5 * (y**2 / variance + variance.log()).sum(1, keepdim=True)
+        per_component = -mean + (sigma - alpha * std**2) / variance * y
+        return (log_density.softmax(-1) * per_component).sum(-1)
+
+
+class FrameDenoiser(nn.Module):
+    """Exact velocity of Gaussian frames with correlation ``a^|i - j|``: AR(1), ``N(mean, std^2 R)`` at every pixel.
+
+    Times may differ per frame: with ``A = diag(1 - t)``, ``S = diag(t)`` and ``M = A Sigma A + S^2`` it is
+    ``(S - Sigma A) M^{-1} (x - A mean) - mean``.
+    """
+
+    correlations: Tensor
+
+    def __init__(self, mean: float, std: float, correlation: float, frames: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(std).log())
+        self.register_buffer("correlations", autoregressive(correlation, frames))
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of every pixel."""
+        return self.log_std.exp()
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``."""
+        sigma = (t if t.ndim == 2 else t[:, None]).expand(-1, x_t.shape[2])
+        alpha, covariance = 1 - sigma, self.std**2 * self.correlations
+        mean = shifted(self.mean, shift, x_t)
+        y = (x_t - alpha[:, None, :, None, None] * mean).movedim(2, -1)
+        joint = alpha[:, :, None] * covariance * alpha[:, None, :] + torch.diag_embed(sigma**2)
+        gain = (torch.diag_embed(sigma) - covariance * alpha[:, None, :]) @ torch.linalg.inv(joint)
+        return torch.einsum("bij,bchwj->bchwi", gain, y).movedim(-1, 2) - mean
+
+
+class FrameConsistency(nn.Module):
+    """Velocity form of the exact consistency function of AR(1) frames; from noise: ``mean + Sigma^(1/2) noise``."""
+
+    basis: Tensor
+    spectrum: Tensor
+
+    def __init__(self, mean: float, std: float, correlation: float, frames: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(std).log())
+        spectrum, basis = torch.linalg.eigh(autoregressive(correlation, frames).double())
+        self.register_buffer("spectrum", spectrum.float())
+        self.register_buffer("basis", basis.float().contiguous())
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of every pixel of what it generates."""
+        return self.log_std.exp()
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``; all frames share their time."""
+        sigma, mean = expand_time(t, x_t), shifted(self.mean, shift, x_t)
+        variance = self.std**2 * self.spectrum
+        scale = (variance / ((1 - sigma.movedim(2, -1)) ** 2 * variance + sigma.movedim(2, -1) ** 2)).sqrt()
+        y = (x_t - (1 - sigma) * mean).movedim(2, -1) @ self.basis
+        end = mean + ((scale * y) @ self.basis.T).movedim(-1, 2)
+        return (x_t - end) / sigma.clamp_min(1e-6)
+
+
+def autoregressive(correlation: float, frames: int) -> Tensor:
+    """Correlations ``a^|i - j|`` of AR(1) frames, ``[F, F]``."""
+    index = torch.arange(frames)
+    return torch.tensor(correlation) ** (index[:, None] - index[None, :]).abs()
+
+
+class SiteMLP(nn.Module):
+    """A small learned velocity: an MLP over the channels of every site ``(f, h, w)``, with time and shift beside them.
+
+    Made to learn 1-D and 2-D mixtures; its first weights are random. As a flow map it sees ``t - r`` too, through
+    weights that start at zero: it first answers as before.
+    """
+
+    def __init__(self, channels: int, width: int = 64, depth: int = 3) -> None:
+        super().__init__()
+        sizes = [channels + 8, *[width] * depth]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(sizes)]
+        self.body = nn.Sequential(*layers, nn.Linear(width, channels))
+        self.span = nn.Linear(2, width, bias=False)
+        nn.init.zeros_(self.span.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, r: Tensor | None = None) -> Tensor:
+        """Velocity, in the dtype of ``x_t``, or mean velocity down to ``r``."""
+        time = expand_time(t, x_t).movedim(1, -1).expand(*x_t.movedim(1, -1).shape[:-1], 1)
+        waves = [f(math.pi * k * time / 2) for k in (1, 2, 4) for f in (torch.sin, torch.cos)]
+        own_shift = shift.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)).expand_as(time)
+        hidden: Tensor = self.body[0](torch.cat([x_t.movedim(1, -1), time, own_shift, *waves], dim=-1))
+        if r is not None:
+            span = time - expand_time(r, x_t).movedim(1, -1).expand_as(time)
+            hidden = hidden + self.span(torch.cat([span, span.square()], dim=-1))
+        for layer in list(self.body)[1:]:
+            hidden = layer(hidden)
+        return hidden.movedim(-1, 1)

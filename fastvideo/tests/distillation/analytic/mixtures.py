@@ -1,0 +1,75 @@
+"""The mixture with three modes that one-step students must reproduce, and how far they are from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.adapters.analytic_networks import SiteMLP
+from fastvideo.distillation.types import Batch, RawBatch
+
+MEANS, STDS, WEIGHTS = (-1.2, 0.1, 1.1), (0.15, 0.2, 0.1), (0.3, 0.4, 0.3)
+"""Close to unit variance, as normalised latents are; the modes are several standard deviations apart."""
+
+
+def three_modes(shape: tuple[int, int, int, int] = (1, 1, 4, 4)) -> AnalyticAdapter:
+    """The family whose elements are drawn from the mixture."""
+    adapter = AnalyticAdapter(AnalyticConfig(means=MEANS, stds=STDS, weights=WEIGHTS, shape=shape))
+    adapter.ensure_negative_conditioning()
+    return adapter
+
+
+def exact_batch(adapter: AnalyticAdapter, count: int, seed: int, *, latents: bool = True) -> Batch:
+    """A prepared batch of exact data of any analytic family, unconditional."""
+    noise = torch.randn((count, *adapter.latent_shape), generator=torch.Generator().manual_seed(seed))
+    x0 = adapter.data_of(noise, adapter.encode_prompts(("",) * count)) if latents else None
+    return adapter.prepare(RawBatch(("",) * count, x0))
+
+
+def learned_velocity(adapter: AnalyticAdapter, steps: int = 1500, width: int = 64) -> SiteMLP:
+    """A network that has learnt the family's velocity by regression: where students and critics start."""
+    exact, network = adapter.load_network("denoiser").requires_grad_(False), SiteMLP(adapter.latent_shape[0], width)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    pool, shift = exact_batch(adapter, 1000, 0).x0, torch.zeros(64)
+    assert pool is not None
+    for _ in range(steps):
+        t, x0 = torch.rand(64, generator=generator), pool[torch.randint(1000, (64,), generator=generator)]
+        x_t = torch.lerp(x0, torch.randn(x0.shape, generator=generator), t.view(-1, 1, 1, 1, 1))
+        loss = (network(x_t, t, shift) - exact(x_t, t, shift)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network
+
+
+def quantiles(count: int) -> Tensor:
+    """``count`` equally likely values of the mixture, ascending, from its closed form."""
+    adapter = three_modes((1, 1, 1, count))
+    ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    noise = torch.special.ndtri(ranks).float().view(1, 1, 1, 1, -1)
+    with torch.no_grad():
+        return adapter.data_of(noise, adapter.encode_prompts(("",))).flatten().double()
+
+
+def wasserstein_1(samples: Tensor) -> float:
+    """Wasserstein-1 distance of samples to the mixture: in one dimension, of sorted samples to its quantiles."""
+    ordered = samples.detach().flatten().double().sort().values
+    return float((ordered - quantiles(len(ordered))).abs().mean())
+
+
+def mode_shares(samples: Tensor) -> list[float]:
+    """Share of the samples within three standard deviations of each mode; of the mixture: its weights, nearly."""
+    flat = samples.detach().flatten()
+    return [float(((flat - m).abs() < 3 * s).float().mean()) for m, s in zip(MEANS, STDS, strict=True)]
+
+
+def one_step(network: nn.Module, count: int, seed: int = 77) -> Tensor:
+    """``[count]`` samples of a one-step student: its x0 from pure noise."""
+    noise = torch.randn((count, 1, 1, 1, 1), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        u = network(noise, torch.ones(count), torch.zeros(count))
+    return (noise - u).flatten()
