@@ -12,7 +12,7 @@ from fastvideo.distillation.types import UserError
 
 TINY = "tiny"
 READ_AHEAD = 2
-"""Batches that a thread reads from disk while the networks are busy."""
+"""Batches that a thread reads, and pins for CUDA, while the networks are busy."""
 
 
 def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[SampleStream, str]:
@@ -24,7 +24,9 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
     source, description = open_source(config, adapter)
     shard = Shard(config.data.batch_size, processes.rank, processes.world_size)
     on_disk = not isinstance(source, MemorySource)
-    return SampleStream(source, config.seed, shard, READ_AHEAD if on_disk else 0), description
+    on_cuda = processes.device.type == "cuda"
+    ahead = READ_AHEAD if on_disk or on_cuda else 0
+    return SampleStream(source, config.seed, shard, ahead, pin=on_cuda), description
 
 
 def open_source(config: Config, adapter: Adapter) -> tuple[Source, str]:

@@ -26,7 +26,7 @@ CHECKPOINTS = "checkpoints"
 HARMLESS = ("output", "device", "validation", "checkpoint", "data.cache")
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
 HARMLESS_IN_TRAINER = tuple(
-    f"trainer.{name}" for name in ("max_steps", "log_every", "threads", "non_finite", "max_skips")
+    f"trainer.{name}" for name in ("max_steps", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips")
 )
 
 

@@ -16,6 +16,7 @@ from fastvideo.distillation.builder import Adapter, Config, Method, build_adapte
 from fastvideo.distillation.bundle import velocity_of
 from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.memory import keep_freed_memory
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
@@ -49,6 +50,8 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume
     """
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
+    if config.trainer.keep_freed_memory:
+        keep_freed_memory()
     # Weights that decay towards zero become denormal, and arithmetic on those is many times slower on a CPU.
     torch.set_flush_denormal(True)
     processes = start_processes(config.device)
@@ -93,6 +96,7 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     checkpoint = checkpoint_hook(config, trainer, data, processes)
     trainer.hooks = (*trainer.hooks, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
+    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
     for note in method.notes:
         tracker.say(note)
     try:

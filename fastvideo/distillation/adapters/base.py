@@ -128,6 +128,11 @@ class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
         """
 
     @property
+    def kernels(self) -> str:
+        """One line for the start of a run: what the network is computed with."""
+        return "torch"
+
+    @property
     @abstractmethod
     def codec_key(self) -> str:
         """Changes with anything that the latents of a video depend on, so that cached latents are never stale."""
@@ -269,7 +274,7 @@ class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
             found = tuple(raw.latents.shape[1:])
             if found != shape and not (any_size and found[0] == shape[0] and len(found) == len(shape)):
                 raise UserError(f"data: latents have shape {found} (C, F, H, W), the model expects {shape}")
-            x0 = raw.latents.to(self.device, torch.float32)
+            x0 = raw.latents.to(self.device, torch.float32, non_blocking=True)
             shape = (found[0], found[1], found[2], found[3])
         count = len(raw.captions)
         first = self.first_frames_of(raw) if self.needs_frames else Condition({})

@@ -17,6 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
 from fastvideo.distillation.adapters.flow_map import add_head, load_head, reading
+from fastvideo.distillation.adapters.kernels import choose_attention, compile_blocks
 from fastvideo.distillation.adapters.loading import (
     PromptCache,
     component_hash,
@@ -46,6 +47,11 @@ class PipelineConfig(AdapterConfig):
     """Autocast of the network's forward; weights, times, losses and differences stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    attention_backend: str = "native"
+    """Attention kernel, by its name in diffusers' dispatcher: `native` is torch's own, `flash` or `sage` need a
+    package. It is printed at the start and never replaced by another."""
+    compile_blocks: bool = False
+    """Compile the network's repeated blocks (torch.compile): the first steps take a minute, the others less time."""
     prompt_cache: PositiveInt = 1024
     """Distinct prompts whose embeddings are kept, least recently used first out."""
 
@@ -133,6 +139,9 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         network = load_component(transformer, source, "transformer", torch_dtype=torch.float32)
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        choose_attention(network, self.config.attention_backend)
+        if self.config.compile_blocks:
+            compile_blocks(network)
         load_head(network, self.time_embedding, Path(source))
         return network.to(self.device).eval()  # type: ignore[no-any-return]
 
@@ -149,6 +158,11 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16" and not derived
         )
+
+    @property
+    def kernels(self) -> str:
+        blocks = "compiled" if self.config.compile_blocks else "eager"
+        return f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
 
     def clean_prompt(self, prompt: str) -> str:
         """What the family's pipeline makes of a prompt before it is tokenized."""

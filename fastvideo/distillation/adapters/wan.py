@@ -6,11 +6,14 @@ The network is rectified flow natively; its time embedding counts to 1000, and t
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -173,9 +176,9 @@ class WanAdapter(PipelineAdapter[WanConfig]):
         return (hidden.float() * tokens.attention_mask.unsqueeze(-1))[0]  # type: ignore[no-any-return]
 
     def clean_prompt(self, prompt: str) -> str:
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-        return prompt_clean(prompt)  # type: ignore[no-any-return]
+        """As ``WanPipeline`` does, without the seconds that importing it takes."""
+        text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+        return re.sub(r"\s+", " ", text).strip()
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)

@@ -114,3 +114,13 @@ def test_reading_ahead_reports_an_error_where_it_belongs() -> None:
     stream = SampleStream(Failing((Bucket("all", torch.arange(4)),)), 0, Shard(1), ahead=2)
     with pytest.raises(UserError, match="row is damaged"):
         next(stream)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory is CUDA's")
+def test_batches_for_cuda_are_in_page_locked_memory() -> None:
+    source = MemorySource(["a", "b"], torch.randn(2, 1, 1, 2, 2), {"text_embedding": torch.randn(2, 3, 4)})
+    batch = next(SampleStream(source, 0, Shard(2), ahead=2, pin=True))
+    assert batch.latents is not None
+    assert batch.latents.is_pinned()
+    assert batch.extras["text_embedding"].is_pinned()

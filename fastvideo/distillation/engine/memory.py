@@ -1,0 +1,39 @@
+"""Settings of the process's own allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+from fastvideo.errors import UserError
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's ``mallopt`` (``malloc.h``)."""
+KEEP = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20, MMAP_MAX: 0}
+"""No block has a mapping of its own, and the top of the heap is not given back."""
+GIVE_BACK = {TRIM_THRESHOLD: 128 * 2**10, TOP_PAD: 0, MMAP_MAX: 65536}
+"""Glibc's own defaults."""
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Let the C library keep the memory that tensors on the CPU free, instead of giving it back to the system.
+
+    By default every large tensor is a mapping of its own: the system clears its pages when it is made and takes them
+    back when it dies, thousands of times per step. Memory that is kept is used again as it is.
+
+    Args:
+        keep: false returns to the C library's defaults.
+
+    Raises:
+        UserError: on a system without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"trainer.keep_freed_memory is a setting of Linux's C library; this is {sys.platform}")
+    library = ctypes.CDLL(None)
+    try:
+        set_option = library.mallopt
+    except AttributeError as error:
+        raise UserError("trainer.keep_freed_memory is a setting of glibc, which this system does not have") from error
+    for option, value in (KEEP if keep else GIVE_BACK).items():
+        if set_option(option, value) != 1:
+            raise UserError(f"trainer.keep_freed_memory: the C library refused option {option} = {value}")

@@ -1,0 +1,104 @@
+"""Attention backends by name, compiled blocks, and prompts cleaned as the pipeline cleans them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+from fastvideo.distillation.adapters.kernels import repeated_blocks
+from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.types import UserError
+from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder, wan_config
+
+
+def backends(network: Any) -> set[str]:
+    return {processor._attention_backend.value for processor in network.attn_processors.values()}
+
+
+def test_the_backend_is_the_one_that_is_named(tiny_wan: Path) -> None:
+    for name in ("native", "_native_math"):
+        assert backends(WanAdapter(wan_config(tiny_wan, attention_backend=name)).load_network()) == {name}
+
+
+def test_attention_is_the_same_on_another_backend(tiny_wan: Path) -> None:
+    network = WanAdapter(wan_config(tiny_wan)).load_network()
+    other = WanAdapter(wan_config(tiny_wan, attention_backend="_native_math")).load_network()
+    x, t, text = torch.randn(1, 4, 2, 2, 4), torch.tensor([500.0]), torch.randn(1, 8, 16)
+    torch.testing.assert_close(network(x, t, text).sample, other(x, t, text).sample)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("natve", "did you mean 'native'"), ("flash", "flash-attn"), ("sage", "sageattention")]
+)
+def test_a_backend_that_cannot_be_had_is_refused(name: str, message: str, tiny_wan: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        WanAdapter(wan_config(tiny_wan, attention_backend=name)).load_network()
+
+
+def test_a_network_that_computes_attention_by_itself_says_so(tmp_path: Path) -> None:
+    folder = cogvideox_folder(tmp_path)
+    with pytest.raises(UserError, match="only 'native' is possible"):
+        CogVideoXAdapter(cogvideox_config(folder, attention_backend="_native_math")).load_network()
+
+
+def test_the_blocks_are_compiled_and_nothing_else(tiny_wan: Path) -> None:
+    network = WanAdapter(wan_config(tiny_wan, compile_blocks=True)).load_network()
+    compiled = [module for module in network.modules() if module._compiled_call_impl is not None]
+    assert compiled == repeated_blocks(network)
+    assert len(compiled) == 2
+    assert all(module._compiled_call_impl is None for module in copy.deepcopy(network).modules())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(tiny_wan: Path) -> None:
+    x, t, text = torch.randn(2, 4, 2, 2, 4), torch.tensor([500.0, 20.0]), torch.randn(2, 8, 16)
+    found = []
+    for compiled in (False, True):
+        network = WanAdapter(wan_config(tiny_wan, compile_blocks=compiled)).load_network()
+        network(x, t, text).sample.square().mean().backward()
+        with torch.no_grad():
+            sample = network(x, t, text).sample
+        found.append([sample, *(p.grad for p in network.parameters())])
+    for eager, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
+
+
+MESSY = ("  a  cat\n\tin the&amp;amp; hat ", "cafÃ© &lt;b&gt;", "“quoted”\u00a0text", "ﬁsh … and &#x27;chips&#x27;")
+
+
+@pytest.mark.parametrize("prompt", MESSY)
+def test_prompts_are_cleaned_as_the_pipeline_does(prompt: str, tiny_wan: Path) -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert WanAdapter(wan_config(tiny_wan)).clean_prompt(prompt) == prompt_clean(prompt)
+
+
+KEPT = """
+import sys
+from fastvideo.distillation.engine.memory import keep_freed_memory
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+import numpy
+def freed():
+    before = resident()
+    for _ in range(3):
+        numpy.ones(8_000_000)
+    return resident() - before
+keep_freed_memory(False)
+given_back = freed()
+keep_freed_memory()
+print(given_back < 10, freed() > 50)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of Linux's C library")
+def test_freed_memory_is_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
