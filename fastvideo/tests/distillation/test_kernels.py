@@ -57,6 +57,7 @@ def test_the_blocks_are_compiled_and_nothing_else(tiny_wan: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks, and warns itself
 def test_compiled_blocks_compute_the_same(tiny_wan: Path) -> None:
     x, t, text = torch.randn(2, 4, 2, 2, 4), torch.tensor([500.0, 20.0]), torch.randn(2, 8, 16)
     found = []
