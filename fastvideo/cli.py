@@ -10,6 +10,7 @@ VERBS = {
         "fastvideo.training.distillation",
         "train a student (or, with the method sft, a teacher) from a config",
     ),
+    "checkpoints": ("fastvideo.training.checkpoints_cli", "list a run's checkpoints, and verify them"),
     "preprocess": ("fastvideo.data.preprocess_cli", "encode a folder of videos and captions once, to train on"),
     "buckets": ("fastvideo.data.buckets_cli", "show which sizes a dataset has, and how many batches they give"),
     "generate": ("fastvideo.inference.cli", "make a video from a prompt with a student or a teacher"),

@@ -17,6 +17,7 @@ from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
 from fastvideo.distillation.config import RunConfig
 from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.initial import start_from
 from fastvideo.distillation.engine.optim import attach_optimizer
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -152,15 +153,19 @@ def build_method(
     for name in heads:
         if config.roles[name].path is not None:
             raise UserError(f"roles.{name}.path: {config.distill_method} makes this network itself; leave the path out")
-    handles = []
+    handles, notes = [], []
     for name, role in config.roles.items():
         own = (networks or {}).get(name, heads.get(name))
         network = load_role(config, adapter, name) if own is None else own.to(adapter.device)
         handles.append(RoleHandle(name, adapter, network, role.trainable))
+        if role.init_from is not None:
+            notes.append(start_from(handles[-1], role.init_from, adapter.load_network, processes))
     for role_name, options in method.optimizers(config.method).items():
         attach_optimizer(next(h for h in handles if h.name == role_name), options)
     rng = RandomStreams(config.seed, rank=processes.rank, device=processes.device)
-    return method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
+    built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
+    built.notes = (*notes, *built.notes)
+    return built
 
 
 def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:

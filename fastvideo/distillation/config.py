@@ -39,6 +39,10 @@ class RoleConfig(Section):
     """Whether it is trained; which roles must be and which must not is the method's to say."""
     path: str | None = None
     """Where its network's weights come from; the model's own path if not given."""
+    init_from: str | None = None
+    """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
+    `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
+    weights if there are some. On the command line also `--init-ROLE-from`; a resumed run does not read it again."""
 
 
 class LadderConfig(Section):

@@ -6,6 +6,7 @@ override them, and every other field has a flag of its own (``--method.student-l
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Launch:
     """Distil a model: `fastvideo distill --config run.yaml [--SECTION.FIELD VALUE ...]`.
 
     Every field of the config is a flag: `fastvideo distill --config run.yaml --help` lists them with their meaning and
-    their value in that file. Ready configs are in examples/distillation/.
+    their value in that file. `--init-student-from PATH` (or another role's name) is short for the role's `init_from`.
+    Ready configs are in examples/distillation/.
     """
 
     config: Path
@@ -64,8 +66,23 @@ def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config
     schema = run_schema(values["distill_model"], values["distill_method"])
     config = validate(schema, values, str(launch.config))
     if rest or wants_help:
-        config = _override(schema, config, [*rest, *(["--help"] if wants_help else [])], str(launch.config))
+        config = _override(
+            schema, config, [*_role_flags(rest, config), *(["--help"] if wants_help else [])], str(launch.config)
+        )
     return launch, config
+
+
+def _role_flags(flags: list[str], config: Config) -> list[str]:
+    """``--init-ROLE-from`` as the flag of the config field that it stands for."""
+    from fastvideo.distillation.types import UserError
+
+    found = []
+    for flag in flags:
+        short = re.fullmatch(r"--init-([a-z0-9_-]+)-from(=.*)?", flag)
+        if short and short[1].replace("-", "_") not in config.roles:
+            raise UserError(f"{flag}: the config has no role {short[1]!r}; it has {', '.join(config.roles)}")
+        found.append(f"--roles.{short[1]}.init-from{short[2] or ''}" if short else flag)
+    return found
 
 
 def _override(schema: type[Config], config: Config, flags: list[str], source: str) -> Config:

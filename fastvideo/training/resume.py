@@ -83,13 +83,23 @@ def check_config(config: Config, checkpoint: Path) -> list[str]:
     before, now = flat(read_yaml(checkpoint / CONFIG)), flat(config.model_dump(mode="json"))
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
-    refused = [line for key, line in lines.items() if not is_harmless(key)]
+    started = {f"roles.{name}.init_from" for name, role in config.roles.items() if role.trainable}
+    refused = [line for key, line in lines.items() if not is_harmless(key) and key not in started]
     if refused:
         raise UserError(
             f"--resume: this config is not that of {checkpoint}, and would change the run silently:\n  "
             + "\n  ".join(refused)
         )
     return list(lines.values())
+
+
+def already_started(config: Config) -> Config:
+    """The config for a run that goes on: what its trained roles started from is not read again."""
+    roles = {
+        name: role.model_copy(update={"init_from": None}) if role.trainable else role
+        for name, role in config.roles.items()
+    }
+    return config.model_copy(update={"roles": roles})
 
 
 def is_harmless(key: str) -> bool:

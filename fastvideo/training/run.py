@@ -28,7 +28,7 @@ from fastvideo.inference.recipe import result_recipe
 from fastvideo.training.data import build_data
 from fastvideo.training.lock import locked
 from fastvideo.training.output import check_output, prepare_output
-from fastvideo.training.resume import checkpoint_hook, find_checkpoint, go_on, set_aside
+from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, go_on, set_aside
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -82,7 +82,7 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     if launched.resume or launched.resume_from:
         source = find_checkpoint(config, processes, launched.resume_from, tracker.say)
     adapter = build_adapter(config, processes)
-    method = build_method(config, adapter, processes)
+    method = build_method(already_started(config) if source else config, adapter, processes)
     data, description = _build_data_once(config, adapter, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:

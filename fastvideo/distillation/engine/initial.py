@@ -1,0 +1,117 @@
+"""Weights that a role starts with: those of any role in any checkpoint, or of a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.checkpoint import INDEX
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.manifest import MANIFEST, Manifest, complete_checkpoints
+from fastvideo.distillation.engine.restore import check_intact
+from fastvideo.distillation.engine.state import EMA, JOINT, NETWORK, mismatches
+from fastvideo.distillation.engine.storage import Stored, read_index, read_into
+from fastvideo.distillation.types import UserError
+
+KINDS = {"ema": EMA, "live": NETWORK}
+"""What stands in a path's suffix for the averaged weights, and for those of the last step."""
+FORM = "a checkpoint (or a run's folder), with :ROLE or :ROLE:ema or :ROLE:live behind it if wanted, or a model folder"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from; ``role`` and ``kind`` are ``None`` where the text does not say."""
+
+    folder: Path
+    role: str | None
+    kind: str | None
+
+
+def parse_origin(text: str) -> Origin:
+    """``PATH``, ``PATH:ROLE`` or ``PATH:ROLE:ema|live``.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    path = Path(text)
+    suffix: list[str] = []
+    while not path.is_dir() and ":" in path.name and len(suffix) < 2:
+        head, _, tail = str(path).rpartition(":")
+        path, suffix = Path(head), [tail, *suffix]
+    role, kind = [*suffix, None, None][:2]
+    if not path.is_dir() or (kind is not None and kind not in KINDS):
+        raise UserError(f"{text!r} is no folder: {FORM} is expected")
+    return Origin(path, role, kind)
+
+
+def start_from(handle: RoleHandle, text: str, load_network: Callable[[str], nn.Module], processes: Processes) -> str:
+    """Give a role the weights that ``text`` names; one line that says which.
+
+    Raises:
+        UserError: if they are not there, are damaged, or do not fit.
+    """
+    key = f"roles.{handle.name}.init_from"
+    try:
+        origin = parse_origin(text)
+        checkpoint = _checkpoint_in(origin.folder)
+        if checkpoint is None:
+            _from_network(handle, load_network(str(origin.folder)))
+            return f"role {handle.name} starts from {origin.folder}"
+        return _from_checkpoint(handle, checkpoint, origin, processes)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _checkpoint_in(folder: Path) -> Path | None:
+    if (folder / INDEX).is_file() or (folder / MANIFEST).is_file():
+        return folder
+    complete = complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder)
+    return complete[-1] if complete else None
+
+
+def _from_checkpoint(handle: RoleHandle, folder: Path, origin: Origin, processes: Processes) -> str:
+    check_intact(folder, processes)
+    manifest, index = Manifest.read(folder), read_index(folder / INDEX)
+    role = origin.role or (handle.name if handle.name in manifest.roles else "student")
+    held = {kind for kind, part in KINDS.items() if any(n.startswith(JOINT.join((role, part, ""))) for n in index)}
+    if not held:
+        raise UserError(f"{folder} holds no role {role!r}; it holds {', '.join(manifest.roles)}")
+    kind = origin.kind or ("ema" if "ema" in held else "live")
+    if kind not in held:
+        raise UserError(f"{folder} holds no averaged weights of role {role!r}")
+    prefix = JOINT.join((role, KINDS[kind], ""))
+    stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
+    own = _own(handle)
+    _check_fit(own, stored, f"role {role!r} of {folder}")
+    read_into({f"{prefix}{name}": tensor for name, tensor in own.items()}, folder, index)
+    return f"role {handle.name} starts from the {kind} weights of role {role}, step {manifest.step}, in {folder}"
+
+
+def _from_network(handle: RoleHandle, network: nn.Module) -> None:
+    own, given = handle.network.state_dict(), network.state_dict()
+    stored = {name: Stored(str(value.dtype), tuple(value.shape), ()) for name, value in given.items()}
+    _check_fit(own, stored, "the model")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            whole = given[name].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                shard = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+                tensor.to_local().copy_(shard.to_local())
+            else:
+                tensor.copy_(whole)
+
+
+def _own(handle: RoleHandle) -> dict[str, Tensor]:
+    return handle.tensors() if handle.trainable else handle.network.state_dict()
+
+
+def _check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], what: str) -> None:
+    problems = mismatches(own, stored)
+    if problems:
+        raise UserError(f"the weights of {what} do not fit this role's network: {'; '.join(problems)}")

@@ -1,0 +1,81 @@
+"""``fastvideo checkpoints``: what a run could go on from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class CheckpointsArguments:
+    """List the checkpoints of a run: step, whether complete, size, roles, processes, config, age."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read every byte and compare it with its hash; exit code 1 if one differs."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; 0, or 1 if ``--verify`` found damage."""
+    arguments = tyro.cli(CheckpointsArguments, args=list(argv), prog="fastvideo checkpoints")
+
+    from rich.console import Console
+
+    table, damaged = checkpoint_table(arguments.run, verify=arguments.verify, now=time.time())
+    Console().print(table)
+    return 1 if damaged and arguments.verify else 0
+
+
+def checkpoint_table(run: Path, *, verify: bool, now: float) -> tuple[Table, int]:
+    """One row per checkpoint, newest first, and how many cannot be used.
+
+    Raises:
+        UserError: if the folder holds none.
+    """
+    from rich.table import Table
+
+    from fastvideo.distillation.engine.manifest import DamagedError, Manifest, checkpoints_in, step_of, verified
+    from fastvideo.distillation.types import UserError
+
+    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    found = checkpoints_in(folder)
+    if not found:
+        raise UserError(f"{run} holds no checkpoints (step-N); a run saves them with checkpoint.every")
+    columns = ("step", "verified" if verify else "complete", "size", "roles", "processes", "config", "age")
+    table, damaged = Table(*columns, title=str(folder)), 0
+    for path in reversed(found):
+        try:
+            manifest = verified(path) if verify else Manifest.read(path)
+        except DamagedError as error:
+            damaged += 1
+            table.add_row(str(step_of(path)), f"[red]no[/red]: {error}", "", "", "", "", "")
+            continue
+        processes = f"{manifest.world_size} x {manifest.device}"
+        row = (str(manifest.step), "yes", readable_size(manifest.size), ", ".join(manifest.roles), processes)
+        table.add_row(*row, manifest.config_hash[:12], readable_age(now - manifest.saved_at))
+    return table, damaged
+
+
+def readable_size(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def readable_age(seconds: float) -> str:
+    """A time span in its largest unit; a clock that went backwards makes none negative."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
