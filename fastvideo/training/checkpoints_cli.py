@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ import tyro
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+WIDTH_IN_PIPE = 120
+"""Columns of a table that goes to a file or a pipe; a terminal has its own width."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     table, damaged = checkpoint_table(arguments.run, verify=arguments.verify, now=time.time())
-    Console().print(table)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if known else WIDTH_IN_PIPE).print(table)
     return 1 if damaged and arguments.verify else 0
 
 
