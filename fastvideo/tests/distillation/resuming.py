@@ -1,0 +1,93 @@
+"""A toy run that can be saved, restored and compared, for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.data.order import MemorySource, SampleStream, Shard
+from fastvideo.distillation.engine.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.ema import EMAHook
+from fastvideo.distillation.engine.optim import attach_optimizer
+from fastvideo.distillation.engine.restore import restore
+from fastvideo.distillation.engine.state import split_state
+from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.tests.distillation.toys import MEAN, STD, spy, toy_method
+from fastvideo.training.resume import run_parts
+
+STEPS, LOG_EVERY, SAMPLES = 6, 4, 22
+"""Metrics windows end inside the run and not at its end, and epochs inside accumulations."""
+
+
+@dataclass
+class ToyRun:
+    """One run of a registered method on analytic roles, every trained role averaged."""
+
+    trainer: DistillTrainer
+    stream: SampleStream
+    parts: Parts
+    folder: Path
+
+    def train(self) -> ToyRun:
+        """To the last step."""
+        self.trainer.run(self.stream)
+        return self
+
+    def restore(self, step: int, source: Path | None = None) -> ToyRun:
+        """Go on from a checkpoint, of this folder or another run's."""
+        restore((source or self.folder) / "checkpoints" / f"step-{step}", self.parts, Processes())
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """Everything that survives, flat, with the next batch."""
+        parts = {**self.parts.everywhere, **self.parts.own}
+        tensors, rest = split_state({name: part.state_dict() for name, part in parts.items()})
+        batch = next(self.stream)
+        assert batch.latents is not None
+        kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        return {**kept, "next": batch.latents, "captions": batch.captions, "rest": json.loads(json.dumps(rest))}
+
+    def logged(self, after: int = 0) -> list[dict[str, Any]]:
+        """The metrics that were written for later steps, without the time they took."""
+        file = self.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if line["step"] > after]
+
+
+def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> ToyRun:
+    """A run of one method, from the start; with ``every`` and other options of saving it saves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    method = toy_method(name, spy(), mean=-0.5, std=1.2)
+    for role, options in method.optimizers(method.config).items():
+        attach_optimizer(method.bundle[role], options.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 3}))
+    generator = torch.Generator().manual_seed(5)
+    latents = MEAN + STD * torch.randn((SAMPLES, 1, 1, 4, 4), generator=generator)
+    stream = SampleStream(MemorySource([str(i / 10) for i in range(SAMPLES)], latents), 3, Shard(4))
+    averages = [EMAHook([method.bundle[role] for role in method.trainable_roles], 0.9, start_step=2)]
+    loop = LoopOptions(STEPS, grad_accumulation=accumulation, log_every=LOG_EVERY)
+    adapter = method.bundle["student"].adapter
+    trainer = DistillTrainer(method, adapter.prepare, loop, Tracker(folder), averages=averages)  # type: ignore[attr-defined]
+    parts = run_parts(trainer, stream)
+    if save:
+        facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})
+        options = SaveOptions(**{"every": 0, "last_step": STEPS, **save})
+        trainer.hooks = (CheckpointHook(folder / "checkpoints", parts, Processes(), options, facts),)
+    return ToyRun(trainer, stream, parts, folder)
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What differs between two states, to the bit."""
+    names = sorted(first.keys() ^ second.keys())
+    for name in sorted(first.keys() & second.keys()):
+        one, other = first[name], second[name]
+        same = torch.equal(one, other) and one.dtype == other.dtype if isinstance(one, Tensor) else one == other
+        names += [] if same else [name]
+    return names
