@@ -147,7 +147,9 @@ class Bench:
     prompts: tuple[str, ...] = ()
     networks: dict[str, nn.Module] = field(default_factory=dict)
 
-    def config(self, model: Mapping[str, Any], method: Mapping[str, Any]) -> Any:
+    def config(
+        self, model: Mapping[str, Any], method: Mapping[str, Any], parallel: Mapping[str, Any] | None = None
+    ) -> Any:
         values = {
             "distill_model": "wan", "distill_method": "dmd2", "output": "unused",
             "model": {"path": self.folder, **SIZES[self.size]["video"], **model},
@@ -156,15 +158,18 @@ class Bench:
             "method": {"rollout": "data", "teacher_guidance": GUIDANCE, "generator_update_interval": INTERVAL,
                        "student_learning_rate": RATES["student"], "critic_learning_rate": RATES["critic"],
                        "betas": BETAS, "weight_decay": DECAY, **method},
-            "ema": {"enabled": False},
+            "parallel": parallel or {}, "ema": {"enabled": False},
         }  # fmt: skip
         return validate(run_schema("wan", "dmd2"), values, "benchmarks/step_cost.py")
 
     def framework(
-        self, model: Mapping[str, Any] | None = None, method: Mapping[str, Any] | None = None
+        self,
+        model: Mapping[str, Any] | None = None,
+        method: Mapping[str, Any] | None = None,
+        parallel: Mapping[str, Any] | None = None,
     ) -> tuple[Callable[[], None], Mapping[str, nn.Module]]:
         """A cycle of the trainer, as a user's config makes it, and its networks."""
-        config = self.config(model or {}, method or {})
+        config = self.config(model or {}, method or {}, parallel)
         adapter = WanAdapter(config.model)
         built = build_method(config, adapter)
         batch = SIZES[self.size]["batch"]
@@ -263,7 +268,7 @@ def contestants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None]
         "compile_blocks": lambda: bench.framework({"compile_blocks": True}),
         "keep_freed_memory+kept": bench.framework,
         "score_and_train": lambda: bench.framework(method=joint),
-        "gradient_checkpointing": lambda: bench.framework({"gradient_checkpointing": True}),
+        "activation_checkpointing": lambda: bench.framework(parallel={"activation_checkpointing": "full"}),
         "with_options+kept": lambda: bench.framework({"compile_blocks": True}),
         "with_options_and_score_and_train+kept": lambda: bench.framework({"compile_blocks": True}, joint),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -47,11 +48,21 @@ def report_user_errors(action: Callable[[], int]) -> int:
     try:
         return action()
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first(str(error)):
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _is_first(message: str) -> bool:
+    """Whether no other process of a job has said so already."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from fastvideo.distillation.engine.distributed import first_to_report
+
+    return first_to_report(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,9 +16,11 @@ from torch import nn
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
 from fastvideo.distillation.config import RunConfig
+from fastvideo.distillation.config_sections import ParallelConfig
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.initial import start_from
 from fastvideo.distillation.engine.optim import attach_optimizer
+from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.rng import RandomStreams, initialising
@@ -115,12 +117,15 @@ def check_needs(config: Config) -> None:
     )
 
 
-def load_role(config: Config, adapter: Adapter, role: str) -> nn.Module:
-    """The network of a role as training starts with it: the student of a method of flow maps is one."""
-    network = adapter.load_network(config.roles[role].path)
-    if role == "student" and "flow_map" in load_method(config.distill_method).needs_of(config.method):
-        adapter.add_flow_map(network)
-    return network
+def load_role(config: Config, adapter: Adapter, role: str, placement: Placement | None = None) -> nn.Module:
+    """The network of a role as training starts with it: the student of a method of flow maps is one.
+
+    Without a ``placement`` it is whole.
+    """
+    placement = placement or Placement(adapter, Processes(), ParallelConfig())
+    options, needs = config.roles[role], load_method(config.distill_method).needs_of(config.method)
+    flow_map = role == "student" and "flow_map" in needs
+    return placement.load(options.path, trained=options.trainable, change=adapter.add_flow_map if flow_map else None)
 
 
 def build_method(
@@ -147,6 +152,8 @@ def build_method(
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     _check_averages(config, trainable)
+    placement = Placement(adapter, processes, config.parallel)
+    placement.check({name: role.path for name, role in config.roles.items()})
     adapter.ensure_negative_conditioning()
     with initialising(config.seed):
         heads = method.heads(config.method, adapter)
@@ -156,13 +163,13 @@ def build_method(
     handles, notes = [], []
     for name, role in config.roles.items():
         own = (networks or {}).get(name, heads.get(name))
-        network = load_role(config, adapter, name) if own is None else own.to(adapter.device)
+        network = load_role(config, adapter, name, placement) if own is None else own.to(adapter.device)
         handles.append(RoleHandle(name, adapter, network, role.trainable))
         if role.init_from is not None:
             notes.append(start_from(handles[-1], role.init_from, adapter.load_network, processes))
     for role_name, options in method.optimizers(config.method).items():
         attach_optimizer(next(h for h in handles if h.name == role_name), options)
-    rng = RandomStreams(config.seed, rank=processes.rank, device=processes.device)
+    rng = RandomStreams(config.seed, rank=processes.data_rank, device=processes.device)
     built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
     built.notes = (*notes, *built.notes)
     return built

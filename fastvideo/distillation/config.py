@@ -9,7 +9,6 @@ from typing import Any, Generic, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -21,28 +20,10 @@ from pydantic import (
 
 from fastvideo.distillation.adapters.base import AdapterConfig
 from fastvideo.distillation.config_errors import explain
+from fastvideo.distillation.config_sections import ParallelConfig, RoleConfig, Section
 from fastvideo.distillation.methods.base import MethodConfig
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
-
-
-class Section(BaseModel):
-    """Base of every part: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class RoleConfig(Section):
-    """One role of the run."""
-
-    trainable: bool
-    """Whether it is trained; which roles must be and which must not is the method's to say."""
-    path: str | None = None
-    """Where its network's weights come from; the model's own path if not given."""
-    init_from: str | None = None
-    """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
-    `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
-    weights if there are some. On the command line also `--init-ROLE-from`; a resumed run does not read it again."""
 
 
 class LadderConfig(Section):
@@ -208,6 +189,8 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """What the run trains on."""
     trainer: TrainerConfig = TrainerConfig()
     """The loop."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is spread over processes."""
     ema: EMAConfig = EMAConfig()
     """Averaged weights of the student."""
     validation: ValidationConfig = ValidationConfig()

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.engine.distributed import average_gradients
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
+from fastvideo.distillation.engine.sharding import reduce_gradients, synchronise
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss
@@ -47,6 +47,10 @@ class LoopOptions:
     grad_accumulation: int = 1
     max_grad_norm: float = 1.0
     log_every: int = 10
+    context: int = 1
+    """Processes that share one sample."""
+    sync_every_micro_batch: bool = False
+    """Whether sharded gradients are reduced after each micro-batch, not after the last alone."""
 
 
 class DistillTrainer:
@@ -98,12 +102,14 @@ class DistillTrainer:
             NonFiniteError: as :meth:`settle`, about the step before.
         """
         attempt = Attempt(self.step, tuple(self.method.active_roles(self.step)), self.method.rng.state_dict())
-        for _ in range(self.options.grad_accumulation):
+        for left in reversed(range(self.options.grad_accumulation)):
+            for role in attempt.active:
+                synchronise(self.method.bundle[role].network, left == 0 or self.options.sync_every_micro_batch)
             attempt.batches.append(next(data))
             self._accumulate(self.prepare(attempt.batches[-1]), attempt)
         handles = [self.method.bundle[role] for role in attempt.active]
         for handle in handles:
-            average_gradients(handle.parameters())
+            reduce_gradients(handle.network, self.options.context)
             attempt.gradients[handle.name] = clip_gradient(handle, self.options.max_grad_norm)
         self.settle()
         skip = attempt.judge().skip

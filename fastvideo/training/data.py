@@ -22,7 +22,7 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
         UserError: if the data cannot be read, does not fit the model, or holds no videos where the method needs them.
     """
     source, description = open_source(config, adapter)
-    shard = Shard(config.data.batch_size, processes.rank, processes.world_size)
+    shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     on_disk = not isinstance(source, MemorySource)
     on_cuda = processes.device.type == "cuda"
     ahead = READ_AHEAD if on_disk or on_cuda else 0

@@ -23,7 +23,7 @@ from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 
 CHECKPOINTS = "checkpoints"
-HARMLESS = ("output", "device", "validation", "checkpoint", "data.cache")
+HARMLESS = ("output", "device", "parallel", "validation", "checkpoint", "data.cache")
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
 HARMLESS_IN_TRAINER = tuple(
     f"trainer.{name}" for name in ("max_steps", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips")

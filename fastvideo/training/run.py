@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.bundle import velocity_of
-from fastvideo.distillation.engine.distributed import Processes, barrier, start_processes, stop_processes
+from fastvideo.distillation.engine.distributed import (
+    Processes,
+    barrier,
+    check_agreement,
+    naming_lost_processes,
+    start_processes,
+    stop_processes,
+)
 from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.memory import keep_freed_memory
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
+from fastvideo.distillation.engine.placement import whole_network
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
 from fastvideo.distillation.rng import normal, seeded
@@ -28,7 +36,7 @@ from fastvideo.inference.recipe import result_recipe
 from fastvideo.training.data import build_data
 from fastvideo.training.lock import locked
 from fastvideo.training.output import check_output, prepare_output
-from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, go_on, set_aside
+from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on, set_aside
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -54,11 +62,13 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume
         keep_freed_memory()
     # Weights that decay towards zero become denormal, and arithmetic on those is many times slower on a CPU.
     torch.set_flush_denormal(True)
-    processes = start_processes(config.device)
+    layout = config.parallel.model_dump(include={"shard", "replicate", "context", "timeout"})
+    processes = start_processes(config.device, **layout)
     try:
+        check_agreement("config", flat(config.model_dump(mode="json")))
         check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
         barrier()
-        with locked(Path(config.output)) if processes.is_main else nullcontext():
+        with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
             return _run(config, processes, Launched(resume, overwrite, resume_from))
     finally:
         stop_processes()
@@ -103,9 +113,8 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
         trainer.run(data)
     finally:
         checkpoint.wait()
-    if processes.is_main:
-        save_result(config, adapter, method, output / "student")
-        tracker.say(f"saved {output / 'student'}")
+    save_result(config, adapter, method, output / "student", processes)
+    tracker.say(f"saved {output / 'student'}")
     return output / "student"
 
 
@@ -124,17 +133,23 @@ def build_trainer(
     averaged_roles = [method.bundle[role] for role in config.ema.roles] if config.ema.enabled else []
     averages = [EMAHook(averaged_roles, config.ema.decay, config.ema.start_step)]
     hooks: list[Hook] = []
-    if config.validation.every and processes.is_main:
-        hooks.append(_validation_hook(config, adapter, method, tracker))
+    if config.validation.every and (processes.is_main or processes.forward_together):
+        hooks.append(_validation_hook(config, adapter, method, tracker, processes))
     names = ("max_steps", "grad_accumulation", "max_grad_norm", "log_every")
-    options = LoopOptions(**config.trainer.model_dump(include=set(names)))
+    options = LoopOptions(
+        **config.trainer.model_dump(include=set(names)),
+        context=processes.context,
+        sync_every_micro_batch=config.parallel.sync_every_micro_batch,
+    )
     prepare = partial(adapter.prepare, any_size=config.data.buckets)
     folder = Path(config.output) / "non_finite"
     guard = NonFiniteGuard(config.trainer.non_finite, config.trainer.max_skips, folder, processes.rank)
     return DistillTrainer(method, prepare, options, tracker, hooks, averages=averages, guard=guard)
 
 
-def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: Tracker) -> ValidationHook:
+def _validation_hook(
+    config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
+) -> ValidationHook:
     from fastvideo.data.video_io import write_video
 
     options = config.validation
@@ -165,8 +180,9 @@ def _validation_hook(config: Config, adapter: Adapter, method: Method, tracker: 
         write_video(path, video, options.fps, scale=max(1, WATCHABLE // video.shape[2]))
 
     sinks = ValidationSinks(tracker.log, write, score)
+    folder = Path(config.output) / "validation"
     return ValidationHook(
-        method.bundle["student"], sample, sinks, Path(config.output) / "validation", every=options.every
+        method.bundle["student"], sample, sinks, folder, every=options.every, writes=processes.is_main
     )
 
 
@@ -185,14 +201,23 @@ def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:
     return torch.cat([read_first_frames(Path(image), *size, count) for image in images])
 
 
-def save_result(config: Config, adapter: Adapter, method: Method, folder: Path) -> None:
-    """The student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
+def save_result(config: Config, adapter: Adapter, method: Method, folder: Path, processes: Processes) -> None:
+    """The student as a model folder: averaged weights if there are any, and the recipe that samples from it.
+
+    All processes take part, because each may have a part of the weights; the main one writes.
+    """
     student = method.bundle["student"]
-    recipe = result_recipe(config, adapter, "live" if student.ema is None else "ema", config.trainer.max_steps)
+    with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
+        whole = whole_network(network, adapter, processes)
+        if whole is not None:
+            _write_result(config, adapter, whole, folder, averaged=student.ema is not None)
+
+
+def _write_result(config: Config, adapter: Adapter, network: nn.Module, folder: Path, *, averaged: bool) -> None:
+    recipe = result_recipe(config, adapter, "ema" if averaged else "live", config.trainer.max_steps)
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
-    with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
-        adapter.save_pipeline(partial_folder, network, recipe)
+    adapter.save_pipeline(partial_folder, network, recipe)
     if folder.is_dir():
         shutil.rmtree(folder)
     partial_folder.rename(folder)

@@ -187,8 +187,8 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         return tuple(1 - i / steps for i in range(steps))
 
-    def load_network(self, path: str | None = None) -> nn.Module:
-        """A network of the configured distribution.
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A network of the configured distribution, float32 always.
 
         Raises:
             UserError: for an unknown kind, or one that the distribution does not have.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.taps import FeatureTaps
+from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Batch, Condition, Need, RawBatch, UserError
 
 
@@ -80,8 +82,18 @@ class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
         """The times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
 
     @abstractmethod
-    def load_network(self, path: str | None = None) -> nn.Module:
-        """The denoising network with its weights, on the device, from ``path`` or else ``config.path``."""
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The network with weights from ``path`` or ``config.path``, in ``dtype`` but for what has to be float32."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products of the network are computed in."""
+        return torch.float32
+
+    @cached_property
+    def scaling(self) -> Scaling | None:
+        """How networks of the family are held by several processes; ``None`` for one that has to be whole."""
+        return None
 
     def add_flow_map(self, network: nn.Module) -> None:
         """Make a flow map of a network: one that reads ``r``, and at first answers as before whatever ``r`` is.

@@ -17,6 +17,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.cogvideox_context import CogVideoXScaling
 from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
 from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
 from fastvideo.distillation.adapters.pipeline import PipelineAdapter, PipelineConfig, check_divisible
@@ -93,18 +94,22 @@ class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
         scheduler.set_timesteps(steps)
         return StockSampler(scheduler, self.grid.times_of(scheduler.timesteps.tolist()))
 
-    def load_network(self, path: str | None = None) -> nn.Module:
-        """A ``CogVideoXTransformer3DModel`` in float32, in eval mode (published ones have no dropout).
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A ``CogVideoXTransformer3DModel`` in eval mode (published ones have no dropout).
 
         Raises:
             UserError: if its position table is made for prompts of another length.
         """
-        network: Any = super().load_network(path)
+        network: Any = super().load_network(path, dtype)
         length, wanted = self.config.max_sequence_length, network.config.max_text_seq_length
         if length != wanted and not network.config.use_rotary_positional_embeddings:
             source = path or self.source
             raise UserError(f"model.max_sequence_length is {length}, the network in {source!r} takes {wanted} tokens")
         return network  # type: ignore[no-any-return]
+
+    @cached_property
+    def scaling(self) -> CogVideoXScaling:
+        return CogVideoXScaling(self.transformer_class, self.time_embedding, self._resolved, self._set_kernels)
 
     @classmethod
     def network_time(cls, t: Tensor, config: CogVideoXConfig) -> Tensor:

@@ -64,7 +64,9 @@ def add_head(network: nn.Module, embedding: str) -> None:
         return
     like = next(network.get_submodule(embedding).parameters())
     width = [m.out_features for m in network.get_submodule(embedding).modules() if isinstance(m, nn.Linear)][-1]
-    network.add_module(HEAD, FlowMapHead(width).to(like.device))
+    head = FlowMapHead(width)
+    # A network on the meta device gets its weights later; the head has its own already.
+    network.add_module(HEAD, head if like.is_meta else head.to(like.device))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.diffusers_scaling import DiffusersScaling
 from fastvideo.distillation.adapters.flow_map import add_head, load_head, reading
 from fastvideo.distillation.adapters.kernels import choose_attention, compile_blocks
 from fastvideo.distillation.adapters.loading import (
@@ -45,8 +46,6 @@ class PipelineConfig(AdapterConfig):
     """The negative prompt, used wherever guidance is."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast of the network's forward; weights, times, losses and differences stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
     attention_backend: str = "native"
     """Attention kernel, by its name in diffusers' dispatcher: `native` is torch's own, `flash` or `sage` need a
     package. It is printed at the start and never replaced by another."""
@@ -132,18 +131,30 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         config = self._network_config
         return (int(config["num_attention_heads"]) * int(config["attention_head_dim"]),) * int(config["num_layers"])
 
-    def load_network(self, path: str | None = None) -> nn.Module:
-        """The transformer in float32, in eval mode (published ones have no dropout), with a flow map's head."""
-        source = self.source if path is None else resolve_pipeline(path, self.pipelines)
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The transformer in eval mode (published ones have no dropout), with a flow map's head."""
+        source = self._resolved(path)
         transformer = _class("diffusers", self.transformer_class)
-        network = load_component(transformer, source, "transformer", torch_dtype=torch.float32)
-        if self.config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+        network = load_component(transformer, source, "transformer", torch_dtype=dtype)
+        self._set_kernels(network)
+        load_head(network, self.time_embedding, Path(source))
+        return network.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def _set_kernels(self, network: nn.Module) -> None:
         choose_attention(network, self.config.attention_backend)
         if self.config.compile_blocks:
             compile_blocks(network)
-        load_head(network, self.time_embedding, Path(source))
-        return network.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def _resolved(self, path: str | None) -> str:
+        return self.source if path is None else resolve_pipeline(path, self.pipelines)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+
+    @cached_property
+    def scaling(self) -> DiffusersScaling:
+        return DiffusersScaling(self.transformer_class, self.time_embedding, self._resolved, self._set_kernels)
 
     def add_flow_map(self, network: nn.Module) -> None:
         add_head(network, self.time_embedding)

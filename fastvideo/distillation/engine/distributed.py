@@ -2,53 +2,204 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic, sleep
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a collective may wait: a rank that ran other forwards is then an error and not a hang."""
+from fastvideo.errors import RunError, UserError
+
+TIMEOUT = 600.0
+"""Seconds that a collective may wait: a rank that ran other forwards is then an error and not a hang."""
+ROLL_CALL = 5.0
+"""Seconds in which the processes that are still there say so, once one of them is missed."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """This process among all, and the layout they work in.
+
+    Neighbouring ranks form the groups: ``context`` of them share one sample (each has a part of its tokens), ``shard``
+    of them hold one copy of every network. Both divide ``world_size``, each on its own.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shard: int = 1
+    context: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which batches and which local random stream this process has; the ranks of one context group share them."""
+        return self.rank // self.context
 
-def start_processes(device: str = "auto") -> Processes:
+    @property
+    def data_size(self) -> int:
+        """How many different batches there are at a time."""
+        return self.world_size // self.context
+
+    @property
+    def forward_together(self) -> bool:
+        """Whether a forward of a network needs all processes."""
+        return self.shard > 1 or self.context > 1
+
+
+def start_processes(
+    device: str = "auto",
+    *,
+    shard: int = 1,
+    replicate: int | None = None,
+    context: int = 1,
+    timeout: float = TIMEOUT,
+) -> Processes:
     """Join the process group that torchrun describes in the environment, or stand alone without one.
 
     Args:
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        shard, replicate, context: the layout; ``replicate`` is derived, and checked if given.
+        timeout: seconds that a collective may wait.
+
+    Raises:
+        UserError: if CUDA is asked for and absent, or the number of processes does not fit the layout.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    local = _device(device, local_rank)
+    check_layout(world_size, shard=shard, replicate=replicate, context=context)
     if "WORLD_SIZE" not in os.environ:
         return Processes(device=local)
     if local.type == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Processes(dist.get_rank(), dist.get_world_size(), local)
+    # gloo beside NCCL: what is offloaded to the host is reduced there.
+    backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (kind == "auto" and not count):
+        return torch.device("cpu")
+    if not count:
+        raise UserError("device: cuda is asked for, and torch sees no CUDA device; use --device cpu, or auto")
+    if local_rank >= count:
+        raise UserError(f"device: {local_rank + 1} or more processes on this machine, which has {count} CUDA devices")
+    return torch.device("cuda", local_rank)
+
+
+def check_layout(world_size: int, *, shard: int, replicate: int | None, context: int) -> None:
+    """Check that the processes can be laid out so.
+
+    Raises:
+        UserError: with the values that are possible.
+    """
+    for name, size in (("shard", shard), ("context", context)):
+        if world_size % size:
+            legal = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+            raise UserError(
+                f"parallel.{name}: {size} does not divide the number of processes, {world_size}; possible: {legal}"
+            )
+    if replicate is not None and shard * replicate != world_size:
+        raise UserError(
+            f"parallel: shard {shard} x replicate {replicate} needs {shard * replicate} processes, there are "
+            f"{world_size}; start that many (torchrun --nproc-per-node, --nnodes), or leave replicate to be derived"
+        )
+
+
+def check_agreement(what: str, values: Mapping[str, Any]) -> None:
+    """Check that every process was given the same ``values`` (flat, key to value).
+
+    Raises:
+        UserError: on all of them, naming the first key that differs, with its value on two ranks.
+    """
+    if not dist.is_initialized():
+        return
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(values))
+    for rank, other in enumerate(gathered):
+        for key in sorted(gathered[0].keys() | other.keys()):
+            if gathered[0].get(key) != other.get(key):
+                raise UserError(
+                    f"the processes were given different {what}s: {key} is {gathered[0].get(key)!r} on rank 0 and "
+                    f"{other.get(key)!r} on rank {rank}; start all with the same file and flags"
+                )
 
 
 def stop_processes() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turn a collective that failed because a process is gone into an error that names it.
+
+    Raises:
+        RunError: with the ranks that do not answer any more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _of_collective(error):
+            raise
+        lost = _roll_call()
+        if not lost:
+            raise
+        names = ", ".join(map(str, lost))
+        raise RunError(
+            f"lost contact with rank {names} (it died, or waits elsewhere): {str(error).splitlines()[0]}. "
+            f"Look at the end of its output, then continue from the newest checkpoint with --resume"
+        ) from error
+
+
+def _of_collective(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection", "timed out", "watchdog", "broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def _roll_call() -> list[int]:
+    """The ranks that do not answer within :data:`ROLL_CALL` seconds, through the store and not through a collective."""
+    store, world_size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    names = [f"fastvideo/here/{rank}" for rank in range(world_size)]
+    store.set(names[dist.get_rank()], "1")
+    deadline = monotonic() + ROLL_CALL
+    while monotonic() < deadline and not all(store.check([name]) for name in names):
+        sleep(0.1)
+    return [rank for rank, name in enumerate(names) if not store.check([name])]
+
+
+def first_to_report(message: str) -> bool:
+    """Whether this process is the one that prints ``message``: the first of those that have it to say.
+
+    All ranks of a job meet the same mistake, and it is to be read once. Asks the store that torchrun keeps, which is
+    there before and after the process group.
+    """
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in environment:
+        return True
+    attempt = f"{environment.get('TORCHELASTIC_RUN_ID')}/{environment.get('TORCHELASTIC_RESTART_COUNT')}"
+    key = f"fastvideo/message/{attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), None, False, timedelta(seconds=ROLL_CALL)
+        )
+        return bool(store.add(key, 1) == 1)
+    except RuntimeError:  # no store, nobody to agree with: better twice than never
+        return True
 
 
 def barrier() -> None:
@@ -81,12 +232,12 @@ def any_rank(flag: Tensor) -> Tensor:
     return flag
 
 
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes, with one collective for all of them."""
+def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> None:
+    """Replace every gradient by its mean over processes (``times`` that), with one collective for all of them."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not dist.is_initialized() or not gradients:
         return
-    flat = average(torch.cat([g.flatten() for g in gradients]))
+    flat = average(torch.cat([g.flatten() for g in gradients])) * times
     means = torch.split(flat, [g.numel() for g in gradients])
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))

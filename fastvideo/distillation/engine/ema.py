@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.sharding import local
 
 
 class EMAHook:
@@ -45,11 +45,6 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
             average.lerp_(live, weight.to(average.dtype))
         else:
             average.copy_(live)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, in the same memory; the tensor itself where it is whole."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @contextmanager

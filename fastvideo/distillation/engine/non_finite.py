@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.distributed import any_rank
+from fastvideo.distillation.engine.sharding import local, norms_of
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import RunError
 
@@ -44,9 +44,11 @@ def clip_gradient(handle: RoleHandle, max_norm: float) -> Gradient:
     """Scale a role's gradient down to ``max_norm``, without reading it."""
     named = [(name, p) for name, p in handle.network.named_parameters() if p.grad is not None and p.requires_grad]
     gradients = [p.grad for _, p in named if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
+    norms = norms_of(gradients)
     total = torch.linalg.vector_norm(norms)
-    clip_grads_with_norm_([p for _, p in named], max_norm, total)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(scale)
     return Gradient([name for name, _ in named], norms, total)
 
 

@@ -29,10 +29,23 @@ class ValidationSinks:
 
 
 class ValidationHook:
-    """Every ``every`` steps: sample live and averaged weights, score them, keep the videos."""
+    """Every ``every`` steps: sample live and averaged weights, score them, keep the videos.
 
-    def __init__(self, handle: RoleHandle, sample: Sample, sinks: ValidationSinks, folder: Path, *, every: int) -> None:
-        self.handle, self.sample, self.sinks, self.folder, self.every = handle, sample, sinks, folder, every
+    A process that only takes part in the forwards (its networks are split) does not write.
+    """
+
+    def __init__(
+        self,
+        handle: RoleHandle,
+        sample: Sample,
+        sinks: ValidationSinks,
+        folder: Path,
+        *,
+        every: int,
+        writes: bool = True,
+    ) -> None:
+        self.handle, self.sample, self.sinks, self.folder = handle, sample, sinks, folder
+        self.every, self.writes = every, writes
 
     def due(self, step: int) -> bool:
         """Whether to validate after this step."""
@@ -54,6 +67,8 @@ class ValidationHook:
 
     def _look_at(self, name: str, network: nn.Module, step: int) -> dict[str, float]:
         videos = self.sample(network)
+        if not self.writes:
+            return {}
         self.sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
         found = self.sinks.score(videos) if self.sinks.score is not None else {}
         return {f"validation/{name}/{key}": value for key, value in found.items()}

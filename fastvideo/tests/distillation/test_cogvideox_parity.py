@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.recompute import Recompute, checkpointed
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import SamplerKind, euler, generate
 from fastvideo.distillation.types import RawBatch, UserError
@@ -208,11 +209,13 @@ def test_times_per_frame_are_refused(adapter: CogVideoXAdapter, network: nn.Modu
         adapter.velocity(network, noise_of(adapter), times, adapter.negative(2))
 
 
-def test_checkpointed_gradients_equal_plain_ones(adapter: CogVideoXAdapter) -> None:
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_checkpointed_gradients_equal_plain_ones(adapter: CogVideoXAdapter, kind: Recompute) -> None:
     gradients = []
     for checkpointing in (False, True):
-        config = adapter.config.model_copy(update={"gradient_checkpointing": checkpointing})
-        network = CogVideoXAdapter(config).load_network()
+        network = adapter.load_network()
+        if checkpointing:
+            adapter.scaling.recompute(network, checkpointed(kind))
         assert network.is_gradient_checkpointing == checkpointing
         adapter.velocity(network, noise_of(adapter), torch.tensor([0.3, 0.9]), adapter.negative(2)).sum().backward()
         gradients.append([p.grad for p in network.parameters()])

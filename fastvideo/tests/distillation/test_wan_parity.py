@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.recompute import Recompute, checkpointed
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.schedule import Ladder
@@ -181,11 +182,13 @@ def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipe
     assert torch.equal(loaded.vae.decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
 
 
-def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: WanAdapter) -> None:
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: WanAdapter, kind: Recompute) -> None:
     gradients, forwards = [], [0, 0]
     for checkpointing in (False, True):
-        config = adapter.config.model_copy(update={"gradient_checkpointing": checkpointing})
-        network = WanAdapter(config).load_network()
+        network = adapter.load_network()
+        if checkpointing:
+            adapter.scaling.recompute(network, checkpointed(kind))
 
         def count(module: Any, inputs: Any, which: int = int(checkpointing)) -> None:
             forwards[which] += 1

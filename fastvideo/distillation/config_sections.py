@@ -1,0 +1,54 @@
+"""Parts of the config that concern networks and processes: roles with their adapters, and the layout."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """Base of every part: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RoleConfig(Section):
+    """One role of the run."""
+
+    trainable: bool
+    """Whether it is trained; which roles must be and which must not is the method's to say."""
+    path: str | None = None
+    """Where its network's weights come from; the model's own path if not given."""
+    init_from: str | None = None
+    """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
+    `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
+    weights if there are some. On the command line also `--init-ROLE-from`; a resumed run does not read it again."""
+
+
+class ParallelConfig(Section):
+    """How the run is spread over processes; `docs/scaling.md` tells when to use what."""
+
+    shard: PositiveInt = 1
+    """Processes that hold one copy of every network between them (FSDP2); it divides the number of processes."""
+    replicate: PositiveInt | None = None
+    """Copies of that. Derived (processes / shard); if given, it must be right."""
+    context: PositiveInt = 1
+    """Processes that share one sample, each with a part of its tokens (Ulysses); it divides the number of processes."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute activations in backward: `full` keeps each block's input alone, `selective` also what attention and
+    every second matrix product gave."""
+    sync_every_micro_batch: bool = False
+    """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradient is kept meanwhile."""
+    reshard_frozen: bool = True
+    """Free a frozen network's gathered blocks after use; without it they stay whole on every device."""
+    offload: Literal["none", "frozen", "all"] = "none"
+    """Networks that live in the host's memory and visit the device block by block; needs `shard` above 1."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that a process waits for the others before the run ends with an error."""
+
+    @model_validator(mode="after")
+    def _offload_is_sharded(self) -> ParallelConfig:
+        if self.offload != "none" and self.shard == 1:
+            raise ValueError(f"offload {self.offload!r} moves blocks as sharding does: it needs shard above 1")
+        return self

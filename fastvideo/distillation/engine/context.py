@@ -1,0 +1,98 @@
+"""Context parallelism: the processes of one group share a sample, each with a part of its tokens.
+
+Outside a network nothing is split: every process of the group has the whole sample and gets the whole prediction.
+Inside, diffusers splits the tokens, exchanges heads for tokens around attention (Ulysses, arXiv 2309.14509) and gathers
+the prediction at the end. A process's parameter gradients are those of its tokens, so they add up over the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.scaling import Scaling
+from fastvideo.errors import UserError
+
+
+def check_context(processes: Processes, counts: Mapping[str, int], where: str) -> None:
+    """Check that the processes of one sample can share ``counts`` evenly.
+
+    Raises:
+        UserError: with the values of ``parallel.context`` that are possible.
+    """
+    wrong = [f"{name} ({count})" for name, count in counts.items() if count % processes.context]
+    if wrong:
+        sizes = (processes.world_size, *counts.values())
+        legal = [n for n in range(1, processes.world_size + 1) if not any(size % n for size in sizes)]
+        raise UserError(
+            f"parallel.context: {processes.context} does not divide {' and '.join(wrong)} of {where}; possible with "
+            f"{processes.world_size} processes: {', '.join(map(str, legal))}"
+        )
+
+
+def context_mesh(processes: Processes) -> DeviceMesh:
+    """The dimensions ``ring`` (1) and ``ulysses`` of this process's group."""
+    shape = (processes.data_size, 1, processes.context)
+    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
+    return mesh["ring", "ulysses"]
+
+
+def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh, device: torch.device) -> None:
+    """Split the network's tokens over the mesh, and add up the gradients of its inputs over it."""
+    with _device_counted(device):
+        scaling.split_tokens(network, mesh)
+    group = mesh["ulysses"].get_group()
+
+    def whole_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tuple(_summed(a, group) for a in args), {key: _summed(v, group) for key, v in kwargs.items()}
+
+    network.register_forward_pre_hook(whole_gradients, with_kwargs=True)
+    _SPLIT.add(network)
+
+
+def has_split_tokens(network: nn.Module) -> bool:
+    """Whether a process's gradients of this network are those of its tokens alone."""
+    return network in _SPLIT
+
+
+_SPLIT: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def _device_counted(device: torch.device) -> Iterator[None]:
+    """On a CPU torch counts no accelerators, and diffusers divides a rank by that number; there is one CPU."""
+    if device.type != "cpu":
+        yield
+        return
+    with patch.object(torch.accelerator, "device_count", lambda: 1):
+        yield
+
+
+class _SumGradient(torch.autograd.Function):
+    """The identity, whose gradient is the sum over a group: every process has the part that its tokens give."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def _summed(value: Any, group: dist.ProcessGroup) -> Any:
+    if isinstance(value, Tensor) and value.requires_grad:
+        return _SumGradient.apply(value, group)  # type: ignore[no-untyped-call]
+    return value

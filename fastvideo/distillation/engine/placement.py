@@ -1,0 +1,136 @@
+"""A role's network on this process: loaded whole, or as this process's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from fastvideo.distillation.engine.context import check_context, context_mesh, split_tokens
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.recompute import Recompute, checkpointed
+from fastvideo.distillation.engine.sharding import (
+    Offload,
+    ShardPolicy,
+    gather_state,
+    load_shards,
+    shard_mesh,
+    shard_network,
+)
+from fastvideo.distillation.scaling import Scaling
+from fastvideo.errors import UserError
+
+
+class NetworkSource(Protocol):
+    """The part of an adapter that gives networks."""
+
+    @property
+    def scaling(self) -> Scaling | None: ...
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]: ...
+    @property
+    def text_length(self) -> int | None: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
+
+
+class Options(Protocol):
+    """What :class:`Placement` reads of the config."""
+
+    @property
+    def activation_checkpointing(self) -> Recompute: ...
+    @property
+    def reshard_frozen(self) -> bool: ...
+    @property
+    def offload(self) -> Offload: ...
+
+
+class Placement:
+    """Makes the networks of a run.
+
+    Raises:
+        UserError: for a family that cannot do what the layout asks.
+    """
+
+    def __init__(self, source: NetworkSource, processes: Processes, options: Options) -> None:
+        self.source, self.processes, self.options = source, processes, options
+        if self._special and source.scaling is None:
+            raise UserError(
+                f"parallel: {type(source).__name__} has no repeated blocks to shard, split or recompute; only "
+                f"data-parallel runs of it are possible (shard 1, context 1, activation_checkpointing none)"
+            )
+
+    @property
+    def _special(self) -> bool:
+        return self.processes.forward_together or self.options.activation_checkpointing != "none"
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        return shard_mesh(self.processes)
+
+    @cached_property
+    def _context_mesh(self) -> DeviceMesh:
+        return context_mesh(self.processes)
+
+    def check(self, roles: Mapping[str, str | None]) -> None:
+        """Check the networks behind ``roles`` (name to path) against the layout; nothing is loaded.
+
+        Raises:
+            UserError: if the processes of one sample cannot share its tokens and heads evenly.
+        """
+        source = self.source
+        if source.scaling is None or self.processes.context == 1:
+            return
+        for role, path in roles.items():
+            counts = source.scaling.context_counts(path, source.latent_shape, source.text_length or 0)
+            check_context(self.processes, counts, f"role {role!r}")
+
+    def load(self, path: str | None, *, trained: bool, change: Callable[[nn.Module], None] | None = None) -> nn.Module:
+        """The network of one role; frozen weights are kept in the dtype that they are computed in.
+
+        Args:
+            path: as for the adapter's ``load_network``.
+            trained: whether its parameters need gradients.
+            change: what is added to the network before anything is done with it.
+        """
+        dtype = torch.float32 if trained else self.source.compute_dtype
+        scaling, whole = self.source.scaling, self.processes.shard == 1
+        network = self.source.load_network(path, dtype) if scaling is None or whole else scaling.empty(path, dtype)
+        if change is not None:
+            change(network)
+        network.requires_grad_(trained)
+        if scaling is not None:
+            self._spread(network, scaling, path)
+        return network
+
+    def _spread(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
+        if self.options.activation_checkpointing != "none":
+            scaling.recompute(network, checkpointed(self.options.activation_checkpointing))
+        if self.processes.context > 1:  # before sharding, which gives every module a new class
+            split_tokens(network, scaling, self._context_mesh, self.processes.device)
+        if self.processes.shard > 1:
+            self._shard(network, scaling, path)
+
+    def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
+        policy = ShardPolicy(self.options.reshard_frozen, self.options.offload, self.source.compute_dtype)
+        shard_network(network, scaling.blocks(network), self._mesh, self.processes, policy)
+        load_shards(network, scaling.files(path), self.processes.device)
+
+
+def whole_network(network: nn.Module, source: NetworkSource, processes: Processes) -> nn.Module | None:
+    """The network for saving: itself, or gathered on the host of the main process; ``None`` on all others."""
+    if source.scaling is None or not isinstance(network, FSDPModule):
+        return network if processes.is_main else None
+    state = gather_state(network)
+    if not processes.is_main:
+        return None
+    gathered = source.scaling.empty(None, torch.float32)
+    gathered.load_state_dict(state, assign=True)
+    return gathered

@@ -1,0 +1,58 @@
+"""Activation checkpointing: keep less in forward, compute it again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "full", "selective"]
+MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
+class EverySecondProduct:
+    """Keeps what attention gave, and every second matrix product; the rest is recomputed.
+
+    Forward and recomputation count apart, so both take the same decisions.
+    """
+
+    def __init__(self) -> None:
+        self.products = {False: 0, True: 0}
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if op in MATRIX_PRODUCTS:
+            self.products[context.is_recompute] += 1
+            if self.products[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(EverySecondProduct())  # type: ignore[no-untyped-call]
+
+
+def checkpointed(kind: Recompute) -> Callable[..., Any]:
+    """``f(block, *args)`` that calls ``block(*args)`` and keeps as little as ``kind`` says.
+
+    The random state is not restored in backward, because no network that is trained here draws.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        options["context_fn"] = _selective
+
+    def call(block: nn.Module, *args: Any) -> Any:
+        return checkpoint(block.__call__, *args, **options)
+
+    return call if kind != "none" else partial(lambda block, *args: block(*args))

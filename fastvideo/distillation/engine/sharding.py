@@ -1,0 +1,166 @@
+"""Networks split over processes: FSDP2 (``fully_shard``), or HSDP where there are copies of the split network.
+
+Every parameter is a ``DTensor`` split along its first dimension. The repeated blocks of a network are gathered one at a
+time while they compute; master weights, gradients and optimizer state stay split.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from fastvideo.distillation.engine.context import has_split_tokens
+from fastvideo.distillation.engine.distributed import Processes, average_gradients
+
+Offload = Literal["none", "frozen", "all"]
+
+
+@dataclass(frozen=True)
+class ShardPolicy:
+    """How networks are split.
+
+    Attributes:
+        reshard_frozen: whether a frozen network's blocks are freed again after they computed.
+        offload: which networks live in the host's memory and visit the device block by block.
+        compute_dtype: dtype of gathered parameters; gradients are reduced in float32 whatever it is.
+    """
+
+    reshard_frozen: bool = True
+    offload: Offload = "none"
+    compute_dtype: torch.dtype = torch.float32
+
+
+def shard_mesh(processes: Processes) -> DeviceMesh:
+    """Two dimensions, ``replicate`` and ``shard``; neighbouring ranks hold one copy."""
+    shape = (processes.world_size // processes.shard, processes.shard)
+    return init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_network(
+    network: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, processes: Processes, policy: ShardPolicy
+) -> None:
+    """Split ``network`` in place, gathered one of ``units`` at a time.
+
+    A network without any parameter that needs a gradient counts as frozen, so set ``requires_grad`` before.
+    """
+    trained = any(parameter.requires_grad for parameter in network.parameters())
+    precise = policy.compute_dtype == torch.float32
+    options: dict[str, Any] = {
+        # One dimension alone is plain FSDP, two are HSDP.
+        "mesh": mesh["shard"] if mesh["replicate"].size() == 1 else mesh,
+        # The outermost module too: parameters that are used between steps (clipping, averages) are always split.
+        "reshard_after_forward": trained or policy.reshard_frozen,
+        # Inputs are not cast: times are never bfloat16, and autocast casts what enters a layer.
+        "mp_policy": MixedPrecisionPolicy(
+            None if precise else policy.compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": _offload(policy.offload, trained, processes.device),
+    }
+    # diffusers reshapes a network's prediction last, and no adapter changes one in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for unit in units:
+        fully_shard(unit, **options)
+    fully_shard(network, **options)
+    if processes.context > 1:
+        _sum_over_context(network, processes.data_size)
+
+
+def _offload(which: Offload, trained: bool, device: torch.device) -> OffloadPolicy:
+    if which == "none" or (which == "frozen" and trained):
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+
+def _sum_over_context(network: nn.Module, data_size: int) -> None:
+    """Divide summed gradients by the number of data ranks: those of one sample's tokens add up."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(float(data_size))
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction with another factor
+
+
+def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.device) -> None:
+    """Fill a split network whose parameters are on the meta device; every process reads only its own slices.
+
+    Args:
+        network: as :func:`shard_network` left it.
+        files: the safetensors file of each parameter, by name; parameters that are not named are left alone.
+        device: where the slices go.
+    """
+    state = {}
+    for name, parameter in network.named_parameters():
+        if name in files and isinstance(parameter, DTensor):
+            local = _read_slice(files[name], name, parameter).to(device, parameter.dtype)
+            state[name] = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+    network.load_state_dict(state, strict=False, assign=True)
+
+
+def _read_slice(file: Path, name: str, parameter: DTensor) -> Tensor:
+    """This process's rows; like ``torch.chunk``, the last processes may have fewer, or none."""
+    placement = parameter.placements[-1]
+    if not isinstance(placement, Shard) or placement.dim:
+        raise RuntimeError(f"{name} is not split along its first dimension")
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    per_process = -(-rows // mesh.size(mesh.ndim - 1))
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * per_process, rows)
+    with safe_open(file, "pt") as stored:
+        return stored.get_slice(name)[start : min(start + per_process, rows)]  # type: ignore[no-any-return]
+
+
+def gather_state(network: nn.Module) -> dict[str, Tensor]:
+    """The whole state of a split network on the host of the main process; all take part, the others get nothing."""
+    state: Any = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(state)
+
+
+def synchronise(network: nn.Module, now: bool) -> None:
+    """Whether the next backward passes of a split network reduce gradients.
+
+    If not they add up whole and unreduced, which costs the memory of one whole gradient and saves the traffic.
+    """
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+
+
+def reduce_gradients(network: nn.Module, context: int = 1) -> None:
+    """Average the gradients of a network over processes; split parameters were reduced in backward already.
+
+    The ``context`` processes of one sample add up what each has of it, in a network whose tokens are split.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    average_gradients(parameters, context if has_split_tokens(network) else 1)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Float32 norm of each tensor, whole ones and split ones, ``[N]``; one collective for all of them."""
+    norms = torch.stack([torch.linalg.vector_norm(local(tensor).float()) for tensor in tensors])
+    meshes = [tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]
+    if not meshes:
+        return norms
+    split = torch.tensor([isinstance(tensor, DTensor) for tensor in tensors], device=norms.device)
+    squares = norms.square() * split
+    dist.all_reduce(squares, group=meshes[0].get_group(meshes[0].ndim - 1))
+    return torch.where(split, squares.sqrt(), norms)

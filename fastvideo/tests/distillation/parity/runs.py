@@ -1,0 +1,209 @@
+"""Three steps of a method on a family, in one process or in a layout of several."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.types import Batch, RawBatch
+from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
+from fastvideo.tests.distillation.toys import TOYS
+
+STEPS = 3
+PROMPTS = ("a green seven", "red three moving up", "a blurry seven", "three moving left")
+FOLDERS = {"wan": wan_folder, "cogvideox": cogvideox_folder}
+SIZES = {
+    "wan": {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8},
+    "cogvideox": {"height": 16, "width": 32, "num_frames": 9, "max_sequence_length": 8},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one family, with the options of the run."""
+
+    family: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further sections of the config."""
+    roles: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of roles, by name."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        extra = "".join(f" {section}={dict(value)}" for section, value in (self.options | self.roles).items())
+        return f"{self.family} x {self.method}{extra}"
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step."""
+        return int(self.options.get("trainer", {}).get("grad_accumulation", 1))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did: mean loss and clipped gradient of every role at every step, and its weights at the end."""
+
+    losses: dict[str, float]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def role_folders(root: Path) -> dict[str, dict[str, Path]]:
+    """Weights per family and role: each role's own, so that teacher and critic disagree."""
+    found: dict[str, dict[str, Path]] = {}
+    for family, folder in FOLDERS.items():
+        source = folder(root / family)
+        schema = run_schema(family, "sft").model_fields["model"].annotation
+        assert schema is not None
+        values = {"distill_model": family, "distill_method": "sft", "output": "unused", "method": {}}
+        model = {"path": str(source), **SIZES[family]}
+        config = validate(run_schema(family, "sft"), values | {"model": model, "roles": {}}, "test")
+        adapter = build_adapter(config)
+        found[family] = {"": source}
+        for seed, role in enumerate(("student", "teacher", "critic")):
+            network, generator = adapter.load_network(), torch.Generator().manual_seed(seed)
+            for parameter in network.parameters():
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            adapter.save_pipeline(root / family / role, network, {})
+            found[family][role] = root / family / role
+    return found
+
+
+def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: Mapping[str, Any]) -> Any:
+    """The run's config; a role without weights of its own has the student's."""
+    cls, own = load_method(case.method), folders[case.family]
+    roles = {}
+    for role in (*cls.trainable_roles, *cls.frozen_roles):
+        path = str(own.get(role, own["student"]))
+        roles[role] = {"trainable": role in cls.trainable_roles, "path": path} | dict(case.roles.get(role, {}))
+    values = {
+        "distill_model": case.family,
+        "distill_method": case.method,
+        "output": "unused",
+        "seed": 5,
+        "device": "cpu",
+        "model": {"path": str(own[""]), **SIZES[case.family]},
+        "roles": roles,
+        "ladder": {"times": [1.0, 0.6]},
+        "method": dict(TOYS[case.method].config),
+        "parallel": dict(case.options.get("parallel", {})) | dict(parallel),
+        "trainer": dict(case.options.get("trainer", {})),
+    }
+    return validate(run_schema(case.family, case.method), values, case.name)
+
+
+def batches(case: Case, adapter: Any, data_rank: int) -> Iterator[RawBatch]:
+    """The micro-batches of one data rank: two samples each."""
+    generator = torch.Generator().manual_seed(100 + data_rank)
+    for number in range(STEPS * case.accumulation):
+        latents = torch.randn((2, *adapter.latent_shape), generator=generator)
+        captions = tuple(PROMPTS[(number + data_rank + i) % len(PROMPTS)] for i in range(2))
+        yield RawBatch(captions, latents)
+
+
+def steady(handle: RoleHandle) -> None:
+    """AdamW divides by a gradient's own size: an element whose gradient is rounding alone would move a whole step."""
+    assert handle.optimizer is not None
+    for group in handle.optimizer.param_groups:
+        group["eps"], group["lr"] = 1e-3, 1e-2
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor or all of its shards."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Processes, **parallel: Any) -> Result:
+    """Three steps through the real trainer, as one process of a layout."""
+    config = config_of(case, folders, parallel | {"shard": processes.shard, "context": processes.context})
+    adapter = build_adapter(config, processes)
+    method = build_method(config, adapter, processes)
+    options = LoopOptions(STEPS, case.accumulation, 1.0, 10 * STEPS, processes.context)
+    trainer = DistillTrainer(method, adapter.prepare, options, Tracker(Path("unused"), enabled=False))
+    trained = [handle for handle in method.bundle if handle.trainable]
+    for handle in trained:
+        steady(handle)
+    gradients, stepped = [], RoleHandle.step
+
+    def recorded(handle: RoleHandle, skip: Tensor | None = None) -> None:
+        seen[handle.name] = {n: whole(p.grad) for n, p in handle.network.named_parameters() if p.grad is not None}
+        stepped(handle, skip)
+
+    data, losses = batches(case, adapter, processes.data_rank), {}
+    RoleHandle.step = recorded  # type: ignore[method-assign]
+    try:
+        for step in range(STEPS):
+            seen: dict[str, dict[str, Tensor]] = {}
+            trainer.step = step
+            trainer.train_step(data)
+            trainer.settle()
+            gradients.append({f"{role}/{name}": g for role, found in seen.items() for name, g in found.items()})
+            losses |= {
+                f"{step}/{k}": v for k, v in trainer.metrics.drain().items() if k.endswith(("/loss", "/grad_norm"))
+            }
+    finally:
+        RoleHandle.step = stepped  # type: ignore[method-assign]
+    weights = {f"{h.name}/{name}": whole(p) for h in trained for name, p in h.network.named_parameters()}
+    return Result(losses, gradients, weights)
+
+
+def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_ranks: int) -> Result:
+    """The same in one process, which draws and computes for every data rank and averages by hand."""
+    config = config_of(case, folders, {})
+    adapter = build_adapter(config)
+    methods = [build_method(config, adapter, Processes(rank, data_ranks)) for rank in range(data_ranks)]
+    streams = [batches(case, adapter, rank) for rank in range(data_ranks)]
+    trained = [[handle for handle in method.bundle if handle.trainable] for method in methods]
+    for handle in itertools.chain(*trained):
+        steady(handle)
+    losses: dict[str, float] = {}
+    gradients: list[dict[str, Tensor]] = []
+    for step in range(STEPS):
+        for method, stream in zip(methods, streams, strict=True):
+            for batch in itertools.islice(stream, case.accumulation):
+                backward(method, adapter.prepare(batch), step, case.accumulation, losses, data_ranks)
+        gradients.append({})
+        for role in methods[0].active_roles(step):
+            handles = [method.bundle[role] for method in methods]
+            losses[f"{step}/{role}/grad_norm"] = average_and_clip(handles)
+            named = handles[0].network.named_parameters()
+            gradients[-1] |= {f"{role}/{n}": p.grad.clone() for n, p in named if p.grad is not None}
+            for handle in handles:
+                handle.step()
+    weights = {f"{h.name}/{name}": p.detach().clone() for h in trained[0] for name, p in h.network.named_parameters()}
+    return Result(losses, gradients, weights)
+
+
+def backward(method: Any, batch: Batch, step: int, accumulation: int, losses: dict[str, float], ranks: int) -> None:
+    """Backward of one micro-batch, with its share of the mean loss added to ``losses``."""
+    for loss in method.losses(batch, step):
+        (loss.value / accumulation).backward()
+        key = f"{step}/{loss.role}/loss"
+        losses[key] = losses.get(key, 0.0) + float(loss.value.detach()) / ranks / accumulation
+
+
+def average_and_clip(handles: list[RoleHandle]) -> float:
+    """Give every copy of a role the mean gradient, clipped to norm 1; the norm before."""
+    norm = 0.0
+    for parameters in zip(*(handle.parameters() for handle in handles), strict=True):
+        found = [p.grad for p in parameters if p.grad is not None]
+        for parameter in parameters if found else ():
+            parameter.grad = sum(found) / len(handles)  # type: ignore[assignment]
+    for handle in handles:
+        norm = float(torch.nn.utils.clip_grad_norm_(handle.parameters(), 1.0))
+    return norm

@@ -1,0 +1,84 @@
+"""Every parallel layout trains what one process trains: losses, every role's gradient, three steps of weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.builder import METHODS
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
+from fastvideo.tests.distillation.parity.worlds import in_world
+
+LAYOUTS: dict[str, tuple[int, int, int]] = {
+    "dp2": (2, 1, 1),
+    "shard2": (2, 2, 1),
+    "context2": (2, 1, 2),
+    "dp2 x context2": (4, 1, 2),
+    "shard2 x context2": (4, 2, 2),
+    "shard4 x context2": (4, 4, 2),
+}
+"""Processes, shard, context."""
+TOLERANCE = {"loss": 2e-5, "gradient": 2e-5, "weight": 2e-5}
+"""Largest difference, relative to the largest value of the tensor that is compared (or 1e-3, if that is smaller)."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    return role_folders(tmp_path_factory.mktemp("roles"))
+
+
+def processes_of(layout: str, rank: int) -> Processes:
+    size, shard, context = LAYOUTS[layout]
+    return Processes(rank, size, torch.device("cpu"), shard, context)
+
+
+def train_all(folders: Any, cases: list[tuple[str, Case]], rank: int, size: int) -> list[Result]:
+    return [train(case, folders, processes_of(layout, rank)) for layout, case in cases]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
+
+
+def problems(found: Result, expected: Result) -> list[str]:
+    """Every value that differs by more than its tolerance."""
+    pairs = [("loss", k, torch.tensor(found.losses[k]), torch.tensor(v)) for k, v in expected.losses.items()]
+    for step, gradients in enumerate(expected.gradients):
+        assert found.gradients[step].keys() == gradients.keys()
+        pairs += [("gradient", f"{step}/{k}", found.gradients[step][k], v) for k, v in gradients.items()]
+    assert found.weights.keys() == expected.weights.keys()
+    pairs += [("weight", k, found.weights[k], v) for k, v in expected.weights.items()]
+    worst = [(difference(a, b), kind, name) for kind, name, a, b in pairs]
+    return [f"{kind} {name}: {d:.1e}" for d, kind, name in sorted(worst, reverse=True) if d > TOLERANCE[kind]]
+
+
+def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> None:
+    """Each world is started once, and trains every case in every layout of its size."""
+    alone: dict[tuple[str, int], Result] = {}
+    wrong = []
+    for size in sorted({LAYOUTS[layout][0] for layout in layouts}):
+        work = [(layout, case) for layout in layouts if LAYOUTS[layout][0] == size for case in cases]
+        results = in_world(size, partial(train_all, folders, work), folder / str(size))
+        for (layout, case), *found in zip(work, *results, strict=True):
+            data_ranks = processes_of(layout, 0).data_size
+            key = (case.name, data_ranks)
+            alone[key] = alone.get(key) or train_alone(case, folders, data_ranks)
+            for rank, result in enumerate(found):
+                wrong += [f"{layout}, {case.name}, rank {rank}: {text}" for text in problems(result, alone[key])[:3]]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_layout_trains_wan_with_dmd2_as_one_process_does(folders: Any, tmp_path: Path) -> None:
+    check(folders, [Case("wan", "dmd2")], list(LAYOUTS), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_every_layout_trains_every_method_as_one_process_does(family: str, folders: Any, tmp_path: Path) -> None:
+    check(folders, [Case(family, method) for method in METHODS], list(LAYOUTS), tmp_path)
