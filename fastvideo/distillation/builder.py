@@ -34,6 +34,8 @@ Config = RunConfig[Any, Any]
 METHODS = {
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
+    "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",
+    "ladd": "fastvideo.distillation.methods.distribution_matching.ladd:LADDMethod",
     "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
 }
 """Algorithms, by name."""

@@ -203,7 +203,8 @@ def test_the_truth_is_a_fixed_point_that_attracts(name: str, offset: float) -> N
         adapter.calls.clear()
         return analytic_batch(adapter, 64, seed=step)
 
-    train(method, batches, 200, dict.fromkeys(method.trainable_roles, 1e-3))
+    rates = {**dict.fromkeys(method.trainable_roles, 1e-3), **TOYS.get(name, Toy({})).rates}
+    train(method, batches, 200, rates)
     mean, std = moments(method.bundle["student"])
     if offset:
         assert MEAN + 0.01 < mean < MEAN + offset - 0.02, "it moves towards the truth, and cannot be there yet"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,11 +144,15 @@ class Toy:
     """Roles that the method can do without, and here has."""
     sampler: Ladder = LADDER
     """A ladder on which its sampler is exact for the exact student."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates that a game of two needs: the discriminator has to be quicker than the student."""
 
 
 TOYS = {
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),
     "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
 }
 

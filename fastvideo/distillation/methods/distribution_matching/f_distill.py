@@ -1,0 +1,93 @@
+"""f-distill: DMD2 for any f-divergence, by weighing each sample's gradient (arXiv 2502.15681, equation 6).
+
+``grad D_f(p || q) = -E_q[ h(r) (s_p - s_q) dx / dtheta ]`` with ``r = p / q`` at the noised sample and
+``h(r) = f''(r) r^2``. The discriminator gives the ratio: at its optimum its logit is ``log r``. The reverse KL has
+``h = 1`` and is DMD2 with a discriminator, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.methods.distribution_matching.dmd2_gan import DMD2GANConfig, DMD2GANMethod
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import UserError
+
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"
+]
+WEIGHTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda r: r,
+    "jensen_shannon": lambda r: r / (1 + r),
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "squared_hellinger": torch.sqrt,
+    "jeffreys": lambda r: 1 + r,
+    "neyman": lambda r: 1 / r,
+}
+"""``h(r)`` of each divergence, up to a constant, which the normaliser takes out."""
+MAX_LOGIT = 10.0
+RATIOS = (0.1, 20.0)
+"""Ratios outside are clamped: a discriminator that is sure of itself is not to be trusted with a factor of 1000."""
+
+
+class FDistillConfig(DMD2GANConfig):
+    """Options of f-distill."""
+
+    divergence: Divergence = "jensen_shannon"
+    """What is minimised. `forward_kl` and `jeffreys` cover modes, `reverse_kl` (plain DMD2) seeks them."""
+    ratio_bins: PositiveInt = 10
+    """Ranges of the noise level that each have their own mean ratio."""
+    ratio_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """How much of a bin's mean ratio is kept per student step; at 0, the batch's own mean, a sample that is alone in
+    its bin always weighs 1. The mean is of this process's samples."""
+    gan_weight: NonNegativeFloat = 0.001
+    """Weight of the adversarial term next to the DMD term; the discriminator is needed even at 0, for the ratio."""
+
+
+class FDistillMethod(DMD2GANMethod):
+    """DMD2 with a discriminator that also weighs."""
+
+    Config = FDistillConfig
+    config: FDistillConfig
+    summary = "DMD2 for any f-divergence: a discriminator weighs the samples (arXiv 2502.15681)"
+
+    def __init__(self, config: FDistillConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        super().__init__(config, bundle, ladder, rng)
+        self.means = torch.full((config.ratio_bins,), torch.nan)
+
+    @torch.no_grad()
+    def weights(self, logits: Tensor, t: Tensor) -> Tensor:
+        """``h(r)`` of each sample, with a mean of 1 over the batch: ``[B, 1, 1, 1, 1]``.
+
+        Raises:
+            UserError: for a batch of one, whose weight is 1 whatever the divergence.
+        """
+        if len(logits) == 1:
+            raise UserError("f_distill weighs samples against each other: data.batch_size must be above 1")
+        ratio = logits.float().mean(1).clamp(-MAX_LOGIT, MAX_LOGIT).exp().clamp(*RATIOS)
+        h = WEIGHTS[self.config.divergence](self.normalised(ratio, t))
+        return (h / h.mean()).view(-1, 1, 1, 1, 1)
+
+    def normalised(self, ratio: Tensor, t: Tensor) -> Tensor:
+        """``ratio`` over the running mean of its noise level, since ``E_q[p / q] = 1`` at every one."""
+        self.means = self.means.to(ratio.device)
+        bins = (t * len(self.means)).long().clamp_max(len(self.means) - 1)
+        count = torch.zeros_like(self.means).index_add_(0, bins, torch.ones_like(ratio))
+        batch = torch.zeros_like(self.means).index_add_(0, bins, ratio) / count
+        mixed = batch.lerp(self.means, self.config.ratio_decay)
+        self.means = torch.where(count == 0, self.means, torch.where(self.means.isnan(), batch, mixed))
+        return ratio / self.means[bins]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratio_means": self.means}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.means = state["ratio_means"]

@@ -1,0 +1,141 @@
+"""LADD: adversarial distillation in latent space, on features of the frozen teacher alone (arXiv 2403.12015).
+
+No score difference and no critic: the student has to look real at every noise level to heads on the teacher's features.
+Real samples are the data's latents, or the teacher's own guided samples, which is the paper's choice and makes this a
+distillation of the teacher rather than a fit of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig, TimeRange
+from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
+from fastvideo.distillation.noise import add_noise
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rollout import euler, few_step
+from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.types import Batch, RoleLoss, UserError
+
+
+class LADDConfig(AdversaryConfig):
+    """Options of LADD."""
+
+    real_samples: Literal["data", "teacher"] = "data"
+    """What counts as real: latents of the `data`, or what the guided `teacher` makes of the batch's prompts."""
+    teacher_steps: PositiveInt = 16
+    """Euler steps of the teacher, for `real_samples: teacher`."""
+    teacher_shift: PositiveFloat = 3.0
+    """Shift of those steps' uniform times."""
+    teacher_guidance: Guidance = 4.5
+    """Their guidance, in the standard convention."""
+    rollout: Literal["simulate", "data"] = "simulate"
+    """How the student's input is made: it runs itself from noise (`simulate`), or real samples are noised to a rung of
+    the ladder (`data`, the paper)."""
+    generator_update_interval: int = Field(default=2, ge=2)
+    """The student is updated on every this-many-th step, the discriminator on all others."""
+    renoise_mean: float = 1.0
+    """Mean of the logit-normal noise level at which samples are judged: high noise shows structure, low detail."""
+    renoise_scale: PositiveFloat = 1.0
+    """Its scale."""
+    renoise_range: TimeRange = (0.001, 0.999)
+    """Noise levels are clamped to this range."""
+    student_learning_rate: PositiveFloat = 2e-6
+    """AdamW learning rate of the student."""
+    discriminator_learning_rate: PositiveFloat = 4e-6
+    """AdamW learning rate of the discriminator."""
+    betas: tuple[float, float] = (0.0, 0.99)
+    """AdamW momenta of both."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW weight decay of both."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up, for both."""
+
+
+class LADDMethod(DistillMethod[LADDConfig]):
+    """Student, frozen teacher as the backbone, discriminator."""
+
+    Config = LADDConfig
+    trainable_roles = ("student", "discriminator")
+    frozen_roles = ("teacher",)
+    needs = frozenset({"features"})
+    sampler = "renoise"
+    summary = "LADD, adversarial distillation on the teacher's features (arXiv 2403.12015)"
+
+    def __init__(self, config: LADDConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        super().__init__(config, bundle, ladder, rng)
+        self.student, self.teacher = bundle["student"], bundle["teacher"]
+        self.adversary = Adversary(config, self.teacher, bundle["discriminator"], rng)
+
+    @classmethod
+    def optimizers(cls, config: LADDConfig) -> Mapping[str, OptimizerConfig]:
+        shared = {"betas": config.betas, "weight_decay": config.weight_decay, "warmup_steps": config.warmup_steps}
+        rates = {"student": config.student_learning_rate, "discriminator": config.discriminator_learning_rate}
+        return {role: OptimizerConfig.model_validate({"learning_rate": rate, **shared}) for role, rate in rates.items()}
+
+    @classmethod
+    def heads(cls, config: LADDConfig, family: VelocityModel) -> Mapping[str, nn.Module]:
+        return {"discriminator": Adversary.build(config, family.feature_widths)}
+
+    @classmethod
+    def uses_latents(cls, config: LADDConfig) -> bool:
+        return config.real_samples == "data"
+
+    def active_roles(self, step: int) -> tuple[str, ...]:
+        return ("student",) if step % self.config.generator_update_interval == 0 else ("discriminator",)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        """The student's turn, or the discriminator's."""
+        if "student" in self.active_roles(step):
+            release = self.adversary.hold()
+            yield self.student_loss(self.rollout(batch), batch)
+            release()
+        else:
+            real = self.real(batch)
+            with torch.no_grad():
+                x0 = self.rollout(batch, real)
+            yield self.adversary.loss(x0, real, self.times(len(batch)), batch.condition)
+
+    def real(self, batch: Batch) -> Tensor:
+        """Clean samples ``[B, C, F, H, W]`` that count as real."""
+        if self.config.real_samples == "teacher":
+            g = self.config.teacher_guidance
+            velocity = partial(
+                self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative, guidance=g
+            )
+            times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
+            return euler(velocity, self.rng.normal(batch.shape), times)
+        if batch.x0 is None:
+            raise UserError("LADD needs real samples: data with videos, or real_samples: teacher with prompts alone")
+        return batch.x0
+
+    def rollout(self, batch: Batch, real: Tensor | None = None) -> Tensor:
+        """The student's clean sample; one call carries gradient, at a rung drawn uniformly."""
+        if self.config.rollout == "simulate":
+            stop, noise = self.rng.shared_index(len(self.ladder)), self.rng.normal(batch.shape)
+            velocity = partial(self.student.velocity, condition=batch.condition)
+            return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
+        real = self.real(batch) if real is None else real
+        t = torch.tensor(self.ladder.times, device=real.device)[self.rng.index(len(real), len(self.ladder))]
+        return self.student.x0(add_noise(real, self.rng.normal_like(real), t), t, batch.condition)
+
+    def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
+        """Look real, at a noise level of its own for every sample."""
+        t = self.times(len(x0))
+        x_t = add_noise(x0, self.rng.normal_like(x0), t)
+        logits = self.adversary.logits(
+            self.teacher.features(x_t, t, batch.condition, self.adversary.taps), t, batch.condition
+        )
+        return RoleLoss("student", generator_loss(logits, self.config.gan_loss))
+
+    def times(self, count: int) -> Tensor:
+        """Logit-normal noise levels ``[count]``, clamped."""
+        logit = self.config.renoise_mean + self.config.renoise_scale * self.rng.normal((count,))
+        return logit.sigmoid().clamp(*self.config.renoise_range)
