@@ -41,16 +41,38 @@ def locked(output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_free(output: Path) -> None:
+    """Refuse a folder that a living run holds; nothing is changed.
+
+    Raises:
+        UserError: naming the process and machine that hold it.
+    """
+    path = output / LOCK
+    if path.exists():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _flock(descriptor, output)
+        finally:
+            os.close(descriptor)
+
+
+def _flock(descriptor: int, output: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _described(os.read(descriptor, 4096))
+        raise UserError(f"output folder {output} is in use by another run: {holder}") from None
+
+
 def _acquire(output: Path) -> int:
     path = output / LOCK
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 4096)
+            _flock(descriptor, output)
+        except UserError:
             os.close(descriptor)
-            raise UserError(f"output folder {output} is in use by another run: {_described(holder)}") from None
+            raise
         # The one before may have removed the name between our opening and our locking: then this file is nobody's.
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             os.ftruncate(descriptor, 0)

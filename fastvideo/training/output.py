@@ -10,6 +10,7 @@ import yaml
 
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.engine.durable import replace_file
+from fastvideo.distillation.engine.initial import parse_origin
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 from fastvideo.training.lock import LOCK
@@ -30,6 +31,8 @@ def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: 
         raise UserError(f"{'--resume' if resume else '--resume-from'} and --overwrite exclude each other")
     if resume and resume_from:
         raise UserError("--resume takes the newest checkpoint, --resume-from the one it names: give one of them")
+    if resume and not was_started(output):
+        raise UserError(f"--resume: {output} is no run's folder (no config.yaml): nothing to go on from")
     if resume or (resume_from and resume_from.resolve().is_relative_to(output.resolve())):
         return
     if in_use(output):
@@ -41,17 +44,23 @@ def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: 
         _check_overwrite(config, output)
 
 
+def was_started(output: Path) -> bool:
+    """Whether a run has begun here: it left its config, or was killed before it could and left its lock."""
+    return (output / RUN_FILES[0]).is_file() or (output / LOCK).exists()
+
+
 def in_use(output: Path) -> bool:
     """Whether a folder holds anything but a lock."""
     return output.is_dir() and any(entry.name != LOCK for entry in output.iterdir())
 
 
 def _check_overwrite(config: Config, output: Path) -> None:
-    if not all((output / name).is_file() for name in RUN_FILES):
+    if not (output / LOCK).exists() and not all((output / name).is_file() for name in RUN_FILES):
         raise UserError(
             f"--overwrite: {output} was not made by a run (no {' and '.join(RUN_FILES)}); delete it yourself"
         )
     sources = [config.model.path, config.data.path, config.data.prompts, *(r.path for r in config.roles.values())]
+    sources += [str(parse_origin(r.init_from).folder) for r in config.roles.values() if r.init_from]
     for source in filter(None, sources):
         if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
             raise UserError(f"--overwrite would delete {source}, which this run reads; choose another --output")

@@ -60,17 +60,24 @@ def run_facts(config: Config) -> RunFacts:
     return RunFacts(yaml.safe_dump(values, sort_keys=False), digest, environment())
 
 
-def find_checkpoint(config: Config, processes: Processes, wanted: Path | None, say: Callable[[str], None]) -> Path:
+def find_checkpoint(
+    config: Config, processes: Processes, wanted: Path | None, say: Callable[[str], None]
+) -> Path | None:
     """The checkpoint to go on from: the one that was asked for, else the newest intact one of the output folder.
 
+    ``None`` for a run that was cut off before its first checkpoint was complete: it starts anew.
+
     Raises:
-        UserError: if it is damaged or there is none, or if its config is one of another run.
+        UserError: if it is damaged, or its config is one of another run.
     """
     if wanted is not None:
         check_intact(wanted, processes)
     found = wanted or newest(checkpoint_folder(config), processes, say)
-    for line in check_config(config, found):
-        say(f"changed since {found.name}: {line}")
+    saved = found or Path(config.output)
+    for line in check_config(config, saved) if (saved / CONFIG).is_file() else []:
+        say(f"changed since {saved.name}: {line}")
+    if found is None:
+        say(f"{checkpoint_folder(config)} holds no complete checkpoint: starting at step 0")
     return found
 
 
@@ -115,14 +122,19 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def go_on(checkpoint: Path, trainer: DistillTrainer, data: SampleStream, processes: Processes) -> list[str]:
-    """Restore a run from an intact checkpoint; what was restored, for the user.
+def go_on(
+    config: Config, checkpoint: Path | None, trainer: DistillTrainer, data: SampleStream, processes: Processes
+) -> list[str]:
+    """Restore a run from an intact checkpoint, if there is one; what was restored, for the user.
 
     Raises:
         UserError: if the checkpoint's roles or weights do not fit.
     """
+    if checkpoint is None:
+        return []
     restored = restore(checkpoint, run_parts(trainer, data), processes)
-    return [_summary(restored, data), *(f"not bit-exact: {note}" for note in restored.notes)]
+    inexact = [f"not bit-exact: {note}" for note in restored.notes]
+    return [_summary(restored, data), *inexact, *set_aside(config, checkpoint, processes)]
 
 
 def _summary(restored: Restored, data: SampleStream) -> str:

@@ -34,9 +34,9 @@ from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import result_recipe
 from fastvideo.training.data import build_data
-from fastvideo.training.lock import locked
+from fastvideo.training.lock import check_free, locked
 from fastvideo.training.output import check_output, prepare_output
-from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on, set_aside
+from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -66,6 +66,8 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume
     processes = start_processes(config.device, **layout)
     try:
         check_agreement("config", flat(config.model_dump(mode="json")))
+        if processes.is_main:
+            check_free(Path(config.output))
         check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
         barrier()
         with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
@@ -98,11 +100,9 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     if processes.is_main:
         prepare_output(config, overwrite=launched.overwrite)
     barrier()
-    if source:
-        lines = go_on(source, trainer, data, processes) + set_aside(config, source, processes)
-        tracker.rewind(trainer.step)
-        for line in lines:
-            tracker.say(line)
+    for line in go_on(config, source, trainer, data, processes):
+        tracker.say(line)
+    tracker.rewind(trainer.step)
     checkpoint = checkpoint_hook(config, trainer, data, processes)
     trainer.hooks = (*trainer.hooks, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")

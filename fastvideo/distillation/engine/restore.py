@@ -17,6 +17,7 @@ from fastvideo.distillation.engine.manifest import (
     DamagedError,
     Manifest,
     checkpoints_in,
+    complete_checkpoints,
     newest_intact,
     verified,
 )
@@ -24,7 +25,7 @@ from fastvideo.distillation.engine.state import EMA, JOINT, NETWORK, RoleState, 
 from fastvideo.distillation.engine.storage import Stored, read_index, read_into
 from fastvideo.distillation.types import UserError
 
-NONE = -1
+NONE, LOST = -1, -2
 T = TypeVar("T")
 
 
@@ -38,24 +39,26 @@ class Restored:
     notes: tuple[str, ...]
 
 
-def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path:
+def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
     """The newest intact checkpoint of a run, the same on all processes; what is passed over is said.
 
+    ``None`` if no save was ever finished: the run was cut off before its first checkpoint.
+
     Raises:
-        UserError: if there is none.
+        UserError: if there were complete ones, and every one of them is damaged.
     """
     passed_over: list[str] = []
     step = NONE
     if processes.is_main:
         found = newest_intact(checkpoints_in(folder), passed_over)
-        step = found[1].step if found else NONE
+        step = found[1].step if found else LOST if complete_checkpoints(folder) else NONE
     step = from_main(step, processes)
     for line in passed_over:
         say(f"passed over {line}")
-    if step == NONE:
+    if step == LOST:
         listed = "".join(f"\n  {line}" for line in passed_over)
         raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
-    return folder / f"{PREFIX}{step}"
+    return None if step == NONE else folder / f"{PREFIX}{step}"
 
 
 def check_intact(folder: Path, processes: Processes) -> None:

@@ -56,60 +56,6 @@ def test_a_saved_config_reruns_to_the_same_bits(analytic_values: dict, tmp_path:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_resume_continues_bit_exactly_between_a_student_and_a_critic_step(
-    analytic_values: dict, tmp_path: Path
-) -> None:
-    whole = analytic_values | {"output": str(tmp_path / "whole"), "checkpoint": {"every": 7}}
-    whole["trainer"] = {"max_steps": 12, "log_every": 3, "grad_accumulation": 2}
-    run(config_of(whole))
-    parts = whole | {"output": str(tmp_path / "parts")}
-    run(config_of(parts | {"trainer": whole["trainer"] | {"max_steps": 7}}))
-    run(config_of(parts), resume=True)
-    first, second = result(whole), result(parts)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "parts")]
-    for line in last:
-        del line["seconds"]
-    assert last[0] == last[1]
-
-
-def test_a_resumed_run_logs_each_step_once(analytic_values: dict) -> None:
-    """The first run dies after step 12 was logged; the newest checkpoint is of step 10."""
-    values = analytic_values | {"checkpoint": {"every": 5}}
-    run(config_of(values))
-    (Path(values["output"]) / "checkpoints" / "step-12" / "manifest.json").unlink()
-    run(config_of(values), resume=True)
-    lines = (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
-
-
-def test_a_damaged_checkpoint_is_named_and_passed_over_but_refused_by_its_path(analytic_values: dict, capsys) -> None:
-    values = analytic_values | {"checkpoint": {"every": 6}}
-    run(config_of(values))
-    whole = result(values)
-    newest = Path(values["output"]) / "checkpoints" / "step-12"
-    content = bytearray((newest / "process-0.safetensors").read_bytes())
-    content[-1] ^= 1
-    (newest / "process-0.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"step-12 cannot be used: process-0\.safetensors is damaged"):
-        run(config_of(values), resume_from=newest)
-    run(config_of(values), resume=True)
-    said = "".join(capsys.readouterr().err.split())  # a narrow console breaks lines anywhere
-    assert "step-12:process-0.safetensorsisdamaged" in said
-    assert "resumedatstep6" in said
-    assert all(torch.equal(tensor, result(values)[name]) for name, tensor in whole.items())
-
-
-def test_an_incomplete_checkpoint_is_passed_over_and_old_ones_are_removed(analytic_values: dict) -> None:
-    values = analytic_values | {"checkpoint": {"every": 3, "keep": 2}}
-    run(config_of(values))
-    folder = Path(values["output"]) / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["step-12", "step-9"]
-    (folder / "step-12" / "manifest.json").unlink()
-    run(config_of(values), resume=True)
-    assert (folder / "step-12" / "manifest.json").is_file()
-
-
 def test_an_output_folder_that_holds_something_is_left_alone(analytic_values: dict, tmp_path: Path) -> None:
     run(config_of(analytic_values))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -171,24 +117,6 @@ def test_overwrite_never_deletes_what_the_run_reads(analytic_values: dict) -> No
     with pytest.raises(UserError, match=r"would delete .*student, which this run reads"):
         run(again, overwrite=True)
     assert (folder / "network.safetensors").is_file()
-
-
-def test_resume_refuses_a_config_that_would_change_the_run(analytic_values: dict) -> None:
-    values = analytic_values | {"checkpoint": {"every": 6}}
-    run(config_of(values))
-    changed = values | {"method": values["method"] | {"student_learning_rate": 0.02}}
-    with pytest.raises(UserError, match=r"method\.student_learning_rate: 0\.01 -> 0\.02"):
-        run(config_of(changed), resume=True)
-    run(config_of(values | {"trainer": values["trainer"] | {"max_steps": 14}}), resume=True)
-
-
-def test_half_a_line_of_metrics_is_dropped_on_resume(analytic_values: dict) -> None:
-    values = analytic_values | {"checkpoint": {"every": 6}}
-    run(config_of(values))
-    log = Path(values["output"]) / "metrics.jsonl"
-    log.write_text(log.read_text() + '{"step": 13, "sec')
-    run(config_of(values), resume=True)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [3, 6, 9, 12]
 
 
 def test_data_order_is_pure_resumable_and_disjoint(analytic_values: dict) -> None:

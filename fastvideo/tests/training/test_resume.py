@@ -1,0 +1,163 @@
+"""Whole runs that go on: from the newest intact checkpoint, from one that is asked for, and when that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvideo.errors import UserError
+from fastvideo.tests.training.test_run import config_of, result
+from fastvideo.training.run import run
+
+
+def test_resume_continues_bit_exactly_between_a_student_and_a_critic_step(
+    analytic_values: dict, tmp_path: Path
+) -> None:
+    whole = analytic_values | {"output": str(tmp_path / "whole"), "checkpoint": {"every": 7}}
+    whole["trainer"] = {"max_steps": 12, "log_every": 3, "grad_accumulation": 2}
+    run(config_of(whole))
+    parts = whole | {"output": str(tmp_path / "parts")}
+    run(config_of(parts | {"trainer": whole["trainer"] | {"max_steps": 7}}))
+    run(config_of(parts), resume=True)
+    first, second = result(whole), result(parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "parts")]
+    for line in last:
+        del line["seconds"]
+    assert last[0] == last[1]
+
+
+def test_a_resumed_run_logs_each_step_once(analytic_values: dict) -> None:
+    """The first run dies after step 12 was logged; the newest checkpoint is of step 10."""
+    values = analytic_values | {"checkpoint": {"every": 5}}
+    run(config_of(values))
+    (Path(values["output"]) / "checkpoints" / "step-12" / "manifest.json").unlink()
+    run(config_of(values), resume=True)
+    lines = (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over_but_refused_by_its_path(analytic_values: dict, capsys) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    whole = result(values)
+    newest = Path(values["output"]) / "checkpoints" / "step-12"
+    content = bytearray((newest / "process-0.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "process-0.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"step-12 cannot be used: process-0\.safetensors is damaged"):
+        run(config_of(values), resume_from=newest)
+    run(config_of(values), resume=True)
+    said = "".join(capsys.readouterr().err.split())  # a narrow console breaks lines anywhere
+    assert "step-12:process-0.safetensorsisdamaged" in said
+    assert "resumedatstep6" in said
+    assert all(torch.equal(tensor, result(values)[name]) for name, tensor in whole.items())
+
+
+def test_an_incomplete_checkpoint_is_passed_over_and_old_ones_are_removed(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 3, "keep": 2}}
+    run(config_of(values))
+    folder = Path(values["output"]) / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-12", "step-9"]
+    (folder / "step-12" / "manifest.json").unlink()
+    run(config_of(values), resume=True)
+    assert (folder / "step-12" / "manifest.json").is_file()
+
+
+def test_resume_refuses_a_config_that_would_change_the_run(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    changed = values | {"method": values["method"] | {"student_learning_rate": 0.02}}
+    with pytest.raises(UserError, match=r"method\.student_learning_rate: 0\.01 -> 0\.02"):
+        run(config_of(changed), resume=True)
+    run(config_of(values | {"trainer": values["trainer"] | {"max_steps": 14}}), resume=True)
+
+
+def test_half_a_line_of_metrics_is_dropped_on_resume(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    log = Path(values["output"]) / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 13, "sec')
+    run(config_of(values), resume=True)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [3, 6, 9, 12]
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_starts_anew_on_resume(
+    analytic_values: dict, capsys
+) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    whole = result(values)
+    folder = Path(values["output"]) / "checkpoints"
+    for step in (6, 12):
+        (folder / f"step-{step}" / "manifest.json").unlink()
+    run(config_of(values), resume=True)
+    assert "startingatstep0" in "".join(capsys.readouterr().err.split())
+    assert all(torch.equal(tensor, result(values)[name]) for name, tensor in whole.items())
+    lines = (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
+
+
+def test_resume_of_a_folder_that_is_no_run_is_refused(analytic_values: dict) -> None:
+    with pytest.raises(UserError, match="is no run's folder"):
+        run(config_of(analytic_values), resume=True)
+    assert not Path(analytic_values["output"]).exists()
+
+
+def test_resume_is_an_error_when_every_checkpoint_is_damaged(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    for step in (6, 12):
+        (Path(values["output"]) / "checkpoints" / f"step-{step}" / "shared.json").unlink()
+    with pytest.raises(UserError, match=r"(?s)no intact checkpoint.*step-12: shared\.json is missing.*step-6"):
+        run(config_of(values), resume=True)
+
+
+def test_resume_says_what_it_restored_and_which_harmless_fields_changed(analytic_values: dict, capsys) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    longer = values | {"trainer": values["trainer"] | {"max_steps": 14, "log_every": 2}}
+    run(config_of(longer), resume=True)
+    said = "".join(capsys.readouterr().err.split())
+    assert "changedsincestep-12:trainer.log_every:3->2" in said
+    assert "trainer.max_steps:12->14" in said
+    assert "rolesstudent,critic;dataatepoch0,batch12of16;randomstreams" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"seed: 0 -> 1"),
+        ({"ladder": {"times": [1.0, 0.5]}}, r"ladder\.times: \[1\.0, 0\.75, 0\.5, 0\.25\] -> \[1\.0, 0\.5\]"),
+        ({"data": {"prompts": "other.txt", "batch_size": 4}}, r"data\.prompts: .*prompts\.txt -> other\.txt"),
+        ({"ema": {"decay": 0.5}}, r"ema\.decay: 0\.98 -> 0\.5"),
+    ],
+)
+def test_resume_refuses_what_would_silently_change_the_run(analytic_values: dict, change: dict, message: str) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    with pytest.raises(UserError, match=message):
+        run(config_of(values | change), resume=True)
+
+
+def test_a_run_goes_on_from_an_earlier_checkpoint_and_keeps_the_later_ones(analytic_values: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    whole = result(values)
+    folder = Path(values["output"]) / "checkpoints"
+    run(config_of(values), resume_from=folder / "step-6")
+    assert sorted(path.name for path in folder.iterdir()) == ["abandoned-step-12", "step-12", "step-6"]
+    assert all(torch.equal(tensor, result(values)[name]) for name, tensor in whole.items())
+
+
+def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(analytic_values: dict, tmp_path: Path) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    run(config_of(values))
+    fork = values | {"output": str(tmp_path / "fork")}
+    run(config_of(fork), resume_from=Path(values["output"]) / "checkpoints" / "step-6")
+    assert all(torch.equal(tensor, result(fork)[name]) for name, tensor in result(values).items())
+    with pytest.raises(UserError, match="holds another run"):
+        run(config_of(fork), resume_from=Path(values["output"]) / "checkpoints" / "step-6")
