@@ -32,6 +32,8 @@ Method = DistillMethod[Any]
 Config = RunConfig[Any, Any]
 
 METHODS = {
+    "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
+    "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",

@@ -175,6 +175,10 @@ class ModelBundle:
     def __getitem__(self, role: str) -> RoleHandle:
         return self._handles[role]
 
+    def get(self, role: str) -> RoleHandle | None:
+        """An optional role, if it is there."""
+        return self._handles.get(role)
+
     def __contains__(self, role: str) -> bool:
         return role in self._handles
 

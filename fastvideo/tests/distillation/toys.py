@@ -149,6 +149,8 @@ class Toy:
 
 
 TOYS = {
+    "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
+    "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
@@ -173,7 +175,7 @@ def toy_bundle(
     handles = []
     for role in (*method.trainable_roles, *method.frozen_roles, *optional):
         trained = role in method.trainable_roles
-        kind = student if role == "student" else "denoiser"
+        kind = student if role in ("student", "cm_teacher") else "denoiser"
         start = (mean, std) if trained else (MEAN, STD)
         network = (heads or {}).get(role) or gaussian(adapter, kind, *start)
         handles.append(RoleHandle(role, adapter, network, trainable=trained))
