@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError
+
 VERBS = {
     "distill": (
         "fastvideo.training.distillation",
@@ -24,8 +26,6 @@ VERBS = {
 }
 """Verb -> (module with ``main(argv) -> int``, one line of help)."""
 
-EXIT_USER_ERROR = 2
-
 
 def usage() -> str:
     """The top-level help."""
@@ -42,18 +42,24 @@ def usage() -> str:
 
 
 def report_user_errors(action: Callable[[], int]) -> int:
-    """Run ``action``; a :class:`UserError` becomes one message on stderr and exit code 2, a :class:`RunError` 1."""
-    from fastvideo.errors import RunError, UserError
+    """Run ``action``; what is for the user becomes one message on stderr and an exit code.
 
+    2 for a mistake in what the user gave, 1 for a run that cannot go on, 75 for one that a scheduler's signal stopped,
+    130 for one that Ctrl-C stopped.
+    """
     try:
         return action()
     except (UserError, RunError) as error:
         if _is_first(str(error)):
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, all of which stopped, one says so
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _is_first(message: str) -> bool:

@@ -26,6 +26,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Need, UserError
+from fastvideo.stopping import unit_done
 
 Adapter = DistillAdapter[Any]
 Method = DistillMethod[Any]
@@ -166,6 +167,7 @@ def build_method(
             raise UserError(f"roles.{name}.path: {config.distill_method} makes this network itself; leave the path out")
     handles, notes = [], []
     for name, role in config.roles.items():
+        unit_done()
         own = (networks or {}).get(name, heads.get(name))
         network = load_role(config, adapter, name, placement) if own is None else own.to(adapter.device)
         handles.append(RoleHandle(name, adapter, network, role.trainable))

@@ -9,12 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastvideo import stopping
+from fastvideo.distillation.engine.attendance import Agreement
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
 from fastvideo.distillation.engine.sharding import reduce_gradients, synchronise
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss
+from fastvideo.errors import Stopped
 
 __all__ = ["DistillTrainer", "Hook", "LoopOptions", "NonFiniteError"]
 
@@ -59,6 +62,9 @@ class DistillTrainer:
     One step consumes ``grad_accumulation`` batches; every role that the method declares active is stepped once, on the
     mean of its losses. The gradient of a role is averaged over processes. A step that is not finite is left out on the
     device; the host learns of it, and does what depends on it (:meth:`settle`), before the next step ends.
+
+    Attributes:
+        on_stop: saves the run when a signal stops it; what it did, for the message.
     """
 
     def __init__(
@@ -76,6 +82,8 @@ class DistillTrainer:
         self.hooks, self.averages = tuple(hooks), tuple(averages)
         self.guard = guard or NonFiniteGuard("raise", 0, None)
         self.metrics = Metrics()
+        self.agreement = Agreement()
+        self.on_stop: Callable[[int], str] = lambda step: ""
         self.step = 0
         self._open: Attempt | None = None
 
@@ -84,12 +92,22 @@ class DistillTrainer:
 
         Raises:
             NonFiniteError: if a loss or gradient is not finite and the policy does not leave out the step.
+            Stopped: after :attr:`on_stop`, if a signal asked any process to stop.
         """
         with self.tracker.progress(self.options.max_steps, self.step):
+            self._stop_if_asked()
             while self.step < self.options.max_steps:
                 self.train_step(data)
                 if self._wanted_now():
                     self.settle()
+                stopping.step_done()
+                self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """All processes stop at the same step, whichever of them was asked."""
+        if number := self.agreement.largest(stopping.received()):
+            self.settle()
+            raise Stopped(number, f"at step {self.step}{self.on_stop(self.step)}")
 
     def _wanted_now(self) -> bool:
         last = self.step == self.options.max_steps

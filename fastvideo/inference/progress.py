@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastvideo.stopping import unit_done
+
 Item = TypeVar("Item")
 
 PATIENCE = 1.0
@@ -39,7 +41,12 @@ class PatientBar:
         self._shown = False
 
     def __call__(self, units: int) -> None:
-        """``units`` more are done."""
+        """``units`` more are done.
+
+        Raises:
+            Stopped: if a signal asked this process to stop.
+        """
+        unit_done()
         self._bar.update(self._task, advance=units)
         if not self._shown and time.monotonic() - self._begin > PATIENCE:
             self._bar.start()

@@ -17,7 +17,8 @@ from fastvideo.distillation.engine.checkpoint import CONFIG, CheckpointHook, Par
 from fastvideo.distillation.engine.distributed import Processes, barrier
 from fastvideo.distillation.engine.manifest import checkpoints_in, step_of
 from fastvideo.distillation.engine.restore import Restored, check_intact, newest, restore
-from fastvideo.distillation.engine.state import RoleState
+from fastvideo.distillation.engine.state import RoleState, Stateful
+from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
@@ -25,9 +26,11 @@ from fastvideo.environment import environment
 CHECKPOINTS = "checkpoints"
 HARMLESS = ("output", "device", "parallel", "validation", "checkpoint", "data.cache")
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
-HARMLESS_IN_TRAINER = tuple(
-    f"trainer.{name}" for name in ("max_steps", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips")
+_IN_TRAINER = (
+    *("max_steps", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips"),
+    "stop_signals",
 )
+HARMLESS_IN_TRAINER = tuple(f"trainer.{name}" for name in _IN_TRAINER)
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -35,21 +38,20 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(config.output) / CHECKPOINTS
 
 
-def checkpoint_hook(
-    config: Config, trainer: DistillTrainer, data: SampleStream, processes: Processes
-) -> CheckpointHook:
+def checkpoint_hook(config: Config, parts: Parts, processes: Processes) -> CheckpointHook:
     """What saves this run."""
     options = config.checkpoint.model_dump() | {"last_step": config.trainer.max_steps}
-    return CheckpointHook(
-        checkpoint_folder(config), run_parts(trainer, data), processes, SaveOptions(**options), run_facts(config)
-    )
+    return CheckpointHook(checkpoint_folder(config), parts, processes, SaveOptions(**options), run_facts(config))
 
 
-def run_parts(trainer: DistillTrainer, data: SampleStream) -> Parts:
+def run_parts(trainer: DistillTrainer, data: SampleStream, validation: ValidationHook | None = None) -> Parts:
     """Everything of a run that survives."""
     method = trainer.method
     roles = {handle.name: RoleState(handle) for handle in method.bundle if handle.trainable}
-    return Parts(roles, {"method": method}, {"trainer": trainer, "rng": method.rng, "data": data})
+    shared: dict[str, Stateful] = {"method": method}
+    if validation is not None:
+        shared["validation"] = validation
+    return Parts(roles, shared, {"trainer": trainer, "rng": method.rng, "data": data})
 
 
 def run_facts(config: Config) -> RunFacts:
@@ -122,9 +124,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def go_on(
-    config: Config, checkpoint: Path | None, trainer: DistillTrainer, data: SampleStream, processes: Processes
-) -> list[str]:
+def go_on(config: Config, checkpoint: Path | None, parts: Parts, data: SampleStream, processes: Processes) -> list[str]:
     """Restore a run from an intact checkpoint, if there is one; what was restored, for the user.
 
     Raises:
@@ -132,7 +132,7 @@ def go_on(
     """
     if checkpoint is None:
         return []
-    restored = restore(checkpoint, run_parts(trainer, data), processes)
+    restored = restore(checkpoint, parts, processes)
     inexact = [f"not bit-exact: {note}" for note in restored.notes]
     return [_summary(restored, data), *inexact, *set_aside(config, checkpoint, processes)]
 

@@ -9,39 +9,33 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
-from fastvideo.distillation.bundle import velocity_of
+from fastvideo.distillation.engine.attendance import naming_lost_processes
+from fastvideo.distillation.engine.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.distributed import (
     Processes,
     barrier,
     check_agreement,
-    naming_lost_processes,
     start_processes,
     stop_processes,
 )
 from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.manifest import complete_checkpoints
 from fastvideo.distillation.engine.memory import keep_freed_memory
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.placement import whole_network
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
-from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.trainer import DistillTrainer, Hook, LoopOptions
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.inference.recipe import result_recipe
+from fastvideo.stopping import listening
 from fastvideo.training.data import build_data
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.output import check_output, prepare_output
-from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on
-
-WATCHABLE = 128
-"""Pixels of height below which a validation video is enlarged."""
-VALIDATION_REFERENCE = 512
-"""Real videos behind the Frechet distance of a validation: a quick curve, not a figure to report."""
+from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on, run_parts
+from fastvideo.training.validation import build_validation
 
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume_from: Path | None = None) -> Path:
@@ -55,6 +49,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume
     Raises:
         UserError: for a mistake in the config, the data, the model folder or the output folder.
         RunError: if the run cannot go on.
+        Stopped: if a signal asked for it; the run goes on from there with ``resume``.
     """
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
@@ -63,17 +58,18 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume
     # Weights that decay towards zero become denormal, and arithmetic on those is many times slower on a CPU.
     torch.set_flush_denormal(True)
     layout = config.parallel.model_dump(include={"shard", "replicate", "context", "timeout"})
-    processes = start_processes(config.device, **layout)
-    try:
-        check_agreement("config", flat(config.model_dump(mode="json")))
-        if processes.is_main:
-            check_free(Path(config.output))
-        check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
-        barrier()
-        with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
-            return _run(config, processes, Launched(resume, overwrite, resume_from))
-    finally:
-        stop_processes()
+    with listening(config.trainer.stop_signals):
+        processes = start_processes(config.device, **layout)
+        try:
+            check_agreement("config", flat(config.model_dump(mode="json")))
+            if processes.is_main:
+                check_free(Path(config.output))
+            check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
+            barrier()
+            with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
+                return _run(config, processes, Launched(resume, overwrite, resume_from))
+        finally:
+            stop_processes()
 
 
 @dataclass(frozen=True)
@@ -96,20 +92,23 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     adapter = build_adapter(config, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
     data, description = _build_data_once(config, adapter, processes)
+    validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
         prepare_output(config, overwrite=launched.overwrite)
     barrier()
-    for line in go_on(config, source, trainer, data, processes):
+    parts = run_parts(trainer, data, validation)
+    for line in go_on(config, source, parts, data, processes):
         tracker.say(line)
     tracker.rewind(trainer.step)
-    checkpoint = checkpoint_hook(config, trainer, data, processes)
-    trainer.hooks = (*trainer.hooks, checkpoint)
+    checkpoint = checkpoint_hook(config, parts, processes)
+    trainer.hooks, trainer.on_stop = (validation, checkpoint), partial(_save_for_stop, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
     for note in method.notes:
         tracker.say(note)
     try:
+        validation.resume(trainer.step)
         trainer.run(data)
     finally:
         checkpoint.wait()
@@ -129,12 +128,9 @@ def _build_data_once(config: Config, adapter: Adapter, processes: Processes) -> 
 def build_trainer(
     config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
 ) -> DistillTrainer:
-    """The trainer with its averaging and validation hooks."""
+    """The trainer with its averages; what is called after a step comes later."""
     averaged_roles = [method.bundle[role] for role in config.ema.roles] if config.ema.enabled else []
     averages = [EMAHook(averaged_roles, config.ema.decay, config.ema.start_step)]
-    hooks: list[Hook] = []
-    if config.validation.every and (processes.is_main or processes.forward_together):
-        hooks.append(_validation_hook(config, adapter, method, tracker, processes))
     names = ("max_steps", "grad_accumulation", "max_grad_norm", "log_every")
     options = LoopOptions(
         **config.trainer.model_dump(include=set(names)),
@@ -144,61 +140,16 @@ def build_trainer(
     prepare = partial(adapter.prepare, any_size=config.data.buckets)
     folder = Path(config.output) / "non_finite"
     guard = NonFiniteGuard(config.trainer.non_finite, config.trainer.max_skips, folder, processes.rank)
-    return DistillTrainer(method, prepare, options, tracker, hooks, averages=averages, guard=guard)
+    return DistillTrainer(method, prepare, options, tracker, averages=averages, guard=guard)
 
 
-def _validation_hook(
-    config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
-) -> ValidationHook:
-    from fastvideo.data.video_io import write_video
-
-    options = config.validation
-    prompts: list[str] = list(options.prompts)
-    score = None
-    if options.world_prompts:
-        from fastvideo.evaluation.judge import Judge
-
-        judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
-        prompts, score = list(judge.prompts), judge.score
-        frames = judge.first_frames(adapter)
-    else:
-        frames = _image_frames(config, adapter)
-    condition = adapter.encode_prompts(prompts) | adapter.condition_on(frames)
-
-    def sample(network: nn.Module) -> Tensor:
-        generator = seeded(options.seed)
-
-        def draw(like: Tensor) -> Tensor:
-            return normal(tuple(like.shape), generator).to(adapter.device)
-
-        noise = draw(torch.empty(len(prompts), *adapter.latent_shape))
-        velocity = partial(velocity_of, adapter, network, condition=condition)
-        latents = generate(method.sampler, velocity, noise, method.ladder.times, draw)
-        return adapter.decode(latents).float().cpu()
-
-    def write(path: Path, video: Tensor) -> None:
-        write_video(path, video, options.fps, scale=max(1, WATCHABLE // video.shape[2]))
-
-    sinks = ValidationSinks(tracker.log, write, score)
-    folder = Path(config.output) / "validation"
-    return ValidationHook(
-        method.bundle["student"], sample, sinks, folder, every=options.every, writes=processes.is_main
-    )
-
-
-def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:
-    """What the validation's own prompts go on from."""
-    from fastvideo.inference.first_frames import read_first_frames
-
-    images, count = config.validation.images, max(adapter.first_frames)
-    if not images:
-        if adapter.needs_frames:
-            raise UserError("validation.images: this model goes on from an image; give one for every prompt")
-        return None
-    if not count:
-        raise UserError("validation.images: this model generates from text alone")
-    size = config.model.height, config.model.width
-    return torch.cat([read_first_frames(Path(image), *size, count) for image in images])
+def _save_for_stop(checkpoint: CheckpointHook, step: int) -> str:
+    """Save a run that a signal stops, whether or not it saves otherwise; for the message, where."""
+    there = checkpoint.folder / f"step-{step}" in complete_checkpoints(checkpoint.folder)
+    if not (checkpoint.due(step) or there):
+        checkpoint.save(step)
+    checkpoint.wait()
+    return f"; saved {checkpoint.folder / f'step-{step}'}, go on with --resume"
 
 
 def save_result(config: Config, adapter: Adapter, method: Method, folder: Path, processes: Processes) -> None:

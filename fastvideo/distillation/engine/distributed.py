@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from time import monotonic, sleep
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo.errors import RunError, UserError
+from fastvideo.errors import UserError
 
 TIMEOUT = 600.0
 """Seconds that a collective may wait: a rank that ran other forwards is then an error and not a hang."""
@@ -142,44 +140,6 @@ def stop_processes() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextmanager
-def naming_lost_processes() -> Iterator[None]:
-    """Turn a collective that failed because a process is gone into an error that names it.
-
-    Raises:
-        RunError: with the ranks that do not answer any more.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not dist.is_initialized() or not _of_collective(error):
-            raise
-        lost = _roll_call()
-        if not lost:
-            raise
-        names = ", ".join(map(str, lost))
-        raise RunError(
-            f"lost contact with rank {names} (it died, or waits elsewhere): {str(error).splitlines()[0]}. "
-            f"Look at the end of its output, then continue from the newest checkpoint with --resume"
-        ) from error
-
-
-def _of_collective(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "timed out", "watchdog", "broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
-
-
-def _roll_call() -> list[int]:
-    """The ranks that do not answer within :data:`ROLL_CALL` seconds, through the store and not through a collective."""
-    store, world_size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-    names = [f"fastvideo/here/{rank}" for rank in range(world_size)]
-    store.set(names[dist.get_rank()], "1")
-    deadline = monotonic() + ROLL_CALL
-    while monotonic() < deadline and not all(store.check([name]) for name in names):
-        sleep(0.1)
-    return [rank for rank, name in enumerate(names) if not store.check([name])]
 
 
 def first_to_report(message: str) -> bool:

@@ -6,6 +6,7 @@ It draws from streams of its own and only reads weights, so it changes the train
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.ema import averaged
+from fastvideo.errors import Stopped
 
 Sample = Callable[[nn.Module], Tensor]
 """Videos ``[B, 3, T, H, W]`` that a network generates for the fixed prompts and noise."""
@@ -31,14 +33,15 @@ class ValidationSinks:
 class ValidationHook:
     """Every ``every`` steps: sample live and averaged weights, score them, keep the videos.
 
-    A process that only takes part in the forwards (its networks are split) does not write.
+    A process that only takes part in the forwards (its networks are split) does not write; one that is not needed at
+    all gives no ``sample`` and goes on to its next step.
     """
 
     def __init__(
         self,
         handle: RoleHandle,
-        sample: Sample,
-        sinks: ValidationSinks,
+        sample: Sample | None,
+        sinks: ValidationSinks | None,
         folder: Path,
         *,
         every: int,
@@ -46,32 +49,49 @@ class ValidationHook:
     ) -> None:
         self.handle, self.sample, self.sinks, self.folder = handle, sample, sinks, folder
         self.every, self.writes = every, writes
+        self.validated = 0
 
     def due(self, step: int) -> bool:
         """Whether to validate after this step."""
         return bool(self.every) and step % self.every == 0
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """Validate if this step is due."""
+        """Validate if this step is due; one that a signal cuts off is made up for by :meth:`resume`."""
         if self.due(step):
-            self.run(step)
+            with suppress(Stopped):
+                self.run(step)
+                self.validated = step
+
+    def resume(self, step: int) -> None:
+        """Validate the step of a checkpoint, if that was due and did not come to its end."""
+        if self.validated != step:
+            self.after_step(step, ())
 
     @torch.no_grad()
     def run(self, step: int) -> None:
         """Sample, score, write."""
-        scores = self._look_at("student", self.handle.network, step)
+        if self.sample is None or self.sinks is None:
+            return
+        scores = self._look_at("student", self.sample(self.handle.network), step, self.sinks)
         if self.handle.ema is not None:
             with averaged(self.handle) as network:
-                scores |= self._look_at("ema", network, step)
+                scores |= self._look_at("ema", self.sample(network), step, self.sinks)
         self.sinks.log(scores, step)
 
-    def _look_at(self, name: str, network: nn.Module, step: int) -> dict[str, float]:
-        videos = self.sample(network)
+    def _look_at(self, name: str, videos: Tensor, step: int, sinks: ValidationSinks) -> dict[str, float]:
         if not self.writes:
             return {}
-        self.sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
-        found = self.sinks.score(videos) if self.sinks.score is not None else {}
+        sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
+        found = sinks.score(videos) if sinks.score is not None else {}
         return {f"validation/{name}/{key}": value for key, value in found.items()}
+
+    def state_dict(self) -> dict[str, int]:
+        """The last step that was validated."""
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """As :meth:`state_dict`."""
+        self.validated = int(state["validated"])
 
 
 def side_by_side(videos: Tensor) -> Tensor:
