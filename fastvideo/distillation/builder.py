@@ -39,6 +39,9 @@ METHODS = {
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",
     "ladd": "fastvideo.distillation.methods.distribution_matching.ladd:LADDMethod",
+    "mean_flow": "fastvideo.distillation.methods.consistency_model.mean_flow:MeanFlowMethod",
+    "rcm": "fastvideo.distillation.methods.distribution_matching.rcm:RCMMethod",
+    "scm": "fastvideo.distillation.methods.consistency_model.scm:SCMMethod",
     "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
 }
 """Algorithms, by name."""

@@ -25,15 +25,22 @@ UNSUPPORTED = ("forward AD", "forward mode", "autograd.Function", "jvp")
 
 
 class Derivative(Protocol):
-    """``d field / d s`` at ``s = 0`` along ``(x + s dx, t + s dt)``, without gradient, in the shape of ``x``."""
+    """``d field / d s`` at ``s = 0`` along ``(x + s dx, t + s dt)``, without gradient, in the shape of ``x``.
 
-    def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor: ...
+    ``floor`` ``[B]`` are times below which the field must not be asked: where a flow map's step ends.
+    """
+
+    def __call__(
+        self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, *, floor: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class AutodiffDerivative:
     """Forward-mode autodiff (``torch.func.jvp``); attention runs in SDPA's math backend, which alone supports it."""
 
-    def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
+    def __call__(
+        self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, *, floor: Tensor | None = None
+    ) -> Tensor:
         """One call of ``field``.
 
         Raises:
@@ -62,18 +69,21 @@ class CentralDifference:
     def __init__(self, step: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
         self.step, self.bounds = step, bounds
 
-    def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
+    def __call__(
+        self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, *, floor: Tensor | None = None
+    ) -> Tensor:
         """Two calls of ``field``; a sample closer to an end than ``step`` gets its true, shorter spacing."""
-        ahead, behind = self._steps(t, dt), self._steps(t, -dt)
+        low = torch.full_like(t, self.bounds[0]) if floor is None else floor
+        ahead, behind = self._steps(t, dt, low), self._steps(t, -dt, low)
         with torch.no_grad():
             after = field(x + expand_time(ahead, x) * dx, t + ahead * dt)
             before = field(x - expand_time(behind, x) * dx, t - behind * dt)
-            return (after - before) / expand_time(ahead + behind, x)
+            # No room at all, as for r = t = 1, is no difference: 0, which such a step multiplies by 0.
+            return (after - before) / expand_time((ahead + behind).clamp_min(torch.finfo(t.dtype).tiny), x)
 
-    def _steps(self, t: Tensor, dt: Tensor) -> Tensor:
+    def _steps(self, t: Tensor, dt: Tensor, low: Tensor) -> Tensor:
         """The largest ``s`` up to the step, per sample, with ``t + s dt`` inside the bounds."""
-        low, high = self.bounds
-        room = torch.where(dt > 0, high - t, t - low) / dt.abs()
+        room = torch.where(dt > 0, self.bounds[1] - t, t - low) / dt.abs()
         return room.clamp(0.0, self.step).where(dt != 0, self.step)
 
 

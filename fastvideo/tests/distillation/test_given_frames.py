@@ -109,9 +109,9 @@ def test_sampling_gives_the_network_the_input_of_training(name: str) -> None:
     student, streams = method.bundle["student"], RandomStreams(4)
     states: list[tuple[Tensor, Tensor]] = []
 
-    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+    def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         states.append((x_t, t))
-        return student.guided_velocity(x_t, t, batch.condition, batch.negative, 2.0)
+        return student.guided_velocity(x_t, t, batch.condition, batch.negative, 2.0, r=r)
 
     x0 = generate(method.sampler, velocity, streams.normal(batch.shape), LADDER.times, streams.normal_like)
     assert batch.x0 is not None

@@ -236,7 +236,7 @@ def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan:
     wan.ensure_negative_conditioning()
     cls, toy = load_method(name), TOYS.get(name, Toy({}))
     config = cls.Config(**toy.config)
-    networks = {role: wan.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles)}
+    networks = {role: wan.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
     if "flow_map" in cls.needs_of(config):
         wan.add_flow_map(networks["student"])
     networks |= cls.heads(config, wan)

@@ -155,6 +155,19 @@ TOYS = {
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),
+    "mean_flow": Toy({"teacher_guidance": 1.0, "equal_times": 0.5}, student="mean_velocity", optional=("teacher",)),
+    "rcm": Toy(
+        {
+            "teacher_guidance": 1.0,
+            "generator_update_interval": 2,
+            "consistency_steps": 1,
+            "consistency_weight": 0.3,
+            "tangent_warmup_steps": 0,
+            "score_time_shift": 1.0,
+        },
+        student="consistency",
+    ),
+    "scm": Toy({"teacher_guidance": 1.0, "tangent_warmup_steps": 1}, student="consistency", optional=("teacher",)),
     "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
 }
 

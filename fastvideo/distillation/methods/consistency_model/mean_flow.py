@@ -1,0 +1,145 @@
+"""MeanFlow: a flow map that learns the mean velocity over any span of time (arXiv 2505.13447), from data or a teacher.
+
+``u(x_t, t, r)`` satisfies ``u = v - (t - r) du/dt``, with ``v`` the velocity of the flow and ``du/dt`` along it; the
+right side, without gradient, is the target. Pitfalls, failure signs and disagreements: ``docs/methods/mean_flow.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from torch import Tensor
+
+from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.jvp import derivative
+from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod, OptimizerConfig, TimeRange
+from fastvideo.distillation.noise import add_noise, velocity_target
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.tangent import mean_velocity_target, unit_rms
+from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, UserError, free_means
+
+
+class MeanFlowConfig(DerivativeConfig):
+    """Options of MeanFlow."""
+
+    jvp_step: PositiveFloat = 5e-3
+    """Step of the central difference, in time; `autodiff` has none."""
+    teacher_guidance: Guidance = 3.0
+    """Guidance of the teacher's velocity, standard convention; without a teacher see `mixture`."""
+    logit_mean: float = -0.4
+    """Both times are logit-normal with this mean (-0.8 in FastGen's recipe for Wan); the later one is `t`."""
+    logit_std: PositiveFloat = 1.0
+    """Standard deviation of their logits (1.6 in that recipe)."""
+    equal_times: float = Field(default=0.75, ge=0.0, le=1.0)
+    """Share of samples with `r = t`, which regress the velocity itself (0 in that recipe)."""
+    mixture: tuple[float, float] = (1.0, 0.0)
+    """Guidance without a teacher, `(w, k)`: the velocity is `w (noise - x0) + k u(c) + (1 - w - k) u(negative)`, which
+    is guidance `w / (1 - k)`; `(1, 0)` is none."""
+    mixture_range: TimeRange = (0.0, 1.0)
+    """Times at which the mixture is used."""
+    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Without a teacher: share of samples that train the negative prediction (with the plain velocity)."""
+    loss: Literal["adaptive", "unit_error"] = "adaptive"
+    """`adaptive` weights a sample by `(error + c)^-p`; `unit_error` divides the error by its rms plus c."""
+    loss_power: NonNegativeFloat = 1.0
+    """The p of `adaptive`; 0 is the plain squared error."""
+    loss_constant: PositiveFloat = 1e-3
+    """The c of both (`unit_error`: 10 in FastGen, with sums)."""
+    tangent_warmup_steps: NonNegativeInt = 0
+    """Steps over which the derivative is faded in; 2000 in FastGen's recipe for Wan."""
+    learning_rate: PositiveFloat = 1e-5
+    """AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW momenta."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+    decay_steps: NonNegativeInt = 0
+    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> MeanFlowConfig:
+        if self.mixture[1] >= 1.0:
+            raise ValueError(f"mixture: guidance is w / (1 - k), so k must be below 1, got {self.mixture[1]}")
+        return self
+
+
+class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
+    """A student with two times, and a teacher for distillation."""
+
+    Config = MeanFlowConfig
+    trainable_roles = ("student",)
+    optional_roles = ("teacher",)
+    sampler = "flow_map"
+    needs_latents = True
+    needs = frozenset({"flow_map", "jvp"})
+    summary = "MeanFlow, a flow map of mean velocities: any number of steps (arXiv 2505.13447)"
+
+    def __init__(self, config: MeanFlowConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        super().__init__(config, bundle, ladder, rng)
+        self.student = bundle["student"]
+        self.derivative = derivative(config.jvp, config.jvp_step)
+        self.notes = (config.derivative_note,)
+
+    @classmethod
+    def optimizers(cls, config: MeanFlowConfig) -> Mapping[str, OptimizerConfig]:
+        names = ("learning_rate", "betas", "weight_decay", "warmup_steps", "decay_steps")
+        return {"student": OptimizerConfig.model_validate(config.model_dump(include=set(names)))}
+
+    @classmethod
+    def needs_of(cls, config: MeanFlowConfig) -> frozenset[Need]:
+        return cls.needs if config.jvp == "autodiff" else cls.needs - {"jvp"}
+
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        if batch.x0 is None:
+            raise UserError("MeanFlow needs latents: give it a data source with videos, not prompts alone")
+        t, r = self.times(len(batch))
+        noise = self.rng.normal_like(batch.x0)
+        warmup = min(1.0, step / self.config.tangent_warmup_steps) if self.config.tangent_warmup_steps else 1.0
+        yield self.student_loss(batch, noise, t, r, warmup)
+
+    def student_loss(self, batch: Batch, noise: Tensor, t: Tensor, r: Tensor, warmup: float = 1.0) -> RoleLoss:
+        """Regress the mean velocity to what its own derivative says it should be (MeanFlow eq. 9 to 11, 22)."""
+        assert batch.x0 is not None
+        x_t = add_noise(batch.x0, noise, t)
+        velocity, condition = self.velocity(batch, x_t, noise, t)
+        u = partial(self.student.velocity, condition=condition, r=r)
+        slope = warmup * self.derivative(u, x_t, t, velocity, torch.ones_like(t), floor=r)
+        mean = u(x_t, t)
+        error = mean_velocity_target(velocity, slope, t, r) - mean.detach()
+        squares = free_means(error.square(), condition.given)
+        if self.config.loss == "unit_error":
+            error = unit_rms(error, self.config.loss_constant, condition.given)
+        loss = free_means((mean - mean.detach() - error).square(), condition.given)
+        if self.config.loss == "adaptive":
+            loss = loss / (squares + self.config.loss_constant) ** self.config.loss_power
+        return RoleLoss("student", loss.mean(), {"error_rms": squares.mean().sqrt()})
+
+    @torch.no_grad()
+    def velocity(self, batch: Batch, x_t: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Condition]:
+        """The flow's velocity for target and derivative alike, and the condition that the student gets."""
+        if "teacher" in self.bundle:
+            guided = self.bundle["teacher"].guided_velocity
+            return guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance), batch.condition
+        assert batch.x0 is not None
+        plain, keep = velocity_target(batch.x0, noise), self.rng.uniform(len(batch)) >= self.config.caption_dropout
+        condition = batch.condition.where(keep, batch.negative)
+        w, k = self.config.mixture
+        if (w, k) == (1.0, 0.0):
+            return plain, condition
+        conditional, unconditional = (self.student.velocity(x_t, t, c) for c in (batch.condition, batch.negative))
+        low, high = self.config.mixture_range
+        mixed = w * plain + k * conditional + (1 - w - k) * unconditional
+        return mixed.where((keep & (t >= low) & (t <= high)).view(-1, 1, 1, 1, 1), plain), condition
+
+    def times(self, count: int) -> tuple[Tensor, Tensor]:
+        """``t >= r`` of two logit-normal draws; a share of the samples has ``r = t``."""
+        drawn = (self.config.logit_mean + self.config.logit_std * self.rng.normal((count, 2))).sigmoid()
+        t, r = drawn.amax(dim=1), drawn.amin(dim=1)
+        return t, r.where(self.rng.uniform(count) >= self.config.equal_times, t)

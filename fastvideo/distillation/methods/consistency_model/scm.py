@@ -1,0 +1,138 @@
+"""sCM: continuous-time consistency distillation and training (arXiv 2410.11081), in TrigFlow.
+
+The student's ``f(x, a) = cos(a) x - sin(a) F(x, a)`` is made constant along the teacher's flow: its derivative along
+that flow, normalised, is what the student's ``F`` is moved by. Without a teacher the flow is that of each sample's own
+data and noise. Pitfalls, failure signs and disagreements between implementations: ``docs/methods/scm.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.jvp import derivative
+from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod, OptimizerConfig
+from fastvideo.distillation.noise import expand_time
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.tangent import consistency_error, trig_field
+from fastvideo.distillation.types import Batch, Need, RoleLoss, UserError
+
+LOSS_WEIGHT = "loss_weight"
+FREQUENCIES = 4
+
+
+class SCMConfig(DerivativeConfig):
+    """Options of sCM."""
+
+    teacher_guidance: Guidance = 5.0
+    """Guidance of the teacher's flow, standard convention; without a teacher there is none."""
+    log_sigma_mean: float = -1.0
+    """Training times: `tan(angle)` is log-normal with this mean of its logarithm; 0.7 for Wan 1.3B (rCM)."""
+    log_sigma_std: PositiveFloat = 1.4
+    """Standard deviation of that logarithm; 1.6 for Wan 1.3B."""
+    tangent_warmup_steps: PositiveInt = 10_000
+    """Steps over which the tangent's unstable terms are faded in; before that the flow itself is regressed."""
+    tangent_constant: NonNegativeFloat = 0.1
+    """Added to the tangent's root mean square before it is divided by it."""
+    learning_rate: PositiveFloat = 7e-5
+    """AdamW learning rate of the student."""
+    loss_weight_learning_rate: PositiveFloat = 1e-3
+    """AdamW learning rate of the loss weight."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW momenta of both."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay of the student."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+    decay_steps: NonNegativeInt = 0
+    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
+
+
+class LossWeight(nn.Module):
+    """``w(angle)``, the logarithm of a loss weight that evens the loss out over noise levels; 0 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * FREQUENCIES, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, angle: Tensor) -> Tensor:
+        """``[B]`` for angles ``[B]``."""
+        phase = angle[:, None] * 2 ** torch.arange(FREQUENCIES, device=angle.device)
+        return self.linear(torch.cat([phase.sin(), phase.cos()], dim=1))[:, 0]  # type: ignore[no-any-return]
+
+
+class SCMMethod(DistillMethod[SCMConfig]):
+    """Student, the weight of its loss, and a teacher for distillation."""
+
+    Config = SCMConfig
+    trainable_roles = ("student", LOSS_WEIGHT)
+    optional_roles = ("teacher",)
+    sampler = "renoise"
+    needs_latents = True
+    needs = frozenset({"jvp"})
+    summary = "sCM, continuous-time consistency: no discretisation error (arXiv 2410.11081)"
+
+    def __init__(self, config: SCMConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        super().__init__(config, bundle, ladder, rng)
+        self.student, self.weight = bundle["student"], bundle[LOSS_WEIGHT].network
+        self.derivative = derivative(config.jvp, config.jvp_step, (0.0, math.pi / 2))
+        self.notes = (config.derivative_note,)
+
+    @classmethod
+    def optimizers(cls, config: SCMConfig) -> Mapping[str, OptimizerConfig]:
+        names = ("learning_rate", "betas", "weight_decay", "warmup_steps", "decay_steps")
+        student = OptimizerConfig.model_validate(config.model_dump(include=set(names)))
+        weight = OptimizerConfig(learning_rate=config.loss_weight_learning_rate, betas=config.betas)
+        return {"student": student, LOSS_WEIGHT: weight}
+
+    @classmethod
+    def needs_of(cls, config: SCMConfig) -> frozenset[Need]:
+        return cls.needs if config.jvp == "autodiff" else frozenset()
+
+    @classmethod
+    def heads(cls, config: SCMConfig, family: VelocityModel) -> Mapping[str, nn.Module]:
+        return {LOSS_WEIGHT: LossWeight()}
+
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        """The student's loss, then that of its weight on the same errors (sCM eq. 8, split into its two gradients)."""
+        if batch.x0 is None:
+            raise UserError("sCM needs latents: give it a data source with videos, not prompts alone")
+        angle, noise = self.angles(len(batch)), self.rng.normal_like(batch.x0)
+        tangent, error = self.tangent_and_error(batch, angle, noise, min(1.0, step / self.config.tangent_warmup_steps))
+        weight, prior = self.weight(angle), 1 / angle.tan()
+        rms = batch.mean(tangent.square()).sqrt()
+        yield RoleLoss("student", (weight.detach().exp() * prior * error).mean(), {"tangent_rms": rms})
+        yield RoleLoss(LOSS_WEIGHT, (weight.exp() * prior * error.detach() - weight).mean())
+
+    def tangent_and_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
+        """The tangent before it is normalised, and the error ``[B]`` whose gradient moves ``F`` by it."""
+        assert batch.x0 is not None
+        cos, sin = expand_time(angle.cos(), noise), expand_time(angle.sin(), noise)
+        x = cos * batch.x0 + sin * noise
+        flow = self.flow(batch, x, angle) if "teacher" in self.bundle else cos * noise - sin * batch.x0
+        field = trig_field(partial(self.student.velocity, condition=batch.condition))
+        constant, given = self.config.tangent_constant, batch.condition.given
+        return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given)
+
+    @torch.no_grad()
+    def flow(self, batch: Batch, x: Tensor, angle: Tensor) -> Tensor:
+        """``dx / d angle`` of the guided teacher."""
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            conditions = (batch.condition, batch.negative)
+            return self.bundle["teacher"].guided_velocity(x_t, t, *conditions, self.config.teacher_guidance)
+
+        return trig_field(guided)(x, angle)
+
+    def angles(self, count: int) -> Tensor:
+        """Training times ``[count]``: ``arctan`` of a log-normal."""
+        return (self.config.log_sigma_mean + self.config.log_sigma_std * self.rng.normal((count,))).exp().atan()

@@ -1,0 +1,150 @@
+"""rCM: continuous-time consistency with distribution matching as a regulariser (arXiv 2510.08431), in TrigFlow.
+
+Consistency (as in sCM) keeps the diversity of the teacher's flow; DMD2's gradient sharpens. A student step takes both,
+and the critic learns in between. Pitfalls and disagreements between implementations: ``docs/methods/rcm.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.jvp import derivative
+from fastvideo.distillation.methods.base import DerivativeConfig
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
+from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.tangent import consistency_error, consistency_tangent, trig_field
+from fastvideo.distillation.types import Batch, Need, RoleLoss, UserError
+
+
+class RCMConfig(DMD2Config, DerivativeConfig):
+    """Options of rCM, on top of those of DMD2."""
+
+    rollout: Literal["simulate"] = "simulate"
+    """The student's samples come from its own steps, at random times."""
+    rollout_steps: PositiveInt = 4
+    """The n-th distribution-matching step takes `n mod rollout_steps + 1` of them."""
+    teacher_guidance: Guidance = 5.0
+    """Guidance of the teacher in both terms, standard convention."""
+    score_time_shift: PositiveFloat = 5.0
+    """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
+    consistency_steps: NonNegativeInt = 1000
+    """First steps, which train the student on consistency alone; 0 for one that is a consistency model already."""
+    consistency_weight: PositiveFloat = 0.035
+    """Weight of the consistency loss beside that of DMD2 (both are means: 100 to 1 in sums at Wan's size)."""
+    log_sigma_mean: float = 0.7
+    """Times of consistency and rollout: `tan(angle)` is log-normal with this mean of its logarithm; 1.5 for Wan 14B."""
+    log_sigma_std: PositiveFloat = 1.6
+    """Standard deviation of that logarithm."""
+    tangent_warmup_steps: NonNegativeInt = 1000
+    """Steps, of all roles, over which the tangent's unstable terms are faded in; 0 has them from the start."""
+    tangent_warmup: Literal["both", "sample"] = "both"
+    """What is faded in: `both` terms as in the sCM paper, or the `sample` term alone as in rCM's own code."""
+    tangent_constant: NonNegativeFloat = 0.1
+    """Added to the tangent's root mean square before it is divided by it."""
+
+
+class RCMMethod(DMD2Method):
+    """Student, frozen teacher, critic."""
+
+    Config = RCMConfig
+    config: RCMConfig
+    needs = frozenset({"jvp"})
+    summary = "rCM, consistency with distribution matching: diverse and sharp (arXiv 2510.08431)"
+
+    def __init__(self, config: RCMConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        super().__init__(config, bundle, ladder, rng)
+        self.derivative = derivative(config.jvp, config.jvp_step, (0.0, math.pi / 2))
+        self.notes = (*self.notes, config.derivative_note)
+
+    @classmethod
+    def needs_of(cls, config: RCMConfig) -> frozenset[Need]:  # type: ignore[override]
+        return cls.needs if config.jvp == "autodiff" else frozenset()
+
+    @classmethod
+    def uses_latents(cls, config: DMD2Config) -> bool:
+        return True
+
+    def active_roles(self, step: int) -> tuple[str, ...]:
+        """The student alone at first; then one step of the student and the rest of each interval the critic's."""
+        after = step - self.config.consistency_steps
+        return ("student",) if after < 0 or after % self.config.generator_update_interval == 0 else ("critic",)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        """On a student step consistency, then distribution matching: one graph at a time, one optimizer step."""
+        turn = (step - self.config.consistency_steps) // self.config.generator_update_interval
+        if self.active_roles(step) == ("critic",):
+            with torch.no_grad():
+                x0 = self.rollout(batch, turn)
+            yield self.critic_loss(x0, batch)
+            return
+        yield self.consistency_loss(batch, step)
+        if turn >= 0:
+            yield self.student_loss(self.rollout(batch, turn), batch)
+
+    def consistency_loss(self, batch: Batch, step: int) -> RoleLoss:
+        """sCM along the guided teacher's flow, with a constant weight instead of a learned one."""
+        if batch.x0 is None:
+            raise UserError("rCM needs latents: give it a data source with videos, not prompts alone")
+        warmup = min(1.0, step / self.config.tangent_warmup_steps) if self.config.tangent_warmup_steps else 1.0
+        drawn = self.angles(len(batch)), self.rng.normal_like(batch.x0)
+        tangent, error = self.consistency_error(batch, *drawn, warmup)
+        metrics = {"tangent_rms": batch.mean(tangent.square()).sqrt()}
+        return RoleLoss("student", self.config.consistency_weight * error.mean(), metrics)
+
+    def consistency_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
+        """The tangent before it is normalised, and the squared error ``[B]``."""
+        assert batch.x0 is not None
+        x = expand_time(angle.cos(), noise) * batch.x0 + expand_time(angle.sin(), noise) * noise
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            conditions = (batch.condition, batch.negative)
+            return self.teacher.guided_velocity(x_t, t, *conditions, self.config.teacher_guidance)
+
+        with torch.no_grad():
+            flow = trig_field(guided)(x, angle)
+        field = trig_field(partial(self.student.velocity, condition=batch.condition))
+        form = consistency_tangent if self.config.tangent_warmup == "both" else sample_warmup_tangent
+        constant, given = self.config.tangent_constant, batch.condition.given
+        return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given, form)
+
+    def rollout(self, batch: Batch, turn: int = 0) -> Tensor:
+        """The student's clean sample after ``turn mod rollout_steps + 1`` calls, the last of them with gradient.
+
+        Times fall from pure noise: each is the lower of the one before and a draw, per sample.
+        """
+        x = self.rng.normal(batch.shape)
+        t = torch.ones(len(batch), dtype=torch.float32, device=x.device)
+        with torch.no_grad():
+            for _ in range(turn % self.config.rollout_steps):
+                x0 = self.student.x0(x, t, batch.condition)
+                t = torch.minimum(t, Interpolant.trigflow(self.angles(len(batch))).flow_time)
+                x = add_noise(x0, self.rng.normal_like(x0), t)
+        return self.student.x0(x, t, batch.condition)
+
+    def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
+        """Velocity matching in TrigFlow on the student's samples: ``hypot(t, 1 - t)`` times the flow's own error."""
+        t, noise = self.score_times(len(batch)), self.rng.normal_like(x0)
+        error = self.critic.velocity(add_noise(x0, noise, t), t, batch.condition) - velocity_target(x0, noise)
+        return RoleLoss("critic", batch.mean((expand_time(torch.hypot(t, 1 - t), error) * error).square()))
+
+    def angles(self, count: int) -> Tensor:
+        """Times ``[count]``: ``arctan`` of a log-normal."""
+        return (self.config.log_sigma_mean + self.config.log_sigma_std * self.rng.normal((count,))).exp().atan()
+
+
+def sample_warmup_tangent(
+    x: Tensor, angle: Tensor, prediction: Tensor, flow: Tensor, derivative: Tensor, warmup: float
+) -> Tensor:
+    """``-cos sqrt(1 - w^2 sin^2) (F - flow) - (w cos sin x + J)``: the published code, equal to the paper at w = 1."""
+    cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
+    return -cos * (1 - warmup**2 * sin**2).sqrt() * (prediction - flow) - (warmup * cos * sin * x + derivative)

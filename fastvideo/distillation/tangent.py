@@ -1,0 +1,84 @@
+"""What continuous-time objectives regress to; methods of several families share it.
+
+Consistency models are written in TrigFlow (``x = cos(a) x0 + sin(a) noise``, data std 1, ``a`` an angle in
+``[0, pi / 2]``), flow maps in rectified flow. Networks answer rectified-flow velocities in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastvideo.distillation.jvp import Derivative, Field
+from fastvideo.distillation.noise import Interpolant, expand_time, trigflow_velocity
+from fastvideo.distillation.types import Given, free_means
+
+Tangent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""A function like :func:`consistency_tangent`."""
+
+
+def trig_field(velocity: Field) -> Field:
+    """``F(x, angle)`` of TrigFlow from a rectified-flow velocity ``u(x_t, t)``, at the same signal-to-noise ratio."""
+
+    def field(x: Tensor, angle: Tensor) -> Tensor:
+        way = Interpolant.trigflow(angle)
+        return trigflow_velocity(x, velocity(way.to_flow(x), way.flow_time), angle)
+
+    return field
+
+
+def consistency_tangent(
+    x: Tensor, angle: Tensor, prediction: Tensor, flow: Tensor, derivative: Tensor, warmup: float
+) -> Tensor:
+    """``-cos^2 (F - flow) - w (cos sin x + J)``: at ``w = 1`` it is ``cos(a) d/da`` of ``cos x - sin F`` (sCM eq. 6).
+
+    Args:
+        x: noisy samples at ``angle`` ``[B]``.
+        prediction: ``F`` of the student there.
+        flow: ``dx / d angle`` of the flow that is distilled.
+        derivative: ``J``, of ``F`` along ``cos sin (flow, 1)``.
+        warmup: ``w``, from 0 (velocity regression) to 1.
+    """
+    cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
+    return -(cos**2) * (prediction - flow) - warmup * (cos * sin * x + derivative)
+
+
+def consistency_error(
+    field: Field,
+    x: Tensor,
+    angle: Tensor,
+    flow: Tensor,
+    derivative: Derivative,
+    warmup: float,
+    constant: float,
+    given: Given | None = None,
+    form: Tangent = consistency_tangent,
+) -> tuple[Tensor, Tensor]:
+    """The tangent before it is normalised, and the squared error ``[B]`` whose gradient moves ``F`` along it.
+
+    ``field`` is the student's ``F``; it is called for the derivative (the factor ``cos sin`` is inside its direction,
+    which keeps it bounded, sCM section 4.1) and once with gradient.
+    """
+    scale = angle.cos() * angle.sin()
+    slope = derivative(field, x, angle, expand_time(scale, x) * flow, scale)
+    prediction = field(x, angle)
+    tangent = form(x, angle, prediction.detach(), flow, slope, warmup)
+    target = prediction.detach() + unit_rms(tangent, constant, given)
+    return tangent, free_means((prediction - target).square(), given).flatten()
+
+
+def unit_rms(tangent: Tensor, constant: float, given: Given | None = None) -> Tensor:
+    """``g / (rms(g) + c)``, the root mean square over what is generated of each sample (sCM section 4.1).
+
+    The norm of the paper is the root of the sum; with means, loss and ``c`` do not depend on the number of elements.
+    """
+    return tangent / (free_means(tangent.square(), given).sqrt() + constant)
+
+
+def mean_velocity_target(velocity: Tensor, derivative: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """``v - (t - r) du/dt``, which the mean velocity ``u`` from ``t`` to ``r`` satisfies (MeanFlow eq. 6).
+
+    ``derivative`` is ``u``'s along ``(v, 1)`` with ``r`` fixed. Where ``r = t`` it is ``v`` to the bit.
+    """
+    return velocity - expand_time(t - r, velocity) * derivative
