@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ FORMAT = 1
 """Raised when the same settings would make other rows."""
 POLL = 0.2
 """Seconds between two looks at what the processes have done."""
+IMPORTED = (__name__, "diffusers.models.autoencoders", "transformers")
+"""What every process needs and takes seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
         UserError: for a mistake in what the user gave; nothing is written then.
         RunError: if a process dies; the same call goes on from there.
     """
+    if workers > 1:
+        _start_server()
     adapter = job.choice.adapter(job.device)
     if all(video.problem for video in job.videos):
         raise UserError(f"none of {len(job.videos)} videos has a caption: {job.videos[0].problem}")
@@ -138,10 +143,16 @@ def _encode_here(job: Job, made: dict[str, Any], missing: Sequence[int], show: C
         torch.set_num_threads(threads)
 
 
+def _start_server() -> None:
+    """Start the process that the others are forked from: it imports once for all, while this one loads the model."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    forkserver.ensure_running()
+
+
 def _encode_in_processes(
     job: Job, made: dict[str, Any], missing: Sequence[int], workers: int, show: Callable[[int], None]
 ) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     counts = context.RawArray("L", max(1, job.files))
     order, stop = context.Value("L", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, made, counts, order, stop))
