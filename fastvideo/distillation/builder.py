@@ -19,6 +19,7 @@ from fastvideo.distillation.config import RunConfig
 from fastvideo.distillation.config_sections import ParallelConfig
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.initial import start_from
+from fastvideo.distillation.engine.lora import RoleView
 from fastvideo.distillation.engine.optim import attach_optimizer
 from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
@@ -136,6 +137,25 @@ def load_role(config: Config, adapter: Adapter, role: str, placement: Placement 
     return placement.load(options.path, trained=options.trainable, change=adapter.add_flow_map if flow_map else None)
 
 
+def shared_networks(config: Config, placement: Placement) -> dict[str, RoleView]:
+    """The roles that train an adapter, and the frozen ones over the same weights: views of one network per path.
+
+    Raises:
+        UserError: if an adapter does not fit, or the method changes the student's network itself.
+    """
+    method, views = load_method(config.distill_method), dict[str, RoleView]()
+    adapted = {name: role for name, role in config.roles.items() if role.lora is not None}
+    if "student" in adapted and "flow_map" in method.needs_of(config.method):
+        raise UserError(f"roles.student.lora: {config.distill_method} adds a part to the student and trains it whole")
+    for path in dict.fromkeys(role.path for role in adapted.values()):
+        adapters = {name: role.lora for name, role in adapted.items() if role.path == path and role.lora is not None}
+        base = placement.load_shared(path, adapters, config.seed)
+        for name, role in config.roles.items():
+            if role.path == path and (name in adapters or not role.trainable):
+                views[name] = RoleView(base, name if name in adapters else None, path)
+    return views
+
+
 def build_method(
     config: Config,
     adapter: Adapter,
@@ -163,6 +183,7 @@ def build_method(
     placement = Placement(adapter, processes, config.parallel)
     placement.check({name: role.path for name, role in config.roles.items()})
     adapter.ensure_negative_conditioning()
+    views = {} if networks else shared_networks(config, placement)
     with initialising(config.seed):
         heads = method.heads(config.method, adapter)
     for name in heads:
@@ -171,7 +192,7 @@ def build_method(
     handles, notes = [], []
     for name, role in config.roles.items():
         unit_done()
-        own = (networks or {}).get(name, heads.get(name))
+        own = (networks or {}).get(name, heads.get(name, views.get(name)))
         network = load_role(config, adapter, name, placement) if own is None else own.to(adapter.device)
         handles.append(RoleHandle(name, adapter, network, role.trainable))
         if role.init_from is not None:

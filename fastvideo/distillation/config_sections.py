@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
     """Base of every part: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoRAConfig(Section):
+    """An adapter that is trained in place of a role's network."""
+
+    rank: PositiveInt = 32
+    """Rank of the change to each layer's weights."""
+    alpha: PositiveFloat | None = None
+    """The change is multiplied with alpha / rank; the rank itself if not given."""
+    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Linear layers that get one, by the ends of their names."""
 
 
 class RoleConfig(Section):
@@ -24,6 +35,15 @@ class RoleConfig(Section):
     """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
     `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
     weights if there are some. On the command line also `--init-ROLE-from`; a resumed run does not read it again."""
+    lora: LoRAConfig | None = None
+    """Train an adapter of this shape over a frozen network, which all such roles and the frozen ones with the same
+    `path` share; without it a trainable role trains all its weights."""
+
+    @model_validator(mode="after")
+    def _adapter_is_trained(self) -> RoleConfig:
+        if self.lora is not None and not self.trainable:
+            raise ValueError("`lora` is trained: a frozen role has none")
+        return self
 
 
 class ParallelConfig(Section):

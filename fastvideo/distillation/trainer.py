@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastvideo import stopping
 from fastvideo.distillation.engine.attendance import Agreement
+from fastvideo.distillation.engine.context import has_split_tokens
+from fastvideo.distillation.engine.lora import shared_by
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
 from fastvideo.distillation.engine.sharding import reduce_gradients, synchronise
@@ -122,12 +124,15 @@ class DistillTrainer:
         attempt = Attempt(self.step, tuple(self.method.active_roles(self.step)), self.method.rng.state_dict())
         for left in reversed(range(self.options.grad_accumulation)):
             for role in attempt.active:
-                synchronise(self.method.bundle[role].network, left == 0 or self.options.sync_every_micro_batch)
+                synchronise(
+                    shared_by(self.method.bundle[role].network), left == 0 or self.options.sync_every_micro_batch
+                )
             attempt.batches.append(next(data))
             self._accumulate(self.prepare(attempt.batches[-1]), attempt)
         handles = [self.method.bundle[role] for role in attempt.active]
         for handle in handles:
-            reduce_gradients(handle.network, self.options.context)
+            split = has_split_tokens(shared_by(handle.network))
+            reduce_gradients(handle.parameters(), self.options.context if split else 1)
             attempt.gradients[handle.name] = clip_gradient(handle, self.options.max_grad_norm)
         self.settle()
         skip = attempt.judge().skip

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.engine.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.lora import AdapterOptions, RoleView, add_adapter, gather_adapter, merge
 from fastvideo.distillation.engine.recompute import Recompute, checkpointed
 from fastvideo.distillation.engine.sharding import (
     Offload,
@@ -45,7 +47,7 @@ class Options(Protocol):
     """What :class:`Placement` reads of the config."""
 
     @property
-    def activation_checkpointing(self) -> Recompute: ...
+    def activation_checkpointing(self) -> Literal["none"] | Recompute: ...
     @property
     def reshard_frozen(self) -> bool: ...
     @property
@@ -100,17 +102,35 @@ class Placement:
             trained: whether its parameters need gradients.
             change: what is added to the network before anything is done with it.
         """
-        dtype = torch.float32 if trained else self.source.compute_dtype
-        scaling, whole = self.source.scaling, self.processes.shard == 1
-        network = self.source.load_network(path, dtype) if scaling is None or whole else scaling.empty(path, dtype)
+        network = self._new(path, torch.float32 if trained else self.source.compute_dtype)
         if change is not None:
             change(network)
         network.requires_grad_(trained)
-        if scaling is not None:
-            self._spread(network, scaling, path)
+        self._spread(network, path)
         return network
 
-    def _spread(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
+    def load_shared(self, path: str | None, adapters: Mapping[str, AdapterOptions], seed: int) -> nn.Module:
+        """A frozen network with a trainable adapter per role, for those roles and for its teacher.
+
+        Raises:
+            UserError: if an adapter does not fit the network.
+        """
+        network = self._new(path, self.source.compute_dtype).requires_grad_(False)
+        for number, (role, options) in enumerate(adapters.items()):
+            add_adapter(network, role, options, seed + number)
+        self._spread(network, path)
+        return network
+
+    def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        scaling = self.source.scaling
+        if scaling is None or self.processes.shard == 1:
+            return self.source.load_network(path, dtype)
+        return scaling.empty(path, dtype)
+
+    def _spread(self, network: nn.Module, path: str | None) -> None:
+        scaling = self.source.scaling
+        if scaling is None:
+            return
         if self.options.activation_checkpointing != "none":
             scaling.recompute(network, checkpointed(self.options.activation_checkpointing))
         if self.processes.context > 1:  # before sharding, which gives every module a new class
@@ -125,12 +145,30 @@ class Placement:
 
 
 def whole_network(network: nn.Module, source: NetworkSource, processes: Processes) -> nn.Module | None:
-    """The network for saving: itself, or gathered on the host of the main process; ``None`` on all others."""
-    if source.scaling is None or not isinstance(network, FSDPModule):
+    """The network for saving, with a role's adapter merged into it; ``None`` on all but the main process.
+
+    A network that is split, or has an adapter, is put together on the host; all processes take part.
+    """
+    scaling, split = source.scaling, isinstance(network, FSDPModule)
+    if scaling is None or not (split or isinstance(network, RoleView)):
         return network if processes.is_main else None
-    state = gather_state(network)
+    state = gather_adapter(network) if isinstance(network, RoleView) else gather_state(network)
     if not processes.is_main:
         return None
-    gathered = source.scaling.empty(None, torch.float32)
-    gathered.load_state_dict(state, assign=True)
-    return gathered
+    if isinstance(network, RoleView):
+        whole = read_whole(scaling, network.path)
+        merge(whole, state, network.scaling)
+        return whole
+    whole = scaling.empty(None, torch.float32)
+    whole.load_state_dict(state, assign=True)
+    return whole
+
+
+def read_whole(scaling: Scaling, path: str | None) -> nn.Module:
+    """A network on the host, float32."""
+    network, files = scaling.empty(path, torch.float32), scaling.files(path)
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        state |= {name: tensor.float() for name, tensor in load_file(file).items()}
+    network.load_state_dict({n: t for n, t in state.items() if n in network.state_dict()}, strict=False, assign=True)
+    return network

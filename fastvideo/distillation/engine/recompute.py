@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Recompute = Literal["none", "full", "selective"]
+from fastvideo.distillation.engine.lora import select, selected
+
+Recompute = Literal["full", "selective"]
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -53,6 +54,13 @@ def checkpointed(kind: Recompute) -> Callable[..., Any]:
         options["context_fn"] = _selective
 
     def call(block: nn.Module, *args: Any) -> Any:
-        return checkpoint(block.__call__, *args, **options)
+        adapter = selected(block)
 
-    return call if kind != "none" else partial(lambda block, *args: block(*args))
+        def compute(*inputs: Any) -> Any:
+            # In backward another role's adapter may be on: recompute with the one that forward saw.
+            select(block, adapter)
+            return block(*inputs)
+
+        return checkpoint(compute, *args, **options)
+
+    return call

@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from fastvideo.distillation.engine.context import has_split_tokens
 from fastvideo.distillation.engine.distributed import Processes, average_gradients
 
 Offload = Literal["none", "frozen", "all"]
@@ -101,8 +100,9 @@ def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.dev
     """
     state = {}
     for name, parameter in network.named_parameters():
-        if name in files and isinstance(parameter, DTensor):
-            local = _read_slice(files[name], name, parameter).to(device, parameter.dtype)
+        stored = name.replace(".base_layer.", ".")  # where an adapter was put around a layer
+        if stored in files and isinstance(parameter, DTensor):
+            local = _read_slice(files[stored], stored, parameter).to(device, parameter.dtype)
             state[name] = DTensor.from_local(
                 local,
                 parameter.device_mesh,
@@ -140,18 +140,23 @@ def synchronise(network: nn.Module, now: bool) -> None:
         network.set_requires_gradient_sync(now)
 
 
-def reduce_gradients(network: nn.Module, context: int = 1) -> None:
-    """Average the gradients of a network over processes; split parameters were reduced in backward already.
+def reduce_gradients(parameters: Sequence[nn.Parameter], context: int = 1) -> None:
+    """Average gradients over processes; split parameters were reduced in backward already.
 
-    The ``context`` processes of one sample add up what each has of it, in a network whose tokens are split.
+    Args:
+        context: how many processes have parts of one gradient, which add up instead.
     """
-    parameters = [p for p in network.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    average_gradients(parameters, context if has_split_tokens(network) else 1)
+    average_gradients([p for p in parameters if not isinstance(p, DTensor)], context)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory; the tensor itself where it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A whole tensor on every process; all of them take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:

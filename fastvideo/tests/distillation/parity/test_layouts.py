@@ -74,8 +74,18 @@ def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> 
     assert not wrong, "\n".join(wrong)
 
 
+LORA = {
+    "student": {"lora": {"rank": 4}, "path": None},
+    "critic": {"lora": {"rank": 3, "alpha": 6}, "path": None},
+    "teacher": {"path": None},
+}
+ACCUMULATED = {"trainer": {"grad_accumulation": 2}}
+CHECKPOINTED = {"parallel": {"activation_checkpointing": "full"}}
+
+
 def test_every_layout_trains_wan_with_dmd2_as_one_process_does(folders: Any, tmp_path: Path) -> None:
-    check(folders, [Case("wan", "dmd2")], list(LAYOUTS), tmp_path)
+    cases = [Case("wan", "dmd2"), Case("wan", "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
+    check(folders, cases, list(LAYOUTS), tmp_path)
 
 
 @pytest.mark.slow
