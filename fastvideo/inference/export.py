@@ -17,12 +17,13 @@ from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import deviation
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export_cli import ExportArguments
+from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import Source, find_source, load_source
 from fastvideo.inference.loading import RECIPE, LoadedModel, pipeline_class
 from fastvideo.inference.model_card import CardFacts, call_options, model_card, read_front_matter
 from fastvideo.inference.sampler import SamplerSpec
 
-FORMATS = ("diffusers",)
+FORMATS = ("diffusers", *LORA_FORMATS)
 MARK = "exported_to"
 """Key of a recipe that marks an export, which alone may be overwritten."""
 CLOSE = 1.001e-3
@@ -49,6 +50,8 @@ def run_export(arguments: ExportArguments) -> Export:
     source = find_source(arguments.source, arguments.weights)
     out = Path(os.path.abspath(arguments.out))
     _check_out(out, source, arguments.overwrite)
+    if arguments.to in LORA_FORMATS:
+        return Export(out, write_adapter(source, out, arguments.to, MARK), ())
     model = load_source(source)
     _check_apart(out, Path(model.source))
     spec = model.sampler(arguments.steps)

@@ -27,7 +27,8 @@ class ExportArguments:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Where the model goes; must be new or empty."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
-    """Format: `diffusers`, a pipeline folder whose scheduler walks the student's ladder."""
+    """Format: `diffusers`, a pipeline folder whose scheduler walks the student's ladder; of a student that was trained
+    as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
     steps: OptionalInt = None
     """Network steps that the scheduler is made for: all of the ladder (the default) or 1."""
     weights: OptionalWeights = None

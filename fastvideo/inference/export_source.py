@@ -10,6 +10,7 @@ from typing import Any
 from fastvideo.distillation.adapters.loading import resolve_pipeline
 from fastvideo.distillation.builder import build_adapter, families, load_adapter, load_role, run_schema
 from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.distillation.engine.lora import is_adapter, merge
 from fastvideo.distillation.engine.manifest import DamagedError, complete_checkpoints, verified
 from fastvideo.distillation.engine.restore import role_parts, role_weights
 from fastvideo.distillation.types import UserError
@@ -113,10 +114,20 @@ def load_source(source: Source) -> LoadedModel:
         raise UserError(f"checkpoint {source.checkpoint} cannot be used: {error}") from error
     state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
     try:
-        model.network.load_state_dict(state)
-    except RuntimeError as error:
+        if is_adapter(state):
+            model = _unfinished(source)  # the network that the adapter belongs to, and not a result with one merged
+            merge(model.network, state, adapter_scaling(source))
+        else:
+            model.network.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
         raise UserError(f"{source.checkpoint} does not fit the network that the run's config names: {error}") from error
     return replace(model, recipe={**model.recipe, "weights": source.weights, "steps": source.step})
+
+
+def adapter_scaling(source: Source) -> float:
+    """``alpha / rank`` of the student's adapter, as the run's config says."""
+    lora = source.config["roles"]["student"]["lora"]
+    return float((lora.get("alpha") or lora["rank"]) / lora["rank"])
 
 
 def _unfinished(source: Source) -> LoadedModel:

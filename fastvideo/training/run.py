@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
@@ -23,6 +25,7 @@ from fastvideo.distillation.engine.distributed import (
     stop_processes,
 )
 from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.lora import ADAPTER_FILE, RoleView, gather_adapter, portable
 from fastvideo.distillation.engine.manifest import complete_checkpoints
 from fastvideo.distillation.engine.memory import keep_freed_memory
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
@@ -160,15 +163,20 @@ def save_result(config: Config, adapter: Adapter, method: Method, folder: Path, 
     student = method.bundle["student"]
     with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
         whole = whole_network(network, adapter, processes)
+        lora = portable(gather_adapter(network), network.scaling) if isinstance(network, RoleView) else {}
         if whole is not None:
-            _write_result(config, adapter, whole, folder, averaged=student.ema is not None)
+            _write_result(config, adapter, whole, lora, folder, averaged=student.ema is not None)
 
 
-def _write_result(config: Config, adapter: Adapter, network: nn.Module, folder: Path, *, averaged: bool) -> None:
+def _write_result(
+    config: Config, adapter: Adapter, network: nn.Module, lora: Mapping[str, Tensor], folder: Path, *, averaged: bool
+) -> None:
     recipe = result_recipe(config, adapter, "ema" if averaged else "live", config.trainer.max_steps)
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
     adapter.save_pipeline(partial_folder, network, recipe)
+    if lora:
+        save_file(dict(lora), partial_folder / ADAPTER_FILE, metadata={"format": "pt"})
     if folder.is_dir():
         shutil.rmtree(folder)
     partial_folder.rename(folder)

@@ -147,7 +147,7 @@ class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
     @property
     @abstractmethod
     def codec_key(self) -> str:
-        """Changes with anything that the latents of a video depend on, so that cached latents are never stale."""
+        """Changes with all that the latents of a video depend on: cached latents are never stale."""
 
     @abstractmethod
     def encode(self, videos: Tensor) -> Tensor:

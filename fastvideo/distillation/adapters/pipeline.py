@@ -175,6 +175,11 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         blocks = "compiled" if self.config.compile_blocks else "eager"
         return f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
 
+    @classmethod
+    def comfy_layer(cls, layer: str) -> str:
+        """ComfyUI's name of a layer of the network; a ``UserError`` where it has none."""
+        raise UserError(f"{cls.__name__}: ComfyUI has names of its own for Wan's layers alone")
+
     def clean_prompt(self, prompt: str) -> str:
         """What the family's pipeline makes of a prompt before it is tokenized."""
         return prompt

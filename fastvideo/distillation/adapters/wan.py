@@ -22,6 +22,7 @@ from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import flow_match_sampler
 from fastvideo.distillation.adapters.loading import load_config
 from fastvideo.distillation.adapters.pipeline import PipelineAdapter, PipelineConfig, check_divisible
+from fastvideo.distillation.adapters.wan_comfy import comfy_layer
 from fastvideo.distillation.adapters.wan_inputs import (
     FITTED,
     IMAGE_EMBEDS,
@@ -94,6 +95,10 @@ class WanAdapter(PipelineAdapter[WanConfig]):
         self.inputs.check(self.source, spatial, **self.config.model_dump(include=set(FITTED)))
         frames = (self.config.num_frames - 1) // temporal + 1
         return self._vae_config["z_dim"], frames, self.config.height // spatial, self.config.width // spatial
+
+    @classmethod
+    def comfy_layer(cls, layer: str) -> str:
+        return comfy_layer(layer)
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Uniform, then shifted once as the pipeline's scheduler config says: the flow grid of Wan's own UniPC.

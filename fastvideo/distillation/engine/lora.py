@@ -32,6 +32,10 @@ class AdapterOptions(Protocol):
     def targets(self) -> Sequence[str]: ...
 
 
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""Where diffusers' ``load_lora_weights`` looks for an adapter in a folder."""
+DIFFUSERS_PREFIX = "transformer."
+
 _LAYERS: WeakSet[Any] = WeakSet()
 _LAYERS_IN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -150,6 +154,19 @@ class RoleView(nn.Module):
     def scaling(self) -> float:
         """``alpha / rank``: what the product of B and A is multiplied with."""
         return float(layers_in(self.base)[0].scaling[self.adapter])
+
+
+def is_adapter(state: Mapping[str, Tensor]) -> bool:
+    """Whether a role's state is that of an adapter."""
+    return any(name.endswith(".lora_A.weight") for name in state)
+
+
+def portable(adapter: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """An adapter under diffusers' names for a pipeline, float32, with ``alpha / rank`` multiplied into B."""
+    return {
+        f"{DIFFUSERS_PREFIX}{name}": (tensor.float() * (scaling if ".lora_B." in name else 1.0)).contiguous()
+        for name, tensor in adapter.items()
+    }
 
 
 def shared_by(network: nn.Module) -> nn.Module:
