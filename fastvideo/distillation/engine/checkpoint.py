@@ -29,7 +29,7 @@ from fastvideo.distillation.engine.durable import (
 )
 from fastvideo.distillation.engine.manifest import MANIFEST, PREFIX, Manifest, checkpoints_in, step_of
 from fastvideo.distillation.engine.state import PerProcess, RoleState, Stateful, split_state
-from fastvideo.distillation.engine.storage import HostCopy, copy_to_host, index_text, safetensors_bytes
+from fastvideo.distillation.engine.storage import HostCopy, Index, copy_to_host, index_text, safetensors_bytes
 from fastvideo.errors import RunError
 
 CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"
@@ -82,6 +82,7 @@ class _Snapshot:
 
     step: int
     tensors: Mapping[str, Tensor]
+    index: Index
     texts: Mapping[str, str]
 
 
@@ -155,8 +156,8 @@ class CheckpointHook:
         copy_to_host({**shared, **own}, copy)
         texts = {f"{rank}.json": json.dumps(own_rest[rank])}
         if self.processes.is_main:
-            texts |= {SHARED: json.dumps(rest), INDEX: index_text(copy.index), CONFIG: self.facts.config}
-        return _Snapshot(step, copy.tensors, texts)
+            texts |= {SHARED: json.dumps(rest), CONFIG: self.facts.config}
+        return _Snapshot(step, copy.tensors, copy.index, texts)
 
     def _write(self, target: Path, snapshot: _Snapshot) -> None:
         with _explained(target):
@@ -168,6 +169,7 @@ class CheckpointHook:
             if not self.processes.is_main:
                 replace_file(target / f"{rank}.files", json.dumps({n: asdict(r) for n, r in files.items()}))
                 return
+            files[INDEX] = write_file(target / INDEX, [index_text(snapshot.index).encode()])
             files |= self._written_by_others(target)
             sync_folder(target)
             self._manifest(snapshot.step, files).write(target)
@@ -192,6 +194,7 @@ class CheckpointHook:
             step=step,
             roles=tuple(self.parts.roles),
             world_size=self.processes.world_size,
+            context=self.processes.context,
             device=self.processes.device.type,
             config_hash=self.facts.config_hash,
             packages=self.facts.packages,

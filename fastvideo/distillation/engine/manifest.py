@@ -30,12 +30,14 @@ class DamagedError(Exception):
 class Manifest:
     """What a checkpoint is.
 
-    ``config_hash`` is that of the part of the config that a resumed run must keep; ``packages`` are versions.
+    ``context`` is how many processes shared a sample; ``config_hash`` is that of the part of the config that a resumed
+    run must keep; ``packages`` are versions.
     """
 
     step: int
     roles: tuple[str, ...]
     world_size: int
+    context: int
     device: str
     config_hash: str
     packages: Mapping[str, str]

@@ -88,7 +88,8 @@ def restore(folder: Path, parts: Parts, processes: Processes) -> Restored:
         raise UserError(
             f"checkpoint {folder} holds the roles {', '.join(manifest.roles)}; this run trains {', '.join(parts.roles)}"
         )
-    foreign = (manifest.world_size, manifest.device) != (processes.world_size, processes.device.type)
+    layout = (processes.world_size, processes.context, processes.device.type)
+    foreign = (manifest.world_size, manifest.context, manifest.device) != layout
     source = f"process-{0 if foreign else processes.rank}"
     index = read_index(folder / INDEX)
     _check_fit(folder, parts, index)
@@ -115,9 +116,13 @@ def _load_own(
             part.load_state_dict(states[name])
         return ()
     notes = [part.load_foreign_state(states[name], manifest.step) for name, part in parts.own.items()]
-    before = f"{manifest.world_size} x {manifest.device}"
-    now = f"{processes.world_size} x {processes.device.type}"
+    before = _layout(manifest.world_size, manifest.context, manifest.device)
+    now = _layout(processes.world_size, processes.context, processes.device.type)
     return (f"saved by {before}, resumed by {now}: weights, optimizers and averages are exact", *notes)
+
+
+def _layout(world_size: int, context: int, device: str) -> str:
+    return f"{world_size} x {device}" + (f" ({context} per sample)" if context > 1 else "")
 
 
 def _check_fit(folder: Path, parts: Parts, index: Mapping[str, Stored]) -> None:

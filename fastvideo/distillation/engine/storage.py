@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ SAFETENSORS_NAMES = {
 }
 
 
+ROOT = "all"
+"""What the tensors are planned under; it does not show in the files."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A box of a tensor in one file; ``key`` is its name there."""
@@ -78,13 +82,18 @@ Index = Mapping[str, Stored]
 
 def index_text(index: Index) -> str:
     """An index as JSON."""
-    return json.dumps({name: asdict(stored) for name, stored in sorted(index.items())}) + "\n"
+    return json.dumps({name: _entry(stored) for name, stored in sorted(index.items())}) + "\n"
 
 
 def read_index(file: Path) -> dict[str, Stored]:
     """Inverse of :func:`index_text`."""
     found = json.loads(file.read_text())
     return {name: _stored(entry) for name, entry in found.items()}
+
+
+def _entry(stored: Stored) -> dict[str, Any]:
+    pieces = [{"file": p.file, "key": p.key, "offsets": p.offsets, "sizes": p.sizes} for p in stored.pieces]
+    return {"dtype": stored.dtype, "shape": stored.shape, "pieces": pieces}
 
 
 def _stored(entry: Mapping[str, Any]) -> Stored:
@@ -145,8 +154,8 @@ class HostCopy(StorageWriter):
             tensor = planner.resolve_data(item)
             if not isinstance(tensor, Tensor) or item.tensor_data is None:
                 raise TypeError(f"{item.index.fqn} is no tensor: only tensors are planned")
-            chunk = item.tensor_data.chunk
-            key = f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}" if any(chunk.offsets) else item.index.fqn
+            chunk, name = item.tensor_data.chunk, item.index.fqn.removeprefix(f"{ROOT}.")
+            key = f"{name}@{','.join(map(str, chunk.offsets))}" if any(chunk.offsets) else name
             self.tensors[key] = tensor.detach().to("cpu", copy=True)
             piece = Piece(self.file, key, tuple(chunk.offsets), tuple(chunk.sizes))
             results.append(WriteResult(item.index, tensor.nbytes, piece))
@@ -163,7 +172,7 @@ class HostCopy(StorageWriter):
             if not isinstance(entry, TensorStorageMetadata):
                 raise TypeError(f"{name} is no tensor: only tensors are planned")
             dtype = str(entry.properties.dtype).removeprefix("torch.")
-            self.index[name] = Stored(dtype, tuple(entry.size), tuple(pieces[name]))
+            self.index[name.removeprefix(f"{ROOT}.")] = Stored(dtype, tuple(entry.size), tuple(pieces[name]))
 
 
 class PieceReader(StorageReader):
@@ -220,9 +229,9 @@ class PieceReader(StorageReader):
 
 def copy_to_host(tensors: Mapping[str, Tensor], writer: HostCopy) -> None:
     """Plan over all processes who keeps what (a replicated tensor once), and copy it; a collective."""
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _alone_is_fine():
-        save(dict(tensors), storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+    planner = DefaultSavePlanner(flatten_sharded_tensors=False)
+    with _alone_is_fine():  # under one name: torch logs every top-level entry, which takes longer than copying it
+        save({ROOT: dict(tensors)}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
 
 
 def read_into(tensors: Mapping[str, Tensor], folder: Path, index: Index, *, alone: bool = False) -> None:

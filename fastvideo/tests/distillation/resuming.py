@@ -88,6 +88,14 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
     names = sorted(first.keys() ^ second.keys())
     for name in sorted(first.keys() & second.keys()):
         one, other = first[name], second[name]
-        same = torch.equal(one, other) and one.dtype == other.dtype if isinstance(one, Tensor) else one == other
+        same = same_bits(one, other) if isinstance(one, Tensor) else one == other
         names += [] if same else [name]
     return names
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, NaN and the sign of zero included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)

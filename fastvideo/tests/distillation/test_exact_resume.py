@@ -14,7 +14,7 @@ from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.engine.ema import averaged
 from fastvideo.distillation.engine.manifest import complete_checkpoints
 from fastvideo.distillation.engine.restore import role_parts, role_weights
-from fastvideo.tests.distillation.resuming import STEPS, differences, toy_run
+from fastvideo.tests.distillation.resuming import STEPS, differences, same_bits, toy_run
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -88,15 +88,7 @@ def test_tensors_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
     again.restore(1, before.folder)
     assert found["number"] == 0.1
     for name, tensor in tensors.items():
-        assert found["inner"][name].dtype == tensor.dtype
-        assert found["inner"][name].shape == tensor.shape
-        assert (
-            found["inner"][name]
-            .contiguous()
-            .view(-1)
-            .view(torch.uint8)
-            .equal(tensor.contiguous().view(-1).view(torch.uint8))
-        )
+        assert same_bits(found["inner"][name], tensor), name
 
 
 def test_the_newest_stay_and_milestones_too(tmp_path: Path) -> None:
