@@ -36,6 +36,8 @@ Config = RunConfig[Any, Any]
 METHODS = {
     "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
     "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
+    "anyflow": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowMethod",
+    "anyflow_pretrain": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowPretrainMethod",
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",
@@ -199,7 +201,8 @@ def build_method(
             notes.append(start_from(handles[-1], role.init_from, adapter.load_network, processes))
     for role_name, options in method.optimizers(config.method).items():
         attach_optimizer(next(h for h in handles if h.name == role_name), options)
-    rng = RandomStreams(config.seed, rank=processes.data_rank, device=processes.device)
+    rank, ranks = processes.data_rank, processes.data_size
+    rng = RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
     built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
     built.notes = (*notes, *built.notes)
     return built

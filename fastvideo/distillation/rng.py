@@ -42,11 +42,12 @@ class RandomStreams:
     Args:
         seed: the run's seed.
         rank: the data rank; the ranks of one data rank (context parallel) pass the same.
+        ranks: how many data ranks there are.
         device: where tensors are drawn.
     """
 
-    def __init__(self, seed: int, *, rank: int = 0, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, seed: int, *, rank: int = 0, ranks: int = 1, device: torch.device | str = "cpu") -> None:
+        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         # A large odd stride keeps the local streams of neighbouring seeds and ranks apart.
         self.local = seeded(seed * 1_000_003 + rank + 1, self.device)
         self.shared = seeded(seed)
@@ -70,6 +71,16 @@ class RandomStreams:
     def shared_index(self, high: int) -> int:
         """One integer in ``0..high - 1``, the same on all ranks."""
         return int(torch.randint(high, (), generator=self.shared))
+
+    def places(self, count: int) -> Tensor:
+        """Float32 ``[count]`` in ``[0, 1)``: this rank's samples, spread evenly with those of all ranks.
+
+        Shares of the global batch are cut out of them: exact to one sample however small a rank's part is. The first
+        place is drawn, the same on all ranks, so that a batch of one meets every share in turn.
+        """
+        start = float(torch.rand((), generator=self.shared))
+        own = torch.arange(self.rank * count, (self.rank + 1) * count, dtype=torch.float64)
+        return ((start + own / (self.ranks * count)) % 1.0).float().to(self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Both generators' states, and torch's own (which a network may draw dropout from)."""

@@ -148,9 +148,14 @@ class Toy:
     """Learning rates that a game of two needs: the discriminator has to be quicker than the student."""
 
 
+FLOW_MAP = {"fused_guidance": 1.0, "flow_time_shift": 1.0, "caption_dropout": 0.0, "balance": False}
+"""AnyFlow's loss without what couples the samples of a batch."""
+
 TOYS = {
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
+    "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),
+    "anyflow_pretrain": Toy(FLOW_MAP, student="mean_velocity"),
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),

@@ -20,7 +20,7 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, TimeRange
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import few_step
+from fastvideo.distillation.rollout import SamplerKind, few_step
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, Condition, Given, RoleLoss, UserError, free_means
 
@@ -69,7 +69,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     frozen_roles = ("teacher",)
     term_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of further terms, in a method that adds some."""
-    sampler = "renoise"
+    sampler: ClassVar[SamplerKind] = "renoise"
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2Config, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
