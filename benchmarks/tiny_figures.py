@@ -39,7 +39,7 @@ class Arguments:
     """Training seeds; prompts and evaluation noise stay the same."""
     runs: Path = Path("outputs/figures")
     """Where the runs go."""
-    out: Path = Path("docs/results.md")
+    out: Path = Path("docs/tiny-figures.md")
     """The page."""
     remark: str = ""
     """A sentence on the circumstances, for the foot of the page."""
@@ -95,7 +95,7 @@ def ratios(figures: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-HEAD = """# Results on the tiny world
+HEAD = """# Figures of the tiny recipe over seeds
 
 Made by `python benchmarks/tiny_figures.py --seeds {seeds}` at revision {revision}, on {cores} cores ({machine}), fp32.
 Mean over {count} training seeds, with the range; {samples} held-out prompts, the same prompts and noise for every row.

@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from fastvideo.distillation.config_sections import Section
 
@@ -15,6 +23,9 @@ class TrainerConfig(Section):
 
     max_steps: PositiveInt = 1000
     """Steps; every step trains the critic (or whatever the method trains each time) once."""
+    max_cpu_seconds: NonNegativeFloat = 0.0
+    """End sooner, with the step in which this one process has spent so much CPU time on steps: a budget that other work
+    on the machine does not touch. Validation and checkpoints are not counted; 0 sets no limit."""
     grad_accumulation: PositiveInt = 1
     """Micro-batches per step; the effective batch is this x batch size x processes."""
     max_grad_norm: PositiveFloat = 1.0

@@ -86,7 +86,7 @@ class Ladder:
             return Ladder(self.times[:1])
         raise UserError(
             f"this student was trained for the ladder {list(self.times)}: it runs with --steps {len(self.times)} "
-            f"or --steps 1, not {count}"
+            f"or --steps 1, not {count}; some of its rungs, or other times, are a choice to name: --ladder 1.0 0.5"
         )
 
 

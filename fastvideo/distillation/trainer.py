@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,6 +50,7 @@ class LoopOptions:
     """What the loop reads of the config."""
 
     max_steps: int
+    max_cpu_seconds: float = 0.0
     grad_accumulation: int = 1
     max_grad_norm: float = 1.0
     log_every: int = 10
@@ -87,10 +89,11 @@ class DistillTrainer:
         self.agreement = Agreement()
         self.on_stop: Callable[[int], str] = lambda step: ""
         self.step = 0
+        self.cpu_seconds = 0.0
         self._open: Attempt | None = None
 
     def run(self, data: Iterator[RawBatch]) -> None:
-        """Train from the current step to ``max_steps``.
+        """Train from the current step to ``max_steps``, or until ``max_cpu_seconds`` are spent on steps.
 
         Raises:
             NonFiniteError: if a loss or gradient is not finite and the policy does not leave out the step.
@@ -98,8 +101,10 @@ class DistillTrainer:
         """
         with self.tracker.progress(self.options.max_steps, self.step):
             self._stop_if_asked()
-            while self.step < self.options.max_steps:
+            while not self._over():
+                begin = time.process_time()
                 self.train_step(data)
+                self.cpu_seconds += time.process_time() - begin
                 if self._wanted_now():
                     self.settle()
                 stopping.step_done()
@@ -111,9 +116,14 @@ class DistillTrainer:
             self.settle()
             raise Stopped(number, f"at step {self.step}{self.on_stop(self.step)}")
 
+    def _over(self) -> bool:
+        spent = self.options.max_cpu_seconds and self.cpu_seconds >= self.options.max_cpu_seconds
+        return bool(spent) or self.step >= self.options.max_steps
+
     def _wanted_now(self) -> bool:
-        last = self.step == self.options.max_steps
-        return last or self.step % self.options.log_every == 0 or any(hook.due(self.step) for hook in self.hooks)
+        return (
+            self._over() or self.step % self.options.log_every == 0 or any(hook.due(self.step) for hook in self.hooks)
+        )
 
     def train_step(self, data: Iterator[RawBatch]) -> tuple[str, ...]:
         """One step, to be settled; the roles that are stepped if it is finite.
@@ -188,7 +198,8 @@ class DistillTrainer:
         if step % self.options.log_every == 0:
             drained = self.metrics.drain()
             skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
-            self.tracker.log(drained | skipped, step)
+            spent = {"cpu_seconds": self.cpu_seconds} if self.options.max_cpu_seconds else {}
+            self.tracker.log(drained | skipped | spent, step)
             losses = {name.split("/")[0]: value for name, value in drained.items() if name.endswith("/loss")}
             self._shown = " ".join(f"{role} {value:.3g}" for role, value in losses.items())
         self.tracker.advance(self._shown)
@@ -196,12 +207,13 @@ class DistillTrainer:
     _shown = "distilling"
 
     def state_dict(self) -> dict[str, Any]:
-        """Finished steps, the open metrics window, and how many steps were left out."""
-        return {"step": self.step, "metrics": self.metrics.state_dict(), "guard": self.guard.state_dict()}
+        """Finished steps, the open metrics window, how many steps were left out, and what is spent of a budget."""
+        spent = {"cpu_seconds": self.cpu_seconds} if self.options.max_cpu_seconds else {}
+        return {"step": self.step, "metrics": self.metrics.state_dict(), "guard": self.guard.state_dict(), **spent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`state_dict` was taken."""
-        self.step = int(state["step"])
+        self.step, self.cpu_seconds = int(state["step"]), float(state.get("cpu_seconds", 0.0))
         self.metrics.load_state_dict(state["metrics"])
         self.guard.load_state_dict(state["guard"])
 

@@ -26,6 +26,9 @@ class EvaluateArguments:
     """Chooses prompts and noise."""
     guidance: OptionalFloat = None
     """Guidance scale for all models; default: each model's own."""
+    ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
+    """Run students down these times instead of their own, such as `1.0 0.5` for two of the rungs 1, 0.75, 0.5, 0.25.
+    Without it a student takes all rungs of its ladder, or the first alone (FOLDER:1)."""
     sweep_guidance: OptionalText = None
     """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
     out: OptionalPath = None

@@ -40,7 +40,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     if arguments.sweep_guidance is not None:
         run_sweep(arguments, console)
         return
-    rows = row_specs(arguments.folders, arguments.guidance)
+    rows = row_specs(arguments.folders, arguments.guidance, arguments.ladder)
     alone = arguments.out is not None and arguments.out.suffix == ".json"
     if arguments.out is not None and not alone:
         check_unmeasured(arguments.out)
@@ -63,11 +63,13 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
 
 
-def row_specs(folders: Sequence[str], guidance: float | None = None) -> dict[str, RowSpec]:
-    """A row for each ``FOLDER`` or ``FOLDER:STEPS``, named as given.
+def row_specs(
+    folders: Sequence[str], guidance: float | None = None, ladder: tuple[float, ...] = ()
+) -> dict[str, RowSpec]:
+    """A row for each ``FOLDER`` or ``FOLDER:STEPS``, named as given; ``ladder`` for all of them if there is one.
 
     Raises:
-        UserError: if what follows the colon is not a number, or a row is given twice.
+        UserError: if what follows the colon is not a number, comes beside a ladder, or a row is given twice.
     """
     rows: dict[str, RowSpec] = {}
     for text in folders:
@@ -76,7 +78,10 @@ def row_specs(folders: Sequence[str], guidance: float | None = None) -> dict[str
             raise UserError(f"{text!r}: FOLDER or FOLDER:STEPS is expected, and {steps!r} is not a number of steps")
         if text in rows:
             raise UserError(f"{text!r} is given twice")
-        rows[text] = RowSpec(folder, int(steps), guidance) if colon else RowSpec(text, guidance=guidance)
+        if colon and ladder:
+            raise UserError(f"{text!r}: --ladder says how many steps there are; leave out the colon")
+        one = RowSpec(folder, int(steps), guidance) if colon else RowSpec(text, guidance=guidance)
+        rows[text] = replace(one, ladder=ladder) if ladder else one
     return rows
 
 

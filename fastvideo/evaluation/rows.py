@@ -19,15 +19,15 @@ class RowSpec:
         folder: a path or ``tiny``.
         steps: sampling steps.
         guidance: standard convention, 1 = none.
-        ladder: sample as a student over these times, whatever the model: an untrained student.
-        kind: the sampler that walks ``ladder``.
+        ladder: sample as a student over these times, whatever the model: a student of another ladder, or of none.
+        kind: the sampler that walks ``ladder``; ``None`` is the model's own.
     """
 
     folder: str
     steps: int | None = None
     guidance: float | None = None
     ladder: tuple[float, ...] | None = None
-    kind: SamplerKind = "renoise"
+    kind: SamplerKind | None = None
 
     def sampler(self, model: LoadedModel) -> SamplerSpec:
         """The sampler of this row.
@@ -37,7 +37,7 @@ class RowSpec:
         """
         if self.ladder is not None:
             guidance = 1.0 if self.guidance is None else self.guidance
-            return SamplerSpec.student(Ladder(self.ladder), guidance, self.kind)
+            return SamplerSpec.student(Ladder(self.ladder), guidance, self.kind or student_sampler(model.recipe))
         return model.sampler(self.steps, self.guidance)
 
 

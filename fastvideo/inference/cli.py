@@ -30,6 +30,8 @@ class GenerateArguments:
     """Where the video goes; .mp4, .gif, .webp or .apng."""
     steps: OptionalInt = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
+    ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
+    """Run a student down these times instead of its own, such as `1.0 0.5` for two of the rungs 1, 0.75, 0.5, 0.25."""
     guidance: OptionalFloat = None
     """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and the family's published
     one for a teacher (Wan 5, CogVideoX 6)."""

@@ -29,7 +29,7 @@ def run_generate(arguments: GenerateArguments) -> str:
     sizes = ("height", "width", "num_frames", "max_sequence_length")
     options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
     model = load_model(arguments.folder, options, arguments.device)
-    spec = model.sampler(arguments.steps, arguments.guidance)
+    spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     frames = first_frames(model, arguments.image)
     begin = time.perf_counter()
     video = generate_video(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -44,12 +44,19 @@ class LoadedModel:
         """The student's noise levels."""
         return Ladder(tuple(self.recipe["ladder"]))
 
-    def sampler(self, steps: int | None = None, guidance: float | None = None) -> SamplerSpec:
+    def sampler(
+        self, steps: int | None = None, guidance: float | None = None, ladder: Sequence[float] = ()
+    ) -> SamplerSpec:
         """The sampler this model is meant for, with the given steps and guidance where they are given.
 
+        ``ladder`` are times that the user names instead of steps: the student's sampler walks them, trained for or not.
+
         Raises:
-            UserError: for a number of steps that a student was not trained for, or below 1; for an unknown sampler.
+            UserError: for a number of steps that a student was not trained for, or below 1; for an unknown sampler; for
+                a ladder that is none, beside steps, or of a model that is no student.
         """
+        if ladder:
+            return self._over(ladder, steps, guidance)
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.published_guidance)
@@ -60,6 +67,15 @@ class LoadedModel:
                 return SamplerSpec.student(Ladder.uniform(steps), guidance, kind)  # it jumps between any two times
             return SamplerSpec.student(self.ladder.first(steps or len(self.ladder)), guidance, kind)
         return SamplerSpec.teacher(self.adapter.teacher_times(steps or TEACHER_STEPS), guidance)
+
+    def _over(self, ladder: Sequence[float], steps: int | None, guidance: float | None) -> SamplerSpec:
+        if steps is not None:
+            raise UserError("a ladder says how many steps there are: give --ladder or --steps, not both")
+        if not self.is_student:
+            raise UserError(f"--ladder is for students; {self.source} is none: give --steps")
+        default = float(self.recipe.get("guidance", 1.0))
+        chosen = default if guidance is None else guidance
+        return SamplerSpec.student(Ladder(tuple(ladder)), chosen, student_sampler(self.recipe))
 
 
 def load_model(folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu") -> LoadedModel:

@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 HARMLESS = ("output", "device", "parallel", "validation", "checkpoint", "data.cache")
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
 _IN_TRAINER = (
-    *("max_steps", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips"),
+    *("max_steps", "max_cpu_seconds", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips"),
     "stop_signals",
 )
 HARMLESS_IN_TRAINER = tuple(f"trainer.{name}" for name in _IN_TRAINER)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,8 @@ from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.placement import whole_network
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
-from fastvideo.inference.recipe import result_recipe
+from fastvideo.distillation.types import UserError
+from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.stopping import listening
 from fastvideo.training.data import build_data
 from fastvideo.training.lock import check_free, locked
@@ -115,7 +117,7 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
         trainer.run(data)
     finally:
         checkpoint.wait()
-    save_result(config, adapter, method, output / "student", processes)
+    save_result(config, adapter, trainer, output / "student", processes)
     tracker.say(f"saved {output / 'student'}")
     return output / "student"
 
@@ -134,7 +136,9 @@ def build_trainer(
     """The trainer with its averages; what is called after a step comes later."""
     averaged_roles = [method.bundle[role] for role in config.ema.roles] if config.ema.enabled else []
     averages = [EMAHook(averaged_roles, config.ema.decay, config.ema.start_step)]
-    names = ("max_steps", "grad_accumulation", "max_grad_norm", "log_every")
+    if config.trainer.max_cpu_seconds and processes.world_size > 1:
+        raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
+    names = ("max_steps", "max_cpu_seconds", "grad_accumulation", "max_grad_norm", "log_every")
     options = LoopOptions(
         **config.trainer.model_dump(include=set(names)),
         context=processes.context,
@@ -155,23 +159,23 @@ def _save_for_stop(checkpoint: CheckpointHook, step: int) -> str:
     return f"; saved {checkpoint.folder / f'step-{step}'}, go on with --resume"
 
 
-def save_result(config: Config, adapter: Adapter, method: Method, folder: Path, processes: Processes) -> None:
+def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path, processes: Processes) -> None:
     """The student as a model folder: averaged weights if there are any, and the recipe that samples from it.
 
     All processes take part, because each may have a part of the weights; the main one writes.
     """
-    student = method.bundle["student"]
+    student = trainer.method.bundle["student"]
     with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
         whole = whole_network(network, adapter, processes)
         lora = portable(gather_adapter(network), network.scaling) if isinstance(network, RoleView) else {}
         if whole is not None:
-            _write_result(config, adapter, whole, lora, folder, averaged=student.ema is not None)
+            weights: Weights = "live" if student.ema is None else "ema"
+            _write_result(adapter, whole, result_recipe(config, adapter, weights, trainer.step), lora, folder)
 
 
 def _write_result(
-    config: Config, adapter: Adapter, network: nn.Module, lora: Mapping[str, Tensor], folder: Path, *, averaged: bool
+    adapter: Adapter, network: nn.Module, recipe: Mapping[str, Any], lora: Mapping[str, Tensor], folder: Path
 ) -> None:
-    recipe = result_recipe(config, adapter, "ema" if averaged else "live", config.trainer.max_steps)
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
     adapter.save_pipeline(partial_folder, network, recipe)

@@ -18,7 +18,7 @@ from fastvideo.distillation.types import UserError
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import LoadedModel, families, load_model
-from fastvideo.inference.sampler import SampleNoise, generate_latents
+from fastvideo.inference.sampler import SampleNoise, SamplerSpec, generate_latents
 from fastvideo.tiny.pipeline import PIPELINE_FOLDER
 
 LADDER = [1.0, 0.75, 0.5, 0.25]
@@ -164,3 +164,14 @@ def test_wrong_option_names_the_folder(tmp_path: Path) -> None:
 def test_file_name_is_checked_before_anything_is_loaded() -> None:
     with pytest.raises(UserError, match=r"seven\.avi"):
         run_generate(GenerateArguments("./nowhere", "a seven", output=Path("seven.avi")))
+
+
+def test_a_named_ladder_replaces_the_students_own() -> None:
+    student = model(ladder=LADDER, sampler="renoise")
+    assert student.sampler(ladder=(1.0, 0.5)) == SamplerSpec((1.0, 0.5), 1.0, "renoise")
+    with pytest.raises(UserError, match="not both"):
+        student.sampler(2, ladder=(1.0, 0.5))
+    with pytest.raises(UserError, match="must decrease"):
+        student.sampler(ladder=(0.5, 1.0))
+    with pytest.raises(UserError, match="for students"):
+        model().sampler(ladder=(1.0, 0.5))

@@ -160,3 +160,13 @@ def test_help_of_the_fields_lists_the_values_of_the_file(analytic_values: dict, 
     shown = capsys.readouterr().out
     assert "--method.teacher-guidance" in shown
     assert "--trainer.max-steps" in shown
+
+
+def test_a_budget_of_cpu_time_ends_a_run_and_not_its_validation(analytic_values: dict, monkeypatch: Any) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("fastvideo.distillation.trainer.time.process_time", lambda: float(next(clock)))
+    trainer = {"max_steps": 12, "log_every": 2, "max_cpu_seconds": 4.5}
+    folder = run(config_of(analytic_values | {"trainer": trainer}))
+    assert json.loads((folder / "recipe.json").read_text())["steps"] == 5, "each step takes one second of that clock"
+    lines = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["cpu_seconds"]) for line in lines] == [(2, 1.0), (4, 3.0)]
