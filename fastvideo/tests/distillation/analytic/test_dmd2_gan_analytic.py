@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.distribution_matching import gan
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
@@ -18,14 +17,6 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_gan import DMD2GA
 from fastvideo.distillation.rng import RandomStreams, initialising, normal, seeded
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Given, UserError
-from fastvideo.tests.distillation.analytic.mixtures import (
-    exact_batch,
-    learned_velocity,
-    mode_shares,
-    one_step,
-    three_modes,
-    wasserstein_1,
-)
 from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
@@ -285,33 +276,3 @@ def test_a_two_parameter_student_reaches_the_truth_on_average() -> None:
     train(method, batches, 2000, {"student": 0.01, "critic": 0.02, "discriminator": 0.01}, final_rate=0.1)
     mean, std = (sum(values) / len(tail) for values in zip(*tail, strict=True))
     assert (mean, std) == pytest.approx((MEAN, STD), abs=0.03)
-
-
-def mixture_method(name: str, **options: Any) -> Any:
-    """A method on the mixture: one-step student and critic are networks that have learnt the teacher's velocity."""
-    from fastvideo.distillation.builder import load_method
-
-    adapter = three_modes()
-    cls = load_method(name)
-    config = cls.Config(**{"teacher_guidance": 1.0, "generator_update_interval": 2, **options})
-    start = learned_velocity(adapter)
-    with initialising(1):
-        own = cls.heads(config, adapter)
-    handles = []
-    for role in (*cls.trainable_roles, *cls.frozen_roles):
-        network = own.get(role) or (adapter.load_network("denoiser") if role == "teacher" else copy.deepcopy(start))
-        handles.append(RoleHandle(role, adapter, network, trainable=role in cls.trainable_roles))
-    return cls(config, ModelBundle(handles), Ladder((1.0,)), RandomStreams(3))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("dmd2", {}), ("dmd2_gan", {"gan_weight": 0.03})])
-def test_a_one_step_student_keeps_all_three_modes(name: str, options: dict[str, Any]) -> None:
-    method = mixture_method(name, **options)
-    adapter = method.teacher.adapter
-    pool = [exact_batch(adapter, 64, seed) for seed in range(100)]
-    rates = {"student": 2e-3, "critic": 4e-3} | ({"discriminator": 2e-3} if name == "dmd2_gan" else {})
-    train(method, lambda step: pool[step % 100], 2500, rates)
-    samples = one_step(method.student.network, 20_000)
-    assert wasserstein_1(samples) <= 0.05
-    assert min(mode_shares(samples)) > 0.2
