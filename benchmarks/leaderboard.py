@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -154,11 +155,9 @@ def train(arguments: Arguments, method: str, folder: Path) -> dict[str, Any]:
         "validation.every": every,
         "validation.world-prompts": 64,
     }
-    command = [
-        "fastvideo.training.distillation",
-        *(str(w) for name, value in flags.items() for w in (f"--{name}", value)),
-    ]
-    cost: dict[str, Any] = measured_process([*command, *(["--overwrite"] if run.exists() else [])], log)
+    shutil.rmtree(run, ignore_errors=True)  # a run that was cut off: what it cost is not known
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    cost: dict[str, Any] = measured_process(["fastvideo.training.distillation", *words], log)
     cost |= {f"preparation_{name}": value for name, value in ahead.items()}
     cost["train_steps"] = load_recipe(str(run / "student"))["steps"]
     done.write_text(json.dumps({"identity": key, "cost": cost}, indent=2) + "\n")

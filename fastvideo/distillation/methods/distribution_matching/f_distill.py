@@ -61,7 +61,7 @@ class FDistillMethod(DMD2GANMethod):
 
     def __init__(self, config: FDistillConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
-        self.means = torch.full((config.ratio_bins,), torch.nan)
+        self.means = torch.zeros(config.ratio_bins)  # 0: nothing seen yet
 
     @torch.no_grad()
     def weights(self, logits: Tensor, t: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class FDistillMethod(DMD2GANMethod):
         count = torch.zeros_like(self.means).index_add_(0, bins, torch.ones_like(ratio))
         batch = torch.zeros_like(self.means).index_add_(0, bins, ratio) / count
         mixed = batch.lerp(self.means, self.config.ratio_decay)
-        self.means = torch.where(count == 0, self.means, torch.where(self.means.isnan(), batch, mixed))
+        self.means = torch.where(count == 0, self.means, torch.where(self.means == 0, batch, mixed))
         return ratio / self.means[bins]
 
     def state_dict(self) -> dict[str, Any]:
