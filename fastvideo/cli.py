@@ -15,6 +15,10 @@ VERBS = {
     ),
     "checkpoints": ("fastvideo.training.checkpoints_cli", "list a run's checkpoints, and verify them"),
     "preprocess": ("fastvideo.data.preprocess_cli", "encode a folder of videos and captions once, to train on"),
+    "precompute-trajectories": (
+        "fastvideo.training.trajectories_cli",
+        "store a teacher's walks from noise to data, to train the method kd on",
+    ),
     "buckets": ("fastvideo.data.buckets_cli", "show which sizes a dataset has, and how many batches they give"),
     "generate": ("fastvideo.inference.cli", "make a video from a prompt with a student or a teacher"),
     "evaluate": ("fastvideo.evaluation.cli", "measure prompt accuracy, Frechet distance, diversity and time"),
@@ -26,6 +30,8 @@ VERBS = {
 }
 """Verb -> (module with ``main(argv) -> int``, one line of help)."""
 
+WIDTH = max(map(len, VERBS))
+
 
 def usage() -> str:
     """The top-level help."""
@@ -34,7 +40,7 @@ def usage() -> str:
         "",
         "Distil a slow video diffusion model into a student that needs 1-8 network calls.",
         "",
-        *(f"  {verb:<12} {text}" for verb, (_, text) in VERBS.items()),
+        *(f"  {verb:<{WIDTH}} {text}" for verb, (_, text) in VERBS.items()),
         "",
         "start here:  fastvideo distill --config examples/distillation/tiny_wan_dmd2.yaml",
     ]

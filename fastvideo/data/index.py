@@ -69,11 +69,12 @@ def dataset_files(path: str) -> list[Path]:
 
 
 def _check_finished(manifest: Path) -> None:
-    expected, present = json.loads(manifest.read_text())["files"], len(list(manifest.parent.glob("*.parquet")))
+    made = json.loads(manifest.read_text())
+    expected, present = made["files"], len(list(manifest.parent.glob("*.parquet")))
     if present < expected:
         raise UserError(
             f"data.path: {manifest.parent} has {present} of {expected} files: its preprocessing was interrupted. Run "
-            f"the same fastvideo preprocess command again to finish it"
+            f"the same {made.get('command', 'fastvideo preprocess')} command again to finish it"
         )
 
 

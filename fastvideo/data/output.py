@@ -1,4 +1,7 @@
-"""The output folder of ``fastvideo preprocess``: made once, gone on with only under the same settings."""
+"""The output folder of ``fastvideo preprocess``, made once and gone on with only under the same settings.
+
+``fastvideo precompute-trajectories`` has such a folder too; its manifest names it as ``command``.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ def sources_key(videos: Sequence[Video]) -> str:
     return digest.hexdigest()
 
 
-def shard_path(out: Path, number: int) -> Path:
+def shard_path(out: Path, number: int, stem: str = "videos") -> Path:
     """The name of an output file."""
-    return out / f"videos-{number:05d}.parquet"
+    return out / f"{stem}-{number:05d}.parquet"
 
 
-def prepare_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> list[int]:
+def prepare_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool, stem: str = "videos") -> list[int]:
     """Make the folder, or go on with an interrupted one; the numbers of the files that are still to be written.
 
     Raises:
@@ -46,14 +49,15 @@ def prepare_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool) -
     if (out / MANIFEST).is_file():
         _check_same(out, json.loads((out / MANIFEST).read_text()), json.loads(json.dumps(manifest)))
     elif out.exists() and (not out.is_dir() or any(not _is_leftover(item) for item in out.iterdir())):
-        raise UserError(f"--out: {out} exists and was not made by fastvideo preprocess; choose another")
+        command = manifest.get("command", "fastvideo preprocess")
+        raise UserError(f"--out: {out} exists and was not made by {command}; choose another")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for item in out.iterdir():
         if _is_leftover(item):
             item.unlink()
-    return [number for number in range(manifest["files"]) if not shard_path(out, number).is_file()]
+    return [number for number in range(manifest["files"]) if not shard_path(out, number, stem).is_file()]
 
 
 def _is_leftover(item: Path) -> bool:

@@ -6,38 +6,22 @@ processes there are and however often the work is interrupted, the same rows com
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastvideo.data.captions import Video, find_videos
 from fastvideo.data.clips import Policy
 from fastvideo.data.model import ModelChoice
 from fastvideo.data.output import SKIPPED, collect, prepare_output, shard_path, sources_key
 from fastvideo.data.shards import ShardWriter
+from fastvideo.data.workers import WriteFile, progress, start_server, write_files
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import RunError
 
 FORMAT = 1
 """Raised when the same settings would make other rows."""
-POLL = 0.2
-"""Seconds between two looks at what the processes have done."""
-IMPORTED = (__name__, "diffusers.models.autoencoders", "transformers")
-"""What every process needs and takes seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +54,20 @@ class Job:
     def part(self, number: int) -> Sequence[Video]:
         """The videos of one output file."""
         return self.videos[number * self.per_file : (number + 1) * self.per_file]
+
+    def size(self, number: int) -> int:
+        """Videos of one output file."""
+        return len(self.part(number))
+
+    def writer(self, device: str) -> WriteFile:
+        """What writes an output file, on a device."""
+        adapter = self.choice.adapter(device)
+        writer = ShardWriter(adapter, self.policy, self.settings(adapter.codec_key))
+
+        def write(number: int, done: Callable[[int], None]) -> None:
+            writer.write(shard_path(self.out, number), self.part(number), done)
+
+        return write
 
     def settings(self, codec_key: str) -> dict[str, Any]:
         """What every row depends on besides its video."""
@@ -104,7 +102,7 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
         RunError: if a process dies; the same call goes on from there.
     """
     if workers > 1:
-        _start_server()
+        start_server(__name__)
     adapter = job.choice.adapter(job.device)
     if all(video.problem for video in job.videos):
         raise UserError(f"none of {len(job.videos)} videos has a caption: {job.videos[0].problem}")
@@ -112,100 +110,10 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
     manifest |= {"videos": len(job.videos), "files": job.files}
     missing = prepare_output(job.out, manifest, overwrite=overwrite)
     begin, encoded = time.monotonic(), sum(len(job.part(number)) for number in missing)
-    with progress(len(job.videos), len(job.videos) - encoded) as show:
-        if workers == 1:
-            _encode_here(job, manifest["settings"], missing, show)
-        else:
-            _encode_in_processes(job, manifest["settings"], missing, min(workers, max(1, len(missing))), show)
+    with progress("encoding videos", len(job.videos), len(job.videos) - encoded) as show:
+        write_files(job, missing, workers, show)
     clips, skipped = collect(job.out, job.files)
     return Summary(job.out, clips, len(job.videos), skipped, time.monotonic() - begin, encoded)
-
-
-@contextmanager
-def progress(total: int, before: int) -> Iterator[Callable[[int], None]]:
-    """A bar with an estimate on stderr; call with the number of videos done by this call so far."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("encoding videos", total=total, completed=before)
-        yield lambda done: bar.update(task, completed=before + done)
-
-
-def _encode_here(job: Job, made: dict[str, Any], missing: Sequence[int], show: Callable[[int], None]) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a process of its own: sums in another order would give other bits
-    try:
-        writer, before = ShardWriter(job.choice.adapter(job.device), job.policy, made), 0
-        for number in missing:
-            writer.write(shard_path(job.out, number), job.part(number), lambda done, base=before: show(base + done))
-            before += len(job.part(number))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _start_server() -> None:
-    """Start the process that the others are forked from: it imports once for all, while this one loads the model."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
-    forkserver.ensure_running()
-
-
-def _encode_in_processes(
-    job: Job, made: dict[str, Any], missing: Sequence[int], workers: int, show: Callable[[int], None]
-) -> None:
-    context = multiprocessing.get_context("forkserver")
-    counts = context.RawArray("L", max(1, job.files))
-    order, stop = context.Value("L", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, made, counts, order, stop))
-    try:
-        _watch({pool.submit(_encode_file, number) for number in missing}, lambda: show(sum(counts)))
-    except BrokenProcessPool as error:
-        raise RunError("a process was killed (out of memory?); run the same command again to go on") from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def _watch(pending: set[Future[None]], show: Callable[[], None]) -> None:
-    while pending:
-        finished, pending = wait(pending, timeout=POLL)
-        show()
-        for future in finished:
-            future.result()
-
-
-_worker: dict[str, Any] = {}
-"""What a process keeps between two files."""
-
-
-def _start_worker(job: Job, made: dict[str, Any], counts: Any, order: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says so once
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    with order.get_lock():
-        number, order.value = order.value, order.value + 1
-    device = job.device
-    if device == "cuda":
-        device = f"cuda:{number % torch.cuda.device_count()}"
-    _worker.update(job=job, counts=counts, stop=stop, writer=ShardWriter(job.choice.adapter(device), job.policy, made))
-
-
-def _die_with_parent() -> None:
-    """A process that outlived a killed parent would write into the folder of the next call."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_file(number: int) -> None:
-    job, counts = _worker["job"], _worker["counts"]
-
-    def done(count: int) -> None:
-        counts[number] = count
-        if _worker["stop"].is_set():
-            os._exit(1)
-
-    _worker["writer"].write(shard_path(job.out, number), job.part(number), done)
 
 
 def make_job(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,17 @@ def without_padding(embedding: Floats) -> Floats:
     return embedding[: used[-1] + 1 if len(used) else 1]
 
 
+@contextmanager
+def whole_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A Parquet file that appears whole: it is written under another name, flushed to the disk and renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with pq.ParquetWriter(temporary, schema, compression="none", use_dictionary=False, write_statistics=False) as file:
+        yield file
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(path)
+
+
 @dataclass(frozen=True)
 class ShardWriter:
     """Writes output files.
@@ -87,14 +99,11 @@ class ShardWriter:
     def write(self, path: Path, videos: Sequence[Video], done: Callable[[int], None]) -> None:
         """The file of these videos; ``done`` is called with the number of finished videos.
 
-        It appears whole: it is written under another name, flushed to the disk and renamed.
+        It appears whole or not at all: see :func:`whole_file`.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         schema = schema_with(self.adapter.extra_shapes)
         skipped: list[dict[str, str]] = []
-        with pq.ParquetWriter(
-            temporary, schema, compression="none", use_dictionary=False, write_statistics=False
-        ) as file:
+        with whole_file(path, schema) as file:
             groups = _Groups(file, schema)
             for count, video in enumerate(videos, start=1):
                 try:
@@ -106,9 +115,6 @@ class ShardWriter:
             groups.close()
             made = {**self.made, "skipped": skipped}
             file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(made)})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
 
 
 class _Groups:

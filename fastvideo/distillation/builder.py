@@ -34,6 +34,7 @@ Method = DistillMethod[Any]
 Config = RunConfig[Any, Any]
 
 METHODS = {
+    "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",
     "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
     "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
     "anyflow": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowMethod",

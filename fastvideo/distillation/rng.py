@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,11 @@ from torch import Tensor
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator with its own state."""
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """A 64-bit seed in which neighbouring (seed, index) pairs have nothing in common."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
 def normal(

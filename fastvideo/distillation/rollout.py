@@ -63,6 +63,26 @@ def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
     return x
 
 
+def euler_states(
+    velocity: Velocity, noise: Tensor, times: Sequence[float], kept: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """:func:`euler`, and its states ``[B, K, C, F, H, W]`` at the times ``kept``, which are all among ``times``.
+
+    Raises:
+        ValueError: for a time that the walk does not come to.
+    """
+    missing = sorted(set(kept) - set(times), reverse=True)
+    if missing:
+        raise ValueError(f"the walk does not come to {missing}")
+    x, states = noise, []
+    with torch.no_grad():
+        for t, after in zip(times, (*times[1:], 0.0), strict=True):
+            if t in kept:
+                states.append(x)
+            x = x - (t - after) * velocity(x, at_time(x, t))
+    return torch.stack(states, dim=1), x
+
+
 def flow_map(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
     """Jump down ``times`` to 0: ``x <- x - (t - r) u(x, t, r)``, one call per jump (MeanFlow arXiv 2505.13447, eq. 12).
 

@@ -74,6 +74,11 @@ class Ladder:
         """The times with the final 0."""
         return (*self.times, 0.0)
 
+    def joined(self, other: Ladder, tolerance: float = 1e-6) -> Ladder:
+        """All times of both; of two that are nearer than ``tolerance``, the one of ``other``."""
+        own = [t for t in self.times if all(abs(t - kept) > tolerance for kept in other.times)]
+        return Ladder(tuple(sorted((*own, *other.times), reverse=True)))
+
     def first(self, count: int) -> Ladder:
         """The ladder that makes ``count`` calls: its first rung alone for 1, all rungs for ``len(self)``.
 

@@ -9,12 +9,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastvideo.errors import UserError
 
-__all__ = ["Batch", "Condition", "Given", "Need", "RawBatch", "RoleLoss", "UserError", "free_means", "free_tokens"]
+__all__ = [
+    "STATES",
+    "STATE_TIMES",
+    "Batch",
+    "Condition",
+    "Given",
+    "Need",
+    "RawBatch",
+    "RoleLoss",
+    "Trajectory",
+    "UserError",
+    "free_means",
+    "free_tokens",
+]
 
+STATES, STATE_TIMES = "trajectory", "trajectory_times"
+"""Names of a teacher's walk among the extras of a :class:`RawBatch`."""
 Need = Literal["flow_map", "jvp", "features"]
 """What a method may need of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of
 ``velocity``, features inside the network."""
@@ -97,11 +113,30 @@ class RawBatch:
 
     ``extras`` is what else was computed beforehand and stands in for what the adapter would compute, batched, by name:
     ``text_embedding`` ``[B, L, D]``, and whatever more a family declares (``DistillAdapter.extra_shapes``).
+    ``trajectory`` ``[B, K, C, F, H, W]`` and ``trajectory_times`` ``[B, K]`` are a teacher's states on the way there.
     """
 
     captions: tuple[str, ...]
     latents: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A teacher's walks from noise to the data of a batch, at some of their times.
+
+    ``states`` are ``[B, K, C, F, H, W]``, ``times`` float32 ``[B, K]``, on the CPU: the rectified-flow time of each.
+    """
+
+    states: Tensor
+    times: Tensor
+
+    @classmethod
+    def of(cls, extras: Mapping[str, Tensor], device: torch.device) -> Trajectory | None:
+        """Those among what a data source yields, on the device; ``None`` if there are none."""
+        if STATES not in extras:
+            return None
+        return cls(extras[STATES].to(device, torch.float32, non_blocking=True), extras[STATE_TIMES].float())
 
 
 @dataclass(frozen=True)
@@ -116,6 +151,8 @@ class Batch:
     condition: Condition
     negative: Condition
     x0: Tensor | None = None
+    trajectory: Trajectory | None = None
+    """How a teacher came to ``x0``; only for methods that train on that."""
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:

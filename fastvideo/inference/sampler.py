@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
@@ -59,7 +58,7 @@ class SampleNoise:
     """One random stream per sample, a pure function of (seed, index of the prompt): batching cannot change a result."""
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
-        self._streams = [seeded(_mixed(seed, index)) for index in indices]
+        self._streams = [seeded(sample_seed(seed, index)) for index in indices]
         self._device = device
 
     def draw(self, shape: Sequence[int]) -> Tensor:
@@ -69,11 +68,6 @@ class SampleNoise:
     def like(self, x: Tensor) -> Tensor:
         """The next noise for a batch of latents."""
         return self.draw(x.shape[1:])
-
-
-def _mixed(seed: int, index: int) -> int:
-    """A 64-bit seed in which neighbouring (seed, index) pairs have nothing in common."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
 def generate_batches(

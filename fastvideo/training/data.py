@@ -8,7 +8,7 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard, Source
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import Adapter, Config, load_method
 from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 
 TINY = "tiny"
 READ_AHEAD = 2
@@ -31,12 +31,38 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
 
 def open_source(config: Config, adapter: Adapter) -> tuple[Source, str]:
     """The samples; latents are read, or (once) computed, only for a method that trains on them."""
-    with_latents = load_method(config.distill_method).uses_latents(config.method)
+    method = load_method(config.distill_method)
+    with_latents = method.uses_latents(config.method)
+    if method.needs_trajectories:
+        return _trajectories(config, adapter)
     if config.data.prompts is not None:
         return _prompts(config, adapter, with_latents or adapter.needs_frames)
     if config.data.path != TINY:
         return _dataset(config, adapter, with_latents or adapter.needs_frames)
     return _tiny_world(config, adapter, with_latents or adapter.needs_frames)
+
+
+def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
+    """A teacher's walks that were made as the run is configured."""
+    from fastvideo.data.fits import Wanted
+    from fastvideo.data.parquet import ParquetSource
+    from fastvideo.data.trajectories import check_made_for, metadata_at
+
+    if config.data.prompts is not None or config.data.path == TINY:
+        raise UserError(
+            f"data.path: {config.distill_method} trains on a teacher's trajectories; make them with: fastvideo "
+            f"precompute-trajectories --config CONFIG --out FOLDER, and give the folder as data.path"
+        )
+    teacher = adapter.load_network(config.method.teacher_path)
+    for made in metadata_at(config.data.path):
+        check_made_for(made, config, adapter, teacher)
+    rungs = len(config.ladder.times)
+    extras = {STATES: (rungs, *adapter.latent_shape), STATE_TIMES: (rungs,)}
+    source = ParquetSource(
+        config.data.path, Wanted(latents=adapter.latent_shape, extras=extras, codec_key=adapter.codec_key)
+    )
+    adapter.check_prompts(source.captions())
+    return source, f"{len(source)} trajectories of {config.data.path}, {rungs} states each"
 
 
 def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.taps import FeatureTaps
 from fastvideo.distillation.scaling import Scaling
-from fastvideo.distillation.types import Batch, Condition, Need, RawBatch, UserError
+from fastvideo.distillation.types import Batch, Condition, Need, RawBatch, Trajectory, UserError
 
 
 class AdapterConfig(BaseModel):
@@ -295,4 +295,5 @@ class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
             condition=self.text_of(raw) | first,
             negative=self.negative(count) | first,
             x0=x0,
+            trajectory=Trajectory.of(raw.extras, self.device),
         )

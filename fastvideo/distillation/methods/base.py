@@ -101,6 +101,8 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """Whether every config of this method trains on clean latents; see :meth:`uses_latents`."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What it needs of the model family, at most; see :meth:`needs_of`. ``flow_map`` is about the student's network."""
+    needs_trajectories: ClassVar[bool] = False
+    """Whether its data are a teacher's stored walks, with the latents that they end in."""
     makes_teachers: ClassVar[bool] = False
     """Whether its result is sampled in any number of guided steps, and not as the run's ladder says."""
     summary: ClassVar[str]

@@ -20,7 +20,7 @@ from fastvideo.distillation.engine.restore import restore
 from fastvideo.distillation.engine.state import split_state
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
-from fastvideo.tests.distillation.toys import MEAN, STD, spy, toy_method
+from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, spy, toy_method, trajectory_extras
 from fastvideo.training.resume import run_parts
 
 STEPS, LOG_EVERY, SAMPLES = 6, 4, 22
@@ -70,7 +70,8 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
         attach_optimizer(method.bundle[role], options.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 3}))
     generator = torch.Generator().manual_seed(5)
     latents = MEAN + STD * torch.randn((SAMPLES, 1, 1, 4, 4), generator=generator)
-    stream = SampleStream(MemorySource([str(i / 10) for i in range(SAMPLES)], latents), 3, Shard(4))
+    walks = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
+    stream = SampleStream(MemorySource([str(i / 10) for i in range(SAMPLES)], latents, walks), 3, Shard(4))
     averages = [EMAHook([method.bundle[role] for role in method.trainable_roles], 0.9, start_step=2)]
     loop = LoopOptions(STEPS, grad_accumulation=accumulation, log_every=LOG_EVERY)
     adapter = method.bundle["student"].adapter

@@ -15,7 +15,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.types import Batch, Condition, Given, free_means
+from fastvideo.distillation.types import Batch, Condition, Given, Trajectory, free_means
 from fastvideo.tests.distillation.toys import LADDER, SpyAdapter, analytic_batch, gaussian, spy, toy_method, with_given
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -59,7 +59,9 @@ def made(name: str, frames: int = FRAMES, **options: Any) -> tuple[DistillMethod
     shape = (COUNT, 1, frames, 4, 4)
     rng = RandomStreams(3) if frames == FRAMES else FreeFrames(3)
     method = toy_method(name, adapter, mean=-0.5, std=1.2, rng=rng, **options)
-    return method, adapter, replace(whole, shape=shape, x0=whole.x0[:, :, FRAMES - frames :])
+    assert whole.trajectory is not None
+    walk = Trajectory(whole.trajectory.states[:, :, :, FRAMES - frames :], whole.trajectory.times)
+    return method, adapter, replace(whole, shape=shape, x0=whole.x0[:, :, FRAMES - frames :], trajectory=walk)
 
 
 @every_variant

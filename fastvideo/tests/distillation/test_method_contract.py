@@ -15,7 +15,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.types import Batch, Condition, RawBatch
+from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config
 from fastvideo.tests.distillation.toys import (
     LADDER,
@@ -29,6 +29,7 @@ from fastvideo.tests.distillation.toys import (
     spy,
     toy_method,
     train,
+    trajectory_extras,
 )
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -175,7 +176,9 @@ def test_reordering_the_batch_reorders_the_gradients(name: str) -> None:
         if isinstance(streams, ReorderedStreams):
             assert batch.x0 is not None
             condition = Condition({key: value[ORDER] for key, value in batch.condition.tensors.items()})
-            batch = Batch(batch.shape, condition, batch.negative, batch.x0[ORDER])
+            assert batch.trajectory is not None
+            walk = Trajectory(batch.trajectory.states[ORDER], batch.trajectory.times[ORDER])
+            batch = Batch(batch.shape, condition, batch.negative, batch.x0[ORDER], walk)
         method = toy_method(name, adapter, mean=-0.5, std=1.2, rng=streams)
         found.append(output_gradients(method, adapter, batch))
     assert found[0]
@@ -247,7 +250,8 @@ def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan:
     method = cls(config, ModelBundle(handles), LADDER, RandomStreams(3))
     move_apart(method)
     latents = RandomStreams(1).normal((2, *wan.latent_shape))
-    for loss in method.losses(wan.prepare(RawBatch(("red seven", "a three"), latents)), 0):
+    walk = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
+    for loss in method.losses(wan.prepare(RawBatch(("red seven", "a three"), latents, walk)), 0):
         loss.value.backward()
         assert loss.value.dtype == torch.float32
         assert loss.value.isfinite()

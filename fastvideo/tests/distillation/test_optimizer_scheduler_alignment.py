@@ -15,9 +15,9 @@ from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import RawBatch
+from fastvideo.tests.distillation.toys import LADDER, trajectory_extras
 
 WARMUP = 4
 
@@ -32,13 +32,15 @@ def build(name: str, **options: object) -> tuple[DistillMethod, AnalyticAdapter]
     for handle in handles:
         if handle.trainable:
             attach_optimizer(handle, method.optimizers(config)[handle.name])
-    return method(config, ModelBundle(handles), Ladder((1.0, 0.5)), RandomStreams(0)), adapter
+    return method(config, ModelBundle(handles), LADDER, RandomStreams(0)), adapter
 
 
 def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int, folder: object) -> None:
     def batches():
         while True:
-            yield RawBatch(("0", "0"), RandomStreams(1).normal((2, *adapter.latent_shape)))
+            latents = RandomStreams(1).normal((2, *adapter.latent_shape))
+            walk = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
+            yield RawBatch(("0", "0"), latents, walk)
 
     tracker = Tracker(folder, enabled=False)
     options = LoopOptions(max_steps=steps, grad_accumulation=accumulation, log_every=100)

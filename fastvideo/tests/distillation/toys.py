@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,8 +15,9 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
+from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, Condition, Given, RawBatch
 
+LADDER = Ladder((1.0, 0.9, 0.75, 0.5))
 MEAN, STD = 0.7, 0.4
 """The truth that analytic teachers know: every element is drawn from N(MEAN, STD^2)."""
 
@@ -94,12 +96,19 @@ def moments(handle: RoleHandle) -> tuple[float, float]:
 def analytic_batch(
     adapter: AnalyticAdapter, count: int, *, captions: Sequence[str] = (), seed: int = 5, latents: bool = True
 ) -> Batch:
-    """A prepared batch of exact data: N(MEAN + caption, STD^2)."""
+    """A prepared batch of exact data, N(MEAN + caption, STD^2), with the walks that end there."""
     captions = tuple(captions) or ("",) * count
-    shift = adapter.encode_prompts(captions).tensors["shift"].view(-1, 1, 1, 1, 1)
-    generator = torch.Generator().manual_seed(seed)
-    x0 = MEAN + shift + STD * torch.randn((count, *adapter.latent_shape), generator=generator)
-    return adapter.prepare(RawBatch(captions, x0 if latents else None))
+    mean = MEAN + adapter.encode_prompts(captions).tensors["shift"].view(-1, 1, 1, 1, 1)
+    noise = torch.randn((count, *adapter.latent_shape), generator=torch.Generator().manual_seed(seed))
+    if not latents:
+        return adapter.prepare(RawBatch(captions))
+    walk = [(1 - t) * mean + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * noise for t in LADDER.times]
+    return adapter.prepare(RawBatch(captions, mean + STD * noise, trajectory_extras(torch.stack(walk, 1))))
+
+
+def trajectory_extras(states: Tensor) -> dict[str, Tensor]:
+    """What a data source yields beside the latents for states ``[B, K, C, F, H, W]`` at the times of ``LADDER``."""
+    return {STATES: states, STATE_TIMES: torch.tensor(LADDER.times).expand(len(states), -1)}
 
 
 def with_given(batch: Batch, frames: int = 1) -> Batch:
@@ -131,9 +140,6 @@ def train(
             method.bundle[role].step()
 
 
-LADDER = Ladder((1.0, 0.9, 0.75, 0.5))
-
-
 @dataclass(frozen=True)
 class Toy:
     """The toy config of one method, and which exact network its student has."""
@@ -152,6 +158,7 @@ FLOW_MAP = {"fused_guidance": 1.0, "flow_time_shift": 1.0, "caption_dropout": 0.
 """AnyFlow's loss without what couples the samples of a batch."""
 
 TOYS = {
+    "kd": Toy({}, student="consistency"),
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
     "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.types import Given, free_means
+from fastvideo.distillation.types import Given
 
 LEAST_STEP = 1e-6
 """A lower noise level is at least this far below its upper one."""
@@ -43,8 +43,9 @@ def step_weights(t: Tensor, r: Tensor, weighting: StepWeighting, sigma_data: flo
 def sample_distances(estimate: Tensor, target: Tensor, given: Given | None, huber: float | None) -> Tensor:
     """Distance ``[B]`` of two batches of samples, over what is not given: ``sqrt(d^2 + huber^2) - huber``, or ``d^2``.
 
-    ``d`` is the Euclidean distance of whole samples (pseudo-Huber of iCT, arXiv 2310.14189).
+    ``d`` is the Euclidean distance of what is generated of a sample (pseudo-Huber of iCT, arXiv 2310.14189).
     """
     squared = (estimate.double() - target.double()).square()
-    squared = free_means(squared, given).flatten() * squared[0].numel()
+    free = squared if given is None else squared.masked_fill(given.frames, 0.0)
+    squared = free.flatten(1).sum(dim=1)
     return squared if huber is None else (squared + huber**2).sqrt() - huber

@@ -229,7 +229,7 @@ def test_weights_and_distances_are_as_stated() -> None:
     assert sample_distances(a, b, None, 1e-8).tolist() == pytest.approx([math.sqrt(18), math.sqrt(32)], rel=1e-6)
     assert sample_distances(a, b, None, 2.0).tolist() == pytest.approx([math.sqrt(22) - 2, 4.0])
     given = Given(torch.tensor([[True, False], [True, False]]), b)
-    assert sample_distances(a, b, given, None).tolist() == [0.0, 64.0], "the mean over what is free, times the size"
+    assert sample_distances(a, b, given, None).tolist() == [0.0, 32.0], "what is free alone"
 
 
 def test_noise_levels_are_log_normal_then_clamped(adapter: SpyAdapter) -> None:

@@ -1,0 +1,182 @@
+"""A teacher's walks on disk: the same rows however they were made, and refused by a run that is not theirs."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from fastvideo.cli import main
+from fastvideo.data.schema import floats, metadata_of
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter
+from fastvideo.distillation.builder import run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.rng import normal, sample_seed, seeded
+from fastvideo.distillation.types import UserError
+from fastvideo.training.data import open_source
+from fastvideo.training.run import run
+
+ROWS, LADDER = 10, [1.0, 0.9, 0.5]
+MakeConfig = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> MakeConfig:
+    """A KD run on the analytic family, as YAML would have it; the trajectories go to ``out``."""
+
+    def make(**method: Any) -> dict[str, Any]:
+        return {
+            "distill_model": "analytic",
+            "distill_method": "kd",
+            "output": str(tmp_path / "run"),
+            "seed": 4,
+            "device": "cpu",
+            "model": {"path": "denoiser", "shape": [1, 1, 2, 3]},
+            "roles": {"student": {"trainable": True, "path": "consistency"}},
+            "ladder": {"times": LADDER},
+            "method": {"teacher_guidance": 2.0, "teacher_steps": 7, "learning_rate": 0.01, **method},
+            "data": {"path": str(tmp_path / "out"), "batch_size": 4},
+            "trainer": {"max_steps": 3, "threads": 1},
+        }
+
+    return make
+
+
+def command(tmp_path: Path, values: dict[str, Any], out: str = "out", *flags: str) -> list[str]:
+    """The call that makes ten walks in files of four, through the network three at a time."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "prompts.txt").write_text("0.5\n-1\n0\n")
+    arguments = ["precompute-trajectories", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / out)]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--count", str(ROWS), "--rows-per-file", "4"]
+    return [*arguments, "--batch-size", "3", *flags]
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All rows, tensors decoded."""
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    for row in rows:
+        for name in ("vae_latent", "trajectory", "trajectory_times"):
+            row[name] = torch.tensor(floats(row[f"{name}_bytes"], row[f"{name}_shape"], row[f"{name}_dtype"]))
+    return rows
+
+
+def as_config(values: dict[str, Any]) -> Any:
+    return validate(run_schema("analytic", "kd"), values, "test")
+
+
+def test_a_row_is_the_guided_walk_from_its_own_noise(values: MakeConfig, tmp_path: Path) -> None:
+    assert main(command(tmp_path, values())) == 0
+    rows = read(tmp_path / "out")
+    assert [row["caption"] for row in rows] == (["0.5", "-1", "0"] * 4)[:ROWS]
+    times = sorted({*(1 - i / 7 for i in range(7)), *LADDER}, reverse=True)
+    for number, row in enumerate(rows):
+        x = normal((1, 1, 2, 3), seeded(sample_seed(4, number)))
+        mean, states = 0.7 + 2.0 * float(row["caption"]), {}  # guidance 2 moves the mean by twice the caption
+        for t, after in zip(times, (*times[1:], 0.0), strict=True):
+            states[t] = x
+            variance = (1 - t) ** 2 * 0.16 + t**2
+            u = -mean + (t - (1 - t) * 0.16) / variance * (x - (1 - t) * mean)
+            x = x - (t - after) * u
+        torch.testing.assert_close(row["trajectory"], torch.stack([states[t] for t in LADDER]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row["vae_latent"], x, rtol=1e-4, atol=1e-5)
+        assert row["trajectory_times"].tolist() == torch.tensor(LADDER).tolist()
+
+
+def test_the_metadata_says_how_it_was_made(values: MakeConfig, tmp_path: Path) -> None:
+    main(command(tmp_path, values()))
+    made = metadata_of(pq.read_metadata(tmp_path / "out" / "trajectories-00002.parquet").metadata)
+    assert (made["ladder"], made["guidance"], made["seed"], made["solver"]) == (LADDER, 2.0, 4, "euler")
+    assert len(made["solver_times"]) == 9
+    assert len(made["teacher"]) == 64
+    assert (made["family"], made["model"], made["latents"]) == ("analytic", "denoiser", "normalised")
+
+
+@pytest.mark.slow
+def test_two_processes_and_an_interruption_give_the_same_files_as_one_process(
+    values: MakeConfig, tmp_path: Path
+) -> None:
+    main(command(tmp_path, values(), "one"))
+    assert main(command(tmp_path, values(), "two", "--workers", "2")) == 0
+    process = multiprocessing.get_context("fork").Process(target=main, args=(command(tmp_path, values(), "killed"),))
+    process.start()
+    while not list((tmp_path / "killed").glob("*.parquet")):
+        process.join(0.002)
+    process.kill()
+    process.join()
+    (tmp_path / "killed" / ".trajectories-00001.parquet.99.part").write_text("cut off")
+    (tmp_path / "killed" / "trajectories-00002.parquet").unlink(missing_ok=True)
+    main(command(tmp_path, values(), "killed"))
+    files = {name: sorted((tmp_path / name).iterdir()) for name in ("one", "two", "killed")}
+    assert [file.name for file in files["one"]] == [
+        "preprocess.json", "trajectories-00000.parquet", "trajectories-00001.parquet", "trajectories-00002.parquet",
+    ]  # fmt: skip
+    for name in ("two", "killed"):
+        assert [file.read_bytes() for file in files[name]] == [file.read_bytes() for file in files["one"]]
+
+
+def test_a_run_trains_on_them(values: MakeConfig, tmp_path: Path) -> None:
+    main(command(tmp_path, values()))
+    student = run(as_config(values()))
+    assert (student / "recipe.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": {"teacher_guidance": 3.0}}, "guidance: made with 2.0, configured 3.0"),
+        ({"method": {"teacher_steps": 14}}, r"teacher steps: made with \[.*configured 15 from 1 to"),
+        ({"ladder": {"times": [1.0, 0.75]}}, r"ladder: made with \[1.0, 0.9, 0.5\], configured \[1.0, 0.75\]"),
+        ({"model": {"path": "denoiser", "shape": [1, 1, 2, 3], "means": [0.8]}}, "teacher weights: made with [0-9a-f]"),
+        ({"data": {"prompts": "PROMPTS"}}, "trains on a teacher's trajectories"),
+        ({"data": {"path": "tiny"}}, "precompute-trajectories --config"),
+    ],
+)
+def test_a_run_that_is_not_theirs_is_refused_with_both_values(
+    change: dict[str, Any], message: str, values: MakeConfig, tmp_path: Path
+) -> None:
+    main(command(tmp_path, values()))
+    changed = values()
+    for section, fields in change.items():
+        fields = {key: str(tmp_path / "prompts.txt") if value == "PROMPTS" else value for key, value in fields.items()}
+        changed[section] = {**changed[section], **fields} if section in ("method", "model") else fields
+    config = as_config(changed)
+    with pytest.raises(UserError, match=message):
+        open_source(config, AnalyticAdapter(config.model))
+
+
+def test_videos_are_no_trajectories(values: MakeConfig, tmp_path: Path) -> None:
+    main(command(tmp_path, values()))
+    for file in (tmp_path / "out").glob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.replace_schema_metadata({}), file)
+    config = as_config(values())
+    with pytest.raises(UserError, match="holds no trajectories, which kd trains on"):
+        open_source(config, AnalyticAdapter(config.model))
+
+
+def test_an_interrupted_folder_is_refused_and_so_is_another_configs(
+    values: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(tmp_path, values()))
+    assert main(command(tmp_path, values(teacher_guidance=3.0))) == 2
+    assert "guidance: 2.0 -> 3.0" in capsys.readouterr().err
+    assert main(command(tmp_path, values(teacher_guidance=3.0), "out", "--overwrite")) == 0
+    (tmp_path / "out" / "trajectories-00000.parquet").unlink()
+    config = as_config(values(teacher_guidance=3.0))
+    with pytest.raises(UserError, match="Run the same fastvideo precompute-trajectories command again"):
+        open_source(config, AnalyticAdapter(config.model))
+
+
+def test_a_method_that_needs_none_is_refused(
+    values: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {**values(), "distill_method": "sft", "method": {}}
+    assert main(command(tmp_path, wrong)) == 2
+    assert "sft trains on no trajectories" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,78 @@
+"""``fastvideo precompute-trajectories``: options, free of heavy imports so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class TrajectoryArguments:
+    """Walk a teacher from noise to data once, and store its states at the student's noise levels, to train kd on.
+
+    An interrupted call goes on where it was when it is given again. Ladder, teacher and guidance are the config's:
+    a run that is configured otherwise refuses the result.
+    """
+
+    config: Path
+    """The YAML file of the run that will train on them; its method is kd."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where the Parquet files go; the run's data.path."""
+    prompts: OptionalPath = None
+    """Text file, one prompt per line. Default: captions of the embedded tiny world."""
+    count: int = 4096
+    """How many walks; the prompts are gone through again and again if they are fewer."""
+    workers: int = 1
+    """Processes, each with one thread; the rows do not depend on their number."""
+    rows_per_file: int = 256
+    """Walks per Parquet file; an interruption loses at most this many per process."""
+    batch_size: int = 32
+    """Walks that go through the network together."""
+    device: str = "cpu"
+    """Where to compute: cpu, or cuda (the processes are dealt to all GPUs)."""
+    overwrite: Switch = False
+    """Delete what an earlier call has left in the folder."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Precompute; the exit code."""
+    arguments = tyro.cli(TrajectoryArguments, args=list(argv), prog="fastvideo precompute-trajectories")
+
+    from fastvideo.data.trajectories import precompute
+    from fastvideo.distillation.builder import run_schema
+    from fastvideo.distillation.config import read_yaml, validate
+    from fastvideo.errors import UserError
+
+    for name in ("count", "workers", "rows_per_file", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    values = read_yaml(arguments.config)
+    schema = run_schema(str(values.get("distill_model")), str(values.get("distill_method")))
+    config = validate(schema, values, str(arguments.config))
+    captions = _captions(arguments.prompts, arguments.count, config)
+    options = {"per_file": arguments.rows_per_file}
+    options |= {name: getattr(arguments, name) for name in ("workers", "batch_size", "device", "overwrite")}
+    print(precompute(config, captions, arguments.out, options))
+    return 0
+
+
+def _captions(prompts: Path | None, count: int, config: Any) -> list[str]:
+    if prompts is not None:
+        from fastvideo.data.prompts import read_prompts
+
+        read = read_prompts(str(prompts))
+        return [read[i % len(read)] for i in range(count)]
+    from fastvideo.distillation.adapters.loading import EMBEDDED
+    from fastvideo.distillation.types import UserError
+    from fastvideo.tiny.world import TinyWorld
+
+    if config.model.path not in EMBEDDED:
+        raise UserError("--prompts: give a text file with one prompt per line; only the tiny world has captions")
+    return list(TinyWorld("train").sample_captions(count, config.seed))
