@@ -4,7 +4,7 @@ python benchmarks/leaderboard.py --budget 5m
 
 A method takes part if it has a recipe ``examples/distillation/tiny_wan_METHOD.yaml``. Each is trained in a process of
 its own, on one thread, until that process has spent the budget of CPU seconds on training steps: other work on the
-machine costs wall time and no budget. What a recipe needs computed beforehand (``PREPARATION``) comes out of that.
+machine costs wall time and no budget. What a recipe needs done beforehand comes out of that.
 Runs that are measured already (RUNS/BUDGET/METHOD) are not run again; a changed recipe is.
 """
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,12 +41,21 @@ TEACHER_STEPS = (50, 4, 2, 1)
 UNITS = {"s": 1, "m": 60, "h": 3600}
 FIGURES = ("digit_accuracy", "colour_accuracy", "direction_accuracy", "frechet", "frechet_pixel", "diversity")
 KEPT_VIDEOS = 8
+LOOP = {"trainer.threads": 1, "trainer.max-steps": 10_000_000}
 VALIDATIONS = 8
 """Points of a curve, about."""
 CPU_PER_STEP = 0.35
 """CPU seconds of a DMD2 step here: only to choose how often to validate."""
-PREPARATION: Mapping[str, Sequence[str]] = {}
-"""Commands (after ``python -m``) that some recipes need run first; ``{recipe}`` and ``{folder}`` are filled in."""
+CPU_PER_WALK = 0.22
+"""CPU seconds of one stored walk of the teacher (24 guided steps): half of a budget is spent on walks."""
+WALKS = "fastvideo.cli precompute-trajectories --config {recipe} --out {prepared} --count {count} --rows-per-file 64"
+WALKED = ("kd",)
+"""Methods that train on stored walks of the teacher."""
+FIRST_STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "tcm": ("cm", ("student", "cm_teacher")),
+    "anyflow": ("anyflow_pretrain", ("student",)),
+}
+"""Methods that go on from another one's student, and the roles that start from it: half of the budget goes there."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,38 @@ def measured_process(command: Sequence[str], log: Path) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What was done before a training: what it counts for, what it cost, and the flags that use it."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+def as_words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as words of a command line."""
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def prepare(arguments: Arguments, method: str, folder: Path, log: Path) -> Preparation:
+    """Store walks of the teacher, or train the first stage, for a method that needs it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    half = arguments.seconds / 2
+    if method in WALKED:
+        count = max(64, round(half / CPU_PER_WALK))
+        cost = measured_process(WALKS.format(recipe=recipe_of(method), prepared=folder, count=count).split(), log)
+        return Preparation(cost["cpu_seconds"], cost["cpu_seconds"], cost["wall_seconds"], {"data.path": folder})
+    if method in FIRST_STAGES:
+        first, roles = FIRST_STAGES[method]
+        flags = {"config": recipe_of(first), "output": folder, "trainer.max-cpu-seconds": half, **LOOP}
+        cost = measured_process(["fastvideo.training.distillation", *as_words(flags | {"validation.every": 0})], log)
+        starts = {f"roles.{role}.path": folder / "student" for role in roles}
+        return Preparation(half, cost["cpu_seconds"], cost["wall_seconds"], starts)
+    return Preparation()
+
+
 def train(arguments: Arguments, method: str, folder: Path) -> dict[str, Any]:
     """Train within the budget, unless that is done already; what it cost."""
     done, key = folder / "training.json", identity(arguments, method)
@@ -135,30 +176,25 @@ def train(arguments: Arguments, method: str, folder: Path) -> dict[str, Any]:
     (folder / "figures.json").unlink(missing_ok=True)
     log, run = folder / "log.txt", folder / "run"
     log.write_text("")
-    ahead: dict[str, float] = {}
-    if method in PREPARATION:
-        words = [word.format(recipe=recipe_of(method), folder=folder) for word in PREPARATION[method]]
-        ahead = measured_process(words, log)
-    budget = arguments.seconds - ahead.get("cpu_seconds", 0.0)
+    ahead = prepare(arguments, method, folder / "prepared", log)
+    budget = arguments.seconds - ahead.seconds
     if budget <= 0:
-        raise UserError(
-            f"{method}: its preparation alone took {ahead['cpu_seconds']} CPU seconds of {arguments.budget}"
-        )
+        raise UserError(f"{method}: its preparation alone took {ahead.seconds} CPU seconds of {arguments.budget}")
     every = max(5, round(arguments.seconds / VALIDATIONS / CPU_PER_STEP))
     flags = {
         "config": recipe_of(method),
         "output": run,
         "seed": arguments.seed,
-        "trainer.threads": 1,
-        "trainer.max-steps": 10_000_000,
         "trainer.max-cpu-seconds": budget,
+        **LOOP,
         "validation.every": every,
         "validation.world-prompts": 64,
+        **ahead.flags,
     }
     shutil.rmtree(run, ignore_errors=True)  # a run that was cut off: what it cost is not known
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    cost: dict[str, Any] = measured_process(["fastvideo.training.distillation", *words], log)
-    cost |= {f"preparation_{name}": value for name, value in ahead.items()}
+    cost: dict[str, Any] = measured_process(["fastvideo.training.distillation", *as_words(flags)], log)
+    cost["wall_seconds"] = round(cost["wall_seconds"] + ahead.wall_seconds, 1)
+    cost["cpu_seconds"] = round(cost["cpu_seconds"] + ahead.cpu_seconds, 1)
     cost["train_steps"] = load_recipe(str(run / "student"))["steps"]
     done.write_text(json.dumps({"identity": key, "cost": cost}, indent=2) + "\n")
     return cost
