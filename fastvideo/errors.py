@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
-EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 75, 130
-"""75 is EX_TEMPFAIL of sysexits.h: schedulers can be told to start such a job again."""
+EXIT_USER_ERROR, EXIT_STALLED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 70, 75, 130
+"""70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits.h: schedulers can be told to start a job again after 75."""
 
 
 class UserError(Exception):

@@ -17,7 +17,14 @@ from pydantic import (
 
 from fastvideo.distillation.adapters.base import AdapterConfig
 from fastvideo.distillation.config_errors import explain
-from fastvideo.distillation.config_loop import CheckpointConfig, EMAConfig, TrainerConfig, ValidationConfig
+from fastvideo.distillation.config_loop import (
+    CheckpointConfig,
+    EMAConfig,
+    HealthConfig,
+    TrackingConfig,
+    TrainerConfig,
+    ValidationConfig,
+)
 from fastvideo.distillation.config_sections import ParallelConfig, RoleConfig, Section
 from fastvideo.distillation.methods.base import MethodConfig
 from fastvideo.distillation.schedule import Ladder
@@ -118,6 +125,10 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """Averaged weights of the student."""
     validation: ValidationConfig = ValidationConfig()
     """Samples while training."""
+    health: HealthConfig = HealthConfig()
+    """What each validation looks at besides, and when to raise an alarm."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What survives a restart."""
 

@@ -36,6 +36,9 @@ class TrainerConfig(Section):
     """With `skip`: the run stops when more steps than this in a row were not finite."""
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
     """Signals that stop the run at the next safe point, with a checkpoint; a second one stops it at once."""
+    watchdog_seconds: NonNegativeFloat = 1800.0
+    """The run ends, with the stacks of all processes in its folder, when none of them finishes a step or a network call
+    of a validation for this long; 0 waits for ever."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     threads: NonNegativeInt = 0
@@ -91,6 +94,50 @@ class ValidationConfig(Section):
         if self.images and len(self.images) != len(self.prompts):
             raise ValueError(f"`images` has {len(self.images)} files for {len(self.prompts)} prompts")
         return self
+
+
+class HealthConfig(Section):
+    """What is looked at in every validation, and when an alarm is raised; see `docs/health.md`."""
+
+    enabled: bool = True
+    """Whether to look."""
+    prompts: PositiveInt = 8
+    """So many of the validation's prompts."""
+    seeds: PositiveInt = 2
+    """Videos of each, from different noise."""
+    teacher_steps: PositiveInt = 25
+    """Steps of the teacher's videos, which are made once, at the first validation."""
+    contrast: tuple[float, float] = (0.5, 2.0)
+    """Below the first share of the teacher's contrast the student is washed out."""
+    saturation: tuple[float, float] = (0.4, 1.8)
+    """Outside these shares of the teacher's saturation the student is grey or over-saturated."""
+    motion: tuple[float, float] = (0.5, 2.5)
+    """Outside these shares of the teacher's motion the student freezes or flickers."""
+    brightness: float = 0.15
+    """Largest difference from the teacher's brightness, of 1."""
+    colour: float = 0.1
+    """Largest difference of a colour channel's deviation from grey, of 1."""
+    grid: float = 1.6
+    """Largest ratio to the teacher's steps at block borders."""
+    diversity: float = 0.4
+    """Smallest share of the teacher's difference between seeds."""
+    latent_std: float = 2.5
+    """Largest ratio to the spread of the teacher's latents."""
+    update_balance: float = 0.5
+    """How far the critic must move per step, over how far the student does."""
+    gradient: float = 3.0
+    """Largest RMS of the DMD gradient."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    backends: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """External trackers; `wandb` and `trackio` are optional dependencies of those names. None can stop the run."""
+    project: str = "fastvideo"
+    """Project at an external tracker."""
+    name: str | None = None
+    """Name there; the output folder's if not given."""
 
 
 class CheckpointConfig(Section):

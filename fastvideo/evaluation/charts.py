@@ -32,14 +32,16 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     A last line that is not whole is left out too: the run was killed while it wrote it.
     """
     curves: dict[str, list[Point]] = {}
-    for record in _records(path.read_text().splitlines()):
+    for record in read_records(path):
         for name, value in record.items():
             if name not in ("step", "time", "seconds") and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((float(record["step"]), float(value)))
     return curves
 
 
-def _records(lines: Sequence[str]) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one per line; a last line that is not whole is left out."""
+    lines = path.read_text().splitlines()
     records = [json.loads(line) for line in lines[:-1]]
     for line in lines[-1:]:
         with suppress(json.JSONDecodeError):

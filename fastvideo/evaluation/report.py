@@ -46,6 +46,7 @@ WORTH_LEAD = (
     "Each student against what one could use in its place: its teacher as good as it gets, its teacher hurried to as "
     "few steps, and the same sampler before any training."
 )
+HEALTH_LEAD = "What the validations of the training raised, compared with the teacher's videos of the same prompts."
 NO_VIDEOS = "This run kept no videos: its folder has figures, but no videos folder."
 UNMEASURED = "Trained, not measured yet: `fastvideo evaluate {folder}/student --out {folder}` adds figures and videos."
 
@@ -57,6 +58,7 @@ def write_report(path: Path, run: Run) -> Path:
         section("videos", "Same prompts, same noise", VIDEOS_LEAD, run_gallery(run)) if metrics else "",
         section("worth", "Was it worth it?", WORTH_LEAD, card(verdicts(metrics))),
         section("figures", "Figures", FIGURES_LEAD, _figures(run)) if metrics else "",
+        section("health", "Health", HEALTH_LEAD, health_list(run)),
         section("curves", "Training", "", curve_sections(run_curves(run))),
         section("details", "How it was made", "", _details(run)),
     ]
@@ -78,6 +80,22 @@ def run_gallery(run: Run) -> str:
     kept = {name: title for name, title in titles_of(run.metrics).items() if name in run.gallery.rows}
     columns = [Column(title, style_of(n, run.metrics[n]), run.gallery.rows[n]) for n, title in kept.items()]
     return card(gallery(run.gallery.prompts, columns))
+
+
+def health_list(run: Run) -> str:
+    """The alarms, each with the steps at which it was raised, in the words of the last; nothing without validations."""
+    if not run.health:
+        return ""
+    raised: dict[str, list[int]] = {}
+    texts: dict[str, str] = {}
+    for line in run.health:
+        for alarm in line["alarms"]:
+            raised.setdefault(alarm["name"], []).append(line["step"])
+            texts[alarm["name"]] = alarm["text"]
+    if not raised:
+        return card(f"<p>No alarm in {len(run.health)} validations.</p>")
+    items = {f"{name}, at step {', '.join(map(str, steps))}": texts[name] for name, steps in raised.items()}
+    return card(settings_list(items))
 
 
 def run_curves(run: Run) -> Curves:

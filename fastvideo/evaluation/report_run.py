@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from fastvideo.errors import UserError
-from fastvideo.evaluation.charts import Point, read_curves
+from fastvideo.evaluation.charts import Point, read_curves, read_records
 from fastvideo.evaluation.figures import COLUMNS, row_names
 from fastvideo.evaluation.report_store import METRICS, Gallery, read_gallery, read_object
 
-CURVES, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
+CURVES, HEALTH, CONFIG, ENVIRONMENT = "metrics.jsonl", "health.jsonl", "config.yaml", "environment.json"
 MADE_BY = "one is made by `fastvideo distill`, `fastvideo evaluate --out FOLDER` or the demo"
 ROW_KEYS = (
     *(column.key for column in COLUMNS),
@@ -37,6 +37,7 @@ class Run:
         metrics: the object in ``metrics.json``; empty if the run was not measured.
         gallery: the kept videos, if there are any.
         curves: points by metric name.
+        health: what each validation found, in order: ``step`` and ``alarms``.
         config: the resolved YAML text, or nothing.
         environment: versions and machine.
     """
@@ -46,6 +47,7 @@ class Run:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     gallery: Gallery | None = None
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    health: Sequence[Mapping[str, Any]] = ()
     config: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,6 +90,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         metrics=metrics,
         gallery=read_gallery(folder),
         curves=_read_curves(folder / CURVES),
+        health=_read_health(folder / HEALTH),
         config=_read_config(folder / CONFIG),
         environment=read_object(environment) if environment.is_file() else {},
     )
@@ -146,6 +149,15 @@ def _read_curves(path: Path) -> dict[str, list[Point]]:
         return read_curves(path)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: every line must be a JSON object with a step: {error}") from error
+
+
+def _read_health(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return read_records(path)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: every line must be a JSON object: {error}") from error
 
 
 def _read_config(path: Path) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.bundle import velocity_of
+from fastvideo.distillation.noise import guide
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
@@ -142,7 +143,6 @@ def _velocity(
     progress: ProgressFn | None,
 ) -> Velocity:
     """The guided velocity of one batch that goes on from ``first``, with text encoded beforehand."""
-    role = RoleHandle("sampled", adapter, network)
     condition = negative = adapter.encode_prompts(prompts) | first
     if guidance != 1.0:
         text = adapter.negative_prompt if negative_prompt is None else negative_prompt
@@ -150,7 +150,9 @@ def _velocity(
     calls = len(prompts) * (1 if guidance == 1.0 else 2)
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
-        u = role.guided_velocity(x_t, t, condition, negative, guidance, r=r)
+        u = velocity_of(adapter, network, x_t, t, condition, r=r)
+        if guidance != 1.0:
+            u = guide(velocity_of(adapter, network, x_t, t, negative, r=r), u, guidance)
         if progress is not None:
             progress(calls)
         return u

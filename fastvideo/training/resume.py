@@ -24,11 +24,11 @@ from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 
 CHECKPOINTS = "checkpoints"
-HARMLESS = ("output", "device", "parallel", "validation", "checkpoint", "data.cache")
+HARMLESS = ("output", "device", "parallel", "validation", "health", "tracking", "checkpoint", "data.cache")
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
 _IN_TRAINER = (
     *("max_steps", "max_cpu_seconds", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips"),
-    "stop_signals",
+    *("stop_signals", "watchdog_seconds"),
 )
 HARMLESS_IN_TRAINER = tuple(f"trainer.{name}" for name in _IN_TRAINER)
 

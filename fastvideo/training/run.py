@@ -31,7 +31,9 @@ from fastvideo.distillation.engine.manifest import complete_checkpoints
 from fastvideo.distillation.engine.memory import keep_freed_memory
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.placement import whole_network
-from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.trackers import check_installed
+from fastvideo.distillation.engine.tracking import Tracker, TrackingOptions
+from fastvideo.distillation.engine.watchdog import Watchdog
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -90,7 +92,9 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     output = Path(config.output)
     if processes.is_main:  # another run may have finished here since the first look
         check_output(config, **asdict(launched))
-    tracker = Tracker(output, enabled=processes.is_main)
+    for backend in config.tracking.backends:
+        check_installed(backend)
+    tracker = Tracker(output, enabled=processes.is_main, options=TrackingOptions(**config.tracking.model_dump()))
     source = None
     if launched.resume or launched.resume_from:
         source = find_checkpoint(config, processes, launched.resume_from, tracker.say)
@@ -114,7 +118,8 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
         tracker.say(note)
     try:
         validation.resume(trainer.step)
-        trainer.run(data)
+        with Watchdog(config.trainer.watchdog_seconds, output / "stacks", processes.rank):
+            trainer.run(data)
     finally:
         checkpoint.wait()
     save_result(config, adapter, trainer, output / "student", processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.types import UserError
 from fastvideo.stopping import step_done, unit_done
+from fastvideo.training.health import HealthCheck, Subject
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -69,8 +71,27 @@ def build_validation(
     def write(path: Path, video: Tensor) -> None:
         write_video(path, video, options.fps, scale=max(1, WATCHABLE // video.shape[2]))
 
-    sinks = ValidationSinks(tracker.log, write, score)
+    health = None
+    if config.health.enabled:
+        subject = _subject(config, adapter, method, processes, prompts, frames)
+        health = HealthCheck(subject, folder, tracker, write)
+    sinks = ValidationSinks(tracker.log, write, score, health)
     return ValidationHook(student, sample, sinks, folder, every=every, writes=processes.is_main)
+
+
+def _subject(
+    config: Config,
+    adapter: Adapter,
+    method: Method,
+    processes: Processes,
+    prompts: Sequence[str],
+    frames: Tensor | None,
+) -> Subject:
+    """The first prompts, each as often as there are seeds."""
+    rows = [i for i in range(min(config.health.prompts, len(prompts))) for _ in range(config.health.seeds)]
+    given = None if frames is None else frames[rows]
+    texts = [prompts[i] for i in rows]
+    return Subject(config, adapter, method, texts, given, processes.is_main, processes.forward_together)
 
 
 def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:

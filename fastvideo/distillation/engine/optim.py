@@ -6,11 +6,13 @@ import math
 from functools import partial
 from typing import Literal, Protocol
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.sharding import local
 
 
 class OptimizerOptions(Protocol):
@@ -54,3 +56,24 @@ def warmup_cosine(warmup: int, decay: int, step: int) -> float:
     if decay == 0:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay)))
+
+
+@torch.no_grad()
+def relative_update(handle: RoleHandle) -> float | None:
+    """Size of the role's next step over that of its weights, both RMS; ``None`` before the first step.
+
+    From Adam's moments, so it is the same however often it is asked for; of split weights, this process's part.
+    """
+    if handle.optimizer is None:
+        return None
+    moved = weight = 0.0
+    for group in handle.optimizer.param_groups:
+        for p in group["params"]:
+            state = handle.optimizer.state.get(p, {})
+            if "exp_avg_sq" not in state or not float(state["step"]):
+                continue
+            bias, bias_sq = (1 - beta ** float(state["step"]) for beta in group["betas"])
+            root = (local(state["exp_avg_sq"]) / bias_sq).sqrt() + group["eps"]
+            moved += float((group["lr"] * local(state["exp_avg"]) / bias / root).double().square().sum())
+            weight += float(local(p).double().square().sum())
+    return math.sqrt(moved / weight) if weight else None

@@ -4,32 +4,54 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastvideo.distillation.engine.durable import replace_file
+from fastvideo.distillation.engine.trackers import Isolated, Open, Package, TensorBoard
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+LOGS = ("metrics.jsonl", "health.jsonl")
+"""Files of a run with one object per line, each of a step."""
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """Which external trackers to feed, and under which names."""
+
+    backends: Sequence[str] = ("tensorboard",)
+    project: str = "fastvideo"
+    name: str | None = None
 
 
 class Tracker:
-    """Writes ``metrics.jsonl`` (one object per line: ``step``, ``seconds``, then the metrics) and TensorBoard events.
+    """Writes ``metrics.jsonl`` (one object per line: ``step``, ``seconds``, then the metrics) and feeds other trackers.
 
-    Only the main process writes; the others pass ``enabled=False``.
+    Args:
+        enabled: only the main process writes.
+        options: which external trackers.
+        more: others, by name.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        enabled: bool = True,
+        options: TrackingOptions | None = None,
+        more: Mapping[str, Open] | None = None,
+    ) -> None:
         self.folder, self.enabled = folder, enabled
+        self.options, self.more = options or TrackingOptions(), dict(more or {})
         self.console = Console(quiet=not enabled, stderr=True)
         self._start = time.monotonic()
         self._progress: Progress | None = None
-        self._events: SummaryWriter | None = None
+        self._trackers: list[Isolated] | None = None
         self._rewound_to: int | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -39,27 +61,36 @@ class Tracker:
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        events = self._tensorboard()
-        for name, value in metrics.items():
-            events.add_scalar(name, value, step)
+        for tracker in self._external():
+            tracker.log(metrics, step)
 
-    def _tensorboard(self) -> SummaryWriter:
-        """The event writer, opened with the first line so that a refused run leaves nothing behind."""
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def write_line(self, name: str, line: Mapping[str, object]) -> None:
+        """Append an object with a ``step`` to a file of the run folder; resuming rewinds it like the metrics."""
+        if self.enabled:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
-            purge = None if self._rewound_to is None else self._rewound_to + 1
-            self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
-        return self._events
+    def _external(self) -> list[Isolated]:
+        """The trackers, made when there is something to keep."""
+        if self._trackers is None:
+            makers = {name: self._opened(name) for name in self.options.backends} | self.more
+            self._trackers = [Isolated(name, make, self.say) for name, make in makers.items()]
+        return self._trackers
+
+    def _opened(self, name: str) -> Open:
+        """How to open a tracker, in its own thread."""
+        if name == "tensorboard":
+            return partial(TensorBoard, self.folder, None if self._rewound_to is None else self._rewound_to + 1)
+        return partial(Package, name, self.options.project, self.options.name or self.folder.resolve().name)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step``: a resumed run writes those lines again."""
-        file = self.folder / "metrics.jsonl"
-        if self.enabled and file.is_file():
-            # A run that was killed may have left half a line at the end.
-            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            replace_file(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
-            self._rewound_to = step
+        for file in (self.folder / name for name in LOGS):
+            if self.enabled and file.is_file():
+                # A run that was killed may have left half a line at the end.
+                lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                replace_file(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
+                self._rewound_to = step
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -87,5 +118,6 @@ class Tracker:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers or ():
+            tracker.close()
+        self._trackers = None

@@ -28,6 +28,8 @@ class ValidationSinks:
     log: Callable[[Mapping[str, float], int], None]
     write_video: Callable[[Path, Tensor], None]
     score: Callable[[Tensor], Mapping[str, float]] | None = None
+    health: Callable[[int], Mapping[str, float]] | None = None
+    """Looks at the run itself, given the step; every process of the validation calls it."""
 
 
 class ValidationHook:
@@ -76,6 +78,8 @@ class ValidationHook:
         if self.handle.ema is not None:
             with averaged(self.handle) as network:
                 scores |= self._look_at("ema", self.sample(network), step, self.sinks)
+        if self.sinks.health is not None:
+            scores |= self.sinks.health(step)
         self.sinks.log(scores, step)
 
     def _look_at(self, name: str, videos: Tensor, step: int, sinks: ValidationSinks) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_the_trajectory_is_the_same_with_and_without_validation(values: dict[str
     watched = trained(values, output=str(tmp_path / "watched"), validation={"every": 2, "prompts": PROMPTS})
     weights = [load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (plain, watched)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    lines = [metrics(folder.parent) for folder in (plain, watched)]
+    lines = [[m for m in metrics(folder.parent) if "student/loss" in m] for folder in (plain, watched)]
     for first, second in zip(*lines, strict=True):
         first.pop("seconds"), second.pop("seconds")
         assert first == second
@@ -57,7 +58,48 @@ def test_the_trajectory_is_the_same_with_and_without_validation(values: dict[str
 def test_validation_writes_videos_of_live_and_averaged_weights(values: dict[str, Any], tmp_path: Path) -> None:
     trained(values, validation={"every": 2, "prompts": PROMPTS})
     written = sorted(file.name for file in (tmp_path / "plain" / "validation").iterdir())
-    assert written == [f"step-00000{step}-{name}.mp4" for step in (2, 4) for name in ("ema", "student")]
+    looked_at = [f"step-00000{step}-{name}.mp4" for step in (2, 4) for name in ("ema", "student", "x0")]
+    assert written == ["reference.json", *looked_at, "teacher.mp4"]
+
+
+def test_health_is_looked_at_in_every_validation(values: dict[str, Any], tmp_path: Path) -> None:
+    """The teacher's videos are made once; the same bits come out again after a resume."""
+    health = {"prompts": 2, "teacher_steps": 3}
+    changes = {"validation": {"every": 2, "prompts": PROMPTS}, "health": health, "checkpoint": {"every": 2}}
+    trained(values, **changes)
+    folder = tmp_path / "plain"
+    lines = [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"contrast", "motion", "diversity", "grid", "latent_std"} <= lines[0]["student"].keys() & lines[0]["teacher"]
+    assert {"update_balance", "dmd_gradient_rms", "student_movement"} <= lines[0]["training"].keys()
+    assert lines[0]["teacher"] == lines[1]["teacher"]
+    logged = next(line for line in metrics(folder) if "health/motion" in line)
+    assert logged["health/motion"] == lines[0]["student"]["motion"]
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    run(validate(run_schema("wan", "dmd2"), values | changes, "test"), resume=True)
+    assert [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()] == lines
+
+
+def test_a_run_without_a_teacher_is_compared_with_the_tiny_world(values: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"distill_method": "sft", "method": {}, "roles": {"student": {"trainable": True}}, "ladder": {"count": 2}}
+    changes["data"] = {"size": 64, "batch_size": 2, "cache": str(tmp_path / "cache")}
+    changes |= {"validation": {"every": 4, "prompts": PROMPTS}, "health": {"prompts": 2}}
+    run(validate(run_schema("wan", "sft"), values | changes, "test"))
+    (line,) = [json.loads(line) for line in (tmp_path / "plain" / "health.jsonl").read_text().splitlines()]
+    assert "diversity" in line["student"]
+    assert line["real"]["contrast"] > 0.05
+
+
+@pytest.mark.slow
+def test_fifty_steps_with_and_without_validation_and_health_end_in_the_same_bits(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"trainer": {"max_steps": 50, "log_every": 10}}
+    watched = {"validation": {"every": 10, "world_prompts": 4}, "output": str(tmp_path / "watched")}
+    folders = trained(values, **changes), trained(values, **changes, **watched)
+    first, second = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len((tmp_path / "watched" / "health.jsonl").read_text().splitlines()) == 5
 
 
 def test_validation_on_the_tiny_world_is_scored(values: dict[str, Any], tmp_path: Path) -> None:

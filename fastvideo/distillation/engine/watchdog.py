@@ -1,0 +1,83 @@
+"""A run that does not get on: the stacks of all processes are written, and it ends, instead of waiting for ever."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from fastvideo.errors import EXIT_STALLED
+from fastvideo.stopping import units
+
+OTHERS_DUMP = 3.0
+"""Seconds between writing the stacks and leaving, so that the others write theirs before they lose this process."""
+
+
+class Watchdog:
+    """Watches from a thread whether any process finishes a unit of work: a step, a network call of a validation.
+
+    One process may validate while the others wait for it, so what counts is the progress of all of them together. Use
+    as a context around the loop.
+
+    Args:
+        seconds: without a unit after which the run is given up; 0 never does.
+        folder: where ``rank-N.txt`` goes.
+        rank: of this process.
+    """
+
+    def __init__(self, seconds: float, folder: Path, rank: int = 0) -> None:
+        self.seconds, self.folder, self.rank = seconds, folder, rank
+        self.poll = min(5.0, seconds / 10)
+        self._over = threading.Event()
+        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        self._world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        idle, seen, before = 0.0, self._progress(), time.monotonic()
+        while not self._over.wait(self.poll):
+            now = time.monotonic()
+            # A process that was suspended was not idle: its clock went on without it.
+            idle, before = idle + min(now - before, 2 * self.poll), now
+            if (progress := self._progress()) != seen:
+                idle, seen = 0.0, progress
+            if idle > self.seconds:
+                self._give_up(seen)
+
+    def _progress(self) -> list[int]:
+        """Units of every process, by rank; -1 where one has not said any yet."""
+        if self._store is None:
+            return [units()]
+        self._store.set(f"fastvideo/units/{self.rank}", str(units()))
+        keys = [f"fastvideo/units/{rank}" for rank in range(self._world_size)]
+        return [int(self._store.get(key)) if self._store.check([key]) else -1 for key in keys]
+
+    def _give_up(self, progress: list[int]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"rank-{self.rank}.txt"
+        behind = [rank for rank, done in enumerate(progress) if done == min(progress)]
+        who = f", least far: rank {', '.join(map(str, behind))}" if len(progress) > 1 else ""
+        message = f"rank {self.rank}: no process got on for {self.seconds:g} s (trainer.watchdog_seconds){who}"
+        with path.open("w") as file:
+            file.write(f"{message}\n\n")  # beside the stacks, for whoever finds the file alone
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(f"error: {message}; stacks: {path}", file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(sys.__stderr__.fileno() if sys.__stderr__ else 2, all_threads=True)
+        time.sleep(OTHERS_DUMP)
+        os._exit(EXIT_STALLED)
