@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "pydantic")
@@ -22,6 +23,7 @@ def environment() -> dict[str, str]:
     }
 
 
+@cache
 def revision() -> str:
     """The commit of this code, as far as it lies in a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -7,8 +7,7 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,25 @@ import pytest
 
 from fastvideo.distillation.engine.manifest import checkpoints_in, newest_intact
 from fastvideo.errors import RunError
-from fastvideo.tests.distillation.resuming import STEPS, ToyRun, toy_run
-from fastvideo.tests.faults.disk import (
-    Fault,
-    Platter,
-    faulty,
-    in_child,
-    interposed,
-    kill,
-    kill_half_way,
-    refuse,
+from fastvideo.tests.distillation.resuming import STEPS, toy_run
+from fastvideo.tests.faults.disk import Platter, faulty, interposed, kill, refuse
+from fastvideo.tests.faults.saving import (
+    NEW,
+    OLD,
+    Before,
+    before_a_save,
+    calls_of_a_save,
+    check_newest,
+    cut_off,
+    faults_at,
+    hook_of,
+    save,
 )
-
-OLD, NEW = 3, 6
-
-
-@dataclass(frozen=True)
-class Before:
-    """A run at its last step, a folder that holds an older checkpoint, and what both checkpoints must hold."""
-
-    run: ToyRun
-    folder: Path
-    contents: Mapping[int, Mapping[str, bytes]]
 
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Before:
-    folder = tmp_path_factory.mktemp("faults")
-    run = toy_run("dmd2", folder / "run", every=OLD, keep=2).train()
-    contents = {step: state_files(run.folder / "checkpoints" / f"step-{step}") for step in (OLD, NEW)}
-    shutil.rmtree(run.folder / "checkpoints" / f"step-{NEW}")
-    hook_of(run).options = replace(hook_of(run).options, keep=1)
-    return Before(run, run.folder, contents)
+    return before_a_save(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture
@@ -63,49 +49,6 @@ def copies(before: Before, tmp_path: Path) -> Callable[[], Path]:
     return copy
 
 
-def hook_of(run: ToyRun) -> Any:
-    """The hook that saves a run."""
-    return run.trainer.hooks[0]
-
-
-def state_files(checkpoint: Path) -> dict[str, bytes]:
-    """All that a checkpoint says about the state, byte for byte; the manifest says when it was saved, too."""
-    return {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.name != "manifest.json"}
-
-
-def save(run: ToyRun, folder: Path) -> None:
-    """Save a run's state into a folder, and wait for it."""
-    hook_of(run).folder = folder / "checkpoints"
-    hook_of(run).save(NEW)
-    hook_of(run).wait()
-
-
-def calls_of_a_save(run: ToyRun, folder: Path) -> list[str]:
-    """The calls that a save makes, in order."""
-    names: list[str] = []
-    with interposed(lambda number, name, arguments: names.append(name)):
-        save(run, folder)
-    return names
-
-
-def cut_off(run: ToyRun, folder: Path, number: int, fault: Fault) -> int:
-    """Save in a child that meets a fault at one call; how it ended."""
-
-    def work() -> None:
-        with faulty(number, fault):
-            save(run, folder)
-
-    return in_child(work)
-
-
-def check_newest(before: Before, folder: Path, at: str) -> int:
-    """Check that the newest intact checkpoint is the older or the new one, as it must be; its step."""
-    found = newest_intact(checkpoints_in(folder / "checkpoints"), [])
-    assert found is not None, f"no loadable checkpoint is left after {at}"
-    assert state_files(found[0]) == before.contents[found[1].step], f"another state after {at}"
-    return found[1].step
-
-
 def test_a_kill_at_any_call_of_a_save_leaves_a_loadable_newest_checkpoint(
     before: Before, copies: Callable[[], Path]
 ) -> None:
@@ -114,7 +57,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_loadable_newest_checkpoint(
     assert {"open", "write", "fsync", "replace", "mkdir", "unlink", "rmdir"} <= set(calls)
     steps = []
     for number, name in enumerate(calls):
-        for fault in (kill, kill_half_way) if name == "write" else (kill,):
+        for fault in faults_at(name):
             folder = copies()
             assert cut_off(before.run, folder, number, fault) == signal.SIGKILL
             steps.append(check_newest(before, folder, f"a kill at call {number} ({name})"))
