@@ -63,7 +63,10 @@ def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config
     for key in chosen:
         if not isinstance(values.get(key), str):
             raise UserError(f"config {launch.config}: {key} is missing; give it there or as --{key.replace('_', '-')}")
-    schema = run_schema(values["distill_model"], values["distill_method"])
+    try:
+        schema = run_schema(values["distill_model"], values["distill_method"])
+    except UserError as error:
+        raise UserError(f"config {launch.config}: distill_model, distill_method: {error}") from error
     config = validate(schema, values, str(launch.config))
     if rest or wants_help:
         config = _override(
