@@ -1,0 +1,176 @@
+"""Checkpoints of sharded roles: exact on the same processes, and exact in weights and optimizers on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from fastvideo.data.order import MemorySource, SampleStream, Shard
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.initial import start_from
+from fastvideo.distillation.engine.restore import restore, role_weights
+from fastvideo.distillation.engine.state import RoleState, split_state
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.tests.distillation.parity.worlds import in_world
+from fastvideo.tests.distillation.resuming import differences
+
+WIDTHS = (5, 7, 3)
+"""Sizes that no number of processes divides."""
+
+
+class Net(nn.Module):
+    """Two linear layers and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(*WIDTHS[:2]), nn.Linear(*WIDTHS[1:])
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x))) * self.scale
+
+
+class Window:
+    """Stands for the trainer: one number per process."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.value = state["value"]
+
+    def load_foreign_state(self, state: Any, step: int) -> str:
+        return "a new window"
+
+
+class Run:
+    """A sharded role with optimizer, schedule and average, on this process among ``size``."""
+
+    def __init__(self, rank: int, size: int, folder: Path) -> None:
+        torch.manual_seed(3)
+        network, self.processes = Net(), Processes(rank, size, shard=size)
+        if size > 1:
+            fully_shard(network, mesh=init_device_mesh("cpu", (size,)))
+        self.handle = RoleHandle("student", None, network, trainable=True)  # type: ignore[arg-type]
+        self.handle.optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
+        self.handle.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.handle.optimizer, 0.9)
+        self.average = EMAHook([self.handle], 0.5)
+        self.rng = RandomStreams(3, rank=rank)
+        self.stream = SampleStream(MemorySource([str(i) for i in range(24)]), 3, Shard(2, rank, size))
+        own = {"trainer": Window(rank + 0.5), "rng": self.rng, "data": self.stream}
+        self.parts = Parts({"student": RoleState(self.handle)}, {}, own)
+        facts, options = RunFacts("", "0" * 64, {}), SaveOptions(1, 100)
+        self.hook = CheckpointHook(folder / "checkpoints", self.parts, self.processes, options, facts)
+
+    def step(self, number: int) -> None:
+        x = torch.randn((4, WIDTHS[0]), generator=torch.Generator().manual_seed(number))
+        self.handle.network(x).square().mean().backward()
+        self.handle.step()
+        self.average.after_update(number, ("student",), torch.tensor(0.0))
+        next(self.stream), self.rng.uniform(3)
+
+    def restore(self, folder: Path, step: int) -> tuple[str, ...]:
+        return restore(folder / "checkpoints" / f"step-{step}", self.parts, self.processes).notes
+
+    def whole(self) -> dict[str, Any]:
+        """Every tensor of the role, gathered, and this process's own streams."""
+        tensors, rest = split_state({"role": RoleState(self.handle).state_dict(), "rng": self.rng.state_dict()})
+        gathered = {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in tensors.items()}
+        return {**gathered, "rest": rest, "captions": next(self.stream).captions}
+
+
+def trained_and_saved(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    run = Run(rank, size, folder)
+    for number in (1, 2, 3, 4):
+        run.step(number)
+        if number == 2:
+            run.hook.save(2)
+    return run.whole()
+
+
+def resumed(rank: int, size: int, folder: Path, steps: tuple[int, ...] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    run = Run(rank, size, folder)
+    notes = run.restore(folder, 2)
+    for number in steps:
+        run.step(number)
+    return run.whole(), notes
+
+
+def exchanged(rank: int, size: int, folder: Path) -> bool:
+    """Whether averaged weights are in the network inside the context, forward included, and the live ones after it."""
+    run = Run(rank, size, folder)
+    run.step(1), run.step(2)
+    x = torch.ones(1, WIDTHS[0])
+    with torch.no_grad():
+        live = run.handle.network(x)
+        with averaged(run.handle) as network:
+            average = network(x)
+        again = run.handle.network(x)
+    return bool(torch.equal(live, again) and not torch.equal(live, average))
+
+
+def started(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    run = Run(rank, size, folder / "unused")
+    start_from(run.handle, f"{folder / 'checkpoints' / 'step-2'}:student:live", refuse, run.processes)
+    return {k: v for k, v in run.whole().items() if k.startswith("role::network")}
+
+
+def refuse(path: str) -> nn.Module:
+    raise AssertionError("a checkpoint is no model folder")
+
+
+def world(size: int, work: Callable[..., Any], folder: Path, tmp_path: Path, **options: Any) -> list[Any]:
+    name = f"{work.__name__}-{size}-{len(list(tmp_path.iterdir()))}"
+    return in_world(size, partial(work, folder=folder, **options), tmp_path / name)
+
+
+def role_of(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name.startswith("role::")}
+
+
+def test_sharded_roles_go_on_exactly_and_load_into_any_other_sharding(tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    ends = world(2, trained_and_saved, folder, tmp_path)
+    again = world(2, resumed, folder, tmp_path, steps=(3, 4))
+    for end, (state, notes) in zip(ends, again, strict=True):
+        assert differences(end, state) == []
+        assert notes == ()
+    two, _ = world(2, resumed, folder, tmp_path)[0]
+    for size in (1, 3):
+        found = world(size, resumed, folder, tmp_path)
+        for state, notes in found:
+            assert differences(role_of(two), role_of(state)) == [], f"on {size} processes"
+            assert notes[0].startswith(f"saved by 2 x cpu, resumed by {size} x cpu: weights, optimizers and averages")
+            assert len(notes) == 4
+            assert torch.equal(two["rng::shared"], state["rng::shared"])
+            assert not torch.equal(two["rng::local"], state["rng::local"])
+    whole = role_weights(folder / "checkpoints" / "step-2", "student", "ema")
+    assert all(torch.equal(whole[name.split("::")[-1]], two[name]) for name in two if name.startswith("role::ema"))
+    for state in world(2, started, folder, tmp_path):
+        assert differences({k: v for k, v in two.items() if k.startswith("role::network")}, state) == []
+
+
+def test_what_one_process_saved_loads_into_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    world(1, trained_and_saved, folder, tmp_path)
+    one, _ = world(1, resumed, folder, tmp_path)[0]
+    for state, _ in world(2, resumed, folder, tmp_path):
+        assert differences(role_of(one), role_of(state)) == []
+
+
+def test_averages_are_exchanged_shard_by_shard(tmp_path: Path) -> None:
+    assert world(2, exchanged, tmp_path / "unused", tmp_path) == [True, True]
