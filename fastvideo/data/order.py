@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastvideo.data.faults import Faults
 from fastvideo.distillation.rng import seeded
 from fastvideo.distillation.types import RawBatch, UserError
 
@@ -110,14 +111,25 @@ class SampleStream:
         seed: of the order.
         shard: batch size, and which process this is.
         ahead: batches that a thread reads beforehand.
+        faults: what the source leaves out.
         pin: put them into page-locked memory, from which a copy to a CUDA device waits for nothing.
 
     Raises:
         UserError: if no bucket has enough samples for one batch on each process.
     """
 
-    def __init__(self, source: Source, seed: int, shard: Shard, ahead: int = 0, *, pin: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        shard: Shard,
+        ahead: int = 0,
+        *,
+        pin: bool = False,
+        faults: Faults | None = None,
+    ) -> None:
         self.source, self.seed, self.shard, self.ahead = source, seed, shard, ahead
+        self.faults = Faults() if faults is None else faults
         self._load = partial(pinned, source) if pin else source.read
         self.rounds = sum(bucket.rounds(shard) for bucket in source.buckets)
         if not self.rounds:

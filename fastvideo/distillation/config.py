@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -80,6 +81,10 @@ class DataConfig(Section):
     """Samples of the tiny world per epoch."""
     cache: str = "outputs/cache"
     """Where latents of the tiny world are kept once computed."""
+    faults: Literal["raise", "skip"] = "raise"
+    """What to do about a file or row of a dataset that cannot be read: stop, or leave it out and list it."""
+    max_faults: NonNegativeInt = 100
+    """With `skip`: the run stops when a process has more than this to leave out."""
     batch_size: PositiveInt = 32
     """Samples per process and micro-batch."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastvideo.data.faults import Faults
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import Adapter, Config, load_method
@@ -21,15 +22,16 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
     Raises:
         UserError: if the data cannot be read, does not fit the model, or holds no videos where the method needs them.
     """
-    source, description = open_source(config, adapter)
+    faults = Faults(config.data.faults, config.data.max_faults)
+    source, description = open_source(config, adapter, faults)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     on_disk = not isinstance(source, MemorySource)
     on_cuda = processes.device.type == "cuda"
     ahead = READ_AHEAD if on_disk or on_cuda else 0
-    return SampleStream(source, config.seed, shard, ahead, pin=on_cuda), description
+    return SampleStream(source, config.seed, shard, ahead, pin=on_cuda, faults=faults), description
 
 
-def open_source(config: Config, adapter: Adapter) -> tuple[Source, str]:
+def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) -> tuple[Source, str]:
     """The samples; latents are read, or (once) computed, only for a method that trains on them."""
     method = load_method(config.distill_method)
     with_latents = method.uses_latents(config.method)
@@ -38,7 +40,7 @@ def open_source(config: Config, adapter: Adapter) -> tuple[Source, str]:
     if config.data.prompts is not None:
         return _prompts(config, adapter, with_latents or adapter.needs_frames)
     if config.data.path != TINY:
-        return _dataset(config, adapter, with_latents or adapter.needs_frames)
+        return _dataset(config, adapter, with_latents or adapter.needs_frames, faults)
     return _tiny_world(config, adapter, with_latents or adapter.needs_frames)
 
 
@@ -89,7 +91,7 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
     return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the tiny world"
 
 
-def _dataset(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None) -> tuple[Source, str]:
     from fastvideo.data.fits import Wanted
     from fastvideo.data.parquet import ParquetSource
 
@@ -101,7 +103,7 @@ def _dataset(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Sour
         normalise=adapter.normalise,
         codec_key=adapter.codec_key if with_latents else None,
     )
-    source = ParquetSource(config.data.path, wanted)
+    source = ParquetSource(config.data.path, wanted, faults)
     text = "stored text embeddings" if source.has_text else "captions"
     files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
     if not source.has_text:

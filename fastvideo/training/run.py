@@ -106,6 +106,8 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
     if processes.is_main:
         prepare_output(config, overwrite=launched.overwrite)
     barrier()
+    data.faults.attach(output, processes.rank)
+    check_agreement("dataset", {"steps per epoch": data.rounds})
     parts = run_parts(trainer, data, validation)
     for line in go_on(config, source, parts, data, processes):
         tracker.say(line)
