@@ -1,0 +1,90 @@
+"""The launch files parse, and every flag, file and field in them exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastvideo.tests.test_docs import known_flags
+
+FOLDER = Path(__file__).parents[2] / "examples" / "launch"
+SBATCH = {
+    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "requeue", "open-mode"),
+    *("signal", "output"),
+}
+"""Options of sbatch that are used here, from its manual."""
+
+
+def script_of(path: Path) -> str:
+    """The shell text of a launch file."""
+    if path.suffix != ".yaml":
+        return path.read_text()
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "run" in content:
+        return f"{content['setup']}\n{content['run']}"
+    roles = content["spec"]["pytorchReplicaSpecs"]
+    return "\n".join(role["template"]["spec"]["containers"][0]["args"][0] for role in roles.values())
+
+
+FILES = [path for path in sorted(FOLDER.iterdir()) if path.suffix != ".md"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_shell_parses(path: Path) -> None:
+    done = subprocess.run(["bash", "-n"], input=script_of(path), text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = set(re.findall(r"examples/[\w./-]+\.\w+", path.read_text()))
+    assert named
+    assert {name for name in named if not (FOLDER.parents[1] / name).is_file()} == set()
+
+
+def torchrun_flags() -> set[str]:
+    from torch.distributed.run import get_args_parser
+
+    return {option for action in get_args_parser()._actions for option in action.option_strings}
+
+
+def test_flags_of_torchrun_and_of_the_run_exist() -> None:
+    text = (FOLDER / "torchrun.sh").read_text()
+    command = text[text.index("exec torchrun") :].replace("\\\n", " ")
+    ours, theirs = known_flags("distill"), torchrun_flags()
+    launcher, run = command.split(" -m ", 1)
+    assert {word for word in shlex.split(launcher) if word.startswith("--")} <= theirs
+    assert {word for word in shlex.split(run) if word.startswith("--")} | {"--resume"} <= ours
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_flags_that_are_passed_on_exist(path: Path) -> None:
+    passed = set(re.findall(r"--(?:parallel|data|trainer|model)\.[a-z-]+", path.read_text()))
+    assert passed <= known_flags("distill")
+
+
+def test_slurm_requeues_on_the_exit_code_of_a_stopped_run() -> None:
+    from fastvideo.errors import EXIT_PREEMPTED
+
+    text = (FOLDER / "slurm.sbatch").read_text()
+    assert set(re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)) == SBATCH
+    assert f"$code -eq {EXIT_PREEMPTED}" in text
+    assert "scontrol requeue" in text
+
+
+def test_the_nodes_of_the_kubernetes_job_add_up() -> None:
+    job = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())
+    roles = job["spec"]["pytorchReplicaSpecs"]
+    container = roles["Master"]["template"]["spec"]["containers"][0]
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert sum(role["replicas"] for role in roles.values()) == int(variables["NODES"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
+    assert roles["Worker"]["template"] == roles["Master"]["template"]
+    mounted = {entry["name"] for entry in container["volumeMounts"]}
+    assert mounted == {entry["name"] for entry in roles["Master"]["template"]["spec"]["volumes"]}
