@@ -13,6 +13,7 @@ VERBS = {
         "fastvideo.training.distillation",
         "train a student (or, with the method sft, a teacher) from a config",
     ),
+    "plan": ("fastvideo.planning.plan_cli", "say what a run will need on every device, before it is started"),
     "checkpoints": ("fastvideo.training.checkpoints_cli", "list a run's checkpoints, and verify them"),
     "preprocess": ("fastvideo.data.preprocess_cli", "encode a folder of videos and captions once, to train on"),
     "precompute-trajectories": (

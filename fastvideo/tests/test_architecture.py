@@ -22,8 +22,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FUNCTION, MAX_FILE, MAX_ADAPTER, MAX_TEST, MAX_DMD2 = 60, 250, 300, 300, 150
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
 FROZEN_VERBS = {
-    *("distill", "checkpoints", "preprocess", "precompute-trajectories", "buckets", "generate", "evaluate", "export"),
-    *("report", "schedule", "conformance", "list"),
+    *("distill", "plan", "checkpoints", "preprocess", "precompute-trajectories", "buckets", "generate", "evaluate"),
+    *("export", "report", "schedule", "conformance", "list"),
 }
 FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "resume_from", "overwrite"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}

@@ -113,10 +113,10 @@ def help_of(arguments: tuple[str, ...], cache: dict[tuple[str, ...], str] = {}) 
 
 
 def known_flags(verb: str) -> set[str]:
-    """The flags of a verb; for ``distill`` those of a config too."""
+    """The flags of a verb; for ``distill`` and ``plan`` those of a config too."""
     pages = [help_of((verb,))]
-    if verb == "distill":
-        pages.append(help_of((verb, "--config", str(ROOT / RECIPE))))
+    if verb in ("distill", "plan"):
+        pages.append(help_of(("distill", "--config", str(ROOT / RECIPE))))
     return {flag for text in pages for flag in re.findall(r"--[a-z0-9][a-z0-9.-]*", text)}
 
 

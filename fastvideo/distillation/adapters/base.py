@@ -203,10 +203,10 @@ class DistillAdapter(FeatureTaps, ABC, Generic[ConfigT]):
         """``recipe.json`` of the model that the run starts from; empty if it has none."""
         return {}
 
-    def ensure_negative_conditioning(self) -> None:
-        """Make the condition of the unguided prediction, once; a second call does nothing."""
+    def ensure_negative_conditioning(self, made: Condition | None = None) -> None:
+        """Make the condition of the unguided prediction, once, unless it is ``made`` (one row) already."""
         if self._negative is None:
-            self._negative = self.encode_prompts([self.negative_prompt])
+            self._negative = made or self.encode_prompts([self.negative_prompt])
 
     @property
     def negative_prompt(self) -> str:

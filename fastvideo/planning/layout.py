@@ -1,0 +1,145 @@
+"""Bytes that a process holds for each role, from the parameters' shapes: exact, without any of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
+from fastvideo.distillation.adapters.pipeline import PipelineAdapter
+from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.rng import initialising
+
+FLOAT32 = 4
+ADAM_MOMENTS = 2
+GATHERED_BLOCKS = 2
+"""Blocks of a split network that are whole at a time: the one that computes, and the next on its way."""
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """One role on one process."""
+
+    name: str
+    trainable: bool
+    parameters: int
+    """How many the whole network has."""
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    block: int
+    """Bytes of one repeated block, whole, in the compute dtype."""
+    whole: int
+    """Bytes of the whole network in the compute dtype."""
+
+    @property
+    def total(self) -> int:
+        """All that stays from step to step, and the gradients."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+
+def local_numel(tensor: Tensor, shard: int) -> int:
+    """Elements of the first process's part of a tensor: rows are split, and the first has the most."""
+    if shard == 1 or tensor.ndim == 0:
+        return tensor.numel()
+    return math.ceil(tensor.shape[0] / shard) * math.prod(tensor.shape[1:])
+
+
+def role_bytes(config: Config, adapter: Adapter) -> list[RoleBytes]:
+    """Every role's bytes on one process."""
+    method = load_method(config.distill_method)
+    with initialising(config.seed):
+        networks = dict(method.heads(config.method, adapter))
+    own = set(networks)
+    for name, role in config.roles.items():
+        if name not in networks:
+            assert adapter.scaling is not None
+            dtype = torch.float32 if role.trainable else adapter.compute_dtype
+            networks[name] = adapter.scaling.empty(role.path, dtype)
+            if name == "student" and "flow_map" in method.needs_of(config.method):
+                adapter.add_flow_map(networks[name])
+    return [_role(config, adapter, name, networks[name], name in own) for name in config.roles]
+
+
+def _role(config: Config, adapter: Adapter, name: str, network: nn.Module, own: bool) -> RoleBytes:
+    shard, trainable = 1 if own else config.parallel.shard, config.roles[name].trainable
+    parameters = list(network.parameters())
+    elements = sum(local_numel(p, shard) for p in parameters)
+    weights = sum(local_numel(p, shard) * p.element_size() for p in parameters)
+    buffers = sum(b.numel() * b.element_size() for b in network.buffers())
+    averaged = config.ema.enabled and name in averaged_roles(config)
+    blocks = [] if own or adapter.scaling is None else adapter.scaling.blocks(network)
+    item = adapter.compute_dtype.itemsize
+    return RoleBytes(
+        name=name,
+        trainable=trainable,
+        parameters=sum(p.numel() for p in parameters),
+        weights=weights + buffers,
+        gradients=elements * FLOAT32 * trainable,
+        optimizer=(elements * FLOAT32 * ADAM_MOMENTS + len(parameters) * FLOAT32) * trainable,
+        average=(elements * FLOAT32 + buffers) * averaged,
+        block=max((_numel(block.parameters()) for block in blocks), default=0) * item,
+        whole=_numel(parameters) * item,
+    )
+
+
+def averaged_roles(config: Config) -> tuple[str, ...]:
+    """The roles whose average is kept."""
+    return tuple(config.ema.roles)
+
+
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def gathered_bytes(config: Config, roles: list[RoleBytes]) -> int:
+    """What sharding holds beside the parts: blocks that are whole while they compute, and their gradients."""
+    if config.parallel.shard == 1:
+        return 0
+    whole = 0
+    for role in roles:
+        stays = not role.trainable and not config.parallel.reshard_frozen
+        whole += role.whole if stays else 0
+    largest = max(roles, key=lambda role: role.block)
+    trained = max((role for role in roles if role.trainable), key=lambda role: role.block)
+    unreduced = trained.block + 2 * trained.block  # in the compute dtype, and in float32 while it is reduced
+    keeps = config.trainer.grad_accumulation > 1 and not config.parallel.sync_every_micro_batch
+    if keeps:
+        unreduced = sum(role.whole for role in roles if role.trainable)
+    return whole + GATHERED_BLOCKS * largest.block + unreduced
+
+
+def reduction_bytes(config: Config, roles: list[RoleBytes], world: int) -> int:
+    """What averaging whole gradients over processes holds: all of one role's, joined."""
+    if config.parallel.shard > 1 or world == 1:
+        return 0
+    return max(role.gradients for role in roles)
+
+
+def frozen_parts(config: Config, adapter: Adapter) -> Mapping[str, int]:
+    """Text encoder (prompts are encoded while training), and the VAE where something is decoded; float32."""
+    if not isinstance(adapter, PipelineAdapter):
+        return {}
+    parts = {"text encoder": _part(adapter, "text_encoder", "transformers", adapter.text_encoder_class)}
+    if config.validation.every:
+        parts["VAE"] = _part(adapter, "vae", "diffusers", adapter.vae_class)
+    return parts
+
+
+def _part(adapter: PipelineAdapter[Any], folder: str, library: str, name: str) -> int:
+    cls: Any = getattr(import_module(library), name)
+    source = resolve_pipeline(adapter.config.path, adapter.pipelines)
+    with torch.device("meta"):
+        if library == "diffusers":
+            module = cls.from_config(load_config(cls, source, folder))
+        else:
+            module = cls(cls.config_class.from_pretrained(Path(source) / folder))
+    return _numel(module.parameters()) * FLOAT32

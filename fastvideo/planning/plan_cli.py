@@ -1,0 +1,88 @@
+"""``fastvideo plan``: what a run will need, before it is started. No weights, no GPU."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastvideo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every process of a run will hold, compute and send; exit code 1 if it does not fit.
+
+    Fields of the config can be overridden as for `fastvideo distill`: `--parallel.shard 8`.
+    """
+
+    config: Path
+    """The run's YAML file."""
+    gpus: int = 1
+    """Processes, one per device."""
+    gpu_memory: str = "80GiB"
+    """Memory of one device: 80GiB, 24GB."""
+    reserve: str = "2GiB"
+    """Left free for what is not predicted: the driver, communication, fragmentation."""
+    architecture: str | None = None
+    """Published architecture for a model path that is neither a folder nor a known hub id."""
+    flops: float | None = None
+    """FLOP/s that one device reaches, for an estimate of the time (about 4e14 on an H100 in bfloat16)."""
+    bandwidth: float = 1e11
+    """Bytes per second that one device sends."""
+    calibrate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Measure this machine's FLOP/s for two seconds, instead of `--flops`."""
+
+
+def read_bytes(text: str, flag: str) -> int:
+    """``80GiB`` as bytes.
+
+    Raises:
+        UserError: for what is no size.
+    """
+    from fastvideo.planning.report import UNITS
+
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
+        raise UserError(f"{flag} {text!r} is no size: 80GiB or 24GB is expected")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; 0 if the run fits, 1 if not."""
+    options, rest = tyro.cli(Options, args=argv, prog="fastvideo plan", return_unknown_args=True)
+    budget, reserve = read_bytes(options.gpu_memory, "--gpu-memory"), read_bytes(options.reserve, "--reserve")
+    if options.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, got {options.gpus}")
+
+    from fastvideo.planning.advice import advise, enough_gpus
+    from fastvideo.planning.estimate import Planner, calibrate
+    from fastvideo.planning.published import without_weights
+    from fastvideo.planning.report import Rates, advice_lines, step_lines, table, verdict
+    from fastvideo.training.distillation import parse
+
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of kernels that never run
+    _, written = parse(["--config", str(options.config), *rest])
+    planner = Planner()
+    plan = planner.plan(without_weights(written, options.architecture), options.gpus)
+    flops = calibrate(plan) if options.calibrate else options.flops
+    parallel = plan.config.parallel
+    print(
+        f"{options.config}: {written.distill_model} x {written.distill_method} on {plan.world} processes "
+        f"(shard {parallel.shard}, copies {plan.world // parallel.shard}, context {parallel.context})\n"
+    )
+    print("\n".join(table(plan)), "", *step_lines(plan, Rates(flops, options.bandwidth) if flops else None), sep="\n")
+    print("", verdict(plan, budget, reserve), sep="\n")
+    room = budget - reserve
+    if plan.total <= room:
+        return 0
+    advice = list(advise(planner, plan, room))
+    last = advice[-1].plan if advice else plan
+    fits = last.total <= room
+    print("\n".join(advice_lines(advice, fits, None if fits else enough_gpus(planner, last, room))))
+    return 1

@@ -1,0 +1,61 @@
+"""Published architectures: the config files of checkpoints, without weights, so that a plan needs no download."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from fastvideo.distillation.adapters.loading import EMBEDDED
+from fastvideo.distillation.builder import Config
+from fastvideo.distillation.types import UserError
+
+ARCHITECTURES = {
+    "wan2.1-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+    "wan2.1-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+    "cogvideox-2b": ("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"),
+    "cogvideox-5b": ("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b"),
+}
+"""Names of ``published/``, and the hub ids that they are the configs of."""
+
+
+def architecture_folder(name: str) -> Path:
+    """The config files of a published architecture.
+
+    Raises:
+        UserError: with the list of names.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(f"--architecture {name!r}: one of {', '.join(ARCHITECTURES)} is expected")
+    return Path(str(files("fastvideo").joinpath("planning/published", name)))
+
+
+def config_folder(path: str, architecture: str | None = None) -> str:
+    """Where the config files of the model ``path`` are: its own folder, or those that ship with this package.
+
+    Args:
+        path: as in a run's config.
+        architecture: what to take for a path that is neither a folder nor known.
+
+    Raises:
+        UserError: if there is no such folder and no architecture stands for it.
+    """
+    if path in EMBEDDED or Path(path).is_dir():
+        return path
+    known = {hub_id.lower(): name for name, ids in ARCHITECTURES.items() for hub_id in ids}
+    name = known.get(path.lower(), architecture)
+    if name is None:
+        raise UserError(
+            f"model {path!r} is not a folder, and its architecture is not among the published ones that ship with "
+            f"this package: name the one it has with --architecture ({', '.join(ARCHITECTURES)})"
+        )
+    return str(architecture_folder(name))
+
+
+def without_weights(config: Config, architecture: str | None = None) -> Config:
+    """The config with every model path replaced by one that has config files."""
+    model = config.model.model_copy(update={"path": config_folder(config.model.path, architecture)})
+    roles = {
+        name: role.model_copy(update={"path": role.path and config_folder(role.path, architecture)})
+        for name, role in config.roles.items()
+    }
+    return config.model_copy(update={"model": model, "roles": roles})

@@ -1,0 +1,165 @@
+"""A plan: exact where it can be, simulated where it must be, and checked against a real step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastvideo.cli import main
+from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.types import UserError
+from fastvideo.planning.advice import advise, changes
+from fastvideo.planning.estimate import Planner, check_layout
+from fastvideo.planning.fake import LiveBytes
+from fastvideo.planning.layout import role_bytes
+from fastvideo.planning.plan_cli import read_bytes
+from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
+from fastvideo.planning.simulate import _train, simulate
+from fastvideo.training.distillation import parse
+
+TINY, LARGE = "examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml"
+PARAMETERS = {
+    "wan2.1-t2v-1.3b": 1_418_996_800,
+    "wan2.1-t2v-14b": 14_288_491_584,
+    "cogvideox-2b": 1_693_783_872,
+    "cogvideox-5b": 5_570_283_072,
+}
+
+
+def config_of(path: str, *flags: str) -> Any:
+    return without_weights(parse(["--config", path, *flags])[1])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_hub_id_needs_no_download(name: str) -> None:
+    for hub_id in ARCHITECTURES[name]:
+        assert Path(config_folder(hub_id)).name == name
+
+
+def test_an_unknown_model_asks_for_its_architecture() -> None:
+    with pytest.raises(UserError, match="--architecture"):
+        config_folder("somebody/else")
+    assert config_folder("somebody/else", "cogvideox-2b").endswith("cogvideox-2b")
+    with pytest.raises(UserError, match="one of wan"):
+        config_folder("somebody/else", "wan")
+
+
+@pytest.mark.parametrize("shard", [1, 8])
+def test_bytes_of_the_large_recipe_are_exact(shard: int) -> None:
+    """Float32 weights, gradients and two moments for what is trained; what is frozen in bfloat16."""
+    config = config_of(LARGE, "--parallel.shard", str(shard))
+    roles = {role.name: role for role in role_bytes(config, build_adapter(config))}
+    count = PARAMETERS["wan2.1-t2v-1.3b"]
+    student = roles["student"]
+    assert student.parameters == count
+    assert student.gradients == pytest.approx(4 * count / shard, rel=3e-3)
+    assert student.weights >= student.gradients
+    assert student.optimizer == 2 * student.gradients + 825 * 4  # a step counter for each tensor
+    if shard == 1:
+        assert student.gradients == 4 * count
+        assert roles["teacher"].weights < 0.51 * 4 * count + 10_000_000
+    assert roles["teacher"].gradients == roles["teacher"].optimizer == roles["critic"].average == 0
+
+
+def test_live_bytes_are_those_of_tensors_that_live() -> None:
+    x = torch.ones(100)
+    with LiveBytes() as memory:
+        y = x * 2
+        assert memory.live == 400
+        z = (y + 1).view(10, 10)
+        assert memory.live == 800
+        del y
+        assert memory.live == 400
+        z.mul_(2)
+        del z
+    assert (memory.live, memory.peak) == (0, 800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
+    """Four blocks are run as they are; fake and real tensors agree to the byte on what operators make."""
+    config = config_of(TINY, "--parallel.activation-checkpointing", recompute, "--data.batch-size", "2")
+    adapter = build_adapter(config)
+    planned = simulate(config, adapter, split=False, leave=False)
+    adapter = build_adapter(config)
+    networks = {name: adapter.load_network() for name in config.roles}
+    from fastvideo.distillation.builder import build_method
+
+    if recompute == "full":
+        from fastvideo.distillation.engine.recompute import checkpointed
+
+        for network in networks.values():
+            assert adapter.scaling is not None
+            adapter.scaling.recompute(network, checkpointed("full"))
+    method = build_method(config, adapter, networks=networks)
+    method.rng.shared_index = lambda high: high - 1  # type: ignore[method-assign]
+    from fastvideo.distillation.types import RawBatch
+
+    batch = adapter.prepare(RawBatch(("a red three", "a green one")))
+    with LiveBytes() as memory:
+        _train(method, batch, 0)
+    assert planned.peak == pytest.approx(memory.peak, rel=0.02)
+    assert planned.calls == pytest.approx({"student": 2.5, "teacher": 0.4, "critic": 1.2})
+    assert sum(planned.backwards.values()) == pytest.approx(1.2)
+
+
+@pytest.mark.slow
+def test_a_deep_network_goes_on_from_two_small_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(TINY, "--data.batch-size", "2")
+    adapter = build_adapter(config)
+    whole = simulate(config, adapter, split=True, leave=True)
+    monkeypatch.setattr("fastvideo.planning.simulate.DEPTHS", (2, 3))
+    shallow = simulate(config, adapter, split=True, leave=True)
+    assert shallow.peak == pytest.approx(whole.peak, rel=0.01)
+    assert shallow.flops == pytest.approx(whole.flops, rel=0.01)
+
+
+@pytest.mark.slow
+def test_more_processes_hold_less_and_send_more() -> None:
+    planner = Planner()
+    plans = [planner.plan(config_of(TINY, "--parallel.shard", str(n)), n) for n in (1, 2, 4)]
+    assert plans[0].total > plans[1].total > plans[2].total
+    assert plans[0].sent == 0
+    assert 0 < plans[1].sent < plans[2].sent
+
+
+@pytest.mark.slow
+def test_advice_ends_as_soon_as_the_run_fits() -> None:
+    planner, config = Planner(), config_of(TINY)
+    plan = planner.plan(config, 4)
+    advice = list(advise(planner, plan, plan.total - 1))
+    assert [step.flags for step in advice] == ["--parallel.shard 2"]
+    assert advice[0].plan.total < plan.total
+    assert len({flags for flags, _, _ in changes(config, 4)}) >= 6
+
+
+def test_a_layout_must_divide_the_processes() -> None:
+    with pytest.raises(UserError, match=r"does not divide 6 processes: one of \[1, 2, 3, 6\]"):
+        check_layout(config_of(TINY, "--parallel.shard", "4"), 6)
+
+
+@pytest.mark.parametrize(("text", "count"), [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29)])
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert read_bytes(text, "--gpu-memory") == count
+
+
+@pytest.mark.parametrize("text", ["much", "80QiB", "1.2.3GB"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        read_bytes(text, "--gpu-memory")
+
+
+@pytest.mark.slow
+def test_the_exit_code_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--config", TINY, "--data.batch-size", "1", "--reserve", "0"]
+    assert main([*command, "--gpu-memory", "8GiB"]) == 0
+    assert "FITS" in capsys.readouterr().out
+    assert main([*command, "--gpu-memory", "1MiB"]) == 1
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    assert "--parallel.activation-checkpointing full" in printed
+    assert "no number of processes" in printed
