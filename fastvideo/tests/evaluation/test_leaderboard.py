@@ -1,0 +1,93 @@
+"""``benchmarks/leaderboard.py``: its parts, and the page from figures that are given; nothing is trained here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.dom import minidom
+
+import pytest
+import torch
+
+from fastvideo.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, run from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("leaderboard")
+
+
+def test_a_sub_ladder_takes_rungs_evenly_and_makes_up_those_that_are_missing(board: ModuleType) -> None:
+    ladder = [1.0, 0.75, 0.5, 0.25]
+    assert board.sub_ladder(ladder, 4) == tuple(ladder)
+    assert board.sub_ladder(ladder, 2) == (1.0, 0.5)
+    assert board.sub_ladder(ladder, 1) == (1.0,)
+    assert board.sub_ladder([1.0], 4) == (1.0, 0.75, 0.5, 0.25)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("20s", 20), ("5m", 300), ("0.5h", 1800)])
+def test_a_budget_is_a_time(text: str, seconds: float, board: ModuleType) -> None:
+    assert board.Arguments(budget=text).seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["5", "0s", "five minutes", "-3m"])
+def test_another_budget_is_refused(text: str, board: ModuleType) -> None:
+    with pytest.raises(UserError, match="20s, 5m or 1h"):
+        _ = board.Arguments(budget=text).seconds
+
+
+def test_every_tiny_recipe_takes_part_and_another_method_is_refused(board: ModuleType) -> None:
+    recipes = {path.stem.removeprefix("tiny_wan_") for path in (ROOT / "examples/distillation").glob("tiny_wan_*.yaml")}
+    assert set(board.chosen(board.Arguments())) == {name for name in recipes if not name.startswith("i2v")}
+    with pytest.raises(UserError, match="--methods dmd3"):
+        board.chosen(board.Arguments(methods=("dmd3",)))
+
+
+def test_a_process_is_measured_and_a_failing_one_named(board: ModuleType, tmp_path: Path) -> None:
+    cost = board.measured_process(["timeit", "-n", "1", "-r", "1", "sum(range(10 ** 6))"], tmp_path / "log.txt")
+    assert cost["peak_rss_mb"] > 1
+    assert cost["cpu_seconds"] <= cost["wall_seconds"] + 1
+    with pytest.raises(UserError, match=r"exit code 1: see .*log\.txt"):
+        board.measured_process(["no_such_module"], tmp_path / "log.txt")
+
+
+def figures(distance: float) -> dict[str, Any]:
+    names = ("digit_accuracy", "colour_accuracy", "direction_accuracy", "frechet", "frechet_pixel", "diversity")
+    row = dict.fromkeys(names, distance)
+    return {**row, "network_calls": 4, "frechet_floor": 1.3, "intervals": {name: [0.0, 1.0] for name in names}}
+
+
+def test_the_page_holds_every_row_and_the_closest_comes_first(board: ModuleType, tmp_path: Path) -> None:
+    cost = {"wall_seconds": 9.0, "peak_rss_mb": 700, "cpu_seconds": 8.0, "train_steps": 30}
+    results, folders, videos = [], {}, {}
+    for name, distance in {"teacher": 2.5, "dmd2": 4.0, "ladd": 3.0}.items():
+        steps = ("50", "4", "2", "1") if name == "teacher" else ("4", "2", "1")
+        results += board.entries(name, dict.fromkeys(steps, figures(distance)), cost)
+        folders[name] = tmp_path / name
+        videos[name] = dict.fromkeys(steps, torch.zeros(2, 3, 3, 8, 8))
+        (folders[name] / "run").mkdir(parents=True)
+        lines = [{"step": 5, "cpu_seconds": 2.0}, {"step": 5, "validation/ema/frechet": 2 * distance}]
+        (folders[name] / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = board.Arguments(out=tmp_path / "docs" / "results.md", remark="A quiet machine.")
+    environment = {"revision": "0123456789", "torch": "2"}
+    sys.modules["leaderboard_page"].write_page(arguments, results, folders, videos, {"kd": "no walks"}, environment)
+    page = arguments.out.read_text()
+    assert page.index("| ladd | 4 |") < page.index("| dmd2 | 4 |")
+    assert all(
+        text in page for text in ("revision 0123456,", "Not measured: `kd`: no walks", "A quiet machine.", "1.30")
+    )
+    rows = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert [(row["method"], row["steps"]) for row in rows[3:5]] == [("teacher", 1), ("dmd2", 4)]
+    for file in ("frechet-steps.svg", "frechet-seconds.svg"):
+        drawn = minidom.parse(str(tmp_path / "docs" / "images" / "leaderboard" / file))
+        assert len(drawn.getElementsByTagName("polyline")) == 2
+    assert (tmp_path / "docs" / "images" / "leaderboard" / "gallery.gif").is_file()
