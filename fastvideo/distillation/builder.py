@@ -185,6 +185,8 @@ def build_method(
     _check_averages(config, trainable)
     placement = Placement(adapter, processes, config.parallel)
     placement.check({name: role.path for name, role in config.roles.items()})
+    _check_derivatives(config, processes)
+    adapter.whole_forwards = processes.forward_together
     adapter.ensure_negative_conditioning()
     views = {} if networks else shared_networks(config, placement)
     with initialising(config.seed):
@@ -207,6 +209,14 @@ def build_method(
     built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
     built.notes = (*notes, *built.notes)
     return built
+
+
+def _check_derivatives(config: Config, processes: Processes) -> None:
+    if processes.context > 1 and "jvp" in load_method(config.distill_method).needs_of(config.method):
+        raise UserError(
+            f"parallel.context: {config.distill_method} takes forward-mode derivatives, which attention over several "
+            f"processes does not have; set method.jvp: central_difference, or parallel.context: 1"
+        )
 
 
 def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:

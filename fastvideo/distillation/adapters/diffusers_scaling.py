@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.flow_map import load_head
 from fastvideo.distillation.adapters.kernels import repeated_blocks
@@ -98,6 +98,15 @@ class DiffusersScaling:
     def plan(self) -> Mapping[str, Any] | None:
         """Which tensors are split and gathered where; ``None`` for what diffusers has for the class."""
         return None
+
+    def join_tokens(self, network: Any, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tokens ``[B, L, D]`` of all processes of a sample, from what is inside a network whose tokens are split."""
+        from diffusers.hooks.context_parallel import EquipartitionSharder
+
+        if network._parallel_config is None:
+            return tokens
+        mesh = network._parallel_config.context_parallel_config._flattened_mesh
+        return tuple(EquipartitionSharder.unshard(token, 1, mesh) for token in tokens)
 
     def split_tokens(self, network: Any, mesh: Any) -> None:
         """Through diffusers' own ``enable_parallelism``, with Ulysses attention."""

@@ -28,6 +28,7 @@ from fastvideo.distillation.adapters.loading import (
     resolve_pipeline,
     write_pipeline,
 )
+from fastvideo.distillation.adapters.taps import Tokens
 from fastvideo.distillation.types import Condition, UserError
 
 
@@ -139,6 +140,9 @@ class PipelineAdapter(DistillAdapter[ConfigT]):
         self._set_kernels(network)
         load_head(network, self.time_embedding, Path(source))
         return network.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def joined(self, network: nn.Module, tokens: Tokens) -> Tokens:
+        return self.scaling.join_tokens(network, tokens)
 
     def _set_kernels(self, network: nn.Module) -> None:
         choose_attention(network, self.config.attention_backend)

@@ -81,6 +81,9 @@ class FeatureTaps:
     blocks: ClassVar[str] = ""
     """Attribute of the network that lists its repeated blocks, for :meth:`features`."""
 
+    whole_forwards: bool = False
+    """Set where several processes share a network: they all have to run every forward to its end."""
+
     @abstractmethod
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
@@ -95,12 +98,14 @@ class FeatureTaps:
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
         """Tokens float32 ``[B, L, D]`` after each of the repeated blocks ``taps``, frame by frame along ``L``.
 
-        Differentiable in ``x_t`` and in the network; nothing runs after the last tap.
+        Differentiable in ``x_t`` and in the network; nothing runs after the last tap (but see ``whole_forwards``).
 
         Raises:
             UserError: for a tap that is no block, or a family without features.
         """
         check_taps(taps, self.feature_widths, type(self).__name__)
+        if self.whole_forwards:
+            return self.velocity_and_features(network, x_t, t, condition, taps)[1]
         return tapped_early(lambda: self.velocity(network, x_t, t, condition), getattr(network, self.blocks), taps)
 
     def velocity_and_features(
@@ -108,4 +113,14 @@ class FeatureTaps:
     ) -> tuple[Tensor, Tokens]:
         """:meth:`velocity` and :meth:`features` from one call of the network."""
         check_taps(taps, self.feature_widths, type(self).__name__)
-        return tapped(lambda: self.velocity(network, x_t, t, condition), getattr(network, self.blocks), taps)
+        blocks = getattr(network, self.blocks)
+        u, tokens = tapped(lambda: self.velocity(network, x_t, t, condition), blocks, taps)
+        tokens = self.joined(network, tokens)
+        if self.whole_forwards:
+            # In backward a split network is gathered when the gradient of its prediction comes, so one has to come.
+            tokens = (tokens[0] + 0.0 * u.mean(), *tokens[1:])
+        return u, tokens
+
+    def joined(self, network: nn.Module, tokens: Tokens) -> Tokens:
+        """All tokens of a sample, where the network has those of this process alone."""
+        return tokens

@@ -41,11 +41,15 @@ class Case:
     """Further sections of the config."""
     roles: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of roles, by name."""
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the method."""
 
     @property
     def name(self) -> str:
         """For people."""
-        extra = "".join(f" {section}={dict(value)}" for section, value in (self.options | self.roles).items())
+        extra = "".join(
+            f" {section}={value}" for section, value in {**self.options, **self.roles, **self.method_options}.items()
+        )
         return f"{self.family} x {self.method}{extra}"
 
     @property
@@ -85,12 +89,13 @@ def role_folders(root: Path) -> dict[str, dict[str, Path]]:
 
 
 def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: Mapping[str, Any]) -> Any:
-    """The run's config; a role without weights of its own has the student's."""
+    """The run's config; a role without weights of its own is the method's."""
     cls, own = load_method(case.method), folders[case.family]
     roles = {}
     for role in (*cls.trainable_roles, *cls.frozen_roles):
-        path = str(own.get(role, own["student"]))
-        roles[role] = {"trainable": role in cls.trainable_roles, "path": path} | dict(case.roles.get(role, {}))
+        roles[role] = {"trainable": role in cls.trainable_roles} | dict(case.roles.get(role, {}))
+        if role in own and "path" not in roles[role]:
+            roles[role]["path"] = str(own[role])
     values = {
         "distill_model": case.family,
         "distill_method": case.method,
@@ -100,7 +105,7 @@ def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: M
         "model": {"path": str(own[""]), **SIZES[case.family]},
         "roles": roles,
         "ladder": {"times": [1.0, 0.6]},
-        "method": dict(TOYS[case.method].config),
+        "method": dict(TOYS[case.method].config) | dict(case.method_options),
         "parallel": dict(case.options.get("parallel", {})) | dict(parallel),
         "trainer": dict(case.options.get("trainer", {})),
     }
@@ -133,7 +138,9 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     config = config_of(case, folders, parallel | {"shard": processes.shard, "context": processes.context})
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
-    options = LoopOptions(STEPS, case.accumulation, 1.0, 10 * STEPS, processes.context)
+    options = LoopOptions(
+        STEPS, case.accumulation, 1.0, 10 * STEPS, processes.context, config.parallel.sync_every_micro_batch
+    )
     trainer = DistillTrainer(method, adapter.prepare, options, Tracker(Path("unused"), enabled=False))
     trained = [handle for handle in method.bundle if handle.trainable]
     for handle in trained:
@@ -174,9 +181,11 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
     losses: dict[str, float] = {}
     gradients: list[dict[str, Tensor]] = []
     for step in range(STEPS):
+        seen: dict[str, list[float]] = {}
         for method, stream in zip(methods, streams, strict=True):
             for batch in itertools.islice(stream, case.accumulation):
-                backward(method, adapter.prepare(batch), step, case.accumulation, losses, data_ranks)
+                backward(method, adapter.prepare(batch), step, case.accumulation, seen)
+        losses |= {f"{step}/{role}/loss": sum(values) / len(values) for role, values in seen.items()}
         gradients.append({})
         for role in methods[0].active_roles(step):
             handles = [method.bundle[role] for method in methods]
@@ -189,12 +198,11 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
     return Result(losses, gradients, weights)
 
 
-def backward(method: Any, batch: Batch, step: int, accumulation: int, losses: dict[str, float], ranks: int) -> None:
-    """Backward of one micro-batch, with its share of the mean loss added to ``losses``."""
+def backward(method: Any, batch: Batch, step: int, accumulation: int, seen: dict[str, list[float]]) -> None:
+    """Backward of one micro-batch; its losses are added to ``seen``, by role."""
     for loss in method.losses(batch, step):
         (loss.value / accumulation).backward()
-        key = f"{step}/{loss.role}/loss"
-        losses[key] = losses.get(key, 0.0) + float(loss.value.detach()) / ranks / accumulation
+        seen.setdefault(loss.role, []).append(float(loss.value.detach()))
 
 
 def average_and_clip(handles: list[RoleHandle]) -> float:

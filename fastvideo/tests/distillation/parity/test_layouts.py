@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.builder import METHODS
+from fastvideo.distillation.builder import METHODS, load_method
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
 from fastvideo.tests.distillation.parity.worlds import in_world
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, tuple[int, int, int]] = {
     "shard4 x context2": (4, 4, 2),
 }
 """Processes, shard, context."""
-TOLERANCE = {"loss": 2e-5, "gradient": 2e-5, "weight": 2e-5}
+TOLERANCE = {"loss": 1e-4, "gradient": 2e-4, "weight": 5e-5}
 """Largest difference, relative to the largest value of the tensor that is compared (or 1e-3, if that is smaller)."""
 
 
@@ -85,10 +85,27 @@ CHECKPOINTED = {"parallel": {"activation_checkpointing": "full"}}
 
 def test_every_layout_trains_wan_with_dmd2_as_one_process_does(folders: Any, tmp_path: Path) -> None:
     cases = [Case("wan", "dmd2"), Case("wan", "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
-    check(folders, cases, list(LAYOUTS), tmp_path)
+    check(folders, cases, ["dp2", "shard2", "context2", "shard2 x context2"], tmp_path)
+
+
+def case_of(family: str, method: str) -> Case:
+    """Attention over several processes has no forward-mode derivative, so those methods take differences."""
+    derived = "jvp" in load_method(method).Config.model_fields
+    return Case(family, method, method_options={"jvp": "central_difference", "jvp_step": 1e-2} if derived else {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_every_layout_trains_every_method_as_one_process_does(family: str, folders: Any, tmp_path: Path) -> None:
-    check(folders, [Case(family, method) for method in METHODS], list(LAYOUTS), tmp_path)
+    check(folders, [case_of(family, method) for method in METHODS], list(LAYOUTS), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
+    family: str, folders: Any, tmp_path: Path
+) -> None:
+    every = {"parallel": {"sync_every_micro_batch": True, "reshard_frozen": False}} | ACCUMULATED
+    cases = [Case(family, "dmd2", ACCUMULATED), Case(family, "dmd2", CHECKPOINTED), Case(family, "dmd2", {}, LORA)]
+    cases += [Case(family, "dmd2", every), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
+    check(folders, cases, list(LAYOUTS), tmp_path)

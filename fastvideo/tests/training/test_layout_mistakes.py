@@ -1,0 +1,174 @@
+"""What cannot work is refused before anything is loaded: one message, from one process, exit code 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import fastvideo.training.distillation as entry
+from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.config import validate
+from fastvideo.distillation.engine.distributed import Processes, check_layout, start_processes
+from fastvideo.distillation.types import UserError
+from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
+
+FOLDERS = {"wan": (wan_folder, 5), "cogvideox": (cogvideox_folder, 9)}
+
+
+def torchrun(processes: int, config: Path, *flags: str, log: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            [*command, entry.__file__, "--config", str(config), *flags], stdout=stream, stderr=stream, text=True
+        )
+
+
+def config_file(values: dict[str, Any], folder: Path) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def config_of(family: str, root: Path, **parallel: Any) -> Any:
+    folder, frames = FOLDERS[family]
+    size = {"height": 16, "width": 32, "num_frames": frames, "max_sequence_length": 8}
+    roles = {"student": {"trainable": True}, "teacher": {"trainable": False}, "critic": {"trainable": True}}
+    values = {
+        "distill_model": family, "distill_method": "dmd2", "output": "unused", "method": {}, "roles": roles,
+        "model": {"path": str(folder(root)), **size}, "parallel": parallel,
+    }  # fmt: skip
+    return validate(run_schema(family, "dmd2"), values, "test")
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"shard": 4}, r"parallel\.shard: 4 does not divide the number of processes, 6; possible: 1, 2, 3, 6"),
+        ({"context": 5}, r"parallel\.context: 5 does not divide the number of processes, 6; possible: 1, 2, 3, 6"),
+        ({"shard": 2, "replicate": 2}, "shard 2 x replicate 2 needs 4 processes, there are 6"),
+    ],
+)
+def test_a_layout_that_the_processes_do_not_fit_is_refused(layout: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_layout(6, **({"shard": 1, "replicate": None, "context": 1} | layout))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("wan", r"4 does not divide attention heads \(2\) of role 'student'; possible with 4 processes: 1, 2$"),
+        ("cogvideox", r"4 does not divide attention heads \(2\) and tokens \(6\) of role 'student'; .*: 1, 2$"),
+    ],
+)
+def test_context_that_divides_neither_heads_nor_tokens_is_refused_before_loading(
+    family: str, message: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(family, tiny_root, context=4)
+    adapter = build_adapter(config)
+    monkeypatch.setattr(adapter, "load_network", lambda *_: pytest.fail("loaded a network for a wrong layout"))
+    with pytest.raises(UserError, match=message):
+        build_method(config, adapter, Processes(0, 4, torch.device("cpu"), context=4))
+
+
+def test_a_family_without_blocks_is_only_run_data_parallel(analytic_values: dict[str, Any]) -> None:
+    config = validate(run_schema("analytic", "dmd2"), analytic_values, "test")
+    with pytest.raises(UserError, match=r"AnalyticAdapter has no repeated blocks .* only data-parallel runs"):
+        build_method(config, build_adapter(config), Processes(0, 2, torch.device("cpu"), shard=2))
+
+
+def test_offload_without_sharding_is_refused(tiny_root: Path) -> None:
+    with pytest.raises(UserError, match=r"parallel: .*offload 'frozen' .* needs shard above 1"):
+        config_of("wan", tiny_root, offload="frozen")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="cuda is asked for, and torch sees no CUDA device; use --device cpu, or auto"):
+        start_processes("cuda")
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+def test_one_process_says_it_for_all_and_nothing_is_written(analytic_values: dict[str, Any], tmp_path: Path) -> None:
+    config, log = config_file(analytic_values, tmp_path), tmp_path / "log"
+    process = torchrun(2, config, "--parallel.shard", "3", "--device", "cpu", log=log)
+    assert process.wait(300) != 0
+    text = log.read_text()
+    assert text.count("error: parallel.shard: 3 does not divide the number of processes, 2; possible: 1, 2") == 1
+    assert "exitcode  : 2" in text
+    assert "fastvideo.errors" not in text, "a traceback of this code"
+    assert not Path(analytic_values["output"]).exists()
+
+
+DIFFERENT = """
+import os, sys
+from fastvideo.training.distillation import guarded
+steps = "5" if os.environ["RANK"] == "1" else "7"
+raise SystemExit(guarded([*sys.argv[1:], "--trainer.max-steps", steps]))
+"""
+
+
+def test_processes_with_different_configs_are_refused_at_the_start(
+    analytic_values: dict[str, Any], tmp_path: Path
+) -> None:
+    config, script = config_file(analytic_values | {"device": "cpu"}, tmp_path), tmp_path / "different.py"
+    script.write_text(DIFFERENT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(script), "--config", str(config)], capture_output=True, text=True, timeout=300, check=False
+    )
+    message = "different configs: trainer.max_steps is 7 on rank 0 and 5 on rank 1; start all with the same file"
+    assert done.stderr.count(message) == 1
+    assert not Path(analytic_values["output"]).exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_which_names_it_and_goes_on_later(
+    analytic_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Both processes are started by hand, so that nothing but this code notices the loss."""
+    changes = {"device": "cpu", "checkpoint": {"every": 50}, "parallel": {"timeout": 30.0}}
+    values = analytic_values | changes | {"trainer": {"max_steps": 100_000, "log_every": 50}}
+    config, output = config_file(values, tmp_path), Path(values["output"])
+    processes = [by_hand(rank, config, tmp_path / f"{rank}.txt") for rank in range(2)]
+    checkpoints = output / "checkpoints"
+    wait_for(lambda: any(checkpoints.glob("step-*/manifest.json")), 120)
+    processes[1].send_signal(signal.SIGKILL)
+    assert processes[0].wait(60) == 1
+    said = (tmp_path / "0.txt").read_text()
+    assert said.count("error: lost contact with rank 1") == 1
+    assert "--resume" in said
+    newest = max(int(path.parent.name.removeprefix("step-")) for path in checkpoints.glob("step-*/manifest.json"))
+    again = [by_hand(rank, config, tmp_path / f"again-{rank}.txt", newest + 20) for rank in range(2)]
+    assert [process.wait(120) for process in again] == [0, 0]
+    assert f"resumed at step {newest}" in (tmp_path / "again-0.txt").read_text()
+
+
+def by_hand(rank: int, config: Path, log: Path, resume_to: int | None = None) -> subprocess.Popen[str]:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "WORLD_SIZE": "2"}
+    flags = [] if resume_to is None else ["--resume", "--trainer.max-steps", str(resume_to)]
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, entry.__file__, "--config", str(config), *flags],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=stream, stderr=stream, text=True,
+        )  # fmt: skip
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
