@@ -139,7 +139,11 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
     options = LoopOptions(
-        STEPS, case.accumulation, 1.0, 10 * STEPS, processes.context, config.parallel.sync_every_micro_batch
+        max_steps=STEPS,
+        grad_accumulation=case.accumulation,
+        log_every=10 * STEPS,
+        context=processes.context,
+        sync_every_micro_batch=config.parallel.sync_every_micro_batch,
     )
     trainer = DistillTrainer(method, adapter.prepare, options, Tracker(Path("unused"), enabled=False))
     trained = [handle for handle in method.bundle if handle.trainable]
