@@ -158,7 +158,7 @@ FLOW_MAP = {"fused_guidance": 1.0, "flow_time_shift": 1.0, "caption_dropout": 0.
 """AnyFlow's loss without what couples the samples of a batch."""
 
 TOYS = {
-    "kd": Toy({}, student="consistency"),
+    "kd": Toy({}, student="consistency", sampler=Ladder((1.0,))),
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
     "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),

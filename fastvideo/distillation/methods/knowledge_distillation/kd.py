@@ -3,9 +3,8 @@
 The teacher's walks from noise to data are computed beforehand (``fastvideo precompute-trajectories``): its state at
 every rung of the student's ladder, and the end. From any of these states the student regresses the end.
 
-It becomes the consistency function of the walk, and the states of a walk have at each time the distribution of noised
-data: that of re-noised ends. Euler steps would go along the straight line to the end instead, where no walk was
-(``docs/methods/kd.md`` has the numbers).
+It is sampled deterministically, by Euler steps down the same ladder. ``docs/methods/kd.md`` says what that costs where
+walks are curved, and what it wins on guided ones.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class KDMethod(DistillMethod[KDConfig]):
     trainable_roles = ("student",)
     needs_latents = True
     needs_trajectories = True
-    sampler = "renoise"
+    sampler = "euler"
     summary = "knowledge distillation, regression on the teacher's stored trajectories (arXiv 2101.02388)"
 
     @classmethod
