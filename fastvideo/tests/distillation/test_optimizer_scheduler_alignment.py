@@ -9,30 +9,26 @@ from hypothesis import strategies as st
 from torch.optim import AdamW, RAdam
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.builder import METHODS, load_method
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.builder import METHODS
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import RawBatch
-from fastvideo.tests.distillation.toys import LADDER, trajectory_extras
+from fastvideo.tests.distillation.toys import LADDER, toy_method, trajectory_extras
 
 WARMUP = 4
 
 
 def build(name: str, **options: object) -> tuple[DistillMethod, AnalyticAdapter]:
-    method = load_method(name)
     adapter = AnalyticAdapter(AnalyticConfig())
     adapter.ensure_negative_conditioning()
-    config = method.Config.model_validate({"warmup_steps": WARMUP, **options})
-    roles = dict.fromkeys(method.trainable_roles, True) | dict.fromkeys(method.frozen_roles, False)
-    handles = [RoleHandle(role, adapter, adapter.load_network(), trainable) for role, trainable in roles.items()]
-    for handle in handles:
-        if handle.trainable:
-            attach_optimizer(handle, method.optimizers(config)[handle.name])
-    return method(config, ModelBundle(handles), LADDER, RandomStreams(0)), adapter
+    method = toy_method(name, adapter, warmup_steps=WARMUP, **options)
+    for role in method.trainable_roles:
+        attach_optimizer(method.bundle[role], method.optimizers(method.config)[role])
+    return method, adapter
 
 
 def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int, folder: object) -> None:
