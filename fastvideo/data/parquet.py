@@ -1,172 +1,223 @@
-"""What survives a restart: nested state as named tensors and a rest that JSON holds; a role's state."""
+"""Preprocessed datasets in Parquet, read by row group; see :mod:`fastvideo.data.schema` for the columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.storage import Index, Stored
+from fastvideo.data.faults import UNREADABLE, Faults
+from fastvideo.data.fits import Wanted, check_fits, is_raw, sample_shape
+from fastvideo.data.index import FileIndex, check_bytes, dataset_files, index_file, iter_row_groups, latent_shape
+from fastvideo.data.order import Bucket
+from fastvideo.data.schema import LATENT, TEXT, Floats, byte_count, floats
+from fastvideo.distillation.types import RawBatch, UserError
+from fastvideo.stopping import unit_done
 
-JOINT = "::"
-NETWORK, EMA, OPTIMIZER, SCHEDULE = "network", "ema", "optimizer", "lr_scheduler"
-
-
-class Stateful(Protocol):
-    """A part that survives a restart."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
+CACHE_BYTES = 512 * 2**20
+"""Row groups kept in memory; the window within which rows are shuffled is as large as this allows."""
 
 
-class PerProcess(Stateful, Protocol):
-    """A part that differs between processes."""
+@dataclass(frozen=True)
+class Row:
+    """One sample as it was read."""
 
-    def load_foreign_state(self, state: Any, step: int) -> str:
-        """Go on from the main process's state of a run with other processes, or another kind of device.
-
-        Returns what is then not bit-exact, for the user.
-        """
-        ...
+    file: FileIndex
+    caption: str
+    arrays: dict[str, Floats]
 
 
-def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Nested state as flat tensors (keys joined by ``::``) and a nested rest that JSON can hold; nothing is copied."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for key, value in state.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Tensor):
-            tensors[path] = value
-        elif isinstance(value, Mapping):
-            inner, plain[str(key)] = split_state(value, f"{path}{JOINT}")
-            tensors.update(inner)
-        else:
-            plain[str(key)] = value
-    return tensors, plain
+class ParquetSource:
+    """The samples of a dataset.
 
+    Only the columns that are wanted are read, a row group at a time; a tensor's bytes are copied once, into its batch.
 
-def join_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of :func:`split_state`; lists that were tuples are for the part to turn back."""
-    state = {key: join_state({}, value) if isinstance(value, Mapping) else value for key, value in plain.items()}
-    for path, tensor in tensors.items():
-        *parents, last = path.split(JOINT)
-        node = state
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = tensor
-    return state
+    Args:
+        path: a Parquet file, or a folder with Parquet files in it or below.
+        wanted: what to read.
+        faults: what may be left out; nothing if not given.
 
-
-class RoleState:
-    """A trained role: the tensors that its training changes, its optimizer, its learning-rate schedule, its average.
-
-    Optimizer state is kept by parameter name and not by number, and only for parameters that have some: torch's own
-    helpers give a fresh optimizer one step at rate 0 to find out what it would hold, and that step counts in Adam's
-    bias correction. Every tensor may be a shard; nothing is gathered.
+    Raises:
+        UserError: naming the file, if one is not readable or does not hold what is wanted.
     """
 
-    def __init__(self, handle: RoleHandle) -> None:
-        self.handle = handle
+    def __init__(self, path: str, wanted: Wanted, faults: Faults | None = None) -> None:
+        self.wanted, self.faults = wanted, Faults() if faults is None else faults
+        self.files = list(self._usable(path))
+        self.names = [*wanted.required, *([TEXT] if self._has_text() else [])]
+        self._groups = list(iter_row_groups(self.files))
+        self._starts = np.cumsum([0, *(rows for *_, rows in self._groups)])
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The live tensors, not copies."""
-        handle, state = self.handle, {NETWORK: self.handle.tensors()}
-        if handle.ema is not None:
-            state[EMA] = dict(handle.ema)
-        if handle.optimizer is not None:
-            state[OPTIMIZER] = self._optimizer_state()
-        if handle.lr_scheduler is not None:
-            state[SCHEDULE] = handle.lr_scheduler.state_dict()
-        return state
+    def _usable(self, path: str) -> Iterator[FileIndex]:
+        """The files that can be read and fit."""
+        optional = [TEXT] if TEXT in self.wanted.extras else []
+        first: UserError | None = None
+        count = 0
+        for file in dataset_files(path):
+            unit_done()
+            try:
+                indexed = index_file(file, self.wanted.required, optional)
+                check_fits(indexed, self.wanted)
+            except UserError as error:
+                first = first or error
+                self.faults.record(file, None, error)
+            else:
+                count += 1
+                yield indexed
+        if not count:
+            raise UserError(f"data.path: no file of {path} can be used; the first: {first}")
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        optimizer, names = self.handle.optimizer, self._names()
-        assert optimizer is not None
-        state = {names[p]: dict(entry) for p, entry in optimizer.state.items()}
-        groups = [
-            {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        return {"state": state, "param_groups": groups}
+    def _has_text(self) -> bool:
+        """Whether every row has its text embedding; a dataset in which only some have is refused."""
+        if TEXT not in self.wanted.extras:
+            return False
+        missing = [(file, file.tensors[TEXT].missing if TEXT in file.tensors else file.rows) for file in self.files]
+        total = sum(count for _, count in missing)
+        if total in (0, len(self)):
+            return total == 0
+        file = next(file for file, count in missing if count)
+        raise UserError(f"data: {total} of {len(self)} rows have no text embedding, the first of them in {file.path}")
 
-    def _names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.handle.named_parameters().items()}
+    def __len__(self) -> int:
+        return sum(file.rows for file in self.files)
 
-    def targets(self, index: Index) -> dict[str, Tensor]:
-        """Memory for each stored tensor (by its name within the role) that this run uses, sharded as its own."""
-        live = split_state({NETWORK: self.handle.tensors(), EMA: self.handle.ema or {}})[0]
-        kept = {NETWORK: True, EMA: bool(self.handle.ema), OPTIMIZER: self.handle.optimizer is not None}
-        found: dict[str, Tensor] = {}
-        for name, stored in index.items():
-            if kept.get(name.split(JOINT)[0], False):
-                found[name] = live[name].detach() if name in live else self._optimizer_target(name, stored)
-        return found
+    @property
+    def has_text(self) -> bool:
+        """Whether text embeddings are read, instead of encoding the captions."""
+        return TEXT in self.names
 
-    def _optimizer_target(self, name: str, stored: Stored) -> Tensor:
-        """Moments are sharded like their parameter; a step counter is where this optimizer keeps it."""
-        *_, parameter, entry = name.split(JOINT)
-        owner = self.handle.named_parameters()[parameter].detach()
-        if entry == "step":
-            assert self.handle.optimizer is not None
-            group = self.handle.optimizer.param_groups[0]
-            return stored.empty().to(owner.device if group.get("fused") or group.get("capturable") else "cpu")
-        if tuple(owner.shape) == stored.shape:
-            return torch.zeros_like(owner, dtype=getattr(torch, stored.dtype))
-        return stored.empty().to(owner.device)
+    def captions(self) -> list[str]:
+        """All captions that can be read.
 
-    def problems(self, index: Index) -> list[str]:
-        """How the stored weights differ from this run's network; empty where they fit."""
-        prefix = f"{NETWORK}{JOINT}"
-        stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
-        return mismatches(self.handle.tensors(), stored)
+        Raises:
+            UserError: for a row without one that may not be left out.
+        """
+        captions: list[str] = []
+        for file in self.files:
+            column = pq.read_table(file.path, columns=["caption"], partitioning=None)["caption"]
+            for row, value in enumerate(column):
+                try:
+                    caption = value.as_py()
+                    if caption is None:
+                        raise UserError(f"{file.path}, row {row}: no caption")
+                    captions.append(caption)
+                except UNREADABLE as error:
+                    self.faults.record(file.path, row, error)
+        return captions
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken; the state's tensors come from :meth:`targets`."""
-        handle = self.handle
-        fill(handle.tensors(), state[NETWORK])
-        if handle.ema is not None:
-            # A run that begins to average where its checkpoint has none starts from the live weights.
-            fill(handle.ema, state.get(EMA, state[NETWORK]))
-        if handle.optimizer is not None:
-            self._load_optimizer(state[OPTIMIZER])
-        if handle.lr_scheduler is not None:
-            handle.lr_scheduler.load_state_dict(state[SCHEDULE])
+    @cached_property
+    def buckets(self) -> Sequence[Bucket]:
+        """Rows by latent shape; one bucket if latents are not read."""
+        rows = torch.arange(len(self))
+        sizes = torch.tensor([count for *_, count in self._groups])
+        blocks = torch.arange(len(sizes)).repeat_interleave(sizes)
+        if not self.wanted.latents:
+            return (Bucket("all", rows, blocks, self._window(1)),)
+        shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        start = 0
+        for file in self.files:
+            index = file.tensors[LATENT]
+            for code, (shape, _) in enumerate(index.kinds):
+                own = torch.from_numpy(np.flatnonzero(index.codes == code)) + start
+                shapes.setdefault(latent_shape(shape), []).append(own)
+            start += file.rows
+        window = self._window(len(shapes))
+        members = {shape: torch.cat(found).sort().values for shape, found in sorted(shapes.items())}
+        return tuple(Bucket("x".join(map(str, shape)), own, blocks[own], window) for shape, own in members.items())
 
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        optimizer, parameters = self.handle.optimizer, self.handle.named_parameters()
-        assert optimizer is not None
-        optimizer.state.clear()
-        optimizer.state.update({parameters[name]: dict(entry) for name, entry in state["state"].items()})
-        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({k: as_before(group[k], v) for k, v in saved.items() if k != "params"})
+    def _window(self, buckets: int) -> int:
+        """Row groups that may be open at once in each bucket."""
+        largest = max((self._group_bytes(i) for i in range(len(self._groups))), default=1)
+        return max(1, CACHE_BYTES // (max(1, largest) * buckets))
 
+    def _group_bytes(self, number: int) -> int:
+        file, _, start, rows = self._groups[number]
+        total = 0
+        for name in self.names:
+            index = self.files[file].tensors[name]
+            counts = np.bincount(index.codes[start : start + rows], minlength=len(index.kinds))
+            total += sum(int(n) * byte_count(*kind) for n, kind in zip(counts, index.kinds, strict=True))
+        return total
 
-def as_before(current: Any, loaded: Any) -> Any:
-    """JSON has lists alone: a value that is a tuple in this run becomes one again."""
-    return tuple(loaded) if isinstance(current, tuple) else loaded
+    def read(self, rows: Sequence[int]) -> RawBatch:
+        """The samples of those numbers: latents ``[B, C, F, H, W]`` normalised, extras by name, all float32.
 
+        A row that cannot be read, where that is allowed, is replaced by the others of the batch in turn.
 
-@torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy by name into existing tensors."""
-    for name, tensor in tensors.items():
-        tensor.copy_(source[name])
+        Raises:
+            UserError: naming file and row, for one that cannot be read and may not be left out, or if none can.
+        """
+        found = [self._row(row) for row in rows]
+        good = [row for row in found if row is not None]
+        if not good:
+            raise UserError(f"{self.files[0].path.parent}: no row of a batch can be read")
+        spare = cycle(good)
+        samples = [next(spare) if row is None else row for row in found]
+        extras = {name: self._stacked(name, samples) for name in self.names if name != LATENT}
+        latents = self._latents(samples) if self.wanted.latents else None
+        return RawBatch(tuple(row.caption for row in samples), latents, extras)
 
+    def _row(self, number: int) -> Row | None:
+        """One sample, or ``None`` if it is left out."""
+        file, row, group, offset = self._locate(number)
+        try:
+            table = self._group(group)
+            caption = table["caption"][offset].as_py() or ""
+            return Row(file, caption, {name: self._array(name, file, row, table, offset) for name in self.names})
+        except UNREADABLE as error:
+            self.faults.record(file.path, row, error)
+            return None
 
-def mismatches(own: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> list[str]:
-    """How stored weights differ from a network's in names and shapes; empty where they fit."""
-    found = _listed("missing", own.keys() - stored.keys()) + _listed("unknown here", stored.keys() - own.keys())
-    for name in sorted(own.keys() & stored.keys()):
-        if tuple(own[name].shape) != stored[name].shape:
-            found.append(f"{name} has shape {list(stored[name].shape)} instead of {list(own[name].shape)}")
-    return found[:6] + ([f"and {len(found) - 6} more"] if len(found) > 6 else [])
+    def _locate(self, row: int) -> tuple[FileIndex, int, int, int]:
+        """File, row within it, number of the row group, row within that."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        file, _, start, _ = self._groups[number]
+        offset = row - int(self._starts[number])
+        return self.files[file], start + offset, number, offset
 
+    def _group(self, number: int) -> pa.Table:
+        if number not in self._cache:
+            file, group, *_ = self._groups[number]
+            columns = ["caption", *(f"{name}_bytes" for name in self.names)]
+            with pq.ParquetFile(self.files[file].path) as opened:
+                self._cache[number] = opened.read_row_group(group, columns=columns, use_threads=False)
+            # Room first for every bucket's window; a single row group may be larger than the whole budget.
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(number)
+        return self._cache[number]
 
-def _listed(what: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    return [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"] if names else []
+    def _stacked(self, name: str, rows: Sequence[Row]) -> Tensor:
+        """One tensor of all rows; text embeddings are zero-padded to the longest."""
+        arrays = [row.arrays[name] for row in rows]
+        if name != TEXT:
+            return torch.from_numpy(np.stack(arrays))
+        longest = max(len(array) for array in arrays)
+        padded = np.zeros((len(arrays), longest, arrays[0].shape[1]), dtype=np.float32)
+        for out, array in zip(padded, arrays, strict=True):
+            out[: len(array)] = array
+        return torch.from_numpy(padded)
+
+    def _array(self, name: str, file: FileIndex, row: int, table: pa.Table, offset: int) -> Floats:
+        index = file.tensors[name]
+        kind = index.kinds[index.codes[row]]
+        data = table[f"{name}_bytes"][offset].as_buffer()
+        check_bytes(file.path, row, name, data, kind)
+        return floats(data, sample_shape(name, kind, self.wanted), kind[1])
+
+    def _latents(self, rows: Sequence[Row]) -> Tensor:
+        latents = self._stacked(LATENT, rows)
+        raw = torch.tensor([is_raw(row.file.made) for row in rows])
+        if raw.any():
+            assert self.wanted.normalise is not None
+            latents[raw] = self.wanted.normalise(latents[raw])
+        return latents
