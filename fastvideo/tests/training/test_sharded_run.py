@@ -1,0 +1,69 @@
+"""A whole run over split networks, with averages, validation and a resume, ends where a plain one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fastvideo.training.distillation as entry
+from fastvideo.inference.loading import load_model
+from fastvideo.tests.distillation.tiny import wan_folder
+
+WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
+
+
+def launch(values: dict[str, Any], folder: Path, *flags: str) -> Path:
+    """Two processes under torchrun; the result's folder."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, entry.__file__, "--config", str(config), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Path(values["output"]) / "student"
+
+
+def values_of(root: Path, output: Path, lora: dict[str, Any] | None) -> dict[str, Any]:
+    prompts = root / "prompts.txt"
+    prompts.write_text("a green seven\nred three\na blurry seven\nthree moving up\n" * 4)
+    trained: dict[str, Any] = {"trainable": True, "lora": lora}
+    return {
+        "distill_model": "wan", "distill_method": "dmd2", "output": str(output), "device": "cpu",
+        "model": {"path": str(wan_folder(root)), "height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8},
+        "roles": {"student": trained, "teacher": {"trainable": False}, "critic": trained},
+        "ladder": {"times": [1.0, 0.5]},
+        "method": {"generator_update_interval": 1, "student_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+                   "teacher_guidance": 2.0, "betas": [0.5, 0.9]},
+        "data": {"prompts": str(prompts), "batch_size": 2},
+        "trainer": {"max_steps": 4, "log_every": 2},
+        "validation": {"every": 2, "prompts": ["a green seven"]},
+        "checkpoint": {"every": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
+def test_a_sharded_run_and_its_resume_end_where_a_data_parallel_run_does(lora: Any, tmp_path: Path) -> None:
+    plain = launch(values_of(tmp_path, tmp_path / "plain", lora), tmp_path)
+    sharded = values_of(tmp_path, tmp_path / "sharded", lora) | {"parallel": {"shard": 2}}
+    launch(sharded, tmp_path, "--trainer.max-steps", "2")
+    result = launch(sharded, tmp_path, "--resume")
+    found, expected = load_file(result / WEIGHTS), load_file(plain / WEIGHTS)
+    start = load_file(wan_folder(tmp_path) / WEIGHTS)
+    assert found.keys() == expected.keys()
+    moved = max(float((expected[name] - start[name]).abs().max()) for name in start)
+    for name, tensor in expected.items():
+        # AdamW makes a step of rounding alone where a gradient is zero, as that of a key's bias is.
+        off = ((found[name] - tensor).abs() > 0.02 * moved).float().mean()
+        assert off < 0.05, name
+    assert torch.isfinite(torch.stack([t.float().sum() for t in found.values()])).all()
+    assert load_model(str(result)).is_student
+    videos = {file.name for file in (tmp_path / "sharded" / "validation").glob("*.mp4")}
+    assert videos >= {f"step-{step:06d}-{kind}.mp4" for step in (2, 4) for kind in ("ema", "student")}
