@@ -41,6 +41,8 @@ def build_transformer(recipe: CogVideoXTransformerRecipe, text: TextRecipe) -> C
             sample_width=LATENT_SIZE,
             sample_frames=FRAMES,
             use_rotary_positional_embeddings=True,
+            activation_fn="linear-silu",
+            attention_bias=True,
         )
 
 

@@ -4,53 +4,93 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastvideo.tiny.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe, VaeRecipe
+from fastvideo.tiny.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe
 
 
 @dataclass(frozen=True)
-class CogVideoXVaeRecipe(VaeRecipe):
-    """Size and training of the VAE; the sizes of the Wan VAE that it inherits have no effect here.
+class CogVideoXVaeRecipe:
+    """Size of the VAE, and training of its encoder towards the Wan VAE's latents.
 
     Attributes:
         widths: channels at 32, 16, 8 and 4 pixels a side. Convolutions at full resolution are what a step costs, so
             the first is small.
         groups: of every group normalisation.
-        short_frames: the first steps see single frames, which this VAE codes as images; it cannot decode a clip of
-            five frames (two latent frames would become eight).
+        muon_rate, adam_rate: highest learning rates for convolution kernels and for everything else.
+        warm_up: steps of linear warm-up; a cosine to zero follows.
+        width_weight: of the squared error of the log-variance beside that of the mean.
+        gradient_norm: at which gradients are clipped.
     """
 
-    widths: tuple[int, ...] = (8, 24, 48, 64)
+    widths: tuple[int, ...] = (8, 16, 32, 64)
     groups: int = 4
-    steps: int = 1500
-    short_frames: int = 1
-    short_share: float = 0.6
+    steps: int = 1600
+    batch_size: int = 16
+    muon_rate: float = 4e-3
+    adam_rate: float = 2e-3
+    warm_up: int = 100
+    width_weight: float = 0.02
+    gradient_norm: float = 1.0
     seed: int = 23
 
 
 @dataclass(frozen=True)
 class CogVideoXTransformerRecipe:
-    """Size of the transformer, which has rotary positions as CogVideoX-5B has; the `sft` method trains it.
+    """Size of the transformer, which has rotary positions as CogVideoX-5B has.
 
     Attributes:
-        heads, head_width, layers, time_width: as in CogVideoX, smaller.
+        heads, head_width, layers: those of the Wan teacher, whose weights it starts from.
+        time_width: of what the blocks see of the timestep.
         snr_shift: `snr_shift_scale` of the scheduler that is saved with it; 1 as for 5B.
     """
 
     heads: int = 4
     head_width: int = 48
     layers: int = 4
-    time_width: int = 64
+    time_width: int = 16
     snr_shift: float = 1.0
     seed: int = 24
 
 
 @dataclass(frozen=True)
+class ImitationRecipe:
+    """Training of the transformer towards the Wan teacher's answers.
+
+    Attributes:
+        videos: of the train split whose latents are made noisy.
+        steps, batch_size, learning_rate, betas, weight_decay: AdamW; `warm_up` steps, then a cosine to zero.
+        time_shift: of uniform times.
+        empty_share, other_share: of captions that become empty, or any other.
+        hidden_weight: of the squared error of what the blocks say.
+        ema_decay: of the average that is kept.
+    """
+
+    videos: int = 8192
+    steps: int = 2200
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warm_up: int = 50
+    time_shift: float = 2.0
+    empty_share: float = 0.12
+    other_share: float = 0.13
+    hidden_weight: float = 1.0
+    gradient_norm: float = 1.0
+    ema_decay: float = 0.995
+    seed: int = 25
+
+
+@dataclass(frozen=True)
 class CogVideoXRecipe:
-    """All parts of the recipe; `report_videos` held-out videos stand behind each figure it prints."""
+    """All parts of the recipe; `report_videos` held-out videos stand behind each figure it prints.
+
+    The longest caption has 8 tokens, and CogVideoX computes every token of text like one of video: so no more.
+    """
 
     classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)
     vae: CogVideoXVaeRecipe = field(default_factory=CogVideoXVaeRecipe)
-    sharpen: SharpenRecipe = field(default_factory=SharpenRecipe)
-    text: TextRecipe = field(default_factory=TextRecipe)
+    sharpen: SharpenRecipe = field(default_factory=lambda: SharpenRecipe(steps=1400, muon_rate=4e-3, adam_rate=2e-3))
+    text: TextRecipe = field(default_factory=lambda: TextRecipe(max_length=8))
     transformer: CogVideoXTransformerRecipe = field(default_factory=CogVideoXTransformerRecipe)
+    imitation: ImitationRecipe = field(default_factory=ImitationRecipe)
     report_videos: int = 2048

@@ -33,7 +33,7 @@ def build_vae(recipe: CogVideoXVaeRecipe) -> AutoencoderKLCogVideoX:
     with torch.no_grad():
         vae.encoder.conv_out.conv.bias[CHANNELS:] += LOG_VARIANCE_START
         vae.decoder.conv_out.conv.bias.fill_(-1.0)  # black
-        for norm in _spatial_norms(vae):
+        for norm in (module for module in vae.modules() if isinstance(module, CogVideoXSpatialNorm3D)):
             # A plain normalisation at first: random scales would multiply up through the decoder.
             norm.conv_y.conv.bias.fill_(1.0)
             norm.conv_b.conv.bias.zero_()
@@ -50,23 +50,3 @@ def kernels(vae: AutoencoderKLCogVideoX) -> list[nn.Parameter]:
     """Convolution kernels, which Muon trains; the last layer's is left out, its rows being pixels and not features."""
     last = vae.decoder.conv_out.conv.weight
     return [p for p in vae.parameters() if p.dim() > 3 and p[0].numel() > 1 and p is not last]
-
-
-@torch.no_grad()
-def fold_deviation(vae: AutoencoderKLCogVideoX, std: torch.Tensor) -> None:
-    """Give every latent channel unit deviation, `std` [16] being what it has: CogVideoX has one factor for all.
-
-    Everything that reads latents is a convolution, so the scale moves into weights and no video changes.
-    """
-    out = vae.encoder.conv_out.conv
-    rows = torch.cat([std, torch.ones_like(std)]).to(out.weight)
-    out.weight /= rows.view(-1, 1, 1, 1, 1)
-    out.bias /= rows
-    out.bias[CHANNELS:] -= 2 * std.log().to(out.bias)
-    readers = [vae.decoder.conv_in, *(conv for norm in _spatial_norms(vae) for conv in (norm.conv_y, norm.conv_b))]
-    for reader in readers:
-        reader.conv.weight *= std.to(out.weight).view(1, -1, 1, 1, 1)
-
-
-def _spatial_norms(vae: AutoencoderKLCogVideoX) -> list[CogVideoXSpatialNorm3D]:
-    return [module for module in vae.modules() if isinstance(module, CogVideoXSpatialNorm3D)]

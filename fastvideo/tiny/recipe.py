@@ -104,9 +104,14 @@ class VaeRecipe:
 
 @dataclass(frozen=True)
 class SharpenRecipe:
-    """More training for the decoder alone, once the latents are fixed; the names are those of :class:`VaeRecipe`."""
+    """Training of the decoder alone, once the latents are fixed; the names are those of :class:`VaeRecipe`.
+
+    Attributes:
+        single_share: the first share of the steps decodes first frames alone, which costs a tenth.
+    """
 
     steps: int = 2100
+    single_share: float = 0.0
     batch_size: int = 16
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3

@@ -1,4 +1,4 @@
-"""More training for the decoder of a tiny VAE alone: sharper videos from the same latents.
+"""Training of the decoder of a tiny VAE alone: sharper videos from the same latents.
 
 The encoder and the latent statistics stay as they are, so latents that were computed and networks that were trained on
 them remain valid.
@@ -27,9 +27,10 @@ def sharpen_decoder(vae: Vae, recipe: SharpenRecipe, kind: VaeKind = WAN) -> Vae
     share = warmed_cosine(recipe.warm_up, recipe.steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
-    for sample in tracked(samples, "decoder", total=recipe.steps):
+    for step, sample in enumerate(tracked(samples, "decoder", total=recipe.steps)):
         vae.zero_grad()
-        decoder_loss(vae, kind, sample.videos, recipe).backward()  # type: ignore[no-untyped-call]
+        single = step < recipe.single_share * recipe.steps
+        decoder_loss(vae, kind, sample.videos, recipe, single).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -37,8 +38,16 @@ def sharpen_decoder(vae: Vae, recipe: SharpenRecipe, kind: VaeKind = WAN) -> Vae
     return vae.eval().requires_grad_(False)
 
 
-def decoder_loss(vae: Vae, kind: VaeKind, videos: torch.Tensor, recipe: SharpenRecipe) -> torch.Tensor:
-    """Weighted reconstruction error of videos ``[B, 3, T, H, W]`` from the means of their posteriors."""
+def decoder_loss(
+    vae: Vae, kind: VaeKind, videos: torch.Tensor, recipe: SharpenRecipe, single: bool = False
+) -> torch.Tensor:
+    """Weighted reconstruction error of videos ``[B, 3, T, H, W]`` from the means of their posteriors.
+
+    Args:
+        single: decode the first latent alone, which is the first frame.
+    """
     with torch.no_grad():
         mean, _ = encode_moments(vae, videos)
+    if single:
+        mean, videos = mean[:, :, :1], videos[:, :, :1]
     return ink_error(kind.decode(vae, mean), videos, recipe.ink_weight, recipe.squared_weight)

@@ -6,12 +6,10 @@ import itertools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 
 from fastvideo.tiny.pipeline import save_half
 from fastvideo.tiny.recipe import TextRecipe
@@ -19,9 +17,6 @@ from fastvideo.tiny.world import FRAMES, SIZE
 
 CONFIG = Path("examples/distillation/tiny_wan_sft.yaml")
 GUIDANCE = 2.0  # the best of: fastvideo evaluate tiny --sweep-guidance 1,1.25,1.5,2,3
-COGVIDEOX_GUIDANCE = 2.0
-# What the transformer was trained on, so that a copy of the folder is sampled like the folder itself.
-MODEL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": TextRecipe().max_length}
 
 # Each further run starts from the averaged weights of the one before, with a fresh schedule and twice the batch.
 FURTHER_RUNS = 2
@@ -33,34 +28,13 @@ FURTHER = {
 }
 
 
-@dataclass(frozen=True)
-class TeacherRecipe:
-    """How one family's teacher is made.
-
-    Attributes:
-        config: of the first run; further ones have `FURTHER` over it.
-        network: class of the transformer.
-        guidance: that is best for sampling, by a sweep.
-    """
-
-    config: Path
-    network: type[Any]
-    guidance: float
-
-
-WAN = TeacherRecipe(CONFIG, WanTransformer3DModel, GUIDANCE)
-COGVIDEOX = TeacherRecipe(
-    Path("examples/distillation/tiny_cogvideox_sft.yaml"), CogVideoXTransformer3DModel, COGVIDEOX_GUIDANCE
-)
-
-
-def train_teacher(out: Path, recipe: TeacherRecipe = WAN) -> dict[str, float]:
-    """Train the transformer in `out`/pipeline, keep all runs in `out`, install the result."""
+def train_teacher(out: Path) -> dict[str, float]:
+    """Train the transformer in `out`/pipeline, keep all runs in `out`, install the result; returns its last loss."""
     runs = [out / f"teacher-{number}" for number in range(1, 2 + FURTHER_RUNS)]
-    distil(recipe.config, out / "pipeline", runs[0], {})
+    distil(CONFIG, out / "pipeline", runs[0], {})
     for before, run in itertools.pairwise(runs):
-        distil(recipe.config, out / "pipeline", run, {**FURTHER, "--roles.student.path": str(before / "student")})
-    install(runs[-1] / "student", out / "pipeline", recipe)
+        distil(CONFIG, out / "pipeline", run, {**FURTHER, "--roles.student.path": str(before / "student")})
+    install(runs[-1] / "student", out / "pipeline")
     last = (runs[-1] / "metrics.jsonl").read_text().splitlines()[-1]
     return {"loss": json.loads(last)["student/loss"]}
 
@@ -77,9 +51,20 @@ def distil(config: Path, pipeline: Path, output: Path, flags: dict[str, str]) ->
     subprocess.run([*command, *(["--overwrite"] if (output / "config.yaml").is_file() else [])], check=True)
 
 
-def install(trained: Path, pipeline: Path, recipe: TeacherRecipe = WAN) -> None:
-    """Put the transformer of a trained model folder into `pipeline`, in half precision, with how it is sampled."""
-    transformer = recipe.network.from_pretrained(trained, subfolder="transformer", torch_dtype=torch.float32)
+def install(trained: Path, pipeline: Path) -> None:
+    """Put the transformer of a trained model folder into `pipeline`; see :func:`install_network`."""
+    transformer = WanTransformer3DModel.from_pretrained(trained, subfolder="transformer", torch_dtype=torch.float32)
+    install_network(transformer, pipeline, GUIDANCE, TextRecipe())
+
+
+def install_network(transformer: ModelMixin, pipeline: Path, guidance: float, text: TextRecipe) -> None:
+    """Put a transformer into `pipeline`, in half precision, with how it is sampled.
+
+    Args:
+        guidance: that is best for sampling, by a sweep.
+        text: whose prompt length it was trained with, so that a copy of the folder is sampled like the folder itself.
+    """
     save_half(transformer, pipeline / "transformer")
-    sampled = {"sampler": "euler", "guidance": recipe.guidance, "model": MODEL}
+    model = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": text.max_length}
+    sampled = {"sampler": "euler", "guidance": guidance, "model": model}
     (pipeline / "recipe.json").write_text(json.dumps(sampled, indent=2) + "\n", encoding="utf-8")

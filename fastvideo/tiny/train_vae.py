@@ -29,54 +29,37 @@ StepHook = Callable[[int, Vae], None]
 
 @dataclass(frozen=True)
 class VaeKind:
-    """What the training of a VAE must know of its class.
+    """What the training of a decoder must know of its VAE's class.
 
     Attributes:
         model: the diffusers class.
-        build: the VAE before training, from its recipe.
         decode: raw latents to videos, with gradients everywhere.
         kernels: the parameters that Muon trains.
-        normalise: takes mean and deviation per latent channel and makes the latents that leave the VAE normal.
     """
 
     model: type[Any]
-    build: Callable[[Any], Vae]
     decode: Callable[[Vae, torch.Tensor], torch.Tensor]
     kernels: Callable[[Vae], list[nn.Parameter]]
-    normalise: Callable[[Vae, torch.Tensor, torch.Tensor], None]
 
     def load(self, folder: Path) -> Vae:
         """The VAE that was saved in `folder`, in float32."""
         return self.model.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-WAN = VaeKind(
-    AutoencoderKLWan,
-    wan_vae.build_vae,
-    wan_vae.decode_unclamped,
-    wan_vae.kernels,
-    lambda vae, mean, std: vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist()),
-)
-COGVIDEOX = VaeKind(
-    AutoencoderKLCogVideoX,
-    cogvideox_vae.build_vae,
-    cogvideox_vae.decode,
-    cogvideox_vae.kernels,
-    lambda vae, mean, std: cogvideox_vae.fold_deviation(vae, std),
-)
+WAN = VaeKind(AutoencoderKLWan, wan_vae.decode_unclamped, wan_vae.kernels)
+COGVIDEOX = VaeKind(AutoencoderKLCogVideoX, cogvideox_vae.decode, cogvideox_vae.kernels)
 
 
-def train_vae(recipe: VaeRecipe, kind: VaeKind = WAN, after_step: StepHook | None = None) -> Vae:
-    """A VAE trained on videos of the train split, its latent statistics measured; frozen, in eval mode.
+def train_vae(recipe: VaeRecipe, after_step: StepHook | None = None) -> AutoencoderKLWan:
+    """A Wan VAE trained on videos of the train split, its latent statistics measured; frozen, in eval mode.
 
     Args:
         recipe: size and training.
-        kind: the class of the VAE; its recipe goes with it.
         after_step: called with the number of steps done and the VAE, for checkpoints and measurements.
     """
-    vae = kind.build(recipe)
-    _use_channels_last(vae)
-    optimizers = split_optimizers(list(vae.parameters()), kind.kernels(vae), recipe.muon_rate, recipe.adam_rate)
+    vae = wan_vae.build_vae(recipe)
+    use_channels_last(vae)
+    optimizers = split_optimizers(list(vae.parameters()), wan_vae.kernels(vae), recipe.muon_rate, recipe.adam_rate)
     share = warmed_cosine(recipe.warm_up, recipe.steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -85,24 +68,25 @@ def train_vae(recipe: VaeRecipe, kind: VaeKind = WAN, after_step: StepHook | Non
         short = step < recipe.short_share * recipe.steps
         videos = sample.videos[:, :, : recipe.short_frames] if short else sample.videos
         vae.zero_grad()
-        vae_loss(vae, kind, videos, recipe, generator).backward()  # type: ignore[no-untyped-call]
+        vae_loss(vae, videos, recipe, generator).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(vae.parameters(), recipe.gradient_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         if after_step is not None:
             after_step(step + 1, vae)
-    kind.normalise(vae, *measure_statistics(vae, recipe))
+    mean, std = measure_statistics(vae, recipe)
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae.eval().requires_grad_(False)
 
 
 def vae_loss(
-    vae: Vae, kind: VaeKind, videos: torch.Tensor, recipe: VaeRecipe, generator: torch.Generator
+    vae: AutoencoderKLWan, videos: torch.Tensor, recipe: VaeRecipe, generator: torch.Generator
 ) -> torch.Tensor:
     """Weighted reconstruction error of videos [B, 3, T, H, W] from a sample of their posterior, and the KL term."""
     mean, log_variance = encode_moments(vae, videos)
     noise = torch.randn(mean.shape, generator=generator)
-    decoded = kind.decode(vae, mean + (0.5 * log_variance).exp() * noise)
+    decoded = wan_vae.decode_unclamped(vae, mean + (0.5 * log_variance).exp() * noise)
     kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1.0).mean()
     return ink_error(decoded, videos, recipe.ink_weight, recipe.squared_weight) + recipe.kl_weight * kl
 
@@ -129,7 +113,7 @@ def warmed_cosine(warm_up: int, steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _use_channels_last(vae: Vae) -> None:
+def use_channels_last(vae: Vae) -> None:
     """Store kernels with their channels last: a sixth faster on a CPU, the same numbers."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in vae.parameters():
