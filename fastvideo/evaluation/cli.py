@@ -19,7 +19,8 @@ class EvaluateArguments:
     """Measure models of the tiny world: prompt accuracy, distance from real videos, diversity, speed."""
 
     folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...", help_behavior_hint="")]
-    """Model folders, or `tiny` for the shipped teacher; FOLDER:STEPS sets the steps, as in `tiny:50 out/student:1`."""
+    """Model folders, or `tiny` or `tiny_cogvideox` for a shipped teacher; FOLDER:STEPS sets the steps, as in
+    `tiny:50 out/student:1`."""
     prompts: int = 512
     """Held-out prompts; all models get the same ones, and the same noise."""
     seed: int = 0

@@ -15,7 +15,7 @@ from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.loading import EMBEDDED, HUB_ID
 from fastvideo.inference.sampler import SamplerSpec
 
-PROMPTS = {"tiny": "a green seven moving up and left"}
+PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."
 CALL_OPTIONS = ("height", "width", "num_frames", "max_sequence_length")
 SAMPLERS = {

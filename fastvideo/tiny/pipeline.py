@@ -16,6 +16,7 @@ from fastvideo.tiny.recipe import TinyRecipe, TransformerRecipe
 
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE_FOLDER = WEIGHTS / "pipeline"
+COGVIDEOX_FOLDER = WEIGHTS / "cogvideox"
 CLASSIFIER_FOLDER = WEIGHTS / "classifier"
 
 

@@ -31,7 +31,7 @@ class CogVideoXConfig(PipelineConfig):
     """Options of the CogVideoX family."""
 
     path: str
-    """A diffusers CogVideoX pipeline: a folder or a hub id."""
+    """A diffusers CogVideoX pipeline: a folder, a hub id, or `tiny_cogvideox` for the one that ships here."""
     num_frames: PositiveInt = 9
     """Video frames; one more than a multiple of 8, which is how many the VAE codes at a time."""
     max_sequence_length: PositiveInt = 16

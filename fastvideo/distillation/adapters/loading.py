@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.flow_map import HEAD_FILE, save_head, without_head
 from fastvideo.distillation.types import UserError
 
-EMBEDDED = {"tiny": "tiny/weights/pipeline"}
+EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
 """Pipelines that ship inside the package, by the name that stands for their path."""
 
 
