@@ -15,6 +15,8 @@ from fastvideo.planning.published import ARCHITECTURES, without_weights
 from fastvideo.training.distillation import parse
 
 CONFIG = "examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml"
+ADAPTERS = "examples/distillation/wan2.1_t2v_1.3b_dmd2_lora.yaml"
+LAYOUTS = [("full parameters", CONFIG, shard) for shard in (1, 8, 64)] + [("adapters", ADAPTERS, 1)]
 BFLOAT16 = 2
 
 
@@ -25,14 +27,15 @@ def main() -> None:
     arguments = parser.parse_args()
     hub_id = ARCHITECTURES[arguments.architecture][0]
     ratios = {}
-    for shard in (1, 8, 64):
+    for name, file, shard in LAYOUTS:
         flags = ["--model.path", hub_id, "--parallel.shard", str(shard)]
-        config = without_weights(parse(["--config", CONFIG, *flags])[1])
+        config = without_weights(parse(["--config", file, *flags])[1])
         roles = role_bytes(config, build_adapter(config))
         base = BFLOAT16 * next(role.parameters for role in roles if role.name == "teacher")
         held = sum(role.weights + role.gradients + role.optimizer for role in roles)
-        ratios[f"full parameters, shard {shard}"] = round(held / base, 3)
-        print(f"shard {shard:<3} {held / 2**30:8.2f} GiB per process, {held / base:.2f} copies of the base in bfloat16")
+        ratios[f"{name}, shard {shard}"] = round(held / base, 3)
+        copies = f"{held / base:.2f} copies of the base in bfloat16"
+        print(f"{name}, shard {shard:<3} {held / 2**30:8.2f} GiB per process, {copies}")
     print(json.dumps({"benchmark": "memory", "architecture": arguments.architecture, "copies_of_the_base": ratios}))
 
 

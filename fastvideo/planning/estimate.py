@@ -67,9 +67,11 @@ class Planner:
         if adapter.scaling is None:
             raise UserError(f"plan: {config.distill_model} has no networks whose size is worth a plan")
         roles, split = role_bytes(config, adapter), config.parallel.shard > 1
-        step = self._step(config, adapter, split)
+        # Over a shared network the bytes of a step are taken as those of training it whole, which is a little more.
+        shared = any(role.lora is not None for role in config.roles.values())
+        leave = split or shared or config.trainer.grad_accumulation > 1
+        step = self._step(config, adapter, split or shared, leave)
         gradients = sum(role.gradients for role in roles)
-        leave = split or config.trainer.grad_accumulation > 1
         # Gradients that stay are among what a step holds; they grow while activations go.
         activations = step.peak if leave else max(step.peak - gradients, 0)
         gathered = gathered_bytes(config, roles)
@@ -86,8 +88,7 @@ class Planner:
             sent=int(_sent(config, adapter, roles, step, world)),
         )
 
-    def _step(self, config: Config, adapter: Adapter, split: bool) -> StepCost:
-        leave = split or config.trainer.grad_accumulation > 1
+    def _step(self, config: Config, adapter: Adapter, split: bool, leave: bool) -> StepCost:
         what = config.model_dump(include={"model", "method", "roles", "ladder", "distill_method"})
         key = repr((what, config.data.batch_size, config.parallel.activation_checkpointing, split, leave))
         if key not in self._steps:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
 from fastvideo.distillation.adapters.pipeline import PipelineAdapter
 from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.config_sections import RoleConfig
 from fastvideo.distillation.rng import initialising
 
 FLOAT32 = 4
@@ -62,11 +63,44 @@ def role_bytes(config: Config, adapter: Adapter) -> list[RoleBytes]:
     for name, role in config.roles.items():
         if name not in networks:
             assert adapter.scaling is not None
-            dtype = torch.float32 if role.trainable else adapter.compute_dtype
+            dtype = torch.float32 if role.trainable and role.lora is None else adapter.compute_dtype
             networks[name] = adapter.scaling.empty(role.path, dtype)
             if name == "student" and "flow_map" in method.needs_of(config.method):
                 adapter.add_flow_map(networks[name])
-    return [_role(config, adapter, name, networks[name], name in own) for name in config.roles]
+    rows = [_role(config, adapter, name, networks[name], name in own) for name in config.roles]
+    return [_adapted(config, row, networks[row.name]) for row in rows]
+
+
+def _adapted(config: Config, row: RoleBytes, network: nn.Module) -> RoleBytes:
+    """A role over a shared network: its adapter is its own, and the network is counted where it is first held."""
+    role = config.roles[row.name]
+    adapted = [other.path for other in config.roles.values() if other.lora is not None]
+    sharing = [name for name, other in config.roles.items() if other.path == role.path and _shares(other, adapted)]
+    if not _shares(role, adapted):
+        return row
+    frozen = [name for name in sharing if not config.roles[name].trainable]
+    weights = row.weights if row.name == [*frozen, *sharing][0] else 0
+    if role.lora is None:
+        return replace(row, weights=weights)
+    elements, tensors = 0, 0
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in role.lora.targets):
+            pair = (torch.empty(role.lora.rank, module.in_features, device="meta"),)
+            pair += (torch.empty(module.out_features, role.lora.rank, device="meta"),)
+            elements += sum(local_numel(part, config.parallel.shard) for part in pair)
+            tensors += len(pair)
+    size = elements * FLOAT32
+    return replace(
+        row,
+        weights=weights + size,
+        gradients=size,
+        optimizer=size * ADAM_MOMENTS + tensors * FLOAT32,
+        average=size * bool(row.average),
+    )
+
+
+def _shares(role: RoleConfig, adapted: Sequence[str | None]) -> bool:
+    return role.lora is not None or (not role.trainable and role.path in adapted)
 
 
 def _role(config: Config, adapter: Adapter, name: str, network: nn.Module, own: bool) -> RoleBytes:

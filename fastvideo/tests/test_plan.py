@@ -64,6 +64,19 @@ def test_bytes_of_the_large_recipe_are_exact(shard: int) -> None:
     assert roles["teacher"].gradients == roles["teacher"].optimizer == roles["critic"].average == 0
 
 
+def test_roles_with_adapters_hold_their_network_once() -> None:
+    """Rank 32 at four projections of both attentions, 30 blocks: 2 x 4 x 32 x (1536 + 1536) elements a block."""
+    config = config_of("examples/distillation/wan2.1_t2v_1.3b_dmd2_lora.yaml", "--ema.no-enabled")
+    roles = {role.name: role for role in role_bytes(config, build_adapter(config))}
+    options = config.roles["student"].lora
+    assert options is not None
+    base = 2 * PARAMETERS["wan2.1-t2v-1.3b"]
+    if options.rank == 32 and options.targets == ("to_q", "to_k", "to_v", "to_out.0"):
+        assert roles["student"].gradients == roles["student"].weights == 4 * 30 * 2 * 4 * 32 * (1536 + 1536)
+    held = sum(role.weights + role.gradients + role.optimizer for role in roles.values())
+    assert base < held <= 1.5 * base
+
+
 def test_live_bytes_are_those_of_tensors_that_live() -> None:
     x = torch.ones(100)
     with LiveBytes() as memory:
