@@ -6,11 +6,14 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 
 from fastvideo.distillation.builder import load_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.mixtures import (
     exact_batch,
     learned_velocity,
@@ -26,8 +29,8 @@ def mixture_method(name: str, **options: Any) -> Any:
     """A method on the mixture: one-step student and critic are networks that have learnt the teacher's velocity."""
     adapter = three_modes()
     cls = load_method(name)
-    config = cls.Config(**{"teacher_guidance": 1.0, "generator_update_interval": 2, **options})
-    start = learned_velocity(adapter)
+    config = cls.Config(**{"teacher_guidance": 1.0, "generator_update_interval": 3, "score_time_shift": 0.5, **options})
+    start = learned_velocity(adapter, 500)
     with initialising(1):
         own = cls.heads(config, adapter)
     handles = []
@@ -38,13 +41,21 @@ def mixture_method(name: str, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("dmd2", {}), ("dmd2_gan", {"gan_weight": 0.03})])
-def test_a_one_step_student_keeps_all_three_modes(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "options", "steps"), [("dmd2", {}, 2400)])
+def test_a_one_step_student_keeps_all_three_modes(name: str, options: dict[str, Any], steps: int) -> None:
+    """The averaged weights, which are what a run saves: the live ones swing from mode to mode until the rates fall."""
     method = mixture_method(name, **options)
-    adapter = method.teacher.adapter
-    pool = [exact_batch(adapter, 64, seed) for seed in range(100)]
-    rates = {"student": 2e-3, "critic": 4e-3} | ({"discriminator": 2e-3} if name == "dmd2_gan" else {})
-    train(method, lambda step: pool[step % 100], 2500, rates)
-    samples = one_step(method.student.network, 20_000)
+    pool = [exact_batch(method.teacher.adapter, 64, seed) for seed in range(100)]
+    average = EMAHook([method.student], 0.98)
+
+    def batches(step: int) -> Batch:
+        if step:
+            average.after_update(step, method.active_roles(step - 1), torch.zeros(()))
+        return pool[step % 100]
+
+    rates = {"student": 1e-2, "critic": 1e-2, "discriminator": 2e-3}
+    train(method, batches, steps, {role: rates[role] for role in method.trainable_roles})
+    with averaged(method.student) as network:
+        samples = one_step(network, 20_000)
     assert wasserstein_1(samples) <= 0.05
     assert min(mode_shares(samples)) > 0.2
