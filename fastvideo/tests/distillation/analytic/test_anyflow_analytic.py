@@ -166,7 +166,8 @@ def test_the_loss_is_balanced_unless_the_config_says_otherwise(adapter: SpyAdapt
     assert found[0] != pytest.approx(found[1], rel=1e-2)
 
 
-def test_the_weight_has_mean_one_over_uniform_times() -> None:
+def test_the_weight_favours_noise_and_has_mean_one_over_uniform_times() -> None:
+    assert beta_weight(torch.tensor([0.0, 0.19, 0.75, 1.0])).tolist() == pytest.approx([0.0, 0.64125, 1.40625, 0.0])
     assert float(beta_weight(torch.linspace(0, 1, 100_001, dtype=torch.float64)).mean()) == pytest.approx(1.0, abs=1e-4)
 
 
