@@ -146,6 +146,7 @@ def test_a_rank_that_dies_ends_the_job_which_names_it_and_goes_on_later(
     checkpoints = output / "checkpoints"
     wait_for(lambda: any(checkpoints.glob("step-*/manifest.json")), 120)
     processes[1].send_signal(signal.SIGKILL)
+    processes[1].wait(30)
     assert processes[0].wait(60) == 1
     said = (tmp_path / "0.txt").read_text()
     assert said.count("error: lost contact with rank 1") == 1
