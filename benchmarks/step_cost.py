@@ -259,7 +259,6 @@ def main() -> None:
 
 def contestants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None], Mapping[str, nn.Module]]]]:
     """Every cycle that is measured, by name; those that end in ``+kept`` run with freed memory kept."""
-    joint = {"score_and_train": True}
     return {
         "loop": bench.loop,
         "framework": bench.framework,
@@ -267,10 +266,8 @@ def contestants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None]
         "batched_guidance": lambda: bench.loop(batched=True),
         "compile_blocks": lambda: bench.framework({"compile_blocks": True}),
         "keep_freed_memory+kept": bench.framework,
-        "score_and_train": lambda: bench.framework(method=joint),
         "activation_checkpointing": lambda: bench.framework(parallel={"activation_checkpointing": "full"}),
         "with_options+kept": lambda: bench.framework({"compile_blocks": True}),
-        "with_options_and_score_and_train+kept": lambda: bench.framework({"compile_blocks": True}, joint),
     }
 
 
