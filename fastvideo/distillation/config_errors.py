@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -29,4 +30,7 @@ def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
             current = current.model_fields[str(part)].annotation
         else:  # a mapping of sections, such as roles
             current = current.__args__[1]
+        options = [one for one in get_args(current) if one is not type(None)]
+        if isinstance(current, UnionType) and len(options) == 1:  # a section that may be left out
+            current = options[0]
     return list(current.model_fields)

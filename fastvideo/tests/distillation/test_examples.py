@@ -17,8 +17,8 @@ from fastvideo.training.distillation import parse
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"
-RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
-SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+RECIPES = sorted((EXAMPLES / "distillation").rglob("*.yaml"))
+SCRIPTS = sorted((EXAMPLES / "distillation").rglob("*.sh"))
 EIGHT_STEPS = "distill_wan2.1_t2v_1.3B_dmd2_8steps.sh"
 
 

@@ -53,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def evaluation(student: str, judge: Judge) -> Evaluation:
     rows = {
         "teacher_1": RowSpec("tiny", steps=1, guidance=1.5),
-        "untrained_4": RowSpec("tiny", ladder=LADDER),
+        "untrained_4": RowSpec("tiny", ladder=LADDER, kind="renoise"),
         "student_4": RowSpec(student),
     }
     return evaluate_rows(rows, judge=judge, keep_videos=3, batch_size=16)
@@ -96,7 +96,7 @@ def test_table_and_json(evaluation: Evaluation, tmp_path: Path) -> None:
 def test_comparison_has_the_six_rows(student: str) -> None:
     rows = comparison_rows("tiny", student)
     assert list(rows) == ["teacher_50", "teacher_4", "teacher_1", "untrained_4", "student_4", "student_1"]
-    assert rows["untrained_4"] == RowSpec("tiny", ladder=LADDER)
+    assert rows["untrained_4"] == RowSpec("tiny", ladder=LADDER, kind="renoise")
 
 
 def test_the_untrained_row_has_the_sampler_of_the_student(tmp_path: Path) -> None:

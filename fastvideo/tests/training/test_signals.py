@@ -79,7 +79,7 @@ def undisturbed(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("place", "number", "code", "step"),
-    [(TRAINING, "SIGTERM", 75, 8), (VALIDATION, "SIGUSR1", 75, 6), (WARM_UP, "SIGINT", 130, 1)],
+    [(TRAINING, "SIGTERM", 75, 8), (VALIDATION, "SIGUSR1", 75, 3), (WARM_UP, "SIGINT", 130, 1)],
     ids=["training", "validation", "warm-up"],
 )
 def test_a_signal_stops_the_run_at_a_step_with_a_checkpoint_from_which_it_goes_on_bit_equal(
