@@ -60,10 +60,10 @@ def build_validation(
 
         noise = draw(torch.empty(len(prompts), *adapter.latent_shape))
 
-        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
             # Where all processes take part none may leave alone; they agree after the step.
             step_done() if together else unit_done()
-            return velocity_of(adapter, network, x_t, t, condition)
+            return velocity_of(adapter, network, x_t, t, condition, r=r)
 
         latents = generate(method.sampler, velocity, noise, method.ladder.times, draw)
         return adapter.decode(latents).float().cpu()

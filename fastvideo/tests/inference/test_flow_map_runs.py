@@ -24,7 +24,7 @@ ROLES = {"student": {"trainable": True}, "teacher": {"trainable": False}}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of MeanFlow on the tiny world, with a checkpoint after each."""
+    """Two steps of MeanFlow on the tiny world, with a checkpoint after each and a validation at the end."""
     root = tmp_path_factory.mktemp("flow-map")
     values: dict[str, Any] = {
         "distill_model": "wan",
@@ -38,6 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer": {"max_steps": 2},
         "ema": {"decay": 0.5},
         "checkpoint": {"every": 1},
+        "validation": {"every": 2, "prompts": PROMPTS},
     }
     return run(validate(run_schema("wan", "mean_flow"), values, "test")).parent
 
