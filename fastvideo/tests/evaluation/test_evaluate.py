@@ -20,9 +20,9 @@ from fastvideo.evaluation.report_store import read_gallery, save_measured
 from fastvideo.evaluation.rows import RowSpec, comparison_rows
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
+from fastvideo.inference.loading import load_recipe
 from fastvideo.tests.evaluation.test_metrics import ISSUE_KEYS
 from fastvideo.tiny.pipeline import PIPELINE_FOLDER
-from fastvideo.tiny.teacher import MODEL
 
 LADDER = (1.0, 0.75, 0.5, 0.25)
 
@@ -32,7 +32,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The shipped teacher with a student's recipe."""
     folder = tmp_path_factory.mktemp("models") / "student"
     shutil.copytree(PIPELINE_FOLDER, folder)
-    recipe = {"ladder": LADDER, "sampler": "renoise", "guidance": 1.0, "model": MODEL}
+    recipe = {"ladder": LADDER, "sampler": "renoise", "guidance": 1.0, "model": load_recipe("tiny")["model"]}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     return str(folder)
 

@@ -22,9 +22,8 @@ from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.first_frames import first_frames, read_first_frames
 from fastvideo.inference.generate import generate_video, run_generate
-from fastvideo.inference.loading import load_model
+from fastvideo.inference.loading import load_model, load_recipe
 from fastvideo.inference.sampler import SamplerSpec
-from fastvideo.tiny.teacher import MODEL
 from fastvideo.tiny.world import TinyWorld
 from fastvideo.training.run import run
 
@@ -34,7 +33,7 @@ LADDER = (1.0, 0.5)
 def student_folder(root: Path, given_frames: int) -> str:
     """The shipped weights with the recipe of a student that goes on from given frames."""
     adapter = WanAdapter(WanConfig(given_frames=given_frames))
-    model = {**MODEL, "given_frames": given_frames}
+    model = {**load_recipe("tiny")["model"], "given_frames": given_frames}
     adapter.save_pipeline(root, adapter.load_network(), {"ladder": LADDER, "sampler": "renoise", "model": model})
     return str(root)
 
