@@ -18,11 +18,12 @@ from fastvideo.distillation.config import validate
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
-from fastvideo.distillation.types import Batch, RawBatch
+from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.distillation.toys import TOYS
 
 STEPS = 3
+TIMES = (1.0, 0.6)
 PROMPTS = ("a green seven", "red three moving up", "a blurry seven", "three moving left")
 FOLDERS = {"wan": wan_folder, "cogvideox": cogvideox_folder}
 SIZES = {
@@ -104,7 +105,7 @@ def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: M
         "device": "cpu",
         "model": {"path": str(own[""]), **SIZES[case.family]},
         "roles": roles,
-        "ladder": {"times": [1.0, 0.6]},
+        "ladder": {"times": list(TIMES)},
         "method": dict(TOYS[case.method].config) | dict(case.method_options),
         "parallel": dict(case.options.get("parallel", {})) | dict(parallel),
         "trainer": dict(case.options.get("trainer", {})),
@@ -113,12 +114,14 @@ def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: M
 
 
 def batches(case: Case, adapter: Any, data_rank: int) -> Iterator[RawBatch]:
-    """The micro-batches of one data rank: two samples each."""
+    """The micro-batches of one data rank: two samples each, with a walk to them for the method that needs one."""
     generator = torch.Generator().manual_seed(100 + data_rank)
     for number in range(STEPS * case.accumulation):
         latents = torch.randn((2, *adapter.latent_shape), generator=generator)
         captions = tuple(PROMPTS[(number + data_rank + i) % len(PROMPTS)] for i in range(2))
-        yield RawBatch(captions, latents)
+        walk = torch.stack([latents + time * torch.randn(latents.shape, generator=generator) for time in TIMES], 1)
+        times = torch.tensor(TIMES).expand(2, -1)
+        yield RawBatch(captions, latents, {STATES: walk, STATE_TIMES: times} if case.method == "kd" else {})
 
 
 def steady(handle: RoleHandle) -> None:
