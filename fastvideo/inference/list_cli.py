@@ -54,7 +54,8 @@ def combination_table() -> Table:
     for name in METHODS:
         method = load_method(name)
         config = method.Config()
-        data = "videos" if method.uses_latents(config) else "prompts suffice"
+        stored = "stored trajectories" if method.needs_trajectories else "videos"
+        data = stored if method.uses_latents(config) else "prompts suffice"
         lacking = [lacks(config, method, load_adapter(family)) for family in ADAPTERS]
         cells = [f"no {', '.join(missing)}" if missing else "yes" for missing in lacking]
         table.add_row(name, data, ", ".join(sorted(method.needs_of(config))) or "-", *cells)
