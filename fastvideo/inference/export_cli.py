@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import tyro
 
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalWeights = Annotated[Literal["ema", "live"] | None, tyro.conf.arg(metavar="ema|live", help_behavior_hint="")]
+WhichWeights = tyro.conf.create_mutex_group(required=False, title="weights")
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
 OptionalPrecision = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     tyro.conf.arg(metavar="float32|bfloat16|float16", help_behavior_hint=""),
@@ -31,12 +32,19 @@ class ExportArguments:
     as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
     steps: OptionalInt = None
     """Network steps that the scheduler is made for: all of the ladder (the default) or 1."""
-    weights: OptionalWeights = None
-    """Averaged weights or those of the last step. Default: averaged, if the run keeps them."""
+    ema: Switch = False
+    """The averaged weights: the default, if the run keeps them; refused if it does not."""
+    live: Switch = False
+    """The weights of the last step."""
     dtype: OptionalPrecision = None
     """Precision of the network's weights in the file. Default: as trained."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace an earlier export in that folder."""
+
+    @property
+    def weights(self) -> Literal["ema", "live"] | None:
+        """The kind that is asked for by name."""
+        return "ema" if self.ema else "live" if self.live else None
 
 
 def main(argv: Sequence[str]) -> int:

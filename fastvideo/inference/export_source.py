@@ -69,7 +69,7 @@ def _of_model(folder: Path, wanted: Weights | None) -> Source:
     found = _saved(folder.parent if (folder.parent / RUN_CONFIG).is_file() else None, folder)
     if wanted not in (None, found.weights):
         raise UserError(
-            f"--weights {wanted}: {folder} holds {found.weights or 'no named kind of'} weights alone; give the run's "
+            f"--{wanted}: {folder} holds {found.weights or 'no named kind of'} weights alone; give the run's "
             f"folder, whose checkpoints hold both kinds"
         )
     return found

@@ -162,9 +162,7 @@ def checkpointed(run_folder: Path, part: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-@pytest.mark.parametrize(
-    ("flags", "part"), [((), "ema"), (("--weights", "ema"), "ema"), (("--weights", "live"), "network")]
-)
+@pytest.mark.parametrize(("flags", "part"), [((), "ema"), (("--ema",), "ema"), (("--live",), "network")])
 def test_exported_weights_are_the_runs_bit_for_bit(distilled: Path, tmp_path: Path, flags: tuple, part: str) -> None:
     out = export(distilled, tmp_path / "out", *flags)
     loaded = WanPipeline.from_pretrained(out).transformer.state_dict()
@@ -244,7 +242,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
     assert "did you mean 'diffusers'" in refusal(capsys, distilled, out, "--to", "difusers")
     assert "does not exist" in refusal(capsys, tmp_path / "nowhere", out)
     assert "runs with --steps 4 or --steps 1, not 3" in refusal(capsys, distilled, out, "--steps", "3")
-    assert "holds ema weights alone" in refusal(capsys, distilled / "student", out, "--weights", "live")
+    assert "holds ema weights alone" in refusal(capsys, distilled / "student", out, "--live")
     assert "must not lie in it" in refusal(capsys, distilled / "student", distilled / "student" / "out")
     assert "is no run" in refusal(capsys, tmp_path, out)
 
@@ -254,9 +252,7 @@ def test_a_run_without_checkpoints_has_only_what_its_result_holds(
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(distilled, bare, ignore=shutil.ignore_patterns("checkpoints"))
-    assert "holds no live weights; it holds: ema (step 2)" in refusal(
-        capsys, bare, tmp_path / "out", "--weights", "live"
-    )
+    assert "holds no live weights; it holds: ema (step 2)" in refusal(capsys, bare, tmp_path / "out", "--live")
     export(bare, tmp_path / "out")
     shutil.rmtree(bare / "student")
     assert "it holds: none" in refusal(capsys, bare, tmp_path / "out2")
@@ -268,7 +264,7 @@ def test_a_damaged_checkpoint_is_named(distilled: Path, tmp_path: Path, capsys: 
     with (damaged / "checkpoints/step-2/process-0.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
-    said = refusal(capsys, damaged, tmp_path / "out", "--weights", "live")
+    said = refusal(capsys, damaged, tmp_path / "out", "--live")
     assert "process-0.safetensors is damaged" in said
 
 

@@ -62,6 +62,6 @@ def test_a_checkpoint_holds_the_head_and_an_export_keeps_it(finished: Path, tmp_
     averaged = load_source(find_source(str(finished), "ema"))
     heads = [model.network.get_parameter("flow_map_head.last.weight") for model in (live, averaged)]
     assert not torch.equal(*heads)
-    folder = export(finished, tmp_path / "out", "--weights", "live")
+    folder = export(finished, tmp_path / "out", "--live")
     back = load_model(str(folder)).network.get_parameter("flow_map_head.last.weight")
     assert torch.equal(back, heads[0])
