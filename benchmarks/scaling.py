@@ -23,6 +23,8 @@ LAYOUTS = {"one": (1, []), "copies": (2, []), "shards": (2, ["--parallel.shard",
 """Name -> processes, flags."""
 STEPS = 25
 WARM_UP = 5
+BATCH = 2
+"""Videos per process."""
 
 
 def worker(argv: list[str]) -> None:
@@ -62,7 +64,7 @@ def seconds(file: Path, world: int, flags: list[str]) -> float:
 def main() -> None:
     """Measure, print, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
 
     from plan_check import config_file
@@ -71,6 +73,7 @@ def main() -> None:
         file = config_file(Path(folder), "mid")
         values = yaml.safe_load(file.read_text())
         values["trainer"]["max_steps"] = STEPS
+        values["data"]["batch_size"] = BATCH
         file.write_text(yaml.safe_dump(values))
         times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
         for _ in range(arguments.rounds):
