@@ -1,6 +1,7 @@
 """Samples per second of 2 processes with one core each against 1, on a mid-size network: data parallel and sharded.
 
-Perfect scaling is 1: two processes then take twice the samples in the same time. Runs take turns.
+Perfect scaling is 1: two processes then take twice the samples in the same time. Cores share caches and memory, so two
+runs that know nothing of each other are measured too: what they lose is lost to the machine. Runs take turns.
 
     python benchmarks/scaling.py
 """
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import yaml
 
-LAYOUTS = {"one": (1, []), "copies": (2, []), "shards": (2, ["--parallel.shard", "2"])}
-"""Name -> processes, flags."""
+LAYOUTS = {"one": (1, []), "apart": (2, []), "copies": (2, []), "shards": (2, ["--parallel.shard", "2"])}
+"""Name -> processes, flags; ``apart`` are two runs of one process at the same time."""
 STEPS = 25
 WARM_UP = 5
 BATCH = 2
@@ -52,12 +53,33 @@ def seconds(file: Path, world: int, flags: list[str]) -> float:
     """Mean time of a step of the slowest process."""
     argv = [__file__, "--worker", "--config", str(file), "--overwrite", *flags]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = [sys.executable, *(torchrun if world > 1 else []), *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
-    if done.returncode or len(found) != world:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return slowest([start([*(torchrun if world > 1 else []), *argv])], world)
+
+
+def seconds_apart(file: Path, world: int) -> float:
+    """The same of processes that know nothing of each other: what the machine itself allows."""
+    argv = [__file__, "--worker", "--config", str(file), "--overwrite", "--output"]
+    return slowest([start([*argv, f"{file}-{i}"], core=i) for i in range(world)], world)
+
+
+def start(arguments: list[str], core: int = 0) -> subprocess.Popen[str]:
+    """A Python process with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(core)}
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def slowest(processes: list[subprocess.Popen[str]], workers: int) -> float:
+    """The longest step that any worker printed, once all have ended.
+
+    Raises:
+        RuntimeError: if a process fails.
+    """
+    ended = [(process, *process.communicate()) for process in processes]
+    found = [json.loads(line) for _, out, _ in ended for line in out.splitlines() if line.startswith('{"code"')]
+    if len(found) != workers or any(process.returncode for process, _, _ in ended):
+        raise RuntimeError("\n".join(f"{process.args}\n{out}\n{error}" for process, out, error in ended))
     return max(float(entry["seconds"]) for entry in found)
 
 
@@ -78,14 +100,16 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
         for _ in range(arguments.rounds):
             for name, (world, flags) in LAYOUTS.items():
-                times[name].append(seconds(file, world, flags))
+                apart = name == "apart"
+                times[name].append(seconds_apart(file, world) if apart else seconds(file, world, flags))
                 print(f"{name:8} {times[name][-1]:.3f} s per step", flush=True)
-    efficiency = {
-        name: round(statistics.median(one / many for one, many in zip(times["one"], found, strict=True)), 3)
-        for name, found in times.items()
-        if name != "one"
-    }
-    print(json.dumps({"benchmark": "scaling", "efficiency": efficiency}))
+
+    def share(reference: str, names: tuple[str, ...]) -> dict[str, float]:
+        pairs = {name: zip(times[reference], times[name], strict=True) for name in names}
+        return {name: round(statistics.median(a / b for a, b in both), 3) for name, both in pairs.items()}
+
+    efficiency, of_apart = share("one", ("apart", "copies", "shards")), share("apart", ("copies", "shards"))
+    print(json.dumps({"benchmark": "scaling", "efficiency": efficiency, "of_apart": of_apart}))
 
 
 if __name__ == "__main__":
