@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import socket
@@ -66,6 +68,22 @@ def test_ranks_with_other_captions_and_ragged_data_stay_in_step(values: dict[str
     weights = load_file(Path(values["output"]) / "student" / "network.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     assert not torch.equal(weights["mean"], torch.tensor(0.7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "changes"), [("sft", {}), ("mean_flow", {"jvp": "central_difference"})])
+def test_ranks_that_drop_other_captions_stay_in_step(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    roles = {"student": {"trainable": True}} | ({} if method == "sft" else {"teacher": {"trainable": False}})
+    values = {"distill_model": "wan", "distill_method": method, "output": str(tmp_path / "run"), "roles": roles}
+    values |= {"model": {"path": "tiny"}, "data": {"path": "tiny", "size": 23, "batch_size": 3}, "device": "cpu"}
+    values |= {"method": {"caption_dropout": 0.5, **changes}, "parallel": {"timeout": 60.0}}
+    values |= {"trainer": {"max_steps": 8, "log_every": 1, "threads": 1}}
+    for code, error in finish(start(values, 2, TRAIN)):
+        assert code == 0, error[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss/student"] for line in lines if "loss/student" in line}
+    assert sorted(losses) == list(range(1, 9))
+    assert all(math.isfinite(loss) for loss in losses.values())
 
 
 @pytest.mark.slow
