@@ -6,7 +6,7 @@ equal on all ranks, so that all run the same forwards and sharded ones do not ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -74,9 +74,17 @@ class RandomStreams:
         """Int64 ``[count]`` in ``0..high - 1``; differs per data rank."""
         return torch.randint(high, (count,), generator=self.local, device=self.device)
 
+    def choice(self, count: int, shares: Sequence[float]) -> Tensor:
+        """Int64 ``[count]``, each ``i`` as often as its share says; differs per data rank."""
+        return torch.multinomial(torch.tensor(shares, device=self.device), count, True, generator=self.local)
+
     def shared_index(self, high: int) -> int:
         """One integer in ``0..high - 1``, the same on all ranks."""
         return int(torch.randint(high, (), generator=self.shared))
+
+    def shared_choice(self, shares: Sequence[float]) -> int:
+        """One integer, each ``i`` as often as its share says, the same on all ranks."""
+        return int(torch.multinomial(torch.tensor(shares), 1, generator=self.shared))
 
     def places(self, count: int) -> Tensor:
         """Float32 ``[count]`` in ``[0, 1)``: this rank's samples, spread evenly with those of all ranks.

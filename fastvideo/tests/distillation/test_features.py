@@ -39,8 +39,11 @@ def test_nothing_runs_after_the_last_tap(name: str, tiny_wan: Path) -> None:
     ran: list[int] = []
     for index, block in enumerate(getattr(network, adapter.blocks)):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    adapter.features(network, *inputs(adapter), (0,))
+    (alone,) = adapter.features(network, *inputs(adapter), (0,))
     assert ran == [0]
+    _, (beside, _) = adapter.velocity_and_features(network, *inputs(adapter), (0, 1))
+    assert torch.equal(alone, beside), "stopping early changes nothing"
+    ran[:] = [0]
     adapter.features(network, *inputs(adapter), (1,))
     assert ran == [0, 0, 1]
 

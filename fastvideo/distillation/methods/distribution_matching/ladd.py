@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle, VelocityModel
 from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig, TimeRange
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
+from fastvideo.distillation.methods.distribution_matching.rungs import RungConfig, Rungs
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import euler, few_step
@@ -25,7 +26,7 @@ from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
 
 
-class LADDConfig(AdversaryConfig):
+class LADDConfig(RungConfig, AdversaryConfig):
     """Options of LADD."""
 
     real_samples: Literal["data", "teacher"] = "data"
@@ -73,6 +74,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         super().__init__(config, bundle, ladder, rng)
         self.student, self.teacher = bundle["student"], bundle["teacher"]
         self.adversary = Adversary(config, self.teacher, bundle["discriminator"], rng)
+        self.rungs = Rungs(config, ladder, rng)
 
     @classmethod
     def optimizers(cls, config: LADDConfig) -> Mapping[str, OptimizerConfig]:
@@ -95,12 +97,12 @@ class LADDMethod(DistillMethod[LADDConfig]):
         """The student's turn, or the discriminator's."""
         if "student" in self.active_roles(step):
             release = self.adversary.hold()
-            yield self.student_loss(self.rollout(batch), batch)
+            yield self.student_loss(self.rollout(batch, step), batch)
             release()
         else:
             real = self.real(batch)
             with torch.no_grad():
-                x0 = self.rollout(batch, real)
+                x0 = self.rollout(batch, step, real)
             yield self.adversary.loss(x0, real, self.times(len(batch)), batch.condition)
 
     def real(self, batch: Batch) -> Tensor:
@@ -116,14 +118,14 @@ class LADDMethod(DistillMethod[LADDConfig]):
             raise UserError("LADD needs real samples: data with videos, or real_samples: teacher with prompts alone")
         return batch.x0
 
-    def rollout(self, batch: Batch, real: Tensor | None = None) -> Tensor:
-        """The student's clean sample; one call carries gradient, at a rung drawn uniformly."""
+    def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
+        """The student's clean sample; one call carries gradient, at a rung drawn by the shares of the step."""
         if self.config.rollout == "simulate":
-            stop, noise = self.rng.shared_index(len(self.ladder)), self.rng.normal(batch.shape)
+            stop, noise = self.rungs.stop(step), self.rng.normal(batch.shape)
             velocity = partial(self.student.velocity, condition=batch.condition)
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
         real = self.real(batch) if real is None else real
-        t = torch.tensor(self.ladder.times, device=real.device)[self.rng.index(len(real), len(self.ladder))]
+        t = self.rungs.times(len(real), step)
         return self.student.x0(add_noise(real, self.rng.normal_like(real), t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:

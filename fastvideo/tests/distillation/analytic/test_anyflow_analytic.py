@@ -74,9 +74,20 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def derivative(x: Tensor, v: Tensor, mean: float, std: float) -> Tensor:
+    """``d/dt`` along ``(v, 1)`` of ``u = (x - x_r) / (t - r)``, with ``x_r = (1 - r) m + sqrt(v_r / v_t) y``."""
+    t, r = column(T), column(R)
+    v_t, v_r = (1 - t) ** 2 * std**2 + t**2, (1 - r) ** 2 * std**2 + r**2
+    y, ratio = x - (1 - t) * mean, (v_r / v_t).sqrt()
+    x_r = (1 - r) * mean + ratio * y
+    dx_r = ratio * (v + mean) - ratio * (t - (1 - t) * std**2) / v_t * y
+    return (v - dx_r - (x - x_r) / (t - r)) / (t - r)
+
+
 def test_the_difference_is_the_derivative_to_the_step_squared(adapter: SpyAdapter) -> None:
-    student = exact(adapter, "mean_velocity", -0.3, 0.9)
-    _, wanted = target_of(loss_of(adapter, student, jvp="autodiff"), adapter, T, R)
+    student, v = exact(adapter, "mean_velocity", -0.3, 0.9), NOISE - X0
+    wanted = v - column(T - R) * derivative(add_noise(X0, NOISE, T), v, -0.3, 0.9)
+    close(target_of(loss_of(adapter, student, jvp="autodiff"), adapter, T, R)[1], wanted)
     errors = []
     for step in (2e-2, 1e-2):
         _, found = target_of(loss_of(adapter, student, jvp_step=step), adapter, T, R)

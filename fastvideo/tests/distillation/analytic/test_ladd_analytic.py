@@ -104,7 +104,7 @@ def test_noise_levels_are_logit_normal_and_clamped(adapter: SpyAdapter) -> None:
 def test_inputs_of_the_data_rollout_are_real_samples_at_every_rung() -> None:
     adapter = spy((1, 1, 16, 16))
     method, batch = method_of(adapter, rollout="data"), analytic_batch(adapter, 400)
-    method.rollout(batch)
+    method.rollout(batch, 0)
     (call,) = adapter.of(method.student)
     assert torch.equal(call.t.unique(), torch.tensor(LADDER.times).flip(0))
     for t in LADDER.times:
@@ -118,11 +118,54 @@ def test_the_simulated_rollout_stops_at_a_rung_drawn_for_all(adapter: SpyAdapter
     counts = []
     for _ in range(200):
         adapter.calls.clear()
-        method.rollout(batch)
+        method.rollout(batch, 0)
         modes = adapter.grad_modes(method.student)
         assert modes == "n" * (len(modes) - 1) + "g"
         counts.append(len(modes))
     assert [counts.count(k) for k in (1, 2, 3, 4)] == pytest.approx([50] * 4, abs=25)
+
+
+CURRICULUM = {"early_rung_shares": (0, 0, 1, 1), "early_rung_steps": 10, "rung_shares": (0.7, 0.1, 0.2, 0)}
+STAGES = [(0, (0, 0, 0.5, 0.5)), (9, (0, 0, 0.5, 0.5)), (10, (0.7, 0.1, 0.2, 0)), (99, (0.7, 0.1, 0.2, 0))]
+
+
+@pytest.mark.parametrize(("step", "shares"), STAGES)
+def test_the_curriculum_begins_at_the_lower_rungs_for_samples_and_for_rollouts(
+    step: int, shares: tuple[float, ...], adapter: SpyAdapter
+) -> None:
+    on_data = method_of(adapter, rollout="data", **CURRICULUM)
+    on_data.rollout(analytic_batch(adapter, 10_000), step)
+    (call,) = adapter.of(on_data.student)
+    assert [float((call.t == t).float().mean()) for t in LADDER.times] == pytest.approx(shares, abs=0.02)
+    first, second = (method_of(adapter, seed=3, **CURRICULUM).rungs for _ in range(2))
+    second.rng = RandomStreams(3, rank=1, ranks=2)
+    stops = [first.stop(step) for _ in range(4000)]
+    assert stops == [second.stop(step) for _ in range(4000)], "ranks run the same calls"
+    assert [stops.count(k) / 4000 for k in range(4)] == pytest.approx(shares, abs=0.03)
+
+
+def test_steps_of_training_follow_the_curriculum(adapter: SpyAdapter) -> None:
+    early, later = (0, 0, 0, 1), (1, 0, 0, 0)
+    options = {"early_rung_shares": early, "early_rung_steps": 3, "rung_shares": later}
+    for rollout, calls in (("simulate", [4, 4, 4, 1, 1, 1]), ("data", [1] * 6)):
+        method, batch = method_of(adapter, rollout=rollout, **options), analytic_batch(adapter, 4)
+        for step, count in enumerate(calls):
+            adapter.calls.clear()
+            list(method.losses(batch, step))
+            own = adapter.of(method.student)
+            assert (len(own), float(own[-1].t[0])) == (count, pytest.approx(LADDER.times[-1 if step < 3 else 0]))
+
+
+def test_a_curriculum_that_does_not_fit_is_refused(adapter: SpyAdapter) -> None:
+    with pytest.raises(UserError, match=r"rung_shares: 2 shares for a ladder of 4 rungs \(1, 0.9, 0.75, 0.5\)"):
+        method_of(adapter, rung_shares=(0.5, 0.5))
+    with pytest.raises(UserError, match="early_rung_shares: 1 shares"):
+        method_of(adapter, early_rung_shares=(1.0,), early_rung_steps=5)
+    for options in ({"early_rung_steps": 5}, {"early_rung_shares": (0, 0, 1, 1)}):
+        with pytest.raises(ValueError, match="set both, or neither"):
+            LADDConfig.model_validate(options)
+    with pytest.raises(ValueError, match="at least one rung"):
+        LADDConfig(rung_shares=(0, 0, 0, 0))
 
 
 def test_the_teachers_own_guided_samples_can_be_the_real_ones() -> None:
@@ -165,7 +208,8 @@ def test_a_two_parameter_student_reaches_the_truth_on_average(start: tuple[float
     adapter = spy((1, 1, 1, 16))
     head: nn.Module = Quadratic()
     method = method_of(adapter, *start, renoise_range=(0.4, 0.4), generator_update_interval=3)
-    with_head(method, head).ladder = Ladder((1.0,))
+    method = with_head(method, head)
+    method.ladder = method.rungs.ladder = Ladder((1.0,))
     tail: list[tuple[float, float]] = []
 
     def batches(step: int) -> Batch:
