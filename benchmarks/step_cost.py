@@ -266,6 +266,7 @@ def contestants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None]
         "batched_guidance": lambda: bench.loop(batched=True),
         "compile_blocks": lambda: bench.framework({"compile_blocks": True}),
         "keep_freed_memory+kept": bench.framework,
+        "score_and_train": lambda: bench.framework(method={"score_and_train": True}),
         "activation_checkpointing": lambda: bench.framework(parallel={"activation_checkpointing": "full"}),
         "with_options+kept": lambda: bench.framework({"compile_blocks": True}),
     }
@@ -293,6 +294,7 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         short, median = name.split("+")[0], statistics.median(times)
         ratios[short] = round(statistics.median(each), 3)
         print(f"{short:40} {median * 1000:9.1f} ms per cycle   {ratios[short]:.3f} of the loop")
+    counted = {name: count_calls(*made[name]) for name in ("framework", "score_and_train") if name in made}
     return {
         "benchmark": "step_cost",
         "size": arguments.size,
@@ -302,7 +304,8 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "framework_overhead": ratios.get("framework"),
         "with_options": ratios.get("with_options"),
         "options": {n: r for n, r in ratios.items() if n not in ("loop", "framework", "with_options")},
-        "calls_per_cycle": count_calls(*made["framework"]) if "framework" in made else {},
+        "calls_per_cycle": counted.get("framework", {}),
+        "calls_per_cycle_with_score_and_train": counted.get("score_and_train", {}),
     }
 
 

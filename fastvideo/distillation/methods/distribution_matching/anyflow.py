@@ -17,6 +17,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.flow_map_loss import FlowMapLoss, FlowMapLossConfig
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
@@ -87,6 +88,8 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
     """The student is updated on every this-many-th step, the critic on every step."""
     score_time_shift: PositiveFloat = 5.0
     """Shift of the noise levels of both: uniform for the comparison, logit-normal for the critic."""
+    score_and_train: Annotated[bool, refused("its critic learns at noise levels of another distribution")] = False
+    """Not possible here."""
     critic_learning_rate: PositiveFloat = 2e-6
     """AdamW learning rate of the critic."""
 

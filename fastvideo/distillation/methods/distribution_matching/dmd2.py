@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, TimeRange
-from fastvideo.distillation.noise import add_noise, shift_time, velocity_target
+from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
+from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, few_step
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Condition, Given, RoleLoss, UserError, free_means
 
 
@@ -32,33 +32,6 @@ class _DMD2Adapter(Protocol):
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
 
     def ensure_negative_conditioning(self) -> None: ...
-
-
-class DMD2Config(MethodConfig):
-    """Options of DMD2."""
-
-    rollout: Literal["simulate", "data"] = "simulate"
-    """How the student's input is made: `simulate` runs the student itself from noise (prompts alone are enough);
-    `data` noises real latents to a rung of the ladder."""
-    generator_update_interval: PositiveInt = 5
-    """The student is updated on every this-many-th step, the critic on every step."""
-    teacher_guidance: Guidance = 4.5
-    """Classifier-free guidance of the teacher in the standard convention: 1 is the conditional prediction. Another
-    convention is converted by name: `{extra: 3.5}` is 4.5."""
-    score_time_shift: PositiveFloat = 1.0
-    """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
-    score_time_range: TimeRange = (0.02, 0.98)
-    """Those noise levels are clamped to this range, after the shift."""
-    student_learning_rate: PositiveFloat = 2e-6
-    """AdamW learning rate of the student."""
-    critic_learning_rate: PositiveFloat = 8e-6
-    """AdamW learning rate of the critic; it must follow the student, so it is usually the higher one."""
-    betas: tuple[float, float] = (0.0, 0.999)
-    """AdamW momenta of both."""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW weight decay of both."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up, for both."""
 
 
 class DMD2Method(DistillMethod[DMD2Config]):
@@ -95,13 +68,16 @@ class DMD2Method(DistillMethod[DMD2Config]):
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         """Student first (on its steps), then the critic on the same sample, detached."""
-        if "student" in self.active_roles(step):
+        if "student" not in self.active_roles(step):
+            with torch.no_grad():
+                x0 = self.rollout(batch)
+        elif self.config.score_and_train:
+            yield from self.joint_losses(self.rollout(batch), batch)
+            return
+        else:
             x0 = self.rollout(batch)
             yield self.student_loss(x0, batch)
             x0 = x0.detach()
-        else:
-            with torch.no_grad():
-                x0 = self.rollout(batch)
         yield from self.follow(x0, batch)
 
     def follow(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
@@ -122,11 +98,15 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return self.student.x0(add_noise(batch.x0, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
+        """Match the teacher at drawn noise levels."""
+        with torch.no_grad():
+            x_t, t, _ = self.noised(x0)
+            fake = self.critic.x0(x_t, t, batch.condition)
+        return self.match(x0, batch, x_t, t, fake)
+
+    def match(self, x0: Tensor, batch: Batch, x_t: Tensor, t: Tensor, fake: Tensor) -> RoleLoss:
         """Put the DMD gradient on ``x0``: ``d loss / d x0 = gradient / numel`` (DMD eq. 7)."""
         with torch.no_grad():
-            t = self.score_times(len(batch))
-            x_t = add_noise(x0, self.rng.normal_like(x0), t)
-            fake = self.critic.x0(x_t, t, batch.condition)
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
             gradient = dmd_gradient(x0, real=real, fake=fake, given=batch.condition.given)
         loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
@@ -134,9 +114,21 @@ class DMD2Method(DistillMethod[DMD2Config]):
 
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Flow matching on the student's samples, conditional only."""
-        t, noise = self.score_times(len(batch)), self.rng.normal_like(x0)
-        u = self.critic.velocity(add_noise(x0, noise, t), t, batch.condition)
-        return RoleLoss("critic", batch.mean((u - velocity_target(x0, noise)).square()))
+        x_t, t, target = self.noised(x0)
+        u = self.critic.velocity(x_t, t, batch.condition)
+        return RoleLoss("critic", batch.mean((u - target).square()))
+
+    def joint_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
+        """Both losses from one call of the critic, whose graph waits until the student's backward is over."""
+        x_t, t, target = self.noised(x0.detach())
+        u = self.critic.velocity(x_t, t, batch.condition)
+        yield self.match(x0, batch, x_t, t, velocity_to_x0(x_t, u.detach(), t))
+        yield RoleLoss("critic", batch.mean((u - target).square()))
+
+    def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sample at drawn noise levels, those levels, and the velocity there."""
+        t, noise = self.score_times(len(x0)), self.rng.normal_like(x0)
+        return add_noise(x0, noise, t), t, velocity_target(x0, noise)
 
     def score_times(self, count: int) -> Tensor:
         """Uniform, then shifted, then clamped; one time per sample, all frames share it."""

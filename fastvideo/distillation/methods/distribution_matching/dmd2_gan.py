@@ -7,7 +7,7 @@ through it and no further call. Heads and backbone are held from before that cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import NonNegativeFloat
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle, VelocityModel
 from fastvideo.distillation.methods.base import OptimizerConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method, dmd_gradient
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
@@ -26,6 +27,8 @@ from fastvideo.distillation.types import Batch, RoleLoss, UserError
 class DMD2GANConfig(AdversaryConfig, DMD2Config):
     """Options of DMD2 and of its discriminator."""
 
+    score_and_train: Annotated[bool, refused("features are read in the call that scores")] = False
+    """Not possible here."""
     gan_weight: NonNegativeFloat = 0.03
     """Weight of the adversarial term next to the DMD term."""
     features_of: Literal["teacher", "critic"] = "teacher"

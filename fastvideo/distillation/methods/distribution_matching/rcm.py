@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -19,6 +19,7 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.jvp import derivative
 from fastvideo.distillation.methods.base import DerivativeConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
@@ -37,6 +38,8 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     """Guidance of the teacher in both terms, standard convention."""
     score_time_shift: PositiveFloat = 5.0
     """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
+    score_and_train: Annotated[bool, refused("its critic rests on the student's steps")] = False
+    """Not possible here."""
     consistency_steps: NonNegativeInt = 1000
     """First steps, which train the student on consistency alone; 0 for one that is a consistency model already."""
     consistency_weight: PositiveFloat = 0.035

@@ -108,4 +108,6 @@ def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
     every = {"parallel": {"sync_every_micro_batch": True, "reshard_frozen": False}} | ACCUMULATED
     cases = [Case(family, "dmd2", ACCUMULATED), Case(family, "dmd2", CHECKPOINTED), Case(family, "dmd2", {}, LORA)]
     cases += [Case(family, "dmd2", every), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
+    joint = {"score_and_train": True}
+    cases += [Case(family, "dmd2", {}, {}, joint), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA, joint)]
     check(folders, cases, list(LAYOUTS), tmp_path)
