@@ -17,6 +17,7 @@ from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import UserError
 
 TRAIN_STEPS = 1000
+MOST_RUNGS = 10_000
 """Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
 
 
@@ -63,7 +64,13 @@ class Ladder:
 
     @classmethod
     def uniform(cls, count: int, *, shift: float = 1.0) -> Ladder:
-        """``count`` Euler steps from 1, uniform before the shift: what a teacher's sampler walks down."""
+        """``count`` Euler steps from 1, uniform before the shift: what a teacher's sampler walks down.
+
+        Raises:
+            UserError: for a count that no sampler walks, before a list of that length is made.
+        """
+        if count > MOST_RUNGS:
+            raise UserError(f"count {count} is more than {MOST_RUNGS} rungs")
         return cls(tuple(_shifted(1.0 - i / count, shift) for i in range(count)))
 
     def __len__(self) -> int:

@@ -92,6 +92,7 @@ def test_ladder_forms() -> None:
         ({"steps": [1000], "times": [1.0]}, "steps"),
         ({"count": 4, "warp": True}, "count"),
         ({"count": 0}, r"run\.yaml:\n  ladder: ladder: at least one"),
+        ({"count": 10**30}, r"run\.yaml:\n  ladder: count 1000000000000000000000000000000 is more than 10000 rungs"),
         ({"steps": 1000}, "not iterable"),
         ({"steps": [250, 750]}, r"run\.yaml:\n  ladder: .*rises"),
     ],
