@@ -20,7 +20,6 @@ from leaderboard_page import chart, table
 
 BENCHMARKS: Mapping[str, list[str]] = {
     "step_cost": ["step_cost.py", "--cycles", "20"],
-    "step_cost_mid": ["step_cost.py", "--size", "mid", "--cycles", "20", "--only", "framework", "with_options"],
     "sweep": ["sweep.py"],
     "scaling": ["scaling.py"],
     "plan_check": ["plan_check.py"],
@@ -47,14 +46,17 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def ratios(results: Mapping[str, Any]) -> list[str]:
-    """Both sizes of ``step_cost.py`` beside the loop."""
-    tiny, mid = results["step_cost"], results["step_cost_mid"]
-    rows = [{"what": "as it comes", "tiny": tiny["framework_overhead"], "mid": mid["framework_overhead"]}]
-    rows.append(
-        {"what": "compile_blocks and keep_freed_memory", "tiny": tiny["with_options"], "mid": mid["with_options"]}
-    )
-    rows += [{"what": name, "tiny": ratio, "mid": mid["options"].get(name)} for name, ratio in tiny["options"].items()]
-    return ["A DMD2 cycle, of the loop's time:", "", *table(rows, {"what": "{}", "tiny": "{:.2f}", "mid": "{:.2f}"})]
+    """What ``step_cost.py`` found."""
+    found = results["step_cost"]
+    named = {
+        "as it comes": found["framework_overhead"],
+        "with `compile_blocks` and `keep_freed_memory`": found["with_options"],
+    }
+    rows = [{"a DMD2 cycle": name, "of the loop": ratio} for name, ratio in (named | found["options"]).items()]
+    calls = ", ".join(f"{role} {count}" for role, count in found["calls_per_cycle"].items())
+    loop = f"{found['loop_ms_per_cycle']:.0f} ms"
+    head = f"Medians of {found['cycles']} cycles in turn with the loop, as shares of its {loop} ({calls}):"
+    return [head, "", *table(rows, {"a DMD2 cycle": "{}", "of the loop": "{:.2f}"})]
 
 
 def sweeps(results: Mapping[str, Any]) -> list[str]:
@@ -71,10 +73,14 @@ def sweeps(results: Mapping[str, Any]) -> list[str]:
 
 
 def scaling(results: Mapping[str, Any]) -> list[str]:
-    """Two processes beside one."""
-    rows = [{"layout": n, "of perfect scaling": e} for n, e in results["scaling"]["efficiency"].items()]
-    head = "Two processes with a core each, samples per second, of twice those of one (42 million parameters):"
-    return ["", head, "", *table(rows, {"layout": "{}", "of perfect scaling": "{:.2f}"})]
+    """Two processes beside one, and beside two that know nothing of each other."""
+    found = results["scaling"]
+    rows = [
+        {"layout": n, "of one": e, "of two apart": found["of_apart"].get(n)} for n, e in found["efficiency"].items()
+    ]
+    head = "Two processes with a core each, 42 million parameters: samples per second, as a share of twice those of one"
+    head += " process alone, and of two processes that run apart at the same time:"
+    return ["", head, "", *table(rows, {"layout": "{}", "of one": "{:.2f}", "of two apart": "{:.2f}"})]
 
 
 def memory(results: Mapping[str, Any]) -> list[str]:
@@ -99,7 +105,7 @@ def startup(results: Mapping[str, Any]) -> list[str]:
 def write_page(results: Mapping[str, Any]) -> None:
     """Put tables and plots of everything that is measured into the page."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    needs = {ratios: ("step_cost", "step_cost_mid"), sweeps: ("sweep",), scaling: ("scaling",)}
+    needs = {ratios: ("step_cost",), sweeps: ("sweep",), scaling: ("scaling",)}
     needs |= {memory: ("plan_check", "memory"), startup: ("startup",)}
     lines = [line for part, names in needs.items() if all(n in results for n in names) for line in part(results)]
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
