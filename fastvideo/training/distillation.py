@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,12 @@ def _override(schema: type[Config], config: Config, flags: list[str], source: st
 
 def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
     """Run; the exit code: 0, or 2 for a mistake in what the user gave."""
+    began = time.monotonic()
     launch, config = parse(sys.argv[1:] if argv is None else argv, model)
 
     from fastvideo.training.run import run
 
-    run(config, resume=launch.resume, overwrite=launch.overwrite, resume_from=launch.resume_from)
+    run(config, resume=launch.resume, overwrite=launch.overwrite, resume_from=launch.resume_from, began=began)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from fastvideo.distillation.engine.manifest import complete_checkpoints
 from fastvideo.distillation.engine.memory import keep_freed_memory
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.placement import whole_network
+from fastvideo.distillation.engine.startup import StartUp
 from fastvideo.distillation.engine.trackers import check_installed
 from fastvideo.distillation.engine.tracking import Tracker, TrackingOptions
 from fastvideo.distillation.engine.watchdog import Watchdog
@@ -45,19 +47,29 @@ from fastvideo.training.resume import already_started, checkpoint_hook, find_che
 from fastvideo.training.validation import build_validation
 
 
-def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume_from: Path | None = None) -> Path:
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    resume_from: Path | None = None,
+    began: float | None = None,
+) -> Path:
     """Train as configured; the folder of the result (a model folder with its recipe).
 
     Args:
         resume: go on from the newest intact checkpoint of the output folder.
         overwrite: delete what the output folder holds.
         resume_from: go on from this checkpoint; into the output folder that it is in, or into a new one.
+        began: when the run was asked for (``time.monotonic``), for the time that its first step took to come; now.
 
     Raises:
         UserError: for a mistake in the config, the data, the model folder or the output folder.
         RunError: if the run cannot go on.
         Stopped: if a signal asked for it; the run goes on from there with ``resume``.
     """
+    start = StartUp(time.monotonic() if began is None else began)
+    start.reached("imports")
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     if config.trainer.keep_freed_memory:
@@ -74,7 +86,8 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, resume
             check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
             barrier()
             with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
-                return _run(config, processes, Launched(resume, overwrite, resume_from))
+                start.reached("processes")
+                return _run(config, processes, Launched(resume, overwrite, resume_from), start)
         finally:
             stop_processes()
 
@@ -88,7 +101,7 @@ class Launched:
     resume_from: Path | None
 
 
-def _run(config: Config, processes: Processes, launched: Launched) -> Path:
+def _run(config: Config, processes: Processes, launched: Launched, start: StartUp) -> Path:
     output = Path(config.output)
     if processes.is_main:  # another run may have finished here since the first look
         check_output(config, **asdict(launched))
@@ -100,7 +113,9 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
         source = find_checkpoint(config, processes, launched.resume_from, tracker.say)
     adapter = build_adapter(config, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
+    start.reached("models")
     data, description = _build_data_once(config, adapter, processes)
+    start.reached("data")
     validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
@@ -113,13 +128,15 @@ def _run(config: Config, processes: Processes, launched: Launched) -> Path:
         tracker.say(line)
     tracker.rewind(trainer.step)
     checkpoint = checkpoint_hook(config, parts, processes)
-    trainer.hooks, trainer.on_stop = (validation, checkpoint), partial(_save_for_stop, checkpoint)
+    trainer.hooks = (start.tell(tracker), validation, checkpoint)
+    trainer.on_stop = partial(_save_for_stop, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
     for note in method.notes:
         tracker.say(note)
     try:
         validation.resume(trainer.step)
+        start.reached("preparation")
         with Watchdog(config.trainer.watchdog_seconds, output / "stacks", processes.rank):
             trainer.run(data)
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,23 @@ def test_a_run_leaves_everything_that_is_needed_to_repeat_it(analytic_values: di
     assert "student/loss" in lines[0]
     assert "critic/grad_norm" in lines[0]
     assert list((output / "tensorboard").iterdir())
+
+
+def test_the_first_step_says_how_long_it_took_to_come(
+    analytic_values: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = analytic_values | {"checkpoint": {"every": 12}}
+    folder = run(config_of(values), began=time.monotonic() - 100.0).parent
+    run(config_of(values | {"trainer": {"max_steps": 14, "log_every": 3}}), resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("first step after") == 2
+    assert re.search(r"first step after 1\d\d\.\d s \(imports 10\d\.\d, processes \d+\.\d, models ", said)
+    lines = [json.loads(line) for line in (folder / "startup.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 13]
+    for line in lines:
+        assert list(line["parts"]) == ["imports", "processes", "models", "data", "preparation", "step"]
+        assert sum(line["parts"].values()) == pytest.approx(line["seconds"], abs=0.01)
+    assert lines[0]["parts"]["imports"] >= 100.0 > lines[1]["seconds"]
 
 
 def test_a_saved_config_reruns_to_the_same_bits(analytic_values: dict, tmp_path: Path) -> None:
