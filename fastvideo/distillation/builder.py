@@ -20,7 +20,7 @@ from fastvideo.distillation.config_sections import ParallelConfig
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.initial import start_from
 from fastvideo.distillation.engine.lora import RoleView
-from fastvideo.distillation.engine.optim import attach_optimizer
+from fastvideo.distillation.engine.optim import attach_optimizer, check_states
 from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -186,6 +186,8 @@ def build_method(
     placement = Placement(adapter, processes, config.parallel)
     placement.check({name: role.path for name, role in config.roles.items()})
     _check_derivatives(config, processes)
+    optimizers = method.optimizers(config.method)
+    check_states(config.trainer.optimizer_states, optimizers)
     adapter.whole_forwards = processes.forward_together
     adapter.ensure_negative_conditioning()
     views = {} if networks else shared_networks(config, placement)
@@ -202,8 +204,9 @@ def build_method(
         handles.append(RoleHandle(name, adapter, network, role.trainable))
         if role.init_from is not None:
             notes.append(start_from(handles[-1], role.init_from, adapter.load_network, processes))
-    for role_name, options in method.optimizers(config.method).items():
-        attach_optimizer(next(h for h in handles if h.name == role_name), options)
+    for role_name, options in optimizers.items():
+        handle = next(h for h in handles if h.name == role_name)
+        attach_optimizer(handle, options, config.trainer.optimizer_states)
     rank, ranks = processes.data_rank, processes.data_size
     rng = RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
     built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)

@@ -30,6 +30,9 @@ class TrainerConfig(Section):
     """Micro-batches per step; the effective batch is this x batch size x processes."""
     max_grad_norm: PositiveFloat = 1.0
     """Each role's gradient is clipped to this norm."""
+    optimizer_states: Literal["float32", "8bit"] = "float32"
+    """What AdamW keeps its moments in: `8bit` takes a quarter of the memory, is slower on a CPU, and needs torchao
+    (extra `eightbit`); see `docs/scaling.md`."""
     non_finite: Literal["raise", "skip"] = "raise"
     """What to do about a loss or gradient that is not finite: stop, or leave that step out and go on."""
     max_skips: NonNegativeInt = 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastvideo.distillation.builder import Config
+from fastvideo.distillation.builder import Config, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.estimate import Plan, Planner
 
@@ -68,12 +68,23 @@ def changes(config: Config, world: int) -> Iterator[tuple[str, str, dict[str, di
         )
     if world > 1:
         yield "--parallel.offload frozen", "frozen weights travel from the host", {"parallel": {"offload": "frozen"}}
+    if config.trainer.optimizer_states == "float32" and all(kind == "adamw" for kind in optimizer_kinds(config)):
+        yield (
+            "--trainer.optimizer-states 8bit",
+            "AdamW's moments are rounded; needs the extra eightbit",
+            {"trainer": {"optimizer_states": "8bit"}},
+        )
     if config.ema.enabled:
         yield (
             "--ema.no-enabled",
             "no average: the result is usually a little worse",
             {"ema": {"enabled": False}},
         )
+
+
+def optimizer_kinds(config: Config) -> set[str]:
+    """The optimizers of the run's roles."""
+    return {options.kind for options in load_method(config.distill_method).optimizers(config.method).values()}
 
 
 def changed(config: Config, sections: dict[str, dict[str, object]]) -> Config:

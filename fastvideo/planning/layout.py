@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -16,10 +15,9 @@ from fastvideo.distillation.adapters.loading import load_config, resolve_pipelin
 from fastvideo.distillation.adapters.pipeline import PipelineAdapter
 from fastvideo.distillation.builder import Adapter, Config, load_method
 from fastvideo.distillation.config_sections import RoleConfig
+from fastvideo.distillation.engine.footprint import FLOAT32, local_numel, optimizer_bytes
 from fastvideo.distillation.rng import initialising
 
-FLOAT32 = 4
-ADAM_MOMENTS = 2
 GATHERED_BLOCKS = 2
 """Blocks of a split network that are whole at a time: the one that computes, and the next on its way."""
 
@@ -45,13 +43,6 @@ class RoleBytes:
     def total(self) -> int:
         """All that stays from step to step, and the gradients."""
         return self.weights + self.gradients + self.optimizer + self.average
-
-
-def local_numel(tensor: Tensor, shard: int) -> int:
-    """Elements of the first process's part of a tensor: rows are split, and the first has the most."""
-    if shard == 1 or tensor.ndim == 0:
-        return tensor.numel()
-    return math.ceil(tensor.shape[0] / shard) * math.prod(tensor.shape[1:])
 
 
 def role_bytes(config: Config, adapter: Adapter) -> list[RoleBytes]:
@@ -82,19 +73,17 @@ def _adapted(config: Config, row: RoleBytes, network: nn.Module) -> RoleBytes:
     weights = row.weights if row.name == [*frozen, *sharing][0] else 0
     if role.lora is None:
         return replace(row, weights=weights)
-    elements, tensors = 0, 0
+    shard, added = config.parallel.shard, list[Tensor]()
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in role.lora.targets):
-            pair = (torch.empty(role.lora.rank, module.in_features, device="meta"),)
-            pair += (torch.empty(module.out_features, role.lora.rank, device="meta"),)
-            elements += sum(local_numel(part, config.parallel.shard) for part in pair)
-            tensors += len(pair)
-    size = elements * FLOAT32
+            added.append(torch.empty(role.lora.rank, module.in_features, device="meta"))
+            added.append(torch.empty(module.out_features, role.lora.rank, device="meta"))
+    size = sum(local_numel(part, shard) for part in added) * FLOAT32
     return replace(
         row,
         weights=weights + size,
         gradients=size,
-        optimizer=size * ADAM_MOMENTS + tensors * FLOAT32,
+        optimizer=optimizer_bytes(added, shard, config.trainer.optimizer_states),
         average=size * bool(row.average),
     )
 
@@ -118,7 +107,7 @@ def _role(config: Config, adapter: Adapter, name: str, network: nn.Module, own: 
         parameters=sum(p.numel() for p in parameters),
         weights=weights + buffers,
         gradients=elements * FLOAT32 * trainable,
-        optimizer=(elements * FLOAT32 * ADAM_MOMENTS + len(parameters) * FLOAT32) * trainable,
+        optimizer=optimizer_bytes(parameters, shard, config.trainer.optimizer_states) * trainable,
         average=(elements * FLOAT32 + buffers) * averaged,
         block=max((_numel(block.parameters()) for block in blocks), default=0) * item,
         whole=_numel(parameters) * item,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal, Protocol
 
@@ -12,7 +13,12 @@ from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.eight_bit import adamw_8bit, check_installed
 from fastvideo.distillation.engine.sharding import local
+from fastvideo.errors import UserError
+
+States = Literal["float32", "8bit"]
+"""What AdamW keeps its moments in."""
 
 
 class OptimizerOptions(Protocol):
@@ -32,20 +38,39 @@ class OptimizerOptions(Protocol):
     def decay_steps(self) -> int: ...
 
 
-def attach_optimizer(handle: RoleHandle, options: OptimizerOptions) -> None:
+def check_states(states: States, optimizers: Mapping[str, OptimizerOptions]) -> None:
+    """Check that the optimizers of all roles can keep their state so.
+
+    Raises:
+        UserError: naming the role, or the extra to install.
+    """
+    if states == "float32":
+        return
+    for role, options in optimizers.items():
+        if options.kind != "adamw":
+            raise UserError(
+                f"trainer.optimizer_states: {states} is for AdamW, the optimizer of {role} is {options.kind}; set "
+                f"float32, or method.optimizer: adamw"
+            )
+    check_installed()
+
+
+def attach_optimizer(handle: RoleHandle, options: OptimizerOptions, states: States = "float32") -> None:
     """Give a trainable role its optimizer and the schedule that moves with it.
 
     The fused kernels of AdamW can leave out a step on the word of a tensor, so that a step which is not finite costs no
-    wait; RAdam has none, and the host waits to know.
+    wait; RAdam and 8-bit AdamW have none, and the host waits to know.
     """
-    handle.optimizer = _optimizer(handle.parameters(), options)
+    handle.optimizer = _optimizer(handle.parameters(), options, states)
     handle.lr_scheduler = LambdaLR(handle.optimizer, partial(warmup_cosine, options.warmup_steps, options.decay_steps))
 
 
-def _optimizer(parameters: list[nn.Parameter], options: OptimizerOptions) -> Optimizer:
+def _optimizer(parameters: list[nn.Parameter], options: OptimizerOptions, states: States) -> Optimizer:
     rate, betas, decay = options.learning_rate, options.betas, options.weight_decay
     if options.kind == "radam":
         return RAdam(parameters, lr=rate, betas=betas, weight_decay=decay, decoupled_weight_decay=True)
+    if states == "8bit":
+        return adamw_8bit(parameters, rate, betas, decay)
     return AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
@@ -73,7 +98,8 @@ def relative_update(handle: RoleHandle) -> float | None:
             if "exp_avg_sq" not in state or not float(state["step"]):
                 continue
             bias, bias_sq = (1 - beta ** float(state["step"]) for beta in group["betas"])
-            root = (local(state["exp_avg_sq"]) / bias_sq).sqrt() + group["eps"]
-            moved += float((group["lr"] * local(state["exp_avg"]) / bias / root).double().square().sum())
+            mean, square = (local(state[name]).dequantize() for name in ("exp_avg", "exp_avg_sq"))
+            root = (square / bias_sq).sqrt() + group["eps"]
+            moved += float((group["lr"] * mean / bias / root).double().square().sum())
             weight += float(local(p).double().square().sum())
     return math.sqrt(moved / weight) if weight else None

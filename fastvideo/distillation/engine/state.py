@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.eight_bit import EightBit, entries, fill_moment, split_like
+from fastvideo.distillation.engine.sharding import local
 from fastvideo.distillation.engine.storage import Index, Stored
 
 JOINT = "::"
@@ -87,7 +89,8 @@ class RoleState:
     def _optimizer_state(self) -> dict[str, Any]:
         optimizer, names = self.handle.optimizer, self._names()
         assert optimizer is not None
-        state = {names[p]: dict(entry) for p, entry in optimizer.state.items()}
+        take = entries if isinstance(optimizer, EightBit) else lambda p, entry: dict(entry)
+        state = {names[p]: take(p, entry) for p, entry in optimizer.state.items()}
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
             for group in optimizer.param_groups
@@ -109,7 +112,7 @@ class RoleState:
 
     def _optimizer_target(self, name: str, stored: Stored) -> Tensor:
         """Moments are sharded like their parameter; a step counter is where this optimizer keeps it."""
-        *_, parameter, entry = name.split(JOINT)
+        _, _, parameter, entry, *part = name.split(JOINT)
         owner = self.handle.named_parameters()[parameter].detach()
         if entry == "step":
             assert self.handle.optimizer is not None
@@ -117,6 +120,8 @@ class RoleState:
             return stored.empty().to(owner.device if group.get("fused") or group.get("capturable") else "cpu")
         if tuple(owner.shape) == stored.shape:
             return torch.zeros_like(owner, dtype=getattr(torch, stored.dtype))
+        if part:
+            return split_like(owner, local(owner).new_zeros((len(local(owner)), *stored.shape[1:])))
         return stored.empty().to(owner.device)
 
     def problems(self, index: Index) -> list[str]:
@@ -140,8 +145,14 @@ class RoleState:
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         optimizer, parameters = self.handle.optimizer, self.handle.named_parameters()
         assert optimizer is not None
+        made = dict(optimizer.state)
         optimizer.state.clear()
-        optimizer.state.update({parameters[name]: dict(entry) for name, entry in state["state"].items()})
+        for name, entry in state["state"].items():
+            owner = parameters[name]
+            optimizer.state[owner] = {
+                key: fill_moment(made[owner][key], value) if isinstance(value, Mapping) else value
+                for key, value in entry.items()
+            }
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
             group.update({k: as_before(group[k], v) for k, v in saved.items() if k != "params"})
 
