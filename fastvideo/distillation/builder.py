@@ -188,14 +188,16 @@ def build_method(
     _check_derivatives(config, processes)
     optimizers = method.optimizers(config.method)
     check_states(config.trainer.optimizer_states, optimizers)
-    adapter.whole_forwards = processes.forward_together
-    adapter.ensure_negative_conditioning()
-    views = {} if networks else shared_networks(config, placement)
     with initialising(config.seed):
         heads = method.heads(config.method, adapter)
     for name in heads:
         if config.roles[name].path is not None:
             raise UserError(f"roles.{name}.path: {config.distill_method} makes this network itself; leave the path out")
+    loaded = {name: role for name, role in config.roles.items() if name not in heads}
+    placement.check_memory(loaded, config.trainer.optimizer_states)
+    adapter.whole_forwards = processes.forward_together
+    adapter.ensure_negative_conditioning()
+    views = {} if networks else shared_networks(config, placement)
     handles, notes = [], []
     for name, role in config.roles.items():
         unit_done()

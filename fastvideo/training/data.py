@@ -9,6 +9,7 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard, Source
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import Adapter, Config, load_method
 from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 
 TINY = "tiny"
@@ -29,6 +30,19 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
     on_cuda = processes.device.type == "cuda"
     ahead = READ_AHEAD if on_disk or on_cuda else 0
     return SampleStream(source, config.seed, shard, ahead, pin=on_cuda, faults=faults), description
+
+
+def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: SampleStream) -> None:
+    """Check that the processes of one sample can share each size in the data, as they can the model's own.
+
+    Raises:
+        UserError: with the sizes that they cannot, and the values of ``parallel.context`` that are possible.
+    """
+    used = [bucket.name for bucket in data.source.buckets if bucket.rounds(data.shard)]
+    shapes = [tuple(map(int, name.split("x"))) for name in used] if config.data.buckets and "all" not in used else []
+    if shapes:
+        paths = {name: role.path for name, role in config.roles.items()}
+        Placement(adapter, processes, config.parallel).check(paths, shapes)
 
 
 def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) -> tuple[Source, str]:

@@ -40,7 +40,7 @@ from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.stopping import listening
-from fastvideo.training.data import build_data
+from fastvideo.training.data import build_data, check_buckets
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.output import check_output, prepare_output
 from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on, run_parts
@@ -115,6 +115,7 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     method = build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
     data, description = _build_data_once(config, adapter, processes)
+    check_buckets(config, adapter, processes, data)
     start.reached("data")
     validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastvideo.distillation.engine.memory import total_memory
 from fastvideo.errors import UserError
 
 TIMEOUT = 600.0
@@ -34,6 +35,8 @@ class Processes:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shard: int = 1
     context: int = 1
+    memory: int | None = None
+    """Bytes of this process's device, in all; ``None``: not known, and nothing is refused for it."""
 
     @property
     def is_main(self) -> bool:
@@ -77,14 +80,15 @@ def start_processes(
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     local = _device(device, local_rank)
     check_layout(world_size, shard=shard, replicate=replicate, context=context)
+    memory = total_memory(local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if "WORLD_SIZE" not in os.environ:
-        return Processes(device=local)
+        return Processes(device=local, memory=memory)
     if local.type == "cuda":
         torch.cuda.set_device(local)
     # gloo beside NCCL: what is offloaded to the host is reduced there.
     backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context)
+    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

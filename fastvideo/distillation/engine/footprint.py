@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.eight_bit import moment_bytes
 from fastvideo.distillation.engine.optim import States
+from fastvideo.errors import UserError
 
 FLOAT32 = 4
 MOMENTS = 2
+MOST_PROCESSES = 1024
 
 
 def local_numel(tensor: Tensor, shard: int) -> int:
@@ -28,3 +32,56 @@ def optimizer_bytes(parameters: Iterable[Tensor], shard: int, states: States) ->
         own = local_numel(p, shard)
         found += MOMENTS * (moment_bytes(p.shape, own) if states == "8bit" else own * FLOAT32) + FLOAT32
     return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A network that stays on the device: its parameters (on the meta device), and whether they are trained."""
+
+    parameters: Sequence[Tensor]
+    trained: bool
+
+    def bytes(self, shard: int, states: States) -> int:
+        """Weights, and of what is trained gradients and optimizer, on the process that has the most."""
+        weights = sum(local_numel(p, shard) * p.element_size() for p in self.parameters)
+        if not self.trained:
+            return weights
+        gradients = sum(local_numel(p, shard) * FLOAT32 for p in self.parameters)
+        return weights + gradients + optimizer_bytes(self.parameters, shard, states)
+
+
+def check_memory(kept: Mapping[str, Kept], processes: Processes, states: States) -> None:
+    """Check that a device holds what the roles certainly keep on it; activations and averages come on top.
+
+    Raises:
+        UserError: with each role's need, and the ``shard`` that would fit.
+    """
+    memory, shard = processes.memory, processes.shard
+    if memory is None:
+        return
+
+    def needed(degree: int) -> int:
+        return sum(role.bytes(degree, states) for role in kept.values())
+
+    if needed(shard) <= memory:
+        return
+    of_roles = {name: role.bytes(shard, states) for name, role in kept.items()}
+    listed = ", ".join(f"{name} {gib(of_roles[name])}" for name in sorted(of_roles, key=lambda n: -of_roles[n]))
+    world = processes.world_size
+    legal = [n for n in range(shard + 1, world + 1) if world % n == 0 and needed(n) <= memory]
+    larger = [2**k for k in range(MOST_PROCESSES.bit_length()) if 2**k > world and needed(2**k) <= memory]
+    hint = "no number of processes would do"
+    if legal:
+        hint = f"parallel.shard: {legal[0]} would do ({gib(needed(legal[0]))})"
+    elif larger:
+        hint = f"{larger[0]} such processes with parallel.shard: {larger[0]} would do ({gib(needed(larger[0]))})"
+    raise UserError(
+        f"parallel.shard: {shard} does not fit: weights, gradients and optimizer take {gib(needed(shard))} on each "
+        f"process ({listed}), which has {gib(memory)} on {processes.device}; {hint}. What else helps: fastvideo plan "
+        f"--config CONFIG --gpus {world}"
+    )
+
+
+def gib(value: float) -> str:
+    """Bytes for a person."""
+    return f"{value / 2**30:.2f} GiB" if value >= 0.1 * 2**30 else f"{value / 2**20:.2f} MiB"

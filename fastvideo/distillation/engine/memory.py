@@ -1,9 +1,13 @@
-"""Settings of the process's own allocator."""
+"""How much memory there is, and settings of the process's own allocator."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
+
+import torch
 
 from fastvideo.errors import UserError
 
@@ -13,6 +17,20 @@ KEEP = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20, MMAP_MAX: 0}
 """No block has a mapping of its own, and the top of the heap is not given back."""
 GIVE_BACK = {TRIM_THRESHOLD: 128 * 2**10, TOP_PAD: 0, MMAP_MAX: 65536}
 """Glibc's own defaults."""
+
+LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""What a container may use, under Linux; ``max`` for no limit."""
+
+
+def total_memory(device: torch.device, sharing: int = 1) -> int | None:
+    """Bytes of a CUDA device, or of the host for each of ``sharing`` processes on it; ``None`` where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if sys.platform == "win32" or device.type != "cpu":
+        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = LIMIT.read_text().strip() if LIMIT.is_file() else "max"
+    return min(total, int(limit) if limit.isdigit() else total) // sharing
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -14,7 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.engine.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.footprint import Kept, check_memory
 from fastvideo.distillation.engine.lora import AdapterOptions, RoleView, add_adapter, gather_adapter, merge
+from fastvideo.distillation.engine.optim import States
 from fastvideo.distillation.engine.recompute import Recompute, checkpointed
 from fastvideo.distillation.engine.sharding import (
     Offload,
@@ -54,6 +56,17 @@ class Options(Protocol):
     def offload(self) -> Offload: ...
 
 
+class RoleOptions(Protocol):
+    """What :class:`Placement` reads of a role."""
+
+    @property
+    def trainable(self) -> bool: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def lora(self) -> AdapterOptions | None: ...
+
+
 class Placement:
     """Makes the networks of a run.
 
@@ -81,18 +94,47 @@ class Placement:
     def _context_mesh(self) -> DeviceMesh:
         return context_mesh(self.processes)
 
-    def check(self, roles: Mapping[str, str | None]) -> None:
+    def check(self, roles: Mapping[str, str | None], shapes: Sequence[tuple[int, ...]] = ()) -> None:
         """Check the networks behind ``roles`` (name to path) against the layout; nothing is loaded.
+
+        Args:
+            roles: the path of each.
+            shapes: latents ``(C, F, H, W)`` of one sample, each of which is trained on; the model's own if none.
 
         Raises:
             UserError: if the processes of one sample cannot share its tokens and heads evenly.
         """
-        source = self.source
-        if source.scaling is None or self.processes.context == 1:
+        scaling, text_length = self.source.scaling, self.source.text_length or 0
+        if scaling is None or self.processes.context == 1:
             return
         for role, path in roles.items():
-            counts = source.scaling.context_counts(path, source.latent_shape, source.text_length or 0)
-            check_context(self.processes, counts, f"role {role!r}")
+            sizes = shapes or [self.source.latent_shape]
+            counts = {shape: scaling.context_counts(path, shape, text_length) for shape in sizes}
+            check_context(self.processes, joined_counts(counts), f"role {role!r}")
+
+    def check_memory(self, roles: Mapping[str, RoleOptions], states: States) -> None:
+        """Check that this process's device holds what these roles keep on it from step to step; nothing is loaded.
+
+        Adapters are not counted: beside the network that they share they are small.
+
+        Raises:
+            UserError: with each role's need, and the ``parallel.shard`` that would fit.
+        """
+        source, kept = self.source, dict[str, Kept]()
+        if source.scaling is None or self.processes.memory is None:
+            return
+        adapted = {role.path for role in roles.values() if role.lora is not None}
+        made: dict[tuple[str | None, torch.dtype], list[nn.Parameter]] = {}
+        for name, role in roles.items():
+            whole = role.trainable and role.lora is None
+            key = role.path, torch.float32 if whole else source.compute_dtype
+            on_host = self.options.offload == "all" or (self.options.offload == "frozen" and not role.trainable)
+            if on_host or (not whole and role.path in adapted and key in made):  # one network under several roles
+                continue
+            if key not in made:
+                made[key] = list(source.scaling.empty(*key).parameters())
+            kept[name] = Kept(made[key], whole)
+        check_memory(kept, self.processes, states)
 
     def load(self, path: str | None, *, trained: bool, change: Callable[[nn.Module], None] | None = None) -> nn.Module:
         """The network of one role; frozen weights are kept in the dtype that they are computed in.
@@ -142,6 +184,16 @@ class Placement:
         policy = ShardPolicy(self.options.reshard_frozen, self.options.offload, self.source.compute_dtype)
         shard_network(network, scaling.blocks(network), self._mesh, self.processes, policy)
         load_shards(network, scaling.files(path), self.processes.device)
+
+
+def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[str, int]:
+    """What must be divided for each of several shapes, once where it is the same for all."""
+    found = dict[str, int]()
+    for shape, of_shape in counts.items():
+        for name, count in of_shape.items():
+            same = all(other[name] == count for other in counts.values())
+            found[name if same else f"{name} of {'x'.join(map(str, shape))}"] = count
+    return found
 
 
 def whole_network(network: nn.Module, source: NetworkSource, processes: Processes) -> nn.Module | None:

@@ -15,11 +15,15 @@ import torch
 import yaml
 
 import fastvideo.training.distillation as entry
+from fastvideo.data.order import Bucket, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config import validate
 from fastvideo.distillation.engine.distributed import Processes, check_layout, start_processes
+from fastvideo.distillation.engine.memory import total_memory
 from fastvideo.distillation.types import UserError
+from fastvideo.planning.layout import role_bytes
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
+from fastvideo.training.data import check_buckets
 
 FOLDERS = {"wan": (wan_folder, 5), "cogvideox": (cogvideox_folder, 9)}
 
@@ -77,6 +81,94 @@ def test_context_that_divides_neither_heads_nor_tokens_is_refused_before_loading
     monkeypatch.setattr(adapter, "load_network", lambda *_: pytest.fail("loaded a network for a wrong layout"))
     with pytest.raises(UserError, match=message):
         build_method(config, adapter, Processes(0, 4, torch.device("cpu"), context=4))
+
+
+class SeveralSizes:
+    """A dataset with buckets; the last one has too few samples for a batch."""
+
+    buckets = (
+        Bucket("4x2x2x4", torch.arange(4)),
+        Bucket("4x3x2x2", torch.arange(4, 8)),
+        Bucket("4x5x2x2", torch.arange(8, 9)),
+    )
+
+    def read(self, rows: Any) -> Any:
+        return pytest.fail("read a batch that cannot be shared")
+
+
+def test_context_that_does_not_divide_every_size_of_the_data_is_refused(tiny_root: Path) -> None:
+    config = config_of("wan", tiny_root, context=2)
+    config = validate(type(config), config.model_dump() | {"data": {"buckets": True}}, "test")
+    data = SampleStream(SeveralSizes(), 0, Shard(2))
+    adapter, processes = build_adapter(config), Processes(0, 2, torch.device("cpu"), context=2)
+    message = r"2 does not divide tokens of 4x3x2x2 \(3\) of role 'student'; possible with 2 processes: 1$"
+    with pytest.raises(UserError, match=message):
+        check_buckets(config, adapter, processes, data)
+    check_buckets(config, adapter, Processes(0, 2, torch.device("cpu")), data)
+
+
+def need_of(config: Any) -> int:
+    """Bytes of weights, gradients and optimizer of all roles on one process, as a plan has them (without tables)."""
+    adapter, found = build_adapter(config), 0
+    for role in role_bytes(config, adapter):
+        assert adapter.scaling is not None
+        tables = sum(b.numel() * b.element_size() for b in adapter.scaling.empty(None, torch.float32).buffers())
+        found += role.weights + role.gradients + role.optimizer - tables
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "share", "hint"),
+    [
+        (1, 0.9, r"2 such processes with parallel\.shard: 2 would do"),
+        (4, 0.9, r"parallel\.shard: 2 would do \("),
+        (4, 0.4, r"parallel\.shard: 4 would do \("),
+        (4, 0.001, "no number of processes would do"),
+    ],
+)
+def test_roles_that_a_device_does_not_hold_are_refused_before_loading(
+    world: int, share: float, hint: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("wan", tiny_root)
+    adapter = build_adapter(config)
+    for loading in ("load_network", "ensure_negative_conditioning"):
+        monkeypatch.setattr(adapter, loading, lambda *_: pytest.fail("loaded what does not fit"))
+    processes = Processes(0, world, torch.device("cpu"), memory=int(need_of(config) * share))
+    roles = r"student \d\.\d\d MiB, critic \d\.\d\d MiB, teacher \d\.\d\d MiB"
+    message = rf"shard: 1 does not fit: .*\({roles}\), which has .* MiB on cpu; {hint}.*fastvideo plan"
+    with pytest.raises(UserError, match=message):
+        build_method(config, adapter, processes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainer": {"optimizer_states": "8bit"}}], ids=["float32", "8bit"])
+def test_roles_that_just_fit_are_not_refused(changes: dict[str, Any], tiny_root: Path) -> None:
+    if changes:
+        pytest.importorskip("torchao")
+    config = config_of("wan", tiny_root)
+    config = validate(type(config), config.model_dump() | changes, "test")
+    build_method(config, build_adapter(config), Processes(memory=need_of(config)))
+    with pytest.raises(UserError, match="does not fit"):
+        build_method(config, build_adapter(config), Processes(memory=need_of(config) - 1))
+
+
+def test_a_network_that_roles_share_counts_once(tiny_root: Path) -> None:
+    config = config_of("wan", tiny_root)
+    lora = {"trainable": True, "lora": {"rank": 2}}
+    roles = {"student": lora, "critic": lora, "teacher": {"trainable": False}}
+    config = validate(type(config), config.model_dump() | {"roles": roles}, "test")
+    adapter = build_adapter(config)
+    assert adapter.scaling is not None
+    once = sum(p.numel() * p.element_size() for p in adapter.scaling.empty(None, torch.float32).parameters())
+    build_method(config, adapter, Processes(memory=once))
+    with pytest.raises(UserError, match=r"on each process \(student \d\.\d\d MiB\), which"):
+        build_method(config, adapter, Processes(memory=once - 1))
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    host = total_memory(torch.device("cpu"))
+    assert host is None or host > 2**28
+    assert host is None or total_memory(torch.device("cpu"), 4) == host // 4
+    assert start_processes("cpu").memory == host
 
 
 def test_a_family_without_blocks_is_only_run_data_parallel(analytic_values: dict[str, Any]) -> None:
