@@ -18,7 +18,7 @@ READY := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint format types contracts docs-check check demo tiny clean
+.PHONY: help venv test test-slow test-eightbit lint format types contracts docs-check check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test: $(READY) ## run the test suite without its slow part (one topic: make test
 
 test-slow: $(READY) ## run the tests marked slow: longer fault injection, the whole parity matrix, ...
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-eightbit: $(READY) ## run the tests of 8-bit optimizer states, with torchao beside the other packages
+	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/eightbit torchao
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/eightbit $(BIN)/python -m pytest -q fastvideo/tests/distillation/test_eight_bit.py
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
