@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def processes_of(layout: str, rank: int) -> Processes:
     return Processes(rank, size, torch.device("cpu"), shard, context)
 
 
-def train_all(folders: Any, cases: list[tuple[str, Case]], rank: int, size: int) -> list[Result]:
-    return [train(case, folders, processes_of(layout, rank)) for layout, case in cases]
+def train_here(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
+    return train(case, folders, processes_of(layout, rank))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -59,18 +60,16 @@ def problems(found: Result, expected: Result) -> list[str]:
 
 
 def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> None:
-    """Each world is started once, and trains every case in every layout of its size."""
+    """Each pair has a world of its own: the threads of a group of processes live as long as its world."""
     alone: dict[tuple[str, int], Result] = {}
     wrong = []
-    for size in sorted({LAYOUTS[layout][0] for layout in layouts}):
-        work = [(layout, case) for layout in layouts if LAYOUTS[layout][0] == size for case in cases]
-        results = in_world(size, partial(train_all, folders, work), folder / str(size))
-        for (layout, case), *found in zip(work, *results, strict=True):
-            data_ranks = processes_of(layout, 0).data_size
-            key = (case.name, data_ranks)
-            alone[key] = alone.get(key) or train_alone(case, folders, data_ranks)
-            for rank, result in enumerate(found):
-                wrong += [f"{layout}, {case.name}, rank {rank}: {text}" for text in problems(result, alone[key])[:3]]
+    for number, (case, layout) in enumerate(product(cases, layouts)):
+        size, data_ranks = LAYOUTS[layout][0], processes_of(layout, 0).data_size
+        found = in_world(size, partial(train_here, folders, case, layout), folder / str(number))
+        key = (case.name, data_ranks)
+        alone[key] = alone.get(key) or train_alone(case, folders, data_ranks)
+        for rank, result in enumerate(found):
+            wrong += [f"{layout}, {case.name}, rank {rank}: {text}" for text in problems(result, alone[key])[:3]]
     assert not wrong, "\n".join(wrong)
 
 
