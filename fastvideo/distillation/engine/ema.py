@@ -42,7 +42,7 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
     for name, tensor in tensors.items():
         average, live = local(averages[name]), local(tensor)
         if average.is_floating_point():
-            average.lerp_(live, weight.to(average.dtype))
+            average.lerp_(live, weight.to(average))
         else:
             average.copy_(live)
 

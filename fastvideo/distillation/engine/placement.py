@@ -22,6 +22,7 @@ from fastvideo.distillation.engine.sharding import (
     Offload,
     ShardPolicy,
     gather_state,
+    home_of,
     load_shards,
     shard_mesh,
     shard_network,
@@ -183,7 +184,7 @@ class Placement:
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
         policy = ShardPolicy(self.options.reshard_frozen, self.options.offload, self.source.compute_dtype)
         shard_network(network, scaling.blocks(network), self._mesh, self.processes, policy)
-        load_shards(network, scaling.files(path), self.processes.device)
+        load_shards(network, scaling.files(path), home_of(network, policy, self.processes.device))
 
 
 def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[str, int]:

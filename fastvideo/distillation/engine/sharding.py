@@ -54,7 +54,7 @@ def shard_network(
 
     A network without any parameter that needs a gradient counts as frozen, so set ``requires_grad`` before.
     """
-    trained = any(parameter.requires_grad for parameter in network.parameters())
+    trained = is_trained(network)
     precise = policy.compute_dtype == torch.float32
     options: dict[str, Any] = {
         # One dimension alone is plain FSDP, two are HSDP.
@@ -65,7 +65,7 @@ def shard_network(
         "mp_policy": MixedPrecisionPolicy(
             None if precise else policy.compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": _offload(policy.offload, trained, processes.device),
+        "offload_policy": _offload(network, policy, processes.device),
     }
     # diffusers reshapes a network's prediction last, and no adapter changes one in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -76,10 +76,22 @@ def shard_network(
         _sum_over_context(network, processes.data_size)
 
 
-def _offload(which: Offload, trained: bool, device: torch.device) -> OffloadPolicy:
-    if which == "none" or (which == "frozen" and trained):
-        return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+def is_trained(network: nn.Module) -> bool:
+    """Whether any parameter needs a gradient."""
+    return any(parameter.requires_grad for parameter in network.parameters())
+
+
+def home_of(network: nn.Module, policy: ShardPolicy, device: torch.device) -> torch.device:
+    """Where a network's parts stay between its calls: the device, or the host."""
+    return torch.device("cpu") if _is_offloaded(network, policy) else device
+
+
+def _is_offloaded(network: nn.Module, policy: ShardPolicy) -> bool:
+    return policy.offload == "all" or (policy.offload == "frozen" and not is_trained(network))
+
+
+def _offload(network: nn.Module, policy: ShardPolicy, device: torch.device) -> OffloadPolicy:
+    return CPUOffloadPolicy(device.type == "cuda") if _is_offloaded(network, policy) else OffloadPolicy()
 
 
 def _sum_over_context(network: nn.Module, data_size: int) -> None:
@@ -96,7 +108,7 @@ def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.dev
     Args:
         network: as :func:`shard_network` left it.
         files: the safetensors file of each parameter, by name; parameters that are not named are left alone.
-        device: where the slices go.
+        device: where the slices stay, see :func:`home_of`.
     """
     state = {}
     for name, parameter in network.named_parameters():
@@ -109,7 +121,7 @@ def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.dev
                 parameter.placements,
                 shape=parameter.shape,
                 stride=parameter.stride(),
-            )
+            ).to(device)  # which is not the mesh's device for what stays on the host
     network.load_state_dict(state, strict=False, assign=True)
 
 

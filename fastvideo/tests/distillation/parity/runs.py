@@ -103,7 +103,7 @@ def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: M
         "output": "unused",
         "seed": 5,
         "device": "cpu",
-        "model": {"path": str(own[""]), **SIZES[case.family]},
+        "model": {"path": str(own[""]), **SIZES[case.family], **case.options.get("model", {})},
         "roles": roles,
         "ladder": {"times": list(TIMES)},
         "method": dict(TOYS[case.method].config) | dict(case.method_options),

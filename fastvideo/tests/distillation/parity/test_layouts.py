@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from fastvideo.distillation.builder import METHODS, load_method
+from fastvideo.distillation.engine import sharding
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
 from fastvideo.tests.distillation.parity.worlds import in_world
@@ -73,6 +75,17 @@ def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> 
     assert not wrong, "\n".join(wrong)
 
 
+def check_against_plain(
+    folders: Any, options: dict[str, Any], layout: str, folder: Path, train: Any = train_here
+) -> None:
+    """A run of two processes with ``options``, against one without them."""
+    expected = train_alone(Case("wan", "dmd2"), folders, processes_of(layout, 0).data_size)
+    case = Case("wan", "dmd2", options)
+    for rank, result in enumerate(in_world(2, partial(train, folders, case, layout), folder / "world")):
+        wrong = problems(result, expected)
+        assert not wrong, f"{layout}, {case.name}, rank {rank}: {wrong[:3]}"
+
+
 LORA = {
     "student": {"lora": {"rank": 4}, "path": None},
     "critic": {"lora": {"rank": 3, "alpha": 6}, "path": None},
@@ -110,3 +123,33 @@ def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
     joint = {"score_and_train": True}
     cases += [Case(family, "dmd2", {}, {}, joint), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA, joint)]
     check(folders, cases, list(LAYOUTS), tmp_path)
+
+
+def train_offloaded(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
+    """:func:`train_here`, where as many networks as asked for are given to FSDP with its offload policy."""
+    given: list[bool] = []
+    split = sharding.fully_shard
+
+    def watched(module: Any, **options: Any) -> Any:
+        if type(module).__name__ == "WanTransformer3DModel":
+            given.append(isinstance(options["offload_policy"], CPUOffloadPolicy))
+        return split(module, **options)
+
+    sharding.fully_shard = watched
+    result = train_here(folders, case, layout, rank, size)
+    assert given == ([True] * 3 if case.options["parallel"]["offload"] == "all" else [False, False, True])
+    return result
+
+
+@pytest.mark.parametrize("which", ["frozen", "all"])
+def test_networks_in_host_memory_train_as_those_on_the_device(which: str, folders: Any, tmp_path: Path) -> None:
+    check_against_plain(folders, {"parallel": {"offload": which}}, "shard2", tmp_path, train_offloaded)
+
+
+@pytest.mark.parametrize(
+    ("which", "trained", "home"),
+    [("none", False, "cuda"), ("frozen", True, "cuda"), ("frozen", False, "cpu"), ("all", True, "cpu")],
+)
+def test_offloaded_networks_live_on_the_host(which: Any, trained: bool, home: str) -> None:
+    network = torch.nn.Linear(2, 2).requires_grad_(trained)
+    assert sharding.home_of(network, sharding.ShardPolicy(offload=which), torch.device("cuda")).type == home
