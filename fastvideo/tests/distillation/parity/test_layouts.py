@@ -153,3 +153,17 @@ def test_networks_in_host_memory_train_as_those_on_the_device(which: str, folder
 def test_offloaded_networks_live_on_the_host(which: Any, trained: bool, home: str) -> None:
     network = torch.nn.Linear(2, 2).requires_grad_(trained)
     assert sharding.home_of(network, sharding.ShardPolicy(offload=which), torch.device("cuda")).type == home
+
+
+def train_compiled(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
+    """:func:`train_here`, where the compiler had something to do."""
+    result = train_here(folders, case, layout, rank, size)
+    assert torch._dynamo.utils.counters["frames"]["ok"]
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks, and warns itself
+@pytest.mark.parametrize("layout", ["shard2", "context2"])
+def test_compiled_blocks_that_are_split_train_as_eager_whole_ones(layout: str, folders: Any, tmp_path: Path) -> None:
+    check_against_plain(folders, {"model": {"compile_blocks": True}}, layout, tmp_path, train_compiled)
