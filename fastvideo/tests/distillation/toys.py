@@ -127,11 +127,12 @@ def train(
     rates: Mapping[str, float],
     *,
     final_rate: float = 0.0,
+    betas: tuple[float, float] = (0.0, 0.999),
 ) -> None:
     """A plain training loop: Adam with the given rates, decayed linearly to ``final_rate`` of them."""
     for role, rate in rates.items():
         handle = method.bundle[role]
-        handle.optimizer = torch.optim.Adam(handle.parameters(), lr=rate, betas=(0.0, 0.999))
+        handle.optimizer = torch.optim.Adam(handle.parameters(), lr=rate, betas=betas)
         handle.lr_scheduler = torch.optim.lr_scheduler.LinearLR(handle.optimizer, 1.0, final_rate, steps)
     for step in range(steps):
         for loss in method.losses(batches(step), step):

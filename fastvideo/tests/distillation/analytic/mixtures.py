@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.analytic_networks import SiteMLP
+from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.types import Batch, RawBatch
 
 MEANS, STDS, WEIGHTS = (-1.2, 0.1, 1.1), (0.15, 0.2, 0.1), (0.3, 0.4, 0.3)
@@ -27,9 +33,24 @@ def exact_batch(adapter: AnalyticAdapter, count: int, seed: int, *, latents: boo
     return adapter.prepare(RawBatch(("",) * count, x0))
 
 
-def learned_velocity(adapter: AnalyticAdapter, steps: int = 1500, width: int = 64) -> SiteMLP:
+def steep_mlp(channels: int, width: int = 64, gain: float = 1.0) -> SiteMLP:
+    """A small network whose first units turn ``gain`` times as fast along ``x``.
+
+    The map from noise to the mixture is steep between modes: what a network smears there is most of its distance. The
+    map itself, regressed for 1000 steps of batch 1024, is missed by 0.033 with gain 1 and by 0.015 with gain 5.
+    """
+    network = SiteMLP(channels, width)
+    first: Any = network.body[0]
+    with torch.no_grad():
+        first[0].weight[:, :channels] *= gain
+        first[0].bias *= gain
+    return network
+
+
+def learned_velocity(adapter: AnalyticAdapter, steps: int = 1500, width: int = 64, gain: float = 1.0) -> SiteMLP:
     """A network that has learnt the family's velocity by regression: where students and critics start."""
-    exact, network = adapter.load_network("denoiser").requires_grad_(False), SiteMLP(adapter.latent_shape[0], width)
+    exact = adapter.load_network("denoiser").requires_grad_(False)
+    network = steep_mlp(adapter.latent_shape[0], width, gain)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
@@ -67,9 +88,14 @@ def mode_shares(samples: Tensor) -> list[float]:
     return [float(((flat - m).abs() < 3 * s).float().mean()) for m, s in zip(MEANS, STDS, strict=True)]
 
 
-def one_step(network: nn.Module, count: int, seed: int = 77) -> Tensor:
-    """``[count]`` samples of a one-step student: its x0 from pure noise."""
-    noise = torch.randn((count, 1, 1, 1, 1), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        u = network(noise, torch.ones(count), torch.zeros(count))
-    return (noise - u).flatten()
+def one_step(method: DistillMethod[Any], count: int = 50_000) -> Tensor:
+    """``[count]`` samples of a one-step student by its method's sampler, from the quantiles of the noise.
+
+    Noise that is spread evenly and not drawn: the distance of these samples has no error of sampling.
+    """
+    student, streams = method.bundle["student"], RandomStreams(7)
+    adapter: Any = student.adapter
+    ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    noise = torch.special.ndtri(ranks).float().view(-1, 1, 1, 1, 1)
+    velocity = partial(student.velocity, condition=adapter.negative(count))
+    return generate(method.sampler, velocity, noise, (1.0,), streams.normal_like).flatten()
