@@ -126,6 +126,7 @@ def test_a_checkpoint_loads_to_the_bit_into_other_layouts(tmp_path: Path) -> Non
     in_world(2, partial(trained_and_saved, folder=folder), tmp_path / "first")
     found = {size: in_world(size, partial(resumed, folder=folder), tmp_path / f"on-{size}")[0] for size in (1, 2, 3)}
     assert int(found[2]["optimizer::state::0.weight::exp_avg::codes"].count_nonzero()) > 1000
+    assert found[2]["optimizer::state::0.weight::exp_avg::scale"].all()
     for size in (1, 3):
         assert differences(found[2], found[size]) == [], f"on {size} processes"
 
