@@ -36,6 +36,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Pat
     return role_folders(tmp_path_factory.mktemp("roles"))
 
 
+CANCELLING = {"cm": 4}
+"""Times the tolerance of gradients, for a method that regresses on the difference of neighbouring outputs: what is left
+of them has fewer digits."""
+
+
 def processes_of(layout: str, rank: int) -> Processes:
     size, shard, context = LAYOUTS[layout]
     return Processes(rank, size, torch.device("cpu"), shard, context)
@@ -49,8 +54,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
 
 
-def problems(found: Result, expected: Result) -> list[str]:
+def problems(found: Result, expected: Result, method: str = "") -> list[str]:
     """Every value that differs by more than its tolerance."""
+    allowed = TOLERANCE | {"gradient": TOLERANCE["gradient"] * CANCELLING.get(method, 1)}
     pairs = [("loss", k, torch.tensor(found.losses[k]), torch.tensor(v)) for k, v in expected.losses.items()]
     for step, gradients in enumerate(expected.gradients):
         assert found.gradients[step].keys() == gradients.keys()
@@ -58,7 +64,7 @@ def problems(found: Result, expected: Result) -> list[str]:
     assert found.weights.keys() == expected.weights.keys()
     pairs += [("weight", k, found.weights[k], v) for k, v in expected.weights.items()]
     worst = [(difference(a, b), kind, name) for kind, name, a, b in pairs]
-    return [f"{kind} {name}: {d:.1e}" for d, kind, name in sorted(worst, reverse=True) if d > TOLERANCE[kind]]
+    return [f"{kind} {name}: {d:.1e}" for d, kind, name in sorted(worst, reverse=True) if d > allowed[kind]]
 
 
 def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> None:
@@ -71,7 +77,9 @@ def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> 
         key = (case.name, data_ranks)
         alone[key] = alone.get(key) or train_alone(case, folders, data_ranks)
         for rank, result in enumerate(found):
-            wrong += [f"{layout}, {case.name}, rank {rank}: {text}" for text in problems(result, alone[key])[:3]]
+            wrong += [
+                f"{layout}, {case.name}, rank {rank}: {text}" for text in problems(result, alone[key], case.method)[:3]
+            ]
     assert not wrong, "\n".join(wrong)
 
 
