@@ -49,10 +49,21 @@ class Run:
 MATCHING = {"generator_update_interval": 3, "score_time_shift": 0.5}
 RUNS = {
     "dmd2": Run(MATCHING, {"student": 5e-3, "critic": 1e-2}, 1800, 600, 5.0, 4, 64, 100, (0.0, 0.999)),
+    "dmd2_gan": Run(
+        {**MATCHING, "gan_weight": 0.03},
+        {"student": 5e-3, "critic": 1e-2, "discriminator": 2e-3},
+        2400,
+        *(600, 5.0, 4, 64, 100, (0.0, 0.999)),
+    ),
     "scm": Run(
         {"tangent_warmup_steps": 100, "tangent_constant": 1.0, "log_sigma_mean": 2.0, "log_sigma_std": 1.8},
         {"student": 3e-3, "loss_weight": 1e-3},
         800,
+    ),
+    "mean_flow": Run(
+        {"equal_times": 0.25, "logit_mean": 0.0, "logit_std": 3.0, "loss_power": 0.5, "loss_constant": 0.03},
+        {"student": 4e-3},
+        1600,
     ),
 }
 
