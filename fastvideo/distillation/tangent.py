@@ -44,6 +44,14 @@ def consistency_tangent(
     return -(cos**2) * (prediction - flow) - warmup * (cos * sin * x + derivative)
 
 
+def sample_warmup_tangent(
+    x: Tensor, angle: Tensor, prediction: Tensor, flow: Tensor, derivative: Tensor, warmup: float
+) -> Tensor:
+    """``-cos sqrt(1 - w^2 sin^2) (F - flow) - (w cos sin x + J)``: rCM's code, equal to the paper at w = 1."""
+    cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
+    return -cos * (1 - warmup**2 * sin**2).sqrt() * (prediction - flow) - (warmup * cos * sin * x + derivative)
+
+
 def consistency_error(
     field: Field,
     x: Tensor,

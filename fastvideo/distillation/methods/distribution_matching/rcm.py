@@ -23,7 +23,12 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import ref
 from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
-from fastvideo.distillation.tangent import consistency_error, consistency_tangent, trig_field
+from fastvideo.distillation.tangent import (
+    consistency_error,
+    consistency_tangent,
+    sample_warmup_tangent,
+    trig_field,
+)
 from fastvideo.distillation.types import Batch, Need, RoleLoss, UserError
 
 
@@ -143,11 +148,3 @@ class RCMMethod(DMD2Method):
     def angles(self, count: int) -> Tensor:
         """Times ``[count]``: ``arctan`` of a log-normal."""
         return (self.config.log_sigma_mean + self.config.log_sigma_std * self.rng.normal((count,))).exp().atan()
-
-
-def sample_warmup_tangent(
-    x: Tensor, angle: Tensor, prediction: Tensor, flow: Tensor, derivative: Tensor, warmup: float
-) -> Tensor:
-    """``-cos sqrt(1 - w^2 sin^2) (F - flow) - (w cos sin x + J)``: the published code, equal to the paper at w = 1."""
-    cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
-    return -cos * (1 - warmup**2 * sin**2).sqrt() * (prediction - flow) - (warmup * cos * sin * x + derivative)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.consistency_model.scm import LossWeight, SCMConfig, SCMMethod
-from fastvideo.distillation.methods.distribution_matching.rcm import RCMConfig, RCMMethod, sample_warmup_tangent
+from fastvideo.distillation.methods.distribution_matching.rcm import RCMConfig, RCMMethod
 from fastvideo.distillation.noise import flow_time_to_trigflow
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.tangent import consistency_tangent
+from fastvideo.distillation.tangent import consistency_tangent, sample_warmup_tangent
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, SpyAdapter, analytic_batch, gaussian, moments, train
