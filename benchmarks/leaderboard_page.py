@@ -19,7 +19,7 @@ from fastvideo.distillation.builder import load_method
 from fastvideo.evaluation.charts import Axis, Point, Series, grid, series_class, short, svg, thinned
 from fastvideo.inference.list_cli import split_paper
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 720, 360, 56, 16, 44, 150
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 720, 360, 56, 16, 44, 190
 STYLE = """<style>
 svg { background: #fff; } text { font: 12px system-ui, sans-serif; fill: #55606d; } .grid { stroke: #e0e5ea; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; } .dashed { stroke-dasharray: 5 3; }

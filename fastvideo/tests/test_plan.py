@@ -168,7 +168,7 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 
 @pytest.mark.slow
 def test_the_exit_code_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--config", TINY, "--data.batch-size", "1", "--reserve", "0"]
+    command = ["plan", "--config", TINY, "--data.batch-size", "8", "--reserve", "0"]
     assert main([*command, "--gpu-memory", "8GiB"]) == 0
     assert "FITS" in capsys.readouterr().out
     assert main([*command, "--gpu-memory", "1MiB"]) == 1
