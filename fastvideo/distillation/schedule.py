@@ -17,8 +17,9 @@ from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import UserError
 
 TRAIN_STEPS = 1000
-MOST_RUNGS = 10_000
 """Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
+MOST_RUNGS = 10_000
+"""No sampler walks more; a list of more is not made."""
 
 
 @dataclass(frozen=True)
