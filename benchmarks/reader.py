@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +18,7 @@ import tyro
 from fastvideo.data.order import SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.training.data import build_data, open_source
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import build_trainer
@@ -47,13 +49,6 @@ class Clock(Iterator[Any]):
         return batch
 
 
-class Quiet:
-    """A tracker that keeps nothing."""
-
-    def log(self, metrics: Any, step: int) -> None:
-        """Nothing."""
-
-
 def measure(recipe: str, data: str, steps: int) -> None:
     """Print the share of the reader in a step, and what reading costs where nothing is read ahead."""
     flags = ["--data.path", data, "--validation.every", "0", "--trainer.max-steps", str(steps)]
@@ -61,7 +56,7 @@ def measure(recipe: str, data: str, steps: int) -> None:
     adapter = build_adapter(config)
     method = build_method(config, adapter)
     stream, description = build_data(config, adapter, Processes())
-    trainer = build_trainer(config, adapter, method, Quiet(), Processes())  # type: ignore[arg-type]
+    trainer = build_trainer(config, adapter, method, Tracker(Path(config.output), enabled=False), Processes())
     clock = Clock(stream)
     trainer.train_step(clock)
     clock.seconds, begin = 0.0, time.perf_counter()

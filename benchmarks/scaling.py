@@ -29,7 +29,7 @@ BATCH = 2
 
 
 def worker(argv: list[str]) -> None:
-    """Train with the process on one core; print the median time of a step."""
+    """Train with the process on one core; print the mean time of a step: steps differ by role."""
     os.sched_setaffinity(0, {int(os.environ.get("LOCAL_RANK", "0")) % (os.cpu_count() or 1)})
 
     from fastvideo.distillation.trainer import DistillTrainer

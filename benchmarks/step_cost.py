@@ -45,7 +45,6 @@ SIZES: Mapping[str, dict[str, Any]] = {
 }
 INTERVAL, GUIDANCE, TIMES, BETAS, DECAY = 5, 1.5, (1.0, 0.75, 0.5, 0.25), (0.0, 0.999), 0.01
 RATES = {"student": 1e-4, "critic": 2e-4}
-EXPECTED_CALLS = {"student": 5, "critic": 6, "teacher": 2}
 
 
 class Loop:
@@ -128,16 +127,6 @@ class Fresh(Loop):
             self.update("critic", self.critic_loss(self.rollout(False)))
 
 
-class Quiet(Tracker):
-    """Writes nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def log(self, *_: Any, **__: Any) -> None: ...
-    def advance(self, *_: Any, **__: Any) -> None: ...
-
-
 @dataclass
 class Bench:
     """Networks and data of a size."""
@@ -175,7 +164,8 @@ class Bench:
         batch = SIZES[self.size]["batch"]
         latents = torch.randn(batch, *adapter.latent_shape)
         data = SampleStream(MemorySource(["a red three moving up"] * batch, latents), 0, Shard(batch))
-        trainer = DistillTrainer(built, adapter.prepare, LoopOptions(10**9, log_every=10**9), Quiet())
+        silent = Tracker(Path(self.folder), enabled=False)
+        trainer = DistillTrainer(built, adapter.prepare, LoopOptions(10**9, log_every=10**9), silent)
 
         def cycle() -> None:
             for _ in range(INTERVAL):

@@ -65,7 +65,7 @@ class Tracker:
             tracker.log(metrics, step)
 
     def write_line(self, name: str, line: Mapping[str, object]) -> None:
-        """Append an object with a ``step`` to a file of the run folder; resuming rewinds it like the metrics."""
+        """Append an object with a ``step`` to a file of the run folder; resuming rewinds those of :data:`LOGS`."""
         if self.enabled:
             with (self.folder / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
