@@ -202,7 +202,7 @@ def test_a_two_parameter_student_reaches_the_truth_from_every_rung() -> None:
 def test_a_one_step_student_keeps_all_modes_of_a_mixture() -> None:
     """A learned network from the learned velocity, one step, on exact pairs: Wasserstein-1 below 0.05."""
     adapter = three_modes()
-    student = RoleHandle("student", adapter, learned_velocity(adapter, 600), trainable=True)
+    student = RoleHandle("student", adapter, learned_velocity(adapter, 600, gain=5.0), trainable=True)
     method = KDMethod(KDConfig(), ModelBundle([student]), Ladder((1.0,)), RandomStreams(3))
     noise = torch.randn((2000, *adapter.latent_shape), generator=torch.Generator().manual_seed(0))
     ends = adapter.data_of(noise, adapter.encode_prompts(("",) * 2000))
