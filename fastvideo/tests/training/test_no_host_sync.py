@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastvideo
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_method, run_schema
 from fastvideo.distillation.config import validate
@@ -28,6 +29,7 @@ from fastvideo.tests.distillation.tiny import FAMILIES, wan_config, wan_family, 
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
 """Operators whose result the host needs before it can go on."""
+PACKAGE = Path(fastvideo.__file__).parent
 ON_THE_HOST = {"shared_index", "_read", "_single_tensor_adam"}
 """Functions that read what is on the CPU on every device: shared decisions, rows of a batch, step counters."""
 
@@ -39,7 +41,7 @@ def place() -> str | None:
     ]
     if ON_THE_HOST & {frame.name for frame in frames}:
         return None
-    own = next(f for f in reversed(frames) if "fastvideo" in f.filename)
+    own = next(f for f in reversed(frames) if PACKAGE in Path(f.filename).parents)
     return f"{Path(own.filename).name}:{own.lineno} {own.line}"
 
 
@@ -79,16 +81,6 @@ def reads() -> Iterator[list[str]]:
     places += [entry for entry in found if entry is not None]
 
 
-class Quiet(Tracker):
-    """Writes nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def log(self, *_: Any, **__: Any) -> None: ...
-    def advance(self, *_: Any, **__: Any) -> None: ...
-
-
 def trainer_of(folder: Path, **method: Any) -> tuple[DistillTrainer, SampleStream]:
     """The real trainer over DMD2 on the tiny Wan, logging every eighth step."""
     values = {
@@ -102,7 +94,8 @@ def trainer_of(folder: Path, **method: Any) -> tuple[DistillTrainer, SampleStrea
     built = build_method(config, adapter)
     latents = torch.randn(4, *adapter.latent_shape)
     data = SampleStream(MemorySource(FAMILIES["wan"].prompts * 2, latents), 0, Shard(2))
-    return DistillTrainer(built, adapter.prepare, LoopOptions(max_steps=100, log_every=8), Quiet()), data
+    silent = Tracker(folder, enabled=False)
+    return DistillTrainer(built, adapter.prepare, LoopOptions(max_steps=100, log_every=8), silent), data
 
 
 @pytest.mark.parametrize("options", [{}, {"rollout": "data"}], ids=["simulate", "data"])
