@@ -78,8 +78,12 @@ def scaling(results: Mapping[str, Any]) -> list[str]:
     rows = [
         {"layout": n, "of one": e, "of two apart": found["of_apart"].get(n)} for n, e in found["efficiency"].items()
     ]
-    head = "Two processes with a core each, 42 million parameters: samples per second, as a share of twice those of one"
-    head += " process alone, and of two processes that run apart at the same time:"
+    head = (
+        f"Two processes with a core each, 42 million parameters, {found['batch_size']} videos per process: samples per"
+    )
+    head += (
+        " second, as a share of twice those of one process alone, and of two processes that run apart at the same time:"
+    )
     return ["", head, "", *table(rows, {"layout": "{}", "of one": "{:.2f}", "of two apart": "{:.2f}"})]
 
 

@@ -20,11 +20,18 @@ from pathlib import Path
 
 import yaml
 
-LAYOUTS = {"one": (1, []), "apart": (2, []), "copies": (2, []), "shards": (2, ["--parallel.shard", "2"])}
+SHARDS = ["--parallel.shard", "2"]
+LAYOUTS = {
+    "one": (1, []),
+    "apart": (2, []),
+    "copies": (2, []),
+    "shards": (2, SHARDS),
+    "shards, kept gathered": (2, [*SHARDS, "--parallel.keep-gathered", "all"]),
+}
 """Name -> processes, flags; ``apart`` are two runs of one process at the same time."""
-STEPS = 25
-WARM_UP = 5
-BATCH = 2
+STEPS = 22
+WARM_UP = 2
+BATCH = 3
 """Videos per process."""
 
 
@@ -87,6 +94,7 @@ def main() -> None:
     """Measure, print, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="videos per process")
     arguments = parser.parse_args()
 
     from plan_check import config_file
@@ -95,21 +103,22 @@ def main() -> None:
         file = config_file(Path(folder), "mid")
         values = yaml.safe_load(file.read_text())
         values["trainer"]["max_steps"] = STEPS
-        values["data"]["batch_size"] = BATCH
+        values["data"]["batch_size"] = arguments.batch_size
         file.write_text(yaml.safe_dump(values))
         times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
         for _ in range(arguments.rounds):
             for name, (world, flags) in LAYOUTS.items():
                 apart = name == "apart"
                 times[name].append(seconds_apart(file, world) if apart else seconds(file, world, flags))
-                print(f"{name:8} {times[name][-1]:.3f} s per step", flush=True)
+                print(f"{name:22} {times[name][-1]:.3f} s per step", flush=True)
 
     def share(reference: str, names: tuple[str, ...]) -> dict[str, float]:
         pairs = {name: zip(times[reference], times[name], strict=True) for name in names}
         return {name: round(statistics.median(a / b for a, b in both), 3) for name, both in pairs.items()}
 
-    efficiency, of_apart = share("one", ("apart", "copies", "shards")), share("apart", ("copies", "shards"))
-    print(json.dumps({"benchmark": "scaling", "efficiency": efficiency, "of_apart": of_apart}))
+    efficiency, of_apart = share("one", tuple(LAYOUTS)[1:]), share("apart", tuple(LAYOUTS)[2:])
+    found = {"batch_size": arguments.batch_size, "efficiency": efficiency, "of_apart": of_apart}
+    print(json.dumps({"benchmark": "scaling"} | found))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ class ParallelConfig(Section):
     every second matrix product gave."""
     sync_every_micro_batch: bool = False
     """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradient is kept meanwhile."""
-    reshard_frozen: bool = True
-    """Free a frozen network's gathered blocks after use; without it they stay whole on every device."""
+    keep_gathered: Literal["none", "frozen", "all"] = "none"
+    """Networks whose blocks stay whole after their first use, which saves traffic and costs memory: `frozen` for good,
+    `all` also the trained ones, until the step has used them for the last time."""
     offload: Literal["none", "frozen", "all"] = "none"
     """Networks that live in the host's memory and visit the device block by block; needs `shard` above 1."""
     timeout: PositiveFloat = 600.0
@@ -71,4 +72,9 @@ class ParallelConfig(Section):
     def _offload_is_sharded(self) -> ParallelConfig:
         if self.offload != "none" and self.shard == 1:
             raise ValueError(f"offload {self.offload!r} moves blocks as sharding does: it needs shard above 1")
+        if self.offload != "none" and self.keep_gathered != "none":
+            raise ValueError(
+                f"offload {self.offload!r} frees the device of what keep_gathered {self.keep_gathered!r} keeps there: "
+                f"set one of them to none"
+            )
         return self

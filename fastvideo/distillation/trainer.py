@@ -16,7 +16,7 @@ from fastvideo.distillation.engine.context import has_split_tokens
 from fastvideo.distillation.engine.lora import shared_by
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
-from fastvideo.distillation.engine.sharding import reduce_gradients, synchronise
+from fastvideo.distillation.engine.sharding import free_gathered, reduce_gradients, synchronise
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss
@@ -176,6 +176,13 @@ class DistillTrainer:
         self._log(step)
         for hook in self.hooks:
             hook.after_step(step, taken)
+            self._free_gathered()
+
+    def _free_gathered(self) -> None:
+        """Trained networks are split again before anything reads or changes their weights."""
+        for handle in self.method.bundle:
+            if handle.trainable:
+                free_gathered(shared_by(handle.network))
 
     def _accumulate(self, batch: Batch, attempt: Attempt) -> None:
         """Backward of each loss before the next is asked for: one graph is alive at a time."""
@@ -184,6 +191,7 @@ class DistillTrainer:
             if loss.role not in active:
                 raise RuntimeError(f"the method yielded a loss for {loss.role!r}, active are {active}")
             (loss.value / self.options.grad_accumulation).backward()  # type: ignore[no-untyped-call]
+            self._free_gathered()
             self._record(loss, attempt)
             seen.append(loss.role)
         if set(seen) != set(active):

@@ -9,7 +9,14 @@ import torch
 
 from fastvideo.distillation.builder import Adapter, Config, build_adapter
 from fastvideo.distillation.types import UserError
-from fastvideo.planning.layout import RoleBytes, frozen_parts, gathered_bytes, reduction_bytes, role_bytes
+from fastvideo.planning.layout import (
+    RoleBytes,
+    frozen_parts,
+    gathered_bytes,
+    reduction_bytes,
+    role_bytes,
+    stays_gathered,
+)
 from fastvideo.planning.simulate import StepCost, simulate
 
 ALL_TO_ALL = 4
@@ -117,12 +124,20 @@ def _sent(config: Config, adapter: Adapter, roles: list[RoleBytes], step: StepCo
         updates = step.backwards[role.name] and min(1.0, step.backwards[role.name])
         if shard > 1 and role.block:
             reductions = backwards if config.parallel.sync_every_micro_batch else updates
-            sent += (shard - 1) / shard * role.whole * (forwards + backwards)
+            sent += (shard - 1) / shard * role.whole * _gathers(config, role, forwards, backwards)
             sent += (shard - 1) * role.gradients * reductions
         sent += 2 * (copies - 1) / copies * role.gradients * updates
         if context > 1 and role.block:
             sent += _exchanged(config, adapter) * (forwards + backwards)
     return sent
+
+
+def _gathers(config: Config, role: RoleBytes, forwards: float, backwards: float) -> float:
+    """How often a split network is put together in a step."""
+    if not stays_gathered(config, role):
+        return forwards + backwards
+    micro = config.trainer.grad_accumulation
+    return min(forwards, micro) if role.trainable else 0.0
 
 
 def _exchanged(config: Config, adapter: Adapter) -> float:

@@ -123,14 +123,17 @@ def _numel(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
+def stays_gathered(config: Config, role: RoleBytes) -> bool:
+    """Whether a split network is whole from its first use in a step to its last."""
+    kept = config.parallel.keep_gathered
+    return kept == "all" or (kept == "frozen" and not role.trainable)
+
+
 def gathered_bytes(config: Config, roles: list[RoleBytes]) -> int:
     """What sharding holds beside the parts: blocks that are whole while they compute, and their gradients."""
     if config.parallel.shard == 1:
         return 0
-    whole = 0
-    for role in roles:
-        stays = not role.trainable and not config.parallel.reshard_frozen
-        whole += role.whole if stays else 0
+    whole = sum(role.whole for role in roles if stays_gathered(config, role))
     largest = max(roles, key=lambda role: role.block)
     trained = max((role for role in roles if role.trainable), key=lambda role: role.block)
     unreduced = trained.block + 2 * trained.block  # in the compute dtype, and in float32 while it is reduced

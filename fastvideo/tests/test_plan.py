@@ -12,9 +12,9 @@ from fastvideo.cli import main
 from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
-from fastvideo.planning.estimate import Planner, check_layout
+from fastvideo.planning.estimate import Planner, _gathers, check_layout
 from fastvideo.planning.fake import LiveBytes
-from fastvideo.planning.layout import role_bytes
+from fastvideo.planning.layout import gathered_bytes, role_bytes
 from fastvideo.planning.plan_cli import read_bytes
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.simulate import _train, simulate
@@ -138,6 +138,19 @@ def test_more_processes_hold_less_and_send_more() -> None:
     assert plans[0].total > plans[1].total > plans[2].total
     assert plans[0].sent == 0
     assert 0 < plans[1].sent < plans[2].sent
+
+
+def test_networks_that_stay_gathered_are_counted_whole_and_sent_once() -> None:
+    bare = config_of(TINY, "--parallel.shard", "2")
+    roles = role_bytes(bare, build_adapter(bare))
+    whole, teacher = roles[0].whole, next(role for role in roles if not role.trainable)
+    held, gathers = {}, {}
+    for kept in ("none", "frozen", "all"):
+        config = config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", kept)
+        held[kept] = gathered_bytes(config, roles)
+        gathers[kept] = [_gathers(config, role, 2.5, 1.0 * role.trainable) for role in (roles[0], teacher)]
+    assert held == {"none": held["none"], "frozen": held["none"] + whole, "all": held["none"] + 3 * whole}
+    assert gathers == {"none": [3.5, 2.5], "frozen": [3.5, 0.0], "all": [1, 0.0]}
 
 
 @pytest.mark.slow

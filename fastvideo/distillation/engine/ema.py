@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.sharding import local
+from fastvideo.distillation.engine.lora import shared_by
+from fastvideo.distillation.engine.sharding import free_gathered, local
 
 
 class EMAHook:
@@ -61,11 +61,9 @@ def averaged(handle: RoleHandle) -> Iterator[nn.Module]:
 def _exchange(handle: RoleHandle) -> None:
     if handle.ema is None:
         raise RuntimeError(f"role {handle.name!r} has no average")
+    free_gathered(shared_by(handle.network))  # what is still whole would go on with the other weights
     for name, tensor in handle.tensors().items():
         average, live = local(handle.ema[name]), local(tensor)
         kept = live.clone()
         live.copy_(average)
         average.copy_(kept)
-    for module in handle.network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a root that is still whole from its last forward would go on with the other weights

@@ -19,6 +19,7 @@ from fastvideo.distillation.engine.lora import AdapterOptions, RoleView, add_ada
 from fastvideo.distillation.engine.optim import States
 from fastvideo.distillation.engine.recompute import Recompute, checkpointed
 from fastvideo.distillation.engine.sharding import (
+    KeepGathered,
     Offload,
     ShardPolicy,
     gather_state,
@@ -52,7 +53,7 @@ class Options(Protocol):
     @property
     def activation_checkpointing(self) -> Literal["none"] | Recompute: ...
     @property
-    def reshard_frozen(self) -> bool: ...
+    def keep_gathered(self) -> KeepGathered: ...
     @property
     def offload(self) -> Offload: ...
 
@@ -182,7 +183,7 @@ class Placement:
             self._shard(network, scaling, path)
 
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
-        policy = ShardPolicy(self.options.reshard_frozen, self.options.offload, self.source.compute_dtype)
+        policy = ShardPolicy(self.options.keep_gathered, self.options.offload, self.source.compute_dtype)
         shard_network(network, scaling.blocks(network), self._mesh, self.processes, policy)
         load_shards(network, scaling.files(path), home_of(network, policy, self.processes.device))
 

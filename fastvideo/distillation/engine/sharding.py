@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fastvideo.distillation.engine.distributed import Processes, average_gradients
 
 Offload = Literal["none", "frozen", "all"]
+KeepGathered = Literal["none", "frozen", "all"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class ShardPolicy:
     """How networks are split.
 
     Attributes:
-        reshard_frozen: whether a frozen network's blocks are freed again after they computed.
+        keep_gathered: which networks' blocks are not freed after they computed; trained ones are freed by backward and
+            by :func:`free_gathered`.
         offload: which networks live in the host's memory and visit the device block by block.
         compute_dtype: dtype of gathered parameters; gradients are reduced in float32 whatever it is.
     """
 
-    reshard_frozen: bool = True
+    keep_gathered: KeepGathered = "none"
     offload: Offload = "none"
     compute_dtype: torch.dtype = torch.float32
 
@@ -60,7 +62,7 @@ def shard_network(
         # One dimension alone is plain FSDP, two are HSDP.
         "mesh": mesh["shard"] if mesh["replicate"].size() == 1 else mesh,
         # The outermost module too: parameters that are used between steps (clipping, averages) are always split.
-        "reshard_after_forward": trained or policy.reshard_frozen,
+        "reshard_after_forward": policy.keep_gathered == "none" or (trained and policy.keep_gathered == "frozen"),
         # Inputs are not cast: times are never bfloat16, and autocast casts what enters a layer.
         "mp_policy": MixedPrecisionPolicy(
             None if precise else policy.compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
@@ -74,6 +76,17 @@ def shard_network(
     fully_shard(network, **options)
     if processes.context > 1:
         _sum_over_context(network, processes.data_size)
+
+
+def free_gathered(network: nn.Module) -> None:
+    """Leave of a split network this process's part alone, whatever its last forward left gathered.
+
+    Weights may change, or be looked at by name, only then: gathered ones are copies that would go on as they were.
+    """
+    if isinstance(network, FSDPModule):
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def is_trained(network: nn.Module) -> bool:

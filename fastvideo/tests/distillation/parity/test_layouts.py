@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from fastvideo.distillation.builder import METHODS, load_method
 from fastvideo.distillation.engine import sharding
@@ -125,7 +127,7 @@ def test_every_layout_trains_every_method_as_one_process_does(family: str, folde
 def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
     family: str, folders: Any, tmp_path: Path
 ) -> None:
-    every = {"parallel": {"sync_every_micro_batch": True, "reshard_frozen": False}} | ACCUMULATED
+    every = {"parallel": {"sync_every_micro_batch": True, "keep_gathered": "all"}} | ACCUMULATED
     cases = [Case(family, "dmd2", ACCUMULATED), Case(family, "dmd2", CHECKPOINTED), Case(family, "dmd2", {}, LORA)]
     cases += [Case(family, "dmd2", every), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
     joint = {"score_and_train": True}
@@ -147,6 +149,45 @@ def train_offloaded(folders: Any, case: Case, layout: str, rank: int, size: int)
     result = train_here(folders, case, layout, rank, size)
     assert given == ([True] * 3 if case.options["parallel"]["offload"] == "all" else [False, False, True])
     return result
+
+
+def train_counting(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
+    """:func:`train_here`; how often the first block was gathered is told among the losses."""
+    gathered = 0
+    gather = _fsdp_param_group.foreach_all_gather
+
+    def counted(params: Any, *arguments: Any) -> Any:
+        nonlocal gathered
+        gathered += params[0]._param_fqn.startswith("blocks.0.")
+        return gather(params, *arguments)
+
+    _fsdp_param_group.foreach_all_gather = counted
+    result = train_here(folders, case, layout, rank, size)
+    return replace(result, losses=result.losses | {"gathered": gathered})
+
+
+@pytest.mark.parametrize(
+    ("roles", "kept", "gathered"),
+    [
+        # Three steps with five losses, two of the student's: once for each of 17 forwards and backwards.
+        ({}, "none", 17),
+        ({}, "frozen", 16),  # the teacher's second forward finds it whole
+        # The teacher once; student and critic for the student's losses; the critic for its own, once with a rollout.
+        ({}, "all", 9),
+        (LORA, "none", 17),
+        (LORA, "frozen", 17),  # the one network has trained adapters
+        (LORA, "all", 5),  # once per loss
+    ],
+)
+def test_networks_that_stay_gathered_train_as_those_that_do_not(
+    roles: Any, kept: str, gathered: int, folders: Any, tmp_path: Path
+) -> None:
+    case = Case("wan", "dmd2", {"parallel": {"keep_gathered": kept}}, roles)
+    expected = train_alone(case, folders, 2)
+    expected = replace(expected, losses=expected.losses | {"gathered": gathered})
+    for rank, result in enumerate(in_world(2, partial(train_counting, folders, case, "shard2"), tmp_path / "world")):
+        wrong = problems(result, expected)
+        assert not wrong, f"{case.name}, rank {rank}: {wrong[:3]}, gathered {result.losses['gathered']} times"
 
 
 @pytest.mark.parametrize("which", ["frozen", "all"])
