@@ -1,6 +1,7 @@
 """Kill runs at random moments, cut off saves at every call, damage checkpoints; count what survives.
 
     python benchmarks/faults.py --kills 100
+    python benchmarks/faults.py --cost-alone     # what a save costs, and nothing else
 
 The last line is one JSON object. Needs a system that can fork; one core is enough.
 """
@@ -130,7 +131,7 @@ def overhead(folder: Path) -> dict[str, float]:
     lost = statistics.median(with_save - without for without, with_save in pairs)
     share = max(0.0, lost) / (INTERVAL * step)
     print(f"a save every {INTERVAL} steps of {step:.3f} s costs {lost:.3f} s: {share:.2%}", flush=True)
-    return {"async_save_overhead": round(share, 5)}
+    return {"async_save_overhead": round(share, 5), "save_seconds": round(lost, 3), "step_seconds": round(step, 3)}
 
 
 def main() -> None:
@@ -138,13 +139,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="random SIGKILLs of a run")
     parser.add_argument("--corruptions", type=int, default=300, help="damages of a checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
+    parser.add_argument("--cost-alone", action="store_true", help="measure only what a save costs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), dict[str, float]()
-        results |= random_kills(folder / "kills", options.kills, options.seed)
-        results |= save_points(folder / "saves")
-        results |= corruptions(folder / "corruptions", options.corruptions, options.seed)
+        if not options.cost_alone:
+            results |= random_kills(folder / "kills", options.kills, options.seed)
+            results |= save_points(folder / "saves")
+            results |= corruptions(folder / "corruptions", options.corruptions, options.seed)
         (folder / "overhead").mkdir()
         results |= overhead(folder / "overhead")
     print(json.dumps(results))

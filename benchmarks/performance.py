@@ -25,6 +25,8 @@ BENCHMARKS: Mapping[str, list[str]] = {
     "plan_check": ["plan_check.py"],
     "memory": ["memory.py"],
     "startup": ["startup.py"],
+    "save": ["faults.py", "--cost-alone"],
+    "reader": ["reader.py"],
 }
 PAGE, RESULTS, IMAGES = Path("docs/performance.md"), Path("docs/performance.json"), Path("docs/images/performance")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -106,11 +108,21 @@ def startup(results: Mapping[str, Any]) -> list[str]:
     return ["", f"Start-up: {seconds} {found['first_step_seconds']:.1f} s."]
 
 
+def files(results: Mapping[str, Any]) -> list[str]:
+    """What a run writes and reads."""
+    save, recipes = results["save"], results["reader"]["recipes"]
+    rows = [{"recipe": f"`{name}`", **found} for name, found in recipes.items()]
+    columns = {"recipe": "{}", "waiting": "{:.2%}", "milliseconds_per_batch": "{:.2f}"}
+    cost = f"A save in a thread every 50 steps of {save['step_seconds']:.2f} s costs {save['save_seconds']:.3f} s, "
+    cost += f"{save['async_save_overhead']:.2%} of the training. Waiting for the reader, as a share of a step, and"
+    return ["", f"{cost} processor time of reading a batch where nothing is read ahead:", "", *table(rows, columns)]
+
+
 def write_page(results: Mapping[str, Any]) -> None:
     """Put tables and plots of everything that is measured into the page."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     needs = {ratios: ("step_cost",), sweeps: ("sweep",), scaling: ("scaling",)}
-    needs |= {memory: ("plan_check", "memory"), startup: ("startup",)}
+    needs |= {memory: ("plan_check", "memory"), startup: ("startup",), files: ("save", "reader")}
     lines = [line for part, names in needs.items() if all(n in results for n in names) for line in part(results)]
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]

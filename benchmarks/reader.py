@@ -1,11 +1,15 @@
 """How much of a training step is spent waiting for the reader, with the tiny recipes on a preprocessed dataset.
 
-fastvideo preprocess VIDEOS --model tiny --out DATA
-python benchmarks/reader.py DATA --steps 20
+    python benchmarks/reader.py                        # on 256 videos of the tiny world, preprocessed first
+    fastvideo preprocess VIDEOS --model tiny --out DATA
+    python benchmarks/reader.py DATA --steps 20        # on any that were
+
+The last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ import torch
 import tyro
 
 from fastvideo.data.order import SampleStream, Shard
+from fastvideo.demo import preprocess_world
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
@@ -23,6 +28,7 @@ from fastvideo.training.data import build_data, open_source
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import build_trainer
 
+VIDEOS = 256
 RECIPES = ("examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/tiny_wan_sft.yaml")
 
 
@@ -30,8 +36,8 @@ RECIPES = ("examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/ti
 class Arguments:
     """Measure on this dataset."""
 
-    data: Annotated[str, tyro.conf.Positional]
-    """What `fastvideo preprocess --model tiny` made."""
+    data: Annotated[str, tyro.conf.Positional] = ""
+    """What `fastvideo preprocess --model tiny` made; without it a dataset is made."""
     steps: int = 20
     """Steps of each recipe."""
 
@@ -49,8 +55,8 @@ class Clock(Iterator[Any]):
         return batch
 
 
-def measure(recipe: str, data: str, steps: int) -> None:
-    """Print the share of the reader in a step, and what reading costs where nothing is read ahead."""
+def measure(recipe: str, data: str, steps: int) -> dict[str, float]:
+    """The share of the reader in a step, and what reading costs where nothing is read ahead."""
     flags = ["--data.path", data, "--validation.every", "0", "--trainer.max-steps", str(steps)]
     _, config = parse(["--config", recipe, *flags])
     adapter = build_adapter(config)
@@ -63,13 +69,15 @@ def measure(recipe: str, data: str, steps: int) -> None:
     for _ in range(steps):
         trainer.train_step(clock)
     total = time.perf_counter() - begin
-    print(f"{config.distill_method}: {description}")
-    print(f"  step {1000 * total / steps:.0f} ms, waiting for the reader {100 * clock.seconds / total:.2f} %")
     alone = SampleStream(open_source(config, adapter)[0], 0, Shard(config.data.batch_size))
     begin = time.process_time()
     for _ in range(alone.rounds):
         next(alone)
-    print(f"  reading without a thread: {1000 * (time.process_time() - begin) / alone.rounds:.2f} ms a batch")
+    batch = (time.process_time() - begin) / alone.rounds
+    print(f"{config.distill_method}: {description}")
+    print(f"  step {1000 * total / steps:.0f} ms, waiting for the reader {100 * clock.seconds / total:.2f} %")
+    print(f"  reading without a thread: {1000 * batch:.2f} ms a batch")
+    return {"waiting": round(clock.seconds / total, 5), "milliseconds_per_batch": round(1000 * batch, 2)}
 
 
 def main() -> None:
@@ -77,8 +85,9 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    for recipe in RECIPES:
-        measure(recipe, arguments.data, arguments.steps)
+    data = arguments.data or str(preprocess_world(parse(["--config", RECIPES[0]])[1], VIDEOS))
+    found = {Path(recipe).stem: measure(recipe, data, arguments.steps) for recipe in RECIPES}
+    print(json.dumps({"benchmark": "reader", "recipes": found}))
 
 
 if __name__ == "__main__":
