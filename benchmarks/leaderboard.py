@@ -34,8 +34,10 @@ from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.loading import load_recipe
+from fastvideo.tiny.pipeline import PIPELINE_FOLDER
 
 RECIPES = Path("examples/distillation")
+TEACHER_WEIGHTS = PIPELINE_FOLDER / "transformer" / "diffusion_pytorch_model.safetensors"
 STEPS = (4, 2, 1)
 TEACHER_STEPS = (50, 4, 2, 1)
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -110,7 +112,12 @@ def chosen(arguments: Arguments) -> list[str]:
 def identity(arguments: Arguments, method: str) -> dict[str, Any]:
     """What a training depends on."""
     recipe = hashlib.sha256(recipe_of(method).read_bytes()).hexdigest()
-    return {"budget": arguments.seconds, "seed": arguments.seed, "recipe": recipe}
+    return {"budget": arguments.seconds, "seed": arguments.seed, "recipe": recipe, "teacher": teacher_identity()}
+
+
+def teacher_identity() -> str:
+    """Changes with the shipped teacher."""
+    return hashlib.sha256(TEACHER_WEIGHTS.read_bytes()).hexdigest()
 
 
 def measured_process(command: Sequence[str], log: Path) -> dict[str, float]:
@@ -264,7 +271,8 @@ def main() -> int:
     root, results, failed = arguments.runs / arguments.budget, [], {}
     free = {"wall_seconds": 0.0, "peak_rss_mb": 0, "cpu_seconds": 0.0, "train_steps": 0}
     teacher = {str(steps): RowSpec("tiny", steps=steps) for steps in TEACHER_STEPS}
-    results += entries("teacher", evaluate(arguments, "teacher", teacher, arguments.runs / "teacher", "tiny"), free)
+    figures = evaluate(arguments, "teacher", teacher, arguments.runs / "teacher", teacher_identity())
+    results += entries("teacher", figures, free)
     folders = {"teacher": arguments.runs / "teacher"}
     wanted = chosen(arguments)
     for method in (name for name in METHODS if recipe_of(name).is_file()):
