@@ -110,16 +110,23 @@ def test_every_layout_trains_wan_with_dmd2_as_one_process_does(folders: Any, tmp
     check(folders, cases, ["dp2", "shard2", "context2", "shard2 x context2"], tmp_path)
 
 
-def case_of(family: str, method: str) -> Case:
+def case_of(family: str, method: str, **parallel: Any) -> Case:
     """Attention over several processes has no forward-mode derivative, so those methods take differences."""
     derived = "jvp" in load_method(method).Config.model_fields
-    return Case(family, method, method_options={"jvp": "central_difference", "jvp_step": 1e-2} if derived else {})
+    differences = {"jvp": "central_difference", "jvp_step": 1e-2} if derived else {}
+    return Case(family, method, {"parallel": parallel} if parallel else {}, method_options=differences)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_every_layout_trains_every_method_as_one_process_does(family: str, folders: Any, tmp_path: Path) -> None:
     check(folders, [case_of(family, method) for method in METHODS], list(LAYOUTS), tmp_path)
+
+
+@pytest.mark.slow
+def test_every_method_trains_alike_while_its_networks_stay_gathered(folders: Any, tmp_path: Path) -> None:
+    """Some methods hold a network's weights, or read its features, between its forwards in one step."""
+    check(folders, [case_of("wan", method, keep_gathered="all") for method in METHODS], ["shard2"], tmp_path)
 
 
 @pytest.mark.slow
