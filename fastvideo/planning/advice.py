@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastvideo.distillation.builder import Config, load_method
+from fastvideo.distillation.config_sections import ParallelConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.estimate import Plan, Planner
 
@@ -37,9 +38,12 @@ def advise(planner: Planner, plan: Plan, budget: int) -> Iterator[Advice]:
             return
 
 
-def changes(config: Config, world: int) -> Iterator[tuple[str, str, dict[str, dict[str, object]]]]:
-    """Flags, their cost and the config sections that they set."""
-    parallel = config.parallel
+Change = tuple[str, str, dict[str, dict[str, object]]]
+"""Flags, their cost and the config sections that they set."""
+
+
+def sharding(parallel: ParallelConfig, world: int) -> Iterator[Change]:
+    """How networks are split."""
     shards = [n for n in range(2, world + 1) if world % n == 0 and n > parallel.shard]
     for shard in shards:
         yield (
@@ -47,6 +51,18 @@ def changes(config: Config, world: int) -> Iterator[tuple[str, str, dict[str, di
             "traffic: weights are gathered block by block",
             {"parallel": {"shard": shard, "replicate": None}},
         )
+    if parallel.keep_gathered != "none":
+        yield (
+            "--parallel.keep-gathered none",
+            "traffic: weights are gathered for every forward",
+            {"parallel": {"keep_gathered": "none"}},
+        )
+
+
+def changes(config: Config, world: int) -> Iterator[Change]:
+    """All that may help, cheapest first."""
+    parallel = config.parallel
+    yield from sharding(parallel, world)
     if parallel.activation_checkpointing == "none":
         yield (
             "--parallel.activation-checkpointing full",

@@ -153,6 +153,14 @@ def test_networks_that_stay_gathered_are_counted_whole_and_sent_once() -> None:
     assert gathers == {"none": [3.5, 2.5], "frozen": [3.5, 0.0], "all": [1, 0.0]}
 
 
+def test_advice_does_not_offload_what_is_to_stay_gathered() -> None:
+    config = config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", "all")
+    flags = [flags for flags, _, _ in changes(config, 2)]
+    assert flags.index("--parallel.keep-gathered none") < flags.index("--parallel.offload frozen")
+    with pytest.raises(SystemExit, match="2"):
+        config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", "all", "--parallel.offload", "frozen")
+
+
 @pytest.mark.slow
 def test_advice_ends_as_soon_as_the_run_fits() -> None:
     planner, config = Planner(), config_of(TINY)
