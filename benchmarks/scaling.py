@@ -94,6 +94,7 @@ def main() -> None:
     """Measure, print, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", choices=list(LAYOUTS)[1:], help="these beside one process; all without it")
     parser.add_argument("--batch-size", type=int, default=BATCH, help="videos per process")
     arguments = parser.parse_args()
 
@@ -105,9 +106,11 @@ def main() -> None:
         values["trainer"]["max_steps"] = STEPS
         values["data"]["batch_size"] = arguments.batch_size
         file.write_text(yaml.safe_dump(values))
-        times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+        wanted = [n for n in LAYOUTS if n == "one" or arguments.only is None or n in arguments.only]
+        times: dict[str, list[float]] = {name: [] for name in wanted}
         for _ in range(arguments.rounds):
-            for name, (world, flags) in LAYOUTS.items():
+            for name in wanted:
+                world, flags = LAYOUTS[name]
                 apart = name == "apart"
                 times[name].append(seconds_apart(file, world) if apart else seconds(file, world, flags))
                 print(f"{name:22} {times[name][-1]:.3f} s per step", flush=True)
@@ -116,7 +119,8 @@ def main() -> None:
         pairs = {name: zip(times[reference], times[name], strict=True) for name in names}
         return {name: round(statistics.median(a / b for a, b in both), 3) for name, both in pairs.items()}
 
-    efficiency, of_apart = share("one", tuple(LAYOUTS)[1:]), share("apart", tuple(LAYOUTS)[2:])
+    efficiency = share("one", tuple(wanted[1:]))
+    of_apart = share("apart", tuple(n for n in wanted[1:] if n != "apart")) if "apart" in wanted else {}
     found = {"batch_size": arguments.batch_size, "efficiency": efficiency, "of_apart": of_apart}
     print(json.dumps({"benchmark": "scaling"} | found))
 
