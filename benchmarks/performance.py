@@ -77,16 +77,16 @@ def sweeps(results: Mapping[str, Any]) -> list[str]:
 def scaling(results: Mapping[str, Any]) -> list[str]:
     """Two processes beside one, and beside two that know nothing of each other."""
     found = results["scaling"]
+    columns = {"layout": "{}", "of one": "{:.2f}"} | ({"of two apart": "{:.2f}"} if found["of_apart"] else {})
     rows = [
         {"layout": n, "of one": e, "of two apart": found["of_apart"].get(n)} for n, e in found["efficiency"].items()
     ]
     head = (
         f"Two processes with a core each, 42 million parameters, {found['batch_size']} videos per process: samples per"
     )
-    head += (
-        " second, as a share of twice those of one process alone, and of two processes that run apart at the same time:"
-    )
-    return ["", head, "", *table(rows, {"layout": "{}", "of one": "{:.2f}", "of two apart": "{:.2f}"})]
+    head += " second, as a share of twice those of one process alone"
+    head += ", and of two processes that run apart at the same time:" if found["of_apart"] else ":"
+    return ["", head, "", *table(rows, columns)]
 
 
 def memory(results: Mapping[str, Any]) -> list[str]:
