@@ -5,9 +5,9 @@
 
 Stages and their wall times on one core, in order: `classifier` (the judge, 7 minutes), `vae` (13 minutes), `decoder`
 (its decoder alone once more, 25 minutes), `text` (tokenizer and random text encoder, at once), `transformer` (random
-weights, at once), `teacher` (the `sft` method trains them, 3 hours 45 minutes; run it from the root of the repository,
-where its recipe is). Without --stage all of them run. The times are those of Wan; of CogVideoX `vae` and `teacher`
-learn from the shipped Wan pipeline, which is shorter.
+weights, at once), `teacher` (the `sft` method trains them, 2.5 hours; run it from the root of the repository, where its
+recipe is). Without --stage all of them run. The times are those of Wan; of CogVideoX `vae` and `teacher` learn from the
+shipped Wan pipeline, which is shorter.
 A stage writes FOLDER/classifier or its part of FOLDER/pipeline and replaces what was there; the others stay.
 """
 

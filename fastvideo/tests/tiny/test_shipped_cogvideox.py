@@ -80,8 +80,7 @@ def test_it_answers_like_the_wan_teacher(model: LoadedModel) -> None:
         ours, theirs = (
             m.adapter.velocity(m.network, x_t, t, m.adapter.encode_prompts(sample.captions)) for m in (model, wan)
         )
-    # It learnt from the Wan teacher as that was before its last two runs: 0.031 of the variance from the present one.
-    assert (ours - theirs).square().mean() < 0.04 * theirs.square().mean()
+    assert (ours - theirs).square().mean() < 0.03 * theirs.square().mean()
 
 
 def test_it_is_small_and_sampled_with_the_guidance_that_was_found_best(model: LoadedModel) -> None:
