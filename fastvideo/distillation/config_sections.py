@@ -62,7 +62,7 @@ class ParallelConfig(Section):
     """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradient is kept meanwhile."""
     keep_gathered: Literal["none", "frozen", "all"] = "none"
     """Networks whose blocks stay whole after their first use, which saves traffic and costs memory: `frozen` for good,
-    `all` also the trained ones, until the step has used them for the last time."""
+    `all` also the trained ones, until the next backward pass is over. Without `shard` all networks are whole anyway."""
     offload: Literal["none", "frozen", "all"] = "none"
     """Networks that live in the host's memory and visit the device block by block; needs `shard` above 1."""
     timeout: PositiveFloat = 600.0

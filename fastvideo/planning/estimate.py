@@ -13,6 +13,7 @@ from fastvideo.planning.layout import (
     RoleBytes,
     frozen_parts,
     gathered_bytes,
+    has_trained,
     reduction_bytes,
     role_bytes,
     stays_gathered,
@@ -137,7 +138,7 @@ def _gathers(config: Config, role: RoleBytes, forwards: float, backwards: float)
     if not stays_gathered(config, role):
         return forwards + backwards
     micro = config.trainer.grad_accumulation
-    return min(forwards, micro) if role.trainable else 0.0
+    return min(forwards, micro) if has_trained(config, role) else 0.0
 
 
 def _exchanged(config: Config, adapter: Adapter) -> float:

@@ -16,6 +16,7 @@ from fastvideo.distillation.adapters.pipeline import PipelineAdapter
 from fastvideo.distillation.builder import Adapter, Config, load_method
 from fastvideo.distillation.config_sections import RoleConfig
 from fastvideo.distillation.engine.footprint import FLOAT32, local_numel, optimizer_bytes
+from fastvideo.distillation.engine.sharding import includes
 from fastvideo.distillation.rng import initialising
 
 GATHERED_BLOCKS = 2
@@ -64,13 +65,10 @@ def role_bytes(config: Config, adapter: Adapter) -> list[RoleBytes]:
 
 def _adapted(config: Config, row: RoleBytes, network: nn.Module) -> RoleBytes:
     """A role over a shared network: its adapter is its own, and the network is counted where it is first held."""
-    role = config.roles[row.name]
-    adapted = [other.path for other in config.roles.values() if other.lora is not None]
-    sharing = [name for name, other in config.roles.items() if other.path == role.path and _shares(other, adapted)]
-    if not _shares(role, adapted):
+    role, sharing = config.roles[row.name], sharers(config, row.name)
+    if not sharing:
         return row
-    frozen = [name for name in sharing if not config.roles[name].trainable]
-    weights = row.weights if row.name == [*frozen, *sharing][0] else 0
+    weights = row.weights if row.name == sharing[0] else 0
     if role.lora is None:
         return replace(row, weights=weights)
     shard, added = config.parallel.shard, list[Tensor]()
@@ -86,6 +84,16 @@ def _adapted(config: Config, row: RoleBytes, network: nn.Module) -> RoleBytes:
         optimizer=optimizer_bytes(added, shard, config.trainer.optimizer_states),
         average=size * bool(row.average),
     )
+
+
+def sharers(config: Config, name: str) -> list[str]:
+    """The roles over one network that ``name`` is one of, the one it is counted for first; none if it has its own."""
+    role = config.roles[name]
+    adapted = [other.path for other in config.roles.values() if other.lora is not None]
+    if not _shares(role, adapted):
+        return []
+    names = [n for n, other in config.roles.items() if other.path == role.path and _shares(other, adapted)]
+    return sorted(names, key=lambda n: config.roles[n].trainable)
 
 
 def _shares(role: RoleConfig, adapted: Sequence[str | None]) -> bool:
@@ -124,16 +132,21 @@ def _numel(parameters: Iterable[Tensor]) -> int:
 
 
 def stays_gathered(config: Config, role: RoleBytes) -> bool:
-    """Whether a split network is whole from its first use in a step to its last."""
-    kept = config.parallel.keep_gathered
-    return kept == "all" or (kept == "frozen" and not role.trainable)
+    """Whether a role's network is split, and whole from its first use to its last (in a step, if it is trained)."""
+    return role.block > 0 and includes(config.parallel.keep_gathered, has_trained(config, role))
+
+
+def has_trained(config: Config, role: RoleBytes) -> bool:
+    """Whether anything of a role's network is trained, by this role or by one that shares it."""
+    return role.trainable or any(config.roles[name].trainable for name in sharers(config, role.name))
 
 
 def gathered_bytes(config: Config, roles: list[RoleBytes]) -> int:
     """What sharding holds beside the parts: blocks that are whole while they compute, and their gradients."""
     if config.parallel.shard == 1:
         return 0
-    whole = sum(role.whole for role in roles if stays_gathered(config, role))
+    held = [role for role in roles if role.name == (sharers(config, role.name) or [role.name])[0]]
+    whole = sum(role.whole for role in held if stays_gathered(config, role))
     largest = max(roles, key=lambda role: role.block)
     trained = max((role for role in roles if role.trainable), key=lambda role: role.block)
     unreduced = trained.block + 2 * trained.block  # in the compute dtype, and in float32 while it is reduced

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from fastvideo.cli import main
 from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.config_sections import ParallelConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.estimate import Planner, _gathers, check_layout
@@ -21,6 +23,7 @@ from fastvideo.planning.simulate import _train, simulate
 from fastvideo.training.distillation import parse
 
 TINY, LARGE = "examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml"
+ADAPTERS = "examples/distillation/tiny_wan_dmd2_lora.yaml"
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
     "wan2.1-t2v-14b": 14_288_491_584,
@@ -153,12 +156,21 @@ def test_networks_that_stay_gathered_are_counted_whole_and_sent_once() -> None:
     assert gathers == {"none": [3.5, 2.5], "frozen": [3.5, 0.0], "all": [1, 0.0]}
 
 
+@pytest.mark.parametrize(("kept", "copies"), [("none", 0), ("frozen", 0), ("all", 1)])
+def test_a_network_under_three_roles_is_gathered_once_and_counts_as_trained(kept: str, copies: int) -> None:
+    plain, config = (
+        config_of(ADAPTERS, "--parallel.shard", "2", "--parallel.keep-gathered", which) for which in ("none", kept)
+    )
+    roles = role_bytes(config, build_adapter(config))
+    assert gathered_bytes(config, roles) - gathered_bytes(plain, roles) == copies * roles[0].whole
+
+
 def test_advice_does_not_offload_what_is_to_stay_gathered() -> None:
     config = config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", "all")
     flags = [flags for flags, _, _ in changes(config, 2)]
     assert flags.index("--parallel.keep-gathered none") < flags.index("--parallel.offload frozen")
-    with pytest.raises(SystemExit, match="2"):
-        config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", "all", "--parallel.offload", "frozen")
+    with pytest.raises(ValidationError, match="offload 'frozen' frees the device of what keep_gathered 'all' keeps"):
+        ParallelConfig(shard=2, keep_gathered="all", offload="frozen")
 
 
 @pytest.mark.slow

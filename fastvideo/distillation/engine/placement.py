@@ -19,11 +19,11 @@ from fastvideo.distillation.engine.lora import AdapterOptions, RoleView, add_ada
 from fastvideo.distillation.engine.optim import States
 from fastvideo.distillation.engine.recompute import Recompute, checkpointed
 from fastvideo.distillation.engine.sharding import (
-    KeepGathered,
-    Offload,
     ShardPolicy,
+    Which,
     gather_state,
     home_of,
+    includes,
     load_shards,
     shard_mesh,
     shard_network,
@@ -53,9 +53,9 @@ class Options(Protocol):
     @property
     def activation_checkpointing(self) -> Literal["none"] | Recompute: ...
     @property
-    def keep_gathered(self) -> KeepGathered: ...
+    def keep_gathered(self) -> Which: ...
     @property
-    def offload(self) -> Offload: ...
+    def offload(self) -> Which: ...
 
 
 class RoleOptions(Protocol):
@@ -130,7 +130,7 @@ class Placement:
         for name, role in roles.items():
             whole = role.trainable and role.lora is None
             key = role.path, torch.float32 if whole else source.compute_dtype
-            on_host = self.options.offload == "all" or (self.options.offload == "frozen" and not role.trainable)
+            on_host = includes(self.options.offload, role.trainable)
             if on_host or (not whole and role.path in adapted and key in made):  # one network under several roles
                 continue
             if key not in made:

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fastvideo.distillation.engine.distributed import Processes, average_gradients
 
-Offload = Literal["none", "frozen", "all"]
-KeepGathered = Literal["none", "frozen", "all"]
+Which = Literal["none", "frozen", "all"]
+"""Networks that an option is about."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ShardPolicy:
         compute_dtype: dtype of gathered parameters; gradients are reduced in float32 whatever it is.
     """
 
-    keep_gathered: KeepGathered = "none"
-    offload: Offload = "none"
+    keep_gathered: Which = "none"
+    offload: Which = "none"
     compute_dtype: torch.dtype = torch.float32
 
 
@@ -62,7 +62,7 @@ def shard_network(
         # One dimension alone is plain FSDP, two are HSDP.
         "mesh": mesh["shard"] if mesh["replicate"].size() == 1 else mesh,
         # The outermost module too: parameters that are used between steps (clipping, averages) are always split.
-        "reshard_after_forward": policy.keep_gathered == "none" or (trained and policy.keep_gathered == "frozen"),
+        "reshard_after_forward": not includes(policy.keep_gathered, trained),
         # Inputs are not cast: times are never bfloat16, and autocast casts what enters a layer.
         "mp_policy": MixedPrecisionPolicy(
             None if precise else policy.compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
@@ -76,6 +76,11 @@ def shard_network(
     fully_shard(network, **options)
     if processes.context > 1:
         _sum_over_context(network, processes.data_size)
+
+
+def includes(which: Which, trained: bool) -> bool:
+    """Whether an option for ``which`` networks is about one that is trained, or about a frozen one."""
+    return which == "all" or (which == "frozen" and not trained)
 
 
 def free_gathered(network: nn.Module) -> None:
@@ -100,7 +105,7 @@ def home_of(network: nn.Module, policy: ShardPolicy, device: torch.device) -> to
 
 
 def _is_offloaded(network: nn.Module, policy: ShardPolicy) -> bool:
-    return policy.offload == "all" or (policy.offload == "frozen" and not is_trained(network))
+    return includes(policy.offload, is_trained(network))
 
 
 def _offload(network: nn.Module, policy: ShardPolicy, device: torch.device) -> OffloadPolicy:
