@@ -81,10 +81,8 @@ def scaling(results: Mapping[str, Any]) -> list[str]:
     rows = [
         {"layout": n, "of one": e, "of two apart": found["of_apart"].get(n)} for n, e in found["efficiency"].items()
     ]
-    head = (
-        f"Two processes with a core each, 42 million parameters, {found['batch_size']} videos per process: samples per"
-    )
-    head += " second, as a share of twice those of one process alone"
+    head = f"Two processes with a core each, 42 million parameters, {found['batch_size']} videos per process: "
+    head += "samples per second, as a share of twice those of one process alone"
     head += ", and of two processes that run apart at the same time:" if found["of_apart"] else ":"
     return ["", head, "", *table(rows, columns)]
 
