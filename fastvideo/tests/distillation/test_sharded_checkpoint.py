@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,10 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config_sections import LoRAConfig
 from fastvideo.distillation.engine.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
 from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.initial import start_from
+from fastvideo.distillation.engine.lora import RoleView, add_adapter
 from fastvideo.distillation.engine.restore import restore, role_weights
 from fastvideo.distillation.engine.state import RoleState, split_state
 from fastvideo.distillation.rng import RandomStreams
@@ -60,11 +63,16 @@ class Window:
 class Run:
     """A sharded role with optimizer, schedule and average, on this process among ``size``."""
 
-    def __init__(self, rank: int, size: int, folder: Path) -> None:
+    def __init__(self, rank: int, size: int, folder: Path, adapter: bool = False) -> None:
         torch.manual_seed(3)
-        network, self.processes = Net(), Processes(rank, size, shard=size)
+        network: nn.Module = Net()
+        self.processes = Processes(rank, size, shard=size)
+        if adapter:
+            add_adapter(network.requires_grad_(False), "student", LoRAConfig(rank=2, targets=("first",)), seed=0)
         if size > 1:
             fully_shard(network, mesh=init_device_mesh("cpu", (size,)))
+        if adapter:
+            network = RoleView(network, "student", None)
         self.handle = RoleHandle("student", None, network, trainable=True)  # type: ignore[arg-type]
         self.handle.optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
         self.handle.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.handle.optimizer, 0.9)
@@ -110,9 +118,12 @@ def resumed(rank: int, size: int, folder: Path, steps: tuple[int, ...] = ()) -> 
     return run.whole(), notes
 
 
-def exchanged(rank: int, size: int, folder: Path) -> bool:
-    """Whether averaged weights are in the network inside the context, forward included, and the live ones after it."""
-    run = Run(rank, size, folder)
+def exchanged(rank: int, size: int, folder: Path, adapter: bool) -> bool:
+    """Whether averaged weights are in the network inside the context, forward included, and the live ones after it.
+
+    The network is still whole from its last forward whenever they change places.
+    """
+    run = Run(rank, size, folder, adapter)
     run.step(1), run.step(2)
     x = torch.ones(1, WIDTHS[0])
     with torch.no_grad():
@@ -172,5 +183,6 @@ def test_what_one_process_saved_loads_into_shards(tmp_path: Path) -> None:
         assert differences(role_of(one), role_of(state)) == []
 
 
-def test_averages_are_exchanged_shard_by_shard(tmp_path: Path) -> None:
-    assert world(2, exchanged, tmp_path / "unused", tmp_path) == [True, True]
+@pytest.mark.parametrize("adapter", [False, True])
+def test_averages_are_exchanged_shard_by_shard(adapter: bool, tmp_path: Path) -> None:
+    assert world(2, exchanged, tmp_path / "unused", tmp_path, adapter=adapter) == [True, True]
