@@ -75,12 +75,9 @@ def simulate(config: Config, adapter: Adapter, *, split: bool, leave: bool) -> S
     depths = _depths(config, adapter)
     taps = "features" in load_method(config.distill_method).needs_of(config.method)
     whole = taps or max(depths.values()) <= DEPTHS[1]
-    kind = Kind(split, leave)
+    kind, at_depths = Kind(split, leave), (None,) if whole else DEPTHS
     with one_thread():
-        if whole:
-            runs = [_measure(config, adapter, kind, None)]
-        else:
-            runs = [_measure(config, adapter, kind, depth) for depth in DEPTHS]
+        runs = [_measure(config, adapter, kind, depth) for depth in at_depths]
         calls, backwards = _counts(config, adapter, kind, None if whole else 1)
     trained = max(depths.get(name, 1) for name, role in config.roles.items() if role.trainable)
     forward = {role: _at(depths.get(role, DEPTHS[0]), [run.forward[role] for run in runs]) for role in calls}

@@ -48,8 +48,6 @@ SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
 ROOT = "all"
 """What the tensors are planned under; it does not show in the files."""
 
