@@ -31,7 +31,7 @@ LAYOUTS = {
 """Name -> processes, flags; ``apart`` are two runs of one process at the same time."""
 STEPS = 22
 WARM_UP = 2
-BATCH = 3
+BATCH = 4
 """Videos per process."""
 
 
