@@ -28,7 +28,7 @@ from fastvideo.training.data import build_data, open_source
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import build_trainer
 
-VIDEOS = 256
+DATA, VIDEOS = Path("outputs/reader_data"), 256
 RECIPES = ("examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/tiny_wan_sft.yaml")
 
 
@@ -85,7 +85,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    data = arguments.data or str(preprocess_world(parse(["--config", RECIPES[0]])[1], VIDEOS))
+    _, config = parse(["--config", RECIPES[0]])
+    data = arguments.data or str(preprocess_world(config, DATA, VIDEOS))
     found = {Path(recipe).stem: measure(recipe, data, arguments.steps) for recipe in RECIPES}
     print(json.dumps({"benchmark": "reader", "recipes": found}))
 

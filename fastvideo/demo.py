@@ -21,7 +21,6 @@ CONFIG = Path("examples/distillation/tiny_wan_dmd2.yaml")
 DEMO, SHORT_DEMO = Path("outputs/demo"), Path("outputs/demo_short")
 SHORT = ["--trainer.max-steps", "10", "--validation.every", "5", "--validation.world-prompts", "16"]
 SHORT_PROMPTS = 48
-DATA = Path("outputs/demo_data")
 VIDEOS, SHORT_VIDEOS = 1024, 64
 """Video files that the demo writes and reads back."""
 
@@ -64,7 +63,8 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     flags += SHORT if arguments.short else []
     launch, config = parse(flags)
     if config.data.path == "tiny" and config.data.prompts is None:
-        dataset = preprocess_world(config, SHORT_VIDEOS if arguments.short else VIDEOS)
+        data = out.with_name(f"{out.name}_data")
+        dataset = preprocess_world(config, data, SHORT_VIDEOS if arguments.short else VIDEOS)
         launch, config = parse([*flags, "--data.path", str(dataset)])
     begin = time.monotonic()
     run(config, overwrite=launch.overwrite or _is_earlier_demo(out))
@@ -77,14 +77,14 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     }
 
 
-def preprocess_world(config: Config, count: int) -> Path:
-    """Write the tiny world as MP4 files and preprocess them like anybody's videos; the folder of Parquet files."""
+def preprocess_world(config: Config, folder: Path, count: int) -> Path:
+    """Write the tiny world as MP4 files, and preprocess them like anybody's; the folder of Parquet files."""
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.model import ModelChoice
     from fastvideo.data.preprocess import make_job, preprocess
     from fastvideo.tiny.video_files import write_world
 
-    videos, out = DATA / f"videos-{count}", DATA / f"parquet-{count}"
+    videos, out = folder / f"videos-{count}", folder / f"parquet-{count}"
     print(f"writing {count} videos of the tiny world to {videos}")
     write_world(videos, count)
     print(f"fastvideo preprocess {videos} --model {config.model.path} --out {out} --overwrite")
