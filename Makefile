@@ -38,7 +38,7 @@ test: $(READY) ## run the test suite without its slow part (one topic: make test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## run the tests marked slow: longer fault injection, the whole parity matrix, ...
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-eightbit: $(READY) ## run the tests of 8-bit optimizer states, with torchao beside the other packages
 	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/eightbit torchao
