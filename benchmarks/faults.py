@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
-from fastvideo.distillation.config import validate
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.tests.faults.corruption import damages, is_detected
 from fastvideo.tests.faults.runs import Killer, analytic_run, wan_run

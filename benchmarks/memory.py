@@ -21,8 +21,8 @@ from plan_check import config_file
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
-from fastvideo.distillation.engine.distributed import Processes
 from fastvideo.distillation.engine.lora import shared_by
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.planning.layout import role_bytes
 from fastvideo.planning.published import ARCHITECTURES, without_weights

@@ -22,7 +22,7 @@ import tyro
 from fastvideo.data.order import SampleStream, Shard
 from fastvideo.demo import preprocess_world
 from fastvideo.distillation.builder import build_adapter, build_method
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.training.data import build_data, open_source
 from fastvideo.training.distillation import parse

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import build_method, run_schema
-from fastvideo.distillation.config import validate
-from fastvideo.distillation.engine.memory import keep_freed_memory
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fastvideo.conformance.subject import COUNT, Subject, Violation, check, require, require_close
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.types import RawBatch, UserError
 
 

@@ -18,7 +18,7 @@ from fastvideo.conformance import feature_checks, folder_checks, network_checks,
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.builder import ADAPTERS, load_adapter
-from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.types import UserError
 
 if TYPE_CHECKING:

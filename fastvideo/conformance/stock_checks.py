@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
-from fastvideo.distillation.adapters.base import AdapterConfig, StockSampler
+from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.bundle import velocity_of
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.rollout import euler
 
 STEPS = 4

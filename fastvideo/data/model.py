@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvideo.distillation.adapters.loading import EMBEDDED, read_recipe, resolve_pipeline
 from fastvideo.distillation.builder import Adapter, families, load_adapter
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.types import UserError
 
 SIZES = ("height", "width", "num_frames", "max_sequence_length")

@@ -13,16 +13,16 @@ from typing import Any, cast
 
 from torch import nn
 
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
-from fastvideo.distillation.config import RunConfig
-from fastvideo.distillation.config_sections import ParallelConfig
-from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.engine.initial import start_from
+from fastvideo.distillation.config.base import AdapterConfig, MethodConfig
+from fastvideo.distillation.config.schema import ParallelConfig, RunConfig
+from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import RoleView
 from fastvideo.distillation.engine.optim import attach_optimizer, check_states
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastvideo import stopping
 from fastvideo.distillation.engine.attendance import Agreement
-from fastvideo.distillation.engine.context import has_split_tokens
 from fastvideo.distillation.engine.lora import shared_by
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
-from fastvideo.distillation.engine.sharding import free_gathered, reduce_gradients, synchronise
+from fastvideo.distillation.engine.parallel.context import has_split_tokens
+from fastvideo.distillation.engine.parallel.sharding import free_gathered, reduce_gradients, synchronise
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss

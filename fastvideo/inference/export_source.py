@@ -9,10 +9,10 @@ from typing import Any
 
 from fastvideo.distillation.adapters.loading import resolve_pipeline
 from fastvideo.distillation.builder import build_adapter, families, load_adapter, load_role, run_schema
-from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
+from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.lora import is_adapter, merge
-from fastvideo.distillation.engine.manifest import DamagedError, complete_checkpoints, verified
-from fastvideo.distillation.engine.restore import role_parts, role_weights
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe

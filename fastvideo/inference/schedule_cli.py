@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from fastvideo.distillation.builder import run_schema
-    from fastvideo.distillation.config import read_yaml, validate
+    from fastvideo.distillation.config.reading import read_yaml, validate
     from fastvideo.errors import UserError
 
     values: dict[str, Any] = read_yaml(arguments.config)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo.distillation.builder import Adapter, Config, Method, load_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.engine.recompute import checkpointed
+from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.rng import initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, UserError

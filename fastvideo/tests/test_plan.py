@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastvideo.cli import main
 from fastvideo.distillation.builder import build_adapter
-from fastvideo.distillation.config_sections import ParallelConfig
+from fastvideo.distillation.config.schema import ParallelConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.estimate import Planner, _gathers, check_layout
@@ -106,7 +106,7 @@ def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
     from fastvideo.distillation.builder import build_method
 
     if recompute == "full":
-        from fastvideo.distillation.engine.recompute import checkpointed
+        from fastvideo.distillation.engine.parallel.recompute import checkpointed
 
         for network in networks.values():
             assert adapter.scaling is not None

@@ -49,7 +49,13 @@ def checkpoint_table(run: Path, *, verify: bool, now: float) -> tuple[Table, int
     """
     from rich.table import Table
 
-    from fastvideo.distillation.engine.manifest import DamagedError, Manifest, checkpoints_in, step_of, verified
+    from fastvideo.distillation.engine.checkpoint.manifest import (
+        DamagedError,
+        Manifest,
+        checkpoints_in,
+        step_of,
+        verified,
+    )
     from fastvideo.distillation.types import UserError
 
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run

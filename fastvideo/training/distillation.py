@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config
     launch, rest = tyro.cli(Launch, args=kept, prog="fastvideo distill", return_unknown_args=True)
 
     from fastvideo.distillation.builder import run_schema
-    from fastvideo.distillation.config import read_yaml, validate
+    from fastvideo.distillation.config.reading import read_yaml, validate
     from fastvideo.distillation.types import UserError
 
     values = read_yaml(launch.config)
@@ -90,7 +90,7 @@ def _role_flags(flags: list[str], config: Config) -> list[str]:
 
 
 def _override(schema: type[Config], config: Config, flags: list[str], source: str) -> Config:
-    from fastvideo.distillation.config import validate
+    from fastvideo.distillation.config.reading import validate
 
     changed: Any = tyro.cli(schema, args=flags, default=config, prog="fastvideo distill", description="Config fields.")
     return validate(schema, changed.model_dump(mode="json"), source)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.engine.durable import replace_file
+from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.optim import relative_update
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient

@@ -12,12 +12,12 @@ import yaml
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Config
-from fastvideo.distillation.config import read_yaml
-from fastvideo.distillation.engine.checkpoint import CONFIG, CheckpointHook, Parts, RunFacts, SaveOptions
-from fastvideo.distillation.engine.distributed import Processes, barrier
-from fastvideo.distillation.engine.manifest import checkpoints_in, step_of
-from fastvideo.distillation.engine.restore import Restored, check_intact, newest, restore
-from fastvideo.distillation.engine.state import RoleState, Stateful
+from fastvideo.distillation.config.reading import read_yaml
+from fastvideo.distillation.engine.checkpoint.checkpoint import CONFIG, CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, step_of
+from fastvideo.distillation.engine.checkpoint.restore import Restored, check_intact, newest, restore
+from fastvideo.distillation.engine.checkpoint.state import RoleState, Stateful
+from fastvideo.distillation.engine.parallel.distributed import Processes, barrier
 from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError

@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.engine.attendance import naming_lost_processes
-from fastvideo.distillation.engine.checkpoint import CheckpointHook
-from fastvideo.distillation.engine.distributed import (
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook
+from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
+from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.lora import ADAPTER_FILE, RoleView, gather_adapter, portable
+from fastvideo.distillation.engine.non_finite import NonFiniteGuard
+from fastvideo.distillation.engine.optional.memory import keep_freed_memory
+from fastvideo.distillation.engine.optional.startup import StartUp
+from fastvideo.distillation.engine.optional.trackers import check_installed
+from fastvideo.distillation.engine.optional.watchdog import Watchdog
+from fastvideo.distillation.engine.parallel.distributed import (
     Processes,
     barrier,
     check_agreement,
     start_processes,
     stop_processes,
 )
-from fastvideo.distillation.engine.ema import EMAHook, averaged
-from fastvideo.distillation.engine.lora import ADAPTER_FILE, RoleView, gather_adapter, portable
-from fastvideo.distillation.engine.manifest import complete_checkpoints
-from fastvideo.distillation.engine.memory import keep_freed_memory
-from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.placement import whole_network
-from fastvideo.distillation.engine.startup import StartUp
-from fastvideo.distillation.engine.trackers import check_installed
 from fastvideo.distillation.engine.tracking import Tracker, TrackingOptions
-from fastvideo.distillation.engine.watchdog import Watchdog
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import Weights, result_recipe

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     from fastvideo.data.trajectories import precompute
     from fastvideo.distillation.builder import run_schema
-    from fastvideo.distillation.config import read_yaml, validate
+    from fastvideo.distillation.config.reading import read_yaml, validate
     from fastvideo.errors import UserError
 
     for name in ("count", "workers", "rows_per_file", "batch_size"):

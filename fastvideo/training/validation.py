@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.bundle import velocity_of
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
 from fastvideo.distillation.rng import normal, seeded

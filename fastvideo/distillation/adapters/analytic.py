@@ -22,8 +22,9 @@ from fastvideo.distillation.adapters.analytic_networks import (
     MixtureConsistency,
     SiteMLP,
 )
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.taps import Tokens, check_taps
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.noise import expand_time, velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
 

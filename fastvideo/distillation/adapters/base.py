@@ -10,22 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.taps import FeatureTaps
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Batch, Condition, Need, RawBatch, Trajectory, UserError
-
-
-class AdapterConfig(BaseModel):
-    """Base of every family's options: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    path: str = "tiny"
-    """Where the weights are; each family says what it accepts."""
-
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
 

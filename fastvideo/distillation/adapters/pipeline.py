@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from fastvideo.distillation.adapters.base import AdapterConfig, DistillAdapter
+from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers_scaling import DiffusersScaling
 from fastvideo.distillation.adapters.flow_map import add_head, load_head, reading
 from fastvideo.distillation.adapters.kernels import choose_attention, compile_blocks
@@ -29,6 +29,7 @@ from fastvideo.distillation.adapters.loading import (
     write_pipeline,
 )
 from fastvideo.distillation.adapters.taps import Tokens
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.types import Condition, UserError
 
 

@@ -10,7 +10,7 @@ from time import monotonic, sleep
 import torch
 import torch.distributed as dist
 
-from fastvideo.distillation.engine.distributed import ROLL_CALL
+from fastvideo.distillation.engine.parallel.distributed import ROLL_CALL
 from fastvideo.errors import RunError, Stopped
 from fastvideo.stopping import received
 

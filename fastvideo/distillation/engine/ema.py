@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.lora import shared_by
-from fastvideo.distillation.engine.sharding import free_gathered, local
+from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
 
 
 class EMAHook:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.engine.sharding import full
+from fastvideo.distillation.engine.parallel.sharding import full
 from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
 

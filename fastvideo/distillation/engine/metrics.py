@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.engine.distributed import average
+from fastvideo.distillation.engine.parallel.distributed import average
 
 
 class Metrics:

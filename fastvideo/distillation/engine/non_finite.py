@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.distributed import any_rank
-from fastvideo.distillation.engine.sharding import local, norms_of
+from fastvideo.distillation.engine.parallel.distributed import any_rank
+from fastvideo.distillation.engine.parallel.sharding import local, norms_of
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import RunError
 

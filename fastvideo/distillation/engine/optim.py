@@ -13,8 +13,8 @@ from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.eight_bit import adamw_8bit, check_installed
-from fastvideo.distillation.engine.sharding import local
+from fastvideo.distillation.engine.optional.eight_bit import adamw_8bit, check_installed
+from fastvideo.distillation.engine.parallel.sharding import local
 from fastvideo.errors import UserError
 
 States = Literal["float32", "8bit"]

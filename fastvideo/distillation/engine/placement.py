@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from fastvideo.distillation.engine.context import check_context, context_mesh, split_tokens
-from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.engine.footprint import Kept, check_memory
 from fastvideo.distillation.engine.lora import AdapterOptions, RoleView, add_adapter, gather_adapter, merge
 from fastvideo.distillation.engine.optim import States
-from fastvideo.distillation.engine.recompute import Recompute, checkpointed
-from fastvideo.distillation.engine.sharding import (
+from fastvideo.distillation.engine.optional.footprint import Kept, check_memory
+from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
+from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
+from fastvideo.distillation.engine.parallel.sharding import (
     ShardPolicy,
     Which,
     gather_state,

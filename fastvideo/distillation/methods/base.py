@@ -4,56 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import PositiveFloat
 from torch import nn
 
 from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.jvp import JVPMode
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-
-OptimizerKind = Literal["adamw", "radam"]
-
-
-class OptimizerConfig(BaseModel):
-    """The optimizer of one role."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
-    kind: OptimizerKind = "adamw"
-    """`adamw`, or `radam` (arXiv 1908.03265), which warms its second moment up and is what consistency models use."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Momenta."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up."""
-    decay_steps: NonNegativeInt = 0
-    """Optimizer steps of the cosine that follows the warm-up, down to zero; 0 keeps the rate constant."""
-
-
-def ordered(bounds: tuple[float, float]) -> tuple[float, float]:
-    """``bounds`` if they do not fall."""
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"a range does not fall from its first value to its second, got {list(bounds)}")
-    return bounds
-
-
-Time = Annotated[float, Field(ge=0.0, le=1.0)]
-TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
-"""Two times in [0, 1] that do not fall."""
-
-
-class MethodConfig(BaseModel):
-    """Base of every method's options: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class DerivativeConfig(MethodConfig):

@@ -15,8 +15,8 @@ from fastvideo.cli import main
 from fastvideo.data.clips import Policy, Size, read_clips
 from fastvideo.data.preprocess import preprocess
 from fastvideo.distillation.builder import build_adapter, load_adapter, run_schema
-from fastvideo.distillation.config import validate
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import TOY, MakeJob, write_clip

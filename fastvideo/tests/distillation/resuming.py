@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.engine.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.checkpoint.restore import restore
+from fastvideo.distillation.engine.checkpoint.state import split_state
 from fastvideo.distillation.engine.ema import EMAHook
 from fastvideo.distillation.engine.optim import attach_optimizer
-from fastvideo.distillation.engine.restore import restore
-from fastvideo.distillation.engine.state import split_state
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, spy, toy_method, trajectory_extras

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.recompute import Recompute, checkpointed
+from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import SamplerKind, euler, generate
 from fastvideo.distillation.types import RawBatch, UserError

@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from fastvideo.cli import main
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine import eight_bit
-from fastvideo.distillation.engine.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
-from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.engine.footprint import optimizer_bytes
+from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.checkpoint.restore import restore
+from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
 from fastvideo.distillation.engine.optim import attach_optimizer, check_states, relative_update
-from fastvideo.distillation.engine.restore import restore
-from fastvideo.distillation.engine.state import RoleState, split_state
-from fastvideo.distillation.methods.base import OptimizerConfig
+from fastvideo.distillation.engine.optional import eight_bit
+from fastvideo.distillation.engine.optional.footprint import optimizer_bytes
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.parity.worlds import in_world
 from fastvideo.tests.distillation.resuming import differences

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.recompute import checkpointed
+from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import Condition, Given, UserError, free_tokens
 from fastvideo.tests.distillation.tiny import FAMILIES, cogvideox_config, wan_config

@@ -83,7 +83,7 @@ def test_prompts_are_cleaned_as_the_pipeline_does(prompt: str, tiny_wan: Path) -
 
 KEPT = """
 import sys
-from fastvideo.distillation.engine.memory import keep_freed_memory
+from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
 import numpy

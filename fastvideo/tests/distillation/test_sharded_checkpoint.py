@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config_sections import LoRAConfig
-from fastvideo.distillation.engine.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.config.schema import LoRAConfig
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.engine.checkpoint.initial import start_from
+from fastvideo.distillation.engine.checkpoint.restore import restore, role_weights
+from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
 from fastvideo.distillation.engine.ema import EMAHook, averaged
-from fastvideo.distillation.engine.initial import start_from
 from fastvideo.distillation.engine.lora import RoleView, add_adapter
-from fastvideo.distillation.engine.restore import restore, role_weights
-from fastvideo.distillation.engine.state import RoleState, split_state
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.tests.distillation.parity.worlds import in_world
 from fastvideo.tests.distillation.resuming import differences

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.recompute import Recompute, checkpointed
+from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.schedule import Ladder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.config_loop import HealthConfig
+from fastvideo.distillation.config.schema import HealthConfig
 from fastvideo.evaluation.health import Alarm, find_alarms, measure
 from fastvideo.evaluation.report import health_list
 from fastvideo.evaluation.report_run import read_run

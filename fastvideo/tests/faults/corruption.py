@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.distillation.engine.manifest import checkpoints_in, newest_intact
+from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
 
 KINDS = ("bit flip", "truncation", "missing", "grown", "zeroed")
 

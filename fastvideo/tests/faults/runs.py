@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.environment import environment
 from fastvideo.training.output import was_started
 from fastvideo.training.run import run

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.engine.manifest import checkpoints_in, newest_intact
+from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
 from fastvideo.tests.distillation.resuming import ToyRun, toy_run
 from fastvideo.tests.faults.disk import Fault, faulty, in_child, interposed, kill, kill_half_way
 

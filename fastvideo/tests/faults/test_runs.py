@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.errors import UserError
 from fastvideo.tests.faults.corruption import KINDS, damages, is_detected
 from fastvideo.tests.faults.runs import Killer, analytic_run

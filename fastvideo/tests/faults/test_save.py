@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastvideo.distillation.engine.manifest import checkpoints_in, newest_intact
+from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
 from fastvideo.errors import RunError
 from fastvideo.tests.distillation.resuming import STEPS, toy_run
 from fastvideo.tests.faults.disk import Platter, faulty, interposed, kill, refuse

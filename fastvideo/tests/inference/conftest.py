@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.tests.distillation.tiny import wan_config, wan_folder
 from fastvideo.tests.inference.exporting import PROMPTS
 from fastvideo.training.run import run

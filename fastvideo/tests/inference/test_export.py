@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.wan import WanAdapter
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.manifest import complete_checkpoints
+from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.inference.loading import SIZES, load_model

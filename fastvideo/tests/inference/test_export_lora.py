@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastvideo.cli import main
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.export_cli import ExportArguments

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvideo.data.video_io import write_video
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.evaluate import evaluate_rows
 from fastvideo.evaluation.judge import Judge

@@ -12,7 +12,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import read_yaml, validate
+from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.cogvideox_teacher import GUIDANCE, all_captions

@@ -19,7 +19,7 @@ from fastvideo.distillation.builder import (
     load_role,
     run_schema,
 )
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.errors import UserError
 

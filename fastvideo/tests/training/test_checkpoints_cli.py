@@ -9,7 +9,7 @@ import pytest
 
 from fastvideo.cli import main
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.training.checkpoints_cli import readable_age, readable_size
 from fastvideo.training.resume import run_facts
 from fastvideo.training.run import run

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import LadderConfig, read_yaml, validate
+from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.config.schema import LadderConfig
 from fastvideo.errors import UserError
 from fastvideo.training.distillation import parse
 

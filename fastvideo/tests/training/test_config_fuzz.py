@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastvideo.distillation import config as config_module
-from fastvideo.distillation.config import read_yaml
+from fastvideo.distillation.config.reading import read_yaml
 from fastvideo.errors import UserError
 from fastvideo.training.distillation import parse
 

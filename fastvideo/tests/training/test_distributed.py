@@ -15,8 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import fastvideo.training.distillation as entry
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
-from fastvideo.distillation.config import validate
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.training.data import build_data
 
 STEPS = 7

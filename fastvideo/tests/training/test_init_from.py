@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor
 
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
-from fastvideo.distillation.config import validate
-from fastvideo.distillation.engine.restore import role_weights
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.errors import UserError
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import run

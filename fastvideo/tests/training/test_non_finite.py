@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
-from fastvideo.distillation.config import validate
-from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.engine.state import RoleState
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.checkpoint.state import RoleState
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, NonFiniteError
 from fastvideo.distillation.types import RawBatch

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.training.run import run
 
 TERMINATED = 75

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.errors import UserError
 from fastvideo.training.run import run
 

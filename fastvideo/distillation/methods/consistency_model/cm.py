@@ -16,7 +16,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, OptimizerKind
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerKind
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.consistency_model.discrete import (
     StepWeighting,
     lower_level,

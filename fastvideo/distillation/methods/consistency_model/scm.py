@@ -16,8 +16,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.jvp import derivative
-from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod, OptimizerConfig
+from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder

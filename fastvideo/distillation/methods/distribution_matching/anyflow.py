@@ -15,7 +15,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
+from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.flow_map_loss import FlowMapLoss, FlowMapLossConfig

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig
+from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from fastvideo.distillation.methods.base import MethodConfig, TimeRange
+from fastvideo.distillation.config.base import MethodConfig, TimeRange
 from fastvideo.distillation.schedule import Guidance
 
 

@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle, VelocityModel
-from fastvideo.distillation.methods.base import OptimizerConfig
+from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method, dmd_gradient
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss

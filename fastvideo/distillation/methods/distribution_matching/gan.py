@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.methods.base import MethodConfig
+from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams

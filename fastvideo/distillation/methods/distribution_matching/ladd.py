@@ -16,7 +16,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle, VelocityModel
-from fastvideo.distillation.methods.base import DistillMethod, OptimizerConfig, TimeRange
+from fastvideo.distillation.config.base import OptimizerConfig, TimeRange
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.methods.distribution_matching.rungs import RungConfig, Rungs
 from fastvideo.distillation.noise import add_noise

@@ -8,7 +8,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
-from fastvideo.distillation.methods.base import MethodConfig
+from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig, TimeRange
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, TimeRange
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
 

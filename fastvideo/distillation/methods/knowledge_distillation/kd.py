@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from fastvideo.distillation.methods.base import DistillMethod, MethodConfig, OptimizerConfig
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.types import Batch, RoleLoss, Trajectory, UserError
 

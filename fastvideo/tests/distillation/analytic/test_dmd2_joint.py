@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import run_schema
-from fastvideo.distillation.config import validate
+from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Batch, UserError

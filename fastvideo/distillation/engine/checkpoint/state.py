@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.eight_bit import EightBit, entries, fill_moment, split_like
-from fastvideo.distillation.engine.sharding import local
-from fastvideo.distillation.engine.storage import Index, Stored
+from fastvideo.distillation.engine.checkpoint.storage import Index, Stored
+from fastvideo.distillation.engine.optional.eight_bit import EightBit, entries, fill_moment, split_like
+from fastvideo.distillation.engine.parallel.sharding import local
 
 JOINT = "::"
 NETWORK, EMA, OPTIMIZER, SCHEDULE = "network", "ema", "optimizer", "lr_scheduler"

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from fastvideo.distillation.engine.distributed import Processes, average_gradients
+from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients
 
 Which = Literal["none", "frozen", "all"]
 """Networks that an option is about."""

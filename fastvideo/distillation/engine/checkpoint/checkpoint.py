@@ -18,8 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastvideo.distillation.engine.distributed import Processes, barrier
-from fastvideo.distillation.engine.durable import (
+from fastvideo.distillation.engine.checkpoint.durable import (
     FileRecord,
     make_folder,
     remove_tree,
@@ -27,9 +26,16 @@ from fastvideo.distillation.engine.durable import (
     sync_folder,
     write_file,
 )
-from fastvideo.distillation.engine.manifest import MANIFEST, PREFIX, Manifest, checkpoints_in, step_of
-from fastvideo.distillation.engine.state import PerProcess, RoleState, Stateful, split_state
-from fastvideo.distillation.engine.storage import HostCopy, Index, copy_to_host, index_text, safetensors_bytes
+from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, PREFIX, Manifest, checkpoints_in, step_of
+from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful, split_state
+from fastvideo.distillation.engine.checkpoint.storage import (
+    HostCopy,
+    Index,
+    copy_to_host,
+    index_text,
+    safetensors_bytes,
+)
+from fastvideo.distillation.engine.parallel.distributed import Processes, barrier
 from fastvideo.errors import RunError
 
 CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"

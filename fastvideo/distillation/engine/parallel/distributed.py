@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo.distillation.engine.memory import total_memory
+from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
 
 TIMEOUT = 600.0

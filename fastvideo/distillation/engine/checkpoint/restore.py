@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fastvideo.distillation.engine.checkpoint import INDEX, SHARED, Parts
-from fastvideo.distillation.engine.distributed import Processes, from_main
-from fastvideo.distillation.engine.manifest import (
+from fastvideo.distillation.engine.checkpoint.checkpoint import INDEX, SHARED, Parts
+from fastvideo.distillation.engine.checkpoint.manifest import (
     PREFIX,
     DamagedError,
     Manifest,
@@ -21,8 +20,9 @@ from fastvideo.distillation.engine.manifest import (
     newest_intact,
     verified,
 )
-from fastvideo.distillation.engine.state import EMA, JOINT, NETWORK, RoleState, join_state
-from fastvideo.distillation.engine.storage import Stored, read_index, read_into
+from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, RoleState, join_state
+from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
+from fastvideo.distillation.engine.parallel.distributed import Processes, from_main
 from fastvideo.distillation.types import UserError
 
 NONE, LOST = -1, -2

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.engine.eight_bit import moment_bytes
 from fastvideo.distillation.engine.optim import States
+from fastvideo.distillation.engine.optional.eight_bit import moment_bytes
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.errors import UserError
 
 FLOAT32 = 4

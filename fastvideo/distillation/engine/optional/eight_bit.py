@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from fastvideo.distillation.engine.sharding import local
+from fastvideo.distillation.engine.parallel.sharding import local
 from fastvideo.errors import UserError
 
 BLOCK = 64

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastvideo.distillation.engine.distributed import Processes
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 

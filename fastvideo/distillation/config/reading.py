@@ -1,12 +1,49 @@
-"""What is wrong with a config, for people: the key's path, and the nearest right key for a wrong one."""
+"""YAML in, a validated config out; an error names the key's full path and the nearest right key."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fastvideo.errors import UserError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        UserError: if it is not there, not YAML, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {path}: a mapping of keys is expected, found {type(content).__name__}")
+    return content
+
+
+def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+    """``values`` as a config.
+
+    Raises:
+        UserError: one line per problem, with the key's full path and, for an unknown key, the nearest right one.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [explain(schema, dict(problem)) for problem in error.errors()]
+        raise UserError("\n  ".join([f"config {source}:", *lines])) from error
 
 
 def explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:

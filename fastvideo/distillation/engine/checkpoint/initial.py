@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.checkpoint import INDEX
-from fastvideo.distillation.engine.distributed import Processes
-from fastvideo.distillation.engine.manifest import MANIFEST, Manifest, complete_checkpoints
-from fastvideo.distillation.engine.restore import check_intact
-from fastvideo.distillation.engine.state import EMA, JOINT, NETWORK, mismatches
-from fastvideo.distillation.engine.storage import Stored, read_index, read_into
+from fastvideo.distillation.engine.checkpoint.checkpoint import INDEX
+from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, Manifest, complete_checkpoints
+from fastvideo.distillation.engine.checkpoint.restore import check_intact
+from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, mismatches
+from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 
 KINDS = {"ema": EMA, "live": NETWORK}

@@ -1,0 +1,1 @@
+"""The run's config: pure values below methods, families and engine."""

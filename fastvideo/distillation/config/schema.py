@@ -1,0 +1,332 @@
+"""The config of a run: its sections, frozen, strict, and documented field by field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Generic, Literal, TypeVar
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, Section
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.errors import UserError
+
+
+class LadderConfig(Section):
+    """The student's noise levels: real `times`, a published list of `steps`, or a `count`; see `times`."""
+
+    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Decreasing times in (0, 1]; the final 0 is implied. In YAML also as `steps: [1000, 750, 500, 250]` with
+    `shift: 5.0` and `warp: true|false`, or as `count: 50` with `shift: 3.0`: converted here, once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert(cls, value: object) -> object:
+        if not isinstance(value, Mapping) or not {"steps", "count"} & set(value):
+            return value
+        form = "steps" if "steps" in value else "count"
+        allowed = {"steps", "shift", "warp"} if form == "steps" else {"count", "shift"}
+        if set(value) - allowed:
+            raise ValueError(
+                f"`{form}` goes with {sorted(allowed - {form})} alone, not with {sorted(set(value) - allowed)}"
+            )
+        try:
+            shift = float(value.get("shift", 1.0))
+            if form == "count":
+                return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
+            return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
+        except (TypeError, UserError) as error:
+            raise ValueError(f"{error} (given: {dict(value)})") from error
+
+    @field_validator("times")
+    @classmethod
+    def _valid(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        try:
+            return Ladder(times).times
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+
+class DataConfig(Section):
+    """What the run trains on: preprocessed videos, the embedded world, or prompts alone."""
+
+    path: str = "tiny"
+    """`tiny` (the embedded world of moving digits), or what `fastvideo preprocess` made: a Parquet file, or a folder of
+    them in FastVideo's public schema. A method that needs no videos reads captions and text embeddings alone."""
+    prompts: str | None = None
+    """Instead of `path`: a text file, one prompt per line."""
+    buckets: bool = False
+    """Take videos of every size in the dataset, each batch of one size; otherwise all must have the model's."""
+    size: PositiveInt = 4096
+    """Samples of the tiny world per epoch."""
+    cache: str = "outputs/cache"
+    """Where latents of the tiny world are kept once computed."""
+    faults: Literal["raise", "skip"] = "raise"
+    """What to do about a file or row of a dataset that cannot be read: stop, or leave it out and list it."""
+    max_faults: NonNegativeInt = 100
+    """With `skip`: the run stops when a process has more than this to leave out."""
+    batch_size: PositiveInt = 32
+    """Samples per process and micro-batch."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.prompts is not None and self.path != "tiny":
+            raise ValueError(f"give `path` ({self.path!r}) or `prompts` ({self.prompts!r}), not both")
+        return self
+
+
+class LoRAConfig(Section):
+    """An adapter that is trained in place of a role's network."""
+
+    rank: PositiveInt = 32
+    """Rank of the change to each layer's weights."""
+    alpha: PositiveFloat | None = None
+    """The change is multiplied with alpha / rank; the rank itself if not given."""
+    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Linear layers that get one, by the ends of their names."""
+
+
+class RoleConfig(Section):
+    """One role of the run."""
+
+    trainable: bool
+    """Whether it is trained; which roles must be and which must not is the method's to say."""
+    path: str | None = None
+    """Where its network's weights come from; the model's own path if not given."""
+    init_from: str | None = None
+    """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
+    `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
+    weights if there are some. On the command line also `--init-ROLE-from`; a resumed run does not read it again."""
+    lora: LoRAConfig | None = None
+    """Train an adapter of this shape over a frozen network, which all such roles and the frozen ones with the same
+    `path` share; without it a trainable role trains all its weights."""
+
+    @model_validator(mode="after")
+    def _adapter_is_trained(self) -> RoleConfig:
+        if self.lora is not None and not self.trainable:
+            raise ValueError("`lora` is trained: a frozen role has none")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the run is spread over processes; `docs/scaling.md` tells when to use what."""
+
+    shard: PositiveInt = 1
+    """Processes that hold one copy of every network between them (FSDP2); it divides the number of processes."""
+    replicate: PositiveInt | None = None
+    """Copies of that. Derived (processes / shard); if given, it must be right."""
+    context: PositiveInt = 1
+    """Processes that share one sample, each with a part of its tokens (Ulysses); it divides the number of processes."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute activations in backward: `full` keeps each block's input alone, `selective` also what attention and
+    every second matrix product gave."""
+    sync_every_micro_batch: bool = False
+    """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradient is kept meanwhile."""
+    keep_gathered: Literal["none", "frozen", "all"] = "none"
+    """Networks whose blocks stay whole after their first use, which saves traffic and costs memory: `frozen` for good,
+    `all` also the trained ones, until the next backward pass is over. Without `shard` all networks are whole anyway."""
+    offload: Literal["none", "frozen", "all"] = "none"
+    """Networks that live in the host's memory and visit the device block by block; needs `shard` above 1."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that a process waits for the others before the run ends with an error."""
+
+    @model_validator(mode="after")
+    def _offload_is_sharded(self) -> ParallelConfig:
+        if self.offload != "none" and self.shard == 1:
+            raise ValueError(f"offload {self.offload!r} moves blocks as sharding does: it needs shard above 1")
+        if self.offload != "none" and self.keep_gathered != "none":
+            raise ValueError(
+                f"offload {self.offload!r} frees the device of what keep_gathered {self.keep_gathered!r} keeps there: "
+                f"set one of them to none"
+            )
+        return self
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    max_steps: PositiveInt = 1000
+    """Steps; every step trains the critic (or whatever the method trains each time) once."""
+    max_cpu_seconds: NonNegativeFloat = 0.0
+    """End sooner, with the step in which this one process has spent so much CPU time on steps: a budget that other work
+    on the machine does not touch. Validation and checkpoints are not counted; 0 sets no limit."""
+    grad_accumulation: PositiveInt = 1
+    """Micro-batches per step; the effective batch is this x batch size x processes."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Each role's gradient is clipped to this norm."""
+    optimizer_states: Literal["float32", "8bit"] = "float32"
+    """What AdamW keeps its moments in: `8bit` takes a quarter of the memory, is slower on a CPU, and needs torchao
+    (extra `eightbit`); see `docs/scaling.md`."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """What to do about a loss or gradient that is not finite: stop, or leave that step out and go on."""
+    max_skips: NonNegativeInt = 10
+    """With `skip`: the run stops when more steps than this in a row were not finite."""
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
+    """Signals that stop the run at the next safe point, with a checkpoint; a second one stops it at once."""
+    watchdog_seconds: NonNegativeFloat = 1800.0
+    """The run ends, with the stacks of all processes in its folder, when none of them finishes a step or a network call
+    of a validation for this long; 0 waits for ever."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    threads: NonNegativeInt = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+    keep_freed_memory: bool = False
+    """On a CPU under Linux: memory that tensors free stays with the process and is used again: less time, and the
+    process holds its peak."""
+
+    @field_validator("stop_signals")
+    @classmethod
+    def _can_wait(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [name for name in names if not re.fullmatch(r"SIG[A-Z0-9]+", name) or name in ("SIGKILL", "SIGSTOP")]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: names such as SIGTERM are expected, but none that cannot be caught")
+        return names
+
+
+class EMAConfig(Section):
+    """Averaged weights; the student's are what is saved as the result."""
+
+    enabled: bool = True
+    """Whether to keep them."""
+    roles: tuple[str, ...] = ("student",)
+    """Whose; trained roles alone have some."""
+    decay: float = Field(default=0.98, ge=0.0, lt=1.0)
+    """Per update of the role."""
+    start_step: NonNegativeInt = 0
+    """Up to this step the average is a copy of the live weights."""
+
+
+class ValidationConfig(Section):
+    """Samples at fixed prompts and noise while training."""
+
+    every: NonNegativeInt = 0
+    """Steps between two validations; 0 means none."""
+    prompts: tuple[str, ...] = ()
+    """Prompts; the first eight are written as video."""
+    images: tuple[str, ...] = ()
+    """One image (or clip) per prompt, for a model that goes on from one."""
+    world_prompts: NonNegativeInt = 0
+    """This many prompts of the tiny world instead, scored by its classifier."""
+    seed: int = 1234
+    """Seed of the noise."""
+    fps: PositiveInt = 8
+    """Frames per second of the files."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> ValidationConfig:
+        if self.every and not (self.prompts or self.world_prompts):
+            raise ValueError("`every` is set: give `prompts`, or a number of `world_prompts`")
+        if self.prompts and self.world_prompts:
+            raise ValueError("give `prompts` or `world_prompts`, not both")
+        if self.images and len(self.images) != len(self.prompts):
+            raise ValueError(f"`images` has {len(self.images)} files for {len(self.prompts)} prompts")
+        return self
+
+
+class HealthConfig(Section):
+    """What is looked at in every validation, and when an alarm is raised; see `docs/health.md`."""
+
+    enabled: bool = True
+    """Whether to look."""
+    prompts: PositiveInt = 8
+    """So many of the validation's prompts."""
+    seeds: PositiveInt = 2
+    """Videos of each, from different noise."""
+    teacher_steps: PositiveInt = 25
+    """Steps of the teacher's videos, which are made once, at the first validation."""
+    contrast: tuple[float, float] = (0.5, 2.0)
+    """Below the first share of the teacher's contrast the student is washed out."""
+    saturation: tuple[float, float] = (0.4, 1.8)
+    """Outside these shares of the teacher's saturation the student is grey or over-saturated."""
+    motion: tuple[float, float] = (0.5, 2.5)
+    """Outside these shares of the teacher's motion the student freezes or flickers."""
+    brightness: float = 0.15
+    """Largest difference from the teacher's brightness, of 1."""
+    colour: float = 0.1
+    """Largest difference of a colour channel's deviation from grey, of 1."""
+    grid: float = 1.6
+    """Largest ratio to the teacher's steps at block borders."""
+    diversity: float = 0.4
+    """Smallest share of the teacher's difference between seeds."""
+    latent_std: float = 2.5
+    """Largest ratio to the spread of the teacher's latents."""
+    update_balance: float = 0.5
+    """How far the critic must move per step, over how far the student does."""
+    gradient: float = 3.0
+    """Largest RMS of the DMD gradient."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    backends: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """External trackers; `wandb` and `trackio` are optional dependencies of those names. None can stop the run."""
+    project: str = "fastvideo"
+    """Project at an external tracker."""
+    name: str | None = None
+    """Name there; the output folder's if not given."""
+
+
+class CheckpointConfig(Section):
+    """What survives a restart."""
+
+    every: NonNegativeInt = 0
+    """Steps between two checkpoints; 0 saves none but the result."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept."""
+    keep_every: NonNegativeInt = 0
+    """Those of every this-many-th step are kept as well; 0 keeps none of them."""
+    asynchronous: bool = False
+    """Write in a thread: training waits for the copy to host memory alone."""
+
+
+AdapterT = TypeVar("AdapterT", bound=AdapterConfig)
+MethodT = TypeVar("MethodT", bound=MethodConfig)
+
+
+class RunConfig(Section, Generic[AdapterT, MethodT]):
+    """A run, complete: saved beside its result, and runs again from there."""
+
+    distill_model: str
+    """The model family; `fastvideo list` shows all."""
+    distill_method: str
+    """The algorithm; `fastvideo list` shows all."""
+    output: str
+    """The run's folder; it must be new, unless the run is resumed or told to overwrite."""
+    seed: int = 0
+    """Seed of every random draw."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto` takes CUDA if there is one."""
+    model: AdapterT
+    """The model family's options."""
+    roles: dict[str, RoleConfig]
+    """Which networks take part, by role."""
+    ladder: LadderConfig = LadderConfig()
+    """The student's noise levels."""
+    method: MethodT
+    """The algorithm's options."""
+    data: DataConfig = DataConfig()
+    """What the run trains on."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The loop."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is spread over processes."""
+    ema: EMAConfig = EMAConfig()
+    """Averaged weights of the student."""
+    validation: ValidationConfig = ValidationConfig()
+    """Samples while training."""
+    health: HealthConfig = HealthConfig()
+    """What each validation looks at besides, and when to raise an alarm."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What survives a restart."""

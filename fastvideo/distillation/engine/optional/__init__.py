@@ -1,0 +1,1 @@
+"""Parts of the engine that a run can do without; the config switches them on."""

@@ -1,0 +1,1 @@
+"""Processes, sharding, context parallelism and recomputation."""
