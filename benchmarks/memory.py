@@ -21,7 +21,6 @@ from plan_check import config_file
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
-from fastvideo.distillation.engine.lora import shared_by
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.planning.layout import role_bytes
@@ -41,7 +40,7 @@ def held_after_a_step(config: Any) -> int:
     adapter = build_adapter(config)
     method = build_method(config, adapter)
     roles = list(method.bundle)
-    networks, gradients = [shared_by(role.network) for role in roles], list[int]()
+    networks, gradients = [role.network for role in roles], list[int]()
 
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
 from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.bundle import velocity_of
 from fastvideo.distillation.config.base import AdapterConfig
-from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 
-STEPS = 4
+STEPS, SEED = 4, 2
 TOLERANCE = 2 / 255
 """Of a pixel in [0, 1]."""
 
@@ -26,11 +25,11 @@ def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
     if not adapter.pipelines:
         raise NotApplicable("the family has no diffusers pipeline")
     stock = adapter.stock_sampler(adapter.teacher_times(STEPS), "euler")
-    noise = subject.noise(1)
     condition = adapter.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
-    velocity = partial(velocity_of, adapter, subject.network, condition=condition)
-    ours = (adapter.decode(euler(velocity, noise, stock.times)).clamp(-1, 1) + 1) / 2
-    theirs = stock_video(subject, stock, noise)
+    denoiser, sampler = Denoiser(adapter, subject.network), SamplerSpec.teacher(stock.times, 1.0)
+    latents = sample(denoiser, SampleNoise([SEED], adapter.device), adapter.latent_shape, sampler, condition)
+    ours = (adapter.decode(latents).clamp(-1, 1) + 1) / 2
+    theirs = stock_video(subject, stock, SampleNoise([SEED], adapter.device).draw(adapter.latent_shape))
     require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
     worst = float((ours.cpu() - theirs).abs().max())
     require(worst <= TOLERANCE, f"pixels differ by up to {worst:.4f} after {STEPS} steps, {TOLERANCE:.4f} is allowed")

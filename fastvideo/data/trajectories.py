@@ -25,9 +25,9 @@ from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_colu
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config, load_adapter, load_method, run_schema
-from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import euler_states
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.rng import sample_seed
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 
@@ -105,21 +105,23 @@ class TrajectoryJob:
         config = run_schema(self.config["distill_model"], self.config["distill_method"]).model_validate(self.config)
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
-        teacher = RoleHandle("teacher", adapter, adapter.load_network(config.method.teacher_path))
+        teacher = Denoiser(adapter, adapter.load_network(config.method.teacher_path))
         return partial(self._write, partial(self._walk, config, adapter, teacher))
 
-    def _walk(self, config: Config, adapter: Adapter, teacher: RoleHandle, rows: range) -> tuple[Tensor, Tensor]:
+    def _walk(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
         """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of some rows, float32 on the CPU."""
-        draws = (seeded(sample_seed(config.seed, row)) for row in rows)
-        noise = torch.stack([normal(adapter.latent_shape, generator) for generator in draws]).to(adapter.device)
-        velocity = partial(
-            teacher.guided_velocity,
-            condition=adapter.encode_prompts([self.captions[row] for row in rows]),
-            negative=adapter.negative(len(rows)),
-            guidance=config.method.teacher_guidance,
-        )
-        states, end = euler_states(velocity, noise, walk_times(config, adapter), config.ladder.times)
-        return states.float().cpu(), end.float().cpu()
+        noise = SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
+        condition = adapter.encode_prompts([self.captions[row] for row in rows])
+        sampler = SamplerSpec.teacher(walk_times(config, adapter), config.method.teacher_guidance)
+        states: list[Tensor] = []
+
+        def keep(step: int, x_t: Tensor) -> None:
+            if sampler.times[step] in config.ladder.times:
+                states.append(x_t)
+
+        negative, shape = adapter.negative(len(rows)), adapter.latent_shape
+        end = sample(teacher, noise, shape, sampler, condition, negative, visit=keep)
+        return torch.stack(states, dim=1).float().cpu(), end.float().cpu()
 
     def _write(self, walk: Callable[[range], tuple[Tensor, Tensor]], number: int, done: Callable[[int], None]) -> None:
         schema, rows = schema_with((STATES, STATE_TIMES)), self.rows(number)

@@ -18,7 +18,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig
 from fastvideo.distillation.config.schema import ParallelConfig, RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
-from fastvideo.distillation.engine.lora import RoleView
+from fastvideo.distillation.engine.lora import AdapterSwitch
 from fastvideo.distillation.engine.optim import attach_optimizer, check_states
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
@@ -140,13 +140,13 @@ def load_role(config: Config, adapter: Adapter, role: str, placement: Placement 
     return placement.load(options.path, trained=options.trainable, change=adapter.add_flow_map if flow_map else None)
 
 
-def shared_networks(config: Config, placement: Placement) -> dict[str, RoleView]:
-    """The roles that train an adapter, and the frozen ones over the same weights: views of one network per path.
+def shared_networks(config: Config, placement: Placement) -> dict[str, AdapterSwitch]:
+    """The roles that train an adapter, and the frozen ones over the same weights: one network per path.
 
     Raises:
         UserError: if an adapter does not fit, or the method changes the student's network itself.
     """
-    method, views = load_method(config.distill_method), dict[str, RoleView]()
+    method, switches = load_method(config.distill_method), dict[str, AdapterSwitch]()
     adapted = {name: role for name, role in config.roles.items() if role.lora is not None}
     if "student" in adapted and "flow_map" in method.needs_of(config.method):
         raise UserError(f"roles.student.lora: {config.distill_method} adds a part to the student and trains it whole")
@@ -155,8 +155,8 @@ def shared_networks(config: Config, placement: Placement) -> dict[str, RoleView]
         base = placement.load_shared(path, adapters, config.seed)
         for name, role in config.roles.items():
             if role.path == path and (name in adapters or not role.trainable):
-                views[name] = RoleView(base, name if name in adapters else None, path)
-    return views
+                switches[name] = AdapterSwitch(base, name if name in adapters else None, path)
+    return switches
 
 
 def build_method(
@@ -197,13 +197,11 @@ def build_method(
     placement.check_memory(loaded, config.trainer.optimizer_states)
     adapter.whole_forwards = processes.forward_together
     adapter.ensure_negative_conditioning()
-    views = {} if networks else shared_networks(config, placement)
+    switches = {} if networks else shared_networks(config, placement)
     handles, notes = [], []
     for name, role in config.roles.items():
         unit_done()
-        own = (networks or {}).get(name, heads.get(name, views.get(name)))
-        network = load_role(config, adapter, name, placement) if own is None else own.to(adapter.device)
-        handles.append(RoleHandle(name, adapter, network, role.trainable))
+        handles.append(_handle(config, adapter, name, placement, {**heads, **(networks or {})}, switches))
         if role.init_from is not None:
             notes.append(start_from(handles[-1], role.init_from, adapter.load_network, processes))
     for role_name, options in optimizers.items():
@@ -214,6 +212,24 @@ def build_method(
     built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
     built.notes = (*notes, *built.notes)
     return built
+
+
+def _handle(
+    config: Config,
+    adapter: Adapter,
+    name: str,
+    placement: Placement,
+    made: Mapping[str, nn.Module],
+    switches: Mapping[str, AdapterSwitch],
+) -> RoleHandle:
+    """One role over a network that is made already, shared with other roles, or loaded."""
+    trainable = config.roles[name].trainable
+    if name in switches and name not in made:
+        switch = switches[name]
+        shared = switch.network.to(adapter.device)
+        return RoleHandle(name, adapter, shared, trainable, select=switch, trained=switch.parameters())
+    network = made[name].to(adapter.device) if name in made else load_role(config, adapter, name, placement)
+    return RoleHandle(name, adapter, network, trainable)
 
 
 def _check_derivatives(config: Config, processes: Processes) -> None:

@@ -1,115 +1,65 @@
-"""``ModelBundle``: role name -> :class:`RoleHandle`. A role is one network with everything that belongs to it alone."""
+"""``ModelBundle``: role name -> :class:`RoleHandle`. A role is a denoiser with everything that belongs to it alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastvideo.distillation.features import FeatureModel, FeatureReader
-from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.denoiser import Denoiser, Family
+from fastvideo.errors import UserError
 
 
-class VelocityModel(FeatureModel, Protocol):
-    """The part of an adapter that a role needs: its network's prediction in rectified-flow form."""
+class RoleHandle(Denoiser):
+    """One role: a denoiser under a name, and (if it is trained) its optimizer with the lr schedule in step.
 
-    def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
-    ) -> Tensor:
-        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]`` at ``t`` in ``[0, 1]``, or its mean down to ``r``."""
-        ...
+    Args:
+        name: of the role.
+        adapter, network, select: as for :class:`Denoiser`.
+        trainable: whether the role is trained.
+        trained: the parameters that it trains, by name, for a role that trains a part of a shared network; all
+            parameters of the network otherwise.
 
-
-def velocity_of(
-    adapter: VelocityModel,
-    network: nn.Module,
-    x_t: Tensor,
-    t: Tensor,
-    condition: Condition,
-    *,
-    r: Tensor | None = None,
-) -> Tensor:
-    """A network's velocity, float32: the one way from training, validation and sampling to an adapter.
-
-    With ``r`` it is a flow map's mean velocity from ``t`` down to ``r`` (``x_r = x_t - (t - r) u``).
-
-    Given frames of the condition reach the network clean, at time 0, whatever ``x_t`` holds there. Their own velocity
-    is known, ``(x_t - clean) / t``, so it is returned instead of a prediction: every formula on velocities (x0, noise,
-    a step, guidance) is right for them too, and no gradient comes from them.
-    """
-    given = condition.given
-    # Only a flow map is asked with r, so that a family without one need not know of it.
-    down_to = {} if r is None else {"r": r if given is None else given.times(r)}
-    if given is None:
-        return adapter.velocity(network, x_t, t, condition, **down_to)
-    u = adapter.velocity(network, given.fill(x_t), given.times(t), condition, **down_to)
-    return x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
-
-
-@dataclass
-class RoleHandle(FeatureReader):
-    """One role: its adapter, its network, and (if it is trained) its optimizer with the lr schedule in step.
-
-    ``ema`` holds averages of :meth:`tensors` by name, for a role that has them; they are shards where those are.
+    Attributes:
+        ema: averages of :meth:`tensors` by name, for a role that has them; they are shards where those are.
     """
 
-    name: str
-    adapter: VelocityModel
-    network: nn.Module
-    trainable: bool = False
-    optimizer: Optimizer | None = None
-    lr_scheduler: LRScheduler | None = None
-    ema: dict[str, Tensor] | None = None
-    _schedule_before: tuple[dict[str, Any], list[float]] = field(default=({}, []), init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.network.requires_grad_(self.trainable)
-
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None) -> Tensor:
-        """The network's velocity, float32, or a flow map's mean velocity down to ``r``; see :func:`velocity_of`."""
-        return velocity_of(self.adapter, self.network, x_t, t, condition, r=r)
-
-    def flow_map(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        """The sample at times ``r``: ``x_t - (t - r) u(x_t, t, r)``; given frames come as they are at ``r``."""
-        return velocity_to_x0(x_t, self.velocity(x_t, t, condition, r=r), t - r)
-
-    def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's estimate of the clean latents, float32; given frames are exact."""
-        x0 = velocity_to_x0(x_t, self.velocity(x_t, t, condition), t)
-        return x0 if condition.given is None else condition.given.fill(x0)
-
-    def guided_velocity(
+    def __init__(
         self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        negative: Condition,
-        guidance: float,
+        name: str,
+        adapter: Family,
+        network: nn.Module,
+        trainable: bool = False,
         *,
-        r: Tensor | None = None,
-    ) -> Tensor:
-        """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two."""
-        conditional = self.velocity(x_t, t, condition, r=r)
-        if guidance == 1.0:
-            return conditional
-        return guide(self.velocity(x_t, t, negative, r=r), conditional, guidance)
-
-    def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
-        """Clean latents under standard guidance (guiding x0 or velocity is the same: both are affine in ``x_t``)."""
-        x0 = velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t)
-        return x0 if condition.given is None else condition.given.fill(x0)
+        select: Callable[[], None] | None = None,
+        trained: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        super().__init__(adapter, network, select)
+        self.name, self.trainable, self._trained = name, trainable, trained
+        self.optimizer: Optimizer | None = None
+        self.lr_scheduler: LRScheduler | None = None
+        self.ema: dict[str, Tensor] | None = None
+        self._schedule_before: tuple[dict[str, Any], list[float]] = ({}, [])
+        if trained is None:
+            network.requires_grad_(trainable)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that this role trains, by their names in its network."""
+        """Trained parameters, by their names in the network (an adapter's under diffusers' names)."""
+        if self._trained is not None:
+            return dict(self._trained)
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
+    @property
+    def shares_network(self) -> bool:
+        """Whether other roles hold the same network, so that this one owns its adapter alone (or nothing)."""
+        return self._trained is not None
+
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that this role trains."""
+        """Trained parameters."""
         return list(self.named_parameters().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,6 +67,8 @@ class RoleHandle(FeatureReader):
 
         They share memory with the network, and are what a checkpoint and an average hold of this role.
         """
+        if self._trained is not None:
+            return {name: parameter.detach() for name, parameter in self._trained.items()}
         state, trained = self.network.state_dict(), self.named_parameters()
         if len(trained) == sum(1 for _ in self.network.parameters()):
             return state
@@ -159,6 +111,19 @@ class RoleHandle(FeatureReader):
         if self.optimizer is None:
             raise RuntimeError(f"role {self.name!r} has no optimizer")
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+@contextmanager
+def frozen(handles: Sequence[RoleHandle]) -> Iterator[None]:
+    """Freeze the trained parameters of some roles inside: gradient flows through them and not to them."""
+    held = [parameter for handle in handles for parameter in handle.parameters()]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

@@ -19,9 +19,9 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """A 64-bit seed in which neighbouring (seed, index) pairs have nothing in common."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+def sample_seed(seed: int, *indices: int) -> int:
+    """A 64-bit seed in which neighbouring (seed, indices) have nothing in common."""
+    return int(np.random.SeedSequence([seed, *indices]).generate_state(1, np.uint64)[0])
 
 
 def normal(

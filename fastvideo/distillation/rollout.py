@@ -1,4 +1,4 @@
-"""Generation: the same code trains, validates and generates, so a student meets at test time what it met in training.
+"""Rollouts: from noise to clean latents, by the steps that training and sampling share.
 
 The rollouts take a *velocity function* ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition already bound; a
 flow map's takes ``r`` too and answers the mean velocity from ``t`` down to it.
@@ -61,26 +61,6 @@ def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
         for t, after in zip(times, (*times[1:], 0.0), strict=True):
             x = x - (t - after) * velocity(x, at_time(x, t))
     return x
-
-
-def euler_states(
-    velocity: Velocity, noise: Tensor, times: Sequence[float], kept: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """:func:`euler`, and its states ``[B, K, C, F, H, W]`` at the times ``kept``, which are all among ``times``.
-
-    Raises:
-        ValueError: for a time that the walk does not come to.
-    """
-    missing = sorted(set(kept) - set(times), reverse=True)
-    if missing:
-        raise ValueError(f"the walk does not come to {missing}")
-    x, states = noise, []
-    with torch.no_grad():
-        for t, after in zip(times, (*times[1:], 0.0), strict=True):
-            if t in kept:
-                states.append(x)
-            x = x - (t - after) * velocity(x, at_time(x, t))
-    return torch.stack(states, dim=1), x
 
 
 def flow_map(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastvideo import stopping
 from fastvideo.distillation.engine.attendance import Agreement
-from fastvideo.distillation.engine.lora import shared_by
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, NonFiniteGuard, clip_gradient
 from fastvideo.distillation.engine.parallel.context import has_split_tokens
@@ -134,14 +133,12 @@ class DistillTrainer:
         attempt = Attempt(self.step, tuple(self.method.active_roles(self.step)), self.method.rng.state_dict())
         for left in reversed(range(self.options.grad_accumulation)):
             for role in attempt.active:
-                synchronise(
-                    shared_by(self.method.bundle[role].network), left == 0 or self.options.sync_every_micro_batch
-                )
+                synchronise(self.method.bundle[role].network, left == 0 or self.options.sync_every_micro_batch)
             attempt.batches.append(next(data))
             self._accumulate(self.prepare(attempt.batches[-1]), attempt)
         handles = [self.method.bundle[role] for role in attempt.active]
         for handle in handles:
-            split = has_split_tokens(shared_by(handle.network))
+            split = has_split_tokens(handle.network)
             reduce_gradients(handle.parameters(), self.options.context if split else 1)
             attempt.gradients[handle.name] = clip_gradient(handle, self.options.max_grad_norm)
         self.settle()
@@ -182,7 +179,7 @@ class DistillTrainer:
         """Trained networks are split again before anything reads or changes their weights."""
         for handle in self.method.bundle:
             if handle.trainable:
-                free_gathered(shared_by(handle.network))
+                free_gathered(handle.network)
 
     def _accumulate(self, batch: Batch, attempt: Attempt) -> None:
         """Backward of each loss before the next is asked for: one graph is alive at a time."""

@@ -166,6 +166,20 @@ class Batch:
         """Bool ``[B, F]``: frames that are given, not generated; ``None`` where there are none."""
         return None if self.condition.given is None else self.condition.given.mask
 
+    @property
+    def latents(self) -> Tensor:
+        """``x0``, for an algorithm that cannot do without.
+
+        Raises:
+            UserError: for a batch of prompts alone.
+        """
+        if self.x0 is None:
+            raise UserError(
+                "the method trains on clean latents, and the data holds prompts alone: give data.path with "
+                "preprocessed videos, or choose options of the method that need prompts alone"
+            )
+        return self.x0
+
     def mean(self, x: Tensor) -> Tensor:
         """Mean of ``x`` ``[B, C, F, H, W]`` over what is generated: losses average with this, never with ``x.mean()``.
 
@@ -176,8 +190,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class RoleLoss:
-    """A scalar loss that trains one role, with metrics that stay on the device until they are logged."""
+    """A scalar loss that trains one role, with metrics that stay on the device until they are logged.
+
+    ``frozen`` names roles whose parameters get no gradient from this loss, while gradient flows through them. Their
+    parameters must not require one while the loss is computed either, if its graph is to save their memory.
+    """
 
     role: str
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.environment import environment
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
@@ -19,7 +20,7 @@ from fastvideo.evaluation.metrics import Row
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
-from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, SamplerSpec, generate_batches, generate_latents
+from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, Sampling, sample_batches, sample_latents
 from fastvideo.tiny.classifier import WEIGHTS_NAME
 from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import SIZE
@@ -104,7 +105,8 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
     shape = (2, *model.adapter.latent_shape)
     model.adapter.encode_prompts(["", ""])
     grey = torch.zeros(2, 3, max(model.adapter.first_frames), SIZE, SIZE) if model.adapter.needs_frames else None
-    generate_latents(model.adapter, model.network, ["", ""], SamplerSpec((1.0,), 1.0, "euler"), seed=0, frames=grey)
+    once = Sampling(["", ""], SamplerSpec((1.0,), 1.0, "euler"), 0, frames=grey)
+    sample_latents(model.adapter, model.denoiser, once)
     model.adapter.decode(torch.zeros(shape, device=model.adapter.device))
     begin = time.perf_counter()
     model.adapter.encode_prompts(prompts)
@@ -163,9 +165,8 @@ def sample(
     kept: list[Tensor] = []
     denoise: list[float] = []
     decode: list[float] = []
-    for batch in generate_batches(
-        model.adapter, model.network, prompts, spec, seed=seed, batch_size=batch_size, frames=frames, progress=progress
-    ):
+    wanted = Sampling(prompts, spec, seed, batch_size, frames=frames)
+    for batch in sample_batches(model.adapter, model.denoiser, wanted, progress):
         begin = time.perf_counter()
         videos = model.adapter.decode(batch.latents.to(model.adapter.device)).float().cpu().clamp(-1, 1)
         decode.append((time.perf_counter() - begin) / len(videos))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_recipe, student_sampler
-from fastvideo.inference.sampler import SamplerSpec
 
 
 @dataclass(frozen=True)

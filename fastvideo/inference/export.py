@@ -15,13 +15,13 @@ import torch
 
 from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import deviation
+from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export_cli import ExportArguments
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import Source, find_source, load_source
 from fastvideo.inference.loading import RECIPE, LoadedModel, pipeline_class
 from fastvideo.inference.model_card import CardFacts, call_options, model_card, read_front_matter
-from fastvideo.inference.sampler import SamplerSpec
 
 FORMATS = ("diffusers", *LORA_FORMATS)
 MARK = "exported_to"

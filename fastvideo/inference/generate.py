@@ -9,11 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fastvideo.data.video_io import video_format, write_video
+from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.first_frames import first_frames
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
-from fastvideo.inference.sampler import SamplerSpec, generate_latents
+from fastvideo.inference.sampler import Sampling, sample_latents
 
 WATCHABLE = 256
 """Pixels of height below which a video is enlarged for the file."""
@@ -55,16 +56,8 @@ def generate_video(
         UserError: for a prompt that the text encoder cannot take.
     """
     with PatientBar("generating", spec.network_calls) as bar:
-        latents = generate_latents(
-            model.adapter,
-            model.network,
-            [prompt],
-            spec,
-            seed=seed,
-            negative_prompt=negative_prompt,
-            frames=frames,
-            progress=bar,
-        )
+        wanted = Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames)
+        latents = sample_latents(model.adapter, model.denoiser, wanted, bar)
     return model.adapter.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)
 
 

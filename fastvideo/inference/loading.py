@@ -14,10 +14,11 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.builder import families, load_adapter
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.sampler import SamplerSpec
 
 RECIPE = "recipe.json"
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
@@ -33,6 +34,11 @@ class LoadedModel:
     adapter: DistillAdapter[Any]
     network: nn.Module
     recipe: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network with its family's conventions."""
+        return Denoiser(self.adapter, self.network)
 
     @property
     def is_student(self) -> bool:

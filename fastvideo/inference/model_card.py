@@ -13,7 +13,7 @@ import yaml
 
 from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.loading import EMBEDDED, HUB_ID
-from fastvideo.inference.sampler import SamplerSpec
+from fastvideo.distillation.sample import SamplerSpec
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."

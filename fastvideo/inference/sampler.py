@@ -1,4 +1,4 @@
-"""How a model is sampled, as a value, and the loop that does it; evaluation and ``fastvideo generate`` share both."""
+"""Prompts to clean latents, batch by batch: :func:`fastvideo.distillation.sample.sample` with a family's conditions."""
 
 from __future__ import annotations
 
@@ -8,43 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.bundle import velocity_of
-from fastvideo.distillation.noise import guide
-from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds, sample
 from fastvideo.distillation.types import Condition
 
 BATCH_SIZE = 64
 ProgressFn = Callable[[int], None]
-"""Told the number of network calls just made, counted per sample."""
-
-
-@dataclass(frozen=True)
-class SamplerSpec:
-    """Times, guidance (standard convention, 1 = conditional only) and the way from one time to the next."""
-
-    times: tuple[float, ...]
-    guidance: float
-    kind: SamplerKind
-
-    @property
-    def network_calls(self) -> int:
-        """Forward passes per sample: guidance needs two per step."""
-        return len(self.times) * (1 if self.guidance == 1.0 else 2)
-
-    @classmethod
-    def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
-        """The sampler that a student was trained for, over its ladder."""
-        return cls(ladder.times, guidance, kind)
-
-    @classmethod
-    def teacher(cls, times: tuple[float, ...], guidance: float) -> SamplerSpec:
-        """Euler steps of the guided flow, at the times that the family's own scheduler walks."""
-        return cls(times, guidance, "euler")
+"""Called after each step with the number of network calls just made, counted per sample."""
 
 
 @dataclass(frozen=True)
@@ -55,106 +28,68 @@ class LatentBatch:
     seconds: float
 
 
-class SampleNoise:
-    """One random stream per sample, a pure function of (seed, index of the prompt): batching cannot change a result."""
+@dataclass(frozen=True)
+class Sampling:
+    """A set of prompts and how they are sampled.
 
-    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
-        self._streams = [seeded(sample_seed(seed, index)) for index in indices]
-        self._device = device
+    Attributes:
+        seed: with the prompt it determines a sample's noise (:func:`prompt_seeds`).
+        negative_prompt: guidance leads away from it; ``None`` is the family's own.
+        frames: conditioning frames ``[len(prompts), 3, T, H, W]`` in ``[-1, 1]``, for a model that goes on from some.
+        rows: prompts that this call samples, by number; all of them if not given.
+    """
 
-    def draw(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal ``[len(indices), *shape]``, drawn on the CPU so that every device gets the same."""
-        return torch.stack([normal(tuple(shape), stream) for stream in self._streams]).to(self._device)
+    prompts: Sequence[str]
+    sampler: SamplerSpec
+    seed: int
+    batch_size: int = BATCH_SIZE
+    negative_prompt: str | None = None
+    frames: Tensor | None = None
+    rows: Sequence[int] | None = None
 
-    def like(self, x: Tensor) -> Tensor:
-        """The next noise for a batch of latents."""
-        return self.draw(x.shape[1:])
+    @property
+    def batches(self) -> list[Sequence[int]]:
+        """Numbers of the prompts of each batch."""
+        rows = range(len(self.prompts)) if self.rows is None else self.rows
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
 
-def generate_batches(
-    adapter: DistillAdapter[Any],
-    network: nn.Module,
-    prompts: Sequence[str],
-    spec: SamplerSpec,
-    *,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    negative_prompt: str | None = None,
-    frames: Tensor | None = None,
-    progress: ProgressFn | None = None,
+def sample_batches(
+    family: DistillAdapter[Any], denoiser: Denoiser, wanted: Sampling, progress: ProgressFn | None = None
 ) -> Iterator[LatentBatch]:
     """Sample the prompts in order, ``batch_size`` at a time.
-
-    Args:
-        seed: with a prompt's position in ``prompts`` it determines that prompt's noise.
-        negative_prompt: what guidance leads away from; ``None`` is the adapter's own.
-        frames: given first frames ``[len(prompts), 3, T, H, W]`` in ``[-1, 1]``, for a model that goes on from some.
-        progress: called after every network call.
 
     Raises:
         UserError: for a prompt that the text encoder cannot take, or a number of frames that the model does not.
     """
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        first = adapter.condition_on(None if frames is None else frames[rows.start : rows.stop])
-        texts = [prompts[i] for i in rows]
-        velocity = _velocity(adapter, network, texts, first, spec.guidance, negative_prompt, progress)
+    seeds = prompt_seeds(wanted.seed, wanted.prompts)
+    for rows in wanted.batches:
+        condition, negative = _conditions(family, wanted, rows)
         begin = time.perf_counter()
-        noise = SampleNoise(seed, rows, adapter.device)
-        latents = generate(spec.kind, velocity, noise.draw(adapter.latent_shape), spec.times, noise.like)
+        noise = SampleNoise([seeds[row] for row in rows], family.device)
+        called = None if progress is None else _counted(progress, len(rows), wanted.sampler)
+        latents = sample(denoiser, noise, family.latent_shape, wanted.sampler, condition, negative, called=called)
         latents = latents.float().cpu()  # waits for a GPU, so that the clock is right
         yield LatentBatch(latents, time.perf_counter() - begin)
 
 
-def generate_latents(
-    adapter: DistillAdapter[Any],
-    network: nn.Module,
-    prompts: Sequence[str],
-    spec: SamplerSpec,
-    *,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    negative_prompt: str | None = None,
-    frames: Tensor | None = None,
-    progress: ProgressFn | None = None,
+def sample_latents(
+    family: DistillAdapter[Any], denoiser: Denoiser, wanted: Sampling, progress: ProgressFn | None = None
 ) -> Tensor:
-    """All of :func:`generate_batches` as one tensor ``[len(prompts), C, F, H, W]``, float32 on the CPU."""
-    batches = generate_batches(
-        adapter,
-        network,
-        prompts,
-        spec,
-        seed=seed,
-        batch_size=batch_size,
-        negative_prompt=negative_prompt,
-        frames=frames,
-        progress=progress,
-    )
-    return torch.cat([batch.latents for batch in batches])
+    """All of :func:`sample_batches` as one tensor ``[N, C, F, H, W]``, float32 on the CPU."""
+    return torch.cat([batch.latents for batch in sample_batches(family, denoiser, wanted, progress)])
 
 
-def _velocity(
-    adapter: DistillAdapter[Any],
-    network: nn.Module,
-    prompts: Sequence[str],
-    first: Condition,
-    guidance: float,
-    negative_prompt: str | None,
-    progress: ProgressFn | None,
-) -> Velocity:
-    """The guided velocity of one batch that goes on from ``first``, with text encoded beforehand."""
-    condition = negative = adapter.encode_prompts(prompts) | first
-    if guidance != 1.0:
-        text = adapter.negative_prompt if negative_prompt is None else negative_prompt
-        negative = adapter.encode_prompts([text] * len(prompts)) | first
-    calls = len(prompts) * (1 if guidance == 1.0 else 2)
+def _conditions(family: DistillAdapter[Any], wanted: Sampling, rows: Sequence[int]) -> tuple[Condition, Condition]:
+    """Condition and negative condition of one batch, on its conditioning frames."""
+    first = family.condition_on(None if wanted.frames is None else wanted.frames[list(rows)])
+    condition = family.encode_prompts([wanted.prompts[row] for row in rows]) | first
+    if wanted.sampler.guidance == 1.0:
+        return condition, condition
+    text = family.negative_prompt if wanted.negative_prompt is None else wanted.negative_prompt
+    return condition, family.encode_prompts([text] * len(rows)) | first
 
-    def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
-        u = velocity_of(adapter, network, x_t, t, condition, r=r)
-        if guidance != 1.0:
-            u = guide(velocity_of(adapter, network, x_t, t, negative, r=r), u, guidance)
-        if progress is not None:
-            progress(calls)
-        return u
 
-    return velocity
+def _counted(progress: ProgressFn, count: int, sampler: SamplerSpec) -> Callable[[], None]:
+    calls = count * (1 if sampler.guidance == 1.0 else 2)
+    return lambda: progress(calls)

@@ -21,7 +21,7 @@ from fastvideo.distillation.engine.attendance import naming_lost_processes
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.engine.ema import EMAHook, averaged
-from fastvideo.distillation.engine.lora import ADAPTER_FILE, RoleView, gather_adapter, portable
+from fastvideo.distillation.engine.lora import ADAPTER_FILE, gather_adapter, portable, switch_of
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.optional.startup import StartUp
@@ -190,9 +190,9 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
     All processes take part, because each may have a part of the weights; the main one writes.
     """
     student = trainer.method.bundle["student"]
-    with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
-        whole = whole_network(network, adapter, processes)
-        lora = portable(gather_adapter(network), network.scaling) if isinstance(network, RoleView) else {}
+    with averaged(student) if student.ema is not None else nullcontext():
+        whole, switch = whole_network(student, adapter, processes), switch_of(student)
+        lora = portable(gather_adapter(student), switch.scaling) if switch else {}
         if whole is not None:
             weights: Weights = "live" if student.ema is None else "ema"
             _write_result(adapter, whole, result_recipe(config, adapter, weights, trainer.step), lora, folder)

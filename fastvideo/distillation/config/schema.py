@@ -217,7 +217,10 @@ class ValidationConfig(Section):
     world_prompts: NonNegativeInt = 0
     """This many prompts of the tiny world instead, scored by its classifier."""
     seed: int = 1234
-    """Seed of the noise."""
+    """Seed of the noise; `fastvideo generate` with this seed and a prompt makes the same video."""
+    batch_size: PositiveInt | None = None
+    """Videos that a process samples and decodes at a time. Without it one for `prompts`, which is what `fastvideo
+    generate` does, to the bit; `data.batch_size` for `world_prompts`."""
     fps: PositiveInt = 8
     """Frames per second of the files."""
 

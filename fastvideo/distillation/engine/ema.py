@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.lora import shared_by
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
 
 
@@ -48,11 +47,11 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
 
 
 @contextmanager
-def averaged(handle: RoleHandle) -> Iterator[nn.Module]:
-    """The role's network with its averaged weights; the live ones are back, to the bit, when the context ends."""
+def averaged(handle: RoleHandle) -> Iterator[None]:
+    """Give the role its averaged weights; the live ones are back, to the bit, when the context ends."""
     _exchange(handle)
     try:
-        yield handle.network
+        yield
     finally:
         _exchange(handle)
 
@@ -61,7 +60,7 @@ def averaged(handle: RoleHandle) -> Iterator[nn.Module]:
 def _exchange(handle: RoleHandle) -> None:
     if handle.ema is None:
         raise RuntimeError(f"role {handle.name!r} has no average")
-    free_gathered(shared_by(handle.network))  # what is still whole would go on with the other weights
+    free_gathered(handle.network)  # what is still whole would go on with the other weights
     for name, tensor in handle.tensors().items():
         average, live = local(handle.ema[name]), local(tensor)
         kept = live.clone()

@@ -1,6 +1,6 @@
 """Roles that share one frozen network: each has an adapter (LoRA, arXiv 2106.09685) or none, which is the teacher.
 
-peft puts the adapters into the network; which of them is on is decided anew for every forward, by the role that calls.
+peft puts the adapters into the network; each forward selects the calling role's adapter (:class:`AdapterSwitch`).
 peft's own ``set_adapter`` is never used: it turns off ``requires_grad`` of the other adapters, so that switching
 between a role's forward and its backward would silently lose gradients.
 """
@@ -9,38 +9,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.engine.parallel.sharding import full
 from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
-
-
-class AdapterOptions(Protocol):
-    """What :func:`add_adapter` reads of the config."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float | None: ...
-    @property
-    def targets(self) -> Sequence[str]: ...
-
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Where diffusers' ``load_lora_weights`` looks for an adapter in a folder."""
 DIFFUSERS_PREFIX = "transformer."
 
-_LAYERS: WeakSet[Any] = WeakSet()
-_LAYERS_IN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
-
-def add_adapter(network: nn.Module, name: str, options: AdapterOptions, seed: int) -> None:
+def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -> None:
     """Put a trainable adapter that changes nothing yet into a network, whose own parameters are frozen.
 
     A is drawn as ``nn.Linear`` draws its weights, B is zero; float32, on the network's device (on the host, for a
@@ -50,7 +36,6 @@ def add_adapter(network: nn.Module, name: str, options: AdapterOptions, seed: in
         UserError: if a target names no linear layer of the network.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
 
     _check_targets(network, name, options.targets)
     alpha: Any = options.rank if options.alpha is None else options.alpha
@@ -58,11 +43,8 @@ def add_adapter(network: nn.Module, name: str, options: AdapterOptions, seed: in
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
         inject_adapter_in_model(config, network, name)
-    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
-    _LAYERS.update(layers)
-    _LAYERS_IN.clear()
     generator = seeded(seed)
-    for layer in layers:
+    for layer in adapted_layers(network):
         if name in layer.lora_A:
             _initialise(layer, name, generator)
     for key, parameter in network.named_parameters():
@@ -89,71 +71,56 @@ def _initialise(layer: Any, name: str, generator: torch.Generator) -> None:
     layer.lora_B[name].weight = nn.Parameter(torch.zeros(layer.lora_B[name].weight.shape, device=device))
 
 
-def layers_in(module: nn.Module) -> list[Any]:
-    """The layers of a module that have adapters."""
-    if not _LAYERS:
-        return []
-    if module not in _LAYERS_IN:
-        _LAYERS_IN[module] = [m for m in module.modules() if m in _LAYERS]
-    return _LAYERS_IN[module]
+def adapted_layers(module: nn.Module) -> list[Any]:
+    """Layers of a module that hold adapters (peft's ``LoraLayer``)."""
+    return [layer for layer in module.modules() if "lora_A" in dict(layer.named_children())]
 
 
-def select(module: nn.Module, name: str | None) -> None:
+def select(layers: Sequence[Any], name: str | None) -> None:
     """Turn one adapter on and all others off, ``None`` for all off; no parameter is touched."""
-    for layer in layers_in(module):
+    for layer in layers:
         layer._disable_adapters, layer._active_adapter = name is None, [name]
 
 
-def selected(module: nn.Module) -> str | None:
-    """The adapter that is on; ``None`` if none is, or there are none."""
-    layers = layers_in(module)
+def selected(layers: Sequence[Any]) -> str | None:
+    """Name of the adapter that is on; ``None`` if none is, or there are none."""
     return layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
 
 
-class RoleView(nn.Module):
-    """One role's view of a network that several share: its own adapter on, the others off.
-
-    Its parameters and its state are the adapter alone, under diffusers' names (``blocks.0.attn1.to_q.lora_A.weight``);
-    a role without an adapter has none. Everything else (config, blocks) is the network's.
+class AdapterSwitch:
+    """Turns one role's adapter on in a network that several roles share: ``Denoiser.select`` of that role.
 
     Args:
-        base: the shared network.
-        adapter: of this role.
+        network: the shared network, with all its adapters in it.
+        adapter: the role's own, by name; ``None`` turns all off.
         path: where the network's own weights come from.
     """
 
-    def __init__(self, base: nn.Module, adapter: str | None, path: str | None) -> None:
-        super().__init__()
-        self.__dict__["base"] = base  # not as a child: its parameters are not this role's
-        self.adapter, self.path = adapter, path
+    def __init__(self, network: nn.Module, adapter: str | None, path: str | None) -> None:
+        self.network, self.adapter, self.path = network, adapter, path
+        self._layers = adapted_layers(network)
 
-    base: nn.Module
+    def __call__(self) -> None:
+        select(self._layers, self.adapter)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["base"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward with this role's adapter."""
-        select(self.base, self.adapter)
-        return self.base(*args, **kwargs)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapter's, by name."""
-        for name, parameter in self.base.named_parameters():
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the role's adapter under diffusers' names (``blocks.0.attn1.to_q.lora_A.weight``)."""
+        found = {}
+        for name, parameter in self.network.named_parameters():
             layer, _, owner = name.removesuffix(".weight").rpartition(".")
             if owner == self.adapter and layer.endswith((".lora_A", ".lora_B")):
-                yield f"{prefix}{layer}.weight", parameter
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapter's tensors, or shards of them."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+                found[f"{layer}.weight"] = parameter
+        return found
 
     @property
     def scaling(self) -> float:
-        """``alpha / rank``: what the product of B and A is multiplied with."""
-        return float(layers_in(self.base)[0].scaling[self.adapter])
+        """``alpha / rank``: the factor on the product of B and A."""
+        return float(self._layers[0].scaling[self.adapter])
+
+
+def switch_of(handle: RoleHandle) -> AdapterSwitch | None:
+    """The switch of a role that trains an adapter; ``None`` for a role with weights of its own, and for the teacher."""
+    return handle.select if isinstance(handle.select, AdapterSwitch) and handle.select.adapter else None
 
 
 def is_adapter(state: Mapping[str, Tensor]) -> bool:
@@ -169,14 +136,9 @@ def portable(adapter: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]
     }
 
 
-def shared_by(network: nn.Module) -> nn.Module:
-    """The network that computes: the shared one behind a view, or the network itself."""
-    return network.base if isinstance(network, RoleView) else network
-
-
-def gather_adapter(view: RoleView) -> dict[str, Tensor]:
+def gather_adapter(handle: RoleHandle) -> dict[str, Tensor]:
     """The whole adapter on the host; all processes take part."""
-    return {name: full(tensor).cpu() for name, tensor in view.state_dict().items()}
+    return {name: full(tensor).cpu() for name, tensor in handle.tensors().items()}
 
 
 @torch.no_grad()

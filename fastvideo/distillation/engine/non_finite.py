@@ -42,7 +42,7 @@ class Gradient:
 
 def clip_gradient(handle: RoleHandle, max_norm: float) -> Gradient:
     """Scale a role's gradient down to ``max_norm``, without reading it."""
-    named = [(name, p) for name, p in handle.network.named_parameters() if p.grad is not None and p.requires_grad]
+    named = [(name, p) for name, p in handle.named_parameters().items() if p.grad is not None]
     gradients = [p.grad for _, p in named if p.grad is not None]
     norms = norms_of(gradients)
     total = torch.linalg.vector_norm(norms)

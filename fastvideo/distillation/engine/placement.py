@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from fastvideo.distillation.engine.lora import AdapterOptions, RoleView, add_adapter, gather_adapter, merge
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.schema import LoRAConfig
+from fastvideo.distillation.engine.lora import add_adapter, gather_adapter, merge, switch_of
 from fastvideo.distillation.engine.optim import States
 from fastvideo.distillation.engine.optional.footprint import Kept, check_memory
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
@@ -66,7 +68,7 @@ class RoleOptions(Protocol):
     @property
     def path(self) -> str | None: ...
     @property
-    def lora(self) -> AdapterOptions | None: ...
+    def lora(self) -> LoRAConfig | None: ...
 
 
 class Placement:
@@ -153,7 +155,7 @@ class Placement:
         self._spread(network, path)
         return network
 
-    def load_shared(self, path: str | None, adapters: Mapping[str, AdapterOptions], seed: int) -> nn.Module:
+    def load_shared(self, path: str | None, adapters: Mapping[str, LoRAConfig], seed: int) -> nn.Module:
         """A frozen network with a trainable adapter per role, for those roles and for its teacher.
 
         Raises:
@@ -198,20 +200,20 @@ def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[s
     return found
 
 
-def whole_network(network: nn.Module, source: NetworkSource, processes: Processes) -> nn.Module | None:
-    """The network for saving, with a role's adapter merged into it; ``None`` on all but the main process.
+def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processes) -> nn.Module | None:
+    """A role's network for saving, with its adapter merged into it; ``None`` on all but the main process.
 
     A network that is split, or has an adapter, is put together on the host; all processes take part.
     """
-    scaling, split = source.scaling, isinstance(network, FSDPModule)
-    if scaling is None or not (split or isinstance(network, RoleView)):
-        return network if processes.is_main else None
-    state = gather_adapter(network) if isinstance(network, RoleView) else gather_state(network)
+    scaling, switch, split = source.scaling, switch_of(handle), isinstance(handle.network, FSDPModule)
+    if scaling is None or not (split or switch):
+        return handle.network if processes.is_main else None
+    state = gather_adapter(handle) if switch else gather_state(handle.network)
     if not processes.is_main:
         return None
-    if isinstance(network, RoleView):
-        whole = read_whole(scaling, network.path)
-        merge(whole, state, network.scaling)
+    if switch:
+        whole = read_whole(scaling, switch.path)
+        merge(whole, state, switch.scaling)
         return whole
     whole = scaling.empty(None, torch.float32)
     whole.load_state_dict(state, assign=True)

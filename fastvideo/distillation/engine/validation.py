@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.ema import averaged
 from fastvideo.errors import Stopped
 
-Sample = Callable[[nn.Module], Tensor]
-"""Videos ``[B, 3, T, H, W]`` that a network generates for the fixed prompts and noise."""
+Sample = Callable[[Denoiser], Tensor | None]
+"""Videos ``[B, 3, T, H, W]`` that a role generates for the fixed prompts and noise; ``None`` on all but the main
+process, every process takes part."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,7 @@ class ValidationSinks:
 
 
 class ValidationHook:
-    """Every ``every`` steps: sample live and averaged weights, score them, keep the videos.
-
-    A process that only takes part in the forwards (its networks are split) does not write; one that is not needed at
-    all gives no ``sample`` and goes on to its next step.
-    """
+    """Every ``every`` steps: sample live and averaged weights on all processes; the main one scores and keeps them."""
 
     def __init__(
         self,
@@ -47,11 +45,9 @@ class ValidationHook:
         folder: Path,
         *,
         every: int,
-        writes: bool = True,
     ) -> None:
         self.handle, self.sample, self.sinks, self.folder = handle, sample, sinks, folder
-        self.every, self.writes = every, writes
-        self.validated = 0
+        self.every, self.validated = every, 0
 
     def due(self, step: int) -> bool:
         """Whether to validate after this step."""
@@ -74,16 +70,16 @@ class ValidationHook:
         """Sample, score, write."""
         if self.sample is None or self.sinks is None:
             return
-        scores = self._look_at("student", self.sample(self.handle.network), step, self.sinks)
+        scores = self._look_at("student", self.sample(self.handle), step, self.sinks)
         if self.handle.ema is not None:
-            with averaged(self.handle) as network:
-                scores |= self._look_at("ema", self.sample(network), step, self.sinks)
+            with averaged(self.handle):
+                scores |= self._look_at("ema", self.sample(self.handle), step, self.sinks)
         if self.sinks.health is not None:
             scores |= self.sinks.health(step)
         self.sinks.log(scores, step)
 
-    def _look_at(self, name: str, videos: Tensor, step: int, sinks: ValidationSinks) -> dict[str, float]:
-        if not self.writes:
+    def _look_at(self, name: str, videos: Tensor | None, step: int, sinks: ValidationSinks) -> dict[str, float]:
+        if videos is None:
             return {}
         sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
         found = sinks.score(videos) if sinks.score is not None else {}

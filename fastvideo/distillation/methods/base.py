@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import PositiveFloat
 from torch import nn
 
-from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
+from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.jvp import JVPMode
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
@@ -96,7 +97,7 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return cls.needs
 
     @classmethod
-    def heads(cls, config: ConfigT, family: VelocityModel) -> Mapping[str, nn.Module]:
+    def heads(cls, config: ConfigT, family: Family) -> Mapping[str, nn.Module]:
         """Networks of the roles that are the method's own and not the family's, such as a loss weight, by role."""
         return {}
 

@@ -15,7 +15,7 @@ from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.noise import Interpolant, add_noise, expand_time
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.inference.loading import load_model
-from fastvideo.inference.sampler import generate_latents
+from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder
 from fastvideo.training.run import run
 
@@ -53,7 +53,7 @@ def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
     model, before = load_model(str(student)), CogVideoXAdapter(cogvideox_config(source)).load_network()
     after = dict(model.network.named_parameters())
     assert not [key for key, value in before.named_parameters() if torch.equal(after[key], value)]
-    latents = generate_latents(model.adapter, model.network, ["a green seven"], model.sampler(), seed=0)
+    latents = sample_latents(model.adapter, model.denoiser, Sampling(["a green seven"], model.sampler(), 0))
     assert latents.shape == (1, 4, 3, 4, 4)
     assert latents.isfinite().all()
 

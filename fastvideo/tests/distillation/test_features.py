@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import Condition, Given, UserError, free_tokens
@@ -131,10 +131,9 @@ def test_held_weights_let_gradient_through_and_keep_none(tiny_wan: Path) -> None
     adapter = family("wan", tiny_wan.parent)
     role = RoleHandle("critic", adapter, adapter.load_network(), trainable=True)
     x_t, t, condition = inputs(adapter)
-    release = role.hold()
-    role.features(x_t, t, condition, (0,))[0].square().sum().backward()
+    with frozen([role]):
+        role.features(x_t, t, condition, (0,))[0].square().sum().backward()
     assert x_t.grad is not None
     assert x_t.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in role.network.parameters())
-    release()
     assert len(role.parameters()) == len(list(role.network.parameters()))

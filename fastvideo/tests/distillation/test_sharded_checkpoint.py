@@ -22,7 +22,7 @@ from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.checkpoint.restore import restore, role_weights
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
 from fastvideo.distillation.engine.ema import EMAHook, averaged
-from fastvideo.distillation.engine.lora import RoleView, add_adapter
+from fastvideo.distillation.engine.lora import AdapterSwitch, add_adapter
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.tests.distillation.parity.worlds import in_world
@@ -71,9 +71,9 @@ class Run:
             add_adapter(network.requires_grad_(False), "student", LoRAConfig(rank=2, targets=("first",)), seed=0)
         if size > 1:
             fully_shard(network, mesh=init_device_mesh("cpu", (size,)))
-        if adapter:
-            network = RoleView(network, "student", None)
-        self.handle = RoleHandle("student", None, network, trainable=True)  # type: ignore[arg-type]
+        switch = AdapterSwitch(network, "student", None) if adapter else None
+        trained = switch.parameters() if switch else None
+        self.handle = RoleHandle("student", None, network, True, select=switch, trained=trained)  # type: ignore[arg-type]
         self.handle.optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
         self.handle.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.handle.optimizer, 0.9)
         self.average = EMAHook([self.handle], 0.5)

@@ -14,7 +14,7 @@ from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.inference.export_source import find_source, load_source
 from fastvideo.inference.loading import load_model
-from fastvideo.inference.sampler import generate_latents
+from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.tests.inference.exporting import export
 from fastvideo.training.run import run
 
@@ -51,7 +51,9 @@ def test_the_student_of_a_run_is_a_flow_map_with_its_sampler_and_its_head(finish
     model = load_model(str(finished / "student"))
     assert has_head(model.network)
     assert bool(model.network.get_parameter("flow_map_head.last.weight").any()), "it was trained"
-    by_steps = {n: generate_latents(model.adapter, model.network, PROMPTS, model.sampler(n), seed=1) for n in (1, 3)}
+    by_steps = {
+        n: sample_latents(model.adapter, model.denoiser, Sampling(PROMPTS, model.sampler(n), 1)) for n in (1, 3)
+    }
     assert all(bool(x.isfinite().all()) for x in by_steps.values())
     assert not torch.equal(by_steps[1], by_steps[3])
 

@@ -14,11 +14,12 @@ import torch
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.builder import load_adapter
 from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import LoadedModel, families, load_model
-from fastvideo.inference.sampler import SampleNoise, SamplerSpec, generate_latents
+from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.tiny.pipeline import PIPELINE_FOLDER
 
 LADDER = [1.0, 0.75, 0.5, 0.25]
@@ -47,9 +48,9 @@ def test_an_euler_student_walks_its_own_ladder_by_euler() -> None:
     assert (spec.kind, spec.times, spec.guidance) == ("euler", (1.0, 0.6, 0.2), 1.0)
     adapter, prompts = student.adapter, ["0.5", "-1"]
     condition = adapter.encode_prompts(prompts)
-    noise = SampleNoise(7, range(2), adapter.device).draw(adapter.latent_shape)
+    noise = SampleNoise(prompt_seeds(7, prompts), adapter.device).draw(adapter.latent_shape)
     expected = euler(lambda x, t: adapter.velocity(student.network, x, t, condition), noise, (1.0, 0.6, 0.2))
-    torch.testing.assert_close(generate_latents(adapter, student.network, prompts, spec, seed=7), expected)
+    torch.testing.assert_close(sample_latents(adapter, student.denoiser, Sampling(prompts, spec, 7)), expected)
 
 
 def test_a_flow_map_jumps_in_any_number_of_steps() -> None:

@@ -94,7 +94,7 @@ def _from_checkpoint(handle: RoleHandle, folder: Path, origin: Origin, processes
 
 
 def _from_network(handle: RoleHandle, network: nn.Module) -> None:
-    own, given = handle.network.state_dict(), network.state_dict()
+    own, given = _whole(handle), network.state_dict()
     stored = {name: Stored(str(value.dtype), tuple(value.shape), ()) for name, value in given.items()}
     _check_fit(own, stored, "the model")
     with torch.no_grad():
@@ -108,7 +108,11 @@ def _from_network(handle: RoleHandle, network: nn.Module) -> None:
 
 
 def _own(handle: RoleHandle) -> dict[str, Tensor]:
-    return handle.tensors() if handle.trainable else handle.network.state_dict()
+    return handle.tensors() if handle.trainable else _whole(handle)
+
+
+def _whole(handle: RoleHandle) -> dict[str, Tensor]:
+    return handle.tensors() if handle.shares_network else handle.network.state_dict()
 
 
 def _check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], what: str) -> None:

@@ -181,6 +181,27 @@ def from_main(value: int, processes: Processes) -> int:
     return int(shared)
 
 
+def gather_to_main(values: Tensor, processes: Processes) -> Tensor | None:
+    """Equally long parts ``[n, ...]`` of all data ranks as ``[data_size, n, ...]`` on the main process, on the host.
+
+    ``None`` on all others; every process takes part.
+    """
+    own = values.cpu().contiguous()
+    if not dist.is_initialized():
+        return own[None]
+    parts = [torch.empty_like(own) for _ in range(processes.world_size)] if processes.is_main else None
+    dist.gather(own, parts)
+    return torch.stack(parts[:: processes.context]) if parts is not None else None
+
+
+def spread_from_main(values: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """The main process's float32 values on all processes, on the host; the others pass ``None``."""
+    own = torch.empty(tuple(shape)) if values is None else values.float().cpu().contiguous()
+    if dist.is_initialized():
+        dist.broadcast(own, src=0)
+    return own
+
+
 def average(values: Tensor) -> Tensor:
     """Mean over processes, in place."""
     if dist.is_initialized():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastvideo.distillation.engine.lora import select, selected
+from fastvideo.distillation.engine.lora import adapted_layers, select, selected
 
 Recompute = Literal["full", "selective"]
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
@@ -53,12 +53,17 @@ def checkpointed(kind: Recompute) -> Callable[..., Any]:
     if kind == "selective":
         options["context_fn"] = _selective
 
+    layers_of: dict[nn.Module, list[Any]] = {}
+
     def call(block: nn.Module, *args: Any) -> Any:
-        adapter = selected(block)
+        if block not in layers_of:
+            layers_of[block] = adapted_layers(block)
+        layers = layers_of[block]
+        adapter = selected(layers)
 
         def compute(*inputs: Any) -> Any:
             # In backward another role's adapter may be on: recompute with the one that forward saw.
-            select(block, adapter)
+            select(layers, adapter)
             return block(*inputs)
 
         return checkpoint(compute, *args, **options)

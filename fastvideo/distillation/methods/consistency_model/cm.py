@@ -27,7 +27,7 @@ from fastvideo.distillation.methods.consistency_model.discrete import (
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
-from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, Condition, RoleLoss
 
 
 class CMConfig(MethodConfig):
@@ -94,13 +94,11 @@ class CMMethod(DistillMethod[CMConfig]):
         return {"student": OptimizerConfig(kind=config.optimizer, **config.model_dump(include=set(names)))}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        if batch.x0 is None:
-            raise UserError("a consistency model needs latents: give it a data source with videos, not prompts alone")
-        noise, (t, r) = self.rng.normal_like(batch.x0), self.times(len(batch))
-        x_t = add_noise(batch.x0, noise, t)
+        noise, (t, r) = self.rng.normal_like(batch.latents), self.times(len(batch))
+        x_t = add_noise(batch.latents, noise, t)
         with torch.no_grad():
-            x_r = add_noise(batch.x0, noise, r) if self.teacher is None else self.teacher_step(x_t, t, r, batch)
-            target = self.consistency(x_r, r, batch.condition).where(expand_time(r, x_r) > 0, batch.x0)
+            x_r = add_noise(batch.latents, noise, r) if self.teacher is None else self.teacher_step(x_t, t, r, batch)
+            target = self.consistency(x_r, r, batch.condition).where(expand_time(r, x_r) > 0, batch.latents)
         estimate = self.consistency(x_t, t, batch.condition)
         ratio = torch.tensor(self.ratio)
         self.samples_seen += len(batch)

@@ -22,7 +22,7 @@ from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.tangent import mean_velocity_target, unit_rms
-from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, UserError, free_means
+from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, free_means
 
 
 class MeanFlowConfig(DerivativeConfig):
@@ -98,18 +98,15 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
         return cls.needs if config.jvp == "autodiff" else cls.needs - {"jvp"}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        if batch.x0 is None:
-            raise UserError("MeanFlow needs latents: give it a data source with videos, not prompts alone")
         t, r = self.times(len(batch))
-        noise = self.rng.normal_like(batch.x0)
+        noise = self.rng.normal_like(batch.latents)
         warmup = min(1.0, step / self.config.tangent_warmup_steps) if self.config.tangent_warmup_steps else 1.0
         yield self.student_loss(batch, noise, t, r, warmup)
 
     def student_loss(self, batch: Batch, noise: Tensor, t: Tensor, r: Tensor, warmup: float = 1.0) -> RoleLoss:
         """Regress the mean velocity to what its own derivative says it should be (MeanFlow eq. 9 to 11, 22)."""
-        assert batch.x0 is not None
-        x_t = add_noise(batch.x0, noise, t)
-        velocity, condition = self.velocity(batch, x_t, noise, t)
+        x_t = add_noise(batch.latents, noise, t)
+        velocity, condition = self.flow(batch, x_t, noise, t)
         u = partial(self.student.velocity, condition=condition, r=r)
         slope = warmup * self.derivative(u, x_t, t, velocity, torch.ones_like(t), floor=r)
         mean = u(x_t, t)
@@ -123,13 +120,12 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
         return RoleLoss("student", loss.mean(), {"error_rms": squares.mean().sqrt()})
 
     @torch.no_grad()
-    def velocity(self, batch: Batch, x_t: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Condition]:
+    def flow(self, batch: Batch, x_t: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Condition]:
         """The flow's velocity for target and derivative alike, and the condition that the student gets."""
         if "teacher" in self.bundle:
             guided = self.bundle["teacher"].guided_velocity
             return guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance), batch.condition
-        assert batch.x0 is not None
-        plain, keep = velocity_target(batch.x0, noise), self.rng.uniform(len(batch)) >= self.config.caption_dropout
+        plain, keep = velocity_target(batch.latents, noise), self.rng.uniform(len(batch)) >= self.config.caption_dropout
         condition = batch.condition.where(keep, batch.negative)
         w, k = self.config.mixture
         if (w, k) == (1.0, 0.0):

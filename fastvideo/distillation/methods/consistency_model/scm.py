@@ -15,15 +15,16 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.jvp import derivative
 from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.tangent import consistency_error, trig_field
-from fastvideo.distillation.types import Batch, Need, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 LOSS_WEIGHT = "loss_weight"
 FREQUENCIES = 4
@@ -100,14 +101,12 @@ class SCMMethod(DistillMethod[SCMConfig]):
         return cls.needs if config.jvp == "autodiff" else frozenset()
 
     @classmethod
-    def heads(cls, config: SCMConfig, family: VelocityModel) -> Mapping[str, nn.Module]:
+    def heads(cls, config: SCMConfig, family: Family) -> Mapping[str, nn.Module]:
         return {LOSS_WEIGHT: LossWeight()}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         """The student's loss, then that of its weight on the same errors (sCM eq. 8, split into its two gradients)."""
-        if batch.x0 is None:
-            raise UserError("sCM needs latents: give it a data source with videos, not prompts alone")
-        angle, noise = self.angles(len(batch)), self.rng.normal_like(batch.x0)
+        angle, noise = self.angles(len(batch)), self.rng.normal_like(batch.latents)
         tangent, error = self.tangent_and_error(batch, angle, noise, min(1.0, step / self.config.tangent_warmup_steps))
         weight, prior = self.weight(angle), 1 / angle.tan()
         rms = batch.mean(tangent.square()).sqrt()
@@ -116,10 +115,9 @@ class SCMMethod(DistillMethod[SCMConfig]):
 
     def tangent_and_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
         """The tangent before it is normalised, and the error ``[B]`` whose gradient moves ``F`` by it."""
-        assert batch.x0 is not None
         cos, sin = expand_time(angle.cos(), noise), expand_time(angle.sin(), noise)
-        x = cos * batch.x0 + sin * noise
-        flow = self.flow(batch, x, angle) if "teacher" in self.bundle else cos * noise - sin * batch.x0
+        x = cos * batch.latents + sin * noise
+        flow = self.flow(batch, x, angle) if "teacher" in self.bundle else cos * noise - sin * batch.latents
         field = trig_field(partial(self.student.velocity, condition=batch.condition))
         constant, given = self.config.tangent_constant, batch.condition.given
         return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given)

@@ -13,24 +13,23 @@ from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, few_step
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Condition, Given, RoleLoss, UserError, free_means
+from fastvideo.distillation.types import Batch, Given, RoleLoss, UserError, free_means
 
 
 @runtime_checkable
-class _DMD2Adapter(Protocol):
-    """All that DMD2 asks of a model family."""
-
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+class _DMD2Adapter(Family, Protocol):
+    """All that DMD2 asks of a model family: its velocity, and the negative prompt's condition."""
 
     def ensure_negative_conditioning(self) -> None: ...
 
@@ -79,10 +78,10 @@ class DMD2Method(DistillMethod[DMD2Config]):
             x0 = self.rollout(batch)
             yield self.student_loss(x0, batch)
             x0 = x0.detach()
-        yield from self.follow(x0, batch)
+        yield from self.critic_losses(x0, batch)
 
-    def follow(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
-        """What learns from the student's sample ``x0``, detached, on every step."""
+    def critic_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
+        """Losses on the student's sample ``x0``, detached, on every step."""
         yield self.critic_loss(x0, batch)
 
     def rollout(self, batch: Batch) -> Tensor:
@@ -92,41 +91,43 @@ class DMD2Method(DistillMethod[DMD2Config]):
             stop = self.rng.shared_index(len(self.ladder))
             velocity = partial(self.student.velocity, condition=batch.condition)
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
-        if batch.x0 is None:
-            raise UserError("DMD2 with rollout 'data' needs latents; use rollout 'simulate' with prompts alone")
         times = torch.tensor(self.ladder.times, dtype=torch.float32, device=noise.device)
         t = times[self.rng.index(len(batch), len(self.ladder))]
-        return self.student.x0(add_noise(batch.x0, noise, t), t, batch.condition)
+        return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Match the teacher at drawn noise levels."""
         with torch.no_grad():
-            x_t, t, _ = self.noised(x0)
+            x_t, t, _ = self.renoise_sample(x0)
             fake = self.critic.x0(x_t, t, batch.condition)
-        return self.match(x0, batch, x_t, t, fake)
+        return self.dmd_loss(x0, batch, x_t, t, fake)
 
-    def match(self, x0: Tensor, batch: Batch, x_t: Tensor, t: Tensor, fake: Tensor) -> RoleLoss:
+    def dmd_loss(self, x0: Tensor, batch: Batch, x_t: Tensor, t: Tensor, fake: Tensor) -> RoleLoss:
         """Put the DMD gradient on ``x0``: ``d loss / d x0 = gradient / numel`` (DMD eq. 7)."""
         with torch.no_grad():
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
-            gradient = dmd_gradient(x0, real=real, fake=fake, given=batch.condition.given)
+            gradient = self.gradient(x0, real, fake, batch)
         loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
         return RoleLoss("student", loss, {"dmd_gradient_rms": batch.mean(gradient.square()).sqrt()})
 
+    def gradient(self, x0: Tensor, real: Tensor, fake: Tensor, batch: Batch) -> Tensor:
+        """DMD gradient ``[B, C, F, H, W]`` of the clean estimates ``real`` and ``fake``; variants override it."""
+        return dmd_gradient(x0, real=real, fake=fake, given=batch.condition.given)
+
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Flow matching on the student's samples, conditional only."""
-        x_t, t, target = self.noised(x0)
+        x_t, t, target = self.renoise_sample(x0)
         u = self.critic.velocity(x_t, t, batch.condition)
         return RoleLoss("critic", batch.mean((u - target).square()))
 
     def joint_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
         """Both losses from one call of the critic, whose graph waits until the student's backward is over."""
-        x_t, t, target = self.noised(x0.detach())
+        x_t, t, target = self.renoise_sample(x0.detach())
         u = self.critic.velocity(x_t, t, batch.condition)
-        yield self.match(x0, batch, x_t, t, velocity_to_x0(x_t, u.detach(), t))
+        yield self.dmd_loss(x0, batch, x_t, t, velocity_to_x0(x_t, u.detach(), t))
         yield RoleLoss("critic", batch.mean((u - target).square()))
 
-    def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def renoise_sample(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sample at drawn noise levels, those levels, and the velocity there."""
         t, noise = self.score_times(len(x0)), self.rng.normal_like(x0)
         return add_noise(x0, noise, t), t, velocity_target(x0, noise)

@@ -1,27 +1,28 @@
 """DMD2 with its adversarial term (arXiv 2405.14867, section 4.3): real data corrects what the teacher does not know.
 
 The student's adversarial term reuses the call that its DMD gradient makes of the backbone, so it adds a backward
-through it and no further call. Heads and backbone are held from before that call until its backward is over.
+through it and no further call. Heads and backbone are frozen in that call and in its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig
-from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method, dmd_gradient
+from fastvideo.distillation.denoiser import Family
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, RoleLoss
 
 
 class DMD2GANConfig(AdversaryConfig, DMD2Config):
@@ -50,7 +51,6 @@ class DMD2GANMethod(DMD2Method):
     def __init__(self, config: DMD2GANConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
         self.adversary = Adversary(config, bundle[config.features_of], bundle["discriminator"], rng)
-        self.release: Callable[[], None] = lambda: None
 
     @classmethod
     def optimizers(cls, config: DMD2Config) -> Mapping[str, OptimizerConfig]:
@@ -60,7 +60,7 @@ class DMD2GANMethod(DMD2Method):
         return {**options, "discriminator": options["critic"].model_copy(update=rate)}
 
     @classmethod
-    def heads(cls, config: DMD2Config, family: VelocityModel) -> Mapping[str, nn.Module]:
+    def heads(cls, config: DMD2Config, family: Family) -> Mapping[str, nn.Module]:
         assert isinstance(config, DMD2GANConfig)
         return {"discriminator": Adversary.build(config, family.feature_widths)}
 
@@ -73,19 +73,17 @@ class DMD2GANMethod(DMD2Method):
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """The DMD gradient, weighted per sample, plus the adversarial term at the same noised sample."""
-        self.release = self.adversary.hold()
         t = self.score_times(len(batch))
         x_t = add_noise(x0, self.rng.normal_like(x0), t)
-        real, fake, logits = self.look(x_t, t, batch)
-        gradient = self.weights(logits, t) * dmd_gradient(
-            x0.detach(), real=real, fake=fake, given=batch.condition.given
-        )
+        with self.adversary.frozen():
+            real, fake, logits = self.score_and_features(x_t, t, batch)
+        gradient = self.weights(logits, t) * self.gradient(x0.detach(), real, fake, batch)
         dmd = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
         gan = generator_loss(logits, self.config.gan_loss)
         metrics = {"dmd_gradient_rms": batch.mean(gradient.square()).sqrt(), "gan_loss": gan.detach()}
-        return RoleLoss("student", dmd + self.config.gan_weight * gan, metrics)
+        return RoleLoss("student", dmd + self.config.gan_weight * gan, metrics, frozen=self.adversary.roles)
 
-    def look(self, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def score_and_features(self, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Clean estimates of teacher (guided) and critic, without gradient, and logits ``[B, taps]`` with it."""
         condition, negative, taps = batch.condition, batch.negative, self.adversary.taps
         guidance = self.config.teacher_guidance
@@ -103,14 +101,11 @@ class DMD2GANMethod(DMD2Method):
         """Weight of each sample's DMD gradient, ``[B, 1, 1, 1, 1]``: one, for the reverse KL."""
         return torch.ones_like(t).view(-1, 1, 1, 1, 1)
 
-    def follow(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
+    def critic_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
         """The critic, then the discriminator, on the student's sample."""
-        self.release()
-        yield from super().follow(x0, batch)
+        yield from super().critic_losses(x0, batch)
         yield self.discriminator_loss(x0, batch)
 
     def discriminator_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Real latents of the batch against the student's sample, at score times of its own."""
-        if batch.x0 is None:
-            raise UserError("a discriminator needs real samples: give the run a data source with videos")
-        return self.adversary.loss(x0, batch.x0, self.score_times(len(batch)), batch.condition)
+        return self.adversary.loss(x0, batch.latents, self.score_times(len(batch)), batch.condition)

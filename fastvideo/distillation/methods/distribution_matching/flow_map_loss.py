@@ -19,7 +19,7 @@ from fastvideo.distillation.noise import add_noise, expand_time, shift_time, vel
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.tangent import mean_velocity_target
-from fastvideo.distillation.types import Batch, UserError, free_means
+from fastvideo.distillation.types import Batch, free_means
 
 
 class FlowMapLossConfig(DerivativeConfig):
@@ -58,11 +58,9 @@ class FlowMapLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The scalar loss of a batch at times of its own."""
-        if batch.x0 is None:
-            raise UserError("AnyFlow needs latents: give it a data source with videos, not prompts alone")
         t, r = self.times(len(batch))
         keep = self.rng.uniform(len(batch)) >= self.config.caption_dropout
-        losses = self.per_sample(batch, self.rng.normal_like(batch.x0), t, r, keep)
+        losses = self.per_sample(batch, self.rng.normal_like(batch.latents), t, r, keep)
         return (balanced(losses, r == t) if self.config.balance else losses).mean()
 
     def per_sample(self, batch: Batch, noise: Tensor, t: Tensor, r: Tensor, keep: Tensor) -> Tensor:
@@ -72,10 +70,9 @@ class FlowMapLoss:
         ``v = noise - x0``: ``u(c)`` then is the guided velocity. Where ``keep`` is false the caption is dropped, and
         with it the guidance.
         """
-        assert batch.x0 is not None
         g, condition = self.config.fused_guidance, batch.condition.where(keep, batch.negative)
         share = expand_time(torch.full_like(t, 1 / g).where(keep, 1.0), noise)
-        x_t, v = add_noise(batch.x0, noise, t), velocity_target(batch.x0, noise)
+        x_t, v = add_noise(batch.latents, noise, t), velocity_target(batch.latents, noise)
         u = partial(self.student.velocity, condition=condition, r=r)
         slope = self.derivative(u, x_t, t, v, torch.ones_like(t), floor=r)
         prediction = u(x_t, t)

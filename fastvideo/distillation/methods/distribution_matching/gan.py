@@ -6,7 +6,8 @@ another role, the backbone, has of them. Methods put these parts together; none 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.noise import add_noise
@@ -79,15 +80,14 @@ class Adversary:
         """The discriminator's network for a backbone with these token widths."""
         return Discriminator([widths[tap] for tap in taps_at(config.feature_depths, len(widths))], config.head_width)
 
-    def hold(self) -> Callable[[], None]:
-        """Freeze heads and backbone until the returned function is called: see :meth:`RoleHandle.hold`."""
-        releases = [role.hold() for role in (self.heads, self.backbone)]
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Names of the roles that the student's adversarial loss leaves alone: heads and backbone."""
+        return self.heads.name, self.backbone.name
 
-        def release() -> None:
-            for one in releases:
-                one()
-
-        return release
+    def frozen(self) -> AbstractContextManager[None]:
+        """Freeze heads and backbone inside: gradient flows through them and not to them."""
+        return frozen((self.heads, self.backbone))
 
     def logits(self, features: Sequence[Tensor], t: Tensor, condition: Condition) -> Tensor:
         """``[B, taps]``."""

@@ -15,8 +15,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from fastvideo.distillation.bundle import ModelBundle, VelocityModel
+from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig, TimeRange
+from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.methods.distribution_matching.rungs import RungConfig, Rungs
@@ -24,7 +25,7 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import euler, few_step
 from fastvideo.distillation.schedule import Guidance, Ladder
-from fastvideo.distillation.types import Batch, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, RoleLoss
 
 
 class LADDConfig(RungConfig, AdversaryConfig):
@@ -84,7 +85,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         return {role: OptimizerConfig.model_validate({"learning_rate": rate, **shared}) for role, rate in rates.items()}
 
     @classmethod
-    def heads(cls, config: LADDConfig, family: VelocityModel) -> Mapping[str, nn.Module]:
+    def heads(cls, config: LADDConfig, family: Family) -> Mapping[str, nn.Module]:
         return {"discriminator": Adversary.build(config, family.feature_widths)}
 
     @classmethod
@@ -97,9 +98,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         """The student's turn, or the discriminator's."""
         if "student" in self.active_roles(step):
-            release = self.adversary.hold()
             yield self.student_loss(self.rollout(batch, step), batch)
-            release()
         else:
             real = self.real(batch)
             with torch.no_grad():
@@ -115,9 +114,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
             )
             times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
             return euler(velocity, self.rng.normal(batch.shape), times)
-        if batch.x0 is None:
-            raise UserError("LADD needs real samples: data with videos, or real_samples: teacher with prompts alone")
-        return batch.x0
+        return batch.latents
 
     def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
         """The student's clean sample; one call carries gradient, at a rung drawn by the shares of the step."""
@@ -133,10 +130,11 @@ class LADDMethod(DistillMethod[LADDConfig]):
         """Look real, at a noise level of its own for every sample."""
         t = self.times(len(x0))
         x_t = add_noise(x0, self.rng.normal_like(x0), t)
-        logits = self.adversary.logits(
-            self.teacher.features(x_t, t, batch.condition, self.adversary.taps), t, batch.condition
-        )
-        return RoleLoss("student", generator_loss(logits, self.config.gan_loss))
+        with self.adversary.frozen():
+            features = self.teacher.features(x_t, t, batch.condition, self.adversary.taps)
+            logits = self.adversary.logits(features, t, batch.condition)
+        loss = generator_loss(logits, self.config.gan_loss)
+        return RoleLoss("student", loss, frozen=self.adversary.roles)
 
     def times(self, count: int) -> Tensor:
         """Logit-normal noise levels ``[count]``, clamped."""

@@ -29,7 +29,7 @@ from fastvideo.distillation.tangent import (
     sample_warmup_tangent,
     trig_field,
 )
-from fastvideo.distillation.types import Batch, Need, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 
 class RCMConfig(DMD2Config, DerivativeConfig):
@@ -101,18 +101,15 @@ class RCMMethod(DMD2Method):
 
     def consistency_loss(self, batch: Batch, step: int) -> RoleLoss:
         """sCM along the guided teacher's flow, with a constant weight instead of a learned one."""
-        if batch.x0 is None:
-            raise UserError("rCM needs latents: give it a data source with videos, not prompts alone")
         warmup = min(1.0, step / self.config.tangent_warmup_steps) if self.config.tangent_warmup_steps else 1.0
-        drawn = self.angles(len(batch)), self.rng.normal_like(batch.x0)
+        drawn = self.angles(len(batch)), self.rng.normal_like(batch.latents)
         tangent, error = self.consistency_error(batch, *drawn, warmup)
         metrics = {"tangent_rms": batch.mean(tangent.square()).sqrt()}
         return RoleLoss("student", self.config.consistency_weight * error.mean(), metrics)
 
     def consistency_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
         """The tangent before it is normalised, and the squared error ``[B]``."""
-        assert batch.x0 is not None
-        x = expand_time(angle.cos(), noise) * batch.x0 + expand_time(angle.sin(), noise) * noise
+        x = expand_time(angle.cos(), noise) * batch.latents + expand_time(angle.sin(), noise) * noise
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             conditions = (batch.condition, batch.negative)

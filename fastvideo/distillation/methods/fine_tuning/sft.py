@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, TimeRange
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
-from fastvideo.distillation.types import Batch, Condition, RoleLoss, UserError
+from fastvideo.distillation.types import Batch, Condition, RoleLoss
 
 
 class SFTConfig(MethodConfig):
@@ -70,12 +70,10 @@ class SFTMethod(DistillMethod[SFTConfig]):
         return {"student": OptimizerConfig.model_validate(config.model_dump(include=set(names)))}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        if batch.x0 is None:
-            raise UserError("SFT needs latents: give it a data source with videos, not prompts alone")
-        noise, t = self.rng.normal_like(batch.x0), self.times(len(batch))
-        x_t = add_noise(batch.x0, noise, t)
+        noise, t = self.rng.normal_like(batch.latents), self.times(len(batch))
+        x_t = add_noise(batch.latents, noise, t)
         u = self.bundle["student"].velocity(x_t, t, self.dropped(batch))
-        error = (u - velocity_target(batch.x0, noise)).square()
+        error = (u - velocity_target(batch.latents, noise)).square()
         yield RoleLoss("student", batch.mean(expand_time(self.weight(t), error) * error))
 
     def times(self, count: int) -> Tensor:

@@ -256,7 +256,7 @@ def test_depths_are_blocks_whatever_their_number() -> None:
 
 def test_real_samples_are_asked_for(adapter: SpyAdapter) -> None:
     assert DMD2GANMethod.uses_latents(DMD2GANConfig())
-    with pytest.raises(UserError, match="real samples"):
+    with pytest.raises(UserError, match="clean latents"):
         list(method_of(adapter).losses(analytic_batch(adapter, 4, latents=False), 1))
 
 

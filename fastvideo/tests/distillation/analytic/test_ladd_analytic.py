@@ -183,7 +183,7 @@ def test_the_teachers_own_guided_samples_can_be_the_real_ones() -> None:
 
 def test_real_samples_of_the_data_are_asked_for(adapter: SpyAdapter) -> None:
     assert LADDMethod.uses_latents(LADDConfig())
-    with pytest.raises(UserError, match="real_samples: teacher"):
+    with pytest.raises(UserError, match="clean latents"):
         list(method_of(adapter).losses(analytic_batch(adapter, 4, latents=False), 1))
 
 
