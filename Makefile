@@ -67,7 +67,7 @@ demo: $(READY) ## distil, evaluate and write outputs/demo/report.html
 	$(BIN)/python -m fastvideo.demo $(DEMO_ARGS)
 
 tiny: $(READY) ## rebuild the embedded weights from nothing into TINY_OUT
-	$(BIN)/python -m fastvideo.tiny.build --out $(TINY_OUT)
+	$(BIN)/python -m tools.tiny_world --out $(TINY_OUT)
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

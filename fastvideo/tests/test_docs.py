@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 RECIPE = "examples/distillation/tiny_wan_dmd2.yaml"
 EXTERNAL = ("http://", "https://", "mailto:")
-OURS = ("examples/", "fastvideo/", "docs/", "constraints/")
+OURS = ("examples/", "fastvideo/", "tools/", "docs/", "constraints/")
 
 
 @dataclass(frozen=True)
