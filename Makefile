@@ -15,10 +15,11 @@ TINY_OUT ?= outputs/tiny_weights
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+DOCS_READY := $(VENV)/.docs-installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-eightbit lint format types contracts docs-check check demo tiny clean
+.PHONY: help venv test test-slow test-eightbit lint format types contracts docs docs-check layers check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,16 @@ types: $(READY) ## mypy --strict on the library's core
 contracts: $(READY) ## who may import whom
 	$(BIN)/lint-imports --no-cache
 
+$(DOCS_READY): $(READY)
+	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY) ## build the pages into site/; a broken link or a page outside the navigation fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+layers: $(READY) ## draw the layers in docs/architecture.md anew from the code
+	$(BIN)/python -m tools.layers
+
 docs-check: $(READY) ## run the code in the docs, check its commands and links
 	$(BIN)/python -m pytest -q fastvideo/tests/test_docs.py
 
@@ -67,7 +78,7 @@ demo: $(READY) ## distil, evaluate and write outputs/demo/report.html
 	$(BIN)/python -m fastvideo.demo $(DEMO_ARGS)
 
 tiny: $(READY) ## rebuild the embedded weights from nothing into TINY_OUT
-	$(BIN)/python -m fastvideo.tiny.build --out $(TINY_OUT)
+	$(BIN)/python -m tools.tiny_world --out $(TINY_OUT)
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

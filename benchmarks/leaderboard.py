@@ -34,7 +34,7 @@ from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.loading import load_recipe
-from fastvideo.tiny.pipeline import PIPELINE_FOLDER
+from fastvideo.tiny.paths import PIPELINE_FOLDER
 
 RECIPES = Path("examples/distillation")
 TEACHER_WEIGHTS = PIPELINE_FOLDER / "transformer" / "diffusion_pytorch_model.safetensors"

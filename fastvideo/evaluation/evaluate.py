@@ -22,7 +22,7 @@ from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, Sampling, sample_batches, sample_latents
 from fastvideo.tiny.classifier import WEIGHTS_NAME
-from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER
+from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import SIZE
 
 DECODE_UNITS = 2

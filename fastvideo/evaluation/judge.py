@@ -17,7 +17,7 @@ from fastvideo.evaluation.metrics import accuracies, diversity, frechet_estimate
 from fastvideo.evaluation.statistics import Estimate, resample_counts
 from fastvideo.inference.progress import PatientBar
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER
+from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import FRAMES, SIZE, Split, TinyWorld
 
 REFERENCE_VIDEOS = 2048

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 RECIPE = "examples/distillation/tiny_wan_dmd2.yaml"
 EXTERNAL = ("http://", "https://", "mailto:")
-OURS = ("examples/", "fastvideo/", "docs/", "constraints/")
+OURS = ("examples/", "fastvideo/", "tools/", "docs/", "constraints/")
 
 
 @dataclass(frozen=True)
@@ -171,3 +171,16 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+def package_folders() -> list[Path]:
+    """The folders of the package that hold code; of the tests the topmost alone."""
+    tests = ROOT / "fastvideo" / "tests"
+    folders = {source.parent for source in (ROOT / "fastvideo").rglob("*.py")}
+    return sorted(folder for folder in folders if tests not in folder.parents)
+
+
+@pytest.mark.parametrize("folder", package_folders(), ids=name_of)
+def test_folder_has_readme(folder: Path) -> None:
+    """Each says on one screen what is here, where to start and what may not come in."""
+    assert 5 <= len((folder / "README.md").read_text(encoding="utf-8").splitlines()) <= 15

@@ -22,7 +22,7 @@ from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import load_recipe
 from fastvideo.tests.evaluation.test_metrics import ISSUE_KEYS
-from fastvideo.tiny.pipeline import PIPELINE_FOLDER
+from fastvideo.tiny.paths import PIPELINE_FOLDER
 
 LADDER = (1.0, 0.75, 0.5, 0.25)
 

@@ -20,7 +20,7 @@ from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import LoadedModel, families, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
-from fastvideo.tiny.pipeline import PIPELINE_FOLDER
+from fastvideo.tiny.paths import PIPELINE_FOLDER
 
 LADDER = [1.0, 0.75, 0.5, 0.25]
 MODEL = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}

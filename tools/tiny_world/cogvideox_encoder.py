@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.inference.progress import tracked
-from fastvideo.tiny.cogvideox_recipe import CogVideoXVaeRecipe
-from fastvideo.tiny.cogvideox_vae import build_vae, kernels
-from fastvideo.tiny.train_vae import split_optimizers, use_channels_last, warmed_cosine
-from fastvideo.tiny.vae import CHANNELS, encode_moments
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world.cogvideox_recipe import CogVideoXVaeRecipe
+from tools.tiny_world.cogvideox_vae import build_vae, kernels
+from tools.tiny_world.train_vae import split_optimizers, use_channels_last, warmed_cosine
+from tools.tiny_world.vae import CHANNELS, encode_moments
 
 
 def train_encoder(recipe: CogVideoXVaeRecipe) -> tuple[AutoencoderKLCogVideoX, float]:

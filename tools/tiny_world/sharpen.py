@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fastvideo.inference.progress import tracked
-from fastvideo.tiny.recipe import SharpenRecipe
-from fastvideo.tiny.train_vae import WAN, Vae, VaeKind, ink_error, split_optimizers, warmed_cosine
-from fastvideo.tiny.vae import encode_moments
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world.recipe import SharpenRecipe
+from tools.tiny_world.train_vae import WAN, Vae, VaeKind, ink_error, split_optimizers, warmed_cosine
+from tools.tiny_world.vae import encode_moments
 
 DECODER = ("decoder.", "post_quant_conv.")
 

@@ -1,24 +1,22 @@
-"""The recipe rebuilds every part, and cached latents are never stale."""
+"""The recipe rebuilds every part."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.tiny.build import build
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.latents import cache_key, cached_latents
-from fastvideo.tiny.muon import orthogonalise
-from fastvideo.tiny.recipe import ClassifierRecipe, SharpenRecipe, TinyRecipe, VaeRecipe
-from fastvideo.tiny.sharpen import decoder_loss, sharpen_decoder
-from fastvideo.tiny.train_vae import WAN, train_vae
-from fastvideo.tiny.vae import build_vae, encode_moments
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world.build import build
+from tools.tiny_world.muon import orthogonalise
+from tools.tiny_world.recipe import ClassifierRecipe, SharpenRecipe, TinyRecipe, VaeRecipe
+from tools.tiny_world.sharpen import decoder_loss, sharpen_decoder
+from tools.tiny_world.train_vae import WAN, train_vae
+from tools.tiny_world.vae import build_vae, encode_moments
 
 SHORT = SharpenRecipe(steps=2, batch_size=2, warm_up=1)
 SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
@@ -63,40 +61,3 @@ def test_muon_orthogonalises() -> None:
 @pytest.fixture
 def small_vae() -> AutoencoderKLWan:
     return build_vae(SMALL).eval().requires_grad_(False)
-
-
-@dataclass
-class Codec:
-    """The small VAE as the latent codec of a model family."""
-
-    vae: AutoencoderKLWan
-    codec_key: str = "first"
-
-    def encode(self, videos: torch.Tensor) -> torch.Tensor:
-        return encode_moments(self.vae, videos)[0]
-
-
-def test_latents_are_encoded_once_and_read_back(small_vae: AutoencoderKLWan, tmp_path: Path) -> None:
-    codec = Codec(small_vae)
-    first = cached_latents(codec, n=5, seed=1, folder=tmp_path)
-    again = cached_latents(codec, n=5, seed=1, folder=tmp_path)
-    world = TinyWorld("train").sample(5, seed=1)
-    assert torch.equal(first.latents, codec.encode(world.videos))
-    assert torch.equal(first.latents, again.latents)
-    assert first.captions == again.captions == world.captions
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_another_codec_or_draw_has_another_key(small_vae: AutoencoderKLWan) -> None:
-    codec = Codec(small_vae)
-    key = cache_key(codec, 5, 1, "train")
-    assert key == cache_key(codec, 5, 1, "train")
-    others = [cache_key(codec, 6, 1, "train"), cache_key(codec, 5, 2, "train"), cache_key(codec, 5, 1, "heldout")]
-    assert key not in [*others, cache_key(Codec(small_vae, "second"), 5, 1, "train")]
-
-
-def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
-    first, second = (WanAdapter(WanConfig(path="tiny")) for _ in range(2))
-    with torch.no_grad():
-        second.vae.quant_conv.bias += 1e-3
-    assert first.codec_key != second.codec_key

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from torch import nn
 
-from fastvideo.tiny.cogvideox_recipe import CogVideoXVaeRecipe
-from fastvideo.tiny.vae import CHANNELS, LOG_VARIANCE_START
+from tools.tiny_world.cogvideox_recipe import CogVideoXVaeRecipe
+from tools.tiny_world.vae import CHANNELS, LOG_VARIANCE_START
 
 BLOCKS = 1  # residual blocks per resolution of the encoder; the decoder has one more
 

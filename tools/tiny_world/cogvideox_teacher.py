@@ -23,11 +23,11 @@ from fastvideo.distillation.noise import add_noise, shift_time
 from fastvideo.distillation.types import Condition
 from fastvideo.inference.progress import tracked
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of
-from fastvideo.tiny.cogvideox_recipe import CogVideoXRecipe, ImitationRecipe
-from fastvideo.tiny.cogvideox_start import start_from_wan
 from fastvideo.tiny.latents import LatentSet, cached_latents
-from fastvideo.tiny.teacher import install_network
-from fastvideo.tiny.train_vae import warmed_cosine
+from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe, ImitationRecipe
+from tools.tiny_world.cogvideox_start import start_from_wan
+from tools.tiny_world.teacher import install_network
+from tools.tiny_world.train_vae import warmed_cosine
 
 Adapter = CogVideoXAdapter | WanAdapter
 GUIDANCE = 2.0  # the Wan teacher's; of 80 digits 0.95 are right with 12 steps, and 0.68 at guidance 1

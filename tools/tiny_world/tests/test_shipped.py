@@ -16,12 +16,12 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.inference.loading import load_model
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER, PIPELINE_FOLDER, WEIGHTS
-from fastvideo.tiny.teacher import GUIDANCE, install
-from fastvideo.tiny.train_classifier import accuracy
-from fastvideo.tiny.train_vae import vae_quality
-from fastvideo.tiny.vae import decode_unclamped, encode_moments
+from fastvideo.tiny.paths import CLASSIFIER_FOLDER, PIPELINE_FOLDER, WEIGHTS
 from fastvideo.tiny.world import TinyWorld, WorldSample
+from tools.tiny_world.teacher import GUIDANCE, install
+from tools.tiny_world.train_classifier import accuracy
+from tools.tiny_world.train_vae import vae_quality
+from tools.tiny_world.vae import decode_unclamped, encode_moments
 
 
 @pytest.fixture(scope="module")

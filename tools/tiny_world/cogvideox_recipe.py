@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastvideo.tiny.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe
+from tools.tiny_world.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.cogvideox_teacher import GUIDANCE, all_captions
-from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER, COGVIDEOX_FOLDER
-from fastvideo.tiny.train_vae import vae_quality
+from fastvideo.tiny.paths import CLASSIFIER_FOLDER, COGVIDEOX_FOLDER
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world.cogvideox_teacher import GUIDANCE, all_captions
+from tools.tiny_world.train_vae import vae_quality
 
 RECIPES = Path(__file__).parents[3] / "examples" / "distillation"
 CAPTION = "a green seven moving up and left"

@@ -16,20 +16,20 @@ from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import load_method, run_schema
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.inference.loading import load_model
-from fastvideo.tiny.build import COGVIDEOX, build
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.cogvideox_encoder import WanTarget, train_encoder
-from fastvideo.tiny.cogvideox_recipe import CogVideoXRecipe, CogVideoXVaeRecipe, ImitationRecipe
-from fastvideo.tiny.cogvideox_start import start_from_wan
-from fastvideo.tiny.cogvideox_teacher import Draws, Network, all_captions, imitate, imitation_errors
-from fastvideo.tiny.cogvideox_vae import build_vae, decode, kernels
 from fastvideo.tiny.latents import LatentSet
-from fastvideo.tiny.pipeline import CLASSIFIER_FOLDER
-from fastvideo.tiny.recipe import SharpenRecipe
-from fastvideo.tiny.sharpen import decoder_loss, sharpen_decoder
-from fastvideo.tiny.train_vae import COGVIDEOX as COGVIDEOX_VAE
-from fastvideo.tiny.vae import encode_moments
+from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world.build import COGVIDEOX, build
+from tools.tiny_world.cogvideox_encoder import WanTarget, train_encoder
+from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe, CogVideoXVaeRecipe, ImitationRecipe
+from tools.tiny_world.cogvideox_start import start_from_wan
+from tools.tiny_world.cogvideox_teacher import Draws, Network, all_captions, imitate, imitation_errors
+from tools.tiny_world.cogvideox_vae import build_vae, decode, kernels
+from tools.tiny_world.recipe import SharpenRecipe
+from tools.tiny_world.sharpen import decoder_loss, sharpen_decoder
+from tools.tiny_world.train_vae import COGVIDEOX as COGVIDEOX_VAE
+from tools.tiny_world.vae import encode_moments
 
 SMALL = CogVideoXVaeRecipe(widths=(4, 4, 8, 8), steps=3, batch_size=2, warm_up=1)
 SHORT = SharpenRecipe(steps=4, batch_size=2, warm_up=1, single_share=0.5)

@@ -13,14 +13,14 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import nn
 
 from fastvideo.inference.progress import tracked
-from fastvideo.tiny import cogvideox_vae
-from fastvideo.tiny import vae as wan_vae
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.muon import Muon
-from fastvideo.tiny.recipe import VaeRecipe
-from fastvideo.tiny.train_classifier import accuracy
-from fastvideo.tiny.vae import encode_moments, psnr
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world import cogvideox_vae
+from tools.tiny_world import vae as wan_vae
+from tools.tiny_world.muon import Muon
+from tools.tiny_world.recipe import VaeRecipe
+from tools.tiny_world.train_classifier import accuracy
+from tools.tiny_world.vae import encode_moments, psnr
 
 Vae = Any
 """A diffusers video autoencoder."""

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastvideo.inference.progress import tracked
 from fastvideo.tiny.classifier import Logits, TinyClassifier
-from fastvideo.tiny.recipe import ClassifierRecipe
 from fastvideo.tiny.world import LOOKS, TinyWorld, WorldSample
+from tools.tiny_world.recipe import ClassifierRecipe
 
 
 def train_classifier(recipe: ClassifierRecipe) -> TinyClassifier:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from fastvideo.tiny.captions import WORDS
-from fastvideo.tiny.recipe import TextRecipe
+from tools.tiny_world.recipe import TextRecipe
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 

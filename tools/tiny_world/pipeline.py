@@ -12,12 +12,7 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, WanTransformer3DModel
 
-from fastvideo.tiny.recipe import TinyRecipe, TransformerRecipe
-
-WEIGHTS = Path(__file__).parent / "weights"
-PIPELINE_FOLDER = WEIGHTS / "pipeline"
-COGVIDEOX_FOLDER = WEIGHTS / "cogvideox"
-CLASSIFIER_FOLDER = WEIGHTS / "classifier"
+from tools.tiny_world.recipe import TinyRecipe, TransformerRecipe
 
 
 def build_transformer(recipe: TransformerRecipe, text_width: int) -> WanTransformer3DModel:
@@ -48,8 +43,6 @@ PARTS = {
     "transformer": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
-
-
 OPTIONS = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": (None, None)}
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-from fastvideo.tiny.cogvideox_recipe import CogVideoXRecipe, CogVideoXTransformerRecipe
-from fastvideo.tiny.pipeline import save_half, write_index
-from fastvideo.tiny.recipe import TextRecipe
-from fastvideo.tiny.vae import CHANNELS
 from fastvideo.tiny.world import FRAMES
+from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe, CogVideoXTransformerRecipe
+from tools.tiny_world.pipeline import save_half, write_index
+from tools.tiny_world.recipe import TextRecipe
+from tools.tiny_world.vae import CHANNELS
 
 LATENT_SIZE = 4  # latents a side
 # Parts of the folder and the classes that stock `CogVideoXPipeline.from_pretrained` loads them with.

@@ -1,7 +1,7 @@
 """Rebuild a tiny pipeline: Wan from nothing but scikit-learn's digits, CogVideoX from the shipped Wan too.
 
-    python -m fastvideo.tiny.build --out FOLDER [--family wan|cogvideox]
-                                   [--stage classifier|vae|decoder|text|transformer|teacher]
+    python -m tools.tiny_world --out FOLDER [--family wan|cogvideox]
+                               [--stage classifier|vae|decoder|text|transformer|teacher]
 
 Stages and their wall times on one core, in order: `classifier` (the judge, 7 minutes), `vae` (13 minutes), `decoder`
 (its decoder alone once more, 25 minutes), `text` (tokenizer and random text encoder, at once), `transformer` (random
@@ -24,20 +24,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastvideo.tiny import cogvideox_pipeline, cogvideox_teacher, pipeline, teacher, train_vae
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.cogvideox_encoder import train_encoder
-from fastvideo.tiny.cogvideox_recipe import CogVideoXRecipe
-from fastvideo.tiny.pipeline import save_half
-from fastvideo.tiny.recipe import TextRecipe, TinyRecipe
-from fastvideo.tiny.sharpen import sharpen_decoder
-from fastvideo.tiny.text import build_t5, build_tokenizer, build_umt5
-from fastvideo.tiny.train_classifier import accuracy, train_classifier
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world import cogvideox_pipeline, cogvideox_teacher, pipeline, teacher, train_vae
+from tools.tiny_world.cogvideox_encoder import train_encoder
+from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe
+from tools.tiny_world.pipeline import save_half
+from tools.tiny_world.recipe import TextRecipe, TinyRecipe
+from tools.tiny_world.sharpen import sharpen_decoder
+from tools.tiny_world.text import build_t5, build_tokenizer, build_umt5
+from tools.tiny_world.train_classifier import accuracy, train_classifier
 
 Recipe = TinyRecipe | CogVideoXRecipe
-
-
 Stage = Callable[[Path, Any], dict[str, float]]
 
 
@@ -145,7 +143,9 @@ def build(out: Path, stages: list[str], recipe: Recipe, family: TinyFamily = WAN
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastvideo.tiny.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.tiny_world",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives classifier/ and pipeline/")
     parser.add_argument("--family", choices=list(FAMILIES), default="wan", help="model family (default: wan)")
@@ -159,7 +159,3 @@ def main() -> None:
     if wanted[0] in ("vae", "decoder") and not (arguments.out / "classifier").is_dir():
         parser.error(f"{arguments.out} holds no classifier to judge the VAE by: run --stage classifier first")
     build(arguments.out, wanted, family.recipe, family)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 
-from fastvideo.tiny.pipeline import save_half
-from fastvideo.tiny.recipe import TextRecipe
 from fastvideo.tiny.world import FRAMES, SIZE
+from tools.tiny_world.pipeline import save_half
+from tools.tiny_world.recipe import TextRecipe
 
-CONFIG = Path("examples/distillation/tiny_wan_sft.yaml")
+CONFIG = Path(__file__).parents[2] / "examples" / "distillation" / "tiny_wan_sft.yaml"
 GUIDANCE = 2.0  # the best of: fastvideo evaluate tiny --sweep-guidance 1,1.25,1.5,2,3
 
 # Each further run starts from the averaged weights of the one before, with a fresh schedule and twice the batch.

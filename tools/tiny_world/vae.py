@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import nn
 
-from fastvideo.tiny.recipe import VaeRecipe
+from tools.tiny_world.recipe import VaeRecipe
 
 CHANNELS = 16
 PATCH = 2  # pixels folded into channels, per axis
