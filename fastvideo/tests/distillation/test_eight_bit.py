@@ -25,8 +25,8 @@ from fastvideo.distillation.engine.optional import eight_bit
 from fastvideo.distillation.engine.optional.footprint import optimizer_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
-from fastvideo.tests.distillation.parity.worlds import in_world
 from fastvideo.tests.distillation.resuming import differences
+from fastvideo.tests.launch import in_world
 
 pytest.importorskip("torchao")
 OPTIONS = OptimizerConfig(learning_rate=1e-2, betas=(0.5, 0.9), weight_decay=0.1, warmup_steps=3)

@@ -25,8 +25,8 @@ from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.lora import AdapterSwitch, add_adapter
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.tests.distillation.parity.worlds import in_world
 from fastvideo.tests.distillation.resuming import differences
+from fastvideo.tests.launch import in_world
 
 WIDTHS = (5, 7, 3)
 """Sizes that no number of processes divides."""

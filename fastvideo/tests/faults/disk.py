@@ -90,19 +90,6 @@ def faulty(at: int, fault: Fault, *, ever_after: bool = False) -> Iterator[None]
         yield
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run ``work`` in a forked process; its wait status (0 if it returned, 9 if it was killed)."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
-
-
 @dataclass
 class Platter:
     """What a disk would hold after a power cut, from the calls that were made.

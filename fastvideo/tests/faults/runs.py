@@ -16,6 +16,7 @@ from typing import Any
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.environment import environment
+from fastvideo.tests.launch import fork
 from fastvideo.training.output import was_started
 from fastvideo.training.run import run
 
@@ -62,18 +63,12 @@ def wan_run(folder: Path) -> dict[str, Any]:
 
 def start(values: dict[str, Any], output: Path) -> int:
     """The run in a forked process, resumed if one was started there; its number."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 2)
-        schema = run_schema(values["distill_model"], values["distill_method"])
+    schema = run_schema(values["distill_model"], values["distill_method"])
+
+    def work() -> None:
         run(validate(schema, values | {"output": str(output)}, "the run"), resume=was_started(output))
-        code = 0
-    finally:
-        os._exit(code)
+
+    return fork(work, silent=True)
 
 
 def finish(values: dict[str, Any], output: Path) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 
 from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
 from fastvideo.tests.distillation.resuming import ToyRun, toy_run
-from fastvideo.tests.faults.disk import Fault, faulty, in_child, interposed, kill, kill_half_way
+from fastvideo.tests.faults.disk import Fault, faulty, interposed, kill, kill_half_way
+from fastvideo.tests.launch import in_child
 
 OLD, NEW = 3, 6
 

@@ -35,6 +35,11 @@ def pause(place: str, call: int) -> None:
     setattr(cls, method, waiting)
 
 
+def paused(place: str, call: int, *arguments: str) -> int:
+    """A run that pauses; its exit code."""
+    pause(place, call)
+    return fastvideo(["distill", *arguments])
+
+
 if __name__ == "__main__":
-    pause(sys.argv[1], int(sys.argv[2]))
-    raise SystemExit(fastvideo(["distill", *sys.argv[3:]]))
+    raise SystemExit(paused(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

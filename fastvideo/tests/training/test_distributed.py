@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 
@@ -17,6 +15,7 @@ import fastvideo.training.distillation as entry
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.tests.launch import config_file, ranks, torchrun
 from fastvideo.training.data import build_data
 
 STEPS = 7
@@ -54,21 +53,25 @@ def values(analytic_values: dict[str, Any]) -> dict[str, Any]:
     return analytic_values | changes | {"checkpoint": {"every": STEPS}}
 
 
-def launch(config: Path, *flags: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, entry.__file__, "--distill-model", "analytic", "--distill-method", "dmd2"]
-    command += ["--config", str(config), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def launch(values: dict[str, Any], *flags: str) -> None:
+    """Two processes under torchrun, which is to be the same as without it."""
+    arguments = ("--distill-model", "analytic", "--distill-method", "dmd2", "--config", str(config_file(values)))
+    child = torchrun(2, entry.__file__, *arguments, *flags)
+    assert child.wait() == 0, child.text[-2000:]
 
 
-def test_torchrun_and_its_resume_equal_the_same_two_ranks_in_one_process(
-    values: dict[str, Any], tmp_path: Path
-) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values))
-    launch(config, "--trainer.max-steps", "4")
-    launch(config, "--resume")
+def launch_forked(values: dict[str, Any], *flags: str) -> None:
+    """Two processes with the variables that torchrun would set, and nothing imported again."""
+    for child in ranks(2, partial(entry.guarded, ["--config", str(config_file(values)), *flags])):
+        assert child.wait() == 0, child.text[-2000:]
+
+
+@pytest.mark.parametrize(
+    "launch", [launch_forked, pytest.param(launch, marks=pytest.mark.slow)], ids=["forked", "torchrun"]
+)
+def test_torchrun_and_its_resume_equal_the_same_two_ranks_in_one_process(launch: Any, values: dict[str, Any]) -> None:
+    launch(values, "--trainer.max-steps", "4")
+    launch(values, "--resume")
     output = Path(values["output"])
     trained, expected = load_file(output / "student" / "network.safetensors"), emulate(values)
     for name, tensor in expected.items():

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import fastvideo.training.distillation as entry
 from fastvideo.data.order import Bucket, SampleStream, Shard
@@ -23,23 +18,10 @@ from fastvideo.distillation.engine.parallel.distributed import Processes, check_
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.layout import role_bytes
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
+from fastvideo.tests.launch import TRAIN, config_file, ranks, torchrun, wait_until
 from fastvideo.training.data import check_buckets
 
 FOLDERS = {"wan": (wan_folder, 5), "cogvideox": (cogvideox_folder, 9)}
-
-
-def torchrun(processes: int, config: Path, *flags: str, log: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    with log.open("w") as stream:
-        return subprocess.Popen(
-            [*command, entry.__file__, "--config", str(config), *flags], stdout=stream, stderr=stream, text=True
-        )
-
-
-def config_file(values: dict[str, Any], folder: Path) -> Path:
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
 
 
 def config_of(family: str, root: Path, **parallel: Any) -> Any:
@@ -193,14 +175,15 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-def test_one_process_says_it_for_all_and_nothing_is_written(analytic_values: dict[str, Any], tmp_path: Path) -> None:
-    config, log = config_file(analytic_values, tmp_path), tmp_path / "log"
-    process = torchrun(2, config, "--parallel.shard", "3", "--device", "cpu", log=log)
-    assert process.wait(300) != 0
-    text = log.read_text()
-    assert text.count("error: parallel.shard: 3 does not divide the number of processes, 2; possible: 1, 2") == 1
-    assert "exitcode  : 2" in text
-    assert "fastvideo.errors" not in text, "a traceback of this code"
+@pytest.mark.slow
+def test_one_process_says_it_for_all_and_nothing_is_written(analytic_values: dict[str, Any]) -> None:
+    """Under torchrun, whose store the processes ask who speaks."""
+    flags = ("--config", str(config_file(analytic_values)), "--parallel.shard", "3", "--device", "cpu")
+    child = torchrun(2, entry.__file__, *flags)
+    assert child.wait() != 0
+    assert child.text.count("error: parallel.shard: 3 does not divide the number of processes, 2; possible: 1, 2") == 1
+    assert "exitcode  : 2" in child.text
+    assert "fastvideo.errors" not in child.text, "a traceback of this code"
     assert not Path(analytic_values["output"]).exists()
 
 
@@ -212,56 +195,33 @@ raise SystemExit(guarded([*sys.argv[1:], "--trainer.max-steps", steps]))
 """
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_are_refused_at_the_start(
     analytic_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    config, script = config_file(analytic_values | {"device": "cpu"}, tmp_path), tmp_path / "different.py"
+    config, script = config_file(analytic_values | {"device": "cpu"}), tmp_path / "different.py"
     script.write_text(DIFFERENT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(script), "--config", str(config)], capture_output=True, text=True, timeout=300, check=False
-    )
+    child = torchrun(2, str(script), "--config", str(config))
+    assert child.wait() != 0
     message = "different configs: trainer.max_steps is 7 on rank 0 and 5 on rank 1; start all with the same file"
-    assert done.stderr.count(message) == 1
+    assert child.text.count(message) == 1
     assert not Path(analytic_values["output"]).exists()
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job_which_names_it_and_goes_on_later(
-    analytic_values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_rank_that_dies_ends_the_job_which_names_it_and_goes_on_later(analytic_values: dict[str, Any]) -> None:
     """Both processes are started by hand, so that nothing but this code notices the loss."""
     changes = {"device": "cpu", "checkpoint": {"every": 50}, "parallel": {"timeout": 30.0}}
     values = analytic_values | changes | {"trainer": {"max_steps": 100_000, "log_every": 50}}
-    config, output = config_file(values, tmp_path), Path(values["output"])
-    processes = [by_hand(rank, config, tmp_path / f"{rank}.txt") for rank in range(2)]
-    checkpoints = output / "checkpoints"
-    wait_for(lambda: any(checkpoints.glob("step-*/manifest.json")), 120)
-    processes[1].send_signal(signal.SIGKILL)
+    command, checkpoints = [*TRAIN, "--config", str(config_file(values))], Path(values["output"]) / "checkpoints"
+    processes = ranks(2, command)
+    wait_until(lambda: any(checkpoints.glob("step-*/manifest.json")))
+    processes[1].signal(signal.SIGKILL)
     processes[1].wait(30)
     assert processes[0].wait(60) == 1
-    said = (tmp_path / "0.txt").read_text()
-    assert said.count("error: lost contact with rank 1") == 1
-    assert "--resume" in said
+    assert processes[0].text.count("error: lost contact with rank 1") == 1
+    assert "--resume" in processes[0].text
     newest = max(int(path.parent.name.removeprefix("step-")) for path in checkpoints.glob("step-*/manifest.json"))
-    again = [by_hand(rank, config, tmp_path / f"again-{rank}.txt", newest + 20) for rank in range(2)]
-    assert [process.wait(120) for process in again] == [0, 0]
-    assert f"resumed at step {newest}" in (tmp_path / "again-0.txt").read_text()
-
-
-def by_hand(rank: int, config: Path, log: Path, resume_to: int | None = None) -> subprocess.Popen[str]:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "WORLD_SIZE": "2"}
-    flags = [] if resume_to is None else ["--resume", "--trainer.max-steps", str(resume_to)]
-    with log.open("w") as stream:
-        return subprocess.Popen(
-            [sys.executable, entry.__file__, "--config", str(config), *flags],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=stream, stderr=stream, text=True,
-        )  # fmt: skip
-
-
-def wait_for(condition: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
+    again = ranks(2, [*command, "--resume", "--trainer.max-steps", str(newest + 20)])
+    assert [child.wait(120) for child in again] == [0, 0]
+    assert f"resumed at step {newest}" in again[0].text

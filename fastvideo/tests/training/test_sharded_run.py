@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import fastvideo.training.distillation as entry
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import wan_folder
+from fastvideo.tests.launch import config_file, torchrun
 
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
-def launch(values: dict[str, Any], folder: Path, *flags: str) -> Path:
+def launch(values: dict[str, Any], *flags: str) -> Path:
     """Two processes under torchrun; the result's folder."""
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump(values))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, entry.__file__, "--config", str(config), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    child = torchrun(2, entry.__file__, "--config", str(config_file(values)), *flags)
+    assert child.wait(600) == 0, child.text[-3000:]
     return Path(values["output"]) / "student"
 
 
@@ -51,10 +45,10 @@ def values_of(root: Path, output: Path, lora: dict[str, Any] | None) -> dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
 def test_a_sharded_run_and_its_resume_end_where_a_data_parallel_run_does(lora: Any, tmp_path: Path) -> None:
-    plain = launch(values_of(tmp_path, tmp_path / "plain", lora), tmp_path)
+    plain = launch(values_of(tmp_path, tmp_path / "plain", lora))
     sharded = values_of(tmp_path, tmp_path / "sharded", lora) | {"parallel": {"shard": 2}}
-    launch(sharded, tmp_path, "--trainer.max-steps", "2")
-    result = launch(sharded, tmp_path, "--resume")
+    launch(sharded, "--trainer.max-steps", "2")
+    result = launch(sharded, "--resume")
     found, expected = load_file(result / WEIGHTS), load_file(plain / WEIGHTS)
     start = load_file(wan_folder(tmp_path) / WEIGHTS)
     assert found.keys() == expected.keys()

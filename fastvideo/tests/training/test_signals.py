@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.tests.launch import Child, config_file
+from fastvideo.tests.training.paused import paused
 from fastvideo.training.run import run
 
 TERMINATED = 75
@@ -36,23 +37,21 @@ def config_of(values: dict[str, Any]) -> Any:
     return validate(run_schema(values["distill_model"], values["distill_method"]), values, "test")
 
 
-def start(values: dict[str, Any], place: tuple[str, int]) -> subprocess.Popen[str]:
+def start(values: dict[str, Any], place: tuple[str, int], *, forked: bool = True) -> Child:
     """A run in a process of its own, which has arrived at the place."""
-    file = Path(values["output"]).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "fastvideo.tests.training.paused", place[0], str(place[1]), "--config", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "READY\n", process.communicate(timeout=60)[1]
-    return process
+    arguments = (place[0], place[1], "--config", str(config_file(values)))
+    command = [sys.executable, "-m", "fastvideo.tests.training.paused", *map(str, arguments)]
+    child = Child(partial(paused, *arguments) if forked else command)
+    child.wait_for("READY\n")
+    return child
 
 
-def stop(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
+def stop(child: Child, number: int) -> tuple[int, str]:
     """Exit code and messages after one signal."""
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert "Traceback" not in error
-    return process.returncode, " ".join(error.split())
+    child.signal(number)
+    code = child.wait(60)
+    assert "Traceback" not in child.text
+    return code, " ".join(child.text.split())
 
 
 def weights(values: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -109,13 +108,10 @@ def test_a_signal_while_a_network_is_loaded_leaves_nothing_behind(values: dict[s
 def test_a_second_signal_stops_at_once(values: dict[str, Any]) -> None:
     """Even while the main thread does not look: here it is held in a call of its own."""
     process = start(values | {"trainer": {"max_steps": 10**9}}, TRAINING)
-    process.send_signal(signal.SIGSTOP)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert "again: stopped at once, nothing was saved" in error
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        process.signal(number)
+    assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert "again: stopped at once, nothing was saved" in process.text
 
 
 def test_signals_are_a_choice(values: dict[str, Any]) -> None:
@@ -158,7 +154,7 @@ def test_every_phase_of_a_run_on_the_tiny_world(tmp_path: Path, place: tuple[str
         "validation": {"every": 2, "prompts": ["a red three"]},
         "device": "cpu",
     }
-    code, _ = stop(start(values, place), signal.SIGTERM)
+    code, _ = stop(start(values, place, forked=False), signal.SIGTERM)
     assert code == TERMINATED
     run(config_of(values), resume=Path(values["output"]).exists())
     whole = values | {"output": str(tmp_path / "whole")}

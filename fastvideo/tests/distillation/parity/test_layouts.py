@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from fastvideo.distillation.builder import METHODS, load_method
 from fastvideo.distillation.engine.parallel import sharding
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
-from fastvideo.tests.distillation.parity.worlds import in_world
+from fastvideo.tests.launch import in_world
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
     "dp2": (2, 1, 1),
@@ -69,31 +71,38 @@ def problems(found: Result, expected: Result, method: str = "") -> list[str]:
     return [f"{kind} {name}: {d:.1e}" for d, kind, name in sorted(worst, reverse=True) if d > allowed[kind]]
 
 
-def check(folders: Any, cases: list[Case], layouts: list[str], folder: Path) -> None:
-    """Each pair has a world of its own: the threads of a group of processes live as long as its world."""
+def train_all(folders: Any, cases: list[Case], layout: str, train: Any, rank: int, size: int) -> list[Result]:
+    """All cases, one after the other, in one world."""
+    found = []
+    for case in cases:
+        try:
+            found.append(train(folders, case, layout, rank, size))
+        except BaseException as error:
+            raise AssertionError(f"{layout}, {case.name} does not train") from error
+    return found
+
+
+def check(
+    folders: Any, cases: Mapping[str, list[Case]], folder: Path, train: Any = train_here, expect: Any = train_alone
+) -> None:
+    """Train the cases of each layout in one world, and compare every rank with one process."""
     alone: dict[tuple[str, int], Result] = {}
     wrong = []
-    for number, (case, layout) in enumerate(product(cases, layouts)):
+    for number, (layout, chosen) in enumerate(cases.items()):
         size, data_ranks = LAYOUTS[layout][0], processes_of(layout, 0).data_size
-        found = in_world(size, partial(train_here, folders, case, layout), folder / str(number))
-        key = (case.name, data_ranks)
-        alone[key] = alone.get(key) or train_alone(case, folders, data_ranks)
-        for rank, result in enumerate(found):
-            wrong += [
-                f"{layout}, {case.name}, rank {rank}: {text}" for text in problems(result, alone[key], case.method)[:3]
-            ]
+        ends = in_world(size, partial(train_all, folders, chosen, layout, train), folder / str(number))
+        for rank, results in enumerate(ends):
+            for case, found in zip(chosen, results, strict=True):
+                key = (case.name, data_ranks)
+                alone[key] = alone.get(key) or expect(case, folders, data_ranks)
+                texts = problems(found, alone[key], case.method)[:3]
+                wrong += [f"{layout}, {case.name}, rank {rank}: {text}" for text in texts]
     assert not wrong, "\n".join(wrong)
 
 
-def check_against_plain(
-    folders: Any, options: dict[str, Any], layout: str, folder: Path, train: Any = train_here
-) -> None:
-    """A run of two processes with ``options``, against one without them."""
-    expected = train_alone(Case("wan", "dmd2"), folders, processes_of(layout, 0).data_size)
-    case = Case("wan", "dmd2", options)
-    for rank, result in enumerate(in_world(2, partial(train, folders, case, layout), folder / "world")):
-        wrong = problems(result, expected)
-        assert not wrong, f"{layout}, {case.name}, rank {rank}: {wrong[:3]}"
+def plain(case: Case, folders: Any, data_ranks: int) -> Result:
+    """DMD2 on the case's family without any option."""
+    return train_alone(Case(case.family, "dmd2"), folders, data_ranks)
 
 
 LORA = {
@@ -107,7 +116,7 @@ CHECKPOINTED = {"parallel": {"activation_checkpointing": "full"}}
 
 def test_every_layout_trains_wan_with_dmd2_as_one_process_does(folders: Any, tmp_path: Path) -> None:
     cases = [Case("wan", "dmd2"), Case("wan", "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
-    check(folders, cases, ["dp2", "shard2", "context2", "shard2 x context2"], tmp_path)
+    check(folders, dict.fromkeys(["dp2", "shard2", "context2", "shard2 x context2"], cases), tmp_path)
 
 
 def case_of(family: str, method: str, **parallel: Any) -> Case:
@@ -117,29 +126,73 @@ def case_of(family: str, method: str, **parallel: Any) -> Case:
     return Case(family, method, {"parallel": parallel} if parallel else {}, method_options=differences)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan", "cogvideox"])
-def test_every_layout_trains_every_method_as_one_process_does(family: str, folders: Any, tmp_path: Path) -> None:
-    check(folders, [case_of(family, method) for method in METHODS], list(LAYOUTS), tmp_path)
+FAMILIES = ("wan", "cogvideox")
 
 
-@pytest.mark.slow
-def test_every_method_trains_alike_while_its_networks_stay_gathered(folders: Any, tmp_path: Path) -> None:
-    """Some methods hold a network's weights, or read its features, between its forwards in one step."""
-    check(folders, [case_of("wan", method, keep_gathered="all") for method in METHODS], ["shard2"], tmp_path)
+def covering() -> dict[str, list[Case]]:
+    """Four methods for every layout and family, in turn: each method in three layouts or more, and in both families."""
+    methods, found = itertools.cycle(METHODS), {}
+    for layout in LAYOUTS:
+        found[layout] = [case_of(family, next(methods)) for family in FAMILIES for _ in range(4)]
+    return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan", "cogvideox"])
-def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
-    family: str, folders: Any, tmp_path: Path
-) -> None:
+def variants(family: str) -> list[Case]:
+    """Accumulation, recomputation, adapters and one forward for both losses, alone and together."""
     every = {"parallel": {"sync_every_micro_batch": True, "keep_gathered": "all"}} | ACCUMULATED
     cases = [Case(family, "dmd2", ACCUMULATED), Case(family, "dmd2", CHECKPOINTED), Case(family, "dmd2", {}, LORA)]
     cases += [Case(family, "dmd2", every), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
     joint = {"score_and_train": True}
-    cases += [Case(family, "dmd2", {}, {}, joint), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA, joint)]
-    check(folders, cases, list(LAYOUTS), tmp_path)
+    return [*cases, Case(family, "dmd2", {}, {}, joint), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA, joint)]
+
+
+def test_the_matrix_covers_every_method_layout_and_family() -> None:
+    chosen = [(layout, case.family, case.method) for layout, cases in covering().items() for case in cases]
+    assert len(set(chosen)) == 4 * len(LAYOUTS) * len(FAMILIES)
+    for method in METHODS:
+        assert len({layout for layout, _, name in chosen if name == method}) >= 3
+        assert {family for _, family, name in chosen if name == method} == set(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_methods_as_one_process_does(layout: str, folders: Any, tmp_path: Path) -> None:
+    """The covering matrix, and some variants of DMD2: each in two layouts per family."""
+    turn = list(LAYOUTS).index(layout) % 3
+    cases = [case for family in FAMILIES for case in variants(family)[turn::3]]
+    check(folders, {layout: [*covering()[layout], *cases]}, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_every_method_as_one_process_does(
+    layout: str, family: str, folders: Any, tmp_path: Path
+) -> None:
+    check(folders, {layout: [case_of(family, method) for method in METHODS]}, tmp_path)
+
+
+GATHERED = ("dmd2_gan", "ladd", "tcm")
+"""Methods that hold a network's weights, or read its features, between its forwards in one step."""
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [pytest.param(GATHERED, marks=pytest.mark.slow), pytest.param(tuple(METHODS), marks=pytest.mark.nightly)],
+    ids=["some", "all"],
+)
+def test_every_method_trains_alike_while_its_networks_stay_gathered(
+    methods: tuple[str, ...], folders: Any, tmp_path: Path
+) -> None:
+    check(folders, {"shard2": [case_of("wan", method, keep_gathered="all") for method in methods]}, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
+    family: str, folders: Any, tmp_path: Path
+) -> None:
+    check(folders, dict.fromkeys(LAYOUTS, variants(family)), tmp_path)
 
 
 def train_offloaded(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
@@ -152,8 +205,8 @@ def train_offloaded(folders: Any, case: Case, layout: str, rank: int, size: int)
             given.append(isinstance(options["offload_policy"], CPUOffloadPolicy))
         return split(module, **options)
 
-    sharding.fully_shard = watched
-    result = train_here(folders, case, layout, rank, size)
+    with patch.object(sharding, "fully_shard", watched):
+        result = train_here(folders, case, layout, rank, size)
     assert given == ([True] * 3 if case.options["parallel"]["offload"] == "all" else [False, False, True])
     return result
 
@@ -168,38 +221,39 @@ def train_counting(folders: Any, case: Case, layout: str, rank: int, size: int) 
         gathered += params[0]._param_fqn.startswith("blocks.0.")
         return gather(params, *arguments)
 
-    _fsdp_param_group.foreach_all_gather = counted
-    result = train_here(folders, case, layout, rank, size)
+    with patch.object(_fsdp_param_group, "foreach_all_gather", counted):
+        result = train_here(folders, case, layout, rank, size)
     return replace(result, losses=result.losses | {"gathered": gathered})
 
 
-@pytest.mark.parametrize(
-    ("roles", "kept", "gathered"),
-    [
-        # Three steps with five losses, two of the student's: once for each of 17 forwards and backwards.
-        ({}, "none", 17),
-        ({}, "frozen", 16),  # the teacher's second forward finds it whole
-        # The teacher once; student and critic for the student's losses; the critic for its own, once with a rollout.
-        ({}, "all", 9),
-        (LORA, "none", 17),
-        (LORA, "frozen", 17),  # the one network has trained adapters
-        (LORA, "all", 5),  # once per loss
-    ],
-)
-def test_networks_that_stay_gathered_train_as_those_that_do_not(
-    roles: Any, kept: str, gathered: int, folders: Any, tmp_path: Path
-) -> None:
-    case = Case("wan", "dmd2", {"parallel": {"keep_gathered": kept}}, roles)
-    expected = train_alone(case, folders, 2)
-    expected = replace(expected, losses=expected.losses | {"gathered": gathered})
-    for rank, result in enumerate(in_world(2, partial(train_counting, folders, case, "shard2"), tmp_path / "world")):
-        wrong = problems(result, expected)
-        assert not wrong, f"{case.name}, rank {rank}: {wrong[:3]}, gathered {result.losses['gathered']} times"
+GATHERS = [
+    # Three steps with five losses, two of the student's: once for each of 17 forwards and backwards.
+    ({}, "none", 17),
+    ({}, "frozen", 16),  # the teacher's second forward finds it whole
+    # The teacher once; student and critic for the student's losses; the critic for its own, once with a rollout.
+    ({}, "all", 9),
+    (LORA, "none", 17),
+    (LORA, "frozen", 17),  # the one network has trained adapters
+    (LORA, "all", 5),  # once per loss
+]
+"""Roles, what stays gathered, and how often the first block is gathered in all."""
 
 
-@pytest.mark.parametrize("which", ["frozen", "all"])
-def test_networks_in_host_memory_train_as_those_on_the_device(which: str, folders: Any, tmp_path: Path) -> None:
-    check_against_plain(folders, {"parallel": {"offload": which}}, "shard2", tmp_path, train_offloaded)
+def test_networks_that_stay_gathered_train_as_those_that_do_not(folders: Any, tmp_path: Path) -> None:
+    cases = [Case("wan", "dmd2", {"parallel": {"keep_gathered": kept}}, roles) for roles, kept, _ in GATHERS]
+    times = {case.name: count for case, (_, _, count) in zip(cases, GATHERS, strict=True)}
+    assert len(times) == len(GATHERS)
+
+    def expected(case: Case, folders: Any, data_ranks: int) -> Result:
+        result = train_alone(case, folders, data_ranks)
+        return replace(result, losses=result.losses | {"gathered": times[case.name]})
+
+    check(folders, {"shard2": cases}, tmp_path, train_counting, expected)
+
+
+def test_networks_in_host_memory_train_as_those_on_the_device(folders: Any, tmp_path: Path) -> None:
+    cases = [Case("wan", "dmd2", {"parallel": {"offload": which}}) for which in ("frozen", "all")]
+    check(folders, {"shard2": cases}, tmp_path, train_offloaded, plain)
 
 
 @pytest.mark.parametrize(
@@ -222,4 +276,5 @@ def train_compiled(folders: Any, case: Case, layout: str, rank: int, size: int) 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks, and warns itself
 @pytest.mark.parametrize("layout", ["shard2", "context2"])
 def test_compiled_blocks_that_are_split_train_as_eager_whole_ones(layout: str, folders: Any, tmp_path: Path) -> None:
-    check_against_plain(folders, {"model": {"compile_blocks": True}}, layout, tmp_path, train_compiled)
+    cases = [Case("wan", "dmd2", {"model": {"compile_blocks": True}})]
+    check(folders, {layout: cases}, tmp_path, train_compiled, plain)
