@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +13,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastvideo.distillation.features import FeatureModel, FeatureReader
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition, UserError
+
+
+class Training(Protocol):
+    """Trains one role: an optimizer, its lr schedule, averages of the trained tensors by name."""
+
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None
+    ema: dict[str, Tensor] | None
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """Move optimizer and schedule together; the optimizer changes nothing where ``skip`` (a scalar) is 1."""
+        ...
+
+    def take_back(self) -> None:
+        """Undo the schedule's part of a skipped step."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next step."""
+        ...
 
 
 class VelocityModel(FeatureModel, Protocol):
@@ -53,19 +74,13 @@ def velocity_of(
 
 @dataclass
 class RoleHandle(FeatureReader):
-    """One role: its adapter, its network, and (if it is trained) its optimizer with the lr schedule in step.
-
-    ``ema`` holds averages of :meth:`tensors` by name, for a role that has them; they are shards where those are.
-    """
+    """One role: its adapter, its network, and (if it is trained) what trains it."""
 
     name: str
     adapter: VelocityModel
     network: nn.Module
     trainable: bool = False
-    optimizer: Optimizer | None = None
-    lr_scheduler: LRScheduler | None = None
-    ema: dict[str, Tensor] | None = None
-    _schedule_before: tuple[dict[str, Any], list[float]] = field(default=({}, []), init=False, repr=False)
+    training: Training | None = None
 
     def __post_init__(self) -> None:
         self.network.requires_grad_(self.trainable)
@@ -121,49 +136,6 @@ class RoleHandle(FeatureReader):
         if len(trained) == sum(1 for _ in self.network.parameters()):
             return state
         return {name: state[name] for name in trained}
-
-    def step(self, skip: Tensor | None = None) -> None:
-        """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step.
-
-        Args:
-            skip: float scalar on the device. Where it is 1 the optimizer changes nothing, which the host may not know
-                yet: the schedule moves, and :meth:`take_back` moves it back.
-        """
-        if self.optimizer is None:
-            raise RuntimeError(f"role {self.name!r} has no optimizer")
-        if skip is None or skips_on_device(self.optimizer):
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what fused kernels look at
-            self.optimizer.step()
-        elif not bool(skip):  # waits for the device: such an optimizer cannot be told otherwise
-            self.optimizer.step()
-        if self.lr_scheduler is not None:
-            self._schedule_before = self.lr_scheduler.state_dict(), self._rates()
-            self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def take_back(self) -> None:
-        """Undo the schedule's part of a :meth:`step` that the optimizer left out."""
-        if self.optimizer is None or self.lr_scheduler is None:
-            return
-        state, rates = self._schedule_before
-        self.lr_scheduler.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _rates(self) -> list[float]:
-        return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate that the next step uses."""
-        if self.optimizer is None:
-            raise RuntimeError(f"role {self.name!r} has no optimizer")
-        return float(self.optimizer.param_groups[0]["lr"])
-
-
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernels take a tensor that says to change nothing (torch's fused ones)."""
-    return bool(optimizer.defaults.get("fused"))
 
 
 class ModelBundle:

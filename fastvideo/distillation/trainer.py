@@ -18,6 +18,7 @@ from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteError, No
 from fastvideo.distillation.engine.parallel.context import has_split_tokens
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, reduce_gradients, synchronise
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.training import training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch, RoleLoss
 from fastvideo.errors import Stopped
@@ -147,9 +148,10 @@ class DistillTrainer:
         self.settle()
         skip = attempt.judge().skip
         for handle in handles:
-            norm, rate = attempt.gradients[handle.name].total, torch.tensor(handle.learning_rate)
+            training = training_of(handle)
+            norm, rate = attempt.gradients[handle.name].total, torch.tensor(training.learning_rate)
             attempt.metrics.append({f"{handle.name}/grad_norm": norm, f"{handle.name}/learning_rate": rate})
-            handle.step(skip)
+            training.step(skip)
         self.step += 1
         for average in self.averages:
             average.after_update(self.step, attempt.active, skip)
@@ -170,7 +172,7 @@ class DistillTrainer:
             self.tracker.say(complaint)
             taken = ()
             for role in attempt.active:
-                self.method.bundle[role].take_back()
+                training_of(self.method.bundle[role]).take_back()
         for observed in attempt.metrics if taken else ():
             self.metrics.add(**observed)
         self._log(step)

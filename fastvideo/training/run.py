@@ -20,7 +20,7 @@ from fastvideo.distillation.builder import Adapter, Config, Method, build_adapte
 from fastvideo.distillation.engine.attendance import naming_lost_processes
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
-from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.ema import EMAHook, averaged, has_average
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, RoleView, gather_adapter, portable
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
@@ -190,11 +190,11 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
     All processes take part, because each may have a part of the weights; the main one writes.
     """
     student = trainer.method.bundle["student"]
-    with averaged(student) if student.ema is not None else nullcontext(student.network) as network:
+    with averaged(student) if has_average(student) else nullcontext(student.network) as network:
         whole = whole_network(network, adapter, processes)
         lora = portable(gather_adapter(network), network.scaling) if isinstance(network, RoleView) else {}
         if whole is not None:
-            weights: Weights = "live" if student.ema is None else "ema"
+            weights: Weights = "ema" if has_average(student) else "live"
             _write_result(adapter, whole, result_recipe(config, adapter, weights, trainer.step), lora, folder)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.engine.ema import averaged
+from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.errors import Stopped
 
 Sample = Callable[[nn.Module], Tensor]
@@ -75,7 +75,7 @@ class ValidationHook:
         if self.sample is None or self.sinks is None:
             return
         scores = self._look_at("student", self.sample(self.handle.network), step, self.sinks)
-        if self.handle.ema is not None:
+        if has_average(self.handle):
             with averaged(self.handle) as network:
                 scores |= self._look_at("ema", self.sample(network), step, self.sinks)
         if self.sinks.health is not None:

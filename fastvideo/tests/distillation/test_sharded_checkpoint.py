@@ -24,6 +24,7 @@ from fastvideo.distillation.engine.checkpoint.state import RoleState, split_stat
 from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.lora import RoleView, add_adapter
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.tests.distillation.parity.worlds import in_world
 from fastvideo.tests.distillation.resuming import differences
@@ -74,8 +75,9 @@ class Run:
         if adapter:
             network = RoleView(network, "student", None)
         self.handle = RoleHandle("student", None, network, trainable=True)  # type: ignore[arg-type]
-        self.handle.optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
-        self.handle.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.handle.optimizer, 0.9)
+        optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
+        self.training = RoleTraining(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+        self.handle.training = self.training
         self.average = EMAHook([self.handle], 0.5)
         self.rng = RandomStreams(3, rank=rank)
         self.stream = SampleStream(MemorySource([str(i) for i in range(24)]), 3, Shard(2, rank, size))
@@ -87,7 +89,7 @@ class Run:
     def step(self, number: int) -> None:
         x = torch.randn((4, WIDTHS[0]), generator=torch.Generator().manual_seed(number))
         self.handle.network(x).square().mean().backward()
-        self.handle.step()
+        self.training.step()
         self.average.after_update(number, ("student",), torch.tensor(0.0))
         next(self.stream), self.rng.uniform(3)
 

@@ -108,7 +108,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) 
         method.rng.normal_like = noise.next_like  # type: ignore[method-assign]
         method.times = times.next_times  # type: ignore[attr-defined]
         handle = method.bundle["student"]
-        handle.step = lambda skip: None  # type: ignore[method-assign]
+        handle.training.step = lambda skip: None  # type: ignore[method-assign]
         options = LoopOptions(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
         DistillTrainer(method, adapter.prepare, options, Tracker(Path(), enabled=False)).train_step(batches)
         gradients.append([p.grad.clone() for p in handle.parameters()])
