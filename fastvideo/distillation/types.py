@@ -176,8 +176,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class RoleLoss:
-    """A scalar loss that trains one role, with metrics that stay on the device until they are logged."""
+    """A scalar loss that trains one role, with metrics that stay on the device until they are logged.
+
+    ``frozen`` are roles whose parameters get no gradient from it.
+    """
 
     role: str
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()

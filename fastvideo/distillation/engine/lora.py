@@ -10,27 +10,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.engine.parallel.sharding import full
 from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
-
-
-class AdapterOptions(Protocol):
-    """What :func:`add_adapter` reads of the config."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float | None: ...
-    @property
-    def targets(self) -> Sequence[str]: ...
-
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Where diffusers' ``load_lora_weights`` looks for an adapter in a folder."""
@@ -40,7 +29,7 @@ _LAYERS: WeakSet[Any] = WeakSet()
 _LAYERS_IN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
-def add_adapter(network: nn.Module, name: str, options: AdapterOptions, seed: int) -> None:
+def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -> None:
     """Put a trainable adapter that changes nothing yet into a network, whose own parameters are frozen.
 
     A is drawn as ``nn.Linear`` draws its weights, B is zero; float32, on the network's device (on the host, for a

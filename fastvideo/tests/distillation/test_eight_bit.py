@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from fastvideo.cli import main
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
-from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.config.schema import CheckpointConfig
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
 from fastvideo.distillation.engine.optim import attach_optimizer, check_states, relative_update
@@ -60,7 +61,7 @@ def state_of(handle: RoleHandle) -> dict[str, Any]:
 
 def hook_of(handle: RoleHandle, processes: Processes, folder: Path) -> CheckpointHook:
     parts, facts = Parts({"student": RoleState(handle)}, {}, {}), RunFacts("", "0" * 64, {})
-    return CheckpointHook(folder, parts, processes, SaveOptions(1, 100), facts)
+    return CheckpointHook(folder, parts, processes, CheckpointConfig(every=1), 100, facts)
 
 
 def trained_and_saved(rank: int, size: int, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +14,14 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticCo
 from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.tests.distillation.toys import LADDER, toy_method, trajectory_extras
 
@@ -33,16 +37,16 @@ def build(name: str, **options: object) -> tuple[DistillMethod, AnalyticAdapter]
     return method, adapter
 
 
-def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int, folder: object) -> None:
+def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int) -> None:
     def batches():
         while True:
             latents = RandomStreams(1).normal((2, *adapter.latent_shape))
             walk = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
             yield RawBatch(("0", "0"), latents, walk)
 
-    tracker = Tracker(folder, enabled=False)
-    options = LoopOptions(max_steps=steps, grad_accumulation=accumulation, log_every=100)
-    DistillTrainer(method, adapter.prepare, options, tracker).run(batches())
+    options = TrainerConfig(max_steps=steps, grad_accumulation=accumulation, log_every=100)
+    runtime = Runtime(method, options, Tracker(Path(), enabled=False))
+    DistillTrainer(method, adapter.prepare, options, runtime).run(batches())
 
 
 def optimizer_steps(handle: RoleHandle) -> int:
@@ -55,7 +59,7 @@ def optimizer_steps(handle: RoleHandle) -> int:
 @given(steps=st.integers(1, 12), accumulation=st.integers(1, 3))
 def test_schedule_position_equals_optimizer_steps(name: str, steps: int, accumulation: int) -> None:
     method, adapter = build(name)
-    train(method, adapter, steps, accumulation, None)
+    train(method, adapter, steps, accumulation)
     for role in method.trainable_roles:
         handle = method.bundle[role]
         expected = sum(role in method.active_roles(step) for step in range(steps))
@@ -66,14 +70,14 @@ def test_schedule_position_equals_optimizer_steps(name: str, steps: int, accumul
 @pytest.mark.parametrize("interval", [1, 3, 5])
 def test_student_is_stepped_on_interval_steps_only_and_critic_on_all(interval: int) -> None:
     method, adapter = build("dmd2", generator_update_interval=interval)
-    train(method, adapter, 11, 1, None)
+    train(method, adapter, 11, 1)
     assert optimizer_steps(method.bundle["student"]) == len(range(0, 11, interval))
     assert optimizer_steps(method.bundle["critic"]) == 11
 
 
 def test_learning_rate_follows_the_updates_of_its_own_role() -> None:
     method, adapter = build("dmd2", generator_update_interval=5, student_learning_rate=0.1, critic_learning_rate=0.2)
-    train(method, adapter, 6, 1, None)  # two student updates, six critic updates
+    train(method, adapter, 6, 1)  # two student updates, six critic updates
     assert method.bundle["student"].training.learning_rate == pytest.approx(0.1 * 3 / WARMUP)
     assert method.bundle["critic"].training.learning_rate == pytest.approx(0.2)
 

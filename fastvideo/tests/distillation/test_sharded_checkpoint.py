@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.config.schema import CheckpointConfig, LoRAConfig
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.checkpoint.restore import restore, role_weights
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
@@ -83,8 +83,8 @@ class Run:
         self.stream = SampleStream(MemorySource([str(i) for i in range(24)]), 3, Shard(2, rank, size))
         own = {"trainer": Window(rank + 0.5), "rng": self.rng, "data": self.stream}
         self.parts = Parts({"student": RoleState(self.handle)}, {}, own)
-        facts, options = RunFacts("", "0" * 64, {}), SaveOptions(1, 100)
-        self.hook = CheckpointHook(folder / "checkpoints", self.parts, self.processes, options, facts)
+        facts, options = RunFacts("", "0" * 64, {}), CheckpointConfig(every=1)
+        self.hook = CheckpointHook(folder / "checkpoints", self.parts, self.processes, options, 100, facts)
 
     def step(self, number: int) -> None:
         x = torch.randn((4, WIDTHS[0]), generator=torch.Generator().manual_seed(number))

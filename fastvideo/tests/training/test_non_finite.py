@@ -16,10 +16,11 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.checkpoint.state import RoleState
+from fastvideo.distillation.engine.non_finite import NonFiniteError
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import RoleTraining
-from fastvideo.distillation.trainer import DistillTrainer, NonFiniteError
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.training.data import build_data
 from fastvideo.training.run import build_trainer
@@ -145,7 +146,7 @@ def test_more_in_a_row_than_allowed_stop_the_run(analytic_values: dict[str, Any]
 def test_the_count_is_a_metric_and_the_metrics_stay_finite(analytic_values: dict[str, Any]) -> None:
     trainer, data = started(analytic_values, {1, 7}, non_finite="skip")
     trainer.run(data)
-    lines = [json.loads(line) for line in (trainer.tracker.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trainer.runtime.tracker.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1.0, 1.0, 2.0, 2.0]
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
 
@@ -156,7 +157,7 @@ def test_one_snapshot_per_run_holds_batch_losses_and_random_streams(analytic_val
         trainer.train_step(data)
     rng = trainer.method.rng.state_dict()
     trainer.run(data)
-    folder = trainer.tracker.folder / "non_finite"
+    folder = trainer.runtime.tracker.folder / "non_finite"
     assert sorted(file.name for file in folder.iterdir()) == ["step-2-rank-0.json", "step-2-rank-0.safetensors"]
     content = json.loads((folder / "step-2-rank-0.json").read_text())
     assert content["captions"] == [list(BAD)]

@@ -189,11 +189,11 @@ def average(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(flag: Tensor) -> Tensor:
-    """A float scalar that is 1 on any process, as 1 on all; in place, without waiting for the device."""
+def any_rank(flags: Tensor) -> Tensor:
+    """The largest of each float flag over processes; in place, without waiting for the device."""
     if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> None:

@@ -15,10 +15,12 @@ from torch.distributed.tensor import DTensor
 from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import RoleTraining, training_of
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.distillation.toys import TOYS
@@ -141,14 +143,10 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     config = config_of(case, folders, parallel | {"shard": processes.shard, "context": processes.context})
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
-    options = LoopOptions(
-        max_steps=STEPS,
-        grad_accumulation=case.accumulation,
-        log_every=10 * STEPS,
-        context=processes.context,
-        sync_every_micro_batch=config.parallel.sync_every_micro_batch,
-    )
-    trainer = DistillTrainer(method, adapter.prepare, options, Tracker(Path("unused"), enabled=False))
+    options = TrainerConfig(max_steps=STEPS, grad_accumulation=case.accumulation, log_every=10 * STEPS)
+    silent = Tracker(Path("unused"), enabled=False)
+    runtime = Runtime(method, options, silent, processes, parallel=config.parallel)
+    trainer = DistillTrainer(method, adapter.prepare, options, runtime)
     trained = [handle for handle in method.bundle if handle.trainable]
     for handle in trained:
         steady(handle)
@@ -170,7 +168,7 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
             trainer.settle()
             gradients.append({f"{role}/{name}": g for role, found in seen.items() for name, g in found.items()})
             losses |= {
-                f"{step}/{k}": v for k, v in trainer.metrics.drain().items() if k.endswith(("/loss", "/grad_norm"))
+                f"{step}/{k}": v for k, v in runtime.metrics.drain().items() if k.endswith(("/loss", "/grad_norm"))
             }
     finally:
         RoleTraining.step = stepped  # type: ignore[method-assign]
