@@ -37,7 +37,7 @@ from fastvideo.tests.faults.saving import (
     save,
 )
 from fastvideo.training.data import build_data
-from fastvideo.training.resume import checkpoint_hook, run_parts
+from fastvideo.training.resume import checkpoint_folder, run_facts, survivors
 from fastvideo.training.run import build_trainer
 
 WAN_SHARE = 20
@@ -112,7 +112,8 @@ def overhead(folder: Path) -> dict[str, float]:
     method = build_method(config, adapter, alone)
     data, _ = build_data(config, adapter, alone)
     trainer = build_trainer(config, adapter, method, Tracker(folder, enabled=False), alone)
-    hook = checkpoint_hook(config, run_parts(trainer, data), alone)
+    parts = trainer.runtime.parts(*survivors(trainer, data))
+    hook = trainer.runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
 
     def block(saved: bool) -> float:
         begin = time.perf_counter()

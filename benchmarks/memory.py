@@ -47,11 +47,11 @@ def held_after_a_step(config: Any) -> int:
         gradients.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
 
     for role in roles:
-        if role.optimizer is not None:
-            role.optimizer.register_step_pre_hook(count)  # a step clears the gradients
+        if role.training is not None:
+            role.training.optimizer.register_step_pre_hook(count)  # a step clears the gradients
     trainer = build_trainer(config, adapter, method, Tracker(Path(config.output), enabled=False), Processes())
     trainer.train_step(SampleStream(MemorySource(["a red three moving up"]), 0, Shard(1)))
-    states = [state for role in roles if role.optimizer is not None for state in role.optimizer.state.values()]
+    states = [state for role in roles if role.training is not None for state in role.training.optimizer.state.values()]
     kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
     kept += [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     return sum({id(tensor): tensor.nbytes for tensor in kept}.values()) + sum(gradients)

@@ -31,9 +31,11 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.builder import build_method, run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 
 SIZES: Mapping[str, dict[str, Any]] = {
     "tiny": {"network": {}, "video": {"height": 32, "width": 32, "num_frames": 9}, "batch": 32},
@@ -165,7 +167,8 @@ class Bench:
         latents = torch.randn(batch, *adapter.latent_shape)
         data = SampleStream(MemorySource(["a red three moving up"] * batch, latents), 0, Shard(batch))
         silent = Tracker(Path(self.folder), enabled=False)
-        trainer = DistillTrainer(built, adapter.prepare, LoopOptions(10**9, log_every=10**9), silent)
+        options = TrainerConfig(max_steps=10**9, log_every=10**9)
+        trainer = DistillTrainer(built, adapter.prepare, options, Runtime(built, options, silent))
 
         def cycle() -> None:
             for _ in range(INTERVAL):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,8 +14,29 @@ from fastvideo.distillation.denoiser import Denoiser, Family
 from fastvideo.errors import UserError
 
 
+class Training(Protocol):
+    """Trains one role: an optimizer, its lr schedule, averages of the trained tensors by name."""
+
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None
+    ema: dict[str, Tensor] | None
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """Move optimizer and schedule together; the optimizer changes nothing where ``skip`` (a scalar) is 1."""
+        ...
+
+    def take_back(self) -> None:
+        """Undo the schedule's part of a skipped step."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next step."""
+        ...
+
+
 class RoleHandle(Denoiser):
-    """One role: a denoiser under a name, and (if it is trained) its optimizer with the lr schedule in step.
+    """One role: a denoiser under a name, and (if it is trained) what trains it.
 
     Args:
         name: of the role.
@@ -23,9 +44,7 @@ class RoleHandle(Denoiser):
         trainable: whether the role is trained.
         trained: the parameters that it trains, by name, for a role that trains a part of a shared network; all
             parameters of the network otherwise.
-
-    Attributes:
-        ema: averages of :meth:`tensors` by name, for a role that has them; they are shards where those are.
+        training: optimizer, lr schedule and averages of a trained role.
     """
 
     def __init__(
@@ -37,13 +56,11 @@ class RoleHandle(Denoiser):
         *,
         select: Callable[[], None] | None = None,
         trained: Mapping[str, nn.Parameter] | None = None,
+        training: Training | None = None,
     ) -> None:
         super().__init__(adapter, network, select)
         self.name, self.trainable, self._trained = name, trainable, trained
-        self.optimizer: Optimizer | None = None
-        self.lr_scheduler: LRScheduler | None = None
-        self.ema: dict[str, Tensor] | None = None
-        self._schedule_before: tuple[dict[str, Any], list[float]] = ({}, [])
+        self.training = training
         if trained is None:
             network.requires_grad_(trainable)
 
@@ -74,44 +91,6 @@ class RoleHandle(Denoiser):
             return state
         return {name: state[name] for name in trained}
 
-    def step(self, skip: Tensor | None = None) -> None:
-        """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step.
-
-        Args:
-            skip: float scalar on the device. Where it is 1 the optimizer changes nothing, which the host may not know
-                yet: the schedule moves, and :meth:`take_back` moves it back.
-        """
-        if self.optimizer is None:
-            raise RuntimeError(f"role {self.name!r} has no optimizer")
-        if skip is None or skips_on_device(self.optimizer):
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what fused kernels look at
-            self.optimizer.step()
-        elif not bool(skip):  # waits for the device: such an optimizer cannot be told otherwise
-            self.optimizer.step()
-        if self.lr_scheduler is not None:
-            self._schedule_before = self.lr_scheduler.state_dict(), self._rates()
-            self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def take_back(self) -> None:
-        """Undo the schedule's part of a :meth:`step` that the optimizer left out."""
-        if self.optimizer is None or self.lr_scheduler is None:
-            return
-        state, rates = self._schedule_before
-        self.lr_scheduler.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _rates(self) -> list[float]:
-        return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate that the next step uses."""
-        if self.optimizer is None:
-            raise RuntimeError(f"role {self.name!r} has no optimizer")
-        return float(self.optimizer.param_groups[0]["lr"])
-
 
 @contextmanager
 def frozen(handles: Sequence[RoleHandle]) -> Iterator[None]:
@@ -124,11 +103,6 @@ def frozen(handles: Sequence[RoleHandle]) -> Iterator[None]:
     finally:
         for parameter in held:
             parameter.requires_grad_(True)
-
-
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernels take a tensor that says to change nothing (torch's fused ones)."""
-    return bool(optimizer.defaults.get("fused"))
 
 
 class ModelBundle:

@@ -192,8 +192,7 @@ class Batch:
 class RoleLoss:
     """A scalar loss that trains one role, with metrics that stay on the device until they are logged.
 
-    ``frozen`` names roles whose parameters get no gradient from this loss, while gradient flows through them. Their
-    parameters must not require one while the loss is computed either, if its graph is to save their memory.
+    ``frozen`` are roles whose parameters get no gradient from it.
     """
 
     role: str

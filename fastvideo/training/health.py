@@ -87,7 +87,7 @@ class HealthCheck:
         source = "teacher" if "teacher" in self.method.bundle else "real"
         file, key = self.folder / REFERENCE, self._key()
         kept = json.loads(file.read_text()) if file.is_file() else {}
-        if not self.shared.main_says(kept.get("key") == key):
+        if not self.shared.processes.main_says(kept.get("key") == key):
             kept = {"key": key, "figures": self._make_reference(source)}
             if self.shared.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)

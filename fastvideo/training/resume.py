@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,13 @@ import yaml
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.reading import read_yaml
-from fastvideo.distillation.engine.checkpoint.checkpoint import CONFIG, CheckpointHook, Parts, RunFacts, SaveOptions
-from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, step_of
-from fastvideo.distillation.engine.checkpoint.restore import Restored, check_intact, newest, restore
-from fastvideo.distillation.engine.checkpoint.state import RoleState, Stateful
-from fastvideo.distillation.engine.parallel.distributed import Processes, barrier
+from fastvideo.distillation.engine.runtime import Restored, Session
 from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 HARMLESS = ("output", "device", "parallel", "validation", "health", "tracking", "checkpoint", "data.cache")
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
 _IN_TRAINER = (
@@ -38,33 +34,23 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(config.output) / CHECKPOINTS
 
 
-def checkpoint_hook(config: Config, parts: Parts, processes: Processes) -> CheckpointHook:
-    """What saves this run."""
-    options = config.checkpoint.model_dump() | {"last_step": config.trainer.max_steps}
-    return CheckpointHook(checkpoint_folder(config), parts, processes, SaveOptions(**options), run_facts(config))
+def survivors(
+    trainer: DistillTrainer, data: SampleStream, validation: ValidationHook | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts of a run that survive beside its roles: those that all processes hold alike, and each one's own."""
+    shared = {"method": trainer.method} | ({} if validation is None else {"validation": validation})
+    return shared, {"trainer": trainer, "rng": trainer.method.rng, "data": data}
 
 
-def run_parts(trainer: DistillTrainer, data: SampleStream, validation: ValidationHook | None = None) -> Parts:
-    """Everything of a run that survives."""
-    method = trainer.method
-    roles = {handle.name: RoleState(handle) for handle in method.bundle if handle.trainable}
-    shared: dict[str, Stateful] = {"method": method}
-    if validation is not None:
-        shared["validation"] = validation
-    return Parts(roles, shared, {"trainer": trainer, "rng": method.rng, "data": data})
-
-
-def run_facts(config: Config) -> RunFacts:
-    """What a checkpoint says about its run."""
+def run_facts(config: Config) -> tuple[str, str, dict[str, str]]:
+    """For a checkpoint: the config as YAML, the hash of the part that a resumed run must keep, versions."""
     values = config.model_dump(mode="json")
     binding = {key: value for key, value in flat(values).items() if not is_harmless(key)}
     digest = hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()
-    return RunFacts(yaml.safe_dump(values, sort_keys=False), digest, environment())
+    return yaml.safe_dump(values, sort_keys=False), digest, environment()
 
 
-def find_checkpoint(
-    config: Config, processes: Processes, wanted: Path | None, say: Callable[[str], None]
-) -> Path | None:
+def find_checkpoint(config: Config, session: Session, wanted: Path | None) -> Path | None:
     """The checkpoint to go on from: the one that was asked for, else the newest intact one of the output folder.
 
     ``None`` for a run that was cut off before its first checkpoint was complete: it starts anew.
@@ -72,9 +58,8 @@ def find_checkpoint(
     Raises:
         UserError: if it is damaged, or its config is one of another run.
     """
-    if wanted is not None:
-        check_intact(wanted, processes)
-    found = wanted or newest(checkpoint_folder(config), processes, say)
+    say = session.tracker.say
+    found = session.find_checkpoint(checkpoint_folder(config), wanted)
     saved = found or Path(config.output)
     for line in check_config(config, saved) if (saved / CONFIG).is_file() else []:
         say(f"changed since {saved.name}: {line}")
@@ -124,38 +109,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def go_on(config: Config, checkpoint: Path | None, parts: Parts, data: SampleStream, processes: Processes) -> list[str]:
-    """Restore a run from an intact checkpoint, if there is one; what was restored, for the user.
-
-    Raises:
-        UserError: if the checkpoint's roles or weights do not fit.
-    """
-    if checkpoint is None:
-        return []
-    restored = restore(checkpoint, parts, processes)
-    inexact = [f"not bit-exact: {note}" for note in restored.notes]
-    return [_summary(restored, data), *inexact, *set_aside(config, checkpoint, processes)]
-
-
-def _summary(restored: Restored, data: SampleStream) -> str:
+def resumed(restored: Restored, data: SampleStream) -> list[str]:
+    """Lines for the user about a run that goes on."""
     roles = ", ".join(restored.roles)
     position = f"epoch {data.epoch}, batch {data.round} of {data.rounds}"
-    return f"resumed at step {restored.step} from {restored.folder}: roles {roles}; data at {position}; random streams"
-
-
-def set_aside(config: Config, checkpoint: Path, processes: Processes) -> list[str]:
-    """Take later checkpoints out of the way of a run that goes on from an earlier one; nothing is deleted."""
-    folder, moved = checkpoint_folder(config), []
-    if processes.is_main and checkpoint.resolve().parent == folder.resolve():
-        for path in checkpoints_in(folder):
-            if (step_of(path) or 0) > (step_of(checkpoint) or 0):
-                target = _free_name(folder / f"abandoned-{path.name}")
-                path.rename(target)
-                moved.append(f"{path.name} is later than the one asked for: kept as {target.name}")
-    barrier()
-    return moved
-
-
-def _free_name(path: Path) -> Path:
-    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
-    return next(name for name in names if not name.exists())
+    summary = f"resumed at step {restored.step} from {restored.folder}: roles {roles}; data at {position}"
+    return [f"{summary}; random streams", *(f"not bit-exact: {note}" for note in restored.notes), *restored.moved]

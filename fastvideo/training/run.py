@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -11,39 +10,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
-from fastvideo.distillation.engine.attendance import naming_lost_processes
-from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook
-from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
-from fastvideo.distillation.engine.ema import EMAHook, averaged
-from fastvideo.distillation.engine.lora import ADAPTER_FILE, gather_adapter, portable, switch_of
-from fastvideo.distillation.engine.non_finite import NonFiniteGuard
-from fastvideo.distillation.engine.optional.memory import keep_freed_memory
-from fastvideo.distillation.engine.optional.startup import StartUp
-from fastvideo.distillation.engine.optional.trackers import check_installed
-from fastvideo.distillation.engine.optional.watchdog import Watchdog
-from fastvideo.distillation.engine.parallel.distributed import (
-    Processes,
-    barrier,
-    check_agreement,
-    start_processes,
-    stop_processes,
-)
-from fastvideo.distillation.engine.placement import whole_network
-from fastvideo.distillation.engine.tracking import Tracker, TrackingOptions
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.engine.runtime import Processes, Runtime, Session, Tracker
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.inference.recipe import Weights, result_recipe
-from fastvideo.stopping import listening
 from fastvideo.training.data import build_data, check_buckets
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.output import check_output, prepare_output
-from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on, run_parts
+from fastvideo.training.resume import (
+    already_started,
+    checkpoint_folder,
+    find_checkpoint,
+    flat,
+    resumed,
+    run_facts,
+    survivors,
+)
 from fastvideo.training.validation import build_validation
 
 
@@ -68,28 +54,17 @@ def run(
         RunError: if the run cannot go on.
         Stopped: if a signal asked for it; the run goes on from there with ``resume``.
     """
-    start = StartUp(time.monotonic() if began is None else began)
-    start.reached("imports")
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
-    if config.trainer.keep_freed_memory:
-        keep_freed_memory()
-    # Weights that decay towards zero become denormal, and arithmetic on those is many times slower on a CPU.
-    torch.set_flush_denormal(True)
-    layout = config.parallel.model_dump(include={"shard", "replicate", "context", "timeout"})
-    with listening(config.trainer.stop_signals):
-        processes = start_processes(config.device, **layout)
-        try:
-            check_agreement("config", flat(config.model_dump(mode="json")))
-            if processes.is_main:
-                check_free(Path(config.output))
-            check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
-            barrier()
-            with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
-                start.reached("processes")
-                return _run(config, processes, Launched(resume, overwrite, resume_from), start)
-        finally:
-            stop_processes()
+    output = Path(config.output)
+    with Session.open(config, began) as session:
+        main = session.processes.is_main
+        session.check_agreement("config", flat(config.model_dump(mode="json")))
+        if main:
+            check_free(output)
+        check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
+        session.wait_for_all()
+        with locked(output) if main else nullcontext():
+            session.start.reached("processes")
+            return _run(config, session, Launched(resume, overwrite, resume_from))
 
 
 @dataclass(frozen=True)
@@ -101,36 +76,33 @@ class Launched:
     resume_from: Path | None
 
 
-def _run(config: Config, processes: Processes, launched: Launched, start: StartUp) -> Path:
-    output = Path(config.output)
+def _run(config: Config, session: Session, launched: Launched) -> Path:
+    output, processes, tracker, start = Path(config.output), session.processes, session.tracker, session.start
     if processes.is_main:  # another run may have finished here since the first look
         check_output(config, **asdict(launched))
-    for backend in config.tracking.backends:
-        check_installed(backend)
-    tracker = Tracker(output, enabled=processes.is_main, options=TrackingOptions(**config.tracking.model_dump()))
     source = None
     if launched.resume or launched.resume_from:
-        source = find_checkpoint(config, processes, launched.resume_from, tracker.say)
+        source = find_checkpoint(config, session, launched.resume_from)
     adapter = build_adapter(config, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
-    data, description = _build_data_once(config, adapter, processes)
+    data, description = _build_data_once(config, adapter, session)
     check_buckets(config, adapter, processes, data)
     start.reached("data")
     validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
         prepare_output(config, overwrite=launched.overwrite)
-    barrier()
+    session.wait_for_all()
     data.faults.attach(output, processes.rank)
-    check_agreement("dataset", {"steps per epoch": data.rounds})
-    parts = run_parts(trainer, data, validation)
-    for line in go_on(config, source, parts, data, processes):
+    session.check_agreement("dataset", {"steps per epoch": data.rounds})
+    runtime, parts = trainer.runtime, trainer.runtime.parts(*survivors(trainer, data, validation))
+    for line in resumed(runtime.restore(source, parts), data) if source else []:
         tracker.say(line)
     tracker.rewind(trainer.step)
-    checkpoint = checkpoint_hook(config, parts, processes)
-    trainer.hooks = (start.tell(tracker), validation, checkpoint)
-    trainer.on_stop = partial(_save_for_stop, checkpoint)
+    checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
+    trainer.hooks = (start.tell(tracker), validation, checkpoints)
+    trainer.on_stop = checkpoints.save_for_stop
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
     for note in method.notes:
@@ -138,74 +110,51 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     try:
         validation.resume(trainer.step)
         start.reached("preparation")
-        with Watchdog(config.trainer.watchdog_seconds, output / "stacks", processes.rank):
-            trainer.run(data)
+        trainer.run(data)
     finally:
-        checkpoint.wait()
-    save_result(config, adapter, trainer, output / "student", processes)
+        checkpoints.wait()
+    save_result(config, adapter, trainer, output / "student")
     tracker.say(f"saved {output / 'student'}")
     return output / "student"
 
 
-def _build_data_once(config: Config, adapter: Adapter, processes: Processes) -> tuple[SampleStream, str]:
+def _build_data_once(config: Config, adapter: Adapter, session: Session) -> tuple[SampleStream, str]:
     """The data, with the main process first: what it computes and caches, the others only read."""
+    processes = session.processes
     if processes.is_main:
         data = build_data(config, adapter, processes)
-    barrier()
+    session.wait_for_all()
     return data if processes.is_main else build_data(config, adapter, processes)
 
 
 def build_trainer(
     config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
 ) -> DistillTrainer:
-    """The trainer with its averages; what is called after a step comes later."""
-    averaged_roles = [method.bundle[role] for role in config.ema.roles] if config.ema.enabled else []
-    averages = [EMAHook(averaged_roles, config.ema.decay, config.ema.start_step)]
-    if config.trainer.max_cpu_seconds and processes.world_size > 1:
-        raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
-    names = ("max_steps", "max_cpu_seconds", "grad_accumulation", "max_grad_norm", "log_every")
-    options = LoopOptions(
-        **config.trainer.model_dump(include=set(names)),
-        context=processes.context,
-        sync_every_micro_batch=config.parallel.sync_every_micro_batch,
-    )
-    prepare = partial(adapter.prepare, any_size=config.data.buckets)
-    folder = Path(config.output) / "non_finite"
-    guard = NonFiniteGuard(config.trainer.non_finite, config.trainer.max_skips, folder, processes.rank)
-    return DistillTrainer(method, prepare, options, tracker, averages=averages, guard=guard)
+    """The trainer over its runtime; hooks come later."""
+    runtime = Runtime(method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema)
+    return DistillTrainer(method, partial(adapter.prepare, any_size=config.data.buckets), config.trainer, runtime)
 
 
-def _save_for_stop(checkpoint: CheckpointHook, step: int) -> str:
-    """Save a run that a signal stops, whether or not it saves otherwise; for the message, where."""
-    there = checkpoint.folder / f"step-{step}" in complete_checkpoints(checkpoint.folder)
-    if not (checkpoint.due(step) or there):
-        checkpoint.save(step)
-    checkpoint.wait()
-    return f"; saved {checkpoint.folder / f'step-{step}'}, go on with --resume"
-
-
-def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path, processes: Processes) -> None:
-    """The student as a model folder: averaged weights if there are any, and the recipe that samples from it.
-
-    All processes take part, because each may have a part of the weights; the main one writes.
-    """
-    student = trainer.method.bundle["student"]
-    with averaged(student) if student.ema is not None else nullcontext():
-        whole, switch = whole_network(student, adapter, processes), switch_of(student)
-        lora = portable(gather_adapter(student), switch.scaling) if switch else {}
-        if whole is not None:
-            weights: Weights = "live" if student.ema is None else "ema"
-            _write_result(adapter, whole, result_recipe(config, adapter, weights, trainer.step), lora, folder)
+def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path) -> None:
+    """The student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
+    weights: Weights = "ema" if trainer.runtime.has_average("student") else "live"
+    with trainer.runtime.result("student", adapter) as (network, files):
+        if network is not None:
+            _write_result(adapter, network, result_recipe(config, adapter, weights, trainer.step), files, folder)
 
 
 def _write_result(
-    adapter: Adapter, network: nn.Module, recipe: Mapping[str, Any], lora: Mapping[str, Tensor], folder: Path
+    adapter: Adapter,
+    network: nn.Module,
+    recipe: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
 ) -> None:
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
     adapter.save_pipeline(partial_folder, network, recipe)
-    if lora:
-        save_file(dict(lora), partial_folder / ADAPTER_FILE, metadata={"format": "pt"})
+    for name, tensors in files.items():
+        save_file(dict(tensors), partial_folder / name, metadata={"format": "pt"})
     if folder.is_dir():
         shutil.rmtree(folder)
     partial_folder.rename(folder)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.engine.parallel.distributed import Processes, from_main, gather_to_main, spread_from_main
+from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.stopping import step_done, unit_done
@@ -32,13 +32,9 @@ class SharedSampler:
         """Whether this process gets the results."""
         return self.processes.is_main
 
-    def main_says(self, answer: bool) -> bool:
-        """The main process's answer, on all processes."""
-        return bool(from_main(int(answer), self.processes))
-
     def from_main(self, latents: Tensor | None, count: int) -> Tensor:
         """Latents ``[count, C, F, H, W]`` of the main process on every process's device; the others pass ``None``."""
-        return spread_from_main(latents, (count, *self.family.latent_shape)).to(self.family.device)
+        return self.processes.spread_from_main(latents, (count, *self.family.latent_shape))
 
     def rows(self, count: int) -> list[int]:
         """Prompts of this process; equally many on all, so the last ones may be sampled more than once."""
@@ -79,5 +75,5 @@ class SharedSampler:
 
     def _joined(self, own: Tensor, count: int) -> Tensor | None:
         """Rows of all processes in the order of the prompts, without the repeated ones."""
-        parts = gather_to_main(own, self.processes)
+        parts = self.processes.gather_to_main(own)
         return None if parts is None else parts.transpose(0, 1).flatten(0, 1)[:count]

@@ -28,6 +28,11 @@ class Agreement:
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
+    @property
+    def several(self) -> bool:
+        """True if there are other processes."""
+        return self._group is not None
+
     def largest(self, value: int) -> int:
         """The largest value of all processes."""
         if self._group is None:

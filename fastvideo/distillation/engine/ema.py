@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
+from fastvideo.distillation.engine.training import training_of
 
 
 class EMAHook:
-    """Updates ``handle.ema`` after each optimizer step of its role, and only then.
+    """Updates ``handle.training.ema`` after each optimizer step of its role, and only then.
 
     Up to ``start_step`` the average is a copy of the live weights, so that it never remembers the initial ones. Every
     process averages its own shards: nothing is gathered.
@@ -22,7 +23,7 @@ class EMAHook:
     def __init__(self, handles: Sequence[RoleHandle], decay: float, start_step: int = 0) -> None:
         self.handles, self.decay, self.start_step = tuple(handles), decay, start_step
         for handle in self.handles:
-            handle.ema = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
+            training_of(handle).ema = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
 
     @torch.no_grad()
     def after_update(self, step: int, active: Sequence[str], skip: Tensor) -> None:
@@ -33,8 +34,9 @@ class EMAHook:
         decay = 0.0 if step < self.start_step else self.decay
         weight = (1 - decay) * (1 - skip)
         for handle in self.handles:
-            if handle.name in active and handle.ema is not None:
-                _blend(handle.ema, handle.tensors(), weight)
+            averages = training_of(handle).ema
+            if handle.name in active and averages is not None:
+                _blend(averages, handle.tensors(), weight)
 
 
 def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight: Tensor) -> None:
@@ -44,6 +46,11 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
             average.lerp_(live, weight.to(average))
         else:
             average.copy_(live)
+
+
+def has_average(handle: RoleHandle) -> bool:
+    """True if the role keeps averaged weights."""
+    return handle.training is not None and handle.training.ema is not None
 
 
 @contextmanager
@@ -58,11 +65,12 @@ def averaged(handle: RoleHandle) -> Iterator[None]:
 
 @torch.no_grad()
 def _exchange(handle: RoleHandle) -> None:
-    if handle.ema is None:
+    averages = training_of(handle).ema
+    if averages is None:
         raise RuntimeError(f"role {handle.name!r} has no average")
     free_gathered(handle.network)  # what is still whole would go on with the other weights
     for name, tensor in handle.tensors().items():
-        average, live = local(handle.ema[name]), local(tensor)
+        average, live = local(averages[name]), local(tensor)
         kept = live.clone()
         live.copy_(average)
         average.copy_(kept)

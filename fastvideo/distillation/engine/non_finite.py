@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.distributed import any_rank
 from fastvideo.distillation.engine.parallel.sharding import local, norms_of
-from fastvideo.distillation.types import RawBatch
+from fastvideo.distillation.types import RawBatch, RoleLoss
 from fastvideo.errors import RunError
 
 Policy = Literal["raise", "skip"]
@@ -57,27 +57,37 @@ class Verdict:
 
     Args:
         named: the scalars and vectors that must be finite, by what they are.
+        asked: number of the signal that asked this process to stop, or 0: it rides on the same collective.
 
     Attributes:
         skip: float32 scalar on the device: 1 where the step must leave everything as it is, else 0.
     """
 
-    def __init__(self, named: Sequence[tuple[Sequence[str], Tensor]]) -> None:
+    def __init__(self, named: Sequence[tuple[Sequence[str], Tensor]], asked: int) -> None:
         self.names = [name for names, _ in named for name in names]
         device = named[0][1].device
         bad = ~torch.cat([values.detach().to(device).float().view(-1) for _, values in named]).isfinite()
-        self.skip = any_rank(bad.any().float())
+        flag = bad.any().float()
+        flags = any_rank(torch.stack([flag, torch.full_like(flag, asked)]))
+        self.skip = flags[0]
         # To pinned memory where there is a device, so the copy waits for nothing either.
-        self._host = torch.cat([self.skip.view(1), bad.float()]).to("cpu", non_blocking=True)
+        self._host = torch.cat([flags, bad.float()]).to("cpu", non_blocking=True)
         self._copied = torch.Event(device.type) if device.type != "cpu" else None
         if self._copied is not None:
             self._copied.record()
 
-    def read(self) -> tuple[bool, list[str]]:
-        """Whether the step is left out, and what was not finite on this process."""
+    def asked(self) -> int:
+        """The number of the signal that asked any process to stop; 0 if none was asked."""
+        return int(self._read()[1])
+
+    def _read(self) -> list[float]:
         if self._copied is not None:
             self._copied.synchronize()
-        skip, *bad = self._host.numpy()
+        return self._host.numpy().tolist()  # type: ignore[no-any-return]
+
+    def read(self) -> tuple[bool, list[str]]:
+        """Whether the step is left out, and what was not finite on this process."""
+        skip, _, *bad = self._read()
         return bool(skip), [name for name, flag in zip(self.names, bad, strict=True) if flag]
 
 
@@ -90,6 +100,7 @@ class Attempt:
         batches: what it was given.
         losses: scalars by what they are.
         metrics: observations that count only if the step does.
+        trained: roles of the losses of the present micro-batch.
     """
 
     step: int
@@ -99,15 +110,27 @@ class Attempt:
     losses: list[tuple[str, Tensor]] = field(default_factory=list)
     metrics: list[Mapping[str, Tensor]] = field(default_factory=list)
     gradients: dict[str, Gradient] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)
 
-    def judge(self) -> Verdict:
-        """Put the losses and gradients to the test; all roles of the step stand or fall together."""
+    def record(self, loss: RoleLoss) -> None:
+        """Keep a loss and its metrics on the device."""
+        values = {"loss": loss.value, **loss.metrics}
+        self.losses.append((loss.role, loss.value.detach()))
+        self.metrics.append({f"{loss.role}/{name}": value.detach() for name, value in values.items()})
+        self.trained.append(loss.role)
+
+    def judge(self, asked: int) -> Verdict:
+        """Put the losses and gradients to the test; all roles of the step stand or fall together.
+
+        Args:
+            asked: see :class:`Verdict`.
+        """
         named: list[tuple[Sequence[str], Tensor]] = [([f"the loss of role {r!r}"], value) for r, value in self.losses]
         for role, gradient in self.gradients.items():
             of = f"the gradient of role {role!r}"
             named.append(([f"{of} at {name}" for name in gradient.names], gradient.norms))
             named.append(([of], gradient.total))
-        self.verdict = verdict = Verdict(named)
+        self.verdict = verdict = Verdict(named, asked)
         return verdict
 
     verdict: Verdict = field(init=False)

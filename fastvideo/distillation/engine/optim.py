@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,32 +13,17 @@ from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.engine.optional.eight_bit import adamw_8bit, check_installed
 from fastvideo.distillation.engine.parallel.sharding import local
+from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.errors import UserError
 
 States = Literal["float32", "8bit"]
 """What AdamW keeps its moments in."""
 
 
-class OptimizerOptions(Protocol):
-    """What :func:`attach_optimizer` reads."""
-
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def kind(self) -> Literal["adamw", "radam"]: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def decay_steps(self) -> int: ...
-
-
-def check_states(states: States, optimizers: Mapping[str, OptimizerOptions]) -> None:
+def check_states(states: States, optimizers: Mapping[str, OptimizerConfig]) -> None:
     """Check that the optimizers of all roles can keep their state so.
 
     Raises:
@@ -55,17 +40,18 @@ def check_states(states: States, optimizers: Mapping[str, OptimizerOptions]) -> 
     check_installed()
 
 
-def attach_optimizer(handle: RoleHandle, options: OptimizerOptions, states: States = "float32") -> None:
+def attach_optimizer(handle: RoleHandle, options: OptimizerConfig, states: States = "float32") -> None:
     """Give a trainable role its optimizer and the schedule that moves with it.
 
     The fused kernels of AdamW can leave out a step on the word of a tensor, so that a step which is not finite costs no
     wait; RAdam and 8-bit AdamW have none, and the host waits to know.
     """
-    handle.optimizer = _optimizer(handle.parameters(), options, states)
-    handle.lr_scheduler = LambdaLR(handle.optimizer, partial(warmup_cosine, options.warmup_steps, options.decay_steps))
+    optimizer = _optimizer(handle.parameters(), options, states)
+    schedule = LambdaLR(optimizer, partial(warmup_cosine, options.warmup_steps, options.decay_steps))
+    handle.training = RoleTraining(optimizer, schedule)
 
 
-def _optimizer(parameters: list[nn.Parameter], options: OptimizerOptions, states: States) -> Optimizer:
+def _optimizer(parameters: list[nn.Parameter], options: OptimizerConfig, states: States) -> Optimizer:
     rate, betas, decay = options.learning_rate, options.betas, options.weight_decay
     if options.kind == "radam":
         return RAdam(parameters, lr=rate, betas=betas, weight_decay=decay, decoupled_weight_decay=True)
@@ -89,12 +75,13 @@ def relative_update(handle: RoleHandle) -> float | None:
 
     From Adam's moments, so it is the same however often it is asked for; of split weights, this process's part.
     """
-    if handle.optimizer is None:
+    if handle.training is None:
         return None
+    optimizer = handle.training.optimizer
     moved = weight = 0.0
-    for group in handle.optimizer.param_groups:
+    for group in optimizer.param_groups:
         for p in group["params"]:
-            state = handle.optimizer.state.get(p, {})
+            state = optimizer.state.get(p, {})
             if "exp_avg_sq" not in state or not float(state["step"]):
                 continue
             bias, bias_sq = (1 - beta ** float(state["step"]) for beta in group["betas"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -13,16 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.engine.lora import add_adapter, gather_adapter, merge, switch_of
+from fastvideo.distillation.config.schema import LoRAConfig, ParallelConfig, RoleConfig
+from fastvideo.distillation.engine.ema import averaged, has_average
+from fastvideo.distillation.engine.lora import ADAPTER_FILE, add_adapter, gather_adapter, merge, portable, switch_of
 from fastvideo.distillation.engine.optim import States
 from fastvideo.distillation.engine.optional.footprint import Kept, check_memory
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
+from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.engine.parallel.sharding import (
     ShardPolicy,
-    Which,
     gather_state,
     home_of,
     includes,
@@ -49,28 +50,6 @@ class NetworkSource(Protocol):
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
 
 
-class Options(Protocol):
-    """What :class:`Placement` reads of the config."""
-
-    @property
-    def activation_checkpointing(self) -> Literal["none"] | Recompute: ...
-    @property
-    def keep_gathered(self) -> Which: ...
-    @property
-    def offload(self) -> Which: ...
-
-
-class RoleOptions(Protocol):
-    """What :class:`Placement` reads of a role."""
-
-    @property
-    def trainable(self) -> bool: ...
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def lora(self) -> LoRAConfig | None: ...
-
-
 class Placement:
     """Makes the networks of a run.
 
@@ -78,7 +57,7 @@ class Placement:
         UserError: for a family that cannot do what the layout asks.
     """
 
-    def __init__(self, source: NetworkSource, processes: Processes, options: Options) -> None:
+    def __init__(self, source: NetworkSource, processes: Processes, options: ParallelConfig) -> None:
         self.source, self.processes, self.options = source, processes, options
         if self._special and source.scaling is None:
             raise UserError(
@@ -116,7 +95,7 @@ class Placement:
             counts = {shape: scaling.context_counts(path, shape, text_length) for shape in sizes}
             check_context(self.processes, joined_counts(counts), f"role {role!r}")
 
-    def check_memory(self, roles: Mapping[str, RoleOptions], states: States) -> None:
+    def check_memory(self, roles: Mapping[str, RoleConfig], states: States) -> None:
         """Check that this process's device holds what these roles keep on it from step to step; nothing is loaded.
 
         Adapters are not counted: beside the network that they share they are small.
@@ -218,6 +197,22 @@ def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processe
     whole = scaling.empty(None, torch.float32)
     whole.load_state_dict(state, assign=True)
     return whole
+
+
+@contextmanager
+def result_of(
+    handle: RoleHandle, source: NetworkSource, processes: Processes
+) -> Iterator[tuple[nn.Module | None, dict[str, dict[str, Tensor]]]]:
+    """A role's network for saving (averaged weights if it has some) and files of its adapter by name, if any.
+
+    All processes take part, because each may have a part of the weights; only the main one gets the network.
+    """
+    switch, files = switch_of(handle), {}
+    with averaged(handle) if has_average(handle) else nullcontext():
+        whole = whole_network(handle, source, processes)
+        if switch is not None:
+            files[ADAPTER_FILE] = portable(gather_adapter(handle), switch.scaling)
+        yield whole, files
 
 
 def read_whole(scaling: Scaling, path: str | None) -> nn.Module:

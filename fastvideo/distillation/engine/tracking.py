@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastvideo.distillation.config.schema import TrackingConfig
 from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.optional.trackers import Isolated, Open, Package, TensorBoard
 
@@ -20,13 +20,13 @@ LOGS = ("metrics.jsonl", "health.jsonl")
 """Files of a run with one object per line, each of a step."""
 
 
-@dataclass(frozen=True)
-class TrackingOptions:
-    """Which external trackers to feed, and under which names."""
+CLOSING = "closing"
+"""Key of a line that a run wrote as it ended, in the middle of a window."""
 
-    backends: Sequence[str] = ("tensorboard",)
-    project: str = "fastvideo"
-    name: str | None = None
+
+def _stays(line: Mapping[str, object], step: int) -> bool:
+    """True for a line that a run which goes on after ``step`` will not write again."""
+    return int(str(line["step"])) <= step and CLOSING not in line
 
 
 class Tracker:
@@ -43,22 +43,27 @@ class Tracker:
         folder: Path,
         *,
         enabled: bool = True,
-        options: TrackingOptions | None = None,
+        options: TrackingConfig | None = None,
         more: Mapping[str, Open] | None = None,
     ) -> None:
         self.folder, self.enabled = folder, enabled
-        self.options, self.more = options or TrackingOptions(), dict(more or {})
+        self.options, self.more = options or TrackingConfig(), dict(more or {})
         self.console = Console(quiet=not enabled, stderr=True)
         self._start = time.monotonic()
         self._progress: Progress | None = None
         self._trackers: list[Isolated] | None = None
         self._rewound_to: int | None = None
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at ``step`` (the number of finished steps)."""
+    def log(self, metrics: Mapping[str, float], step: int, *, closing: bool = False) -> None:
+        """Record metrics at ``step`` (the number of finished steps).
+
+        Args:
+            closing: of the part of a window in which the run ended: a run that goes on writes the whole one instead.
+        """
         if not self.enabled or not metrics:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        line |= {CLOSING: True} if closing else {}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self._external():
@@ -89,7 +94,7 @@ class Tracker:
             if self.enabled and file.is_file():
                 # A run that was killed may have left half a line at the end.
                 lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                replace_file(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
+                replace_file(file, "".join(line for line in lines if _stays(json.loads(line), step)))
                 self._rewound_to = step
 
     def say(self, message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.engine.ema import averaged
+from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.errors import Stopped
 
 Sample = Callable[[Denoiser], Tensor | None]
@@ -71,7 +71,7 @@ class ValidationHook:
         if self.sample is None or self.sinks is None:
             return
         scores = self._look_at("student", self.sample(self.handle), step, self.sinks)
-        if self.handle.ema is not None:
+        if has_average(self.handle):
             with averaged(self.handle):
                 scores |= self._look_at("ema", self.sample(self.handle), step, self.sinks)
         if self.sinks.health is not None:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.config.schema import CheckpointConfig, EMAConfig, TrainerConfig
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import split_state
-from fastvideo.distillation.engine.ema import EMAHook
 from fastvideo.distillation.engine.optim import attach_optimizer
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, spy, toy_method, trajectory_extras
-from fastvideo.training.resume import run_parts
+from fastvideo.training.resume import survivors
 
 STEPS, LOG_EVERY, SAMPLES = 6, 4, 22
 """Metrics windows end inside the run and not at its end, and epochs inside accumulations."""
@@ -72,15 +73,16 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
     latents = MEAN + STD * torch.randn((SAMPLES, 1, 1, 4, 4), generator=generator)
     walks = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
     stream = SampleStream(MemorySource([str(i / 10) for i in range(SAMPLES)], latents, walks), 3, Shard(4))
-    averages = [EMAHook([method.bundle[role] for role in method.trainable_roles], 0.9, start_step=2)]
-    loop = LoopOptions(STEPS, grad_accumulation=accumulation, log_every=LOG_EVERY)
+    loop = TrainerConfig(max_steps=STEPS, grad_accumulation=accumulation, log_every=LOG_EVERY)
+    ema = EMAConfig(roles=method.trainable_roles, decay=0.9, start_step=2)
+    runtime = Runtime(method, loop, Tracker(folder), ema=ema)
     adapter = method.bundle["student"].adapter
-    trainer = DistillTrainer(method, adapter.prepare, loop, Tracker(folder), averages=averages)  # type: ignore[attr-defined]
-    parts = run_parts(trainer, stream)
+    trainer = DistillTrainer(method, adapter.prepare, loop, runtime)  # type: ignore[attr-defined]
+    parts = runtime.parts(*survivors(trainer, stream))
     if save:
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})
-        options = SaveOptions(**{"every": 0, "last_step": STEPS, **save})
-        trainer.hooks = (CheckpointHook(folder / "checkpoints", parts, Processes(), options, facts),)
+        options = CheckpointConfig(**save)
+        trainer.hooks = (CheckpointHook(folder / "checkpoints", parts, Processes(), options, STEPS, facts),)
     return ToyRun(trainer, stream, parts, folder)
 
 

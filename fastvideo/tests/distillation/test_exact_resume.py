@@ -50,7 +50,7 @@ def test_an_optimizer_that_has_not_stepped_yet_starts_fresh(tmp_path: Path) -> N
     """Finding out what a fresh optimizer would hold must not give it a step: Adam counts them."""
     before = toy_run("dmd2", tmp_path, every=1)
     before.trainer.hooks[0].save(0)  # type: ignore[attr-defined]
-    assert not before.trainer.method.bundle["student"].optimizer.state  # type: ignore[union-attr]
+    assert not before.trainer.method.bundle["student"].training.optimizer.state  # type: ignore[union-attr]
     again = toy_run("dmd2", tmp_path / "again").restore(0, tmp_path)
     assert differences(before.train().state(), again.train().state()) == []
 

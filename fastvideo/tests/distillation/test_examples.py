@@ -63,7 +63,7 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     assert method.bundle.roles == tuple(config.roles)
     assert method.ladder.times == config.ladder.times
     for handle in method.bundle:
-        assert (handle.optimizer is not None) == handle.trainable
+        assert (handle.training is not None) == handle.trainable
 
 
 def test_wan_recipe_is_the_published_one() -> None:

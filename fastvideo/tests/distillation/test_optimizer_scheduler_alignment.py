@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,14 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticCo
 from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.training import training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.tests.distillation.toys import LADDER, toy_method, trajectory_extras
 
@@ -32,20 +37,20 @@ def build(name: str, **options: object) -> tuple[DistillMethod, AnalyticAdapter]
     return method, adapter
 
 
-def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int, folder: object) -> None:
+def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int) -> None:
     def batches():
         while True:
             latents = RandomStreams(1).normal((2, *adapter.latent_shape))
             walk = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
             yield RawBatch(("0", "0"), latents, walk)
 
-    tracker = Tracker(folder, enabled=False)
-    options = LoopOptions(max_steps=steps, grad_accumulation=accumulation, log_every=100)
-    DistillTrainer(method, adapter.prepare, options, tracker).run(batches())
+    options = TrainerConfig(max_steps=steps, grad_accumulation=accumulation, log_every=100)
+    runtime = Runtime(method, options, Tracker(Path(), enabled=False))
+    DistillTrainer(method, adapter.prepare, options, runtime).run(batches())
 
 
 def optimizer_steps(handle: RoleHandle) -> int:
-    state = handle.optimizer.state
+    state = handle.training.optimizer.state
     return int(next(iter(state.values()))["step"]) if state else 0
 
 
@@ -54,27 +59,27 @@ def optimizer_steps(handle: RoleHandle) -> int:
 @given(steps=st.integers(1, 12), accumulation=st.integers(1, 3))
 def test_schedule_position_equals_optimizer_steps(name: str, steps: int, accumulation: int) -> None:
     method, adapter = build(name)
-    train(method, adapter, steps, accumulation, None)
+    train(method, adapter, steps, accumulation)
     for role in method.trainable_roles:
         handle = method.bundle[role]
         expected = sum(role in method.active_roles(step) for step in range(steps))
         assert optimizer_steps(handle) == expected
-        assert handle.lr_scheduler.last_epoch == expected
+        assert handle.training.lr_scheduler.last_epoch == expected
 
 
 @pytest.mark.parametrize("interval", [1, 3, 5])
 def test_student_is_stepped_on_interval_steps_only_and_critic_on_all(interval: int) -> None:
     method, adapter = build("dmd2", generator_update_interval=interval)
-    train(method, adapter, 11, 1, None)
+    train(method, adapter, 11, 1)
     assert optimizer_steps(method.bundle["student"]) == len(range(0, 11, interval))
     assert optimizer_steps(method.bundle["critic"]) == 11
 
 
 def test_learning_rate_follows_the_updates_of_its_own_role() -> None:
     method, adapter = build("dmd2", generator_update_interval=5, student_learning_rate=0.1, critic_learning_rate=0.2)
-    train(method, adapter, 6, 1, None)  # two student updates, six critic updates
-    assert method.bundle["student"].learning_rate == pytest.approx(0.1 * 3 / WARMUP)
-    assert method.bundle["critic"].learning_rate == pytest.approx(0.2)
+    train(method, adapter, 6, 1)  # two student updates, six critic updates
+    assert method.bundle["student"].training.learning_rate == pytest.approx(0.1 * 3 / WARMUP)
+    assert method.bundle["critic"].training.learning_rate == pytest.approx(0.2)
 
 
 def test_warmup_then_cosine() -> None:
@@ -87,7 +92,7 @@ def test_warmup_then_cosine() -> None:
 def test_a_frozen_role_cannot_be_stepped() -> None:
     method, _ = build("dmd2")
     with pytest.raises(RuntimeError, match="teacher"):
-        method.bundle["teacher"].step()
+        training_of(method.bundle["teacher"]).step()
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("adamw", AdamW), ("radam", RAdam)])
@@ -96,10 +101,10 @@ def test_a_role_gets_the_optimizer_that_its_method_names(kind: str, expected: ty
     adapter = AnalyticAdapter(AnalyticConfig())
     handle = RoleHandle("student", adapter, adapter.load_network(), trainable=True)
     attach_optimizer(handle, OptimizerConfig(learning_rate=0.1, kind=kind, weight_decay=0.5))
-    assert type(handle.optimizer) is expected
+    assert type(handle.training.optimizer) is expected
     mean = handle.network.mean
     mean.grad = torch.full_like(mean, 1e-3)
     before = float(mean.detach())
-    handle.step()
+    handle.training.step()
     moved = before * (1 - 0.1 * 0.5) - float(mean.detach())  # what decoupled decay leaves, less the step
     assert moved == pytest.approx(0.1 if kind == "adamw" else 0.1 * 1e-3, rel=1e-3)

@@ -16,14 +16,15 @@ from torch.distributed.tensor import DTensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts, SaveOptions
+from fastvideo.distillation.config.schema import CheckpointConfig, LoRAConfig
+from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.checkpoint.restore import restore, role_weights
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
 from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.lora import AdapterSwitch, add_adapter
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.tests.distillation.resuming import differences
 from fastvideo.tests.launch import in_world
@@ -74,20 +75,21 @@ class Run:
         switch = AdapterSwitch(network, "student", None) if adapter else None
         trained = switch.parameters() if switch else None
         self.handle = RoleHandle("student", None, network, True, select=switch, trained=trained)  # type: ignore[arg-type]
-        self.handle.optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
-        self.handle.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.handle.optimizer, 0.9)
+        optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-2, betas=(0.5, 0.9), fused=True)
+        self.training = RoleTraining(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+        self.handle.training = self.training
         self.average = EMAHook([self.handle], 0.5)
         self.rng = RandomStreams(3, rank=rank)
         self.stream = SampleStream(MemorySource([str(i) for i in range(24)]), 3, Shard(2, rank, size))
         own = {"trainer": Window(rank + 0.5), "rng": self.rng, "data": self.stream}
         self.parts = Parts({"student": RoleState(self.handle)}, {}, own)
-        facts, options = RunFacts("", "0" * 64, {}), SaveOptions(1, 100)
-        self.hook = CheckpointHook(folder / "checkpoints", self.parts, self.processes, options, facts)
+        facts, options = RunFacts("", "0" * 64, {}), CheckpointConfig(every=1)
+        self.hook = CheckpointHook(folder / "checkpoints", self.parts, self.processes, options, 100, facts)
 
     def step(self, number: int) -> None:
         x = torch.randn((4, WIDTHS[0]), generator=torch.Generator().manual_seed(number))
         self.handle.network(x).square().mean().backward()
-        self.handle.step()
+        self.training.step()
         self.average.after_update(number, ("student",), torch.tensor(0.0))
         next(self.stream), self.rng.uniform(3)
 

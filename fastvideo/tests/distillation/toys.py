@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
@@ -132,13 +133,15 @@ def train(
     """A plain training loop: Adam with the given rates, decayed linearly to ``final_rate`` of them."""
     for role, rate in rates.items():
         handle = method.bundle[role]
-        handle.optimizer = torch.optim.Adam(handle.parameters(), lr=rate, betas=betas)
-        handle.lr_scheduler = torch.optim.lr_scheduler.LinearLR(handle.optimizer, 1.0, final_rate, steps)
+        optimizer = torch.optim.Adam(handle.parameters(), lr=rate, betas=betas)
+        averages = None if handle.training is None else handle.training.ema
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, final_rate, steps)
+        handle.training = RoleTraining(optimizer, schedule, averages)
     for step in range(steps):
         for loss in method.losses(batches(step), step):
             loss.value.backward()
         for role in method.active_roles(step):
-            method.bundle[role].step()
+            training_of(method.bundle[role]).step()
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ def test_build_wan_dmd2_method_needs_no_real_network() -> None:
     assert isinstance(method, DMD2Method)
     assert method.bundle.roles == ("student", "teacher", "critic")
     assert method.student.network is networks["student"]
-    assert method.student.optimizer is not None
-    assert method.critic.optimizer is not None
-    assert method.teacher.optimizer is None
+    assert method.student.training is not None
+    assert method.critic.training is not None
+    assert method.teacher.training is None
     assert not any(p.requires_grad for p in method.teacher.network.parameters())
-    assert method.critic.learning_rate == method.config.critic_learning_rate
+    assert method.critic.training.learning_rate == method.config.critic_learning_rate
 
 
 def test_build_wan_dmd2_method_refuses_another_combination(analytic_values: dict) -> None:

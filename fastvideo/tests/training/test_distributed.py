@@ -44,7 +44,7 @@ def average_and_step(handles: list[Any]) -> None:
             parameter.grad = mean.clone()
     for handle in handles:
         clip_grad_norm_(handle.parameters(), 1.0)
-        handle.step()
+        handle.training.step()
 
 
 @pytest.fixture

@@ -22,8 +22,10 @@ import fastvideo
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_method, run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config, wan_family, wan_folder
 
@@ -95,7 +97,8 @@ def trainer_of(folder: Path, **method: Any) -> tuple[DistillTrainer, SampleStrea
     latents = torch.randn(4, *adapter.latent_shape)
     data = SampleStream(MemorySource(FAMILIES["wan"].prompts * 2, latents), 0, Shard(2))
     silent = Tracker(folder, enabled=False)
-    return DistillTrainer(built, adapter.prepare, LoopOptions(max_steps=100, log_every=8), silent), data
+    options = TrainerConfig(max_steps=100, log_every=8)
+    return DistillTrainer(built, adapter.prepare, options, Runtime(built, options, silent)), data
 
 
 @pytest.mark.parametrize("options", [{}, {"rollout": "data"}], ids=["simulate", "data"])

@@ -16,9 +16,11 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.checkpoint.state import RoleState
+from fastvideo.distillation.engine.non_finite import NonFiniteError
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, NonFiniteError
+from fastvideo.distillation.engine.training import RoleTraining
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.training.data import build_data
 from fastvideo.training.run import build_trainer
@@ -64,9 +66,9 @@ def state_of(trainer: DistillTrainer) -> dict[str, Tensor]:
             flat |= {f"{handle.name}/{part}/{k}": v.clone() for k, v in state.get(part, {}).items()}
         for number, values in state.get("optimizer", {}).get("state", {}).items():
             flat |= {f"{handle.name}/optimizer/{number}/{k}": v.clone() for k, v in values.items()}
-        if handle.lr_scheduler is not None:
-            flat[f"{handle.name}/schedule"] = torch.tensor(handle.lr_scheduler.last_epoch)
-            flat[f"{handle.name}/rate"] = torch.tensor(handle.learning_rate, dtype=torch.float64)
+        if handle.training is not None and handle.training.lr_scheduler is not None:
+            flat[f"{handle.name}/schedule"] = torch.tensor(handle.training.lr_scheduler.last_epoch)
+            flat[f"{handle.name}/rate"] = torch.tensor(handle.training.learning_rate, dtype=torch.float64)
     return flat
 
 
@@ -99,8 +101,8 @@ def test_a_step_that_is_left_out_late_leaves_the_next_one_the_right_rate(analyti
         trainer.train_step(data)
     trainer.settle()
     critic = trainer.method.bundle["critic"]
-    assert critic.lr_scheduler.last_epoch == 3  # type: ignore[union-attr]
-    assert critic.learning_rate == pytest.approx(0.01 * 4 / 20)
+    assert critic.training.lr_scheduler.last_epoch == 3  # type: ignore[union-attr]
+    assert critic.training.learning_rate == pytest.approx(0.01 * 4 / 20)
 
 
 def test_the_random_streams_and_the_data_go_on(analytic_values: dict[str, Any]) -> None:
@@ -122,7 +124,7 @@ def test_raise_names_step_role_and_tensor_and_leaves_the_state(analytic_values: 
     trainer.train_step(data)
     with pytest.raises(NonFiniteError, match=r"^step 3: the loss of role 'critic' \(and \d more\) is not finite"):
         trainer.settle()
-    trainer.method.bundle["critic"].take_back()
+    trainer.method.bundle["critic"].training.take_back()
     assert equal(before, state_of(trainer))
 
 
@@ -144,7 +146,7 @@ def test_more_in_a_row_than_allowed_stop_the_run(analytic_values: dict[str, Any]
 def test_the_count_is_a_metric_and_the_metrics_stay_finite(analytic_values: dict[str, Any]) -> None:
     trainer, data = started(analytic_values, {1, 7}, non_finite="skip")
     trainer.run(data)
-    lines = [json.loads(line) for line in (trainer.tracker.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trainer.runtime.tracker.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1.0, 1.0, 2.0, 2.0]
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
 
@@ -155,7 +157,7 @@ def test_one_snapshot_per_run_holds_batch_losses_and_random_streams(analytic_val
         trainer.train_step(data)
     rng = trainer.method.rng.state_dict()
     trainer.run(data)
-    folder = trainer.tracker.folder / "non_finite"
+    folder = trainer.runtime.tracker.folder / "non_finite"
     assert sorted(file.name for file in folder.iterdir()) == ["step-2-rank-0.json", "step-2-rank-0.safetensors"]
     content = json.loads((folder / "step-2-rank-0.json").read_text())
     assert content["captions"] == [list(BAD)]
@@ -184,8 +186,8 @@ def test_no_step_waits_for_the_device(analytic_values: dict[str, Any], monkeypat
 def test_an_optimizer_that_cannot_leave_out_a_step_is_not_called(analytic_values: dict[str, Any]) -> None:
     trainer, data = started(analytic_values, {1}, non_finite="skip")
     handle = trainer.method.bundle["critic"]
-    handle.optimizer = torch.optim.SGD(handle.parameters(), lr=0.01, momentum=0.9)
-    handle.lr_scheduler = None
+    averages = handle.training.ema  # type: ignore[union-attr]
+    handle.training = RoleTraining(torch.optim.SGD(handle.parameters(), lr=0.01, momentum=0.9), ema=averages)
     trainer.train_step(data)
     before = state_of(trainer)
     trainer.train_step(data)

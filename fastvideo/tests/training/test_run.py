@@ -17,9 +17,11 @@ from fastvideo.cli import main
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.training.data import build_data
@@ -108,9 +110,10 @@ def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) 
         method.rng.normal_like = noise.next_like  # type: ignore[method-assign]
         method.times = times.next_times  # type: ignore[attr-defined]
         handle = method.bundle["student"]
-        handle.step = lambda skip: None  # type: ignore[method-assign]
-        options = LoopOptions(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
-        DistillTrainer(method, adapter.prepare, options, Tracker(Path(), enabled=False)).train_step(batches)
+        handle.training.step = lambda skip: None  # type: ignore[method-assign]
+        options = TrainerConfig(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
+        runtime = Runtime(method, options, Tracker(Path(), enabled=False))
+        DistillTrainer(method, adapter.prepare, options, runtime).train_step(batches)
         gradients.append([p.grad.clone() for p in handle.parameters()])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts)
@@ -188,4 +191,4 @@ def test_a_budget_of_cpu_time_ends_a_run_and_not_its_validation(analytic_values:
     folder = run(config_of(analytic_values | {"trainer": trainer}))
     assert json.loads((folder / "recipe.json").read_text())["steps"] == 5, "each step takes one second of that clock"
     lines = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["cpu_seconds"]) for line in lines] == [(2, 2.0), (4, 4.0)]
+    assert [(line["step"], line["cpu_seconds"]) for line in lines] == [(2, 2.0), (4, 4.0), (5, 5.0)]

@@ -13,9 +13,10 @@ import pytest
 
 from fastvideo.distillation.builder import build_adapter, build_method, run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.schema import TrackingConfig
 from fastvideo.distillation.engine.optional import trackers
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.tracking import Tracker, TrackingOptions
+from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.errors import UserError
 from fastvideo.training.data import build_data
 from fastvideo.training.run import build_trainer, run
@@ -64,7 +65,7 @@ def train(values: dict[str, Any], **more: Any) -> tuple[list[str], float]:
     Path(config.output).mkdir()
     adapter = build_adapter(config)
     said: list[str] = []
-    tracker = Tracker(Path(config.output), options=TrackingOptions(backends=()), more=more)
+    tracker = Tracker(Path(config.output), options=TrackingConfig(backends=()), more=more)
     tracker.say = said.append  # type: ignore[method-assign]
     trainer = build_trainer(config, adapter, build_method(config, adapter), tracker, Processes())
     begin = time.monotonic()

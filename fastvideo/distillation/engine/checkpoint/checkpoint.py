@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastvideo.distillation.config.schema import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.durable import (
     FileRecord,
     make_folder,
@@ -26,7 +27,14 @@ from fastvideo.distillation.engine.checkpoint.durable import (
     sync_folder,
     write_file,
 )
-from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, PREFIX, Manifest, checkpoints_in, step_of
+from fastvideo.distillation.engine.checkpoint.manifest import (
+    MANIFEST,
+    PREFIX,
+    Manifest,
+    checkpoints_in,
+    complete_checkpoints,
+    step_of,
+)
 from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful, split_state
 from fastvideo.distillation.engine.checkpoint.storage import (
     HostCopy,
@@ -41,22 +49,6 @@ from fastvideo.errors import RunError
 CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"
 OTHERS_TIMEOUT = 3600.0
 """Seconds that the main process waits for what the others write."""
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """When to save, and what to keep."""
-
-    every: int
-    """Steps between two checkpoints; 0 saves none."""
-    last_step: int
-    """Saved too."""
-    keep: int = 2
-    """The newest this many stay."""
-    keep_every: int = 0
-    """Those of steps that this divides stay as well; 0 keeps none of them."""
-    asynchronous: bool = False
-    """Write in a thread."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +90,28 @@ class CheckpointHook:
     Args:
         folder: where ``step-N`` directories go.
         parts: what survives.
+        last_step: saved too.
         facts: what the manifest says about the run.
     """
 
-    def __init__(self, folder: Path, parts: Parts, processes: Processes, options: SaveOptions, facts: RunFacts) -> None:
-        self.folder, self.parts, self.processes, self.options, self.facts = folder, parts, processes, options, facts
+    def __init__(
+        self,
+        folder: Path,
+        parts: Parts,
+        processes: Processes,
+        options: CheckpointConfig,
+        last_step: int,
+        facts: RunFacts,
+    ) -> None:
+        self.folder, self.parts, self.processes = folder, parts, processes
+        self.options, self.last_step, self.facts = options, last_step, facts
         self._thread = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
         self._in_flight: Future[None] | None = None
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: every so often, and after the last."""
         every = self.options.every
-        return bool(every) and (step % every == 0 or step == self.options.last_step)
+        return bool(every) and (step % every == 0 or step == self.last_step)
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
         """Save if this step is due.
@@ -143,6 +145,18 @@ class CheckpointHook:
         else:
             self._in_flight = self._thread.submit(write)
         return target
+
+    def save_for_stop(self, step: int) -> str:
+        """Save a run that a signal stops, though the step may not be due; an addition to the message.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        target = self.folder / f"{PREFIX}{step}"
+        if not (self.due(step) or target in complete_checkpoints(self.folder)):
+            self.save(step)
+        self.wait()
+        return f"; saved {target}, go on with --resume"
 
     def wait(self) -> None:
         """Until nothing is being written.

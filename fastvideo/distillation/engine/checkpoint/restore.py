@@ -18,11 +18,12 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
     checkpoints_in,
     complete_checkpoints,
     newest_intact,
+    step_of,
     verified,
 )
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, RoleState, join_state
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
-from fastvideo.distillation.engine.parallel.distributed import Processes, from_main
+from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, from_main
 from fastvideo.distillation.types import UserError
 
 NONE, LOST = -1, -2
@@ -31,12 +32,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a run goes on; ``notes`` say what is not bit-exact."""
+    """Where a run goes on; ``notes`` list what is not bit-exact, ``moved`` the later checkpoints that were renamed."""
 
     folder: Path
     step: int
     roles: tuple[str, ...]
     notes: tuple[str, ...]
+    moved: tuple[str, ...] = ()
 
 
 def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
@@ -138,6 +140,23 @@ def _empty(index: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 def _under(values: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def set_aside(checkpoint: Path, processes: Processes) -> list[str]:
+    """Rename the later checkpoints beside one that a run goes on from, and say so; nothing is deleted."""
+    folder, moved = checkpoint.parent, list[str]()
+    for path in checkpoints_in(folder) if processes.is_main else ():
+        if (step_of(path) or 0) > (step_of(checkpoint) or 0):
+            target = _free_name(folder / f"abandoned-{path.name}")
+            path.rename(target)
+            moved.append(f"{path.name} is later than the one asked for: kept as {target.name}")
+    barrier()
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
+    return next(name for name in names if not name.exists())
 
 
 def role_parts(checkpoint: Path, role: str) -> set[str]:

@@ -7,11 +7,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint.storage import Index, Stored
 from fastvideo.distillation.engine.optional.eight_bit import EightBit, entries, fill_moment, split_like
 from fastvideo.distillation.engine.parallel.sharding import local
+from fastvideo.distillation.engine.training import training_of
 
 JOINT = "::"
 NETWORK, EMA, OPTIMIZER, SCHEDULE = "network", "ema", "optimizer", "lr_scheduler"
@@ -77,18 +79,18 @@ class RoleState:
 
     def state_dict(self) -> dict[str, Any]:
         """The live tensors, not copies."""
-        handle, state = self.handle, {NETWORK: self.handle.tensors()}
-        if handle.ema is not None:
-            state[EMA] = dict(handle.ema)
-        if handle.optimizer is not None:
-            state[OPTIMIZER] = self._optimizer_state()
-        if handle.lr_scheduler is not None:
-            state[SCHEDULE] = handle.lr_scheduler.state_dict()
+        training, state = self.handle.training, {NETWORK: self.handle.tensors()}
+        if training is None:
+            return state
+        if training.ema is not None:
+            state[EMA] = dict(training.ema)
+        state[OPTIMIZER] = self._optimizer_state(training.optimizer)
+        if training.lr_scheduler is not None:
+            state[SCHEDULE] = training.lr_scheduler.state_dict()
         return state
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        optimizer, names = self.handle.optimizer, self._names()
-        assert optimizer is not None
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        names = self._names()
         take = entries if isinstance(optimizer, EightBit) else lambda p, entry: dict(entry)
         state = {names[p]: take(p, entry) for p, entry in optimizer.state.items()}
         groups = [
@@ -102,8 +104,10 @@ class RoleState:
 
     def targets(self, index: Index) -> dict[str, Tensor]:
         """Memory for each stored tensor (by its name within the role) that this run uses, sharded as its own."""
-        live = split_state({NETWORK: self.handle.tensors(), EMA: self.handle.ema or {}})[0]
-        kept = {NETWORK: True, EMA: bool(self.handle.ema), OPTIMIZER: self.handle.optimizer is not None}
+        training = self.handle.training
+        averages = {} if training is None else training.ema or {}
+        live = split_state({NETWORK: self.handle.tensors(), EMA: averages})[0]
+        kept = {NETWORK: True, EMA: bool(averages), OPTIMIZER: training is not None}
         found: dict[str, Tensor] = {}
         for name, stored in index.items():
             if kept.get(name.split(JOINT)[0], False):
@@ -115,8 +119,7 @@ class RoleState:
         _, _, parameter, entry, *part = name.split(JOINT)
         owner = self.handle.named_parameters()[parameter].detach()
         if entry == "step":
-            assert self.handle.optimizer is not None
-            group = self.handle.optimizer.param_groups[0]
+            group = training_of(self.handle).optimizer.param_groups[0]
             return stored.empty().to(owner.device if group.get("fused") or group.get("capturable") else "cpu")
         if tuple(owner.shape) == stored.shape:
             return torch.zeros_like(owner, dtype=getattr(torch, stored.dtype))
@@ -132,19 +135,19 @@ class RoleState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`state_dict` was taken; the state's tensors come from :meth:`targets`."""
-        handle = self.handle
-        fill(handle.tensors(), state[NETWORK])
-        if handle.ema is not None:
+        training = self.handle.training
+        fill(self.handle.tensors(), state[NETWORK])
+        if training is None:
+            return
+        if training.ema is not None:
             # A run that begins to average where its checkpoint has none starts from the live weights.
-            fill(handle.ema, state.get(EMA, state[NETWORK]))
-        if handle.optimizer is not None:
-            self._load_optimizer(state[OPTIMIZER])
-        if handle.lr_scheduler is not None:
-            handle.lr_scheduler.load_state_dict(state[SCHEDULE])
+            fill(training.ema, state.get(EMA, state[NETWORK]))
+        self._load_optimizer(training.optimizer, state[OPTIMIZER])
+        if training.lr_scheduler is not None:
+            training.lr_scheduler.load_state_dict(state[SCHEDULE])
 
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        optimizer, parameters = self.handle.optimizer, self.handle.named_parameters()
-        assert optimizer is not None
+    def _load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        parameters = self.handle.named_parameters()
         made = dict(optimizer.state)
         optimizer.state.clear()
         for name, entry in state["state"].items():

@@ -58,6 +58,29 @@ class Processes:
         """Whether a forward of a network needs all processes."""
         return self.shard > 1 or self.context > 1
 
+    def main_says(self, answer: bool) -> bool:
+        """The main process's answer, on all processes."""
+        return bool(from_main(int(answer), self))
+
+    def gather_to_main(self, values: Tensor) -> Tensor | None:
+        """Equally long parts ``[n, ...]`` of all data ranks as ``[data_size, n, ...]`` on the main process's host.
+
+        ``None`` on all others; every process takes part.
+        """
+        own = values.cpu().contiguous()
+        if not dist.is_initialized():
+            return own[None]
+        parts = [torch.empty_like(own) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(own, parts)
+        return torch.stack(parts[:: self.context]) if parts is not None else None
+
+    def spread_from_main(self, values: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """The main process's float32 values on all processes' devices; the others pass ``None``."""
+        own = torch.empty(tuple(shape)) if values is None else values.float().cpu().contiguous()
+        if dist.is_initialized():
+            dist.broadcast(own, src=0)
+        return own.to(self.device)
+
 
 def start_processes(
     device: str = "auto",
@@ -181,27 +204,6 @@ def from_main(value: int, processes: Processes) -> int:
     return int(shared)
 
 
-def gather_to_main(values: Tensor, processes: Processes) -> Tensor | None:
-    """Equally long parts ``[n, ...]`` of all data ranks as ``[data_size, n, ...]`` on the main process, on the host.
-
-    ``None`` on all others; every process takes part.
-    """
-    own = values.cpu().contiguous()
-    if not dist.is_initialized():
-        return own[None]
-    parts = [torch.empty_like(own) for _ in range(processes.world_size)] if processes.is_main else None
-    dist.gather(own, parts)
-    return torch.stack(parts[:: processes.context]) if parts is not None else None
-
-
-def spread_from_main(values: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """The main process's float32 values on all processes, on the host; the others pass ``None``."""
-    own = torch.empty(tuple(shape)) if values is None else values.float().cpu().contiguous()
-    if dist.is_initialized():
-        dist.broadcast(own, src=0)
-    return own
-
-
 def average(values: Tensor) -> Tensor:
     """Mean over processes, in place."""
     if dist.is_initialized():
@@ -210,11 +212,11 @@ def average(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(flag: Tensor) -> Tensor:
-    """A float scalar that is 1 on any process, as 1 on all; in place, without waiting for the device."""
+def any_rank(flags: Tensor) -> Tensor:
+    """The largest of each float flag over processes; in place, without waiting for the device."""
     if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> None:

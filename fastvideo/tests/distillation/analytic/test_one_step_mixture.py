@@ -13,6 +13,7 @@ import torch
 from fastvideo.distillation.builder import load_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch
@@ -89,6 +90,7 @@ def test_a_one_step_student_keeps_all_three_modes(name: str) -> None:
     run, method = RUNS[name], mixture_method(name)
     assert wasserstein_1(one_step(method)) > 0.5, "the student starts as the teacher, which is no one-step sampler"
     pool = [exact_batch(method.student.adapter, run.batch, seed) for seed in range(run.pool)]
+    method.student.training = RoleTraining(torch.optim.SGD(method.student.parameters()))
     average = EMAHook([method.student], 0.98)
 
     def batches(step: int) -> Batch:

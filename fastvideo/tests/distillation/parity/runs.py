@@ -15,9 +15,12 @@ from torch.distributed.tensor import DTensor
 from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
+from fastvideo.distillation.engine.training import RoleTraining, training_of
+from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.distillation.toys import TOYS
@@ -126,8 +129,7 @@ def batches(case: Case, adapter: Any, data_rank: int) -> Iterator[RawBatch]:
 
 def steady(handle: RoleHandle) -> None:
     """AdamW divides by a gradient's own size: an element whose gradient is rounding alone would move a whole step."""
-    assert handle.optimizer is not None
-    for group in handle.optimizer.param_groups:
+    for group in training_of(handle).optimizer.param_groups:
         group["eps"], group["lr"] = 1e-3, 1e-2
 
 
@@ -141,25 +143,23 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     config = config_of(case, folders, parallel | {"shard": processes.shard, "context": processes.context})
     adapter = build_adapter(config, processes)
     method = build_method(config, adapter, processes)
-    options = LoopOptions(
-        max_steps=STEPS,
-        grad_accumulation=case.accumulation,
-        log_every=10 * STEPS,
-        context=processes.context,
-        sync_every_micro_batch=config.parallel.sync_every_micro_batch,
-    )
-    trainer = DistillTrainer(method, adapter.prepare, options, Tracker(Path("unused"), enabled=False))
+    options = TrainerConfig(max_steps=STEPS, grad_accumulation=case.accumulation, log_every=10 * STEPS)
+    silent = Tracker(Path("unused"), enabled=False)
+    runtime = Runtime(method, options, silent, processes, parallel=config.parallel)
+    trainer = DistillTrainer(method, adapter.prepare, options, runtime)
     trained = [handle for handle in method.bundle if handle.trainable]
     for handle in trained:
         steady(handle)
-    gradients, stepped = [], RoleHandle.step
+    gradients, stepped = [], RoleTraining.step
+    handles = {id(handle.training): handle for handle in trained}
 
-    def recorded(handle: RoleHandle, skip: Tensor | None = None) -> None:
+    def recorded(training: RoleTraining, skip: Tensor | None = None) -> None:
+        handle = handles[id(training)]
         seen[handle.name] = {n: whole(p.grad) for n, p in handle.network.named_parameters() if p.grad is not None}
-        stepped(handle, skip)
+        stepped(training, skip)
 
     data, losses = batches(case, adapter, processes.data_rank), {}
-    RoleHandle.step = recorded  # type: ignore[method-assign]
+    RoleTraining.step = recorded  # type: ignore[method-assign]
     try:
         for step in range(STEPS):
             seen: dict[str, dict[str, Tensor]] = {}
@@ -168,10 +168,10 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
             trainer.settle()
             gradients.append({f"{role}/{name}": g for role, found in seen.items() for name, g in found.items()})
             losses |= {
-                f"{step}/{k}": v for k, v in trainer.metrics.drain().items() if k.endswith(("/loss", "/grad_norm"))
+                f"{step}/{k}": v for k, v in runtime.metrics.drain().items() if k.endswith(("/loss", "/grad_norm"))
             }
     finally:
-        RoleHandle.step = stepped  # type: ignore[method-assign]
+        RoleTraining.step = stepped  # type: ignore[method-assign]
     weights = {f"{h.name}/{name}": whole(p) for h in trained for name, p in h.network.named_parameters()}
     return Result(losses, gradients, weights)
 
@@ -200,7 +200,7 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
             named = handles[0].network.named_parameters()
             gradients[-1] |= {f"{role}/{n}": p.grad.clone() for n, p in named if p.grad is not None}
             for handle in handles:
-                handle.step()
+                training_of(handle).step()
     weights = {f"{h.name}/{name}": p.detach().clone() for h in trained[0] for name, p in h.network.named_parameters()}
     return Result(losses, gradients, weights)
 
