@@ -18,7 +18,7 @@ READY := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-eightbit lint format types contracts docs-check check demo tiny clean
+.PHONY: help venv test test-slow test-eightbit lint format types contracts shape docs-check check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ types: $(READY) ## mypy --strict on the library's core
 
 contracts: $(READY) ## who may import whom
 	$(BIN)/lint-imports --no-cache
+
+shape: ## how much one has to read: lines, files and repetitions, with their budgets (no .venv needed)
+	$(PYTHON) tools/shape.py
 
 docs-check: $(READY) ## run the code in the docs, check its commands and links
 	$(BIN)/python -m pytest -q fastvideo/tests/test_docs.py
