@@ -19,7 +19,7 @@ DOCS_READY := $(VENV)/.docs-installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-eightbit lint format types contracts docs docs-check layers check demo tiny clean
+.PHONY: help venv test test-slow test-eightbit lint format types contracts shape docs docs-check layers check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ docs: $(DOCS_READY) ## build the pages into site/; a broken link or a page outsi
 
 layers: $(READY) ## draw the layers in docs/architecture.md anew from the code
 	$(BIN)/python -m tools.layers
+
+shape: ## how much one has to read: lines, files and repetitions, with their budgets (no .venv needed)
+	$(PYTHON) tools/shape.py
 
 docs-check: $(READY) ## run the code in the docs, check its commands and links
 	$(BIN)/python -m pytest -q fastvideo/tests/test_docs.py
