@@ -24,7 +24,8 @@ from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradie
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import at_time
-from fastvideo.evaluation.health import Figures, find_alarms, measure
+from fastvideo.evaluation.alarms import Figures, find_alarms
+from fastvideo.evaluation.health import measure
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import SamplerSpec, generate_latents
 from fastvideo.stopping import step_done, unit_done
