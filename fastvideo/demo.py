@@ -104,7 +104,6 @@ def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
     from fastvideo.data.video_io import write_video
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report import write_report
-    from fastvideo.evaluation.report_run import read_run
     from fastvideo.evaluation.report_store import save_measured
     from fastvideo.evaluation.rows import comparison_rows
     from fastvideo.inference.loading import load_recipe
@@ -113,7 +112,7 @@ def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
     teacher = load_recipe(student)["model"]["path"]
     evaluation = evaluate_rows(comparison_rows(teacher, student), prompts=prompts)
     save_measured(out, evaluation, distillation=training)
-    write_report(out / "report.html", read_run(out))
+    write_report([out])
     write_video(out / "comparison.gif", side_by_side(evaluation.videos), scale=3)
 
 

@@ -15,7 +15,6 @@ from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows, sample, war
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.metrics import Row
 from fastvideo.evaluation.report import write_report
-from fastvideo.evaluation.report_run import read_run
 from fastvideo.evaluation.report_store import check_unmeasured, save_measured, write_json
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate
@@ -91,7 +90,7 @@ def write_out(out: Path, evaluation: Evaluation) -> str:
         write_json(out, evaluation.to_dict())
         return f"figures: {out}"
     save_measured(out, evaluation)
-    return f"page: {write_report(out / 'report.html', read_run(out))}"
+    return f"page: {write_report([out])}"
 
 
 def table(rows: Mapping[str, Row]) -> Table:

@@ -1,15 +1,15 @@
-"""Figures in words: what the report says about ``metrics.json``."""
+"""Figures of measured runs as sentences and tables; `templates/` turns them into HTML."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from fastvideo.evaluation.charts_cost import Mark
+from fastvideo.evaluation.charts import Mark, series_class
+from fastvideo.evaluation.report_run import Run, row_names
 
 Metrics = Mapping[str, Any]
 KINDS = {"teacher": "Teacher", "untrained": "Student before training", "student": "Student"}
@@ -18,38 +18,75 @@ SPACE = "\u00a0"
 STYLES = {"student": "student", "untrained": "baseline"}
 
 
+class Cell(NamedTuple):
+    """A cell of a table: text, small print below it, and the class of the text."""
+
+    text: str = ""
+    small: str = ""
+    style: str = ""
+
+
+class Line(NamedTuple):
+    """A row of a table; without cells, its title spans the table."""
+
+    title: Cell
+    cells: Sequence[Cell] = ()
+    style: str = ""
+
+
+class Table(NamedTuple):
+    """A table: its class, its headings (the first one over the titles), lines by group, and a caption below it."""
+
+    kind: str
+    heads: Sequence[Cell]
+    groups: Sequence[Sequence[Line]]
+    caption: str = ""
+
+
 @dataclass(frozen=True)
-class Column:
-    """A figure of every row: its key, its heading, its digits, and which way is better."""
+class Figure:
+    """A measured quantity: its key, its heading, its digits, and which way is better."""
 
     key: str
     head: str
     digits: int
     lower_is_better: bool = False
     percent: bool = False
+    floor: str = ""
 
     def shown(self, value: float) -> float:
-        """A value as far as it is printed, never minus zero."""
+        """Round a value as far as it is printed, never to minus zero."""
         return round(value * (100 if self.percent else 1), self.digits) + 0.0
 
     def text(self, value: float | None, signed: bool = False) -> str:
-        """A value for people; ``signed`` for differences, in percentage points where the figure is a percentage."""
+        """Format a value; ``signed`` for differences, in percentage points where the figure is a percentage."""
         if value is None:
             return "n/a"
-        text = f"{self.shown(value):{'+' if signed else ''}.{self.digits}f}"
-        text = text.replace("-", "\u2212")
+        text = f"{self.shown(value):{'+' if signed else ''}.{self.digits}f}".replace("-", "\u2212")
         return f"{text}{SPACE}%" if self.percent and not signed else text
 
+    def interval(self, low: float | None, high: float | None, signed: bool = False) -> str:
+        """Format an interval, such as "8.4 to 9.9"."""
+        return " to ".join(self.text(end, signed).removesuffix(f"{SPACE}%") for end in (low, high))
 
-COLUMNS = (
-    Column("digit_accuracy", "digit", 1, percent=True),
-    Column("colour_accuracy", "colour", 1, percent=True),
-    Column("direction_accuracy", "direction", 1, percent=True),
-    Column("frechet", "Fréchet", 1, lower_is_better=True),
-    Column("frechet_pixel", "pixel distance", 0, lower_is_better=True),
-    Column("diversity", "diversity", 2),
+    def estimate(self, row: Metrics) -> Cell:
+        """The value with its interval below it."""
+        value, (low, high), count = row[self.key], row["intervals"][self.key], row["counts"][self.key]
+        if value is None:
+            return Cell("n/a")
+        all_right = self.percent and value == low == high == 1.0
+        return Cell(self.text(value), f"{count} of {count}" if all_right else self.interval(low, high))
+
+
+FIGURES = (
+    Figure("digit_accuracy", "digit", 1, percent=True),
+    Figure("colour_accuracy", "colour", 1, percent=True),
+    Figure("direction_accuracy", "direction", 1, percent=True),
+    Figure("frechet", "Fréchet", 1, lower_is_better=True, floor="frechet_floor"),
+    Figure("frechet_pixel", "pixel distance", 0, lower_is_better=True, floor="frechet_pixel_floor"),
+    Figure("diversity", "diversity", 2),
 )
-FRECHET = COLUMNS[3]
+DIGIT, FRECHET = FIGURES[0], FIGURES[3]
 
 
 class Difference(NamedTuple):
@@ -61,7 +98,7 @@ class Difference(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -69,7 +106,7 @@ def difference(row: Metrics, other: Metrics, key: str) -> Difference | None:
     """``row - other`` of a figure, from their two intervals; ``None`` if either is undefined.
 
     The ends are combined as for independent samples (Zou and Donner 2008, MOVER). Rows share prompts and noise, which
-    makes their errors alike, so a paired interval would be narrower: what is called sure here is sure.
+    makes their errors alike, so a paired interval would be narrower: a difference called sure here is sure.
     """
     if row[key] is None or other[key] is None:
         return None
@@ -78,19 +115,17 @@ def difference(row: Metrics, other: Metrics, key: str) -> Difference | None:
     return Difference(a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low))
 
 
-def row_names(metrics: Metrics) -> list[str]:
-    """The keys of ``metrics.json`` that are rows, in order."""
-    return [name for name, value in metrics.items() if isinstance(value, Mapping) and "frechet" in value]
+# Rows of one run
 
 
 def kind_of(name: str, row: Metrics) -> str:
-    """``teacher``, ``untrained`` or ``student``; nothing if neither row nor name say so."""
+    """``teacher``, ``untrained`` or ``student``; empty if neither row nor name say so."""
     kind = str(row.get("kind") or name.rsplit("_", 1)[0])
     return kind if kind in KINDS else ""
 
 
 def titles_of(metrics: Metrics) -> dict[str, str]:
-    """Names of all rows for people, such as "Teacher, 50 steps, guided"; where two would be alike, the rows' own."""
+    """Titles of all rows, such as "Teacher, 50 steps, guided"; where two would be alike, the rows' own names."""
     titles = {name: _title(name, metrics[name]) for name in row_names(metrics)}
     return {name: title if list(titles.values()).count(title) == 1 else name for name, title in titles.items()}
 
@@ -107,11 +142,6 @@ def steps_of(row: Metrics) -> str:
     return "1 step" if row["steps"] == 1 else f"{row['steps']} steps"
 
 
-def style_of(name: str, row: Metrics) -> str:
-    """The colour class of a row."""
-    return STYLES.get(kind_of(name, row), "teacher")
-
-
 def of_kind(metrics: Metrics, kind: str) -> list[Metrics]:
     """The rows of a kind, most network calls first."""
     rows = [metrics[name] for name in row_names(metrics) if kind_of(name, metrics[name]) == kind]
@@ -119,7 +149,7 @@ def of_kind(metrics: Metrics, kind: str) -> list[Metrics]:
 
 
 def pair(metrics: Metrics) -> tuple[Metrics, Metrics] | None:
-    """The teacher and the student that are compared: of each the row with the most calls, if there is one such row."""
+    """The teacher and the student to compare: of each the row with the most calls, if there is one such row."""
     best = []
     for rows in (of_kind(metrics, "teacher"), of_kind(metrics, "student")):
         if not rows or sum(row["network_calls"] == rows[0]["network_calls"] for row in rows) > 1:
@@ -140,7 +170,7 @@ def headline(metrics: Metrics) -> str:
 
 
 def lead(metrics: Metrics) -> str:
-    """What the headline cost, in one sentence."""
+    """The price of the headline, in one sentence."""
     found = pair(metrics)
     if found is None:
         return "Each model on the same held-out prompts and noise."
@@ -156,7 +186,7 @@ def lead(metrics: Metrics) -> str:
 
 
 def measured_on(metrics: Metrics) -> str:
-    """On what the figures were taken, such as "512 held-out prompts, seed 0"."""
+    """The basis of the figures, such as "512 held-out prompts, seed 0"."""
     settings = metrics.get("evaluation", {})
     samples = metrics[row_names(metrics)[0]]["samples"]
     split = {"heldout": "held-out", "train": "training"}.get(settings.get("split"), "")
@@ -164,38 +194,38 @@ def measured_on(metrics: Metrics) -> str:
     return " ".join(filter(None, (str(samples), split, "prompts"))) + seed
 
 
-def facts(metrics: Metrics) -> str:
-    """The comparison's main numbers as definition-list items."""
-    found = pair(metrics)
+def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Name, value and note of the comparison's main numbers."""
+    found = pair(metrics) if metrics else None
     if found is None:
-        return ""
+        return []
     teacher, student = found
-    low, high = student["intervals"]["frechet"]
-    digit = COLUMNS[0]
     items = [
-        ("Fréchet distance", FRECHET.text(student["frechet"]), f"{interval(FRECHET, low, high)}; lower is better"),
-        ("Digit as asked", digit.text(student["digit_accuracy"]), f"teacher {digit.text(teacher['digit_accuracy'])}"),
+        ("Fréchet distance", FRECHET.text(student["frechet"]), f"{FRECHET.estimate(student).small}; lower is better"),
+        ("Digit as asked", DIGIT.text(student["digit_accuracy"]), f"teacher {DIGIT.text(teacher['digit_accuracy'])}"),
         ("Denoising one video", time_of(student), f"teacher {time_of(teacher)}"),
     ]
     run = metrics.get("distillation", {})
     if "wall_seconds" in run:
         updates = f"{run['student_updates']} student updates" if "student_updates" in run else ""
         items.append(("Distillation", duration(run["wall_seconds"]), updates))
-    return fact_list(items)
+    return items
 
 
-def fact_list(items: list[tuple[str, str, str]]) -> str:
-    """Name, value and note as definition-list items."""
-    return "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
-        for name, value, note in items
-    )
-
-
-def interval(column: Column, low: float | None, high: float | None, signed: bool = False) -> str:
-    """Such as "8.4 to 9.9"."""
-    ends = (column.text(end, signed).removesuffix(f"{SPACE}%") for end in (low, high))
-    return " to ".join(ends)
+def facts_of_runs(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Name, Fréchet distance and note of each run's student with the most calls."""
+    items = []
+    first = of_kind(runs[0].metrics, "student")
+    for run in runs:
+        students = of_kind(run.metrics, "student")
+        if not students:
+            continue
+        note = f"Fréchet, {steps_of(students[0])}"
+        if first and run is not runs[0] and run.measurement == runs[0].measurement:
+            delta = _delta(students[0], first[0], FRECHET)
+            note += f"; {delta.text} ({delta.small})" if delta.text else "; the same"
+        items.append((run.name, FRECHET.text(students[0]["frechet"]), note))
+    return items
 
 
 def duration(seconds: float) -> str:
@@ -209,14 +239,200 @@ def time_of(row: Metrics, key: str = "denoise_seconds_per_video") -> str:
     return f"{seconds:.2f}{SPACE}s" if seconds >= 0.1 else f"{1000 * seconds:.1f}{SPACE}ms"
 
 
-def marks(metrics: Metrics) -> list[Mark]:
-    """Each row as a point of the cost chart."""
+# Rows of several runs
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a run on the page; ``shared`` if all runs of its group have the same figures there."""
+
+    run: Run
+    name: str
+    title: str
+    shared: bool = False
+
+    @property
+    def row(self) -> Metrics:
+        """Its figures."""
+        return dict(self.run.metrics[self.name])
+
+    @property
+    def style(self) -> str:
+        """Its colour class."""
+        return STYLES.get(kind_of(self.name, self.row), "teacher")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that were measured alike: same prompts, noise and reference videos."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def metrics(self) -> Metrics:
+        """Figures of the first run."""
+        return self.runs[0].metrics
+
+    @property
+    def first(self) -> Metrics:
+        """The first row of the first run."""
+        return dict(self.metrics[row_names(self.metrics)[0]])
+
+    def sections(self) -> list[list[Entry]]:
+        """Rows of one title together, in the order of the runs; figures that all runs share appear once."""
+        found: dict[str, list[Entry]] = {}
+        for run in self.runs:
+            for name, title in titles_of(run.metrics).items():
+                found.setdefault(title, []).append(Entry(run, name, title))
+        return [self._merged(entries) for entries in found.values()]
+
+    def _merged(self, entries: list[Entry]) -> list[Entry]:
+        first = entries[0]
+        same = all(entry.row[figure.key] == first.row[figure.key] for entry in entries for figure in FIGURES)
+        whole = len(entries) == len(self.runs) > 1
+        return [Entry(first.run, first.name, first.title, shared=True)] if same and whole else entries
+
+    def entries(self) -> list[Entry]:
+        """All rows, section by section."""
+        return [entry for section in self.sections() for entry in section]
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """The measured runs, those measured alike together, in order of appearance."""
+    found: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        if run.metrics:
+            found.setdefault(run.measurement, []).append(run)
+    return [Group(tuple(members)) for members in found.values()]
+
+
+SMALL_PRINT = (
+    "Small print: 95 % bootstrap intervals over prompts; where every prompt came out right, how many there were. "
+    "Time per video at batch size {batch_size}, median over batches; end to end adds text encoding and VAE."
+)
+COMPARED = (
+    " The best of each model is coloured. Differences are from the first run that has the model, in percentage points "
+    "for accuracies; in bold type the interval leaves zero out. It is combined as for independent samples: a paired "
+    "one would be narrower. Times are not compared: runs are measured at different moments."
+)
+
+
+def figures_table(groups: Sequence[Group], several: bool) -> Table:
+    """All rows of all groups, with the differences between ``several`` runs."""
+    single, first = len(groups) == 1, groups[0].first
+    counted = [Cell(figure.head, f"n = {first['counts'][figure.key]}" if single else "") for figure in FIGURES]
+    heads = [Cell("model"), Cell("calls"), *counted, Cell("denoising"), Cell("end to end")]
+    caption = SMALL_PRINT.format(batch_size=first["batch_size"]) + (COMPARED if several else "")
+    lines = [[*([] if single else [_basis(group)]), *_group_lines(group, several)] for group in groups]
+    return Table("figures", heads, lines, caption)
+
+
+def _basis(group: Group) -> Line:
+    names = ", ".join(run.name for run in group.runs)
+    return Line(Cell(f"Measured on {measured_on(group.metrics)}: {names}"), (), "group")
+
+
+def _group_lines(group: Group, several: bool) -> list[Line]:
+    lines = []
+    for section in group.sections():
+        for entry in section:
+            lines.append(_figures_line(entry, section, several))
+            if entry is not section[0]:
+                lines.append(_difference_line(entry, section[0]))
+    floors = [Cell(figure.text(group.first[figure.floor]) if figure.floor else "") for figure in FIGURES]
+    title = Cell("Real videos through the VAE", "floor: a perfect model, same sample size")
+    return [*lines, Line(title, [Cell(), *floors, Cell(), Cell()], "floor-row")]
+
+
+def _figures_line(entry: Entry, section: Sequence[Entry], several: bool) -> Line:
+    row = entry.row
+    who = ("all runs; " if entry.shared else f"{entry.run.name}; ") if several else ""
+    guidance = "no guidance" if row["guidance"] == 1.0 else f"guidance {row['guidance']:g}"
+    calls = [other.row["network_calls"] for other in section]
+    fewest = len(set(calls)) > 1 and row["network_calls"] == min(calls)
+    cells = [Cell(str(row["network_calls"]), style="best" if fewest else "")]
+    cells += [_figure_cell(entry, section, figure) for figure in FIGURES]
+    cells += [Cell(time_of(row)), Cell(time_of(row, "end_to_end_seconds_per_video"))]
+    style = f"{entry.style}{' group-first' if several and entry is section[0] else ''}"
+    return Line(Cell(entry.title, f"{who}{guidance}, {row['sampler']}"), cells, style)
+
+
+def _figure_cell(entry: Entry, section: Sequence[Entry], figure: Figure) -> Cell:
+    """A figure with its interval, marked if it is the best of its section."""
+    cell, value = figure.estimate(entry.row), entry.row[figure.key]
+    shown = [figure.shown(other.row[figure.key]) for other in section if other.row[figure.key] is not None]
+    if value is None or len(set(shown)) < 2:
+        return cell
+    best = min(shown) if figure.lower_is_better else max(shown)
+    return cell._replace(style="best") if figure.shown(value) == best else cell
+
+
+def _difference_line(entry: Entry, first: Entry) -> Line:
+    cells = [_delta(entry.row, first.row, figure) for figure in FIGURES]
+    return Line(Cell("", f"{entry.run.name} minus {first.run.name}"), [Cell(), *cells, Cell(), Cell()], "difference")
+
+
+def _delta(row: Metrics, first: Metrics, figure: Figure) -> Cell:
+    found = difference(row, first, figure.key)
+    if found is None:
+        return Cell()
+    if row[figure.key] == first[figure.key]:
+        return Cell("", "the same")
+    style = "sure" if found.sure else ""
+    return Cell(figure.text(found.value, True), figure.interval(found.low, found.high, True), style)
+
+
+def verdicts(metrics: Metrics) -> Table | None:
+    """Each student against its alternatives; ``None`` without any."""
+    groups = [_verdict_lines(metrics, name) for name in row_names(metrics) if _alternatives(metrics, name)]
+    caption = (
+        "Difference: student minus the other, with a 95 % interval combined from both. Rows share prompts and noise, "
+        "so a paired interval would be narrower."
+    )
+    heads = [Cell(head) for head in ("model", "calls", "Fréchet", "difference", "the student is")]
+    return Table("verdicts", heads, groups, caption) if groups else None
+
+
+def _alternatives(metrics: Metrics, student: str) -> list[str]:
+    """For a student: the teacher with the most steps, and other rows with as many steps as the student."""
+    if kind_of(student, metrics[student]) != "student":
+        return []
+    most = max((row["network_calls"] for row in of_kind(metrics, "teacher")), default=0)
+    kinds = {name: kind_of(name, metrics[name]) for name in row_names(metrics)}
+    alike = [name for name in kinds if metrics[name]["steps"] == metrics[student]["steps"]]
+    full = [name for name, kind in kinds.items() if kind == "teacher" and metrics[name]["network_calls"] == most]
+    return [name for name, kind in kinds.items() if kind in ("teacher", "untrained") and name in {*alike, *full}]
+
+
+def _verdict_lines(metrics: Metrics, name: str) -> list[Line]:
+    """The student's own line, then one line per alternative."""
+    titles, student = titles_of(metrics), metrics[name]
+    own = [Cell(str(student["network_calls"])), FRECHET.estimate(student), Cell(), Cell()]
+    others = [_verdict(student, titles[other], metrics[other]) for other in _alternatives(metrics, name)]
+    return [Line(Cell(titles[name]), own, "student"), *others]
+
+
+def _verdict(student: Metrics, title: str, other: Metrics) -> Line:
+    found = difference(student, other, "frechet")
+    assert found is not None, "a Frechet distance is always defined"
+    word = "not told apart" if not found.sure else "closer to real videos" if found.value < 0 else "further away"
+    delta = Cell(FRECHET.text(found.value, True), FRECHET.interval(found.low, found.high, True))
+    cells = [Cell(str(other["network_calls"])), FRECHET.estimate(other), delta]
+    return Line(Cell(f"instead of {title}"), [*cells, Cell(word, style="verdict sure" if found.sure else "verdict")])
+
+
+def marks(group: Group, runs: Sequence[Run]) -> list[Mark]:
+    """Each row as a point of the cost chart: coloured by kind for one run, by run for several."""
     result = []
-    for name, title in titles_of(metrics).items():
-        row, kind = metrics[name], kind_of(name, metrics[name])
+    for entry in group.entries():
+        row, kind = entry.row, kind_of(entry.name, entry.row)
         guided = kind == "teacher" and row["guidance"] != 1.0
-        meaning = KINDS[kind] + (", guided" if guided else "") if kind else "Model"
-        label = steps_of(row) if kind and title != name else PurePath(title).name
+        label = steps_of(row) if kind and entry.title != entry.name else PurePath(entry.title).name
+        style, meaning = entry.style, KINDS[kind] + (", guided" if guided else "") if kind else "Model"
+        if len(runs) > 1:
+            style = "teacher" if entry.shared else series_class(runs.index(entry.run))
+            meaning = "the same in all runs" if entry.shared else entry.run.name
+            label = steps_of(row)
         low, high = row["intervals"]["frechet"]
-        result.append(Mark(label, row["network_calls"], row["frechet"], low, high, style_of(name, row), meaning))
+        result.append(Mark(label, row["network_calls"], row["frechet"], low, high, style, meaning))
     return result

@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> int:
     """Write the page; the exit code."""
     arguments = tyro.cli(ReportArguments, args=list(argv), prog="fastvideo report")
 
-    from fastvideo.evaluation.report_command import run_report
+    from fastvideo.evaluation.report import size_of, write_report
 
-    path = run_report(arguments)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
+    path = write_report(arguments.folders, arguments.out)
+    print(f"{path}: {size_of(path)}, open it in a browser")
     return 0

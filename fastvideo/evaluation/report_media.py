@@ -1,4 +1,4 @@
-"""Videos inside the page: moving by default, still on request, and in rows that wrap on a phone."""
+"""Videos inside the page, each with its middle frame for readers who pause them or prefer reduced motion."""
 
 from __future__ import annotations
 
@@ -6,98 +6,134 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import NamedTuple
 
 import av
 
-from fastvideo.data.video_io import FORMATS
-from fastvideo.evaluation.report_store import TINY, Clip
+from fastvideo.evaluation.report_run import MIME, SMALL, Run, VideoFile
 
 MOST_VIDEO_BYTES = 3_000_000
 """Characters of embedded videos: a page with its curves and configs stays below 5 MB."""
 MOST_PROMPTS = 10
 MOST_ABREAST = 8
-"""Videos of one prompt that stand in one line under common headings; more of them wrap, each with its caption."""
+"""Videos of one prompt in one line under common headings; more of them wrap, each with its caption."""
+WIDEST_STILL = 1600
+"""Pixels to which the still of a wide strip is reduced."""
+STRIPS = {
+    "student": "Student",
+    "ema": "Student, averaged weights",
+    "teacher": "Teacher, prompts of the health check",
+    "x0": "From top to bottom: the student's videos, and the clean video that student, critic and teacher see in them "
+    "at noise level 0.5",
+}
+"""Captions of validation videos by name, in the order of the page."""
 
-MOTION = (
-    '<div class="motion"><label class="pause"><input type="checkbox" id="pause"> Pause the videos</label>'
-    '<label class="play"><input type="checkbox" id="play"> Play the videos</label></div>'
-)
-"""Stops the videos without a script; a reader who asked the system for less motion starts them instead."""
+
+class Picture(NamedTuple):
+    """A looping video (an animated image unless it ``plays``) and its still, as data URIs, with a description."""
+
+    moving: str
+    still: str
+    plays: bool
+    alt: str
 
 
 @dataclass(frozen=True)
-class Column:
-    """The videos of one model: heading, colour class, one clip per prompt."""
+class ModelVideos:
+    """The videos of one model: heading, colour class, one file per prompt."""
 
     title: str
     style: str
-    clips: Sequence[Clip]
+    files: Sequence[VideoFile]
 
 
-def gallery(prompts: Sequence[str], columns: Sequence[Column]) -> str:
-    """Prompts down, models across; as many prompts as fit the page, and a line that says how many that are."""
-    shown = prompts[:MOST_PROMPTS]
-    rows: list[str] = []
+class Shown(NamedTuple):
+    """A gallery: prompts down, models across; as many of the ``wanted`` prompts as fit the page."""
+
+    models: Sequence[ModelVideos]
+    rows: Sequence[tuple[str, Sequence[Picture]]]
+    wanted: int
+    look: str
+    many: bool
+
+
+class Strip(NamedTuple):
+    """A validation video with its caption; without a picture if it does not fit the page."""
+
+    title: str
+    picture: Picture | None
+
+
+def gallery(prompts: Sequence[str], models: Sequence[ModelVideos]) -> Shown:
+    """As many of the first prompts as fit the page."""
+    wanted = prompts[:MOST_PROMPTS]
+    rows: list[tuple[str, list[Picture]]] = []
     size = 0
-    for index, prompt in enumerate(shown):
-        row = _prompt_row(prompt, [(column, column.clips[index]) for column in columns])
-        size += len(row)
+    for index, prompt in enumerate(wanted):
+        pictures = [picture(model.files[index], f"{model.title}: {prompt}") for model in models]
+        size += sum(map(_characters, pictures))
         if size > MOST_VIDEO_BYTES:
             break
-        rows.append(row)
-    width, height = _size(columns[0].clips[0])
-    look = f"--columns:{len(columns)};--aspect:{width}/{height};--rendering:{'pixelated' if height <= TINY else 'auto'}"
-    many = " many" if len(columns) > MOST_ABREAST else ""
-    heads = "".join(f"<span>{escape(column.title)}</span>" for column in columns)
-    return (
-        f'{MOTION}<div class="gallery{many}" style="{look}">'
-        f'<div class="heads" aria-hidden="true"><span></span>{heads}</div>'
-        f"{''.join(rows)}</div>{_cut(len(rows), len(shown))}"
-    )
+        rows.append((prompt, pictures))
+    width, height = _size(models[0].files[0])
+    rendering = "pixelated" if height <= SMALL else "auto"
+    look = f"--columns:{len(models)};--aspect:{width}/{height};--rendering:{rendering}"
+    return Shown(models, rows, len(wanted), look, len(models) > MOST_ABREAST)
 
 
-def _cut(fitting: int, wanted: int) -> str:
-    if fitting == wanted:
-        return ""
-    text = f"{fitting} of {wanted} prompts: more would make this page too large. All are in the run's videos folder."
-    return f'<p class="soft">{text}</p>'
+def validation_strips(runs: Sequence[Run]) -> list[tuple[str, list[Strip]]]:
+    """The last validation's videos of each run without a gallery, under a title; equal videos appear once."""
+    left, shown = MOST_VIDEO_BYTES, set[bytes]()
+    found = []
+    for run in runs:
+        if run.gallery is not None or run.validation is None:
+            continue
+        strips = []
+        for name, file in sorted(run.validation.videos.items(), key=lambda item: [*STRIPS, item[0]].index(item[0])):
+            if file.data in shown:  # a teacher that the runs share
+                continue
+            strip = _strip(STRIPS.get(name, name), file, run, left)
+            left -= _characters(strip.picture) if strip.picture else 0
+            shown.add(file.data)
+            strips.append(strip)
+        name = f"{run.name}, validation" if len(runs) > 1 else "Validation"
+        found.append((f"{name} at step {run.validation.step}", strips))
+    return found
 
 
-def _prompt_row(prompt: str, cells: Sequence[tuple[Column, Clip]]) -> str:
-    figures = "".join(
-        f'<figure class="clip {column.style}">{moving_and_still(clip, f"{column.title}: {prompt}")}'
-        f"<figcaption>{escape(column.title)}</figcaption></figure>"
-        for column, clip in cells
-    )
-    return f'<div class="prompt"><h3>{escape(prompt)}</h3><div class="cells">{figures}</div></div>'
+def _strip(title: str, file: VideoFile, run: Run, left: int) -> Strip:
+    if 1.5 * len(file.data) > left:
+        return Strip(f"{title}: too large for this page, see {run.folder}/validation", None)
+    return Strip(title, picture(file, f"{title}, {run.name}"))
 
 
-def moving_and_still(clip: Clip, described: str) -> str:
-    """A looping video and its middle frame; the style sheet shows one of the two."""
-    source = _data(FORMATS[clip.suffix].mime, clip.data)
-    still = f'<img class="still" src="{_data("image/png", middle_frame(clip))}" alt="{escape(described)}, one frame">'
-    if clip.suffix == ".mp4":
-        attributes = "autoplay loop muted playsinline"
-        return f'<video class="moving" src="{source}" aria-label="{escape(described)}" {attributes}></video>{still}'
-    return f'<img class="moving" src="{source}" alt="{escape(described)}">{still}'
+def picture(file: VideoFile, described: str) -> Picture:
+    """A video and its middle frame, embedded."""
+    moving = _data(MIME[file.suffix], file.data)
+    return Picture(moving, _data("image/png", middle_frame(file)), file.suffix == ".mp4", described)
 
 
-def middle_frame(clip: Clip) -> bytes:
+def middle_frame(file: VideoFile) -> bytes:
     """The middle frame as a PNG file."""
-    with av.open(io.BytesIO(clip.data)) as container:
+    with av.open(io.BytesIO(file.data)) as container:
         frames = list(container.decode(video=0))
+    frame = frames[len(frames) // 2]
+    share = min(1.0, WIDEST_STILL / frame.width)
+    frame = frame.reformat(round(frame.width * share), round(frame.height * share), format="rgb24")
     codec = av.CodecContext.create("png", "w")
-    frame = frames[len(frames) // 2].reformat(format="rgb24")
     codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "rgb24"
     codec.time_base = frame.time_base
     return b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
 
 
-def _size(clip: Clip) -> tuple[int, int]:
-    with av.open(io.BytesIO(clip.data)) as container:
+def _size(file: VideoFile) -> tuple[int, int]:
+    with av.open(io.BytesIO(file.data)) as container:
         stream = container.streams.video[0]
         return stream.width, stream.height
+
+
+def _characters(one: Picture) -> int:
+    return len(one.moving) + len(one.still)
 
 
 def _data(mime: str, data: bytes) -> str:

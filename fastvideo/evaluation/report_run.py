@@ -1,10 +1,13 @@
-"""A run's folder as the report sees it: figures, videos, curves, config, environment; each as far as it is there."""
+"""A run's folder as frozen values: figures, videos, curves, health, config and environment, each as far as present."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,33 +15,64 @@ from typing import Any
 import yaml
 
 from fastvideo.errors import UserError
-from fastvideo.evaluation.charts import Point, read_curves, read_records
-from fastvideo.evaluation.figures import COLUMNS, row_names
-from fastvideo.evaluation.report_store import METRICS, Gallery, read_gallery, read_object
 
+METRICS, VIDEOS, INDEX = "metrics.json", "videos", "index.json"
 CURVES, HEALTH, CONFIG, ENVIRONMENT = "metrics.jsonl", "health.jsonl", "config.yaml", "environment.json"
+VALIDATION = "validation"
 MADE_BY = "one is made by `fastvideo distill`, `fastvideo evaluate --out FOLDER` or the demo"
+MIME = {".apng": "image/apng", ".mp4": "video/mp4"}
+"""Media types of the videos that a run keeps, by suffix."""
+SMALL = 128
+"""Pixels of height up to which videos are kept losslessly; the page enlarges them without smoothing."""
 ROW_KEYS = (
-    *(column.key for column in COLUMNS),
+    *("digit_accuracy", "colour_accuracy", "direction_accuracy", "frechet", "frechet_pixel", "diversity"),
     *("intervals", "counts", "samples", "network_calls", "steps", "guidance", "sampler", "batch_size"),
     *("frechet_floor", "frechet_pixel_floor", "denoise_seconds_per_video", "end_to_end_seconds_per_video"),
 )
+"""Keys of every row of figures, see :class:`fastvideo.evaluation.metrics.Row`."""
 MEASURED_WITH = ("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256")
-"""Settings of an evaluation that figures must share to stand side by side."""
+"""Settings of an evaluation that two runs must share for their figures to be comparable."""
+Point = tuple[float, float]
+"""Step and value."""
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video's bytes and its suffix, ``.apng`` or ``.mp4``."""
+
+    data: bytes
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The first videos of every row, one per prompt, all from the same noise."""
+
+    prompts: tuple[str, ...]
+    rows: Mapping[str, tuple[VideoFile, ...]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The videos of the last validation by name (``student``, ``x0``, ...), and the teacher's; several side by side."""
+
+    step: int
+    videos: Mapping[str, VideoFile]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one page or one column shows.
+    """One run on the page.
 
     Attributes:
-        name: what the run is called on the page.
-        folder: where it lies.
+        name: the run's name on the page.
+        folder: the run's folder.
         metrics: the object in ``metrics.json``; empty if the run was not measured.
-        gallery: the kept videos, if there are any.
+        gallery: the kept videos, if any.
+        validation: the videos of the last validation, if any.
         curves: points by metric name.
-        health: what each validation found, in order: ``step`` and ``alarms``.
-        config: the resolved YAML text, or nothing.
+        health: one object per validation, in order: ``step``, ``alarms``, figures of ``student`` and reference.
+        config: the resolved YAML text; empty without one.
         environment: versions and machine.
     """
 
@@ -46,6 +80,7 @@ class Run:
     folder: Path
     metrics: Mapping[str, Any] = field(default_factory=dict)
     gallery: Gallery | None = None
+    validation: Validation | None = None
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     health: Sequence[Mapping[str, Any]] = ()
     config: str = ""
@@ -65,12 +100,14 @@ class Run:
 
     @property
     def measurement(self) -> tuple[Any, ...]:
-        """What figures must share to stand side by side: prompts, noise, judge and reference videos."""
+        """The values of ``MEASURED_WITH``."""
         settings = self.metrics.get("evaluation", {})
-        return tuple(
-            settings.get(key)
-            for key in ("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256")
-        )
+        return tuple(settings.get(key) for key in MEASURED_WITH)
+
+
+def row_names(metrics: Mapping[str, Any]) -> list[str]:
+    """The keys of ``metrics.json`` that are rows, in order."""
+    return [name for name, value in metrics.items() if isinstance(value, Mapping) and "frechet" in value]
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -80,24 +117,24 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         UserError: if it does not exist, is no run, or a file in it is damaged.
     """
     _check_is_run(folder)
-    metrics = read_object(folder / METRICS) if (folder / METRICS).is_file() else {}
+    metrics = read_object(folder / METRICS)
     if metrics:
         _check_metrics(folder / METRICS, metrics)
-    environment = folder / ENVIRONMENT
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
         metrics=metrics,
         gallery=read_gallery(folder),
-        curves=_read_curves(folder / CURVES),
-        health=_read_health(folder / HEALTH),
+        validation=read_validation(folder / VALIDATION),
+        curves=read_curves(folder / CURVES),
+        health=_read_lines(folder / HEALTH),
         config=_read_config(folder / CONFIG),
-        environment=read_object(environment) if environment.is_file() else {},
+        environment=read_object(folder / ENVIRONMENT),
     )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Several runs, called by the shortest ends of their paths that tell them apart.
+    """Read several runs, named by the shortest ends of their paths that tell them apart.
 
     Raises:
         UserError: as :func:`read_run`, or if a folder is given twice.
@@ -117,7 +154,7 @@ def _short_names(places: Sequence[Path]) -> list[str]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / METRICS).is_file() or (folder / CURVES).is_file()
+    return any((folder / name).is_file() for name in (METRICS, CURVES, CONFIG))
 
 
 def _check_is_run(folder: Path) -> None:
@@ -129,7 +166,7 @@ def _check_is_run(folder: Path) -> None:
     if not _is_run(folder):
         inside = next((parent for parent in folder.resolve().parents if _is_run(parent)), None)
         hint = f"; it lies in the run {inside}" if inside else f"; {MADE_BY}"
-        raise UserError(f"{folder} is no run: it has neither {METRICS} nor {CURVES}{hint}")
+        raise UserError(f"{folder} is no run: it has neither {METRICS} nor {CURVES} nor {CONFIG}{hint}")
 
 
 def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
@@ -142,22 +179,33 @@ def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: row {name!r} lacks {', '.join(missing)}; was it written by another version?")
 
 
-def _read_curves(path: Path) -> dict[str, list[Point]]:
-    if not path.is_file():
-        return {}
-    try:
-        return read_curves(path)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: every line must be a JSON object with a step: {error}") from error
+def read_curves(path: Path) -> dict[str, list[Point]]:
+    """Read ``(step, value)`` of every finite metric of a ``metrics.jsonl``; empty without one.
+
+    Raises:
+        UserError: for a line that is no JSON object with a step, except for a last line cut short by a kill.
+    """
+    curves: dict[str, list[Point]] = {}
+    for record in _read_lines(path, required="step"):
+        for name, value in record.items():
+            if name not in ("step", "time", "seconds") and isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(name, []).append((float(record["step"]), float(value)))
+    return curves
 
 
-def _read_health(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
+def _read_lines(path: Path, required: str = "") -> list[dict[str, Any]]:
+    """The objects of a file with one per line; an incomplete last line is skipped."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    needs = f" with a {required}" if required else ""
     try:
-        return read_records(path)
+        records = [json.loads(line) for line in lines[:-1]]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: every line must be a JSON object: {error}") from error
+        raise UserError(f"{path}: every line must be a JSON object{needs}: {error}") from error
+    with suppress(json.JSONDecodeError):
+        records += [json.loads(line) for line in lines[-1:]]
+    if any(not isinstance(record, dict) or (required and required not in record) for record in records):
+        raise UserError(f"{path}: every line must be a JSON object{needs}")
+    return records
 
 
 def _read_config(path: Path) -> str:
@@ -171,3 +219,59 @@ def _read_config(path: Path) -> str:
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: keys and values are expected")
     return text
+
+
+def read_gallery(run: Path) -> Gallery | None:
+    """Read the kept videos of a run; ``None`` if it kept none.
+
+    Raises:
+        UserError: if the index cannot be read, or names missing files.
+    """
+    folder = run / VIDEOS
+    if not (folder / INDEX).is_file():
+        return None
+    index = read_object(folder / INDEX)
+    try:
+        prompts = tuple(str(prompt) for prompt in index["prompts"])
+        rows = {name: _read_row(folder, str(place), len(prompts)) for name, place in index["rows"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX}: prompts (a list) and rows (an object) are expected: {error}") from error
+    return Gallery(prompts, rows)
+
+
+def _read_row(folder: Path, place: str, count: int) -> tuple[VideoFile, ...]:
+    if Path(place).name != place:
+        raise UserError(f"{folder / INDEX}: {place!r} is not the name of a folder in {folder}")
+    files = sorted(path for path in (folder / place).glob("*") if path.suffix in MIME)
+    if len(files) != count:
+        raise UserError(f"{folder / place}: {count} videos are expected, one per prompt, and {len(files)} are there")
+    return tuple(VideoFile(path.read_bytes(), path.suffix) for path in files)
+
+
+def read_validation(folder: Path) -> Validation | None:
+    """Read the videos of the last validation of a training, ``step-N-NAME.mp4``, and ``teacher.mp4``."""
+    found: dict[int, dict[str, Path]] = {}
+    for path in sorted(folder.glob("step-*.mp4")):
+        if match := re.fullmatch(r"step-(\d+)-(\w+)", path.stem):
+            found.setdefault(int(match[1]), {})[match[2]] = path
+    if not found:
+        return None
+    last = max(found)
+    paths = {**found[last], "teacher": folder / "teacher.mp4"}
+    videos = {name: VideoFile(path.read_bytes(), path.suffix) for name, path in paths.items() if path.is_file()}
+    return Validation(last, videos)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file; empty without one.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a JSON object is expected, got {type(values).__name__}")
+    return values

@@ -25,7 +25,8 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import at_time
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.evaluation.health import Figures, find_alarms, measure
+from fastvideo.evaluation.alarms import Figures, find_alarms
+from fastvideo.evaluation.health import measure
 from fastvideo.inference.sampler import Sampling
 from fastvideo.training.shared_sampling import SharedSampler
 

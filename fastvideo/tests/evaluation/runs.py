@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvideo.data.video_io import write_video
 from fastvideo.evaluation.evaluate import Evaluation
 from fastvideo.evaluation.report_store import save_measured
 from fastvideo.evaluation.statistics import Estimate
@@ -68,3 +69,18 @@ def without_figure(evaluation: Evaluation, key: str) -> Evaluation:
     """The same evaluation with one figure undefined, as when no prompt names the attribute."""
     nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
     return replace(evaluation, rows={name: replace(r, **{key: nothing}) for name, r in evaluation.rows.items()})  # type: ignore[arg-type]
+
+
+def add_validation(folder: Path, step: int = 400, motion: float = 0.5) -> Path:
+    """Give a run a health check and videos of its last validation: motion at a share of the teacher's, and its band."""
+    figures = {"contrast": 0.2, "red": 0.01, "green": 0.0, "blue": -0.01, "brightness": 0.5, "latent_mean": 0.0}
+    teacher, student = {**figures, "motion": 0.1}, {**figures, "motion": 0.1 * motion}
+    line = {"step": step, "alarms": [], "student": student, "training": {"update_balance": 8.0}, "teacher": teacher}
+    (folder / "health.jsonl").write_text(json.dumps(line) + "\n")
+    with (folder / "config.yaml").open("a") as file:
+        file.write("health: {contrast: [0.5, 2.0], motion: [0.4, 2.5], update_balance: 0.5}\n")
+    (folder / "validation").mkdir()
+    strips = moving_dots(3, step, 64)
+    for name, video in zip((f"step-{step:06d}-student", f"step-{step:06d}-x0", "teacher"), strips, strict=True):
+        write_video(folder / "validation" / f"{name}.mp4", video)
+    return folder

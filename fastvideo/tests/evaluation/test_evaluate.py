@@ -16,7 +16,8 @@ from fastvideo.evaluation.cli import EvaluateArguments
 from fastvideo.evaluation.command import row_specs, run_evaluate, table
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
 from fastvideo.evaluation.judge import Judge
-from fastvideo.evaluation.report_store import read_gallery, save_measured
+from fastvideo.evaluation.report_run import read_gallery
+from fastvideo.evaluation.report_store import save_measured
 from fastvideo.evaluation.rows import RowSpec, comparison_rows
 from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.generate import run_generate

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.config.schema import HealthConfig
-from fastvideo.evaluation.health import Alarm, find_alarms, measure
-from fastvideo.evaluation.report import health_list
-from fastvideo.evaluation.report_run import read_run
+from fastvideo.evaluation.alarms import Alarm, find_alarms
+from fastvideo.evaluation.health import measure
+from fastvideo.evaluation.report import write_report
 from fastvideo.tiny.world import TinyWorld
 
 LIMITS = HealthConfig()
@@ -135,10 +135,10 @@ def test_the_report_lists_the_alarms_with_their_steps(tmp_path: Path) -> None:
     alarm = {"name": "freezing", "text": "motion is 31 % of the reference's: the student is freezing."}
     lines = [{"step": 10, "alarms": []}, {"step": 20, "alarms": [alarm]}, {"step": 30, "alarms": [alarm]}]
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "student/loss": 1.0}\n')
-    assert health_list(read_run(tmp_path)) == ""
+    assert '<h2 id="health">' not in write_report([tmp_path]).read_text()
     (tmp_path / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = health_list(read_run(tmp_path))
+    page = write_report([tmp_path]).read_text()
     assert "freezing, at step 20, 30" in page
-    assert "motion is 31 % of the reference&#x27;s" in page
+    assert "motion is 31 % of the reference&#39;s" in page
     (tmp_path / "health.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    assert "No alarm in 1 validations." in health_list(read_run(tmp_path))
+    assert "No alarm in 1 validation." in write_report([tmp_path]).read_text()

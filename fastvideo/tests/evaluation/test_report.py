@@ -14,15 +14,14 @@ import pytest
 import torch
 
 from fastvideo.data.video_io import video_bytes
-from fastvideo.evaluation.charts import Axis, line_chart, read_curves
-from fastvideo.evaluation.charts_cost import Mark, cost_chart
+from fastvideo.errors import UserError
+from fastvideo.evaluation.charts import Axis, Mark, cost_chart, line_chart
 from fastvideo.evaluation.evaluate import Evaluation
 from fastvideo.evaluation.figures import difference, headline, titles_of
-from fastvideo.evaluation.figures_table import verdicts
-from fastvideo.evaluation.report import run_curves, write_report
-from fastvideo.evaluation.report_media import Column, gallery, middle_frame, moving_and_still
-from fastvideo.evaluation.report_run import Run, read_run
-from fastvideo.evaluation.report_store import Clip
+from fastvideo.evaluation.report import write_report
+from fastvideo.evaluation.report_media import ModelVideos, gallery, middle_frame
+from fastvideo.evaluation.report_run import Run, VideoFile, read_curves, read_run
+from fastvideo.evaluation.report_training import curves_of
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.tests.evaluation.runs import PROMPTS, make_run, measured
 from fastvideo.tests.evaluation.test_metrics import row
@@ -57,7 +56,7 @@ class Page(HTMLParser):
 
 def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
-    text = write_report(tmp_path / "report.html", run).read_text()
+    text = write_report([run.folder], tmp_path / "report.html").read_text()
     page = Page(text)
     assert not page.open
     assert all(address.startswith("data:") for address in page.addresses)
@@ -75,7 +74,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
 
 def test_page_of_a_run_that_was_not_measured_shows_its_training(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", evaluation=None)
-    text = write_report(tmp_path / "page.html", read_run(run)).read_text()
+    text = write_report([run], tmp_path / "page.html").read_text()
     assert "not measured yet" in text
     assert "Critic: loss" in text
     assert "<table" not in text
@@ -83,34 +82,36 @@ def test_page_of_a_run_that_was_not_measured_shows_its_training(tmp_path: Path) 
 
 def test_page_of_figures_alone_says_that_there_are_no_videos(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(measured().to_dict()))
-    assert "kept no videos" in write_report(tmp_path / "page.html", read_run(tmp_path)).read_text()
+    assert "kept no videos" in write_report([tmp_path], tmp_path / "page.html").read_text()
 
 
-def test_large_videos_are_embedded_as_looping_mp4() -> None:
-    clip = Clip(video_bytes(torch.zeros(3, 2, 144, 160), ".mp4"), ".mp4")
-    element = moving_and_still(clip, "a seven")
-    assert element.startswith('<video class="moving" src="data:video/mp4;base64,')
-    assert " loop muted playsinline" in element
-    assert 'alt="a seven, one frame"' in element
+def test_large_videos_are_embedded_as_looping_mp4(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", measured(side=160))
+    page = write_report([folder]).read_text()
+    assert page.count('<video class="moving" src="data:video/mp4;base64,') == 5 * len(PROMPTS)
+    assert " loop muted playsinline" in page
+    assert 'alt="Student, 4 steps: a green seven, one frame"' in page
 
 
 def test_the_still_picture_is_the_middle_frame() -> None:
     video = torch.stack([torch.full((3, 32, 32), level) for level in (-1.0, 0.2, 1.0)], 1)
-    still = middle_frame(Clip(video_bytes(video, ".apng"), ".apng"))
+    still = middle_frame(VideoFile(video_bytes(video, ".apng"), ".apng"))
     with av.open(io.BytesIO(still)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [frame.mean() for frame in frames] == [153.0]
 
 
-def test_a_gallery_that_is_too_large_says_how_much_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = Clip(video_bytes(torch.zeros(3, 2, 32, 32), ".apng"), ".apng")
-    columns = [Column("Student", "student", [clip] * 3)]
-    whole = gallery(PROMPTS, columns)
-    assert whole.count('class="prompt"') == 3
-    assert "of 3 prompts" not in whole
-    one_and_a_half = int(1.5 * len(whole.split('class="prompt"')[1]))
+def test_a_gallery_that_is_too_large_says_how_much_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = VideoFile(video_bytes(torch.zeros(3, 2, 32, 32), ".apng"), ".apng")
+    whole = gallery(PROMPTS, [ModelVideos("Student", "student", [clip] * 3)])
+    assert (len(whole.rows), whole.wanted) == (3, 3)
+    folder = make_run(tmp_path / "run")
+    page = write_report([folder]).read_text()
+    assert page.count('class="prompt"') == 3
+    assert "of 3 prompts" not in page
+    one_and_a_half = int(1.5 * len(page.split('class="prompt"')[1]))
     monkeypatch.setattr("fastvideo.evaluation.report_media.MOST_VIDEO_BYTES", one_and_a_half)
-    cut = gallery(PROMPTS, columns)
+    cut = write_report([folder]).read_text()
     assert cut.count('class="prompt"') == 1
     assert "1 of 3 prompts" in cut
 
@@ -134,8 +135,11 @@ def test_a_difference_is_sure_only_if_its_interval_leaves_zero_out() -> None:
     assert much.sure
 
 
-def test_verdicts_hold_the_student_against_the_guided_and_the_untrained() -> None:
-    text = re.sub(r"<[^>]+>", " ", verdicts(measured().to_dict()))
+def test_verdicts_hold_the_student_against_the_guided_and_the_untrained(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "run")]).read_text()
+    found = re.search('<section aria-labelledby="worth">.*?</section>', page, re.S)
+    assert found is not None
+    text = re.sub(r"<[^>]+>", " ", found.group())
     lines = re.findall(r"instead of\s+(\w[^<]*?)\s{2,}", text)
     assert lines == [
         *("Teacher, 50 steps, guided", "Teacher, 4 steps, guided", "Student before training, 4 steps"),
@@ -152,7 +156,7 @@ def test_networks_of_a_validation_share_a_chart(tmp_path: Path) -> None:
     )
     curves = read_curves(tmp_path / "m.jsonl")
     assert set(curves) == {"validation/ema/frechet", "validation/student/frechet", "grad"}
-    charts = run_curves(Run("run", tmp_path, curves=curves))
+    charts = curves_of([Run("run", tmp_path, curves=curves)])
     assert set(charts["validation/frechet"]) == {"ema", "student"}
     for name, series in charts.items():
         svg = re.search(r"<svg.*</svg>", line_chart(name, series))
@@ -164,7 +168,7 @@ def test_the_half_written_last_line_of_a_killed_run_is_left_out(tmp_path: Path) 
     (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
     assert read_curves(tmp_path / "m.jsonl") == {"loss": [(1.0, 3.0)]}
     (tmp_path / "m.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 3.0}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match=r"m\.jsonl: every line must be a JSON object"):
         read_curves(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_text("")
     assert read_curves(tmp_path / "m.jsonl") == {}

@@ -13,12 +13,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from fastvideo.evaluation.report import write_report
-from fastvideo.evaluation.report_compare import write_comparison
-from fastvideo.evaluation.report_run import read_run, read_runs
 from fastvideo.tests.evaluation.browser import FAINT, OUTSIDE, chromium, complaints, look, show, wait_for
-from fastvideo.tests.evaluation.runs import make_run, measured
+from fastvideo.tests.evaluation.runs import add_validation, make_run, measured
 
-PAGES = ("run", "large", "compare", "unlike")
+PAGES = ("run", "large", "compare", "unlike", "trained", "trainings")
 VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
 
 
@@ -30,17 +28,20 @@ def browser() -> Iterator[Chrome]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run, a run with large videos, like runs and unlike ones (one of them not measured) side by side."""
+    """One run: measured, with large videos, trained alone. Several: like ones, unlike ones, trained alone."""
     root = tmp_path_factory.mktemp("runs")
     first, second = make_run(root / "first"), make_run(root / "a-long-name-second", measured(24.0), guidance=3.0)
     large = make_run(root / "large", measured(side=160))
     few = make_run(root / "few", measured(prompts=48))
     bare = make_run(root / "bare", None)
+    trained = [add_validation(make_run(root / name, None)) for name in ("early", "late")]
     return {
-        "run": write_report(root / "run.html", read_run(first)),
-        "large": write_report(root / "large.html", read_run(large)),
-        "compare": write_comparison(root / "compare.html", read_runs([first, second])),
-        "unlike": write_comparison(root / "unlike.html", read_runs([first, second, few, bare])),
+        "run": write_report([first], root / "run.html"),
+        "large": write_report([large], root / "large.html"),
+        "compare": write_report([first, second], root / "compare.html"),
+        "unlike": write_report([first, second, few, bare], root / "unlike.html"),
+        "trained": write_report(trained[:1], root / "trained.html"),
+        "trainings": write_report(trained, root / "trainings.html"),
     }
 
 

@@ -12,12 +12,10 @@ import pytest
 
 from fastvideo.cli import main
 from fastvideo.errors import UserError
-from fastvideo.evaluation.figures_compared import groups_of
-from fastvideo.evaluation.report_cli import ReportArguments
-from fastvideo.evaluation.report_command import run_report
-from fastvideo.evaluation.report_compare import overlaid
-from fastvideo.evaluation.report_run import read_runs
-from fastvideo.evaluation.report_store import read_gallery
+from fastvideo.evaluation.figures import groups_of
+from fastvideo.evaluation.report import write_report
+from fastvideo.evaluation.report_run import read_gallery, read_runs
+from fastvideo.evaluation.report_training import curves_of
 from fastvideo.tests.evaluation.runs import PROMPTS, make_run, measured, without_figure
 
 
@@ -28,7 +26,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def compare(folders: list[Path], out: Path) -> str:
-    return run_report(ReportArguments(tuple(folders), out)).read_text()
+    return write_report(folders, out).read_text()
 
 
 def words(page: str, section: str) -> str:
@@ -39,7 +37,7 @@ def words(page: str, section: str) -> str:
 
 def test_what_is_shared_stands_once_and_differences_are_from_the_first_run(runs: list[Path], tmp_path: Path) -> None:
     page = compare(runs, tmp_path / "compare.html")
-    cells = groups_of(read_runs(runs))[0].cells()
+    cells = groups_of(read_runs(runs))[0].entries()
     assert [(cell.title, cell.run.name) for cell in cells if not cell.shared] == [
         ("Student, 4 steps", "first"),
         ("Student, 4 steps", "second"),
@@ -63,7 +61,7 @@ def test_configs_differ_in_what_was_changed_alone(runs: list[Path], tmp_path: Pa
 
 def test_curves_are_overlaid_and_a_run_without_a_metric_keeps_its_colour(runs: list[Path]) -> None:
     (runs[0] / "metrics.jsonl").write_text('{"step": 1, "other": 1.0}\n{"step": 2, "other": 2.0}\n')
-    curves = overlaid(read_runs(runs))
+    curves = curves_of(read_runs(runs))
     assert list(curves["critic/loss"]) == ["first", "second"]
     assert (len(curves["critic/loss"]["first"]), len(curves["critic/loss"]["second"])) == (0, 400)
     page = compare(runs, runs[0].parent / "compare.html")
@@ -106,11 +104,11 @@ def test_figures_that_are_undefined_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_one_folder_gives_its_own_page_again(runs: list[Path]) -> None:
-    before = run_report(ReportArguments((runs[0],)))
+    before = write_report([runs[0]])
     assert before == runs[0] / "report.html"
     text = before.read_text()
     before.unlink()
-    assert run_report(ReportArguments((runs[0],))).read_text() == text
+    assert write_report([runs[0]]).read_text() == text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_damaged_file_is_named(runs: list[Path], name: str, text: str, message: str) -> None:
     (runs[0] / name).write_text(text)
     with pytest.raises(UserError, match=message) as found:
-        run_report(ReportArguments((runs[0],)))
+        write_report([runs[0]])
     assert str(runs[0]) in str(found.value)
     assert not (runs[0] / "report.html").exists()
 
@@ -151,17 +149,17 @@ def test_a_damaged_file_is_named(runs: list[Path], name: str, text: str, message
 def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path) -> None:
     (runs[0] / "student").mkdir()
     (tmp_path / "empty").mkdir()
-    cases: list[tuple[ReportArguments, str]] = [
-        (ReportArguments(()), "one or several run folders"),
-        (ReportArguments((tmp_path / "empty",)), "no run: it has neither metrics.json nor metrics.jsonl"),
-        (ReportArguments((runs[0] / "student",)), f"it lies in the run {runs[0]}"),
-        (ReportArguments((runs[0], runs[0])), "given twice"),
-        (ReportArguments(tuple(runs), tmp_path / "page.txt"), "ending in .html"),
-        (ReportArguments(tuple(runs * 7)), "at most 12 runs"),
+    cases: list[tuple[list[Path], Path | None, str]] = [
+        ([], None, "one or several run folders"),
+        ([tmp_path / "empty"], None, "no run: it has neither metrics.json nor metrics.jsonl nor config.yaml"),
+        ([runs[0] / "student"], None, f"it lies in the run {runs[0]}"),
+        ([runs[0], runs[0]], None, "given twice"),
+        (runs, tmp_path / "page.txt", "ending in .html"),
+        (runs * 7, None, "at most 12 runs"),
     ]
-    for arguments, message in cases:
+    for folders, out, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):
-            run_report(arguments)
+            write_report(folders, out)
     assert not list(tmp_path.glob("*.html"))
 
 
