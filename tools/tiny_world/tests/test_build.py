@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from safetensors.torch import load_file
 
 from fastvideo.tiny.classifier import TinyClassifier
+from fastvideo.tiny.paths import PIPELINE_FOLDER
 from fastvideo.tiny.world import TinyWorld
+from tools.tiny_world import teacher
 from tools.tiny_world.build import build
 from tools.tiny_world.muon import orthogonalise
 from tools.tiny_world.recipe import ClassifierRecipe, SharpenRecipe, TinyRecipe, VaeRecipe
@@ -41,6 +45,19 @@ def test_a_sharper_decoder_leaves_the_latents_alone(small_vae: AutoencoderKLWan)
     assert torch.equal(encode_moments(small_vae, videos)[0], latents)
     assert decoder_loss(small_vae, WAN, videos, recipe) < 0.9 * before
     assert not any(p.requires_grad for p in small_vae.parameters())
+
+
+@pytest.mark.slow
+def test_teacher_stage_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher stage runs the recipe three times, 2 steps each here, and installs the last weights."""
+    short = {"--trainer.max-steps": "2", "--trainer.log-every": "1", "--data.size": "8", "--data.batch-size": "2"}
+    run = teacher.distil
+    monkeypatch.setattr(teacher, "distil", lambda config, pipe, out, flags: run(config, pipe, out, {**flags, **short}))
+    shutil.copytree(PIPELINE_FOLDER, tmp_path / "pipeline")
+    build(tmp_path, ["teacher"], TinyRecipe())
+    installed = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(tmp_path / "teacher-3" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(installed[name], trained[name].half()) for name in trained)
 
 
 def test_vae_training_repeats_bit_for_bit_and_leaves_the_global_generator_alone() -> None:
