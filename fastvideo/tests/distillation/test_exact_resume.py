@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,23 @@ from fastvideo.tests.distillation.resuming import STEPS, differences, same_bits,
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-@every_method
-@pytest.mark.parametrize(("accumulation", "steps"), [(1, range(1, STEPS)), (3, (1, 4))])
+ALL_STEPS = ("dmd2_gan", "sft")
+"""Resumed at every step on every push; the others at a step in the schedule's warm-up and at one after it."""
+
+
+def resumes() -> Iterator[Any]:
+    """Every method, without and with accumulation; all steps of the other methods are for the night."""
+    for name in METHODS:
+        some = range(1, STEPS) if name in ALL_STEPS else (1, 4)
+        yield pytest.param(name, 1, some, id=f"{name}-{'all' if name in ALL_STEPS else 'two'}")
+        if name not in ALL_STEPS:
+            yield pytest.param(name, 1, range(1, STEPS), id=f"{name}-all", marks=pytest.mark.nightly)
+        yield pytest.param(name, 3, (1, 4) if name in ALL_STEPS else (4,), id=f"{name}-accumulated")
+        if name not in ALL_STEPS:
+            yield pytest.param(name, 3, (1, 4), id=f"{name}-accumulated-two", marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(("name", "accumulation", "steps"), list(resumes()))
 def test_a_run_that_goes_on_from_any_step_ends_where_the_undisturbed_one_does(
     name: str, accumulation: int, steps: Iterable[int], tmp_path: Path
 ) -> None:

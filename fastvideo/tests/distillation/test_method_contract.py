@@ -15,7 +15,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory
+from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config
 from fastvideo.tests.distillation.toys import (
     LADDER,
@@ -142,10 +142,15 @@ def test_draws_come_from_the_methods_own_streams(name: str, adapter: SpyAdapter)
 
 
 @every_method
-def test_a_batch_without_latents_is_enough_unless_the_method_says_otherwise(name: str, adapter: SpyAdapter) -> None:
-    method = toy_method(name, adapter)
-    if not method.uses_latents(method.config):
-        losses = list(method.losses(analytic_batch(adapter, 4, latents=False), 0))
+def test_latents_are_asked_for_where_they_are_used_and_nowhere_else(name: str, adapter: SpyAdapter) -> None:
+    """The trainer's data may be prompts alone: a method that uses clean latents refuses them with one message."""
+    method, batch = toy_method(name, adapter), analytic_batch(adapter, 4, latents=False)
+    if method.uses_latents(method.config):
+        with pytest.raises(UserError, match=r"latents|real samples|trajectories"):
+            for step in STEPS:
+                list(method.losses(batch, step))
+    else:
+        losses = list(method.losses(batch, 0))
         assert losses
         assert all(loss.value.isfinite() for loss in losses)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.tests.cache import built
 
 WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry")
 
@@ -47,12 +49,15 @@ def wan_config(folder: Path, **options: Any) -> Any:
 
 def wan_folder(root: Path, latent_std: Sequence[float] = (0.5, 2.0, 1.5, 0.8)) -> Path:
     """A complete diffusers Wan pipeline of about 30 thousand parameters, built once under ``root``."""
-    folder = root / "wan"
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _wan_pipeline(latent_std).save_pretrained(folder)
-    return folder
+    name = "-".join(["wan", *map(str, latent_std)])
+    return built(root / "wan", name, partial(_save, partial(_wan_pipeline, latent_std), 0))
+
+
+def _save(make: Callable[[], Any], seed: int, folder: Path) -> None:
+    """Save the pipeline that ``make`` returns, initialised with the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make().save_pretrained(folder)
 
 
 def _wan_pipeline(latent_std: Sequence[float]) -> Any:
@@ -104,12 +109,8 @@ def cogvideox_folder(
     root: Path, network: Mapping[str, Any] = COGVIDEOX_5B, shift: float = 1.0, spacing: str = "trailing"
 ) -> Path:
     """A complete diffusers CogVideoX pipeline of about 60 thousand parameters, built once under ``root``."""
-    folder = root / "-".join(["cogvideox", *map(str, network.values()), str(shift), spacing])
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _cogvideox_pipeline(network, shift, spacing).save_pretrained(folder)
-    return folder
+    name = "-".join(["cogvideox", *map(str, network.values()), str(shift), spacing])
+    return built(root / name, name, partial(_save, partial(_cogvideox_pipeline, network, shift, spacing), 0))
 
 
 def _cogvideox_pipeline(network: Mapping[str, Any], shift: float, spacing: str) -> Any:

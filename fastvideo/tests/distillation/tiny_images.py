@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastvideo.tests.cache import built
 from fastvideo.tests.distillation.tiny import wan_config, wan_folder
 
 NETWORK = {
@@ -21,12 +22,12 @@ def _built(root: Path, name: str, build: Callable[[Any], Any]) -> Path:
     """The pipeline that ``build`` makes of the toy text-to-video pipeline, built once under ``root``."""
     from diffusers import WanPipeline
 
-    folder = root / name
-    if not folder.exists():
+    def write(folder: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             build(WanPipeline.from_pretrained(wan_folder(root))).save_pretrained(folder)
-    return folder
+
+    return built(root / name, name, write)
 
 
 def i2v_folder(root: Path, *, clip: bool = True) -> Path:

@@ -68,7 +68,7 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         run(validate(run_schema("analytic", "dmd2"), values, "test"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_reports_no_loss() -> None:
     command = [sys.executable, "benchmarks/faults.py", "--kills", "20", "--corruptions", "200"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

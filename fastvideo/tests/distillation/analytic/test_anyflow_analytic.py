@@ -23,7 +23,7 @@ from fastvideo.distillation.methods.distribution_matching.flow_map_loss import (
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, generate
-from fastvideo.distillation.types import Batch, UserError
+from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, SpyAdapter, analytic_batch, gaussian, moments, train
 
@@ -262,6 +262,7 @@ def test_network_calls_of_the_second_stage(adapter: SpyAdapter) -> None:
     assert found == ("nng" + "g", "nn", "n" + "g")
 
 
+@pytest.mark.nightly
 def test_a_two_parameter_student_reaches_the_truth_from_data(adapter: SpyAdapter) -> None:
     bundle = bundle_of(adapter, {"student": gaussian(adapter, "mean_velocity", -0.5, 1.2)}, {})
     method = AnyFlowPretrainMethod(AnyFlowPretrainConfig(**PLAIN), bundle, LADDER, RandomStreams(3))
@@ -287,8 +288,3 @@ def test_the_exact_student_is_right_under_its_sampler_and_wrong_under_another(ad
     torch.testing.assert_close(found["flow_map"], MEAN + STD * noise)
     for kind in ("euler", "renoise"):
         assert abs(float(found[kind].var()) / STD**2 - 1) > 0.1
-
-
-def test_a_batch_without_latents_is_refused(adapter: SpyAdapter) -> None:
-    with pytest.raises(UserError, match="latents"):
-        loss_of(adapter, gaussian(adapter, "mean_velocity"))(analytic_batch(adapter, 2, latents=False))

@@ -14,7 +14,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.consistency_model.cm import CMConfig, CMMethod
 from fastvideo.distillation.methods.consistency_model.discrete import lower_level, sample_distances, step_weights
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.types import Batch, Given, UserError
+from fastvideo.distillation.types import Batch, Given
 from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
@@ -250,8 +250,3 @@ def test_a_two_parameter_student_reaches_the_truth_without_a_teacher() -> None:
 
     train(method, batches, 400, {"student": 0.04}, final_rate=0.05)
     assert moments(method.student) == pytest.approx((MEAN, STD), abs=0.03)
-
-
-def test_prompts_alone_are_refused(adapter: SpyAdapter) -> None:
-    with pytest.raises(UserError, match="needs latents"):
-        next(cm(adapter).losses(analytic_batch(adapter, 2, latents=False), 0))

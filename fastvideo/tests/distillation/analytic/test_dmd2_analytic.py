@@ -197,5 +197,5 @@ def test_a_two_parameter_student_with_a_learned_critic_reaches_the_truth() -> No
         adapter.calls.clear()
         return batch
 
-    train(method, batches, 3000, {"student": 0.01, "critic": 0.02}, final_rate=0.1)
+    train(method, batches, 600, {"student": 0.03, "critic": 0.06}, final_rate=0.05)
     assert moments(method.student) == pytest.approx((MEAN, STD), abs=0.02)

@@ -260,6 +260,7 @@ def test_real_samples_are_asked_for(adapter: SpyAdapter) -> None:
         list(method_of(adapter).losses(analytic_batch(adapter, 4, latents=False), 1))
 
 
+@pytest.mark.nightly
 def test_a_two_parameter_student_reaches_the_truth_on_average() -> None:
     adapter = spy((1, 1, 1, 16))
     method = method_of(adapter, -0.5, 1.2, gan_weight=0.1, generator_update_interval=2)

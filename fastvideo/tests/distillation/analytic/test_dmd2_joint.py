@@ -87,6 +87,7 @@ def test_steps_of_the_critic_alone_are_as_without_it() -> None:
     assert torch.equal(*(torch.stack(found) for found in values))
 
 
+@pytest.mark.nightly
 def test_a_student_with_a_learned_critic_reaches_the_truth() -> None:
     adapter = spy((1, 1, 1, 16))
     method = dmd2(adapter, -0.5, 1.2, generator_update_interval=2, score_and_train=True)

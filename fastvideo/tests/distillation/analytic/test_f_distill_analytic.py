@@ -153,6 +153,7 @@ def test_forwards_are_those_of_dmd2_with_a_discriminator(adapter: SpyAdapter) ->
     assert (adapter.grad_modes(method.teacher), adapter.grad_modes(method.critic)) == ("gnn", "ng")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("divergence", ["jensen_shannon", "forward_kl"])
 def test_a_two_parameter_student_reaches_the_truth_on_average(divergence: str) -> None:
     adapter = spy((1, 1, 1, 16))

@@ -197,6 +197,7 @@ def test_plain_videos_and_prompts_are_refused(adapter: SpyAdapter) -> None:
             next(kd(adapter).losses(wrong, 0))
 
 
+@pytest.mark.nightly
 def test_a_two_parameter_student_reaches_the_truth_from_every_rung() -> None:
     adapter = spy((1, 1, 1, 16))
     method = kd(adapter, gaussian(adapter, "consistency", -0.5, 1.2))
@@ -209,7 +210,7 @@ def test_a_two_parameter_student_reaches_the_truth_from_every_rung() -> None:
     assert moments(method.bundle["student"]) == pytest.approx((MEAN, STD), abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_one_step_student_keeps_all_modes_of_a_mixture() -> None:
     """A learned network from the learned velocity, one step, on exact pairs: Wasserstein-1 below 0.05."""
     adapter = three_modes()

@@ -202,6 +202,7 @@ def test_both_losses_reach_student_and_discriminator(kind: Any, adapter: SpyAdap
     assert discriminator.value.item() == pytest.approx(gan.discriminator_loss(fake, real, kind).item(), rel=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("start", [(-0.5, 1.2), (MEAN, STD)])
 def test_a_two_parameter_student_reaches_the_truth_on_average(start: tuple[float, float]) -> None:
     """A head that is linear in the sufficient statistics tells any two Gaussians apart, so their match is exact."""

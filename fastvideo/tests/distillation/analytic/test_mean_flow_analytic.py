@@ -15,7 +15,7 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.tangent import mean_velocity_target
-from fastvideo.distillation.types import Batch, UserError
+from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, SpyAdapter, analytic_batch, gaussian, moments, train
 
@@ -242,7 +242,8 @@ def test_network_calls(
         assert adapter.grad_modes(method.bundle["teacher"]) == teacher_calls
 
 
-@pytest.mark.parametrize("with_teacher", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("with_teacher", [True, False])
 def test_a_two_parameter_student_reaches_the_truth(with_teacher: bool, adapter: SpyAdapter) -> None:
     teacher = gaussian(adapter, "denoiser") if with_teacher else None
     student = gaussian(adapter, "mean_velocity", -0.5, 1.2)
@@ -254,12 +255,6 @@ def test_a_two_parameter_student_reaches_the_truth(with_teacher: bool, adapter: 
 
     train(method, batches, 600, {"student": 2e-2})
     assert moments(method.student) == pytest.approx((MEAN, STD), abs=0.02)
-
-
-def test_a_batch_without_latents_is_refused(adapter: SpyAdapter) -> None:
-    method = mean_flow(adapter, gaussian(adapter, "mean_velocity"))
-    with pytest.raises(UserError, match="latents"):
-        next(method.losses(analytic_batch(adapter, 2, latents=False), 0))
 
 
 def test_a_mixture_without_a_guidance_is_refused() -> None:

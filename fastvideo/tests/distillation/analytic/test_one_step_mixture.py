@@ -83,7 +83,7 @@ def mixture_method(name: str) -> Any:
     return cls(config, ModelBundle(handles), Ladder((1.0,)), RandomStreams(3))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", RUNS)
 def test_a_one_step_student_keeps_all_three_modes(name: str) -> None:
     """The averaged weights, which are what a run saves: the live ones swing from mode to mode until the rates fall."""

@@ -13,7 +13,7 @@ from fastvideo.distillation.methods.consistency_model.scm import LossWeight, SCM
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.tangent import trig_field
-from fastvideo.distillation.types import Batch, UserError
+from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, SpyAdapter, analytic_batch, gaussian, moments, train
 
@@ -193,7 +193,8 @@ def test_network_calls(
         assert adapter.grad_modes(method.bundle["teacher"]) == teacher_calls
 
 
-@pytest.mark.parametrize("with_teacher", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("with_teacher", [True, False])
 def test_a_two_parameter_student_reaches_the_truth(with_teacher: bool, adapter: SpyAdapter) -> None:
     teacher = gaussian(adapter, "denoiser") if with_teacher else None
     method = scm(adapter, gaussian(adapter, "consistency", -0.5, 1.2), teacher, tangent_warmup_steps=1)
@@ -220,9 +221,3 @@ def test_the_exact_student_is_right_under_its_sampler_and_wrong_under_another(ad
     assert SCMMethod.sampler == "renoise"
     assert float(found["renoise"].var()) == pytest.approx(STD**2, rel=0.02)
     assert abs(float(found["euler"].var()) / STD**2 - 1) > 0.2
-
-
-def test_a_batch_without_latents_is_refused(adapter: SpyAdapter) -> None:
-    method = scm(adapter, gaussian(adapter, "consistency"))
-    with pytest.raises(UserError, match="latents"):
-        next(method.losses(analytic_batch(adapter, 2, latents=False), 0))

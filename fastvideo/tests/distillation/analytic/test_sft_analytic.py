@@ -13,7 +13,7 @@ from fastvideo.distillation import noise
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod, gaussian_weight
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.types import Condition, RawBatch, UserError
+from fastvideo.distillation.types import Condition
 from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
@@ -181,8 +181,3 @@ def test_all_tensors_of_a_condition_are_dropped_together(adapter: SpyAdapter) ->
     found = full.where(keep, null).tensors
     assert found["a"].tolist() == [[1, 1], [0, 0], [1, 1]]
     assert found["b"].tolist() == [1, 0, 1]
-
-
-def test_prompts_without_latents_are_refused(adapter: SpyAdapter) -> None:
-    with pytest.raises(UserError, match="SFT needs latents"):
-        next(sft(adapter).losses(adapter.prepare(RawBatch(("", ""))), 0))

@@ -140,6 +140,7 @@ def test_the_calls_are_as_accounted(teacher: bool, expected: str, adapter: SpyAd
         assert adapter.grad_modes(method.bundle["teacher"]) == expected
 
 
+@pytest.mark.nightly
 def test_a_two_parameter_student_reaches_the_truth() -> None:
     adapter = spy((1, 1, 1, 16))
     options = {"max_ratio": 0.98, "metric": "squared", "weighting": "none", "degrees_of_freedom": 3.0}
