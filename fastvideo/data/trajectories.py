@@ -24,8 +24,10 @@ from fastvideo.data.output import prepare_output, shard_path
 from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_columns
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import WriteFile, progress, start_server, write_files
-from fastvideo.distillation.builder import Adapter, Config, load_adapter, load_method, run_schema
+from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.reading import config_of
+from fastvideo.distillation.registry import load_adapter, load_method
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import euler_states
 from fastvideo.distillation.schedule import Ladder
@@ -102,7 +104,7 @@ class TrajectoryJob:
 
     def writer(self, device: str) -> WriteFile:
         """What writes an output file, with the teacher loaded."""
-        config = run_schema(self.config["distill_model"], self.config["distill_method"]).model_validate(self.config)
+        config = config_of(self.config, "of the trajectories")
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
         teacher = RoleHandle("teacher", adapter, adapter.load_network(config.method.teacher_path))

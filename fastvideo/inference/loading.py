@@ -12,8 +12,8 @@ from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
-from fastvideo.distillation.builder import families, load_adapter
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError

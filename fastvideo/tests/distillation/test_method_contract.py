@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.builder import METHODS, load_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory

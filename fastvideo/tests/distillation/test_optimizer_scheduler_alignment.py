@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch.optim import AdamW, RAdam
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.registry import METHODS
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import RawBatch

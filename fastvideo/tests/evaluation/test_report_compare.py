@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from fastvideo.cli import main
+from fastvideo.cli.report import ReportArguments, run_report
 from fastvideo.errors import UserError
 from fastvideo.evaluation.figures_compared import groups_of
-from fastvideo.evaluation.report_cli import ReportArguments
-from fastvideo.evaluation.report_command import run_report
 from fastvideo.evaluation.report_compare import overlaid
 from fastvideo.evaluation.report_run import read_runs
 from fastvideo.evaluation.report_store import read_gallery

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastvideo.distillation import config as config_module
+from fastvideo.distillation.config import reading
 from fastvideo.distillation.config.reading import read_yaml
 from fastvideo.errors import UserError
 from fastvideo.training.distillation import parse
@@ -79,7 +79,8 @@ def mutate(values: dict[Any, Any], draw: random.Random) -> tuple[Any, ...]:
 
 def outcome(values: Any, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """The message about a config; ``None`` if it is valid."""
-    monkeypatch.setattr(config_module, "read_yaml", lambda path: values)
+    monkeypatch.setattr(reading, "read_yaml", lambda path: values)
+    monkeypatch.setattr(reading, "find_config", Path)
     try:
         parse(["--config", FILE])
     except UserError as error:

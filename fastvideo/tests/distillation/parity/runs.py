@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
