@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fastvideo.evaluation.charts import Point, line_chart
+from fastvideo.files import replace_file
 
 WORDS = {
     "frechet": "Fréchet distance",
@@ -49,9 +50,7 @@ def write_page(path: Path, head: Head, sections: Iterable[str]) -> Path:
         sections="\n".join(filter(None, sections)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, page)
     return path
 
 

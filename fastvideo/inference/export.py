@@ -15,6 +15,7 @@ import torch
 from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import deviation
 from fastvideo.distillation.types import UserError
+from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import Source, find_source, load_source
 from fastvideo.inference.loading import RECIPE, LoadedModel, pipeline_class
@@ -195,23 +196,16 @@ def _json(folder: Path | None, name: str) -> dict[str, Any]:
 
 def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
     """The folder, which appears whole or not at all."""
-    partial = out.with_name(f"{out.name}.partial")
+    network = _in_precision(model.network, facts.dtype)
+    network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        network = _in_precision(model.network, facts.dtype)
-        network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
-        model.adapter.save_pipeline(partial, network, facts.recipe)
-        if facts.stock is not None:
-            _replace_scheduler(partial, facts.stock.scheduler)
-        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
+        with replacing_folder(out) as partial:
+            model.adapter.save_pipeline(partial, network, facts.recipe)
+            if facts.stock is not None:
+                _replace_scheduler(partial, facts.stock.scheduler)
+            (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _in_precision(network: Any, dtype: str | None) -> Any:

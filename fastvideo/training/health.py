@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.optim import relative_update
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
@@ -25,6 +24,7 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import at_time
 from fastvideo.evaluation.health import Figures, find_alarms, measure
+from fastvideo.files import replace_file
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import SamplerSpec, generate_latents
 from fastvideo.stopping import step_done, unit_done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ from fastvideo.distillation.engine.placement import whole_network
 from fastvideo.distillation.engine.tracking import Tracker, TrackingOptions
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import UserError
+from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.stopping import listening
 from fastvideo.training.data import build_data, check_buckets
@@ -201,11 +201,7 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
 def _write_result(
     adapter: Adapter, network: nn.Module, recipe: Mapping[str, Any], lora: Mapping[str, Tensor], folder: Path
 ) -> None:
-    partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    adapter.save_pipeline(partial_folder, network, recipe)
-    if lora:
-        save_file(dict(lora), partial_folder / ADAPTER_FILE, metadata={"format": "pt"})
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    partial_folder.rename(folder)
+    with replacing_folder(folder) as partial_folder:  # a save that is cut off must not look like a result
+        adapter.save_pipeline(partial_folder, network, recipe)
+        if lora:
+            save_file(dict(lora), partial_folder / ADAPTER_FILE, metadata={"format": "pt"})

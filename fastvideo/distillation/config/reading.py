@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastvideo.distillation.config.overrides import with_overrides
-from fastvideo.distillation.config.recipes import find_config
+from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
@@ -32,7 +32,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Sequence[str]] | None 
         UserError: for a file that cannot be read, an unknown name, key or flag, or a value that is not allowed.
     """
     file = find_config(path)
-    return config_of(read_yaml(file), str(file), overrides)
+    return config_of(with_own_files(read_yaml(file), file), str(file), overrides)
 
 
 def config_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastvideo.errors import UserError
 from fastvideo.wording import nearest
@@ -33,3 +34,16 @@ def find_config(config: str | Path) -> Path:
     near = nearest(name, known)
     hint = f"did you mean {near!r}?" if near else "`fastvideo recipes` lists them"
     raise UserError(f"config {config}: No such file, and no recipe has that name; {hint}")
+
+
+def with_own_files(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The values of a config, with the prompts file that lies beside a recipe where the path in it leads nowhere.
+
+    A recipe names it as seen from a clone; a run may be started from any folder, and a wheel has no ``examples``.
+    """
+    data = values.get("data")
+    prompts = data.get("prompts") if isinstance(data, dict) else None
+    if file.parent not in (IN_WHEEL, IN_CLONE) or not isinstance(prompts, str) or Path(prompts).exists():
+        return values
+    beside = file.parent / Path(prompts).name
+    return {**values, "data": {**data, "prompts": str(beside)}} if data and beside.is_file() else values
