@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.registry import run_schema
 from fastvideo.tests.faults.corruption import damages, is_detected
 from fastvideo.tests.faults.runs import Killer, analytic_run, wan_run
 from fastvideo.tests.faults.saving import (

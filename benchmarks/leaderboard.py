@@ -28,7 +28,7 @@ import tyro
 from leaderboard_page import write_page
 from safetensors.torch import load_file, save_file
 
-from fastvideo.distillation.builder import METHODS
+from fastvideo.distillation.registry import METHODS
 from fastvideo.environment import environment
 from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
@@ -296,6 +296,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from fastvideo.cli import report_user_errors
+    from fastvideo.entry import report_user_errors
 
     raise SystemExit(report_user_errors(main))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.cli.listing import split_paper
 from fastvideo.data.video_io import write_video
-from fastvideo.distillation.builder import load_method
+from fastvideo.distillation.registry import load_method
 from fastvideo.evaluation.charts import Axis, Point, Series, grid, series_class, short, svg, thinned
-from fastvideo.inference.list_cli import split_paper
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 720, 360, 56, 16, 44, 190
 STYLE = """<style>

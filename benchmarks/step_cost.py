@@ -29,12 +29,13 @@ from torch import Tensor, nn
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.builder import build_method, run_schema
+from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 
 SIZES: Mapping[str, dict[str, Any]] = {

@@ -130,6 +130,6 @@ def peak_memory_mb() -> float:
 
 
 if __name__ == "__main__":
-    from fastvideo.cli import report_user_errors
+    from fastvideo.entry import report_user_errors
 
     raise SystemExit(report_user_errors(main))

@@ -1,4 +1,4 @@
-"""Running the checks on one adapter, and their report."""
+"""Running the checks on one adapter."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from fastvideo.conformance import feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.builder import ADAPTERS, load_adapter
 from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.registry import ADAPTERS, load_adapter
 from fastvideo.distillation.types import UserError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 RULES = (network_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
@@ -121,15 +118,3 @@ def conform(
         adapter = family(validate(family.Config, options, "of the model"), device)
         subject = Subject(adapter, prompts, Path(folder))
         return list(tracked(examine(subject), "conformance", total=len(CHECKS)))
-
-
-def table(outcomes: Iterable[Outcome]) -> Table:
-    """One row per check; for a failed one what was found and where to look."""
-    from rich.table import Table
-
-    styles = {"passed": "green", "FAILED": "bold red", "not applicable": "dim"}
-    shown = Table("check", "result", "what was found", "where to look")
-    for outcome in outcomes:
-        result = f"[{styles[outcome.result]}]{outcome.result}[/]"
-        shown.add_row(outcome.name, result, outcome.message, outcome.where)
-    return shown

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.loading import EMBEDDED, read_recipe, resolve_pipeline
-from fastvideo.distillation.builder import Adapter, families, load_adapter
+from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 
 SIZES = ("height", "width", "num_frames", "max_sequence_length")

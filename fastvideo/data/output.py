@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastvideo.data.captions import Video
 from fastvideo.data.index import MANIFEST
 from fastvideo.data.schema import metadata_of
 from fastvideo.errors import UserError
+from fastvideo.files import replace_file
 
 SKIPPED = "skipped.jsonl"
 
@@ -53,7 +53,7 @@ def prepare_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool, s
         raise UserError(f"--out: {out} exists and was not made by {command}; choose another")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        replace_file(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for item in out.iterdir():
         if _is_leftover(item):
             item.unlink()
@@ -78,13 +78,6 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def collect(out: Path, files: int) -> tuple[int, list[dict[str, str]]]:
     """Rows in all files, and the videos that were skipped; the latter are written to :data:`SKIPPED` as well.
 
@@ -100,5 +93,5 @@ def collect(out: Path, files: int) -> tuple[int, list[dict[str, str]]]:
             raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
         rows += footer.num_rows
         skipped += metadata_of(footer.metadata)["skipped"]
-    write_whole(out / SKIPPED, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+    replace_file(out / SKIPPED, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
     return rows, skipped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fastvideo.data.clips import Clip, Policy, VideoError, read_clips
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.types import UserError
+from fastvideo.files import replacing
 
 GROUP_BYTES = 32 * 2**20
 """A row group is closed once its tensors take this much: small enough that a shuffling reader holds several."""
@@ -76,13 +76,10 @@ def without_padding(embedding: Floats) -> Floats:
 
 @contextmanager
 def whole_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A Parquet file that appears whole: it is written under another name, flushed to the disk and renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with pq.ParquetWriter(temporary, schema, compression="none", use_dictionary=False, write_statistics=False) as file:
+    """A Parquet file that appears whole."""
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as file:
         yield file
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(path)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from fastvideo.data.output import prepare_output, shard_path
 from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_columns
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import WriteFile, progress, start_server, write_files
-from fastvideo.distillation.builder import Adapter, Config, load_adapter, load_method, run_schema
+from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.registry import load_adapter, load_method
 from fastvideo.distillation.rng import sample_seed
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.schedule import Ladder
@@ -102,7 +103,7 @@ class TrajectoryJob:
 
     def writer(self, device: str) -> WriteFile:
         """What writes an output file, with the teacher loaded."""
-        config = run_schema(self.config["distill_model"], self.config["distill_method"]).model_validate(self.config)
+        config = config_of(self.config, "of the trajectories")
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
         teacher = Denoiser(adapter, adapter.load_network(config.method.teacher_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastvideo.distillation.types import UserError
+from fastvideo.files import replacing
 
 Frames = npt.NDArray[np.uint8]
 FPS = 8
@@ -69,9 +69,8 @@ def write_video(path: Path | str, video: Tensor, fps: int = FPS, scale: int = 1)
     path = Path(path)
     data = video_bytes(video, path.suffix, fps, scale)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 

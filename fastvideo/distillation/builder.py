@@ -1,21 +1,15 @@
-"""Names to objects: registries, then config -> roles -> handles -> method.
-
-A new method or family is one file and one line here.
-"""
+"""Config -> roles -> handles -> method."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from functools import cache
-from importlib import import_module
 from typing import Any, cast
 
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
-from fastvideo.distillation.config.base import AdapterConfig, MethodConfig
+from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.config.schema import ParallelConfig, RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch
@@ -24,6 +18,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
+from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Need, UserError
@@ -32,70 +27,6 @@ from fastvideo.stopping import unit_done
 Adapter = DistillAdapter[Any]
 Method = DistillMethod[Any]
 Config = RunConfig[Any, Any]
-
-METHODS = {
-    "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",
-    "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
-    "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
-    "anyflow": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowMethod",
-    "anyflow_pretrain": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowPretrainMethod",
-    "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
-    "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
-    "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",
-    "ladd": "fastvideo.distillation.methods.distribution_matching.ladd:LADDMethod",
-    "mean_flow": "fastvideo.distillation.methods.consistency_model.mean_flow:MeanFlowMethod",
-    "rcm": "fastvideo.distillation.methods.distribution_matching.rcm:RCMMethod",
-    "scm": "fastvideo.distillation.methods.consistency_model.scm:SCMMethod",
-    "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
-}
-"""Algorithms, by name."""
-
-ADAPTERS = {
-    "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
-    "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
-    "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
-}
-"""Model families, by name."""
-
-
-def _load(registry: Mapping[str, str], kind: str, name: str) -> Any:
-    if name not in registry:
-        near = difflib.get_close_matches(name, registry, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown {kind} {name!r}: one of {', '.join(registry)}{hint}")
-    module, attribute = registry[name].split(":")
-    return getattr(import_module(module), attribute)
-
-
-def load_method(name: str) -> type[Method]:
-    """The method of that name.
-
-    Raises:
-        UserError: with the list of names.
-    """
-    return cast(type[Method], _load(METHODS, "method", name))
-
-
-def load_adapter(name: str) -> type[Adapter]:
-    """The model family of that name.
-
-    Raises:
-        UserError: with the list of names.
-    """
-    return cast(type[Adapter], _load(ADAPTERS, "model", name))
-
-
-@cache
-def families() -> dict[str, str]:
-    """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
-    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).pipelines}
-
-
-def run_schema(model: str, method: str) -> type[Config]:
-    """The config's class for a family and a method."""
-    adapter: type[AdapterConfig] = load_adapter(model).Config
-    options: type[MethodConfig] = load_method(method).Config
-    return RunConfig[adapter, options]  # type: ignore[valid-type]
 
 
 def build_adapter(config: Config, processes: Processes | None = None) -> Adapter:

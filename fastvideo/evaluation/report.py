@@ -17,6 +17,7 @@ from fastvideo.evaluation.figures import Cell, Entry, Group, Line, Table, groups
 from fastvideo.evaluation.report_media import ModelVideos, Shown, gallery, validation_strips
 from fastvideo.evaluation.report_run import Run, read_runs
 from fastvideo.evaluation.report_training import alarm_list, chart_groups, curves_of, health_table, once_table
+from fastvideo.files import replace_file
 
 MOST_RUNS = 12
 """More curves than this cannot be told apart."""
@@ -78,16 +79,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         raise UserError(f"--out {path}: the name of a page, ending in .html, is expected")
     page = render(read_runs(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, page)
     return path
-
-
-def size_of(page: Path) -> str:
-    """The size of a file for people, such as "34 kB"."""
-    size = page.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
 
 
 def render(runs: Sequence[Run]) -> str:

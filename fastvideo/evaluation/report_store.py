@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from fastvideo.data.video_io import FPS, video_bytes
 from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation
 from fastvideo.evaluation.report_run import INDEX, METRICS, SMALL, VIDEOS
+from fastvideo.files import replace_file, replacing_folder
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` as JSON; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(values, indent=2) + "\n")
 
 
 def check_unmeasured(run: Path) -> None:
@@ -39,6 +37,13 @@ def check_unmeasured(run: Path) -> None:
         raise UserError(f"--out {run}: a folder, or a file name that ends in .json, is expected, and this is a file")
     if (run / METRICS).exists():
         raise UserError(f"--out {run} holds figures already ({METRICS}): choose another folder, or delete that file")
+    _check_videos(run / VIDEOS)
+
+
+def _check_videos(folder: Path) -> None:
+    """Refuse to replace a folder that no evaluation made."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
+        raise UserError(f"{folder} is in the way of the videos that are kept, and was not made by an evaluation")
 
 
 def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str, Any]:
@@ -54,15 +59,12 @@ def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str
 
 
 def _save_videos(folder: Path, evaluation: Evaluation) -> None:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    _check_videos(folder)
     names = {name: f"{i:02}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-60:]}" for i, name in enumerate(evaluation.videos)}
-    for name, videos in evaluation.videos.items():
-        _save_row(part / names[name], videos)
-    write_json(part / INDEX, {"fps": FPS, "prompts": list(evaluation.prompts), "rows": names})
-    if (folder / INDEX).is_file():  # of an evaluation that was interrupted before its figures
-        shutil.rmtree(folder)
-    part.replace(folder)
+    with replacing_folder(folder) as part:
+        for name, videos in evaluation.videos.items():
+            _save_row(part / names[name], videos)
+        write_json(part / INDEX, {"fps": FPS, "prompts": list(evaluation.prompts), "rows": names})
 
 
 def _save_row(folder: Path, videos: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""``fastvideo export``: a student as a model folder that other programs sample as this one does."""
+"""A student as a model folder that other programs sample as this one does."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -17,11 +16,13 @@ from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.flow_scheduler import deviation
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.export_cli import ExportArguments
+from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import Source, find_source, load_source
 from fastvideo.inference.loading import RECIPE, LoadedModel, pipeline_class
 from fastvideo.inference.model_card import CardFacts, call_options, model_card, read_front_matter
+from fastvideo.inference.recipe import Weights
+from fastvideo.wording import did_you_mean
 
 FORMATS = ("diffusers", *LORA_FORMATS)
 MARK = "exported_to"
@@ -39,36 +40,53 @@ class Export:
     warnings: tuple[str, ...]
 
 
-def run_export(arguments: ExportArguments) -> Export:
+def run_export(
+    source: str,
+    out: Path,
+    *,
+    to: str = "diffusers",
+    steps: int | None = None,
+    weights: Weights | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Export:
     """Find the weights, fit the scheduler, write the folder.
+
+    Args:
+        source: a run's folder, or a model folder.
+        out: the new folder.
+        to: one of :data:`FORMATS`.
+        steps: network steps that the scheduler is made for; all of the ladder if not given.
+        weights: averaged or live; the averaged ones where there are any.
+        dtype: precision of the network's weights, such as ``bfloat16``; as trained if not given.
+        overwrite: replace an earlier export in ``out``.
 
     Raises:
         UserError: for an unknown format, an output folder in use, weights that are not there, a number of steps that
             the student was not trained for, or a folder that cannot be written; nothing is left behind then.
     """
-    _check_format(arguments.to)
-    source = find_source(arguments.source, arguments.weights)
-    out = Path(os.path.abspath(arguments.out))
-    _check_out(out, source, arguments.overwrite)
-    if arguments.to in LORA_FORMATS:
-        return Export(out, write_adapter(source, out, arguments.to, MARK), ())
-    model = load_source(source)
-    _check_apart(out, Path(model.source))
-    spec = model.sampler(arguments.steps)
+    _check_format(to)
+    found = find_source(source, weights)
+    folder = Path(os.path.abspath(out))
+    _check_out(folder, found, overwrite)
+    if to in LORA_FORMATS:
+        return Export(folder, write_adapter(found, folder, to, MARK), ())
+    model = load_source(found)
+    _check_apart(folder, Path(model.source))
+    spec = model.sampler(steps)
     # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
-    fitted = model.is_student or arguments.steps is not None
+    fitted = model.is_student or steps is not None
     fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
     stock = model.adapter.stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
-    facts = _facts(out.name, source, model, spec, stock, arguments.dtype, warnings)
-    _write(out, model, facts)
-    return Export(out, _summary(arguments.out, source, facts), warnings)
+    facts = _facts(folder.name, found, model, spec, stock, dtype, warnings)
+    _write(folder, model, facts)
+    return Export(folder, _summary(out, found, facts), warnings)
 
 
 def _check_format(name: str) -> None:
     if name not in FORMATS:
-        near = difflib.get_close_matches(name.lower(), FORMATS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name.lower(), FORMATS)
         raise UserError(f"--to {name!r}: unknown format, one of {', '.join(FORMATS)} is expected{hint}")
 
 
@@ -178,23 +196,16 @@ def _json(folder: Path | None, name: str) -> dict[str, Any]:
 
 def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
     """The folder, which appears whole or not at all."""
-    partial = out.with_name(f"{out.name}.partial")
+    network = _in_precision(model.network, facts.dtype)
+    network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        network = _in_precision(model.network, facts.dtype)
-        network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
-        model.adapter.save_pipeline(partial, network, facts.recipe)
-        if facts.stock is not None:
-            _replace_scheduler(partial, facts.stock.scheduler)
-        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
+        with replacing_folder(out) as partial:
+            model.adapter.save_pipeline(partial, network, facts.recipe)
+            if facts.stock is not None:
+                _replace_scheduler(partial, facts.stock.scheduler)
+            (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _in_precision(network: Any, dtype: str | None) -> Any:

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastvideo.distillation.builder import load_adapter
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
+from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export_source import PARTS, Source, adapter_scaling
 from fastvideo.inference.loading import RECIPE, load_recipe

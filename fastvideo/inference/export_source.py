@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.loading import resolve_pipeline
-from fastvideo.distillation.builder import build_adapter, families, load_adapter, load_role, run_schema
-from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.builder import build_adapter, load_role
+from fastvideo.distillation.config.reading import config_of, read_yaml
 from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.lora import is_adapter, merge
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -132,9 +133,7 @@ def adapter_scaling(source: Source) -> float:
 
 def _unfinished(source: Source) -> LoadedModel:
     """The model that the run started from, with the recipe of its result."""
-    values = source.config
-    schema = run_schema(values.get("distill_model", ""), values.get("distill_method", ""))
-    config = validate(schema, values, f"{source.run}/{RUN_CONFIG}")
+    config = config_of(source.config, f"{source.run}/{RUN_CONFIG}")
     adapter = build_adapter(config)
     network = load_role(config, adapter, "student").requires_grad_(False)
     recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]

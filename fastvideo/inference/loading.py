@@ -12,9 +12,9 @@ from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
-from fastvideo.distillation.builder import families, load_adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder

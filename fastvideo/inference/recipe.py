@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.builder import Adapter, Config
+from fastvideo.distillation.registry import load_method
 
 Weights = Literal["ema", "live"]
 """Averaged weights, or those of the last step."""

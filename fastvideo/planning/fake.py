@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.builder import Adapter, Config
+from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Batch, Condition, RawBatch
 

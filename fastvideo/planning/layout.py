@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
 from fastvideo.distillation.adapters.pipeline import PipelineAdapter
-from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.config.schema import RoleConfig
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, local_numel, optimizer_bytes
 from fastvideo.distillation.engine.parallel.sharding import includes
+from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import initialising
 
 GATHERED_BLOCKS = 2

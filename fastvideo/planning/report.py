@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastvideo.distillation.engine.optional.footprint import gib
 from fastvideo.planning.advice import Advice
 from fastvideo.planning.estimate import Plan
 
-GIB = 2**30
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -20,20 +20,15 @@ class Rates:
     bandwidth: float
 
 
-def size(value: float) -> str:
-    """Bytes for a person: GiB, or MiB below a tenth of one."""
-    return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / 2**20:.2f} MiB"
-
-
 def table(plan: Plan) -> list[str]:
     """Bytes per role and process."""
     rows = [("on each process", "parameters", "weights", "gradients", "optimizer", "average", "together")]
     for role in plan.roles:
         kind = f"{role.name} ({'trained' if role.trainable else 'frozen'})"
         values = (role.weights, role.gradients, role.optimizer, role.average, role.total)
-        rows.append((kind, f"{role.parameters:,}", *map(size, values)))
+        rows.append((kind, f"{role.parameters:,}", *map(gib, values)))
     others = {**plan.parts, "buffers of the layout": plan.buffers, "activations": plan.activations}
-    rows += [(name, "", "", "", "", "", size(value)) for name, value in others.items()]
+    rows += [(name, "", "", "", "", "", gib(value)) for name, value in others.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
@@ -45,7 +40,7 @@ def step_lines(plan: Plan, rates: Rates | None) -> list[str]:
     lines = [
         f"a step, on average: {plan.flops / 1e12:.4g} TFLOP per process; forwards per micro-batch: {calls}; "
         f"backwards {backwards:.3g}",
-        f"traffic: each process sends {size(plan.sent)} per step",
+        f"traffic: each process sends {gib(plan.sent)} per step",
     ]
     if rates:
         compute, traffic = plan.flops / rates.flops, plan.sent / rates.bandwidth
@@ -61,13 +56,13 @@ def verdict(plan: Plan, budget: int, reserve: int) -> str:
     """Whether it fits."""
     need, room = plan.total + reserve, budget
     word = "FITS" if need <= room else "DOES NOT FIT"
-    return f"{word}: {size(plan.total)} + {size(reserve)} reserve of {size(room)} per process"
+    return f"{word}: {gib(plan.total)} + {gib(reserve)} reserve of {gib(room)} per process"
 
 
 def advice_lines(advice: Sequence[Advice], fits: bool, gpus: int | None) -> list[str]:
     """What to change, each on top of the ones before."""
     lines = ["cheapest first, each on top of the ones before:"] if advice else []
-    lines += [f"  {step.flags:<50} {size(step.plan.total):>12}   {step.cost}" for step in advice]
+    lines += [f"  {step.flags:<50} {gib(step.plan.total):>12}   {step.cost}" for step in advice]
     if fits:
         lines.append("  with these it fits")
     elif gpus is None:

@@ -15,9 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvideo.distillation.builder import Adapter, Config, Method, load_method
+from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
+from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, UserError

@@ -24,7 +24,7 @@ MAX_FUNCTION, MAX_METHOD = 60, 150
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
 FROZEN_VERBS = {
     *("distill", "plan", "checkpoints", "preprocess", "precompute-trajectories", "buckets", "generate", "evaluate"),
-    *("export", "report", "schedule", "conformance", "list"),
+    *("export", "report", "schedule", "conformance", "list", "recipes"),
 }
 FROZEN_LAUNCH_FLAGS = {"config", "distill_model", "distill_method", "resume", "resume_from", "overwrite"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}

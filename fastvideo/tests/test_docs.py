@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastvideo.cli import VERBS, main
-from fastvideo.distillation.builder import ADAPTERS, METHODS
+from fastvideo.distillation.registry import ADAPTERS, METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from fastvideo.cli import main
+from fastvideo.cli.plan import read_bytes
 from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.config.schema import ParallelConfig
 from fastvideo.distillation.types import UserError
@@ -17,7 +18,6 @@ from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.estimate import Planner, _gathers, check_layout
 from fastvideo.planning.fake import LiveBytes
 from fastvideo.planning.layout import gathered_bytes, role_bytes
-from fastvideo.planning.plan_cli import read_bytes
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.simulate import _train, simulate
 from fastvideo.training.distillation import parse

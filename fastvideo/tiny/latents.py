@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fastvideo.files import replacing
 from fastvideo.inference.progress import tracked
 from fastvideo.tiny.world import Split, TinyWorld
 
@@ -70,9 +71,8 @@ def cache_key(codec: LatentCodec, n: int, seed: int, split: Split) -> str:
 
 def _write(path: Path, data: LatentSet) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")  # an interrupted write must not leave a file that looks complete
-    save_file({"latents": data.latents.contiguous()}, partial, metadata={"captions": json.dumps(data.captions)})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({"latents": data.latents.contiguous()}, partial, metadata={"captions": json.dumps(data.captions)})
 
 
 def _read(path: Path) -> LatentSet:

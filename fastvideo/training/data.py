@@ -7,9 +7,10 @@ from pathlib import Path
 from fastvideo.data.faults import Faults
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.builder import Adapter, Config, load_method
+from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
+from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 
 TINY = "tiny"

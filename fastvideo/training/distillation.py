@@ -6,13 +6,12 @@ override them, and every other field has a flag of its own (``--method.student-l
 
 from __future__ import annotations
 
-import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -26,11 +25,11 @@ class Launch:
 
     Every field of the config is a flag: `fastvideo distill --config run.yaml --help` lists them with their meaning and
     their value in that file. `--init-student-from PATH` (or another role's name) is short for the role's `init_from`.
-    Ready configs are in examples/distillation/.
+    `fastvideo recipes` lists ready configs.
     """
 
     config: Path
-    """The run's YAML file."""
+    """The run's YAML file, or a recipe's name; `fastvideo recipes` lists them."""
     distill_model: str | None = None
     """Model family, instead of the config's; `fastvideo list` shows all."""
     distill_method: str | None = None
@@ -54,46 +53,36 @@ def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config
     kept = [a for a in argv if not (wants_help and a in ("--help", "-h"))]
     launch, rest = tyro.cli(Launch, args=kept, prog="fastvideo distill", return_unknown_args=True)
 
-    from fastvideo.distillation.builder import run_schema
-    from fastvideo.distillation.config.reading import read_yaml, validate
-    from fastvideo.distillation.types import UserError
+    from fastvideo.distillation.config.overrides import read_flags
+    from fastvideo.distillation.config.reading import read_config
 
-    values = read_yaml(launch.config)
     chosen = {"distill_model": model or launch.distill_model, "distill_method": launch.distill_method}
-    values |= {key: name for key, name in chosen.items() if name}
-    for key in chosen:
-        if not isinstance(values.get(key), str):
-            raise UserError(f"config {launch.config}: {key} is missing; give it there or as --{key.replace('_', '-')}")
-    try:
-        schema = run_schema(values["distill_model"], values["distill_method"])
-    except UserError as error:
-        raise UserError(f"config {launch.config}: distill_model, distill_method: {error}") from error
-    config = validate(schema, values, str(launch.config))
-    if rest or wants_help:
-        config = _override(
-            schema, config, [*_role_flags(rest, config), *(["--help"] if wants_help else [])], str(launch.config)
-        )
+    named = {key: [name] for key, name in chosen.items() if name}
+    flags = read_flags(rest)
+    _check_launch_flags(flags)
+    config = read_config(launch.config, named | flags)
+    if wants_help:
+        _print_fields(config)
     return launch, config
 
 
-def _role_flags(flags: list[str], config: Config) -> list[str]:
-    """``--init-ROLE-from`` as the flag of the config field that it stands for."""
-    from fastvideo.distillation.types import UserError
+def _check_launch_flags(flags: Iterable[str]) -> None:
+    """Name the launch flag that a misspelt one is near to; the config's own are checked against its schema."""
+    from fastvideo.distillation.config.schema import RunConfig
+    from fastvideo.errors import UserError
+    from fastvideo.wording import nearest
 
-    found = []
-    for flag in flags:
-        short = re.fullmatch(r"--init-([a-z0-9_-]+)-from(=.*)?", flag)
-        if short and short[1].replace("-", "_") not in config.roles:
-            raise UserError(f"{flag}: the config has no role {short[1]!r}; it has {', '.join(config.roles)}")
-        found.append(f"--roles.{short[1]}.init-from{short[2] or ''}" if short else flag)
-    return found
+    known = [field.name for field in fields(Launch)]
+    for key in flags:
+        misspelt = "." not in key and key not in RunConfig.model_fields
+        if misspelt and (near := nearest(key, known)):
+            raise UserError(f"--{key.replace('_', '-')}: unknown flag; did you mean '--{near.replace('_', '-')}'?")
 
 
-def _override(schema: type[Config], config: Config, flags: list[str], source: str) -> Config:
-    from fastvideo.distillation.config.reading import validate
-
-    changed: Any = tyro.cli(schema, args=flags, default=config, prog="fastvideo distill", description="Config fields.")
-    return validate(schema, changed.model_dump(mode="json"), source)
+def _print_fields(config: Config) -> None:
+    """List every field with its meaning and its value in the config, and exit."""
+    described = {"prog": "fastvideo distill", "description": "Config fields."}
+    tyro.cli(type(config), args=["--help"], default=config, config=(tyro.conf.AvoidSubcommands,), **described)
 
 
 def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
@@ -109,7 +98,7 @@ def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
 
 def guarded(argv: Sequence[str] | None = None, model: str | None = None) -> int:
     """:func:`main`, with a user's mistake as one message on stderr and exit code 2."""
-    from fastvideo.cli import report_user_errors
+    from fastvideo.entry import report_user_errors
 
     return report_user_errors(lambda: main(argv, model))
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.optim import relative_update
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
@@ -27,6 +26,7 @@ from fastvideo.distillation.rollout import at_time
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
+from fastvideo.files import replace_file
 from fastvideo.inference.sampler import Sampling
 from fastvideo.training.shared_sampling import SharedSampler
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastvideo.distillation.types import UserError
+from filelock import FileLock, Timeout
+
+from fastvideo.errors import UserError
 
 LOCK = ".lock"
+PATIENCE = 0.2
+"""Seconds until a held folder is refused: enough for a run that is just removing its lock."""
 
 
 @contextlib.contextmanager
@@ -26,7 +29,8 @@ def locked(output: Path) -> Iterator[None]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(output)
+        lock = _acquire(output)
+        (output / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     except OSError as error:
         raise UserError(f"output folder {output} cannot be written: {error.strerror}") from error
     try:
@@ -38,7 +42,7 @@ def locked(output: Path) -> Iterator[None]:
             (output / LOCK).unlink(missing_ok=True)
             if not any(output.iterdir()):
                 output.rmdir()
-        os.close(descriptor)
+        lock.release()
 
 
 def check_free(output: Path) -> None:
@@ -47,43 +51,26 @@ def check_free(output: Path) -> None:
     Raises:
         UserError: naming the process and machine that hold it.
     """
-    path = output / LOCK
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if (output / LOCK).exists():
         try:
-            _flock(descriptor, output)
-        finally:
-            os.close(descriptor)
+            _acquire(output).release()
+        except OSError as error:
+            raise UserError(f"output folder {output} cannot be written: {error.strerror}") from error
 
 
-def _flock(descriptor: int, output: Path) -> None:
+def _acquire(output: Path) -> FileLock:
+    """The held lock; on a file system without ``flock`` an ``OSError``, because other locks can be stale."""
+    lock = FileLock(output / LOCK, timeout=PATIENCE, fallback_to_soft=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = _described(os.read(descriptor, 4096))
-        raise UserError(f"output folder {output} is in use by another run: {holder}") from None
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"output folder {output} is in use by another run: {_holder(output / LOCK)}") from None
+    return lock
 
 
-def _acquire(output: Path) -> int:
-    path = output / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            _flock(descriptor, output)
-        except UserError:
-            os.close(descriptor)
-            raise
-        # The one before may have removed the name between our opening and our locking: then this file is nobody's.
-        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-            return descriptor
-        os.close(descriptor)
-
-
-def _described(content: bytes) -> str:
+def _holder(path: Path) -> str:
     try:
-        holder = json.loads(content)
-    except ValueError:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}; wait for it, stop it, or choose another --output"
+    except (OSError, ValueError):
         return "it is just starting"
-    return f"process {holder['pid']} on {holder['host']}; wait for it, stop it, or choose another --output"

@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 
 from fastvideo.distillation.builder import Config
-from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.checkpoint.initial import parse_origin
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
+from fastvideo.files import replace_file
 from fastvideo.training.lock import LOCK
 
 RUN_FILES = ("config.yaml", "environment.json")

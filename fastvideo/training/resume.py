@@ -12,6 +12,7 @@ import yaml
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Config
+from fastvideo.distillation.config.base import RESUMABLE, Section
 from fastvideo.distillation.config.reading import read_yaml
 from fastvideo.distillation.engine.runtime import Restored, Session
 from fastvideo.distillation.engine.validation import ValidationHook
@@ -20,13 +21,6 @@ from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
-HARMLESS = ("output", "device", "parallel", "validation", "health", "tracking", "checkpoint", "data.cache")
-"""Sections and fields that a resumed run may change: they cannot change what it trains."""
-_IN_TRAINER = (
-    *("max_steps", "max_cpu_seconds", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips"),
-    *("stop_signals", "watchdog_seconds"),
-)
-HARMLESS_IN_TRAINER = tuple(f"trainer.{name}" for name in _IN_TRAINER)
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -45,7 +39,7 @@ def survivors(
 def run_facts(config: Config) -> tuple[str, str, dict[str, str]]:
     """For a checkpoint: the config as YAML, the hash of the part that a resumed run must keep, versions."""
     values = config.model_dump(mode="json")
-    binding = {key: value for key, value in flat(values).items() if not is_harmless(key)}
+    binding = {key: value for key, value in flat(values).items() if not is_resumable(type(config), key)}
     digest = hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()
     return yaml.safe_dump(values, sort_keys=False), digest, environment()
 
@@ -78,7 +72,7 @@ def check_config(config: Config, checkpoint: Path) -> list[str]:
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
     started = {f"roles.{name}.init_from" for name, role in config.roles.items() if role.trainable}
-    refused = [line for key, line in lines.items() if not is_harmless(key) and key not in started]
+    refused = [line for key, line in lines.items() if not is_resumable(type(config), key) and key not in started]
     if refused:
         raise UserError(
             f"--resume: this config is not that of {checkpoint}, and would change the run silently:\n  "
@@ -96,9 +90,14 @@ def already_started(config: Config) -> Config:
     return config.model_copy(update={"roles": roles})
 
 
-def is_harmless(key: str) -> bool:
-    """Whether a field (by its dotted key) may differ between a run and its continuation."""
-    return key in HARMLESS_IN_TRAINER or any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
+def is_resumable(schema: type[Section], key: str) -> bool:
+    """True if the field at a dotted key, or a section around it, is marked as one that a resumed run may change."""
+    name, _, rest = key.partition(".")
+    field = schema.model_fields.get(name)
+    if field is None:
+        return False
+    inner = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, Section) else None
+    return RESUMABLE in field.metadata or bool(inner and rest and is_resumable(inner, rest))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

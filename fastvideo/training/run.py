@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.engine.runtime import Processes, Runtime, Session, Tracker
 from fastvideo.distillation.trainer import DistillTrainer
+from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.training.data import build_data, check_buckets
 from fastvideo.training.lock import check_free, locked
@@ -150,11 +150,7 @@ def _write_result(
     files: Mapping[str, Mapping[str, Tensor]],
     folder: Path,
 ) -> None:
-    partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    adapter.save_pipeline(partial_folder, network, recipe)
-    for name, tensors in files.items():
-        save_file(dict(tensors), partial_folder / name, metadata={"format": "pt"})
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    partial_folder.rename(folder)
+    with replacing_folder(folder) as partial_folder:  # a save that is cut off must not look like a result
+        adapter.save_pipeline(partial_folder, network, recipe)
+        for name, tensors in files.items():
+            save_file(dict(tensors), partial_folder / name, metadata={"format": "pt"})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
@@ -11,6 +12,20 @@ class Section(BaseModel):
     """Base of every part: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    written_as: ClassVar[Mapping[str, Any]] = {}
+    """Keys that a file or a flag may have instead of fields, with their types; a validator converts them."""
+
+    @classmethod
+    def rivals(cls, key: str) -> tuple[str, ...]:
+        """Keys of this section that a flag for ``key`` takes the place of."""
+        return ()
+
+
+class Resumable:
+    """Marks a field, or a whole section, that a resumed run may change: it cannot change what the run trains."""
+
+
+RESUMABLE = Resumable()
 
 
 class AdapterConfig(Section):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args
@@ -11,9 +10,49 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fastvideo.distillation.config.overrides import with_overrides
+from fastvideo.distillation.config.recipes import find_config, with_own_files
+from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
+from fastvideo.wording import nearest
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+NAMES = ("distill_model", "distill_method")
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Sequence[str]] | None = None) -> RunConfig[Any, Any]:
+    """The validated config of a run.
+
+    Args:
+        path: a YAML file, or the name of a recipe that comes with the package.
+        overrides: dotted keys with the words given for them, as :func:`overrides.read_flags` makes them.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown name, key or flag, or a value that is not allowed.
+    """
+    file = find_config(path)
+    return config_of(with_own_files(read_yaml(file), file), str(file), overrides)
+
+
+def config_of(
+    values: Mapping[str, Any], source: str, overrides: Mapping[str, Sequence[str]] | None = None
+) -> RunConfig[Any, Any]:
+    """The values of a YAML file as a validated config; ``source`` is what messages call it.
+
+    Raises:
+        UserError: as :func:`read_config`.
+    """
+    given = dict(overrides or {})
+    named = {**values, **{key: " ".join(given.pop(key)) for key in NAMES if key in given}}
+    for key in NAMES:
+        if not isinstance(named.get(key), str):
+            raise UserError(f"config {source}: {key} is missing; give it there or as --{key.replace('_', '-')}")
+    try:
+        schema = run_schema(named["distill_model"], named["distill_method"])
+    except UserError as error:
+        raise UserError(f"config {source}: distill_model, distill_method: {error}") from error
+    return validate(schema, with_overrides(schema, named, given), source)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -23,9 +62,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: if it is not there, not YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -54,8 +95,8 @@ def explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:
         given = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
         return f"{path}: {message}{given}"
     known = _fields_at(schema, problem["loc"][:-1])
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    near = nearest(str(problem["loc"][-1]), known)
+    hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
     return f"{path}: unknown key; {hint}"
 
 

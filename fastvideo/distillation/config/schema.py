@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
     Field,
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, Section
+from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, MethodConfig, Section
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
 
@@ -26,7 +26,15 @@ class LadderConfig(Section):
 
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Decreasing times in (0, 1]; the final 0 is implied. In YAML also as `steps: [1000, 750, 500, 250]` with
-    `shift: 5.0` and `warp: true|false`, or as `count: 50` with `shift: 3.0`: converted here, once."""
+    `shift: 5.0` and `warp: true|false`, or as `count: 50` with `shift: 3.0`: converted here, once. As flags:
+    `--ladder.steps 1000 750 500 250`, `--ladder.count 4`, each with `--ladder.shift`."""
+    written_as: ClassVar[Mapping[str, Any]] = {"steps": tuple[float, ...], "count": int, "shift": float, "warp": bool}
+
+    @classmethod
+    def rivals(cls, key: str) -> tuple[str, ...]:
+        """The other spellings; a shift stays with steps and with a count."""
+        forms = {"times": ("steps", "count", "shift", "warp"), "steps": ("times", "count")}
+        return {**forms, "count": ("times", "steps", "warp")}.get(key, ())
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +76,7 @@ class DataConfig(Section):
     """Take videos of every size in the dataset, each batch of one size; otherwise all must have the model's."""
     size: PositiveInt = 4096
     """Samples of the tiny world per epoch."""
-    cache: str = "outputs/cache"
+    cache: Annotated[str, RESUMABLE] = "outputs/cache"
     """Where latents of the tiny world are kept once computed."""
     faults: Literal["raise", "skip"] = "raise"
     """What to do about a file or row of a dataset that cannot be read: stop, or leave it out and list it."""
@@ -154,9 +162,9 @@ class ParallelConfig(Section):
 class TrainerConfig(Section):
     """The loop."""
 
-    max_steps: PositiveInt = 1000
+    max_steps: Annotated[PositiveInt, RESUMABLE] = 1000
     """Steps; every step trains the critic (or whatever the method trains each time) once."""
-    max_cpu_seconds: NonNegativeFloat = 0.0
+    max_cpu_seconds: Annotated[NonNegativeFloat, RESUMABLE] = 0.0
     """End sooner, with the step in which this one process has spent so much CPU time on steps: a budget that other work
     on the machine does not touch. Validation and checkpoints are not counted; 0 sets no limit."""
     grad_accumulation: PositiveInt = 1
@@ -166,20 +174,20 @@ class TrainerConfig(Section):
     optimizer_states: Literal["float32", "8bit"] = "float32"
     """What AdamW keeps its moments in: `8bit` takes a quarter of the memory, is slower on a CPU, and needs torchao
     (extra `eightbit`); see `docs/scaling.md`."""
-    non_finite: Literal["raise", "skip"] = "raise"
+    non_finite: Annotated[Literal["raise", "skip"], RESUMABLE] = "raise"
     """What to do about a loss or gradient that is not finite: stop, or leave that step out and go on."""
-    max_skips: NonNegativeInt = 10
+    max_skips: Annotated[NonNegativeInt, RESUMABLE] = 10
     """With `skip`: the run stops when more steps than this in a row were not finite."""
-    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
+    stop_signals: Annotated[tuple[str, ...], RESUMABLE] = ("SIGTERM", "SIGINT", "SIGUSR1")
     """Signals that stop the run at the next safe point, with a checkpoint; a second one stops it at once."""
-    watchdog_seconds: NonNegativeFloat = 1800.0
+    watchdog_seconds: Annotated[NonNegativeFloat, RESUMABLE] = 1800.0
     """The run ends, with the stacks of all processes in its folder, when none of them finishes a step or a network call
     of a validation for this long; 0 waits for ever."""
-    log_every: PositiveInt = 10
+    log_every: Annotated[PositiveInt, RESUMABLE] = 10
     """Steps between two lines of metrics."""
-    threads: NonNegativeInt = 0
+    threads: Annotated[NonNegativeInt, RESUMABLE] = 0
     """CPU threads of torch; 0 leaves torch's own choice."""
-    keep_freed_memory: bool = False
+    keep_freed_memory: Annotated[bool, RESUMABLE] = False
     """On a CPU under Linux: memory that tensors free stays with the process and is used again: less time, and the
     process holds its peak."""
 
@@ -303,11 +311,11 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """The model family; `fastvideo list` shows all."""
     distill_method: str
     """The algorithm; `fastvideo list` shows all."""
-    output: str
+    output: Annotated[str, RESUMABLE]
     """The run's folder; it must be new, unless the run is resumed or told to overwrite."""
     seed: int = 0
     """Seed of every random draw."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], RESUMABLE] = "auto"
     """Where to run; `auto` takes CUDA if there is one."""
     model: AdapterT
     """The model family's options."""
@@ -321,15 +329,15 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """What the run trains on."""
     trainer: TrainerConfig = TrainerConfig()
     """The loop."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, RESUMABLE] = ParallelConfig()
     """How the run is spread over processes."""
     ema: EMAConfig = EMAConfig()
     """Averaged weights of the student."""
-    validation: ValidationConfig = ValidationConfig()
+    validation: Annotated[ValidationConfig, RESUMABLE] = ValidationConfig()
     """Samples while training."""
-    health: HealthConfig = HealthConfig()
+    health: Annotated[HealthConfig, RESUMABLE] = HealthConfig()
     """What each validation looks at besides, and when to raise an alarm."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: Annotated[TrackingConfig, RESUMABLE] = TrackingConfig()
     """Where metrics go."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, RESUMABLE] = CheckpointConfig()
     """What survives a restart."""

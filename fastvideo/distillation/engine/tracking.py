@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastvideo.distillation.config.schema import TrackingConfig
-from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.optional.trackers import Isolated, Open, Package, TensorBoard
+from fastvideo.files import replace_file
 
 LOGS = ("metrics.jsonl", "health.jsonl")
 """Files of a run with one object per line, each of a step."""

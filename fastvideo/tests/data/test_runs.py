@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from fastvideo.cli import main
 from fastvideo.data.clips import Policy, Size, read_clips
 from fastvideo.data.preprocess import preprocess
-from fastvideo.distillation.builder import build_adapter, load_adapter, run_schema
+from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.registry import load_adapter, run_schema
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import TOY, MakeJob, write_clip

@@ -15,8 +15,8 @@ import yaml
 from fastvideo.cli import main
 from fastvideo.data.schema import floats, metadata_of
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.types import UserError
 from fastvideo.training.data import open_source

@@ -14,7 +14,7 @@ from fastvideo.conformance.run import CHECKS, examine, find_family
 from fastvideo.conformance.subject import Check, NotApplicable, Subject
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.builder import ADAPTERS
+from fastvideo.distillation.registry import ADAPTERS
 from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.ema import averaged
+from fastvideo.distillation.registry import METHODS
 from fastvideo.tests.distillation.resuming import STEPS, differences, same_bits, toy_run
 
 every_method = pytest.mark.parametrize("name", METHODS)

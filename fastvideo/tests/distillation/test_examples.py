@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.tests.distillation.tiny import cogvideox_folder
 from fastvideo.training.distillation import parse
 

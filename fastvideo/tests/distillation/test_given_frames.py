@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
+from fastvideo.distillation.registry import METHODS
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.types import Batch, Condition, Given, Trajectory, free_means

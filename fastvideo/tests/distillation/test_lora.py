@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.lora import AdapterSwitch, adapted_layers
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import whole_network
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 

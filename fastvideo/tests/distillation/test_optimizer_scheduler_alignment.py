@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.optim import AdamW, RAdam
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.builder import METHODS
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.config.schema import TrainerConfig
@@ -20,6 +19,7 @@ from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import training_of
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.registry import METHODS
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch

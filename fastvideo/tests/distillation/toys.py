@@ -221,7 +221,7 @@ def toy_method(
     **options: Any,
 ) -> DistillMethod[Any]:
     """A registered method on analytic roles: the truth, except that trained ones start at N(mean, std^2)."""
-    from fastvideo.distillation.builder import load_method
+    from fastvideo.distillation.registry import load_method
 
     cls, toy = load_method(name), TOYS.get(name, Toy({}))
     config = cls.Config(**{**toy.config, **options})

@@ -11,16 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastvideo.cli.evaluate import EvaluateArguments, row_specs, run_evaluate, table
+from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.distillation.types import UserError
-from fastvideo.evaluation.cli import EvaluateArguments
-from fastvideo.evaluation.command import row_specs, run_evaluate, table
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.report_run import read_gallery
 from fastvideo.evaluation.report_store import save_measured
 from fastvideo.evaluation.rows import RowSpec, comparison_rows
-from fastvideo.inference.cli import GenerateArguments
-from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import load_recipe
 from fastvideo.tests.evaluation.test_metrics import ISSUE_KEYS
 from fastvideo.tiny.paths import PIPELINE_FOLDER

@@ -13,7 +13,7 @@ from xml.dom import minidom
 import pytest
 import torch
 
-from fastvideo.distillation.builder import METHODS
+from fastvideo.distillation.registry import METHODS
 from fastvideo.errors import UserError
 
 ROOT = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ import pytest
 
 from fastvideo.distillation.config.schema import HealthConfig
 from fastvideo.evaluation.alarms import bands, find_alarms
-from fastvideo.evaluation.report import size_of, write_report
+from fastvideo.evaluation.report import write_report
 from fastvideo.evaluation.report_run import read_run
 from fastvideo.evaluation.report_training import health_table, once_table
 from fastvideo.tests.evaluation.runs import add_validation, make_run
@@ -72,9 +72,7 @@ def test_health_figures_stand_beside_their_bands(tmp_path: Path, motion: float, 
     assert lines["Motion"][0].small == f"{0.1 * motion:.3g}; teacher 0.1"
     assert lines["Motion"][0].style == ("off" if "outside" in shown else "")
     assert [cell.text for cell in lines["Critic's movement over the student's"]] == ["8", "at least 0.5"]
-    assert [cell.text for cell in lines["Tint, worst channel"]] == ["+0.0 points", ""], (
-        "no limit in the config"
-    )
+    assert [cell.text for cell in lines["Tint, worst channel"]] == ["+0.0 points", ""], "no limit in the config"
     assert "Motion" in text_of(write_report([run.folder]).read_text())
 
 
@@ -119,10 +117,3 @@ def test_differing_configs_come_first(tmp_path: Path) -> None:
     page = write_report(folders, tmp_path / "compare.html").read_text()
     names = re.findall('<section aria-labelledby="([a-z]+)"', page)
     assert names == ["config", "videos", "figures", "curves"]
-
-
-@pytest.mark.parametrize(("size", "shown"), [(3, "1 kB"), (34_400, "34 kB"), (1_250_000, "1.2 MB")])
-def test_size_of_a_page(tmp_path: Path, size: int, shown: str) -> None:
-    page = tmp_path / "page.html"
-    page.write_bytes(b"x" * size)
-    assert size_of(page) == shown

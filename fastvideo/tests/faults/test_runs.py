@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 from fastvideo.tests.faults.corruption import KINDS, damages, is_detected
 from fastvideo.tests.faults.runs import Killer, analytic_run

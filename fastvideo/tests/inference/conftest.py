@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.tests.distillation.tiny import wan_config, wan_folder
 from fastvideo.tests.inference.exporting import PROMPTS
 from fastvideo.training.run import run

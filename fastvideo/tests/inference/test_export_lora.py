@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from fastvideo.cli import main
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
-from fastvideo.inference.export_cli import ExportArguments
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.training.run import run
@@ -55,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(source: Path, out: Path, to: str, **options: Any) -> Path:
-    run_export(ExportArguments(str(source), out, to, **options))
+    run_export(str(source), out, to=to, **options)
     return out
 
 

@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.data.video_io import write_video
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.evaluate import evaluate_rows
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.rows import RowSpec
-from fastvideo.inference.cli import GenerateArguments
 from fastvideo.inference.first_frames import first_frames, read_first_frames
-from fastvideo.inference.generate import generate_video, run_generate
+from fastvideo.inference.generate import generate_video
 from fastvideo.inference.loading import load_model, load_recipe
 from fastvideo.tiny.world import TinyWorld
 from fastvideo.training.run import run

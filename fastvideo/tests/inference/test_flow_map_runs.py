@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.flow_map import HEAD_FILE, has_head
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.inference.export_source import find_source, load_source
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import Sampling, sample_latents

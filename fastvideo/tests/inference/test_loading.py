@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.builder import load_adapter
+from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.cli import GenerateArguments
-from fastvideo.inference.generate import run_generate
 from fastvideo.inference.loading import LoadedModel, families, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.tiny.paths import PIPELINE_FOLDER

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fastvideo.cli import main
+from fastvideo.cli.listing import split_paper
+from fastvideo.cli.schedule import published_steps
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.builder import ADAPTERS, METHODS
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
-from fastvideo.inference.list_cli import split_paper
-from fastvideo.inference.schedule_cli import published_steps
+from fastvideo.distillation.registry import ADAPTERS, METHODS
 from fastvideo.tests.distillation.tiny import cogvideox_folder
 
 RUN = """

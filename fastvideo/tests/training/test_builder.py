@@ -11,16 +11,10 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
-from fastvideo.distillation.builder import (
-    build_adapter,
-    build_method,
-    build_wan_dmd2_method,
-    check_needs,
-    load_role,
-    run_schema,
-)
+from fastvideo.distillation.builder import build_adapter, build_method, build_wan_dmd2_method, check_needs, load_role
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 
 ROLES = {"student": {"trainable": True}, "teacher": {"trainable": False}, "critic": {"trainable": True}}

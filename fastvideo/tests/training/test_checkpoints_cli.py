@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from fastvideo.cli import main
-from fastvideo.distillation.builder import run_schema
+from fastvideo.cli.checkpoints import readable_age
+from fastvideo.cli.console import readable_size
 from fastvideo.distillation.config.reading import validate
-from fastvideo.training.checkpoints_cli import readable_age, readable_size
+from fastvideo.distillation.registry import run_schema
 from fastvideo.training.resume import run_facts
 from fastvideo.training.run import run
 

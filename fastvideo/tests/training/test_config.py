@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.config.schema import LadderConfig
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 from fastvideo.training.distillation import parse
 

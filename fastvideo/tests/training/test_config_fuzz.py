@@ -81,6 +81,7 @@ def mutate(values: dict[Any, Any], draw: random.Random) -> tuple[Any, ...]:
 def outcome(values: Any, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """The message about a config; ``None`` if it is valid."""
     monkeypatch.setattr(reading, "read_yaml", lambda path: values)
+    monkeypatch.setattr(reading, "find_config", Path)
     try:
         parse(["--config", FILE])
     except UserError as error:

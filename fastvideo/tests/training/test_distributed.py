@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 
 import fastvideo.training.distillation as entry
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.registry import run_schema
 from fastvideo.tests.launch import config_file, ranks, torchrun
 from fastvideo.training.data import build_data
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import run

@@ -11,10 +11,11 @@ import torch
 
 import fastvideo.training.distillation as entry
 from fastvideo.data.order import Bucket, SampleStream, Shard
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout, start_processes
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.layout import role_bytes
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvideo
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.builder import build_method, run_schema
+from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config, wan_family, wan_folder

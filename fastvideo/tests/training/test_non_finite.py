@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvideo.data.order import SampleStream
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.checkpoint.state import RoleState
 from fastvideo.distillation.engine.non_finite import NonFiniteError
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import RoleTraining
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.training.data import build_data

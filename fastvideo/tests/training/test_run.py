@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from fastvideo.cli import main
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError

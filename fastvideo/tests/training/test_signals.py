@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.tests.launch import Child, config_file
 from fastvideo.tests.training.paused import paused
 from fastvideo.training.run import run

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from fastvideo.distillation.builder import build_adapter, build_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrackingConfig
 from fastvideo.distillation.engine.optional import trackers
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 from fastvideo.training.data import build_data
 from fastvideo.training.run import build_trainer, run

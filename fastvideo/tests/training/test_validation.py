@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 from fastvideo.training.run import run
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, CogVideoXConfig
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.builder import load_method, run_schema
 from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.inference.loading import load_model
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.latents import LatentSet

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER, COGVIDEOX_FOLDER

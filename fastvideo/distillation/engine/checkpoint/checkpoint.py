@@ -19,14 +19,6 @@ from pathlib import Path
 from torch import Tensor
 
 from fastvideo.distillation.config.schema import CheckpointConfig
-from fastvideo.distillation.engine.checkpoint.durable import (
-    FileRecord,
-    make_folder,
-    remove_tree,
-    replace_file,
-    sync_folder,
-    write_file,
-)
 from fastvideo.distillation.engine.checkpoint.manifest import (
     MANIFEST,
     PREFIX,
@@ -45,6 +37,14 @@ from fastvideo.distillation.engine.checkpoint.storage import (
 )
 from fastvideo.distillation.engine.parallel.distributed import Processes, barrier
 from fastvideo.errors import RunError
+from fastvideo.files import (
+    FileRecord,
+    make_folder,
+    remove_tree,
+    replace_file,
+    sync_folder,
+    write_file,
+)
 
 CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"
 OTHERS_TIMEOUT = 3600.0

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.analytic.test_dmd2_analytic import dmd2

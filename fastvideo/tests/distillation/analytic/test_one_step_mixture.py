@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.builder import load_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.training import RoleTraining
+from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastvideo.distillation.builder import build_adapter, build_method, load_method, run_schema
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrainerConfig
@@ -20,6 +20,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import RoleTraining, training_of
+from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from fastvideo.distillation.builder import METHODS, load_method
 from fastvideo.distillation.engine.parallel import sharding
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
 from fastvideo.tests.launch import in_world
 

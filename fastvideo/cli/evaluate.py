@@ -3,28 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.table import Table
+import tyro
 
-from fastvideo.distillation.types import UserError
-from fastvideo.evaluation.cli import EvaluateArguments
-from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows, sample, warm_up
-from fastvideo.evaluation.judge import Judge
-from fastvideo.evaluation.metrics import Row
-from fastvideo.evaluation.report import write_report
-from fastvideo.evaluation.report_store import check_unmeasured, save_measured, write_json
-from fastvideo.evaluation.rows import RowSpec
-from fastvideo.evaluation.statistics import Estimate
-from fastvideo.inference.loading import load_model
-from fastvideo.inference.progress import PatientBar
-from fastvideo.inference.sampler import BATCH_SIZE
+from fastvideo.cli.arguments import OptionalFloat, OptionalPath, OptionalText, parse
+from fastvideo.cli.console import console as standard_output
+from fastvideo.errors import UserError
 
-WIDTH_IN_PIPE = 120
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastvideo.evaluation.evaluate import Evaluation
+    from fastvideo.evaluation.metrics import Row
+    from fastvideo.evaluation.rows import RowSpec
+    from fastvideo.evaluation.statistics import Estimate
+
 KEPT_VIDEOS = 12
 """Videos per model that a folder keeps; the page shows the first of them."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Measure models of the tiny world: prompt accuracy, distance from real videos, diversity, speed."""
+
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...", help_behavior_hint="")]
+    """Model folders, or `tiny` or `tiny_cogvideox` for a shipped teacher; FOLDER:STEPS sets the steps, as in
+    `tiny:50 out/student:1`."""
+    prompts: int = 512
+    """Held-out prompts; all models get the same ones, and the same noise."""
+    seed: int = 0
+    """Chooses prompts and noise."""
+    guidance: OptionalFloat = None
+    """Guidance scale for all models; default: each model's own."""
+    ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
+    """Run students down these times instead of their own, such as `1.0 0.5` for two of the rungs 1, 0.75, 0.5, 0.25.
+    Without it a student takes all rungs of its ladder, or the first alone (FOLDER:1)."""
+    sweep_guidance: OptionalText = None
+    """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
+    out: OptionalPath = None
+    """Folder for figures, the first videos and a page, which may be a run's; a name ending in .json: figures alone."""
+    batch_size: int = 64
+    """Videos that are denoised together; the speed depends on it."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, mps."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; the exit code."""
+    arguments = parse(EvaluateArguments, argv, "evaluate")
+    run_evaluate(arguments)
+    return 0
 
 
 def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -> None:
@@ -33,7 +65,10 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     Raises:
         UserError: for a bad folder or sampler, or an ``out`` that holds figures; nothing is sampled or written then.
     """
-    console = console or _console()
+    from fastvideo.evaluation.evaluate import evaluate_rows
+    from fastvideo.evaluation.report_store import check_unmeasured
+
+    console = console or standard_output()
     if not arguments.folders:
         raise UserError("evaluate: give at least one model folder, or `tiny`")
     if arguments.sweep_guidance is not None:
@@ -56,12 +91,6 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
         console.print(write_out(arguments.out, evaluation), highlight=False)
 
 
-def _console() -> Console:
-    """Standard output; a file or a pipe has no width of its own."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
-
-
 def row_specs(
     folders: Sequence[str], guidance: float | None = None, ladder: tuple[float, ...] = ()
 ) -> dict[str, RowSpec]:
@@ -70,6 +99,8 @@ def row_specs(
     Raises:
         UserError: if what follows the colon is not a number, comes beside a ladder, or a row is given twice.
     """
+    from fastvideo.evaluation.rows import RowSpec
+
     rows: dict[str, RowSpec] = {}
     for text in folders:
         folder, colon, steps = text.rpartition(":")
@@ -86,6 +117,9 @@ def row_specs(
 
 def write_out(out: Path, evaluation: Evaluation) -> str:
     """The figures alone into a ``.json`` file; into a folder also the first videos and the page. What was written."""
+    from fastvideo.evaluation.report import write_report
+    from fastvideo.evaluation.report_store import save_measured, write_json
+
     if out.suffix == ".json":
         write_json(out, evaluation.to_dict())
         return f"figures: {out}"
@@ -95,6 +129,8 @@ def write_out(out: Path, evaluation: Evaluation) -> str:
 
 def table(rows: Mapping[str, Row]) -> Table:
     """All rows with their intervals."""
+    from rich.table import Table
+
     first = next(iter(rows.values()))
     floors = f"Frechet {first.frechet_floor:.2f}, pixels {first.frechet_pixel_floor:.0f}"
     out = Table(
@@ -128,6 +164,10 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
     Raises:
         UserError: if the scales are not numbers.
     """
+    from rich.table import Table
+
+    from fastvideo.evaluation.sweep import sweep_guidance
+
     try:
         scales = [float(scale) for scale in (arguments.sweep_guidance or "").split(",")]
     except ValueError as error:
@@ -147,29 +187,3 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
         for scale, figure in found.items():
             out.add_row(f"{scale:g}", shown(figure, 2), style="bold" if scale == best else None)
         console.print(out)
-
-
-def sweep_guidance(
-    spec: RowSpec,
-    scales: Sequence[float],
-    *,
-    prompts: int = 512,
-    seed: int = 0,
-    batch_size: int = BATCH_SIZE,
-    device: str = "cpu",
-) -> dict[float, Estimate]:
-    """Frechet distance at each guidance scale, on training prompts against training videos.
-
-    The choice of a scale so made has seen neither the prompts nor the reference videos of any reported figure.
-    """
-    model = load_model(spec.folder, device=device)
-    judge = Judge(prompts, seed, split="train")
-    warm_up(model, judge.prompts)
-    frames = judge.first_frames(model.adapter)
-    found: dict[float, Estimate] = {}
-    for scale in scales:
-        sampler = replace(spec, guidance=scale).sampler(model)
-        with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
-            sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
-        found[scale] = judge.distances(sampled.seen)[0]
-    return found

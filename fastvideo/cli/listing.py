@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import tyro
+from fastvideo.cli.arguments import parse
+from fastvideo.cli.console import console
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-WIDTH_IN_PIPE = 120
-"""Columns of a table that goes to a file or a pipe; a terminal has its own width."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def method_table() -> Table:
     """One row per registered method."""
     from rich.table import Table
 
-    from fastvideo.distillation.builder import METHODS, load_method
+    from fastvideo.distillation.registry import METHODS, load_method
 
     table = Table("method", "what it does", "arXiv", "trained roles", "frozen roles", title="methods")
     for name in METHODS:
@@ -48,7 +46,8 @@ def combination_table() -> Table:
     """One row per method: what it needs by default, and for every family `yes` or what the family lacks."""
     from rich.table import Table
 
-    from fastvideo.distillation.builder import ADAPTERS, METHODS, lacks, load_adapter, load_method
+    from fastvideo.distillation.builder import lacks
+    from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
 
     table = Table("method", "data", "needs of the family", *ADAPTERS, title="what goes together")
     for name in METHODS:
@@ -66,7 +65,7 @@ def family_table() -> Table:
     """One row per registered model family."""
     from rich.table import Table
 
-    from fastvideo.distillation.builder import ADAPTERS, load_adapter
+    from fastvideo.distillation.registry import ADAPTERS, load_adapter
 
     table = Table("family", "what it is", title="model families")
     for name in ADAPTERS:
@@ -76,14 +75,11 @@ def family_table() -> Table:
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables; the exit code."""
-    tyro.cli(ListArguments, args=list(argv), prog="fastvideo list")
+    parse(ListArguments, argv, "list")
 
-    from rich.console import Console
-
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
+    out = console()
     for table in (method_table(), family_table(), combination_table()):
-        console.print(table)
-    console.print("Name a pair in a config (distill_method, distill_model), or with the flags of the same names.")
-    console.print("A need of jvp goes away with method.jvp: central_difference.")
+        out.print(table)
+    out.print("Name a pair in a config (distill_method, distill_model), or with the flags of the same names.")
+    out.print("A need of jvp goes away with method.jvp: central_difference.")
     return 0

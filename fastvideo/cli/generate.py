@@ -1,18 +1,25 @@
-"""``fastvideo generate``: options, free of heavy imports so that ``--help`` is instant."""
+"""``fastvideo generate``: one prompt in, one video file out."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+from fastvideo.cli.arguments import OptionalFloat, OptionalInt, OptionalPath, OptionalText, parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastvideo.inference.sampler import SamplerSpec
+
+WATCHABLE = 256
+"""Pixels of height below which a video is enlarged for the file."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,40 @@ class GenerateArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Generate; the exit code."""
-    arguments = tyro.cli(GenerateArguments, args=list(argv), prog="fastvideo generate")
-
-    from fastvideo.inference.generate import run_generate
-
+    arguments = parse(GenerateArguments, argv, "generate")
     print(run_generate(arguments))
     return 0
+
+
+def run_generate(arguments: GenerateArguments) -> str:
+    """Generate and write one video; returns the line that tells what was done.
+
+    Raises:
+        UserError: for a bad folder, prompt, image, number of steps or file name; nothing is written then.
+    """
+    from fastvideo.data.video_io import video_format, write_video
+    from fastvideo.inference.first_frames import first_frames
+    from fastvideo.inference.generate import generate_video
+    from fastvideo.inference.loading import load_model
+
+    video_format(arguments.output)
+    sizes = ("height", "width", "num_frames", "max_sequence_length")
+    options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
+    model = load_model(arguments.folder, options, arguments.device)
+    spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
+    frames = first_frames(model, arguments.image)
+    begin = time.perf_counter()
+    video = generate_video(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
+    seconds = time.perf_counter() - begin
+    scale = arguments.scale or max(1, math.ceil(WATCHABLE / video.shape[2]))
+    path = write_video(arguments.output, video, arguments.fps, scale)
+    return _summary(path, video, spec, seconds)
+
+
+def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:
+    frames, height, width = video.shape[1:]
+    guidance = "" if spec.guidance == 1.0 else f", guidance {spec.guidance:g}"
+    return (
+        f"{path}: {frames} frames of {width}x{height}, {len(spec.times)} steps{guidance} "
+        f"({spec.network_calls} network calls), {seconds:.2f} s"
+    )

@@ -1,4 +1,4 @@
-"""``fastvideo report``: options, free of heavy imports so that ``--help`` is instant."""
+"""``fastvideo report``: read the runs, choose the page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+from fastvideo.cli.arguments import OptionalFile, parse
+from fastvideo.cli.console import patience, readable_size
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class ReportArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Write the page; the exit code."""
-    arguments = tyro.cli(ReportArguments, args=list(argv), prog="fastvideo report")
+    arguments = parse(ReportArguments, argv, "report")
+    from fastvideo.evaluation.report import write_report
 
-    from fastvideo.evaluation.report import size_of, write_report
-
-    path = write_report(arguments.folders, arguments.out)
-    print(f"{path}: {size_of(path)}, open it in a browser")
+    with patience("reading the runs and writing the page"):
+        path = write_report(arguments.folders, arguments.out)
+    print(f"{path}: {readable_size(path.stat().st_size)}, open it in a browser")
     return 0

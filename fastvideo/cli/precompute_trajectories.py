@@ -1,4 +1,4 @@
-"""``fastvideo precompute-trajectories``: options, free of heavy imports so that ``--help`` is instant."""
+"""``fastvideo precompute-trajectories``: a teacher's trajectories, stored once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+from fastvideo.cli.arguments import Count, OptionalFile, Switch, parse
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,18 @@ class TrajectoryArguments:
     """
 
     config: Path
-    """The YAML file of the run that will train on them; its method is kd."""
+    """The YAML file, or the recipe, of the run that will train on them; its method is kd."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Where the Parquet files go; the run's data.path."""
-    prompts: OptionalPath = None
+    prompts: OptionalFile = None
     """Text file, one prompt per line. Default: captions of the embedded tiny world."""
-    count: int = 4096
+    count: Count = 4096
     """How many walks; the prompts are gone through again and again if they are fewer."""
-    workers: int = 1
+    workers: Count = 1
     """Processes, each with one thread; the rows do not depend on their number."""
-    rows_per_file: int = 256
+    rows_per_file: Count = 256
     """Walks per Parquet file; an interruption loses at most this many per process."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Walks that go through the network together."""
     device: str = "cpu"
     """Where to compute: cpu, or cuda (the processes are dealt to all GPUs)."""
@@ -43,19 +42,12 @@ class TrajectoryArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Precompute; the exit code."""
-    arguments = tyro.cli(TrajectoryArguments, args=list(argv), prog="fastvideo precompute-trajectories")
+    arguments = parse(TrajectoryArguments, argv, "precompute-trajectories")
 
     from fastvideo.data.trajectories import precompute
-    from fastvideo.distillation.builder import run_schema
-    from fastvideo.distillation.config.reading import read_yaml, validate
-    from fastvideo.errors import UserError
+    from fastvideo.distillation.config.reading import read_config
 
-    for name in ("count", "workers", "rows_per_file", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    values = read_yaml(arguments.config)
-    schema = run_schema(str(values.get("distill_model")), str(values.get("distill_method")))
-    config = validate(schema, values, str(arguments.config))
+    config = read_config(arguments.config)
     captions = _captions(arguments.prompts, arguments.count, config)
     options = {"per_file": arguments.rows_per_file}
     options |= {name: getattr(arguments, name) for name in ("workers", "batch_size", "device", "overwrite")}
@@ -70,7 +62,7 @@ def _captions(prompts: Path | None, count: int, config: Any) -> list[str]:
         read = read_prompts(str(prompts))
         return [read[i % len(read)] for i in range(count)]
     from fastvideo.distillation.adapters.loading import EMBEDDED
-    from fastvideo.distillation.types import UserError
+    from fastvideo.errors import UserError
     from fastvideo.tiny.world import TinyWorld
 
     if config.model.path not in EMBEDDED:

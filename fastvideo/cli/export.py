@@ -1,4 +1,4 @@
-"""``fastvideo export``: options, free of heavy imports so that ``--help`` is instant."""
+"""``fastvideo export``: a student as a folder that other programs sample."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+from fastvideo.cli.arguments import OptionalInt, Switch, parse
+
 WhichWeights = tyro.conf.create_mutex_group(required=False, title="weights")
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
+KindSwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
 OptionalPrecision = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     tyro.conf.arg(metavar="float32|bfloat16|float16", help_behavior_hint=""),
@@ -32,13 +33,13 @@ class ExportArguments:
     as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
     steps: OptionalInt = None
     """Network steps that the scheduler is made for: all of the ladder (the default) or 1."""
-    ema: Switch = False
+    ema: KindSwitch = False
     """The averaged weights: the default, if the run keeps them; refused if it does not."""
-    live: Switch = False
+    live: KindSwitch = False
     """The weights of the last step."""
     dtype: OptionalPrecision = None
     """Precision of the network's weights in the file. Default: as trained."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: Switch = False
     """Replace an earlier export in that folder."""
 
     @property
@@ -49,11 +50,12 @@ class ExportArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Export; the exit code."""
-    arguments = tyro.cli(ExportArguments, args=list(argv), prog="fastvideo export")
+    arguments = parse(ExportArguments, argv, "export")
 
     from fastvideo.inference.export import run_export
 
-    export = run_export(arguments)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("source", "out", "ema", "live")}
+    export = run_export(arguments.source, arguments.out, weights=arguments.weights, **options)
     print(export.summary)
     for warning in export.warnings:
         print(f"warning: {warning}", file=sys.stderr)

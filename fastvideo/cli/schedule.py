@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from fastvideo.cli.arguments import parse
+from fastvideo.cli.console import console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fastvideo.distillation.builder import Config
-
-WIDTH_IN_PIPE = 120
-"""Columns of a table that goes to a file or a pipe; a terminal has its own width."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScheduleArguments:
     action: Annotated[Literal["show", "stock"], tyro.conf.Positional]
     """show: a table of the noise levels. stock: the nearest ladder that stock diffusers samples exactly, as YAML."""
     config: Annotated[Path, tyro.conf.Positional]
-    """A run's YAML file: an example, or the config.yaml that a run saved."""
+    """A run's YAML file, such as the config.yaml that a run saved, or a recipe's name."""
     steps: int | None = None
     """With stock: the number of steps, instead of those of the config's ladder."""
 
@@ -53,8 +53,8 @@ def schedule_table(config: Config, written: object) -> Table:
     import torch
     from rich.table import Table
 
-    from fastvideo.distillation.builder import load_adapter, load_method
     from fastvideo.distillation.noise import Interpolant
+    from fastvideo.distillation.registry import load_adapter, load_method
 
     times = torch.tensor(config.ladder.times, dtype=torch.float64)
     flow = Interpolant.rectified_flow(times)
@@ -81,7 +81,7 @@ def stock_ladder(config: Config, steps: int | None) -> str:
     Raises:
         UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
     """
-    from fastvideo.distillation.builder import load_adapter, load_method
+    from fastvideo.distillation.registry import load_adapter, load_method
     from fastvideo.distillation.schedule import Ladder
     from fastvideo.errors import UserError
 
@@ -102,24 +102,16 @@ def _written(ladder: object) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; the exit code."""
-    arguments = tyro.cli(ScheduleArguments, args=list(argv), prog="fastvideo schedule")
+    arguments = parse(ScheduleArguments, argv, "schedule")
 
-    from rich.console import Console
+    from fastvideo.distillation.config.reading import config_of, read_yaml
+    from fastvideo.distillation.config.recipes import find_config
 
-    from fastvideo.distillation.builder import run_schema
-    from fastvideo.distillation.config.reading import read_yaml, validate
-    from fastvideo.errors import UserError
-
-    values: dict[str, Any] = read_yaml(arguments.config)
-    for key in ("distill_model", "distill_method"):
-        if not isinstance(values.get(key), str):
-            raise UserError(f"config {arguments.config}: {key} is missing")
-    schema = run_schema(values["distill_model"], values["distill_method"])
-    config = validate(schema, values, str(arguments.config))
+    file = find_config(arguments.config)
+    values = read_yaml(file)
+    config = config_of(values, str(file))
     if arguments.action == "stock":
         print(stock_ladder(config, arguments.steps))
         return 0
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH_IN_PIPE)
-    console.print(schedule_table(config, values.get("ladder")))
+    console().print(schedule_table(config, values.get("ladder")))
     return 0

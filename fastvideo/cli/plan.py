@@ -7,23 +7,25 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
+from fastvideo.cli.arguments import Count, Switch, check_counts
+from fastvideo.cli.console import patience
 from fastvideo.errors import UserError
+from fastvideo.wording import counted
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanArguments:
     """What every process of a run will hold, compute and send; exit code 1 if it does not fit.
 
     Fields of the config can be overridden as for `fastvideo distill`: `--parallel.shard 8`.
     """
 
     config: Path
-    """The run's YAML file."""
-    gpus: int = 1
+    """The run's YAML file, or a recipe's name."""
+    gpus: Count = 1
     """Processes, one per device."""
     gpu_memory: str = "80GiB"
     """Memory of one device: 80GiB, 24GB."""
@@ -35,7 +37,7 @@ class Options:
     """FLOP/s that one device reaches, for an estimate of the time (about 4e14 on an H100 in bfloat16)."""
     bandwidth: float = 1e11
     """Bytes per second that one device sends."""
-    calibrate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    calibrate: Switch = False
     """Measure this machine's FLOP/s for two seconds, instead of `--flops`."""
 
 
@@ -55,25 +57,26 @@ def read_bytes(text: str, flag: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 0 if the run fits, 1 if not."""
-    options, rest = tyro.cli(Options, args=argv, prog="fastvideo plan", return_unknown_args=True)
+    options, rest = tyro.cli(PlanArguments, args=argv, prog="fastvideo plan", return_unknown_args=True)
     budget, reserve = read_bytes(options.gpu_memory, "--gpu-memory"), read_bytes(options.reserve, "--reserve")
-    if options.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, got {options.gpus}")
+    check_counts(options)
 
+    from fastvideo.distillation.config.overrides import read_flags
+    from fastvideo.distillation.config.reading import read_config
     from fastvideo.planning.advice import advise, enough_gpus
     from fastvideo.planning.estimate import Planner, calibrate
     from fastvideo.planning.published import without_weights
     from fastvideo.planning.report import Rates, advice_lines, step_lines, table, verdict
-    from fastvideo.training.distillation import parse
 
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of kernels that never run
-    _, written = parse(["--config", str(options.config), *rest])
+    written = read_config(options.config, read_flags(rest))
     planner = Planner()
-    plan = planner.plan(without_weights(written, options.architecture), options.gpus)
-    flops = calibrate(plan) if options.calibrate else options.flops
+    with patience("predicting; half a minute for a model of 1.3 billion parameters"):
+        plan = planner.plan(without_weights(written, options.architecture), options.gpus)
+        flops = calibrate(plan) if options.calibrate else options.flops
     parallel = plan.config.parallel
     print(
-        f"{options.config}: {written.distill_model} x {written.distill_method} on {plan.world} processes "
+        f"{options.config}: {written.distill_model} x {written.distill_method} on {counted(plan.world, 'process')} "
         f"(shard {parallel.shard}, copies {plan.world // parallel.shard}, context {parallel.context})\n"
     )
     print("\n".join(table(plan)), "", *step_lines(plan, Rates(flops, options.bandwidth) if flops else None), sep="\n")
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     room = budget - reserve
     if plan.total <= room:
         return 0
-    advice = list(advise(planner, plan, room))
+    with patience("looking for what would fit"):
+        advice = list(advise(planner, plan, room))
     last = advice[-1].plan if advice else plan
     fits = last.total <= room
     print("\n".join(advice_lines(advice, fits, None if fits else enough_gpus(planner, last, room))))

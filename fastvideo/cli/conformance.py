@@ -1,13 +1,21 @@
-"""``fastvideo conformance``: options, free of heavy imports so that ``--help`` is instant."""
+"""``fastvideo conformance``: whether a model family fulfils the adapter contract."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from fastvideo.cli.arguments import parse
+from fastvideo.cli.console import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastvideo.conformance.run import Outcome
 
 
 @dataclass(frozen=True)
@@ -28,17 +36,26 @@ class ConformanceArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Check; the exit code."""
-    arguments = tyro.cli(ConformanceArguments, args=list(argv), prog="fastvideo conformance")
+    arguments = parse(ConformanceArguments, argv, "conformance")
 
-    from rich.console import Console
-
-    from fastvideo.conformance.run import conform, find_family, model_options, table
+    from fastvideo.conformance.run import conform, find_family, model_options
 
     family = find_family(arguments.family)
     options = model_options(arguments.config, arguments.set)
     outcomes = conform(family, options, arguments.prompts, arguments.device)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table(outcomes))
+    console(160).print(table(outcomes))
     failed = sum(outcome.result == "FAILED" for outcome in outcomes)
     print(f"{family.__name__}: {len(outcomes) - failed} of {len(outcomes)} checks hold")
     return 1 if failed else 0
+
+
+def table(outcomes: Iterable[Outcome]) -> Table:
+    """One row per check; for a failed one what was found and where to look."""
+    from rich.table import Table
+
+    styles = {"passed": "green", "FAILED": "bold red", "not applicable": "dim"}
+    shown = Table("check", "result", "what was found", "where to look")
+    for outcome in outcomes:
+        result = f"[{styles[outcome.result]}]{outcome.result}[/]"
+        shown.add_row(outcome.name, result, outcome.message, outcome.where)
+    return shown

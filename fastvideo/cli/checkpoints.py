@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from fastvideo.cli.arguments import Switch, parse
+from fastvideo.cli.console import console, readable_size
+from fastvideo.errors import UserError
+
 if TYPE_CHECKING:
     from rich.table import Table
-
-WIDTH_IN_PIPE = 120
-"""Columns of a table that goes to a file or a pipe; a terminal has its own width."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,16 @@ class CheckpointsArguments:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run's folder."""
-    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    verify: Switch = False
     """Read every byte and compare it with its hash; exit code 1 if one differs."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; 0, or 1 if ``--verify`` found damage."""
-    arguments = tyro.cli(CheckpointsArguments, args=list(argv), prog="fastvideo checkpoints")
-
-    from rich.console import Console
+    arguments = parse(CheckpointsArguments, argv, "checkpoints")
 
     table, damaged = checkpoint_table(arguments.run, verify=arguments.verify, now=time.time())
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    Console(width=None if known else WIDTH_IN_PIPE).print(table)
+    console().print(table)
     return 1 if damaged and arguments.verify else 0
 
 
@@ -56,7 +52,6 @@ def checkpoint_table(run: Path, *, verify: bool, now: float) -> tuple[Table, int
         step_of,
         verified,
     )
-    from fastvideo.distillation.types import UserError
 
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     found = checkpoints_in(folder)
@@ -75,14 +70,6 @@ def checkpoint_table(run: Path, *, verify: bool, now: float) -> tuple[Table, int
         row = (str(manifest.step), "yes", readable_size(manifest.size), ", ".join(manifest.roles), processes)
         table.add_row(*row, manifest.config_hash[:12], readable_age(now - manifest.saved_at))
     return table, damaged
-
-
-def readable_size(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
 
 
 def readable_age(seconds: float) -> str:

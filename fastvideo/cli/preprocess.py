@@ -1,4 +1,4 @@
-"""``fastvideo preprocess``: options, free of heavy imports so that ``--help`` is instant."""
+"""``fastvideo preprocess``: videos and captions to Parquet, once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+from fastvideo.cli.arguments import Count, OptionalFile, OptionalFloat, OptionalInt, Switch, parse
+from fastvideo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,10 @@ class PreprocessArguments:
     """The model to encode for: a diffusers pipeline folder, a hub id, or `tiny`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Where the Parquet files go."""
-    captions: OptionalPath = None
+    captions: OptionalFile = None
     """CSV (with a header) or JSONL file with file_name and caption. Default: captions.csv or captions.jsonl in the
     folder, else a .txt file beside each video."""
-    workers: int = 1
+    workers: Count = 1
     """Processes, each with one thread; the rows do not depend on their number."""
     height: OptionalInt = None
     """Height in pixels. Default of all four sizes: the model's own."""
@@ -52,7 +50,7 @@ class PreprocessArguments:
     """Frame rate, by dropping or repeating frames; Wan is trained at 16. Default: every frame as it is."""
     every_clip: Switch = False
     """Cut the whole video into clips, instead of taking its beginning."""
-    videos_per_file: int = 64
+    videos_per_file: Count = 64
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
     """Where to encode: cpu, or cuda (the processes are dealt to all GPUs)."""
@@ -62,16 +60,12 @@ class PreprocessArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Preprocess; the exit code."""
-    arguments = tyro.cli(PreprocessArguments, args=list(argv), prog="fastvideo preprocess")
+    arguments = parse(PreprocessArguments, argv, "preprocess")
 
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.model import SIZES, choose_model
     from fastvideo.data.preprocess import make_job, preprocess
-    from fastvideo.errors import UserError
 
-    for name in ("workers", "videos_per_file"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if arguments.fps is not None and not arguments.fps > 0:
         raise UserError(f"--fps must be above 0, got {arguments.fps}")
     choice = choose_model(arguments.model, {name: getattr(arguments, name) for name in SIZES})

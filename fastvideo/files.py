@@ -1,6 +1,7 @@
-"""Files that survive a kill or a power cut: hashed while they are written, flushed, and renamed into place.
+"""Files that appear whole or not at all, and survive a kill or a power cut: written, flushed, and renamed into place.
 
-Every change of the file system goes through functions of ``os``, one call at a time, so that a test can stop at each.
+Every change that :func:`write_file` and :func:`replace_file` make goes through functions of ``os``, one call at a time,
+so that a test can stop at each.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 CHUNK = 8 * 2**20
@@ -31,7 +34,7 @@ def write_file(path: Path, content: Iterable[bytes | memoryview]) -> FileRecord:
     Raises:
         OSError: if it exists already or cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     digest, size = hashlib.sha256(), 0
     try:
         for block in content:
@@ -48,26 +51,83 @@ def write_file(path: Path, content: Iterable[bytes | memoryview]) -> FileRecord:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries: new names in it are on the disk when this returns."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _flush(folder)
 
 
-def replace_file(path: Path, text: str) -> FileRecord:
+def replace_file(path: Path, content: str | bytes) -> FileRecord:
     """Write a file so that its name leads to the whole old content or the whole new one, whatever happens.
+
+    One process at a time may do so for a path; text is UTF-8.
 
     Raises:
         OSError: if it cannot be written; the old content stays then.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.part")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    record = write_file(temporary, [text.encode()])
+    record = write_file(temporary, [content.encode() if isinstance(content, str) else content])
     os.replace(temporary, path)
     sync_folder(path.parent)
     return record
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name for a library to write to; the file takes the place of ``path`` at the end, with normal permissions.
+
+    Several processes may do so at once: the last one wins. If the body raises, ``path`` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        _make_readable(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` at the end; its files get normal permissions.
+
+    If the body raises, ``folder`` stays as it was.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            _make_readable(file)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_readable(file: Path) -> None:
+    """The permissions of any new file under the user's umask; safetensors writes its own for the owner alone."""
+    file.chmod(0o666 & ~_umask())
+
+
+@cache
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:

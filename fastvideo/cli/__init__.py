@@ -1,0 +1,65 @@
+"""``fastvideo VERB``. Nothing heavy is imported before a verb runs, so every ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fastvideo.entry import report_user_errors
+from fastvideo.errors import EXIT_USER_ERROR
+from fastvideo.wording import did_you_mean
+
+VERBS = {
+    "distill": (
+        "fastvideo.training.distillation",
+        "train a student (or, with the method sft, a teacher) from a config",
+    ),
+    "plan": ("fastvideo.cli.plan", "predict what a run needs on every device, before it is started"),
+    "checkpoints": ("fastvideo.cli.checkpoints", "list a run's checkpoints, and verify them"),
+    "preprocess": ("fastvideo.cli.preprocess", "encode a folder of videos and captions once, to train on"),
+    "precompute-trajectories": (
+        "fastvideo.cli.precompute_trajectories",
+        "store a teacher's trajectories from noise to data, to train the method kd on",
+    ),
+    "buckets": ("fastvideo.cli.buckets", "show which sizes a dataset has, and how many batches they give"),
+    "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
+    "evaluate": ("fastvideo.cli.evaluate", "measure prompt accuracy, Frechet distance, diversity and time"),
+    "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
+    "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),
+    "schedule": ("fastvideo.cli.schedule", "show a config's noise levels: what the network is really given"),
+    "conformance": ("fastvideo.cli.conformance", "check that a model family fulfils the adapter contract"),
+    "list": ("fastvideo.cli.listing", "list methods and model families"),
+    "recipes": ("fastvideo.cli.recipes", "list the ready configs, which `distill --config NAME` takes by name"),
+}
+"""Verb -> (module with ``main(argv) -> int``, one line of help)."""
+
+WIDTH = max(map(len, VERBS))
+
+
+def usage() -> str:
+    """The top-level help."""
+    lines = [
+        "usage: fastvideo VERB [options]        fastvideo VERB --help shows a verb's options",
+        "",
+        "Distil a slow video diffusion model into a student that needs 1-8 network calls.",
+        "",
+        *(f"  {verb:<{WIDTH}} {text}" for verb, (_, text) in VERBS.items()),
+        "",
+        "start here:  fastvideo distill --config tiny_wan_dmd2",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a verb; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else EXIT_USER_ERROR
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"error: unknown verb {verb!r}{did_you_mean(verb, VERBS)}\n\n{usage()}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    module = import_module(VERBS[verb][0])
+    return report_user_errors(lambda: int(module.main(rest)))

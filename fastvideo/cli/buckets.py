@@ -1,0 +1,70 @@
+"""``fastvideo buckets show DATA``: what a dataset's sizes mean for batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from fastvideo.cli.arguments import Count, parse
+from fastvideo.cli.console import console
+from fastvideo.wording import counted
+
+
+@dataclass(frozen=True)
+class BucketsArguments:
+    """Show which sizes a dataset has, how many batches each gives per epoch, and what is left out."""
+
+    action: Annotated[Literal["show"], tyro.conf.Positional]
+    """What to do."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """A Parquet file or a folder of them."""
+    batch_size: Count = 1
+    """Samples per process and batch."""
+    ranks: Count = 1
+    """Processes of the run."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; the exit code."""
+    arguments = parse(BucketsArguments, argv, "buckets")
+    show_buckets(arguments.data, arguments.batch_size, arguments.ranks)
+    return 0
+
+
+def show_buckets(path: str, batch_size: Count, ranks: int) -> None:
+    """Print the table.
+
+    Raises:
+        UserError: if a file of the dataset is not readable, or has no latents.
+    """
+    from rich.table import Table
+
+    from fastvideo.data.buckets import bucket_sizes, why_left_out
+    from fastvideo.data.index import dataset_files, index_file
+    from fastvideo.data.order import Shard
+    from fastvideo.data.schema import LATENT
+
+    files = [index_file(file, [LATENT]) for file in dataset_files(path)]
+    shard = Shard(batch_size, 0, ranks)
+    table = Table(title=f"{path}: batches of {batch_size} on each of {counted(ranks, 'process')}")
+    for column in ("latents C x F x H x W", "videos", "steps per epoch", "left out", "why"):
+        table.add_column(column, justify="left" if column[0] in "lw" and column != "left out" else "right")
+    total = [0, 0, 0]
+    for shape, count in bucket_sizes(files).items():
+        steps = count // shard.per_round
+        left = count - steps * shard.per_round
+        total = [a + b for a, b in zip(total, (count, steps, left), strict=True)]
+        table.add_row(" x ".join(map(str, shape)), str(count), str(steps), str(left), why_left_out(steps, left, shard))
+    table.add_section()
+    table.add_row("all", *map(str, total), "")
+    out = console()
+    out.print(table)
+    without = sum(file.tensors[LATENT].missing for file in files)
+    skipped = sum(len(file.made.get("skipped", ())) for file in files)
+    if without:
+        out.print(f"{without} rows have no latents: a run that trains on videos refuses this dataset")
+    if skipped:
+        out.print(f"{skipped} videos were skipped when it was made: see skipped.jsonl in its folder")

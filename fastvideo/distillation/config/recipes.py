@@ -1,0 +1,49 @@
+"""The recipes that come with the package: the files of ``examples/distillation``, found by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastvideo.errors import UserError
+from fastvideo.wording import nearest
+
+PACKAGE = Path(__file__).parents[2]
+IN_WHEEL, IN_CLONE = PACKAGE / "recipes", PACKAGE.parent / "examples" / "distillation"
+
+
+def recipes() -> dict[str, Path]:
+    """The files by name; those in the clone, or those that the wheel carries."""
+    folder = IN_WHEEL if IN_WHEEL.is_dir() else IN_CLONE
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(config: str | Path) -> Path:
+    """The file that a path or a recipe's name means; a file that is there wins.
+
+    Raises:
+        UserError: for what is neither, with the nearest recipe.
+    """
+    path = Path(config)
+    if path.exists() or path.parent != Path():
+        return path
+    known = recipes()
+    name = path.name.removesuffix(".yaml")
+    if name in known:
+        return known[name]
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else "`fastvideo recipes` lists them"
+    raise UserError(f"config {config}: No such file, and no recipe has that name; {hint}")
+
+
+def with_own_files(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The values of a config, with the prompts file that lies beside a recipe where the path in it leads nowhere.
+
+    A recipe names it as seen from a clone; a run may be started from any folder, and a wheel has no ``examples``.
+    """
+    data = values.get("data")
+    prompts = data.get("prompts") if isinstance(data, dict) else None
+    if file.parent not in (IN_WHEEL, IN_CLONE) or not isinstance(prompts, str) or Path(prompts).exists():
+        return values
+    beside = file.parent / Path(prompts).name
+    return {**values, "data": {**data, "prompts": str(beside)}} if data and beside.is_file() else values

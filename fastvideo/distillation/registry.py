@@ -1,0 +1,77 @@
+"""Names to classes. A new method or family is one file and one line here; its module is imported on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any, cast
+
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.config.base import AdapterConfig, MethodConfig
+from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.errors import UserError
+from fastvideo.wording import did_you_mean
+
+METHODS = {
+    "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",
+    "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
+    "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
+    "anyflow": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowMethod",
+    "anyflow_pretrain": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowPretrainMethod",
+    "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
+    "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
+    "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",
+    "ladd": "fastvideo.distillation.methods.distribution_matching.ladd:LADDMethod",
+    "mean_flow": "fastvideo.distillation.methods.consistency_model.mean_flow:MeanFlowMethod",
+    "rcm": "fastvideo.distillation.methods.distribution_matching.rcm:RCMMethod",
+    "scm": "fastvideo.distillation.methods.consistency_model.scm:SCMMethod",
+    "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
+}
+"""Algorithms, by name."""
+
+ADAPTERS = {
+    "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
+    "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
+    "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
+}
+"""Model families, by name."""
+
+
+def _load(registry: Mapping[str, str], kind: str, name: str) -> Any:
+    if name not in registry:
+        raise UserError(f"unknown {kind} {name!r}: one of {', '.join(registry)}{did_you_mean(name, registry)}")
+    module, attribute = registry[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def load_method(name: str) -> type[DistillMethod[Any]]:
+    """The method of that name.
+
+    Raises:
+        UserError: with the list of names.
+    """
+    return cast(type[DistillMethod[Any]], _load(METHODS, "method", name))
+
+
+def load_adapter(name: str) -> type[DistillAdapter[Any]]:
+    """The model family of that name.
+
+    Raises:
+        UserError: with the list of names.
+    """
+    return cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name))
+
+
+@cache
+def families() -> dict[str, str]:
+    """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
+    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).pipelines}
+
+
+def run_schema(model: str, method: str) -> type[RunConfig[Any, Any]]:
+    """The config's class for a family and a method."""
+    adapter: type[AdapterConfig] = load_adapter(model).Config
+    options: type[MethodConfig] = load_method(method).Config
+    return RunConfig[adapter, options]  # type: ignore[valid-type]

@@ -1,0 +1,39 @@
+"""From exceptions to exit codes, for every program of the package: the verbs, the training entries, the demo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError
+
+
+def report_user_errors(action: Callable[[], int]) -> int:
+    """Run ``action``; what is for the user becomes one message on stderr and an exit code.
+
+    2 for a mistake in what the user gave, 1 for a run that cannot go on, 75 for one that a scheduler's signal stopped,
+    130 for one that Ctrl-C stopped.
+    """
+    try:
+        return action()
+    except (UserError, RunError) as error:
+        if _is_first(str(error)):
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, all of which stopped, one says so
+            print(stop, file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _is_first(message: str) -> bool:
+    """Whether no other process of a job has said so already."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from fastvideo.distillation.engine.parallel.distributed import first_to_report
+
+    return first_to_report(message)
