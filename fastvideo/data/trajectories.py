@@ -24,6 +24,7 @@ from fastvideo.data.output import prepare_output, shard_path
 from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_columns
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import WriteFile, progress, start_server, write_files
+from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
