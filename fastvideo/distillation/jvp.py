@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import UserError
 
@@ -22,6 +24,22 @@ Field = Callable[[Tensor, Tensor], Tensor]
 """A function of a sample ``[B, C, F, H, W]`` and its times ``[B]``."""
 UNSUPPORTED = ("forward AD", "forward mode", "autograd.Function", "jvp")
 """What torch's messages hold when an operation has no forward-mode derivative."""
+
+
+class DerivativeConfig(MethodConfig):
+    """Options of a method that takes the derivative of its student along a direction."""
+
+    jvp: JVPMode = "autodiff"
+    """`autodiff` is forward-mode and exact; `central_difference` is for networks that it does not work with."""
+    jvp_step: PositiveFloat = 1e-3
+    """Step of the central difference, in the unit of the method's time; `autodiff` has none."""
+
+    @property
+    def derivative_note(self) -> str:
+        """Line for the log at start."""
+        if self.jvp == "autodiff":
+            return "derivatives: forward-mode autodiff, attention in SDPA's math backend, float32"
+        return f"derivatives: central differences with step {self.jvp_step:g}"
 
 
 class Derivative(Protocol):

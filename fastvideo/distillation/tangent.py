@@ -11,11 +11,30 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastvideo.distillation.jvp import Derivative, Field
-from fastvideo.distillation.noise import Interpolant, expand_time, trigflow_velocity
+from fastvideo.distillation.noise import Interpolant, expand_time
 from fastvideo.distillation.types import Given, free_means
 
 Tangent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 """A function like :func:`consistency_tangent`."""
+
+
+def trigflow_velocity(x: Tensor, u: Tensor, angle: Tensor) -> Tensor:
+    """TrigFlow's ``F = dx / d angle`` at ``x = cos x0 + sin noise``, from the sample's rectified-flow velocity ``u``.
+
+    ``u`` is the velocity at ``Interpolant.trigflow(angle).to_flow(x)`` and its ``flow_time``; data std 1. With
+    ``K = cos + sin`` it is ``((cos - sin) x + u) / K``: the same as ``(cos x - x0) / sin``, without its 0 / 0 at 0.
+    """
+    cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
+    return ((cos - sin) * x + u) / (cos + sin)
+
+
+def trigflow_rotate(x: Tensor, velocity: Tensor, by: Tensor) -> Tensor:
+    """``x`` moved by the angle ``-by`` along the TrigFlow velocity ``F``: ``cos(by) x - sin(by) F``.
+
+    Exact for a straight pair of data and noise, where an Euler step in the angle is not. By the whole angle it is
+    ``x0``.
+    """
+    return expand_time(by.cos(), x) * x - expand_time(by.sin(), x) * velocity
 
 
 def trig_field(velocity: Field) -> Field:

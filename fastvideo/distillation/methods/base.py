@@ -6,34 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import PositiveFloat
 from torch import nn
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.denoiser import Family
-from fastvideo.distillation.jvp import JVPMode
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-
-
-class DerivativeConfig(MethodConfig):
-    """Options of a method that takes the derivative of its student along a direction."""
-
-    jvp: JVPMode = "autodiff"
-    """`autodiff` is forward-mode and exact; `central_difference` is for networks that it does not work with."""
-    jvp_step: PositiveFloat = 1e-3
-    """Step of the central difference, in the unit of the method's time; `autodiff` has none."""
-
-    @property
-    def derivative_note(self) -> str:
-        """What the log says about it."""
-        if self.jvp == "autodiff":
-            return "derivatives: forward-mode autodiff, attention in SDPA's math backend, float32"
-        return f"derivatives: central differences with step {self.jvp_step:g}"
-
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastvideo.distillation import noise
+from fastvideo.distillation import noise, tangent
 from fastvideo.distillation.noise import Interpolant
 from fastvideo.tests.distillation.toys import MEAN, STD
 
@@ -143,7 +143,7 @@ def test_trigflow_velocity_of_a_gaussian_is_the_slope_of_its_own_flow(pair: tupl
     angle = torch.tensor([0.0, 0.3, 0.8, 1.4, math.pi / 2], dtype=torch.float64)
     cos, sin = (value.view(-1, 1, 1, 1, 1) for value in (angle.cos(), angle.sin()))
     x, way = cos * pair[0] + sin * pair[1], noise.Interpolant.trigflow(angle)
-    found = noise.trigflow_velocity(x, gaussian_velocity(way.to_flow(x), way.flow_time), angle)
+    found = tangent.trigflow_velocity(x, gaussian_velocity(way.to_flow(x), way.flow_time), angle)
     variance = cos**2 * STD**2 + sin**2
     close(found, -sin * MEAN + sin * cos * (1 - STD**2) / variance * (x - cos * MEAN), 1e-12)
 
@@ -153,11 +153,11 @@ def test_trigflow_velocity_of_a_pair_rotates_it_to_any_angle(pair: tuple[Tensor,
     x0, eps = pair
     way = noise.Interpolant.trigflow(angle)
     x = way.from_flow(noise.add_noise(x0, eps, TIMES))
-    velocity = noise.trigflow_velocity(x, noise.velocity_target(x0, eps), angle)
-    close(noise.trigflow_rotate(x, velocity, angle), x0)
+    velocity = tangent.trigflow_velocity(x, noise.velocity_target(x0, eps), angle)
+    close(tangent.trigflow_rotate(x, velocity, angle), x0)
     later = noise.Interpolant.trigflow(angle - 0.1)
     moved = noise.expand_time(later.alpha, x) * x0 + noise.expand_time(later.sigma, x) * eps
-    close(noise.trigflow_rotate(x, velocity, torch.full_like(angle, 0.1)), moved)
+    close(tangent.trigflow_rotate(x, velocity, torch.full_like(angle, 0.1)), moved)
 
 
 def test_per_frame_times_act_on_their_frame_alone(pair: tuple[Tensor, Tensor]) -> None:

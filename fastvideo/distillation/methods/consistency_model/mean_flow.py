@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig, TimeRange
-from fastvideo.distillation.jvp import derivative
-from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod
+from fastvideo.distillation.jvp import DerivativeConfig, derivative
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.denoiser import Family
-from fastvideo.distillation.jvp import derivative
-from fastvideo.distillation.methods.base import DerivativeConfig, DistillMethod
+from fastvideo.distillation.jvp import DerivativeConfig, derivative
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder

@@ -13,8 +13,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.jvp import JVPMode, derivative
-from fastvideo.distillation.methods.base import DerivativeConfig
+from fastvideo.distillation.jvp import DerivativeConfig, JVPMode, derivative
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance

@@ -16,8 +16,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.jvp import derivative
-from fastvideo.distillation.methods.base import DerivativeConfig
+from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
