@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -195,6 +196,7 @@ def main() -> int:
     wrong = arguments.methods or arguments.variants or arguments.steps != STEPS
     if arguments.write == bool(arguments.revision) or (arguments.write and wrong):
         parser.error("give a revision, or --write alone")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worktree is removed
     start, runs = time.monotonic(), recipes(arguments.methods, arguments.steps, variants=arguments.variants)
     differing = 0
     if arguments.write:
