@@ -65,6 +65,16 @@ def test_every_method_has_golden_losses() -> None:
     assert {len(series) for run in COMMITTED.values() for series in run.values()} == {loss_compare.STEPS}
 
 
+def test_first_difference() -> None:
+    """The last bit counts, so does a missing value; of several metrics the one that differs first is named."""
+    run = {"a/loss": [1.0, 0.1, 0.5], "b/loss": [None, 2.0, 3.0]}
+    assert loss_compare.first_difference(run, run) is None
+    later = {"a/loss": [1.0, 0.1, 0.25], "b/loss": [None, 2.0000000000000004, 3.0]}
+    assert loss_compare.first_difference(run, later) == (2, "b/loss: 2.0, now 2.0000000000000004")
+    assert loss_compare.first_difference(run, {**run, "b/loss": [1.0, 2.0, 3.0]}) == (1, "b/loss: None, now 1.0")
+    assert loss_compare.first_difference(run, {"a/loss": run["a/loss"]}) == (1, "metrics b/loss are on one side alone")
+
+
 @pytest.mark.parametrize("name", COMMITTED)
 def test_golden_losses(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
