@@ -147,8 +147,7 @@ def test_latents_are_asked_for_where_they_are_used_and_nowhere_else(name: str, a
     method, batch = toy_method(name, adapter), analytic_batch(adapter, 4, latents=False)
     if method.uses_latents(method.config):
         with pytest.raises(UserError, match=r"latents|real samples|trajectories"):
-            for step in STEPS:
-                list(method.losses(batch, step))
+            [list(method.losses(batch, step)) for step in STEPS]
     else:
         losses = list(method.losses(batch, 0))
         assert losses
