@@ -20,6 +20,7 @@ from fastvideo.tiny.train_vae import WAN, train_vae
 from fastvideo.tiny.vae import build_vae, encode_moments
 from fastvideo.tiny.world import TinyWorld
 
+pytestmark = pytest.mark.slow
 SHORT = SharpenRecipe(steps=2, batch_size=2, warm_up=1)
 SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
 
