@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 .PHONY: help venv test test-slow test-nightly test-eightbit lint format types contracts docs-check check demo tiny clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## set up .venv with the pinned CPU packages (once; again when the pins or pyproject.toml change)
 
