@@ -19,10 +19,10 @@ DOCS_READY := $(VENV)/.docs-installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-eightbit lint format types contracts shape docs docs-check layers check demo tiny clean
+.PHONY: help venv test test-slow test-nightly test-eightbit lint format types contracts shape docs docs-check layers check demo tiny clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## set up .venv with the pinned CPU packages (once; again when the pins or pyproject.toml change)
 
@@ -35,11 +35,14 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
-test: $(READY) ## run the test suite without its slow part (one topic: make test PYTEST_ARGS="-k dmd2")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: $(READY) ## run the fast tests (one topic: make test PYTEST_ARGS="-k dmd2")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(READY) ## run the tests marked slow: longer fault injection, the whole parity matrix, ...
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) $(PYTEST_ARGS)
+test-slow: $(READY) ## run the tests marked slow: layouts against one process, torchrun, lost ranks, compilation, ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not nightly" -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-nightly: $(READY) ## run the tests marked nightly: every training to the truth, every layout x method, ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-eightbit: $(READY) ## run the tests of 8-bit optimizer states, with torchao beside the other packages
 	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/eightbit torchao

@@ -74,6 +74,7 @@ def test_the_metadata_says_how_a_file_was_made(job: MakeJob) -> None:
     assert made["model"] == work.model
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_files_as_one(job: MakeJob) -> None:
     one, two = job("one"), job("two")
     preprocess(one, workers=1)

@@ -43,7 +43,7 @@ def config_of(name: str, folder: Path, output: Path, **model: Any) -> Any:
     return validate(run_schema("cogvideox", name), values, "test")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", [name for name in METHODS if not load_method(name).needs_trajectories])
 def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
     name: str, precision: str, tiny_wan: Path, tmp_path: Path

@@ -16,9 +16,6 @@ from fastvideo.distillation.engine.ema import averaged
 from fastvideo.distillation.registry import METHODS
 from fastvideo.tests.distillation.resuming import STEPS, differences, same_bits, toy_run
 
-every_method = pytest.mark.parametrize("name", METHODS)
-
-
 ALL_STEPS = ("dmd2_gan", "sft")
 """Resumed at every step on every push; the others at a step in the schedule's warm-up and at one after it."""
 
@@ -50,7 +47,9 @@ def test_a_run_that_goes_on_from_any_step_ends_where_the_undisturbed_one_does(
         assert again.logged() == undisturbed.logged(after=step)
 
 
-@every_method
+@pytest.mark.parametrize(
+    "name", [name if name in ALL_STEPS else pytest.param(name, marks=pytest.mark.nightly) for name in METHODS]
+)
 def test_a_save_in_a_thread_holds_the_state_of_its_step(name: str, tmp_path: Path) -> None:
     """Training goes on while the thread writes: what is written must be what was there."""
     first = toy_run(name, tmp_path / "first", every=1, keep=STEPS).train()

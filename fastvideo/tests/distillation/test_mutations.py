@@ -45,3 +45,19 @@ def test_a_stale_entry_is_an_error(runner: ModuleType, tmp_path: Path) -> None:
         mutation = runner.Mutation("code.py", find, "a = 3", "wrong", ("test",))
         with pytest.raises(SystemExit, match="stale mutation"):
             mutation.planted(tmp_path)
+
+
+NIGHTLY = """
+import pytest
+
+@pytest.mark.nightly
+def test_that_fails():
+    assert False
+"""
+
+
+def test_errors_are_noticed_by_nightly_tests_too(runner: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = nightly: as in pyproject.toml\n")
+    (tmp_path / "test_nightly.py").write_text(NIGHTLY)
+    found = runner.run_tests(tmp_path, ["test_nightly.py::test_that_fails"], tmp_path / "log")
+    assert found == runner.FAILED, (tmp_path / "log").read_text()

@@ -22,6 +22,7 @@ from tools.tiny_world.sharpen import decoder_loss, sharpen_decoder
 from tools.tiny_world.train_vae import WAN, train_vae
 from tools.tiny_world.vae import build_vae, encode_moments
 
+pytestmark = pytest.mark.slow
 SHORT = SharpenRecipe(steps=2, batch_size=2, warm_up=1)
 SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
 

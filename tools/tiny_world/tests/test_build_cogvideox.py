@@ -31,6 +31,7 @@ from tools.tiny_world.sharpen import decoder_loss, sharpen_decoder
 from tools.tiny_world.train_vae import COGVIDEOX as COGVIDEOX_VAE
 from tools.tiny_world.vae import encode_moments
 
+pytestmark = pytest.mark.slow
 SMALL = CogVideoXVaeRecipe(widths=(4, 4, 8, 8), steps=3, batch_size=2, warm_up=1)
 SHORT = SharpenRecipe(steps=4, batch_size=2, warm_up=1, single_share=0.5)
 QUICK = ImitationRecipe(videos=8, steps=12, batch_size=8, warm_up=2, ema_decay=0.5)

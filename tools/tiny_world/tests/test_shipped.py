@@ -65,6 +65,7 @@ def test_the_judge_has_features_and_is_frozen(judge: TinyClassifier, heldout: Wo
     assert not judge.training
 
 
+@pytest.mark.slow
 def test_the_vae_keeps_heldout_digits_readable(vae: AutoencoderKLWan, judge: TinyClassifier) -> None:
     quality = vae_quality(vae, judge, samples=256, seed=22)
     assert quality.psnr >= 30.0

@@ -53,6 +53,7 @@ def test_stock_diffusers_makes_the_asked_video(judge: TinyClassifier) -> None:
     assert right.float().mean(dim=0).min() >= 0.75
 
 
+@pytest.mark.slow
 def test_the_vae_keeps_heldout_digits_readable(model: LoadedModel, judge: TinyClassifier) -> None:
     quality = vae_quality(model.adapter.vae, judge, samples=128, seed=22)
     assert quality.psnr >= 26.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+from fastvideo.distillation.engine import placement
 from fastvideo.distillation.engine.parallel import sharding
+from fastvideo.distillation.engine.parallel.context import context_mesh
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.parallel.sharding import shard_mesh
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
 from fastvideo.tests.launch import in_world
@@ -72,13 +75,14 @@ def problems(found: Result, expected: Result, method: str = "") -> list[str]:
 
 
 def train_all(folders: Any, cases: list[Case], layout: str, train: Any, rank: int, size: int) -> list[Result]:
-    """All cases, one after the other, in one world."""
+    """All cases, one after the other, in one world and over one mesh: every group that is made has threads for good."""
     found = []
-    for case in cases:
-        try:
-            found.append(train(folders, case, layout, rank, size))
-        except BaseException as error:
-            raise AssertionError(f"{layout}, {case.name} does not train") from error
+    with patch.multiple(placement, shard_mesh=cache(shard_mesh), context_mesh=cache(context_mesh)):
+        for case in cases:
+            try:
+                found.append(train(folders, case, layout, rank, size))
+            except BaseException as error:
+                raise AssertionError(f"{layout}, {case.name} does not train") from error
     return found
 
 
