@@ -24,7 +24,7 @@ HARMLESS = ("output", "device", "parallel", "validation", "health", "tracking", 
 """Sections and fields that a resumed run may change: they cannot change what it trains."""
 _IN_TRAINER = (
     *("max_steps", "max_cpu_seconds", "log_every", "threads", "keep_freed_memory", "non_finite", "max_skips"),
-    *("stop_signals", "watchdog_seconds"),
+    *("stop_signals", "watchdog_seconds", "peak_flops", "profile", "memory_snapshot"),
 )
 HARMLESS_IN_TRAINER = tuple(f"trainer.{name}" for name in _IN_TRAINER)
 

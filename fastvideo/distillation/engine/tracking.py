@@ -16,7 +16,8 @@ from fastvideo.distillation.config.schema import TrackingConfig
 from fastvideo.distillation.engine.checkpoint.durable import replace_file
 from fastvideo.distillation.engine.optional.trackers import Isolated, Open, Package, TensorBoard
 
-LOGS = ("metrics.jsonl", "health.jsonl")
+PERFORMANCE = "performance.jsonl"
+LOGS = ("metrics.jsonl", "health.jsonl", PERFORMANCE)
 """Files of a run with one object per line, each of a step."""
 
 
@@ -54,11 +55,19 @@ class Tracker:
         self._trackers: list[Isolated] | None = None
         self._rewound_to: int | None = None
 
-    def log(self, metrics: Mapping[str, float], step: int, *, closing: bool = False) -> None:
+    def log(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        *,
+        closing: bool = False,
+        performance: Mapping[str, float] | None = None,
+    ) -> None:
         """Record metrics at ``step`` (the number of finished steps).
 
         Args:
             closing: of the part of a window in which the run ended: a run that goes on writes the whole one instead.
+            performance: figures of the clock and the machine, which no two runs share: a file of their own.
         """
         if not self.enabled or not metrics:
             return
@@ -66,8 +75,10 @@ class Tracker:
         line |= {CLOSING: True} if closing else {}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if performance:
+            self.write_line(PERFORMANCE, {"step": step, **performance})
         for tracker in self._external():
-            tracker.log(metrics, step)
+            tracker.log({**metrics, **(performance or {})}, step)
 
     def write_line(self, name: str, line: Mapping[str, object]) -> None:
         """Append an object with a ``step`` to a file of the run folder; resuming rewinds those of :data:`LOGS`."""

@@ -7,10 +7,8 @@ the prediction at the end. A process's parameter gradients are those of its toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
@@ -46,10 +44,15 @@ def context_mesh(processes: Processes) -> DeviceMesh:
     return mesh["ring", "ulysses"]
 
 
-def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh, device: torch.device) -> None:
-    """Split the network's tokens over the mesh, and add up the gradients of its inputs over it."""
-    with _device_counted(device):
-        scaling.split_tokens(network, mesh)
+def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh) -> None:
+    """Split the network's tokens over the mesh, and add up the gradients of its inputs over it.
+
+    Raises:
+        UserError: where torch counts no accelerator: diffusers divides the rank by their number.
+    """
+    if not torch.accelerator.device_count():
+        raise UserError("parallel.context: diffusers splits tokens over accelerators alone, and torch sees none")
+    scaling.split_tokens(network, mesh)
     group = mesh["ulysses"].get_group()
 
     def whole_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,16 +68,6 @@ def has_split_tokens(network: nn.Module) -> bool:
 
 
 _SPLIT: WeakSet[nn.Module] = WeakSet()
-
-
-@contextmanager
-def _device_counted(device: torch.device) -> Iterator[None]:
-    """On a CPU torch counts no accelerators, and diffusers divides a rank by that number; there is one CPU."""
-    if device.type != "cpu":
-        yield
-        return
-    with patch.object(torch.accelerator, "device_count", lambda: 1):
-        yield
 
 
 class _SumGradient(torch.autograd.Function):

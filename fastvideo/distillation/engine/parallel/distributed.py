@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,8 @@ from fastvideo.errors import UserError
 
 TIMEOUT = 600.0
 """Seconds that a collective may wait: a rank that ran other forwards is then an error and not a hang."""
+BUCKET = 64 * 2**20
+"""Most bytes of gradients that are reduced at once, but for a gradient that has more."""
 ROLL_CALL = 5.0
 """Seconds in which the processes that are still there say so, once one of them is missed."""
 
@@ -197,11 +200,53 @@ def any_rank(flags: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> None:
-    """Replace every gradient by its mean over processes (``times`` that), with one collective for all of them."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not dist.is_initialized() or not gradients:
+    """Replace every gradient by its mean over processes (``times`` that), in place.
+
+    Gradients travel in buckets of at most :data:`BUCKET` bytes, two at a time, so that copies of two buckets and not of
+    all gradients exist; a larger gradient travels by itself, without a copy.
+    """
+    if not dist.is_initialized():
         return
-    flat = average(torch.cat([g.flatten() for g in gradients])) * times
-    means = torch.split(flat, [g.numel() for g in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    under_way: deque[_Bucket] = deque()
+    for gradients in _buckets([p.grad for p in parameters if p.grad is not None]):
+        under_way.append(_Bucket(gradients))
+        if len(under_way) > 1:
+            under_way.popleft().finish(times)
+    while under_way:
+        under_way.popleft().finish(times)
+
+
+class _Bucket:
+    """Gradients that are summed by one collective, which is under way."""
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self.gradients, (first, *others) = gradients, gradients
+        self.copied = bool(others) or not first.is_contiguous()
+        self.flat = torch.cat([g.flatten() for g in gradients]) if self.copied else first
+        self.work = dist.all_reduce(self.flat, async_op=True)
+
+    def finish(self, times: int) -> None:
+        """Wait, divide, and put the means where the gradients are."""
+        if self.work is not None:
+            self.work.wait()
+        self.flat /= dist.get_world_size()
+        if times != 1:  # parts of one gradient add up
+            self.flat *= times
+        if self.copied:
+            means = torch.split(self.flat, [g.numel() for g in self.gradients])
+            torch._foreach_copy_(
+                list(self.gradients), [m.view_as(g) for m, g in zip(means, self.gradients, strict=True)]
+            )
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbouring gradients of one type, together."""
+    bucket, size = list[Tensor](), 0
+    for gradient in gradients:
+        if bucket and (size + gradient.nbytes > BUCKET or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket

@@ -191,7 +191,7 @@ def full(tensor: Tensor) -> Tensor:
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """Float32 norm of each tensor, whole ones and split ones, ``[N]``; one collective for all of them."""
-    norms = torch.stack([torch.linalg.vector_norm(local(tensor).float()) for tensor in tensors])
+    norms = torch.stack(torch._foreach_norm([local(tensor).float() for tensor in tensors]))
     meshes = [tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]
     if not meshes:
         return norms
