@@ -21,13 +21,13 @@ LOGS = ("metrics.jsonl", "health.jsonl", PERFORMANCE)
 """Files of a run with one object per line, each of a step."""
 
 
-CLOSING = "closing"
-"""Key of a line that a run wrote as it ended, in the middle of a window."""
+CUT_SHORT = {"window": "cut short"}
+"""In a line that a run wrote as it ended, in the middle of a window."""
 
 
 def _stays(line: Mapping[str, object], step: int) -> bool:
     """True for a line that a run which goes on after ``step`` will not write again."""
-    return int(str(line["step"])) <= step and CLOSING not in line
+    return int(str(line["step"])) <= step and not CUT_SHORT.items() <= line.items()
 
 
 class Tracker:
@@ -71,8 +71,8 @@ class Tracker:
         """
         if not self.enabled or not metrics:
             return
-        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
-        line |= {CLOSING: True} if closing else {}
+        line: dict[str, object] = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        line |= CUT_SHORT if closing else {}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if performance:

@@ -83,7 +83,7 @@ def test_gradient_buckets_average_in_place(times: int, tmp_path: Path) -> None:
 def test_last_window_is_logged(analytic_values: dict[str, Any]) -> None:
     run(config_of(analytic_values, max_steps=4, log_every=10))
     (line,) = lines(analytic_values, "metrics.jsonl")
-    assert (line["step"], line["closing"]) == (4, True)
+    assert (line["step"], line["window"]) == (4, "cut short")
     assert "student/loss" in line
     run(config_of(analytic_values, max_steps=12, log_every=10), resume=True)
     assert [line["step"] for line in lines(analytic_values, "metrics.jsonl")] == [10, 12]

@@ -14,9 +14,9 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.parallel.distributed import Processes, make_mesh
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
@@ -40,7 +40,7 @@ def check_context(processes: Processes, counts: Mapping[str, int], where: str) -
 def context_mesh(processes: Processes) -> DeviceMesh:
     """The dimensions ``ring`` (1) and ``ulysses`` of this process's group."""
     shape = (processes.data_size, 1, processes.context)
-    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
+    mesh = make_mesh(processes, shape, ("data", "ring", "ulysses"))
     return mesh["ring", "ulysses"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
@@ -40,6 +41,8 @@ class Processes:
     context: int = 1
     memory: int | None = None
     """Bytes of this process's device, in all; ``None``: not known, and nothing is refused for it."""
+    timeout: float = TIMEOUT
+    """Seconds that a collective may wait."""
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +94,7 @@ def start_processes(
     # gloo beside NCCL: what is offloaded to the host is reduced there.
     backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory)
+    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory, timeout)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
@@ -167,6 +170,14 @@ def first_to_report(message: str) -> bool:
         return bool(store.add(key, 1) == 1)
     except RuntimeError:  # no store, nobody to agree with: better twice than never
         return True
+
+
+def make_mesh(processes: Processes, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh of all processes, whose groups wait as long as the process group does: torch gives them its own time."""
+    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
+    for name in names:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh[name].get_group())
+    return mesh
 
 
 def barrier() -> None:
