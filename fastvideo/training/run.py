@@ -131,7 +131,9 @@ def build_trainer(
     config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
 ) -> DistillTrainer:
     """The trainer over its runtime; hooks come later."""
-    runtime = Runtime(method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema)
+    runtime = Runtime(
+        method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema, source=adapter
+    )
     return DistillTrainer(method, partial(adapter.prepare, any_size=config.data.buckets), config.trainer, runtime)
 
 

@@ -159,6 +159,15 @@ class ParallelConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Steps that torch's profiler records."""
+
+    start: NonNegativeInt = 10
+    """Finished steps before the first one."""
+    steps: PositiveInt = 3
+    """How many."""
+
+
 class TrainerConfig(Section):
     """The loop."""
 
@@ -190,6 +199,22 @@ class TrainerConfig(Section):
     keep_freed_memory: Annotated[bool, RESUMABLE] = False
     """On a CPU under Linux: memory that tensors free stays with the process and is used again: less time, and the
     process holds its peak."""
+
+    peak_flops: Annotated[PositiveFloat | None, RESUMABLE] = None
+    """Peak FLOP/s of one device, for the utilisation among the metrics; known for some devices if not given."""
+    profile: Annotated[ProfileConfig | None, RESUMABLE] = None
+    """Write a trace of these steps into the run's folder (`profile/`)."""
+    memory_snapshot: Annotated[bool, RESUMABLE] = False
+    """On CUDA: write a snapshot of all allocations into the run's folder when memory runs out."""
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_taken(self) -> TrainerConfig:
+        if self.profile is not None and self.profile.start + self.profile.steps > self.max_steps:
+            raise ValueError(
+                f"`profile` ends with step {self.profile.start + self.profile.steps}, and `max_steps` is "
+                f"{self.max_steps}"
+            )
+        return self
 
     @field_validator("stop_signals")
     @classmethod

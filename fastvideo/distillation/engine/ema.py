@@ -40,12 +40,17 @@ class EMAHook:
 
 
 def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+    blended, live = list[Tensor](), list[Tensor]()
     for name, tensor in tensors.items():
-        average, live = local(averages[name]), local(tensor)
+        average, own = local(averages[name]), local(tensor)
         if average.is_floating_point():
-            average.lerp_(live, weight.to(average))
+            blended.append(average)
+            live.append(own)
         else:
-            average.copy_(live)
+            average.copy_(own)
+    if blended:
+        weights = {key: weight.to(*key) for key in {(x.device, x.dtype) for x in blended}}
+        torch._foreach_lerp_(blended, live, [weights[x.device, x.dtype] for x in blended])
 
 
 def has_average(handle: RoleHandle) -> bool:

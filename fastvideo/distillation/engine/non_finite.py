@@ -47,8 +47,7 @@ def clip_gradient(handle: RoleHandle, max_norm: float) -> Gradient:
     norms = norms_of(gradients)
     total = torch.linalg.vector_norm(norms)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local(gradient).mul_(scale)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return Gradient([name for name, _ in named], norms, total)
 
 

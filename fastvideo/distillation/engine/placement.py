@@ -159,7 +159,7 @@ class Placement:
         if self.options.activation_checkpointing != "none":
             scaling.recompute(network, checkpointed(self.options.activation_checkpointing))
         if self.processes.context > 1:  # before sharding, which gives every module a new class
-            split_tokens(network, scaling, self._context_mesh, self.processes.device)
+            split_tokens(network, scaling, self._context_mesh)
         if self.processes.shard > 1:
             self._shard(network, scaling, path)
 

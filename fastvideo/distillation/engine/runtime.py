@@ -21,7 +21,9 @@ from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState
 from fastvideo.distillation.engine.ema import EMAHook, has_average
 from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteGuard, clip_gradient
+from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
+from fastvideo.distillation.engine.optional.performance import Performance, shortly
 from fastvideo.distillation.engine.optional.startup import StartUp
 from fastvideo.distillation.engine.optional.trackers import check_installed
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
@@ -130,8 +132,11 @@ def _set_up_process(options: TrainerConfig) -> None:
 class Runtime:
     """Takes the steps of a method: backward, reduction, clipping, skipping, optimizers, averages, metrics, checkpoints.
 
+    Args:
+        source: the family of the networks, to measure tokens per second; they are not measured without it.
+
     Raises:
-        UserError: if several processes have a budget of CPU time.
+        UserError: if several processes have a budget of CPU time, or a CPU has a snapshot of CUDA memory.
     """
 
     def __init__(
@@ -143,16 +148,23 @@ class Runtime:
         *,
         parallel: ParallelConfig | None = None,
         ema: EMAConfig | None = None,
+        source: NetworkSource | None = None,
     ) -> None:
         self.bundle, self.rng, self.options, self.tracker = method.bundle, method.rng, options, tracker
         self.processes, self.parallel = processes or Processes(), parallel or ParallelConfig()
         if options.max_cpu_seconds and self.processes.world_size > 1:
             raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
+        if options.memory_snapshot and self.processes.device.type != "cuda":
+            raise UserError(f"trainer.memory_snapshot is of CUDA memory; this run is on {self.processes.device}")
         averaged = [self.bundle[role] for role in ema.roles] if ema is not None and ema.enabled else []
         self.averages = EMAHook(averaged, ema.decay, ema.start_step) if ema is not None else EMAHook((), 0.0)
         folder = tracker.folder / "non_finite"
         self.guard = NonFiniteGuard(options.non_finite, options.max_skips, folder, self.processes.rank)
         self.metrics, self.agreement = Metrics(), Agreement()
+        self.performance = Performance(self.bundle, self.processes, source, options.peak_flops)
+        self._profile = StepProfile(
+            options.profile, tracker.folder / "profile", self.processes.rank, self.processes.device
+        )
         self._attempt: Attempt | None = None
         self._open: Attempt | None = None
         self._asked = 0
@@ -165,13 +177,17 @@ class Runtime:
             stack.enter_context(self.tracker.progress(total, done))
             seconds, stacks = self.options.watchdog_seconds, self.tracker.folder / "stacks"
             stack.enter_context(Watchdog(seconds, stacks, self.processes.rank))
+            snapshot = self.tracker.folder / f"memory-rank-{self.processes.rank}.pickle"
+            stack.enter_context(explaining_memory(snapshot if self.options.memory_snapshot else None))
             yield
 
     @contextmanager
     def step(self, step: int, active: Sequence[str]) -> Iterator[None]:
         """The forward and backward passes of a step of the ``active`` roles happen inside."""
         self._attempt = Attempt(step, tuple(active), self.rng.state_dict())
-        yield
+        self._profile.before_step(step)
+        with self.performance.step(tuple(active)):
+            yield
 
     @property
     def _now(self) -> Attempt:
@@ -192,6 +208,7 @@ class Runtime:
                 synchronise(self.bundle[role].network, now)
             attempt.batches.append(next(data))
             attempt.trained = []
+            self.performance.saw(attempt.batches[-1])
             yield attempt.batches[-1]
             if set(attempt.trained) != set(attempt.active):
                 raise RuntimeError(
@@ -230,6 +247,7 @@ class Runtime:
             attempt.metrics.append({f"{handle.name}/grad_norm": norm, f"{handle.name}/learning_rate": rate})
             training.step(skip)
         self.averages.after_update(attempt.step + 1, attempt.active, skip)
+        self._profile.after_step(attempt.step + 1)
         self._open = attempt
 
     def settle(self) -> tuple[int, tuple[str, ...]] | None:
@@ -256,9 +274,10 @@ class Runtime:
     def call(self, hooks: Sequence[AfterStep], step: int, taken: Sequence[str]) -> None:
         """Call hooks after a settled step; each finds split networks split, whatever the one before it gathered."""
         self.tracker.advance(self._shown)
-        for hook in hooks:
-            hook.after_step(step, taken)
-            self._free_gathered()
+        with self.performance.paused():
+            for hook in hooks:
+                hook.after_step(step, taken)
+                self._free_gathered()
 
     def log(self, step: int, spent: Mapping[str, float], *, closing: bool = False) -> None:
         """Write the means of the metrics window, and begin a new one.
@@ -270,9 +289,10 @@ class Runtime:
         if closing and not drained:
             return
         skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
-        self.tracker.log(drained | skipped | dict(spent), step, closing=closing)
+        figures = self.performance.window(self.options.max_steps - step)
+        self.tracker.log(drained | skipped | dict(spent), step, closing=closing, performance=figures)
         losses = {name.split("/")[0]: value for name, value in drained.items() if name.endswith("/loss")}
-        self._shown = " ".join(f"{role} {value:.3g}" for role, value in losses.items())
+        self._shown = " ".join(f"{role} {value:.3g}" for role, value in losses.items()) + shortly(figures)
 
     def stop_signal(self, *, meet: bool) -> int:
         """The number of the signal that asked any process to stop, the same on all; 0 if none was asked.

@@ -16,17 +16,18 @@ from fastvideo.distillation.config.schema import TrackingConfig
 from fastvideo.distillation.engine.optional.trackers import Isolated, Open, Package, TensorBoard
 from fastvideo.files import replace_file
 
-LOGS = ("metrics.jsonl", "health.jsonl")
+PERFORMANCE = "performance.jsonl"
+LOGS = ("metrics.jsonl", "health.jsonl", PERFORMANCE)
 """Files of a run with one object per line, each of a step."""
 
 
-CLOSING = "closing"
-"""Key of a line that a run wrote as it ended, in the middle of a window."""
+CUT_SHORT = {"window": "cut short"}
+"""In a line that a run wrote as it ended, in the middle of a window."""
 
 
 def _stays(line: Mapping[str, object], step: int) -> bool:
     """True for a line that a run which goes on after ``step`` will not write again."""
-    return int(str(line["step"])) <= step and CLOSING not in line
+    return int(str(line["step"])) <= step and not CUT_SHORT.items() <= line.items()
 
 
 class Tracker:
@@ -54,20 +55,30 @@ class Tracker:
         self._trackers: list[Isolated] | None = None
         self._rewound_to: int | None = None
 
-    def log(self, metrics: Mapping[str, float], step: int, *, closing: bool = False) -> None:
+    def log(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        *,
+        closing: bool = False,
+        performance: Mapping[str, float] | None = None,
+    ) -> None:
         """Record metrics at ``step`` (the number of finished steps).
 
         Args:
             closing: of the part of a window in which the run ended: a run that goes on writes the whole one instead.
+            performance: figures of the clock and the machine, which no two runs share: a file of their own.
         """
         if not self.enabled or not metrics:
             return
-        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
-        line |= {CLOSING: True} if closing else {}
+        line: dict[str, object] = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        line |= CUT_SHORT if closing else {}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if performance:
+            self.write_line(PERFORMANCE, {"step": step, **performance})
         for tracker in self._external():
-            tracker.log(metrics, step)
+            tracker.log({**metrics, **(performance or {})}, step)
 
     def write_line(self, name: str, line: Mapping[str, object]) -> None:
         """Append an object with a ``step`` to a file of the run folder; resuming rewinds those of :data:`LOGS`."""

@@ -7,18 +7,16 @@ the prediction at the end. A process's parameter gradients are those of its toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.parallel.distributed import Processes, make_mesh
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
@@ -42,14 +40,19 @@ def check_context(processes: Processes, counts: Mapping[str, int], where: str) -
 def context_mesh(processes: Processes) -> DeviceMesh:
     """The dimensions ``ring`` (1) and ``ulysses`` of this process's group."""
     shape = (processes.data_size, 1, processes.context)
-    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
+    mesh = make_mesh(processes, shape, ("data", "ring", "ulysses"))
     return mesh["ring", "ulysses"]
 
 
-def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh, device: torch.device) -> None:
-    """Split the network's tokens over the mesh, and add up the gradients of its inputs over it."""
-    with _device_counted(device):
-        scaling.split_tokens(network, mesh)
+def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh) -> None:
+    """Split the network's tokens over the mesh, and add up the gradients of its inputs over it.
+
+    Raises:
+        UserError: where torch counts no accelerator: diffusers divides the rank by their number.
+    """
+    if not torch.accelerator.device_count():
+        raise UserError("parallel.context: diffusers splits tokens over accelerators alone, and torch sees none")
+    scaling.split_tokens(network, mesh)
     group = mesh["ulysses"].get_group()
 
     def whole_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,16 +68,6 @@ def has_split_tokens(network: nn.Module) -> bool:
 
 
 _SPLIT: WeakSet[nn.Module] = WeakSet()
-
-
-@contextmanager
-def _device_counted(device: torch.device) -> Iterator[None]:
-    """On a CPU torch counts no accelerators, and diffusers divides a rank by that number; there is one CPU."""
-    if device.type != "cpu":
-        yield
-        return
-    with patch.object(torch.accelerator, "device_count", lambda: 1):
-        yield
 
 
 class _SumGradient(torch.autograd.Function):

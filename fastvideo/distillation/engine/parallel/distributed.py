@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
 
 TIMEOUT = 600.0
 """Seconds that a collective may wait: a rank that ran other forwards is then an error and not a hang."""
+BUCKET = 64 * 2**20
+"""Most bytes of gradients that are reduced at once, but for a gradient that has more."""
 ROLL_CALL = 5.0
 """Seconds in which the processes that are still there say so, once one of them is missed."""
 
@@ -37,6 +41,8 @@ class Processes:
     context: int = 1
     memory: int | None = None
     """Bytes of this process's device, in all; ``None``: not known, and nothing is refused for it."""
+    timeout: float = TIMEOUT
+    """Seconds that a collective may wait."""
 
     @property
     def is_main(self) -> bool:
@@ -111,7 +117,7 @@ def start_processes(
     # gloo beside NCCL: what is offloaded to the host is reduced there.
     backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory)
+    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory, timeout)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
@@ -189,6 +195,14 @@ def first_to_report(message: str) -> bool:
         return True
 
 
+def make_mesh(processes: Processes, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh of all processes, whose groups wait as long as the process group does: torch gives them its own time."""
+    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
+    for name in names:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh[name].get_group())
+    return mesh
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
@@ -220,11 +234,53 @@ def any_rank(flags: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> None:
-    """Replace every gradient by its mean over processes (``times`` that), with one collective for all of them."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not dist.is_initialized() or not gradients:
+    """Replace every gradient by its mean over processes (``times`` that), in place.
+
+    Gradients travel in buckets of at most :data:`BUCKET` bytes, two at a time, so that copies of two buckets and not of
+    all gradients exist; a larger gradient travels by itself, without a copy.
+    """
+    if not dist.is_initialized():
         return
-    flat = average(torch.cat([g.flatten() for g in gradients])) * times
-    means = torch.split(flat, [g.numel() for g in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    under_way: deque[_Bucket] = deque()
+    for gradients in _buckets([p.grad for p in parameters if p.grad is not None]):
+        under_way.append(_Bucket(gradients))
+        if len(under_way) > 1:
+            under_way.popleft().finish(times)
+    while under_way:
+        under_way.popleft().finish(times)
+
+
+class _Bucket:
+    """Gradients that are summed by one collective, which is under way."""
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self.gradients, (first, *others) = gradients, gradients
+        self.copied = bool(others) or not first.is_contiguous()
+        self.flat = torch.cat([g.flatten() for g in gradients]) if self.copied else first
+        self.work = dist.all_reduce(self.flat, async_op=True)
+
+    def finish(self, times: int) -> None:
+        """Wait, divide, and put the means where the gradients are."""
+        if self.work is not None:
+            self.work.wait()
+        self.flat /= dist.get_world_size()
+        if times != 1:  # parts of one gradient add up
+            self.flat *= times
+        if self.copied:
+            means = torch.split(self.flat, [g.numel() for g in self.gradients])
+            torch._foreach_copy_(
+                list(self.gradients), [m.view_as(g) for m, g in zip(means, self.gradients, strict=True)]
+            )
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbouring gradients of one type, together."""
+    bucket, size = list[Tensor](), 0
+    for gradient in gradients:
+        if bucket and (size + gradient.nbytes > BUCKET or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients
+from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients, make_mesh
 
 Which = Literal["none", "frozen", "all"]
 """Networks that an option is about."""
@@ -46,7 +46,7 @@ class ShardPolicy:
 def shard_mesh(processes: Processes) -> DeviceMesh:
     """Two dimensions, ``replicate`` and ``shard``; neighbouring ranks hold one copy."""
     shape = (processes.world_size // processes.shard, processes.shard)
-    return init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return make_mesh(processes, shape, ("replicate", "shard"))
 
 
 def shard_network(
@@ -191,7 +191,7 @@ def full(tensor: Tensor) -> Tensor:
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """Float32 norm of each tensor, whole ones and split ones, ``[N]``; one collective for all of them."""
-    norms = torch.stack([torch.linalg.vector_norm(local(tensor).float()) for tensor in tensors])
+    norms = torch.stack(torch._foreach_norm([local(tensor).float() for tensor in tensors]))
     meshes = [tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]
     if not meshes:
         return norms

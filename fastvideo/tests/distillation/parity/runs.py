@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -143,7 +144,8 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     """Three steps through the real trainer, as one process of a layout."""
     config = config_of(case, folders, parallel | {"shard": processes.shard, "context": processes.context})
     adapter = build_adapter(config, processes)
-    method = build_method(config, adapter, processes)
+    with patch.object(torch.accelerator, "device_count", lambda: 1):  # diffusers divides a rank by it: there is one CPU
+        method = build_method(config, adapter, processes)
     options = TrainerConfig(max_steps=STEPS, grad_accumulation=case.accumulation, log_every=10 * STEPS)
     silent = Tracker(Path("unused"), enabled=False)
     runtime = Runtime(method, options, silent, processes, parallel=config.parallel)

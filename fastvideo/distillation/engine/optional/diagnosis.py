@@ -1,0 +1,76 @@
+"""Traces of some steps for torch's profiler, and snapshots of memory that ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastvideo.distillation.config.schema import ProfileConfig
+from fastvideo.errors import RunError
+
+ENTRIES = 100_000
+"""Allocations that a snapshot remembers."""
+REMEDY = (
+    "set a larger parallel.shard, parallel.activation_checkpointing: full, a smaller data.batch_size (with "
+    "trainer.grad_accumulation), or train adapters (roles.NAME.lora)"
+)
+
+
+class StepProfile:
+    """Writes a trace of some steps, for ``chrome://tracing`` or Perfetto.
+
+    Args:
+        options: the steps; none if not given.
+        folder: where ``rank-N.json`` goes.
+    """
+
+    def __init__(self, options: ProfileConfig | None, folder: Path, rank: int, device: torch.device) -> None:
+        self.options, self.file = options, folder / f"rank-{rank}.json"
+        self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self._running: profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """Begin before the first of the steps; ``step`` counts finished steps."""
+        if self.options is not None and step == self.options.start:
+            self._running = profile(activities=self._activities)
+            self._running.start()
+
+    def after_step(self, step: int) -> None:
+        """End after the last of them, and write the trace."""
+        if self._running is None or self.options is None or step < self.options.start + self.options.steps:
+            return
+        self._running.stop()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._running.export_chrome_trace(str(self.file))
+        self._running = None
+
+
+@contextmanager
+def explaining_memory(snapshot: Path | None) -> Iterator[None]:
+    """Turn memory that ran out into a message that says what to change.
+
+    Args:
+        snapshot: file for CUDA's memory snapshot (https://pytorch.org/memory_viz shows it); none is recorded without.
+
+    Raises:
+        RunError: instead of torch's error.
+    """
+    if snapshot is not None:
+        torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        where = ""
+        if snapshot is not None:
+            torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
+            where = f" A snapshot is in {snapshot}."
+        raise RunError(f"out of memory: {str(error).splitlines()[0]} What helps: {REMEDY}.{where}") from error
+    finally:
+        if snapshot is not None:
+            torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,0 +1,141 @@
+"""Cost of a run: seconds per step, samples and tokens per second, memory, FLOPs utilisation, time left."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from time import monotonic
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.placement import NetworkSource
+from fastvideo.distillation.types import RawBatch
+
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+"""Published dense bfloat16 FLOP/s by a part of the device's name; the first that fits counts."""
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device; ``None`` if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class Performance:
+    """Measures windows of steps, by the host's clock; hooks do not count.
+
+    FLOPs are counted by torch's ``FlopCounterMode`` in the second step of each set of active roles, only where the peak
+    is known and no block is compiled. Matrix products, convolutions and attention count, recomputed ones too.
+
+    Args:
+        source: family of the networks, for tokens per sample; tokens are not measured without it.
+        peak: FLOP/s of one device; ``None`` measures no utilisation.
+    """
+
+    def __init__(
+        self, bundle: ModelBundle, processes: Processes, source: NetworkSource | None, peak: float | None
+    ) -> None:
+        self.processes, self.source, self.peak = processes, source, peak or peak_of(processes.device)
+        self._countable = self.peak is not None and not any(_is_compiled(handle.network) for handle in bundle)
+        self._flops: dict[tuple[str, ...], int | None] = {}
+        self._tokens_of = lru_cache(self._count_tokens)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since, self._steps, self._samples, self._tokens, self._done = monotonic(), 0, 0, 0, 0
+        self._known = self._countable
+
+    @contextmanager
+    def step(self, active: tuple[str, ...]) -> Iterator[None]:
+        """Around the forward and backward passes of one step."""
+        if not self._countable or self._flops.get(active, 0) is not None:
+            seen = active in self._flops
+            self._flops.setdefault(active, None)
+            yield
+        else:
+            seen = True
+            with FlopCounterMode(display=False) as counter:
+                yield
+            self._flops[active] = counter.get_total_flops()
+        flops = self._flops[active]
+        self._steps, self._done = self._steps + 1, self._done + (flops or 0)
+        self._known = self._known and seen and flops is not None
+
+    def saw(self, raw: RawBatch) -> None:
+        """Count a micro-batch of this process."""
+        self._samples += len(raw.captions)
+        if self.source is not None:
+            shape = self.source.latent_shape if raw.latents is None else tuple(raw.latents.shape[1:])
+            self._tokens += len(raw.captions) * self._tokens_of(shape)
+
+    def _count_tokens(self, shape: tuple[int, ...]) -> int:
+        """Tokens of one sample ``(C, F, H, W)``: patches where the family has them, else latent positions."""
+        if self.source is None or self.source.scaling is None:
+            return math.prod(shape[1:])
+        return self.source.scaling.context_counts(None, shape, self.source.text_length or 0)["tokens"]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the window."""
+        begin = monotonic()
+        yield
+        self._since += monotonic() - begin
+
+    def window(self, left: int) -> dict[str, float]:
+        """Figures of the steps since the last call, of all processes; memory is this process's peak.
+
+        Args:
+            left: steps until the run ends.
+        """
+        if not self._steps:
+            return {}
+        seconds = monotonic() - self._since
+        found = {
+            "seconds_per_step": seconds / self._steps,
+            "samples_per_second": self._samples * self.processes.data_size / seconds,
+            "peak_memory_bytes": float(peak_memory(self.processes.device)),
+            "seconds_left": left * seconds / self._steps,
+        }
+        if self._tokens:
+            found["tokens_per_second"] = self._tokens * self.processes.data_size / seconds
+        if self._known and self.peak is not None:
+            found["flops_utilisation"] = self._done / seconds / self.peak
+        self._begin()
+        return {f"performance/{name}": value for name, value in found.items()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were allocated on a CUDA device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _is_compiled(network: torch.nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in network.modules())
+
+
+def shortly(figures: Mapping[str, float]) -> str:
+    """Pace for the line beside the bar."""
+    pace = figures.get("performance/seconds_per_step")
+    return "" if pace is None else f" {pace:.2f} s/step"
