@@ -72,9 +72,7 @@ def test_health_figures_stand_beside_their_bands(tmp_path: Path, motion: float, 
     assert lines["Motion"][0].small == f"{0.1 * motion:.3g}; teacher 0.1"
     assert lines["Motion"][0].style == ("off" if "outside" in shown else "")
     assert [cell.text for cell in lines["Critic's movement over the student's"]] == ["8", "at least 0.5"]
-    assert [cell.text for cell in lines["Tint, worst channel"]] == ["+0.0 points", ""], (
-        "no limit in the config"
-    )
+    assert [cell.text for cell in lines["Tint, worst channel"]] == ["+0.0 points", ""], "no limit in the config"
     assert "Motion" in text_of(write_report([run.folder]).read_text())
 
 
