@@ -27,7 +27,7 @@ WORDS = {
 }
 """Metric names that are more than their words."""
 BETTER = {"frechet": "lower", "frechet_pixel": "lower", "accuracy": "higher"}
-"""Good direction of a metric, by its last word or whole last part."""
+"""Good direction of a metric, by the last part of its name or the last word of that."""
 
 
 def metric_title(name: str) -> str:
