@@ -38,7 +38,7 @@ DIFFERENCES = ("brightness", "latent_mean", "colour")
 
 @dataclass(frozen=True)
 class Alarm:
-    """What is wrong, in a word and in a sentence."""
+    """A name for what goes wrong, and a sentence with the number and a remedy."""
 
     name: str
     text: str
@@ -69,7 +69,7 @@ def find_alarms(live: Figures, reference: Figures | None, training: Figures, lim
     """Find the alarms of one validation.
 
     Args:
-        live: of the student, from :func:`measure`.
+        live: figures of the student, from :func:`fastvideo.evaluation.health.measure`.
         reference: of the teacher or of real videos; without it only what needs none is checked.
         training: ``update_balance`` (how far the critic moves per step, over how far the student does) and
             ``dmd_gradient_rms``, as far as the method has them.

@@ -142,7 +142,7 @@ def svg(described: str, parts: Sequence[str], width: int = WIDTH, height: int = 
 
 @dataclass(frozen=True)
 class Mark:
-    """One row: where it stands, its interval, what it is called, its colour class and what that colour means."""
+    """One row: its label, position and interval, its colour class and the meaning of that colour."""
 
     label: str
     calls: int
@@ -201,7 +201,7 @@ def _apart(x: Axis, ticks: Sequence[float]) -> list[float]:
 
 
 def _label(text: str, cx: float, baseline: float, width: int, taken: Sequence[Box]) -> tuple[str, Box]:
-    """The name of a mark beside it, lower where something stands already: equal results share a spot."""
+    """The name beside a mark, and its box; lower if another box is in the way, as with equal results."""
     length, flipped = LETTER * len(text), cx > 0.7 * width
     left = cx - 11 - length if flipped else cx + 11
     while any(abs(baseline - v) < 13 and left < b and a < left + length for a, b, v in taken):

@@ -1,4 +1,4 @@
-"""Measuring models under samplers: the same prompts and the same noise for every row of the comparison."""
+"""Measure models under samplers: every row of the comparison gets the same prompts and the same noise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import SIZE
 
 DECODE_UNITS = 2
-"""What decoding one video counts for on the progress bar, in network calls."""
+"""Weight of decoding one video on the progress bar, in network calls."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One run over prompts: what the judge saw, the first videos, and seconds per video.
+    """One pass over prompts: the judge's observations, the first videos, and seconds per video.
 
-    Seconds are the median over batches, so that a burst of other work on the machine does not count.
+    Seconds are the median over batches, which ignores a burst of other work on the machine.
     """
 
     seen: Observed
@@ -69,11 +69,11 @@ def evaluate_rows(
     """Measure every row on the same prompts and noise; the floor is that of the first row's VAE.
 
     Args:
-        rows: what to measure, by name.
+        rows: model folders and samplers, by name.
         prompts: held-out prompts.
         seed: chooses prompts and noise.
-        keep_videos: videos per row that are returned.
-        judge: instead of the held-out one that ``prompts`` and ``seed`` name.
+        keep_videos: number of videos per row to return.
+        judge: replaces the held-out one of ``prompts`` and ``seed``.
 
     Raises:
         UserError: for a bad folder or sampler (before anything is sampled), or a model of another world.
@@ -94,14 +94,14 @@ def evaluate_rows(
 
 
 def _kind(spec: RowSpec, model: LoadedModel) -> str:
-    """What a row is: see :class:`Row`."""
+    """The kind of a row, see :class:`Row`."""
     if spec.ladder is not None and not model.is_student:
         return "untrained"
     return "student" if model.is_student else "teacher"
 
 
 def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
-    """Load the lazy parts, then encode the prompts: seconds per prompt. Keeps first-use costs out of every timing."""
+    """Load the lazy parts, then return the seconds per prompt of encoding. Keeps first-use costs out of all timings."""
     shape = (2, *model.adapter.latent_shape)
     model.adapter.encode_prompts(["", ""])
     grey = torch.zeros(2, 3, max(model.adapter.first_frames), SIZE, SIZE) if model.adapter.needs_frames else None
@@ -114,10 +114,10 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
 
 
 def vae_floor(model: LoadedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
-    """Frechet distances of the prompts' own real videos after the VAE: nothing that samples latents can be closer.
+    """Frechet distances of the prompts' own real videos after the VAE, a lower bound for all latent models.
 
-    Same sample size, same reference as the rows: the value is what a perfect model would get, not zero, because the
-    sample is finite and the VAE is not perfect.
+    Sample size and reference are those of the rows. A perfect model of the latents would score this value, not zero,
+    because the sample is finite and the VAE is lossy.
     """
     real = judge.real_videos()
     parts = []
@@ -160,7 +160,7 @@ def sample(
     *,
     frames: Tensor | None = None,
 ) -> Sampled:
-    """Generate, decode and observe videos batch by batch, on a clock that leaves the judge out."""
+    """Generate, decode and observe videos batch by batch; the judge's time is not counted."""
     parts: list[Observed] = []
     kept: list[Tensor] = []
     denoise: list[float] = []

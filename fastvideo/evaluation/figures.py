@@ -35,12 +35,11 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: its class, its headings (the first one over the titles), lines by group, and a caption below it."""
+    """A table: its class, its headings (the first one over the titles), and lines by group."""
 
     kind: str
     heads: Sequence[Cell]
     groups: Sequence[Sequence[Line]]
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Difference(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """Whether the interval excludes zero."""
+        """True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -306,25 +305,13 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     return [Group(tuple(members)) for members in found.values()]
 
 
-SMALL_PRINT = (
-    "Small print: 95 % bootstrap intervals over prompts; where every prompt came out right, how many there were. "
-    "Time per video at batch size {batch_size}, median over batches; end to end adds text encoding and VAE."
-)
-COMPARED = (
-    " The best of each model is coloured. Differences are from the first run that has the model, in percentage points "
-    "for accuracies; in bold type the interval leaves zero out. It is combined as for independent samples: a paired "
-    "one would be narrower. Times are not compared: runs are measured at different moments."
-)
-
-
 def figures_table(groups: Sequence[Group], several: bool) -> Table:
     """All rows of all groups, with the differences between ``several`` runs."""
     single, first = len(groups) == 1, groups[0].first
     counted = [Cell(figure.head, f"n = {first['counts'][figure.key]}" if single else "") for figure in FIGURES]
     heads = [Cell("model"), Cell("calls"), *counted, Cell("denoising"), Cell("end to end")]
-    caption = SMALL_PRINT.format(batch_size=first["batch_size"]) + (COMPARED if several else "")
     lines = [[*([] if single else [_basis(group)]), *_group_lines(group, several)] for group in groups]
-    return Table("figures", heads, lines, caption)
+    return Table("figures", heads, lines)
 
 
 def _basis(group: Group) -> Line:
@@ -385,12 +372,8 @@ def _delta(row: Metrics, first: Metrics, figure: Figure) -> Cell:
 def verdicts(metrics: Metrics) -> Table | None:
     """Each student against its alternatives; ``None`` without any."""
     groups = [_verdict_lines(metrics, name) for name in row_names(metrics) if _alternatives(metrics, name)]
-    caption = (
-        "Difference: student minus the other, with a 95 % interval combined from both. Rows share prompts and noise, "
-        "so a paired interval would be narrower."
-    )
     heads = [Cell(head) for head in ("model", "calls", "Fréchet", "difference", "the student is")]
-    return Table("verdicts", heads, groups, caption) if groups else None
+    return Table("verdicts", heads, groups) if groups else None
 
 
 def _alternatives(metrics: Metrics, student: str) -> list[str]:

@@ -21,20 +21,20 @@ from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import FRAMES, SIZE, Split, TinyWorld
 
 REFERENCE_VIDEOS = 2048
-"""Real held-out videos behind the reference moments, however many prompts are evaluated: figures stay comparable."""
+"""Real held-out videos behind the reference moments, the same for any number of prompts."""
 COMPONENTS = 48
 PCA_VIDEOS = 1024
 REFERENCE_SEED, PCA_SEED = 900_001, 900_002
 """Streams of the world apart from those that prompts are drawn from."""
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 32, 4
 FITTING_VIDEOS = 8
-"""Real videos that must fit a prompt for their spread to be worth comparing with."""
+"""Fewest real videos of a prompt whose spread is a reference."""
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the judge sees in ``N`` videos: features ``[N, 64]``, pixel coordinates ``[N, K]``, labels ``[N, 3]``."""
+    """Observations of ``N`` videos: features ``[N, 64]``, pixel coordinates ``[N, K]``, labels ``[N, 3]``."""
 
     features: Tensor
     pixels: Tensor
@@ -53,7 +53,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Diversity:
-    """Prompts that leave something open: their positions ``[P]`` and the spread ``[P]`` of fitting real videos."""
+    """Prompts that leave an attribute open: positions ``[P]``, and the spread ``[P]`` of fitting real videos."""
 
     positions: Tensor
     real: Tensor
@@ -94,7 +94,7 @@ class Judge:
 
     Args:
         prompts: how many; at least 2.
-        split: ``heldout`` for figures; ``train`` for choices (such as a guidance scale) that must not see the former.
+        split: ``heldout`` for figures; ``train`` for choices such as a guidance scale, made before any figure.
         reference: real videos behind the reference moments; fewer are faster.
 
     Raises:
@@ -110,7 +110,7 @@ class Judge:
         self.counts = resample_counts(prompts, seed)
 
     def observe(self, videos: Tensor) -> Observed:
-        """What is seen in videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``.
+        """Observe videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``.
 
         Raises:
             UserError: for videos of another shape: only the tiny world has this judge.
@@ -132,7 +132,7 @@ class Judge:
         return Moments.of(self._reference[0].features), Moments.of(self._reference[0].pixels)
 
     def first_frames(self, adapter: DistillAdapter[Any]) -> Tensor | None:
-        """What the model goes on from, out of :meth:`real_videos`: ``[N, 3, T, 32, 32]``; ``None`` for text alone."""
+        """Conditioning frames ``[N, 3, T, 32, 32]`` out of :meth:`real_videos`; ``None`` for text-to-video models."""
         return self.real_videos()[:, :, : max(adapter.first_frames)] if adapter.needs_frames else None
 
     def real_videos(self) -> Tensor:
@@ -153,7 +153,7 @@ class Judge:
 
     @cached_property
     def diversity_task(self) -> Diversity:
-        """Where diversity is measured: the first prompts that leave an attribute open and have enough real peers."""
+        """The first prompts that leave an attribute open and have enough fitting real videos."""
         seen, truth = self._reference
         positions: list[int] = []
         real: list[Tensor] = []

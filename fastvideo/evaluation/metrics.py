@@ -1,4 +1,4 @@
-"""What is measured about a set of generated videos, as values with intervals."""
+"""Figures of a set of generated videos, as values with intervals."""
 
 from __future__ import annotations
 

@@ -25,28 +25,6 @@ COMPARISON = Path("compare.html")
 ABSENT = "\u2014"
 OWN_KEYS = ("output",)
 """Config keys that differ between any two runs."""
-TEXTS = {
-    "figures": "Lower is better for both distances, higher for the rest. Accuracy counts only prompts that name the "
-    "attribute, read back by a small frozen classifier that saw real videos alone. The Fréchet distance compares its "
-    "features with those of held-out real videos; the pixel distance does the same with principal components of plain "
-    "pixels, independent of any network. The floor is what as many real videos score after the VAE. Diversity is the "
-    "spread between videos of one prompt, relative to real videos that fit it (1 = as varied as the world).",
-    "videos": "The first held-out prompts of the evaluation, not chosen by eye. Every row of pictures starts from one "
-    "noise.",
-    "worth": "Each student against what one could use in its place: its teacher as good as it gets, its teacher "
-    "hurried to as few steps, and the same sampler before any training.",
-    "health": "Alarms of the validations during training, which compare the student's videos with the teacher's of "
-    "the same prompts (or with real ones).",
-}
-SHARED_ONCE = " A model that is the same in all runs appears once."
-NO_VIDEOS = "This run kept no videos: its folder has figures, but no videos folder."
-UNMEASURED = "Trained, not measured yet. This adds figures and videos:"
-MEASURE = "fastvideo evaluate {folder}/student --out {folder}"
-UNLIKE = (
-    "These runs were measured on different prompts, seeds or reference videos. Their figures stand in groups of their "
-    "own and no difference is taken across groups: the distances depend on how many prompts there were."
-)
-NO_COMMON_PROMPT = "The videos that these runs kept have no prompt in common."
 
 
 class Head(NamedTuple):
@@ -55,9 +33,8 @@ class Head(NamedTuple):
     title: str
     eyebrow: str
     lead: str
-    meta: str
+    meta: str = ""
     facts: Sequence[tuple[str, str, str]] = ()
-    command: str = ""
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
@@ -87,27 +64,25 @@ def render(runs: Sequence[Run]) -> str:
     """The HTML of the page."""
     alone, groups = len(runs) == 1, groups_of(runs)
     charts, more = chart_groups(curves_of(runs))
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            head=_head_of_one(runs[0]) if alone else _head_of_several(runs, groups),
-            notices=notices(runs, groups),
-            texts=TEXTS if alone else TEXTS | {"videos": TEXTS["videos"] + SHARED_ONCE},
-            differences=[] if alone else differences(runs),
-            videos=_videos(runs, groups),
-            worth=figure.verdicts(runs[0].metrics) if alone else None,
-            figures=figure.figures_table(groups, not alone) if groups else None,
-            cost=_cost(runs, groups[0]) if len(groups) == 1 else None,
-            alarms=alarm_list(runs),
-            health=health_table(runs),
-            charts=charts,
-            more=more,
-            once=once_table(runs),
-            details=_details(runs[0]) if alone else {},
-            config=runs[0].config if alone else "",
-            config_open=alone and not runs[0].metrics and not runs[0].curves,
-        )
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        head=_head_of_one(runs[0]) if alone else _head_of_several(runs, groups),
+        runs=runs,
+        groups=groups,
+        alone=alone,
+        missing=_missing(runs),
+        differences=[] if alone else differences(runs),
+        gallery=_gallery(runs, groups),
+        validations=validation_strips(runs),
+        worth=figure.verdicts(runs[0].metrics) if alone else None,
+        figures=figure.figures_table(groups, not alone) if groups else None,
+        cost=_cost(runs, groups[0]) if len(groups) == 1 else None,
+        alarms=alarm_list(runs),
+        health=health_table(runs),
+        charts=charts,
+        more=more,
+        once=once_table(runs),
+        details=_details(runs[0]) if alone else {},
     )
 
 
@@ -125,7 +100,7 @@ def _environment() -> Environment:
 def _head_of_one(run: Run) -> Head:
     eyebrow = run.recipe or "fastvideo"
     if not run.metrics:
-        return Head(run.name, eyebrow, UNMEASURED, "", command=MEASURE.format(folder=run.folder))
+        return Head(run.name, eyebrow, "Trained, not measured yet. This adds figures and videos:")
     meta = f"{figure.measured_on(run.metrics)} \u00b7 the same for every row \u00b7 95 % intervals"
     return Head(figure.headline(run.metrics), eyebrow, figure.lead(run.metrics), meta, figure.facts(run.metrics))
 
@@ -139,10 +114,8 @@ def _head_of_several(runs: Sequence[Run], groups: Sequence[Group]) -> Head:
     return Head(title, ", ".join(recipes) or "fastvideo", lead, meta, figure.facts_of_runs(runs))
 
 
-def notices(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
-    """Missing parts of the runs, and figures that cannot be compared."""
-    if len(runs) == 1:
-        return [] if runs[0].curves or runs[0].metrics else ["No metrics were logged in this run."]
+def _missing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Names of the runs that lack something, by the text that says so."""
     unmeasured = [run for run in runs if not run.metrics]
     missing = {
         "not measured, so there are only curves and config": [r.name for r in unmeasured if not r.validation],
@@ -151,22 +124,11 @@ def notices(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         "no training curves": [run.name for run in runs if not run.curves],
         "no config": [run.name for run in runs if not run.config],
     }
-    texts = [f"{', '.join(names)}: {what}." for what, names in missing.items() if names]
-    return [UNLIKE, *texts] if len(groups) > 1 else texts
+    return {text: names for text, names in missing.items() if names}
 
 
 def _cost(runs: Sequence[Run], group: Group) -> str:
     return cost_chart(figure.marks(group, runs), group.first["frechet_floor"], "Fréchet distance")
-
-
-def _videos(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
-    """Videos of the evaluations, those of the validations for runs without, and a notice where there are none."""
-    shown, notice = _gallery(runs, groups), ""
-    if not shown and any(run.gallery for run in runs):
-        notice = NO_COMMON_PROMPT
-    elif len(runs) == 1 and runs[0].metrics and not shown:
-        notice = NO_VIDEOS
-    return {"gallery": shown, "validations": validation_strips(runs), "notice": notice}
 
 
 def _gallery(runs: Sequence[Run], groups: Sequence[Group]) -> Shown | None:

@@ -27,7 +27,7 @@ WORDS = {
 }
 """Metric names that are more than their words."""
 BETTER = {"frechet": "lower", "frechet_pixel": "lower", "accuracy": "higher"}
-"""Good direction of a metric, by its last word or whole last part."""
+"""Good direction of a metric, by the last part of its name or the last word of that."""
 
 
 def metric_title(name: str) -> str:
@@ -152,17 +152,9 @@ def health_table(runs: Sequence[Run]) -> Table | None:
         )
         for name in banded
     ]
-    steps = ", ".join(f"step {step}" for step in dict.fromkeys(health.step for health in found if health.values))
-    caption = (
-        f"Last validation, {steps}: the student's figure as a share of the reference's, or minus it in points of 100, "
-        "and below it both. Movement and gradient are as measured. A figure outside its band raises an alarm, unless "
-        "it follows from a worse one."
-    )
-    return (
-        Table("health", [Cell("figure"), *_run_heads(runs, "student"), Cell("healthy")], [lines], caption)
-        if lines
-        else None
-    )
+    steps = [f"step {health.step}" if health.values else "" for health in found]
+    over = [head._replace(small=step) for head, step in zip(_run_heads(runs, "student"), steps, strict=True)]
+    return Table("health", [Cell("figure"), *over, Cell("healthy")], [lines]) if lines else None
 
 
 def _text(name: str, value: float, relative: bool) -> str:

@@ -1,4 +1,4 @@
-"""What is compared: model folders and how each is sampled."""
+"""Rows of a comparison: model folders with their samplers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastvideo.inference.loading import LoadedModel, load_recipe, student_sample
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row: a model folder and how it is sampled. What is not given is the model's own choice.
+    """One row: a model folder and its sampler. ``None`` is the model's own choice.
 
     Attributes:
         folder: a path or ``tiny``.
         steps: sampling steps.
         guidance: standard convention, 1 = none.
-        ladder: sample as a student over these times, whatever the model: a student of another ladder, or of none.
-        kind: the sampler that walks ``ladder``; ``None`` is the model's own.
+        ladder: times to sample at as a student, also for a teacher or a student of another ladder.
+        kind: the sampler over ``ladder``.
     """
 
     folder: str
@@ -42,7 +42,7 @@ class RowSpec:
 
 
 def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict[str, RowSpec]:
-    """The rows that say whether distillation was worth it, for a student with a ladder of ``K`` steps.
+    """Rows that weigh a student with a ladder of ``K`` steps against its alternatives.
 
     ``teacher_50``, ``teacher_K``, ``teacher_1`` with the teacher's own guidance; ``untrained_K``, the teacher's weights
     under the student's sampler; ``student_K``, ``student_1``.

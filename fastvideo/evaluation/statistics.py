@@ -28,7 +28,7 @@ class Estimate:
 
 
 def resample_counts(samples: int, seed: int, resamples: int = RESAMPLES) -> Tensor:
-    """How often each sample is drawn in each resample: float64 ``[resamples, samples]``, rows sum to ``samples``."""
+    """Draws of each sample in each resample: float64 ``[resamples, samples]``; each row sums to ``samples``."""
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(samples, np.full(samples, 1.0 / samples), size=resamples)
     return torch.from_numpy(counts.astype(np.float64))
@@ -41,7 +41,7 @@ def estimate(
 
     The quantiles are re-centred on ``value``: a Frechet distance is biased upward by a finite sample, resampling adds
     that bias once more, and plain percentiles would then lie wholly above the figure itself. Resamples in which the
-    figure is undefined (NaN: no prompt that names the attribute) are left out.
+    figure is undefined (NaN: no prompt names the attribute) are skipped.
     """
     kept = resampled[~resampled.isnan()]
     if not len(kept):
