@@ -40,9 +40,9 @@ from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.stopping import listening
-from fastvideo.training.data import build_data, check_buckets
+from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
 from fastvideo.training.lock import check_free, locked
-from fastvideo.training.output import check_output, prepare_output
+from fastvideo.training.output import check_output, next_commands, prepare_output, resume_command
 from fastvideo.training.resume import already_started, checkpoint_hook, find_checkpoint, flat, go_on, run_parts
 from fastvideo.training.validation import build_validation
 
@@ -84,6 +84,7 @@ def run(
             if processes.is_main:
                 check_free(Path(config.output))
             check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
+            check_data(config, processes)
             barrier()
             with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
                 start.reached("processes")
@@ -130,10 +131,10 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     tracker.rewind(trainer.step)
     checkpoint = checkpoint_hook(config, parts, processes)
     trainer.hooks = (start.tell(tracker), validation, checkpoint)
-    trainer.on_stop = partial(_save_for_stop, checkpoint)
+    trainer.on_stop = partial(_save_for_stop, checkpoint, resume_command(config))
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
-    for note in method.notes:
+    for note in (*prompt_notes(config), *method.notes):
         tracker.say(note)
     try:
         validation.resume(trainer.step)
@@ -143,7 +144,8 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     finally:
         checkpoint.wait()
     save_result(config, adapter, trainer, output / "student", processes)
-    tracker.say(f"saved {output / 'student'}")
+    for line in (f"saved {output / 'student'}", *next_commands(config, adapter)):
+        tracker.say(line)
     return output / "student"
 
 
@@ -175,13 +177,13 @@ def build_trainer(
     return DistillTrainer(method, prepare, options, tracker, averages=averages, guard=guard)
 
 
-def _save_for_stop(checkpoint: CheckpointHook, step: int) -> str:
+def _save_for_stop(checkpoint: CheckpointHook, command: str, step: int) -> str:
     """Save a run that a signal stops, whether or not it saves otherwise; for the message, where."""
     there = checkpoint.folder / f"step-{step}" in complete_checkpoints(checkpoint.folder)
     if not (checkpoint.due(step) or there):
         checkpoint.save(step)
     checkpoint.wait()
-    return f"; saved {checkpoint.folder / f'step-{step}'}, go on with --resume"
+    return f"; saved {checkpoint.folder / f'step-{step}'}, go on with: {command}"
 
 
 def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path, processes: Processes) -> None:
