@@ -84,7 +84,6 @@ def run(
             if processes.is_main:
                 check_free(Path(config.output))
             check_output(config, resume=resume, overwrite=overwrite, resume_from=resume_from)
-            check_data(config, processes)
             barrier()
             with naming_lost_processes(), locked(Path(config.output)) if processes.is_main else nullcontext():
                 start.reached("processes")
@@ -109,9 +108,9 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     for backend in config.tracking.backends:
         check_installed(backend)
     tracker = Tracker(output, enabled=processes.is_main, options=TrackingOptions(**config.tracking.model_dump()))
-    source = None
-    if launched.resume or launched.resume_from:
-        source = find_checkpoint(config, processes, launched.resume_from, tracker.say)
+    going_on = launched.resume or launched.resume_from
+    source = find_checkpoint(config, processes, launched.resume_from, tracker.say) if going_on else None
+    check_data(config, processes)
     adapter = build_adapter(config, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
