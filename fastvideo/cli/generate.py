@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,14 +77,19 @@ def run_generate(arguments: GenerateArguments) -> str:
         UserError: for a bad folder, prompt, image, number of steps or file name; nothing is written then.
     """
     from fastvideo.data.video_io import video_format, write_video
+    from fastvideo.distillation.adapters.loading import EMBEDDED
     from fastvideo.inference.first_frames import first_frames
     from fastvideo.inference.generate import generate_video
     from fastvideo.inference.loading import load_model
+    from fastvideo.tiny.captions import outside_note
 
     video_format(arguments.output)
     sizes = ("height", "width", "num_frames", "max_sequence_length")
     options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
     model = load_model(arguments.folder, options, arguments.device)
+    embedded = arguments.folder in EMBEDDED or model.recipe.get("model", {}).get("path") in EMBEDDED
+    if embedded and (note := outside_note([arguments.prompt])):
+        print(note, file=sys.stderr)
     spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     frames = first_frames(model, arguments.image)
     begin = time.perf_counter()

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastvideo.data.faults import Faults
 from fastvideo.distillation.rng import seeded
 from fastvideo.distillation.types import RawBatch, UserError
+from fastvideo.wording import counted
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class SampleStream:
         self._load = partial(pinned, source) if pin else source.read
         self.rounds = sum(bucket.rounds(shard) for bucket in source.buckets)
         if not self.rounds:
-            raise UserError(too_few(source.buckets, shard))
+            raise UserError(too_few([len(bucket.rows) for bucket in source.buckets], shard))
         self.epoch, self.round = 0, 0
         self._plan = lru_cache(maxsize=2)(self._plan_of)
         self._reader = ThreadPoolExecutor(1, "reader") if ahead else None
@@ -205,10 +206,12 @@ def pinned(source: Source, rows: Sequence[int]) -> RawBatch:
     return RawBatch(raw.captions, latents, {name: value.pin_memory() for name, value in raw.extras.items()})
 
 
-def too_few(buckets: Sequence[Bucket], shard: Shard) -> str:
-    """Why there is no step to take."""
-    needed = f"fewer than one batch of {shard.batch_size} on each of {shard.world_size} processes"
-    largest = max((len(bucket.rows) for bucket in buckets), default=0)
-    if len(buckets) < 2:
-        return f"data: {largest} samples are {needed}"
-    return f"data: the largest of {len(buckets)} buckets has {largest} samples, {needed}"
+def too_few(sizes: Sequence[int], shard: Shard) -> str:
+    """Why there is no step to take from buckets of these sizes, and what would do."""
+    needed = f"fewer than one batch of {shard.batch_size} on each of {counted(shard.world_size, 'process')}"
+    largest = max(sizes, default=0)
+    possible = largest // shard.world_size
+    hint = f": set --data.batch-size to {possible}{' or less' if possible > 1 else ''}" if possible else ""
+    if len(sizes) < 2:
+        return f"data: {counted(largest, 'sample')} {'is' if largest == 1 else 'are'} {needed}{hint}"
+    return f"data: the largest of {len(sizes)} buckets has {counted(largest, 'sample')}, {needed}{hint}"

@@ -154,7 +154,8 @@ def _short_names(places: Sequence[Path]) -> list[str]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (METRICS, CURVES, CONFIG))
+    started = (folder / CONFIG).is_file() and (folder / ENVIRONMENT).is_file()
+    return started or (folder / METRICS).is_file() or (folder / CURVES).is_file()
 
 
 def _check_is_run(folder: Path) -> None:
@@ -166,7 +167,7 @@ def _check_is_run(folder: Path) -> None:
     if not _is_run(folder):
         inside = next((parent for parent in folder.resolve().parents if _is_run(parent)), None)
         hint = f"; it lies in the run {inside}" if inside else f"; {MADE_BY}"
-        raise UserError(f"{folder} is no run: it has neither {METRICS} nor {CURVES} nor {CONFIG}{hint}")
+        raise UserError(f"{folder} is no run: it has no {METRICS}, no {CURVES} and no {CONFIG}{hint}")
 
 
 def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:

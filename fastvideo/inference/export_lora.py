@@ -1,28 +1,32 @@
-"""``fastvideo export --to lora-diffusers|lora-comfy``: a student's adapter alone, for programs that have the base."""
+"""A student's adapter alone, for programs that have the base."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
-from fastvideo.distillation.registry import load_adapter
+from fastvideo.distillation.registry import families, load_adapter, load_method
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.export_source import PARTS, Source, adapter_scaling
-from fastvideo.inference.loading import RECIPE, load_recipe
+from fastvideo.files import replacing_folder
+from fastvideo.inference.export_source import PARTS, RUN_CONFIG, Source, adapter_scaling
+from fastvideo.inference.loading import RECIPE, load_recipe, pipeline_class
+from fastvideo.wording import counted
 
 LORA_FORMATS = ("lora-diffusers", "lora-comfy")
 COMFY_FILE = "comfyui_lora.safetensors"
 
 
 def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
-    """Write the adapter in a layout, with the recipe that samples from it; one line for the terminal.
+    """Write the adapter in a layout, with the recipe that samples from it; the line for the terminal.
 
     ``alpha`` is part of the weights, so a reader that knows none is right.
 
@@ -35,16 +39,45 @@ def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
         tensors, name = in_comfy(tensors, config["distill_model"]), COMFY_FILE
     else:
         name = ADAPTER_FILE
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / name, metadata={"format": "pt"})
+    base = config["roles"]["student"].get("path") or config["model"]["path"]
     recipe = (load_recipe(str(source.folder)) if source.folder else {}) | {mark: layout}
-    (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
-    if out.is_dir():
-        shutil.rmtree(out)
-    partial.rename(out)
-    return f"{out / name}: {len(tensors) // 2} layers, for {config['roles']['student'].get('path') or 'the model'}"
+    with replacing_folder(out) as partial:
+        save_file(tensors, partial / name, metadata={"format": "pt"})
+        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        scheduler = _save_scheduler(source, partial)
+        (partial / "README.md").write_text(_read_me(source, base, name, out.name, scheduler), encoding="utf-8")
+    return f"{out / name}: {len(tensors) // 2} layers, over the base model {base}; README.md beside it loads both"
+
+
+def _save_scheduler(source: Source, folder: Path) -> str | None:
+    """The stock scheduler of the student's ladder beside its adapter; the name of its class, if there is one."""
+    config = config_of(source.config, f"{source.run}/{RUN_CONFIG}")
+    kind = load_method(config.distill_method).sampler
+    if kind == "flow_map":
+        return None
+    scheduler = build_adapter(config).stock_sampler(config.ladder.times, kind).scheduler
+    scheduler.save_pretrained(folder / "scheduler")
+    return type(scheduler).__name__
+
+
+def _read_me(source: Source, base: str, file: str, name: str, scheduler: str | None) -> str:
+    """The base model, and the lines that load the adapter into its stock pipeline."""
+    model = source.config["model"]
+    folder = source.folder or resolve_pipeline(model["path"], tuple(families()))
+    pipeline = pipeline_class(str(folder))
+    imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({base!r})"
+    if base in EMBEDDED:  # no name that diffusers knows
+        imports.append("from fastvideo.distillation.adapters.loading import resolve_pipeline")
+        load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({base!r}, ({pipeline!r},)))"
+    lines = [load, f"pipe.load_lora_weights({name!r}, weight_name={file!r})"]
+    if scheduler:
+        imports.insert(0, f"from diffusers import {scheduler}")
+        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({name!r}, subfolder='scheduler')")
+    steps = len(source.config["ladder"]["times"])
+    sizes = "".join(f", {key}={model[key]}" for key in ("height", "width", "num_frames") if key in model)
+    lines.append(f"video = pipe(prompt, num_inference_steps={steps}, guidance_scale=1.0{sizes})")
+    head = f"# {name}\n\nAn adapter (LoRA) over `{base}`: with it that model samples in {counted(steps, 'step')}."
+    return "\n".join([head, "", "```python", *imports, "", *lines, "```", ""])
 
 
 def read_adapter(source: Source) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from fastvideo.planning.layout import (
     stays_gathered,
 )
 from fastvideo.planning.simulate import StepCost, simulate
+from fastvideo.wording import counted
 
 ALL_TO_ALL = 4
 """Tensors that context parallelism exchanges per attention: queries, keys, values and the answer."""
@@ -113,7 +114,9 @@ def check_layout(config: Config, world: int) -> None:
     allowed = [n for n in range(1, world + 1) if world % n == 0]
     for name, value in (("shard", config.parallel.shard), ("context", config.parallel.context)):
         if value not in allowed:
-            raise UserError(f"parallel.{name} is {value}, which does not divide {world} processes: one of {allowed}")
+            raise UserError(
+                f"parallel.{name} is {value}, which does not divide {counted(world, 'process')}: one of {allowed}"
+            )
 
 
 def _sent(config: Config, adapter: Adapter, roles: list[RoleBytes], step: StepCost, world: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -56,3 +57,23 @@ def parse_caption(text: str) -> Attributes:
         colour=None if colour is None else COLOURS.index(colour),
         direction=None if direction is None else DIRECTIONS.index(direction),
     )
+
+
+def outside_note(prompts: Sequence[str]) -> str | None:
+    """A warning about prompts that are no captions of the tiny world; ``None`` if all are."""
+    outside = [prompt for prompt in prompts if not _is_caption(prompt)]
+    if not outside:
+        return None
+    share = f"{len(outside)} of {len(prompts)} prompts are" if len(prompts) > 1 else "the prompt is"
+    return (
+        f"warning: {share} outside the world of this tiny model ({outside[0]!r}): it knows ten digits, "
+        f"{len(COLOURS)} colours and {len(DIRECTIONS)} directions, as in 'a green seven moving up and left'"
+    )
+
+
+def _is_caption(text: str) -> bool:
+    try:
+        parse_caption(text)
+    except ValueError:
+        return False
+    return True

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from fastvideo.data.faults import Faults
-from fastvideo.data.order import MemorySource, SampleStream, Shard, Source
+from fastvideo.data.index import dataset_files
+from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
+from fastvideo.distillation.adapters.loading import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
+from fastvideo.tiny.captions import outside_note
 
 TINY = "tiny"
 READ_AHEAD = 2
@@ -31,6 +37,46 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
     on_cuda = processes.device.type == "cuda"
     ahead = READ_AHEAD if on_disk or on_cuda else 0
     return SampleStream(source, config.seed, shard, ahead, pin=on_cuda, faults=faults), description
+
+
+def check_data(config: Config, processes: Processes) -> None:
+    """Check what can be seen of the data before a model is loaded: that it is there, readable and enough for a step.
+
+    Raises:
+        UserError: for a prompts file that is missing, empty or not UTF-8, a folder without Parquet files, or fewer
+            samples than one batch.
+    """
+    shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
+    if config.data.prompts is not None:
+        count = len(read_prompts(config.data.prompts))
+    elif config.data.path != TINY:
+        count = _rows(config.data.path, enough=shard.per_round)
+    else:
+        count = config.data.size
+    if count < shard.per_round:
+        raise UserError(too_few([count], shard))
+
+
+def _rows(path: str, enough: int) -> int:
+    """Rows of a dataset, counted until there are enough; a file that cannot be read is for the run to report."""
+    count = 0
+    for file in dataset_files(path):
+        try:
+            count += pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError):
+            return enough
+        if count >= enough:
+            break
+    return count
+
+
+def prompt_notes(config: Config) -> list[str]:
+    """A warning if an embedded model is to train on, or is shown, prompts that its world does not have."""
+    if config.model.path not in EMBEDDED:
+        return []
+    prompts = [*(read_prompts(config.data.prompts) if config.data.prompts else ()), *config.validation.prompts]
+    note = outside_note(prompts)
+    return [note] if note else []
 
 
 def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: SampleStream) -> None:

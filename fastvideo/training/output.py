@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import yaml
 
-from fastvideo.distillation.builder import Config
+from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.checkpoint.initial import parse_origin
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
@@ -77,3 +78,20 @@ def prepare_output(config: Config, *, overwrite: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     replace_file(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def resume_command(config: Config) -> str:
+    """The command that continues this run from its folder."""
+    return f"fastvideo distill --config {shlex.quote(str(Path(config.output) / RUN_FILES[0]))} --resume"
+
+
+def next_commands(config: Config, adapter: Adapter) -> list[str]:
+    """Commands that show what a finished run has made; a family without a pipeline makes no videos."""
+    output = Path(config.output)
+    report = f"fastvideo report {shlex.quote(str(output))}"
+    if not adapter.pipelines:
+        return [f"next: {report}"]
+    prompt = next(iter(config.validation.prompts), "a green seven moving up and left")
+    image = " --image FILE" if adapter.needs_frames else ""
+    student = shlex.quote(str(output / "student"))
+    return [f"next: fastvideo generate {student} --prompt {shlex.quote(prompt)}{image}", f"      {report}"]

@@ -18,9 +18,9 @@ from fastvideo.distillation.engine.runtime import Processes, Runtime, Session, T
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
-from fastvideo.training.data import build_data, check_buckets
+from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
 from fastvideo.training.lock import check_free, locked
-from fastvideo.training.output import check_output, prepare_output
+from fastvideo.training.output import check_output, next_commands, prepare_output, resume_command
 from fastvideo.training.resume import (
     already_started,
     checkpoint_folder,
@@ -83,6 +83,7 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
     source = None
     if launched.resume or launched.resume_from:
         source = find_checkpoint(config, session, launched.resume_from)
+    check_data(config, processes)
     adapter = build_adapter(config, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
@@ -102,10 +103,10 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
     tracker.rewind(trainer.step)
     checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
     trainer.hooks = (start.tell(tracker), validation, checkpoints)
-    trainer.on_stop = checkpoints.save_for_stop
+    trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
-    for note in method.notes:
+    for note in (*prompt_notes(config), *method.notes):
         tracker.say(note)
     try:
         validation.resume(trainer.step)
@@ -114,7 +115,8 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
     finally:
         checkpoints.wait()
     save_result(config, adapter, trainer, output / "student")
-    tracker.say(f"saved {output / 'student'}")
+    for line in (f"saved {output / 'student'}", *next_commands(config, adapter)):
+        tracker.say(line)
     return output / "student"
 
 

@@ -109,8 +109,8 @@ class Tracker:
                 self._rewound_to = step
 
     def say(self, message: str) -> None:
-        """One line for the person who watches."""
-        self.console.print(message, highlight=False)
+        """One line for the person who watches; not broken, so that a command in it can be copied."""
+        self.console.print(message, highlight=False, soft_wrap=True)
 
     def progress(self, total: int, done: int) -> Tracker:
         """The bar of the run; use as a context."""

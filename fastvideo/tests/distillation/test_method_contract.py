@@ -21,13 +21,12 @@ from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
     STD,
-    TOYS,
     SpyAdapter,
-    Toy,
     analytic_batch,
     moments,
     spy,
     toy_method,
+    toy_of,
     train,
     trajectory_extras,
 )
@@ -213,7 +212,7 @@ def test_the_truth_is_a_fixed_point_that_attracts(name: str, offset: float) -> N
         adapter.calls.clear()
         return analytic_batch(adapter, 64, seed=step)
 
-    rates = {**dict.fromkeys(method.trainable_roles, 1e-3), **TOYS.get(name, Toy({})).rates}
+    rates = {**dict.fromkeys(method.trainable_roles, 1e-3), **toy_of(name).rates}
     train(method, batches, 200, rates)
     mean, std = moments(method.bundle["student"])
     if offset:
@@ -224,7 +223,7 @@ def test_the_truth_is_a_fixed_point_that_attracts(name: str, offset: float) -> N
 
 @every_method
 def test_the_declared_sampler_reproduces_the_truth(name: str) -> None:
-    adapter, toy = spy((1, 1, 6, 5)), TOYS.get(name, Toy({}))
+    adapter, toy = spy((1, 1, 6, 5)), toy_of(name)
     method, streams = toy_method(name, adapter), RandomStreams(4)
     condition = adapter.negative(2000)
 
@@ -244,7 +243,7 @@ def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan:
     wan: DistillAdapter[Any] = FAMILIES["wan"].make(tiny_wan.parent)
     wan = type(wan)(wan_config(tiny_wan, precision="bfloat16"))
     wan.ensure_negative_conditioning()
-    cls, toy = load_method(name), TOYS.get(name, Toy({}))
+    cls, toy = load_method(name), toy_of(name)
     config = cls.Config(**toy.config)
     networks = {role: wan.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
     if "flow_map" in cls.needs_of(config):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -188,6 +189,13 @@ TOYS = {
 }
 
 
+def toy_of(name: str) -> Toy:
+    """The toy config of a method; every registered method has one."""
+    if name not in TOYS:
+        pytest.fail(f"no toy config for {name} in toys.py: add a line to TOYS")
+    return TOYS[name]
+
+
 def toy_bundle(
     method: type[DistillMethod[Any]],
     adapter: AnalyticAdapter,
@@ -223,7 +231,7 @@ def toy_method(
     """A registered method on analytic roles: the truth, except that trained ones start at N(mean, std^2)."""
     from fastvideo.distillation.registry import load_method
 
-    cls, toy = load_method(name), TOYS.get(name, Toy({}))
+    cls, toy = load_method(name), toy_of(name)
     config = cls.Config(**{**toy.config, **options})
     with initialising(1):
         heads = cls.heads(config, adapter)

@@ -113,3 +113,20 @@ def test_a_student_that_was_trained_whole_has_no_adapter(tmp_path: Path) -> None
         export(wan_folder(tmp_path), tmp_path / "out", "lora-diffusers")
     assert main(["export", str(wan_folder(tmp_path)), "--to", "lora-diffuser", "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_names_its_base_and_loads_as_its_readme_says(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of README.md run as they are, and sample with the student's own noise levels."""
+    run_export(str(trained), tmp_path / "out", to="lora-diffusers")
+    text = (tmp_path / "out" / "README.md").read_text()
+    base = json.loads((trained / "student" / "recipe.json").read_text())["model"]["path"]
+    assert f"over `{base}`" in text
+    code = text.split("```python\n")[1].split("```")[0].rpartition("video = ")[0]
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)  # the lines of the page
+    names["pipe"].scheduler.set_timesteps(2)
+    assert [float(time) for time in names["pipe"].scheduler.timesteps] == pytest.approx([1000, 500], abs=1)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").glob("*.*")} == {"0o644"}

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from fastvideo.distillation.config.base import Section
+from fastvideo.distillation.config.schema import (
+    CheckpointConfig,
+    HealthConfig,
+    ParallelConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
+from fastvideo.distillation.registry import METHODS, run_schema
 from fastvideo.errors import UserError
 from fastvideo.tests.training.test_run import config_of, result
+from fastvideo.training.resume import check_config, flat, is_resumable
 from fastvideo.training.run import run
 
 
@@ -161,3 +174,50 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(analytic_va
     assert all(torch.equal(tensor, result(fork)[name]) for name, tensor in result(values).items())
     with pytest.raises(UserError, match="holds another run"):
         run(config_of(fork), resume_from=Path(values["output"]) / "checkpoints" / "step-6")
+
+
+RESUMABLE_FIELDS = {
+    *("output", "device", "data.cache"),
+    *(f"parallel.{name}" for name in ParallelConfig.model_fields),
+    *(f"validation.{name}" for name in ValidationConfig.model_fields),
+    *(f"health.{name}" for name in HealthConfig.model_fields),
+    *(f"tracking.{name}" for name in TrackingConfig.model_fields),
+    *(f"checkpoint.{name}" for name in CheckpointConfig.model_fields),
+    *("trainer.max_steps", "trainer.max_cpu_seconds", "trainer.log_every", "trainer.threads"),
+    *("trainer.keep_freed_memory", "trainer.non_finite", "trainer.max_skips", "trainer.stop_signals"),
+    "trainer.watchdog_seconds",
+}
+"""A decision: a field is named here on purpose, because a run may then go on with another value of it."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_is_marked_as_resumable_or_refused(analytic_values: dict, tmp_path: Path, method: str) -> None:
+    """A checkpoint whose config differs in one field: a line for the user if it is marked, else a refusal."""
+    config = config_of(analytic_values)
+    schema = run_schema("analytic", method)
+    keys = set(flat(field_tree(schema)))
+    assert {key for key in keys if is_resumable(schema, key)} == RESUMABLE_FIELDS
+    if method != config.distill_method:
+        return
+    saved = config.model_dump(mode="json")
+    for key in sorted(flat(saved)):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed(saved, key.split("."))))
+        started = key.endswith(".init_from") and config.roles[key.split(".")[1]].trainable
+        if key in RESUMABLE_FIELDS or started:
+            assert [line.partition(":")[0] for line in check_config(config, tmp_path)] == [key]
+        else:
+            with pytest.raises(UserError, match=rf"would change the run silently:\n  {re.escape(key)}: "):
+                check_config(config, tmp_path)
+
+
+def field_tree(schema: type[Section]) -> dict[str, Any]:
+    """Every field of a schema, nested as its sections are."""
+    inner = {name: field.annotation for name, field in schema.model_fields.items()}
+    sections = {name: kind for name, kind in inner.items() if isinstance(kind, type) and issubclass(kind, Section)}
+    return {name: field_tree(sections[name]) if name in sections else None for name in inner}
+
+
+def changed(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """A copy with another value at one place."""
+    rest = keys[1:]
+    return {**values, keys[0]: changed(values[keys[0]], rest) if rest else f"not {values[keys[0]]}"}

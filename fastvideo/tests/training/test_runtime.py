@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.builder import run_schema
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrainerConfig
 from fastvideo.distillation.engine.optional import diagnosis
 from fastvideo.distillation.engine.parallel import distributed
 from fastvideo.distillation.engine.runtime import Runtime, Tracker
+from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import RawBatch, RoleLoss
 from fastvideo.errors import RunError, UserError
-from fastvideo.tests.distillation.parity.worlds import in_world
 from fastvideo.tests.distillation.toys import spy, toy_method
+from fastvideo.tests.launch import in_world
 from fastvideo.training.run import run
 
 SIZES = [(3,), (5, 2), (40,), (1,), (4, 4)]

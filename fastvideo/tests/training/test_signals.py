@@ -92,7 +92,8 @@ def test_a_signal_stops_the_run_at_a_step_with_a_checkpoint_from_which_it_goes_o
     found, message = stop(start(values, place), signal.Signals[number])
     assert found == code
     assert f"stopped by {number} at step {step}; saved" in message
-    assert f"step-{step}, go on with --resume" in message
+    command = f"fastvideo distill --config {values['output']}/config.yaml --resume"
+    assert f"step-{step}, go on with: {command}" in message
     assert (Path(values["output"]) / "checkpoints" / f"step-{step}" / "manifest.json").is_file()
     assert not (Path(values["output"]) / "student").exists()
     run(config_of(values), resume=True)

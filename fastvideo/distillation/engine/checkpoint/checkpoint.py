@@ -156,7 +156,7 @@ class CheckpointHook:
         if not (self.due(step) or target in complete_checkpoints(self.folder)):
             self.save(step)
         self.wait()
-        return f"; saved {target}, go on with --resume"
+        return f"; saved {target}"
 
     def wait(self) -> None:
         """Until nothing is being written.
