@@ -20,16 +20,16 @@ TOLERANCE = 2 / 255
 """Of a pixel in [0, 1]."""
 
 
-@check("velocity(), decode(), encode_prompts(), stock_sampler()")
+@check("velocity(), codec.decode(), conditioner.encode_prompts(), folder.stock_sampler()")
 def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
     adapter = subject.adapter
-    if not adapter.pipelines:
+    if not adapter.Config.pipelines:
         raise NotApplicable("the family has no diffusers pipeline")
-    stock = adapter.stock_sampler(adapter.teacher_times(STEPS), "euler")
+    stock = adapter.folder.stock_sampler(adapter.folder.teacher_times(STEPS), "euler")
     noise = subject.noise(1)
-    condition = adapter.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
+    condition = adapter.conditioner.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
     velocity = partial(velocity_of, adapter, subject.network, condition=condition)
-    ours = (adapter.decode(euler(velocity, noise, stock.times)).clamp(-1, 1) + 1) / 2
+    ours = (adapter.codec.decode(euler(velocity, noise, stock.times)).clamp(-1, 1) + 1) / 2
     theirs = stock_video(subject, stock, noise)
     require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
     worst = float((ours.cpu() - theirs).abs().max())
@@ -42,14 +42,14 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
 
     adapter = subject.adapter
     folder = subject.folder / "stock"
-    adapter.save_pipeline(folder, subject.network, {})
+    adapter.folder.save(folder, subject.network, {})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(adapter.device)
     image = _image(subject, type(pipeline))
     pipeline.scheduler = stock.scheduler
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         prompt=subject.prompts[0],
-        latents=noise.transpose(1, 2) if adapter.frames_first else noise,
+        latents=adapter.folder.stock_latents(noise),
         num_inference_steps=len(stock.times),
         guidance_scale=1.0,
         output_type="pt",

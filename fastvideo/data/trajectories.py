@@ -40,7 +40,7 @@ FIELDS = {"teacher": "teacher weights", "ladder": "ladder", "guidance": "guidanc
 
 def walk_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
     """The teacher's times: its own sampler's, with the ladder's among them."""
-    own = Ladder(adapter.teacher_times(config.method.teacher_steps))
+    own = Ladder(adapter.folder.teacher_times(config.method.teacher_steps))
     return own.joined(Ladder(config.ladder.times)).times
 
 
@@ -58,13 +58,13 @@ def provenance(config: Config, adapter: Adapter, teacher: nn.Module) -> dict[str
     return {
         "format": FORMAT,
         "latents": "normalised",
-        "codec_key": adapter.codec_key,
+        "codec_key": adapter.codec.latent_key,
         "family": config.distill_model,
         "model": config.method.teacher_path or config.model.path,
         "teacher": weights_hash(teacher),
         "ladder": list(config.ladder.times),
         "guidance": config.method.teacher_guidance,
-        "negative_prompt": adapter.negative_prompt,
+        "negative_prompt": adapter.conditioner.negative_prompt,
         "solver": "euler",
         "solver_times": list(walk_times(config, adapter)),
     }
@@ -105,17 +105,17 @@ class TrajectoryJob:
         config = run_schema(self.config["distill_model"], self.config["distill_method"]).model_validate(self.config)
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
-        teacher = RoleHandle("teacher", adapter, adapter.load_network(config.method.teacher_path))
+        teacher = RoleHandle("teacher", adapter, adapter.folder.load_network(config.method.teacher_path))
         return partial(self._write, partial(self._walk, config, adapter, teacher))
 
     def _walk(self, config: Config, adapter: Adapter, teacher: RoleHandle, rows: range) -> tuple[Tensor, Tensor]:
         """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of some rows, float32 on the CPU."""
         draws = (seeded(sample_seed(config.seed, row)) for row in rows)
-        noise = torch.stack([normal(adapter.latent_shape, generator) for generator in draws]).to(adapter.device)
+        noise = torch.stack([normal(adapter.codec.latent_shape, generator) for generator in draws]).to(adapter.device)
         velocity = partial(
             teacher.guided_velocity,
-            condition=adapter.encode_prompts([self.captions[row] for row in rows]),
-            negative=adapter.negative(len(rows)),
+            condition=adapter.conditioner.encode_prompts([self.captions[row] for row in rows]),
+            negative=adapter.conditioner.negative(len(rows)),
             guidance=config.method.teacher_guidance,
         )
         states, end = euler_states(velocity, noise, walk_times(config, adapter), config.ladder.times)
@@ -158,10 +158,10 @@ def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapp
     if options["workers"] > 1:
         start_server(__name__)
     adapter = load_adapter(config.distill_model)(config.model, options["device"])
-    if adapter.needs_frames:
+    if adapter.conditioner.needs_frames:
         raise UserError(f"{config.model.path}: trajectories of a model that goes on from given frames cannot be stored")
-    adapter.check_prompts(captions)
-    made = provenance(config, adapter, adapter.load_network(config.method.teacher_path))
+    adapter.conditioner.check_prompts(captions)
+    made = provenance(config, adapter, adapter.folder.load_network(config.method.teacher_path))
     made |= {"seed": config.seed, "rows_per_file": options["per_file"], "batch_size": options["batch_size"]}
     names = ("per_file", "batch_size", "device")
     chosen = {name: options[name] for name in names}

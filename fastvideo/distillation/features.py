@@ -22,15 +22,16 @@ class FeatureModel(Protocol):
         ...
 
     def features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
-    ) -> tuple[Tensor, ...]:
-        """Tokens float32 ``[B, L, D]`` after the blocks ``taps``; nothing runs after the last."""
-        ...
-
-    def velocity_and_features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Both from one call."""
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        taps: Sequence[int],
+        *,
+        whole: bool = False,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Tokens float32 ``[B, L, D]`` after the blocks ``taps``, with the velocity of the call if it is ``whole``."""
         ...
 
 
@@ -60,7 +61,7 @@ class FeatureReader:
         Tokens of given frames are among them: whoever pools leaves them out (``types.free_tokens``).
         """
         x_t, t = seen_by_network(x_t, t, condition)
-        return self.adapter.features(self.network, x_t, t, condition, taps)
+        return self.adapter.features(self.network, x_t, t, condition, taps)[1]
 
     def x0_guided_and_features(
         self,
@@ -73,7 +74,8 @@ class FeatureReader:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """:meth:`x0_guided`, and the :meth:`features` of its conditional call; only these carry gradient."""
         seen, times = seen_by_network(x_t, t, condition)
-        u, tokens = self.adapter.velocity_and_features(self.network, seen, times, condition, taps)
+        u, tokens = self.adapter.features(self.network, seen, times, condition, taps, whole=True)
+        assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
                 u = guide(self.velocity(x_t, t, negative), u, guidance)

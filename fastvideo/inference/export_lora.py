@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastvideo.distillation.builder import load_adapter
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.export_source import PARTS, Source, adapter_scaling
+from fastvideo.inference.export_source import PARTS, Source, adapter_scaling, source_adapter
 from fastvideo.inference.loading import RECIPE, load_recipe
 
 LORA_FORMATS = ("lora-diffusers", "lora-comfy")
@@ -32,7 +31,7 @@ def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
     tensors = read_adapter(source)
     config = source.config
     if layout == "lora-comfy":
-        tensors, name = in_comfy(tensors, config["distill_model"]), COMFY_FILE
+        tensors, name = in_comfy(tensors, source_adapter(source).folder.comfy_layer), COMFY_FILE
     else:
         name = ADAPTER_FILE
     partial = out.with_name(f"{out.name}.partial")
@@ -64,13 +63,12 @@ def read_adapter(source: Source) -> dict[str, Tensor]:
     return portable(state, adapter_scaling(source))
 
 
-def in_comfy(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The adapter under ComfyUI's names.
+def in_comfy(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """The adapter under ComfyUI's names, which ``rename`` gives for a layer.
 
     Raises:
         UserError: for a family, or a layer, that has none.
     """
-    rename = load_adapter(family).comfy_layer
     renamed = {}
     for name, tensor in tensors.items():
         layer, kind, weight = name.removeprefix(DIFFUSERS_PREFIX).rsplit(".", 2)

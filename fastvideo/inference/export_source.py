@@ -7,8 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.adapters.loading import resolve_pipeline
-from fastvideo.distillation.builder import build_adapter, families, load_adapter, load_role, run_schema
+from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline
+from fastvideo.distillation.builder import (
+    Adapter,
+    Config,
+    build_adapter,
+    families,
+    load_adapter,
+    load_role,
+    run_schema,
+)
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
@@ -58,7 +66,7 @@ def find_source(path: str, weights: Weights | None = None) -> Source:
     if not (folder / RUN_CONFIG).is_file():
         return _of_model(folder, weights)
     family = read_yaml(folder / RUN_CONFIG).get("distill_model", "")
-    if not load_adapter(family).pipelines:
+    if not load_adapter(family).Config.pipelines:
         raise UserError(f"export: {path} is a run of the family {family!r}, which has no diffusers pipeline")
     return _of_run(folder, weights)
 
@@ -130,11 +138,20 @@ def adapter_scaling(source: Source) -> float:
     return float((lora.get("alpha") or lora["rank"]) / lora["rank"])
 
 
-def _unfinished(source: Source) -> LoadedModel:
-    """The model that the run started from, with the recipe of its result."""
+def _run_config(source: Source) -> Config:
     values = source.config
     schema = run_schema(values.get("distill_model", ""), values.get("distill_method", ""))
-    config = validate(schema, values, f"{source.run}/{RUN_CONFIG}")
+    return validate(schema, values, f"{source.run}/{RUN_CONFIG}")
+
+
+def source_adapter(source: Source) -> Adapter:
+    """The family of the run, over the model that it started from."""
+    return build_adapter(_run_config(source))
+
+
+def _unfinished(source: Source) -> LoadedModel:
+    """The model that the run started from, with the recipe of its result."""
+    config = _run_config(source)
     adapter = build_adapter(config)
     network = load_role(config, adapter, "student").requires_grad_(False)
     recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]

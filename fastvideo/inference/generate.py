@@ -65,7 +65,7 @@ def generate_video(
             frames=frames,
             progress=bar,
         )
-    return model.adapter.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)
+    return model.adapter.codec.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)
 
 
 def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:

@@ -96,12 +96,12 @@ def generate_batches(
     """
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
-        first = adapter.condition_on(None if frames is None else frames[rows.start : rows.stop])
+        first = adapter.conditioner.condition_on(None if frames is None else frames[rows.start : rows.stop])
         texts = [prompts[i] for i in rows]
         velocity = _velocity(adapter, network, texts, first, spec.guidance, negative_prompt, progress)
         begin = time.perf_counter()
         noise = SampleNoise(seed, rows, adapter.device)
-        latents = generate(spec.kind, velocity, noise.draw(adapter.latent_shape), spec.times, noise.like)
+        latents = generate(spec.kind, velocity, noise.draw(adapter.codec.latent_shape), spec.times, noise.like)
         latents = latents.float().cpu()  # waits for a GPU, so that the clock is right
         yield LatentBatch(latents, time.perf_counter() - begin)
 
@@ -143,10 +143,10 @@ def _velocity(
     progress: ProgressFn | None,
 ) -> Velocity:
     """The guided velocity of one batch that goes on from ``first``, with text encoded beforehand."""
-    condition = negative = adapter.encode_prompts(prompts) | first
+    condition = negative = adapter.conditioner.encode_prompts(prompts) | first
     if guidance != 1.0:
-        text = adapter.negative_prompt if negative_prompt is None else negative_prompt
-        negative = adapter.encode_prompts([text] * len(prompts)) | first
+        text = adapter.conditioner.negative_prompt if negative_prompt is None else negative_prompt
+        negative = adapter.conditioner.encode_prompts([text] * len(prompts)) | first
     calls = len(prompts) * (1 if guidance == 1.0 else 2)
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:

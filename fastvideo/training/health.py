@@ -107,7 +107,7 @@ class HealthCheck:
         parts = []
         for part in latents.split(size):
             step_done() if self.subject.together else unit_done()
-            parts.append(adapter.decode(part.to(adapter.device)).float().cpu())
+            parts.append(adapter.codec.decode(part.to(adapter.device)).float().cpu())
         return torch.cat(parts)
 
     def _measure(self, videos: Tensor, latents: Tensor) -> dict[str, float]:
@@ -134,8 +134,10 @@ class HealthCheck:
     def _make_reference(self, source: str) -> dict[str, float]:
         subject = self.subject
         if source == "teacher":
-            guidance = subject.config.method.model_dump().get("teacher_guidance", subject.adapter.published_guidance)
-            spec = SamplerSpec(subject.adapter.teacher_times(self.options.teacher_steps), guidance, "euler")
+            guidance = subject.config.method.model_dump().get(
+                "teacher_guidance", subject.adapter.folder.published_guidance
+            )
+            spec = SamplerSpec(subject.adapter.folder.teacher_times(self.options.teacher_steps), guidance, "euler")
             latents = self._sample(subject.method.bundle["teacher"].network, spec, "the teacher's videos")
             videos = self._decode(latents)
             if subject.writes:
@@ -146,7 +148,7 @@ class HealthCheck:
         from fastvideo.tiny.world import TinyWorld
 
         videos = TinyWorld("heldout").sample(4 * len(subject.prompts), subject.config.validation.seed).videos
-        latents = subject.adapter.encode(videos.to(subject.adapter.device)).cpu()
+        latents = subject.adapter.codec.encode(videos.to(subject.adapter.device)).cpu()
         figures = self._measure(videos, latents)
         return {name: value for name, value in figures.items() if name != "diversity"}  # not of one prompt
 
@@ -176,12 +178,12 @@ class HealthCheck:
             return {}
         adapter, count = subject.adapter, min(PANEL_VIDEOS, len(latents))
         x0 = latents[:count].to(adapter.device)
-        given = adapter.condition_on(None if subject.frames is None else subject.frames[:count])
-        condition = adapter.encode_prompts(subject.prompts[:count]) | given
-        negative = adapter.negative(count) | given
+        given = adapter.conditioner.condition_on(None if subject.frames is None else subject.frames[:count])
+        condition = adapter.conditioner.encode_prompts(subject.prompts[:count]) | given
+        negative = adapter.conditioner.negative(count) | given
         noise = normal(tuple(x0.shape), seeded(subject.config.validation.seed)).to(adapter.device)
         x_t, t = add_noise(x0, noise, at_time(x0, PANEL_TIME)), at_time(x0, PANEL_TIME)
-        guidance = subject.config.method.model_dump().get("teacher_guidance", adapter.published_guidance)
+        guidance = subject.config.method.model_dump().get("teacher_guidance", adapter.folder.published_guidance)
         real = bundle["teacher"].x0_guided(x_t, t, condition, negative, guidance)
         fake, own = (bundle[role].x0(x_t, t, condition) for role in ("critic", "student"))
         if subject.writes:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream
+from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.engine.attendance import naming_lost_processes
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook
@@ -132,7 +133,7 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     trainer.hooks = (start.tell(tracker), validation, checkpoint)
     trainer.on_stop = partial(_save_for_stop, checkpoint)
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
-    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
+    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
     for note in method.notes:
         tracker.say(note)
     try:
@@ -169,7 +170,7 @@ def build_trainer(
         context=processes.context,
         sync_every_micro_batch=config.parallel.sync_every_micro_batch,
     )
-    prepare = partial(adapter.prepare, any_size=config.data.buckets)
+    prepare = BatchPreparer(adapter.codec, [adapter.conditioner], any_size=config.data.buckets)
     folder = Path(config.output) / "non_finite"
     guard = NonFiniteGuard(config.trainer.non_finite, config.trainer.max_skips, folder, processes.rank)
     return DistillTrainer(method, prepare, options, tracker, averages=averages, guard=guard)
@@ -203,7 +204,7 @@ def _write_result(
 ) -> None:
     partial_folder = folder.with_name(f"{folder.name}.partial")  # a save that is cut off must not look like a result
     shutil.rmtree(partial_folder, ignore_errors=True)
-    adapter.save_pipeline(partial_folder, network, recipe)
+    adapter.folder.save(partial_folder, network, recipe)
     if lora:
         save_file(dict(lora), partial_folder / ADAPTER_FILE, metadata={"format": "pt"})
     if folder.is_dir():

@@ -47,10 +47,10 @@ def build_validation(
 
         judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
         prompts, score = list(judge.prompts), judge.score
-        frames = judge.first_frames(adapter)
+        frames = judge.first_frames(adapter.conditioner)
     else:
         frames = _image_frames(config, adapter)
-    condition = adapter.encode_prompts(prompts) | adapter.condition_on(frames)
+    condition = adapter.conditioner.encode_prompts(prompts) | adapter.conditioner.condition_on(frames)
 
     def sample(network: nn.Module) -> Tensor:
         generator = seeded(options.seed)
@@ -58,7 +58,7 @@ def build_validation(
         def draw(like: Tensor) -> Tensor:
             return normal(tuple(like.shape), generator).to(adapter.device)
 
-        noise = draw(torch.empty(len(prompts), *adapter.latent_shape))
+        noise = draw(torch.empty(len(prompts), *adapter.codec.latent_shape))
 
         def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
             # Where all processes take part none may leave alone; they agree after the step.
@@ -66,7 +66,7 @@ def build_validation(
             return velocity_of(adapter, network, x_t, t, condition, r=r)
 
         latents = generate(method.sampler, velocity, noise, method.ladder.times, draw)
-        return adapter.decode(latents).float().cpu()
+        return adapter.codec.decode(latents).float().cpu()
 
     def write(path: Path, video: Tensor) -> None:
         write_video(path, video, options.fps, scale=max(1, WATCHABLE // video.shape[2]))
@@ -98,9 +98,9 @@ def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:
     """What the validation's own prompts go on from."""
     from fastvideo.inference.first_frames import read_first_frames
 
-    images, count = config.validation.images, max(adapter.first_frames)
+    images, count = config.validation.images, max(adapter.conditioner.first_frames)
     if not images:
-        if adapter.needs_frames:
+        if adapter.conditioner.needs_frames:
             raise UserError("validation.images: this model goes on from an image; give one for every prompt")
         return None
     if not count:

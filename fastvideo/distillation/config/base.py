@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
@@ -18,6 +18,8 @@ class AdapterConfig(Section):
 
     path: str = "tiny"
     """Where the weights are; each family says what it accepts."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
 
 
 class MethodConfig(Section):

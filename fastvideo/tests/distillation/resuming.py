@@ -21,6 +21,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, spy, toy_method, trajectory_extras
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.resume import run_parts
 
 STEPS, LOG_EVERY, SAMPLES = 6, 4, 22
@@ -75,7 +76,7 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
     averages = [EMAHook([method.bundle[role] for role in method.trainable_roles], 0.9, start_step=2)]
     loop = LoopOptions(STEPS, grad_accumulation=accumulation, log_every=LOG_EVERY)
     adapter = method.bundle["student"].adapter
-    trainer = DistillTrainer(method, adapter.prepare, loop, Tracker(folder), averages=averages)  # type: ignore[attr-defined]
+    trainer = DistillTrainer(method, preparer(adapter), loop, Tracker(folder), averages=averages)  # type: ignore[attr-defined]
     parts = run_parts(trainer, stream)
     if save:
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})

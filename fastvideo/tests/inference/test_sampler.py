@@ -28,7 +28,7 @@ def adapter() -> AnalyticAdapter:
 
 @pytest.mark.parametrize("spec", [STUDENT, TEACHER])
 def test_batching_does_not_change_a_sample(adapter: AnalyticAdapter, spec: SamplerSpec) -> None:
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     whole = generate_latents(adapter, network, PROMPTS, spec, seed=3, batch_size=64)
     parts = generate_latents(adapter, network, PROMPTS, spec, seed=3, batch_size=2)
     assert whole.shape == (7, 2, 1, 4, 4)
@@ -36,7 +36,7 @@ def test_batching_does_not_change_a_sample(adapter: AnalyticAdapter, spec: Sampl
 
 
 def test_seed_and_position_choose_the_noise(adapter: AnalyticAdapter) -> None:
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     same = generate_latents(adapter, network, ["1", "1"], STUDENT, seed=0)
     other = generate_latents(adapter, network, ["1", "1"], STUDENT, seed=1)
     assert not torch.allclose(same[0], same[1])
@@ -46,7 +46,7 @@ def test_seed_and_position_choose_the_noise(adapter: AnalyticAdapter) -> None:
 
 def test_all_samplers_start_from_the_same_noise(adapter: AnalyticAdapter) -> None:
     """Rows of a comparison differ by their sampler alone: one step of either sampler is the same map."""
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     euler = generate_latents(adapter, network, PROMPTS, SamplerSpec((1.0,), 1.0, "euler"), seed=5)
     renoise = generate_latents(adapter, network, PROMPTS, SamplerSpec((1.0,), 1.0, "renoise"), seed=5)
     torch.testing.assert_close(euler, renoise)
@@ -61,12 +61,14 @@ def test_guidance_one_is_one_call_per_step() -> None:
 @pytest.mark.parametrize("spec", [STUDENT, TEACHER])
 def test_progress_counts_every_call_of_every_sample(adapter: AnalyticAdapter, spec: SamplerSpec) -> None:
     counted: list[int] = []
-    generate_latents(adapter, adapter.load_network(), PROMPTS, spec, seed=0, batch_size=3, progress=counted.append)
+    generate_latents(
+        adapter, adapter.folder.load_network(), PROMPTS, spec, seed=0, batch_size=3, progress=counted.append
+    )
     assert sum(counted) == len(PROMPTS) * spec.network_calls
 
 
 def test_guidance_moves_along_the_prompt(adapter: AnalyticAdapter) -> None:
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     plain = generate_latents(adapter, network, ["1"] * 8, teacher(1.0), seed=0).mean()
     guided = generate_latents(adapter, network, ["1"] * 8, teacher(3.0), seed=0).mean()
     away = generate_latents(adapter, network, ["1"] * 8, teacher(3.0), seed=0, negative_prompt="2").mean()
@@ -74,6 +76,6 @@ def test_guidance_moves_along_the_prompt(adapter: AnalyticAdapter) -> None:
 
 
 def test_batches_are_timed(adapter: AnalyticAdapter) -> None:
-    batches = list(generate_batches(adapter, adapter.load_network(), PROMPTS, STUDENT, seed=0, batch_size=4))
+    batches = list(generate_batches(adapter, adapter.folder.load_network(), PROMPTS, STUDENT, seed=0, batch_size=4))
     assert [len(batch.latents) for batch in batches] == [4, 3]
     assert all(batch.seconds > 0 for batch in batches)

@@ -70,7 +70,7 @@ class Codec:
     """The small VAE as the latent codec of a model family."""
 
     vae: AutoencoderKLWan
-    codec_key: str = "first"
+    latent_key: str = "first"
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
         return encode_moments(self.vae, videos)[0]
@@ -98,5 +98,5 @@ def test_another_codec_or_draw_has_another_key(small_vae: AutoencoderKLWan) -> N
 def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
     first, second = (WanAdapter(WanConfig(path="tiny")) for _ in range(2))
     with torch.no_grad():
-        second.vae.quant_conv.bias += 1e-3
-    assert first.codec_key != second.codec_key
+        second.codec.vae.quant_conv.bias += 1e-3
+    assert first.codec.latent_key != second.codec.latent_key

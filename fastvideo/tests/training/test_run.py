@@ -22,6 +22,7 @@ from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer, LoopOptions
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data
 from fastvideo.training.run import run
 
@@ -110,7 +111,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) 
         handle = method.bundle["student"]
         handle.step = lambda skip: None  # type: ignore[method-assign]
         options = LoopOptions(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
-        DistillTrainer(method, adapter.prepare, options, Tracker(Path(), enabled=False)).train_step(batches)
+        DistillTrainer(method, preparer(adapter), options, Tracker(Path(), enabled=False)).train_step(batches)
         gradients.append([p.grad.clone() for p in handle.parameters()])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts)
