@@ -50,7 +50,9 @@ def measured(model: LoadedModel, judge: Judge, real: Tensor, steps: int | None) 
     spec, frames = model.sampler(steps), judge.first_frames(model.adapter)
     made = sample(model, spec, judge, judge.prompts, judge.seed, 64, len(real), lambda units: None, frames=frames)
     videos, found = made.videos, judge.accuracies(made.seen)
-    limit = torch.cat([model.adapter.decode(model.adapter.encode(part[:, :, :1])) for part in real.split(64)])[:, :, 0]
+    limit = torch.cat(
+        [model.adapter.codec.decode(model.adapter.codec.encode(part[:, :, :1])) for part in real.split(64)]
+    )[:, :, 0]
     kept = f"{psnr(videos[:, :, 0], real[:, :, 0]):.1f} | {psnr(limit, real[:, :, 0]):.1f}"
     step = f"{psnr(videos[:, :, 1], videos[:, :, 0]):.1f}"
     scores = " | ".join(f"{found[f'{name}_accuracy'].value:.3f}" for name in ("digit", "colour", "direction"))

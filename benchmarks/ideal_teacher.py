@@ -57,8 +57,8 @@ def main() -> None:
     noise = normal((arguments.samples, data.shape[1]), seeded(0))
     print("steps  Frechet  pixel Frechet")
     for steps in arguments.steps:
-        sampled = euler(lambda x, t: ideal_velocity(data, x, t), noise, adapter.teacher_times(steps))
-        videos = torch.cat([adapter.decode(part) for part in sampled.view(-1, *shape).split(64)])
+        sampled = euler(lambda x, t: ideal_velocity(data, x, t), noise, adapter.folder.teacher_times(steps))
+        videos = torch.cat([adapter.codec.decode(part) for part in sampled.view(-1, *shape).split(64)])
         distance, pixels = judge.distances(judge.observe(videos.clamp(-1, 1)))
         print(f"{steps:5d}  {distance.value:7.1f}  {pixels.value:7.0f}", flush=True)
 

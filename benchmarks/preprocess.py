@@ -70,7 +70,7 @@ def bare_loop(paths: Sequence[Path]) -> None:
             container.streams.video[0].codec_context.thread_count = 1
             frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)][:9]
         video = torch.stack(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        adapter.encode(video)
+        adapter.codec.encode(video)
 
 
 def bare(paths: list[Path], workers: int) -> None:

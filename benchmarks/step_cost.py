@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrainerConfig
@@ -165,11 +166,12 @@ class Bench:
         adapter = WanAdapter(config.model)
         built = build_method(config, adapter)
         batch = SIZES[self.size]["batch"]
-        latents = torch.randn(batch, *adapter.latent_shape)
+        latents = torch.randn(batch, *adapter.codec.latent_shape)
         data = SampleStream(MemorySource(["a red three moving up"] * batch, latents), 0, Shard(batch))
         silent = Tracker(Path(self.folder), enabled=False)
         options = TrainerConfig(max_steps=10**9, log_every=10**9)
-        trainer = DistillTrainer(built, adapter.prepare, options, Runtime(built, options, silent))
+        prepare = BatchPreparer(adapter.codec, [adapter.conditioner])
+        trainer = DistillTrainer(built, prepare, options, Runtime(built, options, silent))
 
         def cycle() -> None:
             for _ in range(INTERVAL):
@@ -182,11 +184,11 @@ class Bench:
     def loop(self, kind: type[Loop] = Loop, **options: Any) -> tuple[Callable[[], None], Mapping[str, nn.Module]]:
         """A cycle of the hand-written loop, and its networks."""
         adapter = WanAdapter(WanConfig(path=self.folder, **SIZES[self.size]["video"]))
-        networks = {role: adapter.load_network() for role in ("student", "teacher", "critic")}
+        networks = {role: adapter.folder.load_network() for role in ("student", "teacher", "critic")}
         count = SIZES[self.size]["batch"]
-        text = adapter.encode_prompts(["a red three moving up", ""]).tensors["prompt_embeds"]
+        text = adapter.conditioner.encode_prompts(["a red three moving up", ""]).tensors["prompt_embeds"]
         batch = {
-            "x0": torch.randn(count, *adapter.latent_shape),
+            "x0": torch.randn(count, *adapter.codec.latent_shape),
             "text": text[:1].repeat(count, 1, 1),
             "negative": text[1:].repeat(count, 1, 1),
         }

@@ -89,7 +89,7 @@ def stock_ladder(config: Config, steps: int | None) -> str:
         raise UserError(f"--steps must be at least 1, got {steps}")
     wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
     adapter = load_adapter(config.distill_model)(config.model)
-    sampler = adapter.stock_sampler(wanted, load_method(config.distill_method).sampler)
+    sampler = adapter.folder.stock_sampler(wanted, load_method(config.distill_method).sampler)
     return f"ladder:  # {type(sampler.scheduler).__name__}\n  times: {list(sampler.times)}"
 
 

@@ -19,7 +19,7 @@ def _taps(subject: Subject) -> tuple[int, ...]:
 
 
 def _features(subject: Subject, taps: tuple[int, ...], x_t: Tensor, condition: Condition) -> tuple[Tensor, ...]:
-    return subject.adapter.features(subject.network, x_t, subject.times, condition, taps)
+    return subject.adapter.features(subject.network, x_t, subject.times, condition, taps)[1]
 
 
 @check(FEATURES)
@@ -30,8 +30,8 @@ def features_are_float32_tokens_of_the_declared_widths(subject: Subject) -> None
         shape = tuple(tokens.shape)
         require(len(shape) == 3 and shape[::2] == (COUNT, width), f"tap {tap}: {shape}, declared [B, L, {width}]")
         require(tokens.dtype == torch.float32, f"tap {tap}: {tokens.dtype}; cast to float32 before it is returned")
-        frames = subject.adapter.latent_shape[1]
-        if subject.adapter.per_frame_times:
+        frames = subject.adapter.codec.latent_shape[1]
+        if "frame_times" in subject.adapter.supports:
             require(shape[1] % frames == 0, f"tap {tap}: {shape[1]} tokens do not divide into {frames} latent frames")
 
 
@@ -39,10 +39,11 @@ def features_are_float32_tokens_of_the_declared_widths(subject: Subject) -> None
 def features_are_those_of_the_whole_call(subject: Subject) -> None:
     taps = _taps(subject)
     arguments = subject.network, subject.x_t, subject.times, subject.condition
-    u, whole = subject.adapter.velocity_and_features(*arguments, taps)
+    u, whole = subject.adapter.features(*arguments, taps, whole=True)
+    assert u is not None
     require_close(u, subject.velocity(subject.x_t, subject.times), "the velocity with and without features")
     for tap in taps:
-        (early,) = subject.adapter.features(*arguments, (tap,))
+        _, (early,) = subject.adapter.features(*arguments, (tap,))
         require_close(early, whole[tap], f"tap {tap} of a call that ends there, and of a whole call")
     again = subject.velocity(subject.x_t, subject.times)
     require_close(again, u, "the velocity before and after features were read")
@@ -60,8 +61,8 @@ def features_carry_gradient_and_samples_stay_apart(subject: Subject) -> None:
 
 @check(FEATURES)
 def tokens_come_frame_by_frame(subject: Subject) -> None:
-    taps, frames = _taps(subject), subject.adapter.latent_shape[1]
-    if not subject.adapter.per_frame_times or frames == 1:
+    taps, frames = _taps(subject), subject.adapter.codec.latent_shape[1]
+    if "frame_times" not in subject.adapter.supports or frames == 1:
         raise NotApplicable("no frames can be given, or there is one: the order of tokens does not matter")
     moved = subject.x_t.clone()
     moved[:, :, -1] += 1.0

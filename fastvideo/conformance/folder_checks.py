@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvideo.conformance.subject import COUNT, Subject, Violation, check, require, require_close
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.config.base import AdapterConfig
-from fastvideo.distillation.types import RawBatch, UserError
+from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
 
 @check("summary, Config")
@@ -18,104 +20,124 @@ def it_declares_itself(subject: Subject) -> None:
     require(issubclass(subject.adapter.Config, AdapterConfig), "`Config` must be a subclass of AdapterConfig")
 
 
-@check("encode_prompts()")
+@check("conditioner.encode_prompts()")
 def a_prompt_is_encoded_alike_alone_and_in_a_batch(subject: Subject) -> None:
     first, second = subject.prompts
-    together, fresh = subject.adapter.encode_prompts([first, second, first]), _fresh(subject)
-    for key, value in together.tensors.items():
+    conditioner, fresh = subject.adapter.conditioner, _fresh(subject).conditioner
+    together = conditioner.encode_prompts([first, second, first])
+    for key, value in _named(together).items():
         require(len(value) == COUNT, f"{key}: {len(value)} rows for {COUNT} prompts")
         for row, prompt in enumerate(subject.prompts):
-            alone = fresh.encode_prompts([prompt]).tensors[key][0]
+            alone = _named(fresh.encode_prompts([prompt]))[key][0]
             require_close(alone, value[row], f"{key} of {prompt!r} alone and in a batch")
         require(torch.equal(value[2], value[0]), f"{key}: the same prompt is encoded twice and differs")
-    differs = any(not torch.equal(value[0], value[1]) for value in together.tensors.values())
+    differs = any(not torch.equal(value[0], value[1]) for value in _named(together).values())
     require(differs, f"{first!r} and {second!r} are encoded alike; give two --prompts that differ for this model")
 
 
-@check("negative_prompt, ensure_negative_conditioning()")
+@check("conditioner.negative_prompt, ensure_negative_conditioning()")
 def the_negative_condition_is_the_negative_prompt(subject: Subject) -> None:
     adapter = _fresh(subject)
     try:
-        adapter.prepare(RawBatch(subject.prompts, subject.noise(2)))
+        _prepared(adapter, RawBatch(subject.prompts, subject.noise(2)))
     except RuntimeError:
         pass
     else:
         raise Violation("a batch was prepared before ensure_negative_conditioning()")
     adapter.ensure_negative_conditioning()
-    negative, encoded = adapter.negative(2), adapter.encode_prompts([adapter.negative_prompt] * 2)
-    require(negative.tensors.keys() == encoded.tensors.keys(), "it has other tensors than an encoded prompt")
-    for key, value in negative.tensors.items():
-        require(torch.equal(value, encoded.tensors[key]), f"{key} is not that of the negative prompt")
+    conditioner = adapter.conditioner
+    negative, encoded = (
+        _named(made)
+        for made in (conditioner.negative(2), conditioner.encode_prompts([conditioner.negative_prompt] * 2))
+    )
+    require(negative.keys() == encoded.keys(), "it has other tensors than an encoded prompt")
+    for key, value in negative.items():
+        require(torch.equal(value, encoded[key]), f"{key} is not that of the negative prompt")
 
 
-@check("prepare()")
+@check("conditioner.text_of()")
 def a_prepared_batch_has_what_a_method_reads(subject: Subject) -> None:
     adapter = subject.adapter
     adapter.ensure_negative_conditioning()
     latents = subject.noise(2, seed=1)
-    batch = adapter.prepare(RawBatch(subject.prompts, latents.double()))
-    require(batch.shape == (2, *adapter.latent_shape), f"shape {batch.shape}")
+    batch = _prepared(adapter, RawBatch(subject.prompts, latents.double()))
+    require(batch.shape == (2, *adapter.codec.latent_shape), f"shape {batch.shape}")
     require(batch.x0 is not None and batch.x0.dtype == torch.float32, "x0 is not float32")
     require_close(batch.x0, latents, "x0 and the latents that were given")  # type: ignore[arg-type]
-    for key, value in adapter.encode_prompts(subject.prompts).tensors.items():
-        require(torch.equal(batch.condition.tensors[key], value), f"condition {key} is not that of the captions")
-        require(batch.negative.tensors[key].shape == value.shape, f"negative {key} has another shape")
+    condition, negative = _named(batch.condition), _named(batch.negative)
+    for key, value in _named(adapter.conditioner.encode_prompts(subject.prompts)).items():
+        require(torch.equal(condition[key], value), f"condition {key} is not that of the captions")
+        require(negative[key].shape == value.shape, f"negative {key} has another shape")
 
 
-@check("prepare(), latent_shape")
+@check("codec.latent_shape")
 def latents_of_a_wrong_shape_are_refused_with_both_shapes(subject: Subject) -> None:
     subject.adapter.ensure_negative_conditioning()
-    channels, frames, height, width = subject.adapter.latent_shape
+    channels, frames, height, width = subject.adapter.codec.latent_shape
     wrong = (channels, frames, width + 1, height)
     try:
-        subject.adapter.prepare(RawBatch(subject.prompts, torch.zeros(2, *wrong)))
+        _prepared(subject.adapter, RawBatch(subject.prompts, torch.zeros(2, *wrong)))
     except UserError as error:
-        named = str(wrong) in str(error) and str(subject.adapter.latent_shape) in str(error)
+        named = str(wrong) in str(error) and str(subject.adapter.codec.latent_shape) in str(error)
         require(named, f"the message does not name both shapes: {error}")
     else:
-        raise Violation(f"latents of {wrong} were taken, the shape is {subject.adapter.latent_shape}")
+        raise Violation(f"latents of {wrong} were taken, the shape is {subject.adapter.codec.latent_shape}")
 
 
-@check("encode(), decode(), latent_shape")
+@check("codec.encode(), codec.decode(), codec.latent_shape")
 def latents_and_videos_have_matching_shapes(subject: Subject) -> None:
     latents = subject.noise(2, seed=1)
-    videos = subject.adapter.decode(latents)
+    videos = subject.adapter.codec.decode(latents)
     require(videos.ndim == 5 and len(videos) == 2, f"decode gives {tuple(videos.shape)}, expected [2, 3, T, H, W]")
-    require(subject.adapter.decode(latents[:1]).shape[1:] == videos.shape[1:], "a single video has another shape")
-    encoded = subject.adapter.encode(videos)
+    require(subject.adapter.codec.decode(latents[:1]).shape[1:] == videos.shape[1:], "a single video has another shape")
+    encoded = subject.adapter.codec.encode(videos)
     require(encoded.shape == latents.shape, f"encode(decode(z)) is {tuple(encoded.shape)}, z {tuple(latents.shape)}")
     require(encoded.dtype == torch.float32, f"latents are {encoded.dtype}")
     require(not (encoded.requires_grad or videos.requires_grad), "the codec carries gradient")
 
 
-@check("codec_key")
-def the_codec_key_is_a_property_of_the_codec(subject: Subject) -> None:
-    require(subject.adapter.codec_key, "it is empty")
-    require(_fresh(subject).codec_key == subject.adapter.codec_key, "it changes from one load to the next")
+@check("codec.latent_key")
+def the_latent_key_is_a_property_of_the_codec(subject: Subject) -> None:
+    require(subject.adapter.codec.latent_key, "it is empty")
+    require(
+        _fresh(subject).codec.latent_key == subject.adapter.codec.latent_key, "it changes from one load to the next"
+    )
 
 
-@check("load_network()")
+@check("folder.load_network()")
 def networks_are_loaded_independently(subject: Subject) -> None:
-    pairs = zip(subject.network.named_parameters(), subject.adapter.load_network().parameters(), strict=True)
+    pairs = zip(subject.network.named_parameters(), subject.adapter.folder.load_network().parameters(), strict=True)
     for (name, one), two in pairs:
         require(torch.equal(one, two), f"{name} differs from one load to the next")
         require(one.data_ptr() != two.data_ptr(), f"{name} is shared: training one role would train another")
         require(one.dtype == torch.float32, f"{name} is {one.dtype}: master weights are float32")
 
 
-@check("save_pipeline(), load_network()")
+@check("folder.save(), folder.load_network()")
 def a_saved_pipeline_gives_back_the_weights_bit_for_bit(subject: Subject) -> None:
-    network = subject.adapter.load_network().requires_grad_(False)
+    network = subject.adapter.folder.load_network().requires_grad_(False)
     for parameter in network.parameters():
         parameter += 0.01
     folder = subject.folder / "saved"
-    subject.adapter.save_pipeline(folder, network, {"method": "toy"})
+    subject.adapter.folder.save(folder, network, {"method": "toy"})
     require((folder / "recipe.json").is_file(), "recipe.json is missing")
     reader = _fresh(subject, path=str(folder))
-    for how, found in {"path": reader.load_network(), "role": subject.adapter.load_network(str(folder))}.items():
+    for how, found in {
+        "path": reader.folder.load_network(),
+        "role": subject.adapter.folder.load_network(str(folder)),
+    }.items():
         weights = found.state_dict()
         for name, wanted in network.state_dict().items():
             require(torch.equal(wanted, weights[name]), f"{name} is not what was saved (loaded by {how})")
+
+
+def _named(condition: Condition) -> dict[str, Tensor]:
+    """All tensors of a condition, by conditioner and name."""
+    return {f"{key}.{name}": value for key, tensors in condition.tensors.items() for name, value in tensors.items()}
+
+
+def _prepared(adapter: DistillAdapter[Any], raw: RawBatch) -> Batch:
+    return BatchPreparer(adapter.codec, [adapter.conditioner])(raw)
 
 
 def _fresh(subject: Subject, **options: Any) -> DistillAdapter[Any]:

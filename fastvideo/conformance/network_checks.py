@@ -9,7 +9,6 @@ import torch
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require, require_close
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.noise import velocity_to_x0
-from fastvideo.distillation.types import Condition
 
 VELOCITY = "velocity()"
 
@@ -45,7 +44,7 @@ def velocity_depends_on_its_arguments_alone(subject: Subject) -> None:
 @check(VELOCITY)
 def velocity_reads_sample_time_and_prompt(subject: Subject) -> None:
     base = subject.velocity(subject.x_t, subject.times)
-    swapped = Condition({key: value.flip(0) for key, value in subject.condition.tensors.items()})
+    swapped = subject.condition.map(lambda value: value.flip(0))
     others = {
         "sample": subject.velocity(subject.x_t + 0.1, subject.times),
         "time": subject.velocity(subject.x_t, subject.times - 0.1),
@@ -64,10 +63,10 @@ def network_time_is_float32_and_rises_with_time(subject: Subject) -> None:
     require((times.diff() >= 0).all(), "t = 1 is pure noise, and the network's own time does not rise towards it")
 
 
-@check("teacher_times()")
+@check("folder.teacher_times()")
 def teacher_times_fall_from_pure_noise(subject: Subject) -> None:
     for steps in (1, 4, 50):
-        times = subject.adapter.teacher_times(steps)
+        times = subject.adapter.folder.teacher_times(steps)
         require(len(times) == steps, f"{len(times)} times for {steps} steps")
         require(times[0] <= 1.0 and times[-1] > 0.0, f"they leave (0, 1]: {times[0]} to {times[-1]}")
         require(all(a > b for a, b in itertools.pairwise(times)), f"they do not decrease: {list(times)}")
@@ -87,7 +86,7 @@ def samples_of_a_batch_do_not_see_each_other(subject: Subject) -> None:
 @check(VELOCITY)
 def constant_times_per_frame_equal_a_time_per_sample(subject: Subject) -> None:
     _needs_times_per_frame(subject)
-    per_frame = subject.times[:, None].expand(-1, subject.adapter.latent_shape[1])
+    per_frame = subject.times[:, None].expand(-1, subject.adapter.codec.latent_shape[1])
     u = subject.velocity(subject.x_t, subject.times)
     require_close(subject.velocity(subject.x_t, per_frame), u, "times [B, F] and [B]")
 
@@ -95,7 +94,7 @@ def constant_times_per_frame_equal_a_time_per_sample(subject: Subject) -> None:
 @check(VELOCITY)
 def times_per_frame_belong_to_their_frame(subject: Subject) -> None:
     _needs_times_per_frame(subject)
-    frames = subject.adapter.latent_shape[1]
+    frames = subject.adapter.codec.latent_shape[1]
     if frames == 1:
         raise NotApplicable("the latents have one frame; give the model a longer video to check this")
     times = torch.linspace(0.3, 0.9, frames, device=subject.adapter.device).expand(len(subject.x_t), frames)
@@ -110,25 +109,25 @@ def times_per_frame_belong_to_their_frame(subject: Subject) -> None:
 
 
 def _needs_times_per_frame(subject: Subject) -> None:
-    if not subject.adapter.per_frame_times:
+    if "frame_times" not in subject.adapter.supports:
         raise NotApplicable("the family's network takes one time per sample")
 
 
-@check("velocity(), load_network()")
+@check("velocity(), folder.load_network()")
 def gradient_flows_to_the_input_and_to_every_parameter(subject: Subject) -> None:
     x_t = subject.x_t.clone().requires_grad_()
-    network = subject.adapter.load_network().requires_grad_(True)
+    network = subject.adapter.folder.load_network().requires_grad_(True)
     subject.adapter.velocity(network, x_t, subject.times, subject.condition).square().sum().backward()
     require(x_t.grad is not None and x_t.grad.abs().sum() > 0, "no gradient reaches the input")
     dead = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     require(not dead, f"no gradient reaches {', '.join(dead[:5])}{' ...' if len(dead) > 5 else ''}")
 
 
-@check("velocity(), negative_prompt")
+@check("velocity(), conditioner.negative_prompt")
 def guidance_of_one_is_the_conditional_prediction(subject: Subject) -> None:
     subject.adapter.ensure_negative_conditioning()
     role = RoleHandle("student", subject.adapter, subject.network)
-    negative = subject.adapter.negative(len(subject.x_t)) | subject.first_frames(len(subject.x_t))
+    negative = subject.adapter.conditioner.negative(len(subject.x_t)) | subject.first_frames(len(subject.x_t))
     arguments = (subject.x_t, subject.times, subject.condition)
     with torch.no_grad():
         conditional, unconditional = role.velocity(*arguments), role.velocity(*arguments[:2], negative)

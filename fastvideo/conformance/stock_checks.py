@@ -19,17 +19,17 @@ TOLERANCE = 2 / 255
 """Of a pixel in [0, 1]."""
 
 
-@check("velocity(), decode(), encode_prompts(), stock_sampler()")
+@check("velocity(), codec.decode(), conditioner.encode_prompts(), folder.stock_sampler()")
 def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
     adapter = subject.adapter
-    if not adapter.pipelines:
+    if not adapter.Config.pipelines:
         raise NotApplicable("the family has no diffusers pipeline")
-    stock = adapter.stock_sampler(adapter.teacher_times(STEPS), "euler")
-    condition = adapter.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
+    stock = adapter.folder.stock_sampler(adapter.folder.teacher_times(STEPS), "euler")
+    condition = adapter.conditioner.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
     denoiser, sampler = Denoiser(adapter, subject.network), SamplerSpec.teacher(stock.times, 1.0)
-    latents = sample(denoiser, SampleNoise([SEED], adapter.device), adapter.latent_shape, sampler, condition)
-    ours = (adapter.decode(latents).clamp(-1, 1) + 1) / 2
-    theirs = stock_video(subject, stock, SampleNoise([SEED], adapter.device).draw(adapter.latent_shape))
+    latents = sample(denoiser, SampleNoise([SEED], adapter.device), adapter.codec.latent_shape, sampler, condition)
+    ours = (adapter.codec.decode(latents).clamp(-1, 1) + 1) / 2
+    theirs = stock_video(subject, stock, SampleNoise([SEED], adapter.device).draw(adapter.codec.latent_shape))
     require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
     worst = float((ours.cpu() - theirs).abs().max())
     require(worst <= TOLERANCE, f"pixels differ by up to {worst:.4f} after {STEPS} steps, {TOLERANCE:.4f} is allowed")
@@ -41,14 +41,14 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
 
     adapter = subject.adapter
     folder = subject.folder / "stock"
-    adapter.save_pipeline(folder, subject.network, {})
+    adapter.folder.save(folder, subject.network, {})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(adapter.device)
     image = _image(subject, type(pipeline))
     pipeline.scheduler = stock.scheduler
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         prompt=subject.prompts[0],
-        latents=noise.transpose(1, 2) if adapter.frames_first else noise,
+        latents=adapter.folder.stock_latents(noise),
         num_inference_steps=len(stock.times),
         guidance_scale=1.0,
         output_type="pt",

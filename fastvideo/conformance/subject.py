@@ -57,24 +57,26 @@ class Subject:
     @cached_property
     def network(self) -> nn.Module:
         """One network; checks leave it as it was."""
-        return self.adapter.load_network()
+        return self.adapter.folder.load_network()
 
     @cached_property
     def condition(self) -> Condition:
         """The condition of first prompt, empty prompt, second prompt, each with first frames of its own."""
-        return self.adapter.encode_prompts([self.prompts[0], "", self.prompts[1]]) | self.first_frames(COUNT)
+        return self.adapter.conditioner.encode_prompts([self.prompts[0], "", self.prompts[1]]) | self.first_frames(
+            COUNT
+        )
 
     @cached_property
     def frames(self) -> Tensor | None:
         """First frames ``[3, 3, T, H, W]`` for a model that goes on from some, in steps of 8 bits."""
-        if not self.adapter.needs_frames:
+        if not self.adapter.conditioner.needs_frames:
             return None
-        videos = self.adapter.decode(self.noise(COUNT, seed=3)).clamp(-1, 1)
-        return ((videos[:, :, : max(self.adapter.first_frames)] + 1) * 127.5).round() / 127.5 - 1
+        videos = self.adapter.codec.decode(self.noise(COUNT, seed=3)).clamp(-1, 1)
+        return ((videos[:, :, : max(self.adapter.conditioner.first_frames)] + 1) * 127.5).round() / 127.5 - 1
 
     def first_frames(self, count: int) -> Condition:
         """What the first ``count`` of them add to a condition."""
-        return self.adapter.condition_on(None if self.frames is None else self.frames[:count])
+        return self.adapter.conditioner.condition_on(None if self.frames is None else self.frames[:count])
 
     @cached_property
     def x_t(self) -> Tensor:
@@ -88,7 +90,7 @@ class Subject:
 
     def noise(self, count: int, seed: int = 2) -> Tensor:
         """Standard normal latents."""
-        return normal((count, *self.adapter.latent_shape), seeded(seed)).to(self.adapter.device)
+        return normal((count, *self.adapter.codec.latent_shape), seeded(seed)).to(self.adapter.device)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The adapter's velocity."""

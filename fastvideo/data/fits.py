@@ -21,7 +21,7 @@ class Wanted:
     Attributes:
         latents: ``(C, F, H, W)``, or ``None`` to leave latents on disk.
         any_size: take latents of every size that has those channels.
-        extras: shape of one sample by name (``DistillAdapter.extra_shapes``); ``text_embedding`` may be absent.
+        extras: shape of one sample by name (``Conditioner.stored_shapes``); ``text_embedding`` may be absent.
         text_length: most tokens of a text embedding.
         normalise: raw latents of the codec to normalised ones.
         codec_key: of the model's codec.

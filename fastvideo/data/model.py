@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.adapters.loading import EMBEDDED, read_recipe, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.folder import read_recipe
+from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import families, load_adapter
@@ -66,8 +67,8 @@ def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
     if missing and path not in EMBEDDED:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise UserError(f"model {path!r} does not say which size it is made for: give {flags}")
-    if "prompt_cache" in config.model_fields:  # every caption is encoded once; kept embeddings would only take memory
-        fields["prompt_cache"] = 1
+    if "prompt_cache_mib" in config.model_fields:  # every caption is encoded once
+        fields["prompt_cache_mib"] = 0
     return ModelChoice(family, validate(config, {**fields, "path": path}, f"of the model {path!r}").model_dump())
 
 

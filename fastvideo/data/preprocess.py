@@ -62,7 +62,8 @@ class Job:
     def writer(self, device: str) -> WriteFile:
         """What writes an output file, on a device."""
         adapter = self.choice.adapter(device)
-        writer = ShardWriter(adapter, self.policy, self.settings(adapter.codec_key))
+        made = self.settings(adapter.codec.latent_key)
+        writer = ShardWriter(adapter.codec, adapter.conditioner, self.policy, made)
 
         def write(number: int, done: Callable[[int], None]) -> None:
             writer.write(shard_path(self.out, number), self.part(number), done)
@@ -103,10 +104,10 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
     """
     if workers > 1:
         start_server(__name__)
-    adapter = job.choice.adapter(job.device)
+    codec = job.choice.adapter(job.device).codec
     if all(video.problem for video in job.videos):
         raise UserError(f"none of {len(job.videos)} videos has a caption: {job.videos[0].problem}")
-    manifest = {"settings": job.settings(adapter.codec_key), "sources": sources_key(job.videos)}
+    manifest = {"settings": job.settings(codec.latent_key), "sources": sources_key(job.videos)}
     manifest |= {"videos": len(job.videos), "files": job.files}
     missing = prepare_output(job.out, manifest, overwrite=overwrite)
     begin, encoded = time.monotonic(), sum(len(job.part(number)) for number in missing)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvideo.data.captions import Video
 from fastvideo.data.clips import Clip, Policy, VideoError, read_clips
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
-from fastvideo.distillation.builder import Adapter
+from fastvideo.distillation.adapters.base import Codec, Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing
 
@@ -25,17 +25,17 @@ GROUP_BYTES = 32 * 2**20
 Row = dict[str, Any]
 
 
-def encode_clip(clip: Clip, video: Video, adapter: Adapter) -> dict[str, Tensor]:
+def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner) -> dict[str, Tensor]:
     """Everything that is computed beforehand for one clip, by name, without a batch dimension.
 
     One clip at a time, so that a row depends on nothing but its video.
     """
     videos = clip.tensor[None]
-    tensors = {LATENT: adapter.encode(videos), **adapter.encode_extras(videos, [video.caption])}
+    tensors = {LATENT: codec.encode(videos), **conditioner.encode_stored(videos, [video.caption])}
     return {name: value[0].float().cpu() for name, value in tensors.items()}
 
 
-def rows_of(video: Video, adapter: Adapter, policy: Policy) -> list[Row]:
+def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy) -> list[Row]:
     """The rows of one video.
 
     Raises:
@@ -44,10 +44,11 @@ def rows_of(video: Video, adapter: Adapter, policy: Policy) -> list[Row]:
     if video.problem:
         raise VideoError(video.problem)
     try:
-        adapter.check_prompts([video.caption])
+        conditioner.check_prompts([video.caption])
     except UserError as error:
         raise VideoError(f"caption: {error}") from error
-    return [_row(clip, video, encode_clip(clip, video, adapter), policy) for clip in read_clips(video.path, policy)]
+    clips = read_clips(video.path, policy)
+    return [_row(clip, video, encode_clip(clip, video, codec, conditioner), policy) for clip in clips]
 
 
 def _row(clip: Clip, video: Video, tensors: Mapping[str, Tensor], policy: Policy) -> Row:
@@ -86,10 +87,11 @@ def whole_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 class ShardWriter:
     """Writes output files.
 
-    ``made`` is what their metadata says about how they were made.
+    ``made`` is their metadata about how they were made.
     """
 
-    adapter: Adapter
+    codec: Codec
+    conditioner: Conditioner
     policy: Policy
     made: Mapping[str, Any]
 
@@ -98,13 +100,13 @@ class ShardWriter:
 
         It appears whole or not at all: see :func:`whole_file`.
         """
-        schema = schema_with(self.adapter.extra_shapes)
+        schema = schema_with(self.conditioner.stored_shapes)
         skipped: list[dict[str, str]] = []
         with whole_file(path, schema) as file:
             groups = _Groups(file, schema)
             for count, video in enumerate(videos, start=1):
                 try:
-                    for row in rows_of(video, self.adapter, self.policy):
+                    for row in rows_of(video, self.codec, self.conditioner, self.policy):
                         groups.add(row)
                 except VideoError as error:
                     skipped.append({"file": video.name, "reason": str(error)})

@@ -42,7 +42,7 @@ FIELDS = {"teacher": "teacher weights", "ladder": "ladder", "guidance": "guidanc
 
 def walk_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
     """The teacher's times: its own sampler's, with the ladder's among them."""
-    own = Ladder(adapter.teacher_times(config.method.teacher_steps))
+    own = Ladder(adapter.folder.teacher_times(config.method.teacher_steps))
     return own.joined(Ladder(config.ladder.times)).times
 
 
@@ -60,13 +60,13 @@ def provenance(config: Config, adapter: Adapter, teacher: nn.Module) -> dict[str
     return {
         "format": FORMAT,
         "latents": "normalised",
-        "codec_key": adapter.codec_key,
+        "codec_key": adapter.codec.latent_key,
         "family": config.distill_model,
         "model": config.method.teacher_path or config.model.path,
         "teacher": weights_hash(teacher),
         "ladder": list(config.ladder.times),
         "guidance": config.method.teacher_guidance,
-        "negative_prompt": adapter.negative_prompt,
+        "negative_prompt": adapter.conditioner.negative_prompt,
         "solver": "euler",
         "solver_times": list(walk_times(config, adapter)),
     }
@@ -107,13 +107,13 @@ class TrajectoryJob:
         config = config_of(self.config, "of the trajectories")
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
-        teacher = Denoiser(adapter, adapter.load_network(config.method.teacher_path))
+        teacher = Denoiser(adapter, adapter.folder.load_network(config.method.teacher_path))
         return partial(self._write, partial(self._walk, config, adapter, teacher))
 
     def _walk(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
         """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of some rows, float32 on the CPU."""
         noise = SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
-        condition = adapter.encode_prompts([self.captions[row] for row in rows])
+        condition = adapter.conditioner.encode_prompts([self.captions[row] for row in rows])
         sampler = SamplerSpec.teacher(walk_times(config, adapter), config.method.teacher_guidance)
         states: list[Tensor] = []
 
@@ -121,7 +121,7 @@ class TrajectoryJob:
             if sampler.times[step] in config.ladder.times:
                 states.append(x_t)
 
-        negative, shape = adapter.negative(len(rows)), adapter.latent_shape
+        negative, shape = adapter.conditioner.negative(len(rows)), adapter.codec.latent_shape
         end = sample(teacher, noise, shape, sampler, condition, negative, visit=keep)
         return torch.stack(states, dim=1).float().cpu(), end.float().cpu()
 
@@ -162,10 +162,10 @@ def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapp
     if options["workers"] > 1:
         start_server(__name__)
     adapter = load_adapter(config.distill_model)(config.model, options["device"])
-    if adapter.needs_frames:
+    if adapter.conditioner.needs_frames:
         raise UserError(f"{config.model.path}: trajectories of a model that goes on from given frames cannot be stored")
-    adapter.check_prompts(captions)
-    made = provenance(config, adapter, adapter.load_network(config.method.teacher_path))
+    adapter.conditioner.check_prompts(captions)
+    made = provenance(config, adapter, adapter.folder.load_network(config.method.teacher_path))
     made |= {"seed": config.seed, "rows_per_file": options["per_file"], "batch_size": options["batch_size"]}
     names = ("per_file", "batch_size", "device")
     chosen = {name: options[name] for name in names}

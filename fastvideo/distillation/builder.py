@@ -31,7 +31,9 @@ Config = RunConfig[Any, Any]
 
 def build_adapter(config: Config, processes: Processes | None = None) -> Adapter:
     """The family of the config, on this process's device; no network is loaded yet."""
-    return load_adapter(config.distill_model)(config.model, (processes or Processes()).device)
+    processes = processes or Processes()
+    family = load_adapter(config.distill_model)
+    return family(config.model, processes.device, whole_forwards=processes.forward_together)
 
 
 def lacks(config: MethodConfig, method: type[Method], family: type[Adapter]) -> list[Need]:
@@ -68,7 +70,8 @@ def load_role(config: Config, adapter: Adapter, role: str, placement: Placement 
     placement = placement or Placement(adapter, Processes(), ParallelConfig())
     options, needs = config.roles[role], load_method(config.distill_method).needs_of(config.method)
     flow_map = role == "student" and "flow_map" in needs
-    return placement.load(options.path, trained=options.trainable, change=adapter.add_flow_map if flow_map else None)
+    change = adapter.folder.add_flow_map if flow_map else None
+    return placement.load(options.path, trained=options.trainable, change=change)
 
 
 def shared_networks(config: Config, placement: Placement) -> dict[str, AdapterSwitch]:
@@ -115,7 +118,7 @@ def build_method(
     check_needs(config)
     _check_averages(config, trainable)
     placement = Placement(adapter, processes, config.parallel)
-    placement.check({name: role.path for name, role in config.roles.items()})
+    placement.check({name: role.path for name, role in config.roles.items()}, [adapter.codec.latent_shape])
     _check_derivatives(config, processes)
     optimizers = method.optimizers(config.method)
     check_states(config.trainer.optimizer_states, optimizers)
@@ -126,7 +129,6 @@ def build_method(
             raise UserError(f"roles.{name}.path: {config.distill_method} makes this network itself; leave the path out")
     loaded = {name: role for name, role in config.roles.items() if name not in heads}
     placement.check_memory(loaded, config.trainer.optimizer_states)
-    adapter.whole_forwards = processes.forward_together
     adapter.ensure_negative_conditioning()
     switches = {} if networks else shared_networks(config, placement)
     handles, notes = [], []
@@ -134,7 +136,7 @@ def build_method(
         unit_done()
         handles.append(_handle(config, adapter, name, placement, {**heads, **(networks or {})}, switches))
         if role.init_from is not None:
-            notes.append(start_from(handles[-1], role.init_from, adapter.load_network, processes))
+            notes.append(start_from(handles[-1], role.init_from, adapter.folder.load_network, processes))
     for role_name, options in optimizers.items():
         handle = next(h for h in handles if h.name == role_name)
         attach_optimizer(handle, options, config.trainer.optimizer_states)

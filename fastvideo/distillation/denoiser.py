@@ -29,14 +29,17 @@ class Family(Protocol):
         """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]`` at ``t`` in ``[0, 1]``, or its mean down to ``r``."""
         ...
 
-    def features(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
-        """Tokens after the blocks ``taps``; nothing runs after the last."""
-        ...
-
-    def velocity_and_features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
-    ) -> tuple[Tensor, Tokens]:
-        """Both from one call."""
+    def features(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        taps: Sequence[int],
+        *,
+        whole: bool = False,
+    ) -> tuple[Tensor | None, Tokens]:
+        """Tokens after the blocks ``taps``, with the velocity of the same call if it is ``whole``."""
         ...
 
 
@@ -103,7 +106,8 @@ class Denoiser:
 
         Tokens of conditioning frames are among them; ``types.free_tokens`` tells them apart for pooling.
         """
-        return self.adapter.features(self.network, *self._network_input(x_t, t, condition), condition, taps)
+        seen, times = self._network_input(x_t, t, condition)
+        return self.adapter.features(self.network, seen, times, condition, taps)[1]
 
     def x0_guided_and_features(
         self,
@@ -116,7 +120,8 @@ class Denoiser:
     ) -> tuple[Tensor, Tokens]:
         """:meth:`x0_guided`, and the :meth:`features` of its conditional call; only these carry gradient."""
         seen, times = self._network_input(x_t, t, condition)
-        u, tokens = self.adapter.velocity_and_features(self.network, seen, times, condition, taps)
+        u, tokens = self.adapter.features(self.network, seen, times, condition, taps, whole=True)
+        assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
                 u = guide(self.velocity(x_t, t, negative), u, guidance)

@@ -67,7 +67,7 @@ def load_adapter(name: str) -> type[DistillAdapter[Any]]:
 @cache
 def families() -> dict[str, str]:
     """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
-    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).pipelines}
+    return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).Config.pipelines}
 
 
 def run_schema(model: str, method: str) -> type[RunConfig[Any, Any]]:

@@ -5,7 +5,7 @@ Shapes use diffusers' layout: latents are ``[B, C, F, H, W]``, an image is ``F =
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,9 +31,9 @@ __all__ = [
 
 STATES, STATE_TIMES = "trajectory", "trajectory_times"
 """Names of a teacher's walk among the extras of a :class:`RawBatch`."""
-Need = Literal["flow_map", "jvp", "features"]
-"""What a method may need of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of
-``velocity``, features inside the network."""
+Need = Literal["flow_map", "jvp", "features", "frame_times"]
+"""Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
+features inside the network, times per frame ``[B, F]``."""
 
 
 @dataclass(frozen=True)
@@ -78,33 +78,55 @@ def free_tokens(count: int, given: Given) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a network is conditioned on, as batched tensors that only the adapter interprets.
+    """Input of networks beside noise and time, for every family of a run.
 
-    Every tensor has the batch as its first dimension. ``given`` are frames that every role sees clean: they travel with
-    the condition so that no caller can forget them (``RoleHandle`` puts them into every network input).
+    ``tensors`` hold batched tensors by conditioner (its ``key``) and name; the batch is their first dimension and only
+    the conditioner's own family interprets them. ``given`` are conditioning frames, which every role sees clean: they
+    travel with the condition so that no caller can forget them.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     given: Given | None = None
 
+    def of(self, key: str) -> Mapping[str, Tensor]:
+        """The tensors of one conditioner.
+
+        Raises:
+            RuntimeError: if the condition was not made by it.
+        """
+        if key not in self.tensors:
+            raise RuntimeError(f"the condition holds no tensors of {key!r}, but of {', '.join(self.tensors) or 'none'}")
+        return self.tensors[key]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """``change`` applied to every tensor; conditioning frames stay."""
+        changed = {
+            key: {name: change(value) for name, value in tensors.items()} for key, tensors in self.tensors.items()
+        }
+        return Condition(changed, self.given)
+
     def where(self, keep: Tensor, other: Condition) -> Condition:
-        """Rows of ``self`` where ``keep`` (bool ``[B]``) is true, rows of ``other`` elsewhere; given frames stay."""
-        return Condition(
-            {
-                key: value.where(keep.view(-1, *[1] * (value.ndim - 1)), other.tensors[key])
-                for key, value in self.tensors.items()
-            },
-            self.given,
-        )
+        """Rows of ``self`` where ``keep`` (bool ``[B]``) is true, of ``other`` elsewhere; conditioning frames stay."""
+
+        def chosen(value: Tensor, fallback: Tensor) -> Tensor:
+            return value.where(keep.view(-1, *[1] * (value.ndim - 1)), fallback)
+
+        joined = {
+            key: {name: chosen(value, other.of(key)[name]) for name, value in tensors.items()}
+            for key, tensors in self.tensors.items()
+        }
+        return Condition(joined, self.given)
 
     def rows(self, index: slice) -> Condition:
-        """The given rows of the batch."""
+        """Those rows of the batch."""
         given = None if self.given is None else Given(self.given.mask[index], self.given.clean[index])
-        return Condition({key: value[index] for key, value in self.tensors.items()}, given)
+        return Condition(self.map(lambda value: value[index]).tensors, given)
 
     def __or__(self, other: Condition) -> Condition:
-        """Both conditions at once, such as a text and an image."""
-        return Condition({**self.tensors, **other.tensors}, other.given or self.given)
+        """Both conditions at once, such as a text and an image, or the texts of two families."""
+        keys = dict.fromkeys((*self.tensors, *other.tensors))
+        joined = {key: {**self.tensors.get(key, {}), **other.tensors.get(key, {})} for key in keys}
+        return Condition(joined, other.given or self.given)
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,7 @@ class RawBatch:
     """What a data source yields: captions, and clean latents ``[B, C, F, H, W]`` (normalised) where it has them.
 
     ``extras`` is what else was computed beforehand and stands in for what the adapter would compute, batched, by name:
-    ``text_embedding`` ``[B, L, D]``, and whatever more a family declares (``DistillAdapter.extra_shapes``).
+    ``text_embedding`` ``[B, L, D]``, and whatever more a family declares (``Conditioner.stored_shapes``).
     ``trajectory`` ``[B, K, C, F, H, W]`` and ``trajectory_times`` ``[B, K]`` are a teacher's states on the way there.
     """
 

@@ -102,14 +102,14 @@ def _kind(spec: RowSpec, model: LoadedModel) -> str:
 
 def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
     """Load the lazy parts, then return the seconds per prompt of encoding. Keeps first-use costs out of all timings."""
-    shape = (2, *model.adapter.latent_shape)
-    model.adapter.encode_prompts(["", ""])
-    grey = torch.zeros(2, 3, max(model.adapter.first_frames), SIZE, SIZE) if model.adapter.needs_frames else None
+    shape, conditioner = (2, *model.adapter.codec.latent_shape), model.adapter.conditioner
+    conditioner.encode_prompts(["", ""])
+    grey = torch.zeros(2, 3, max(conditioner.first_frames), SIZE, SIZE) if conditioner.needs_frames else None
     once = Sampling(["", ""], SamplerSpec((1.0,), 1.0, "euler"), 0, frames=grey)
     sample_latents(model.adapter, model.denoiser, once)
-    model.adapter.decode(torch.zeros(shape, device=model.adapter.device))
+    model.adapter.codec.decode(torch.zeros(shape, device=model.adapter.device))
     begin = time.perf_counter()
-    model.adapter.encode_prompts(prompts)
+    conditioner.encode_prompts(prompts)
     return (time.perf_counter() - begin) / len(prompts)
 
 
@@ -124,7 +124,7 @@ def vae_floor(model: LoadedModel, judge: Judge, batch_size: int = BATCH_SIZE) ->
     with PatientBar("real videos through the VAE", len(real)) as bar:
         for start in range(0, len(real), batch_size):
             videos = real[start : start + batch_size]
-            decoded = model.adapter.decode(model.adapter.encode(videos.to(model.adapter.device)))
+            decoded = model.adapter.codec.decode(model.adapter.codec.encode(videos.to(model.adapter.device)))
             parts.append(judge.observe(decoded.float().cpu().clamp(-1, 1)))
             bar(len(videos))
     seen = Observed.join(parts)
@@ -139,7 +139,7 @@ def _sample_row(
     again = [judge.prompts[i] for i in judge.diversity_task.positions.tolist() for _ in range(DIVERSITY_SEEDS - 1)]
     units = (len(judge.prompts) + len(again)) * (spec.network_calls + DECODE_UNITS)
     with PatientBar(label, units) as bar:
-        frames = judge.first_frames(model.adapter)
+        frames = judge.first_frames(model.adapter.conditioner)
         sampled = sample(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)
         # Another seed, so that no noise of the first run comes again.
         if frames is not None:
@@ -168,7 +168,7 @@ def sample(
     wanted = Sampling(prompts, spec, seed, batch_size, frames=frames)
     for batch in sample_batches(model.adapter, model.denoiser, wanted, progress):
         begin = time.perf_counter()
-        videos = model.adapter.decode(batch.latents.to(model.adapter.device)).float().cpu().clamp(-1, 1)
+        videos = model.adapter.codec.decode(batch.latents.to(model.adapter.device)).float().cpu().clamp(-1, 1)
         decode.append((time.perf_counter() - begin) / len(videos))
         denoise.append(batch.seconds / len(videos))
         parts.append(judge.observe(videos))

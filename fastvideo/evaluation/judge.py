@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments, PixelPCA, frechet
 from fastvideo.evaluation.metrics import accuracies, diversity, frechet_estimate, named_attributes, spread
@@ -131,9 +130,9 @@ class Judge:
         """Moments of real held-out videos: in the classifier's space and in pixel coordinates."""
         return Moments.of(self._reference[0].features), Moments.of(self._reference[0].pixels)
 
-    def first_frames(self, adapter: DistillAdapter[Any]) -> Tensor | None:
-        """Conditioning frames ``[N, 3, T, 32, 32]`` out of :meth:`real_videos`; ``None`` for text-to-video models."""
-        return self.real_videos()[:, :, : max(adapter.first_frames)] if adapter.needs_frames else None
+    def first_frames(self, conditioner: Conditioner) -> Tensor | None:
+        """What the model goes on from, out of :meth:`real_videos`: ``[N, 3, T, 32, 32]``; ``None`` for text alone."""
+        return self.real_videos()[:, :, : max(conditioner.first_frames)] if conditioner.needs_frames else None
 
     def real_videos(self) -> Tensor:
         """The real videos ``[N, 3, 9, 32, 32]`` whose captions are the prompts."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.flow_scheduler import deviation
+from fastvideo.distillation.adapters.diffusers.flow_scheduler import deviation
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
@@ -77,7 +77,7 @@ def run_export(
     # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
     fitted = model.is_student or steps is not None
     fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
-    stock = model.adapter.stock_sampler(spec.times, spec.kind) if fitted else None
+    stock = model.adapter.folder.stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = _facts(folder.name, found, model, spec, stock, dtype, warnings)
     _write(folder, model, facts)
@@ -135,8 +135,8 @@ def _flow_map_warnings(spec: SamplerSpec) -> tuple[str, ...]:
 
 
 def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
-    counts = model.adapter.first_frames
-    if not model.adapter.needs_frames or 1 in counts:
+    counts = model.adapter.conditioner.first_frames
+    if not model.adapter.conditioner.needs_frames or 1 in counts:
         return ()
     wanted = " or ".join(map(str, counts))
     return (f"this student goes on from {wanted} frames, and stock diffusers gives it one image: it cannot sample it",)
@@ -145,7 +145,7 @@ def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
 def _loader(model: LoadedModel) -> str:
     """The diffusers class that gives the model what it needs; an index may name the one for text alone."""
     name = pipeline_class(model.source)
-    if not model.adapter.needs_frames or "ImageToVideo" in name:
+    if not model.adapter.conditioner.needs_frames or "ImageToVideo" in name:
         return name
     return name.replace("Pipeline", "ImageToVideoPipeline")
 
@@ -171,7 +171,7 @@ def _facts(
     return CardFacts(
         name=name,
         pipeline=_loader(model),
-        image=model.adapter.needs_frames,
+        image=model.adapter.conditioner.needs_frames,
         recipe=recipe,
         spec=spec,
         stock=stock,
@@ -200,7 +200,7 @@ def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
     network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
     try:
         with replacing_folder(out) as partial:
-            model.adapter.save_pipeline(partial, network, facts.recipe)
+            model.adapter.folder.save(partial, network, facts.recipe)
             if facts.stock is not None:
                 _replace_scheduler(partial, facts.stock.scheduler)
             (partial / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.adapters.loading import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline
 from fastvideo.distillation.builder import build_adapter, load_role
 from fastvideo.distillation.config.reading import config_of, read_yaml
 from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
@@ -59,7 +59,7 @@ def find_source(path: str, weights: Weights | None = None) -> Source:
     if not (folder / RUN_CONFIG).is_file():
         return _of_model(folder, weights)
     family = read_yaml(folder / RUN_CONFIG).get("distill_model", "")
-    if not load_adapter(family).pipelines:
+    if not load_adapter(family).Config.pipelines:
         raise UserError(f"export: {path} is a run of the family {family!r}, which has no diffusers pipeline")
     return _of_run(folder, weights)
 

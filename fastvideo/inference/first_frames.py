@@ -17,9 +17,9 @@ def first_frames(model: LoadedModel, image: Path | None) -> Tensor | None:
     Raises:
         UserError: if the model needs an image and there is none, or takes none, or the file is not readable or short.
     """
-    count = max(model.adapter.first_frames)
+    count = max(model.adapter.conditioner.first_frames)
     if image is None:
-        if model.adapter.needs_frames:
+        if model.adapter.conditioner.needs_frames:
             what = "an image" if count == 1 else f"a clip of {count} frames"
             raise UserError(f"the model in {model.source} goes on from {what}: give it with --image")
         return None

@@ -28,4 +28,4 @@ def generate_video(
     with PatientBar("generating", spec.network_calls) as bar:
         wanted = Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames)
         latents = sample_latents(model.adapter, model.denoiser, wanted, bar)
-    return model.adapter.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)
+    return model.adapter.codec.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)

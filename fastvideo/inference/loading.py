@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.loading import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import families, load_adapter
@@ -65,14 +65,14 @@ class LoadedModel:
             return self._over(ladder, steps, guidance)
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
-        default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.published_guidance)
+        default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
         guidance = float(default if guidance is None else guidance)
         if self.is_student:
             kind = student_sampler(self.recipe)
             if kind == "flow_map" and steps not in (None, 1, len(self.ladder)):
                 return SamplerSpec.student(Ladder.uniform(steps), guidance, kind)  # it jumps between any two times
             return SamplerSpec.student(self.ladder.first(steps or len(self.ladder)), guidance, kind)
-        return SamplerSpec.teacher(self.adapter.teacher_times(steps or TEACHER_STEPS), guidance)
+        return SamplerSpec.teacher(self.adapter.folder.teacher_times(steps or TEACHER_STEPS), guidance)
 
     def _over(self, ladder: Sequence[float], steps: int | None, guidance: float | None) -> SamplerSpec:
         if steps is not None:
@@ -102,7 +102,7 @@ def load_model(folder: str, options: Mapping[str, Any] | None = None, device: st
         _check_sizes(folder, fields, family.Config.model_fields)
     config = validate(family.Config, fields, f"of the model in {folder!r}")
     adapter = family(config, device)
-    return LoadedModel(source, adapter, adapter.load_network().requires_grad_(False), recipe)
+    return LoadedModel(source, adapter, adapter.folder.load_network().requires_grad_(False), recipe)
 
 
 def load_recipe(folder: str) -> dict[str, Any]:

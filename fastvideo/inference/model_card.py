@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.loading import EMBEDDED, HUB_ID
+from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, HUB_ID
 from fastvideo.distillation.sample import SamplerSpec
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")

@@ -23,7 +23,7 @@ def result_recipe(config: Config, adapter: Adapter, weights: Weights, step: int)
     }
     if not load_method(config.distill_method).makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
-    if "guidance" in adapter.source_recipe:
+    if "guidance" in adapter.folder.recipe:
         # The result is a teacher: any number of steps, with the guidance of the model it was tuned from.
-        return recipe | {"guidance": adapter.source_recipe["guidance"]}
+        return recipe | {"guidance": adapter.folder.recipe["guidance"]}
     return recipe

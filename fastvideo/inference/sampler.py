@@ -68,7 +68,7 @@ def sample_batches(
         begin = time.perf_counter()
         noise = SampleNoise([seeds[row] for row in rows], family.device)
         called = None if progress is None else _counted(progress, len(rows), wanted.sampler)
-        latents = sample(denoiser, noise, family.latent_shape, wanted.sampler, condition, negative, called=called)
+        latents = sample(denoiser, noise, family.codec.latent_shape, wanted.sampler, condition, negative, called=called)
         latents = latents.float().cpu()  # waits for a GPU, so that the clock is right
         yield LatentBatch(latents, time.perf_counter() - begin)
 
@@ -82,12 +82,12 @@ def sample_latents(
 
 def _conditions(family: DistillAdapter[Any], wanted: Sampling, rows: Sequence[int]) -> tuple[Condition, Condition]:
     """Condition and negative condition of one batch, on its conditioning frames."""
-    first = family.condition_on(None if wanted.frames is None else wanted.frames[list(rows)])
-    condition = family.encode_prompts([wanted.prompts[row] for row in rows]) | first
+    first = family.conditioner.condition_on(None if wanted.frames is None else wanted.frames[list(rows)])
+    condition = family.conditioner.encode_prompts([wanted.prompts[row] for row in rows]) | first
     if wanted.sampler.guidance == 1.0:
         return condition, condition
-    text = family.negative_prompt if wanted.negative_prompt is None else wanted.negative_prompt
-    return condition, family.encode_prompts([text] * len(rows)) | first
+    text = family.conditioner.negative_prompt if wanted.negative_prompt is None else wanted.negative_prompt
+    return condition, family.conditioner.encode_prompts([text] * len(rows)) | first
 
 
 def _counted(progress: ProgressFn, count: int, sampler: SamplerSpec) -> Callable[[], None]:

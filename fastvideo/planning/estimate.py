@@ -147,8 +147,8 @@ def _gathers(config: Config, role: RoleBytes, forwards: float, backwards: float)
 def _exchanged(config: Config, adapter: Adapter) -> float:
     """Bytes that one forward sends to share attention among the processes of a sample."""
     assert adapter.scaling is not None
-    counts = adapter.scaling.context_counts(None, adapter.latent_shape, adapter.text_length or 0)
-    context, item = config.parallel.context, adapter.compute_dtype.itemsize
+    counts = adapter.scaling.context_counts(None, adapter.codec.latent_shape)
+    context, item = config.parallel.context, adapter.folder.compute_dtype.itemsize
     tokens = max(counts.values()) * config.data.batch_size / context
     return ALL_TO_ALL * tokens * sum(adapter.feature_widths) * item * (context - 1) / context
 
@@ -160,8 +160,8 @@ def calibrate(plan: Plan) -> float:
     adapter = build_adapter(plan.config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width = adapter.feature_widths[0]
-    left = torch.ones(1024, width, device=device, dtype=adapter.compute_dtype)
-    right = torch.ones(width, 4 * width, device=device, dtype=adapter.compute_dtype)
+    left = torch.ones(1024, width, device=device, dtype=adapter.folder.compute_dtype)
+    right = torch.ones(width, 4 * width, device=device, dtype=adapter.folder.compute_dtype)
     rounds, start = 0, time.perf_counter()
     while time.perf_counter() - start < 2.0:
         (left @ right)[0, 0].item()

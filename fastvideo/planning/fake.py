@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
@@ -95,25 +96,27 @@ def drop_gradients(network: nn.Module) -> None:
         parameter.register_post_accumulate_grad_hook(drop)
 
 
-def fake_text(adapter: Adapter, count: int) -> Condition:
+def fake_text(conditioner: Conditioner, count: int) -> Condition:
     """The condition of ``count`` prompts."""
-    width = adapter.extra_shapes["text_embedding"][-1]
-    return Condition({"prompt_embeds": torch.empty(count, adapter.text_length or 1, width or 1)})
+    width = conditioner.stored_shapes["text_embedding"][-1]
+    stored = torch.empty(count, conditioner.text_length or 1, width or 1)
+    return conditioner.text_of(RawBatch(("",) * count, None, {"text_embedding": stored}))
 
 
 def fake_batch(config: Config, adapter: Adapter) -> Batch:
     """One micro-batch, with latents if the method trains on them."""
     count, with_latents = config.data.batch_size, load_method(config.distill_method).uses_latents(config.method)
-    latents = torch.empty(count, *adapter.latent_shape)
+    conditioner, shape = adapter.conditioner, adapter.codec.latent_shape
+    latents = torch.empty(count, *shape)
     first = Condition({})
-    if adapter.needs_frames:
-        shapes = {name: [size or 1 for size in shape] for name, shape in adapter.extra_shapes.items()}
+    if conditioner.needs_frames:
+        shapes = {name: [size or 1 for size in shape] for name, shape in conditioner.stored_shapes.items()}
         extras = {name: torch.empty(count, *shape) for name, shape in shapes.items()}
-        first = adapter.first_frames_of(RawBatch(("",) * count, latents, extras))
+        first = conditioner.first_frames_of(RawBatch(("",) * count, latents, extras))
     return Batch(
-        shape=(count, *adapter.latent_shape),
-        condition=fake_text(adapter, count) | first,
-        negative=adapter.negative(count) | first,
+        shape=(count, *shape),
+        condition=fake_text(conditioner, count) | first,
+        negative=conditioner.negative(count) | first,
         x0=latents if with_latents else None,
     )
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
-from fastvideo.distillation.adapters.pipeline import PipelineAdapter
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.config.schema import RoleConfig
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, local_numel, optimizer_bytes
@@ -56,10 +51,10 @@ def role_bytes(config: Config, adapter: Adapter) -> list[RoleBytes]:
     for name, role in config.roles.items():
         if name not in networks:
             assert adapter.scaling is not None
-            dtype = torch.float32 if role.trainable and role.lora is None else adapter.compute_dtype
-            networks[name] = adapter.scaling.empty(role.path, dtype)
+            dtype = torch.float32 if role.trainable and role.lora is None else adapter.folder.compute_dtype
+            networks[name] = adapter.folder.empty(role.path, dtype)
             if name == "student" and "flow_map" in method.needs_of(config.method):
-                adapter.add_flow_map(networks[name])
+                adapter.folder.add_flow_map(networks[name])
     rows = [_role(config, adapter, name, networks[name], name in own) for name in config.roles]
     return [_adapted(config, row, networks[row.name]) for row in rows]
 
@@ -109,7 +104,7 @@ def _role(config: Config, adapter: Adapter, name: str, network: nn.Module, own: 
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
     averaged = config.ema.enabled and name in averaged_roles(config)
     blocks = [] if own or adapter.scaling is None else adapter.scaling.blocks(network)
-    item = adapter.compute_dtype.itemsize
+    item = adapter.folder.compute_dtype.itemsize
     return RoleBytes(
         name=name,
         trainable=trainable,
@@ -166,20 +161,6 @@ def reduction_bytes(config: Config, roles: list[RoleBytes], world: int) -> int:
 
 def frozen_parts(config: Config, adapter: Adapter) -> Mapping[str, int]:
     """Text encoder (prompts are encoded while training), and the VAE where something is decoded; float32."""
-    if not isinstance(adapter, PipelineAdapter):
-        return {}
-    parts = {"text encoder": _part(adapter, "text_encoder", "transformers", adapter.text_encoder_class)}
-    if config.validation.every:
-        parts["VAE"] = _part(adapter, "vae", "diffusers", adapter.vae_class)
-    return parts
-
-
-def _part(adapter: PipelineAdapter[Any], folder: str, library: str, name: str) -> int:
-    cls: Any = getattr(import_module(library), name)
-    source = resolve_pipeline(adapter.config.path, adapter.pipelines)
-    with torch.device("meta"):
-        if library == "diffusers":
-            module = cls.from_config(load_config(cls, source, folder))
-        else:
-            module = cls(cls.config_class.from_pretrained(Path(source) / folder))
-    return _numel(module.parameters()) * FLOAT32
+    parts = adapter.folder.frozen_parts()
+    used = parts if config.validation.every else [name for name in parts if name != "VAE"]
+    return {name: _numel(parts[name].parameters()) * FLOAT32 for name in used}

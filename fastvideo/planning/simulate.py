@@ -96,7 +96,7 @@ def _depths(config: Config, adapter: Adapter) -> dict[str, int]:
     assert adapter.scaling is not None
     own = load_method(config.distill_method).heads(config.method, adapter)
     family = {name: role for name, role in config.roles.items() if name not in own}
-    return {name: len(_stack(adapter.scaling.empty(role.path, torch.float32))) for name, role in family.items()}
+    return {name: len(_stack(adapter.folder.empty(role.path, torch.float32))) for name, role in family.items()}
 
 
 def _stack(network: nn.Module) -> nn.ModuleList:
@@ -121,12 +121,12 @@ def _networks(config: Config, adapter: Adapter, split: bool, depth: int | None) 
         if name in networks:
             continue
         assert adapter.scaling is not None
-        dtype = adapter.compute_dtype if split or not role.trainable else torch.float32
-        networks[name] = network = adapter.scaling.empty(role.path, dtype)
+        dtype = adapter.folder.compute_dtype if split or not role.trainable else torch.float32
+        networks[name] = network = adapter.folder.empty(role.path, dtype)
         if depth is not None:
             del _stack(network)[depth:]
         if name == "student" and "flow_map" in method.needs_of(config.method):
-            adapter.add_flow_map(network)
+            adapter.folder.add_flow_map(network)
         if config.parallel.activation_checkpointing != "none":
             adapter.scaling.recompute(network, checkpointed(config.parallel.activation_checkpointing))
     return networks
@@ -139,7 +139,7 @@ def _method(config: Config, adapter: Adapter, networks: Mapping[str, nn.Module],
         if leave and role.trainable:
             drop_gradients(network)
         handles.append(RoleHandle(name, adapter, network, role.trainable))
-    adapter.ensure_negative_conditioning(fake_text(adapter, 1))
+    adapter.conditioner.ensure_negative_conditioning(fake_text(adapter.conditioner, 1))
     return method(config.method, ModelBundle(handles), Ladder(config.ladder.times), WorstCase(config.seed))
 
 

@@ -20,6 +20,7 @@ from fastvideo.planning.fake import LiveBytes
 from fastvideo.planning.layout import gathered_bytes, role_bytes
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.simulate import _train, simulate
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.distillation import parse
 
 TINY, LARGE = "examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml"
@@ -102,7 +103,7 @@ def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
     adapter = build_adapter(config)
     planned = simulate(config, adapter, split=False, leave=False)
     adapter = build_adapter(config)
-    networks = {name: adapter.load_network() for name in config.roles}
+    networks = {name: adapter.folder.load_network() for name in config.roles}
     from fastvideo.distillation.builder import build_method
 
     if recompute == "full":
@@ -115,7 +116,7 @@ def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
     method.rng.shared_index = lambda high: high - 1  # type: ignore[method-assign]
     from fastvideo.distillation.types import RawBatch
 
-    batch = adapter.prepare(RawBatch(("a red three", "a green one")))
+    batch = preparer(adapter)(RawBatch(("a red three", "a green one")))
     with LiveBytes() as memory:
         _train(method, batch, 0)
     assert planned.peak == pytest.approx(memory.peak, rel=0.02)

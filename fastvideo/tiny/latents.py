@@ -29,10 +29,10 @@ class LatentSet:
 
 
 class LatentCodec(Protocol):
-    """What turns videos into latents; a model family is one."""
+    """What turns videos into latents; a family's codec is one."""
 
     @property
-    def codec_key(self) -> str:
+    def latent_key(self) -> str:
         """Changes with anything that the latents of a video depend on."""
         ...
 
@@ -65,7 +65,7 @@ def encode_world(codec: LatentCodec, n: int, seed: int, split: Split) -> LatentS
 
 def cache_key(codec: LatentCodec, n: int, seed: int, split: Split) -> str:
     """Sixteen hexadecimal digits that change with anything the latents depend on."""
-    inputs = json.dumps([FORMAT, split, n, seed, codec.codec_key])
+    inputs = json.dumps([FORMAT, split, n, seed, codec.latent_key])
     return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 

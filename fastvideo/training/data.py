@@ -11,7 +11,7 @@ from fastvideo.data.faults import Faults
 from fastvideo.data.index import dataset_files
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.adapters.loading import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
@@ -99,10 +99,10 @@ def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) 
     if method.needs_trajectories:
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
-        return _prompts(config, adapter, with_latents or adapter.needs_frames)
+        return _prompts(config, adapter, with_latents or adapter.conditioner.needs_frames)
     if config.data.path != TINY:
-        return _dataset(config, adapter, with_latents or adapter.needs_frames, faults)
-    return _tiny_world(config, adapter, with_latents or adapter.needs_frames)
+        return _dataset(config, adapter, with_latents or adapter.conditioner.needs_frames, faults)
+    return _tiny_world(config, adapter, with_latents or adapter.conditioner.needs_frames)
 
 
 def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
@@ -116,27 +116,27 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
             f"data.path: {config.distill_method} trains on a teacher's trajectories; make them with: fastvideo "
             f"precompute-trajectories --config CONFIG --out FOLDER, and give the folder as data.path"
         )
-    teacher = adapter.load_network(config.method.teacher_path)
+    teacher = adapter.folder.load_network(config.method.teacher_path)
     for made in metadata_at(config.data.path):
         check_made_for(made, config, adapter, teacher)
     rungs = len(config.ladder.times)
-    extras = {STATES: (rungs, *adapter.latent_shape), STATE_TIMES: (rungs,)}
+    extras = {STATES: (rungs, *adapter.codec.latent_shape), STATE_TIMES: (rungs,)}
     source = ParquetSource(
-        config.data.path, Wanted(latents=adapter.latent_shape, extras=extras, codec_key=adapter.codec_key)
+        config.data.path, Wanted(latents=adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
     )
-    adapter.check_prompts(source.captions())
+    adapter.conditioner.check_prompts(source.captions())
     return source, f"{len(source)} trajectories of {config.data.path}, {rungs} states each"
 
 
 def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
     if with_latents:
-        needs = "goes on from given frames" if adapter.needs_frames else "trains on videos"
+        needs = "goes on from given frames" if adapter.conditioner.needs_frames else "trains on videos"
         raise UserError(
             f"data.prompts: {config.distill_model} x {config.distill_method} (as configured) {needs}, a prompts file "
             f"has none; give data.path"
         )
     prompts = read_prompts(str(config.data.prompts))
-    adapter.check_prompts(prompts)
+    adapter.conditioner.check_prompts(prompts)
     return MemorySource(prompts), f"{len(prompts)} prompts of {config.data.prompts}"
 
 
@@ -148,7 +148,7 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
         return MemorySource(TinyWorld("train").sample_captions(size, seed)), f"{size} captions of the tiny world"
     from fastvideo.tiny.latents import cached_latents
 
-    encoded = cached_latents(adapter, size, seed, Path(config.data.cache))
+    encoded = cached_latents(adapter.codec, size, seed, Path(config.data.cache))
     return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the tiny world"
 
 
@@ -157,19 +157,19 @@ def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Fault
     from fastvideo.data.parquet import ParquetSource
 
     wanted = Wanted(
-        latents=adapter.latent_shape if with_latents else None,
+        latents=adapter.codec.latent_shape if with_latents else None,
         any_size=config.data.buckets,
-        extras=adapter.extra_shapes,
-        text_length=adapter.text_length,
-        normalise=adapter.normalise,
-        codec_key=adapter.codec_key if with_latents else None,
+        extras=adapter.conditioner.stored_shapes,
+        text_length=adapter.conditioner.text_length,
+        normalise=adapter.codec.normalise,
+        codec_key=adapter.codec.latent_key if with_latents else None,
     )
     source = ParquetSource(config.data.path, wanted, faults)
     text = "stored text embeddings" if source.has_text else "captions"
     files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
     if not source.has_text:
         captions = source.captions()
-        adapter.check_prompts(captions)
+        adapter.conditioner.check_prompts(captions)
         if not source.names:
             return MemorySource(captions), f"{len(source)} captions of {config.data.path} ({files})"
     if not with_latents:

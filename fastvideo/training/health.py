@@ -108,14 +108,14 @@ class HealthCheck:
         from fastvideo.tiny.world import TinyWorld
 
         videos = TinyWorld("heldout").sample(4 * len(self.wanted.prompts), self.wanted.seed).videos
-        latents = adapter.encode(videos.to(adapter.device)).cpu()
+        latents = adapter.codec.encode(videos.to(adapter.device)).cpu()
         figures = self._measure(videos, latents)
         return {name: value for name, value in figures.items() if name != "diversity"}  # not of one prompt
 
     def _of_teacher(self) -> dict[str, float]:
         teacher = self.method.bundle["teacher"]
         family = teacher.adapter
-        sampler = SamplerSpec.teacher(family.teacher_times(self.options.teacher_steps), self._guidance(family))
+        sampler = SamplerSpec.teacher(family.folder.teacher_times(self.options.teacher_steps), self._guidance(family))
         shared, wanted = replace(self.shared, family=family), replace(self.wanted, sampler=sampler)
         made = shared.latents_and_videos(teacher, wanted, "the teacher's videos")
         if made is None:
@@ -124,7 +124,7 @@ class HealthCheck:
         return self._measure(made[1], made[0])
 
     def _guidance(self, family: Adapter) -> float:
-        return float(self.config.method.model_dump().get("teacher_guidance", family.published_guidance))
+        return float(self.config.method.model_dump().get("teacher_guidance", family.folder.published_guidance))
 
     def _key(self) -> str:
         options = self.options.model_dump(include={"prompts", "seeds", "teacher_steps"})
@@ -152,9 +152,9 @@ class HealthCheck:
             return {}
         count = min(PANEL_VIDEOS, len(self.wanted.prompts))
         x0 = self.shared.from_main(None if latents is None else latents[:count], count)
-        given = adapter.condition_on(None if self.wanted.frames is None else self.wanted.frames[:count])
-        condition = adapter.encode_prompts(self.wanted.prompts[:count]) | given
-        negative = adapter.negative(count) | given
+        given = adapter.conditioner.condition_on(None if self.wanted.frames is None else self.wanted.frames[:count])
+        condition = adapter.conditioner.encode_prompts(self.wanted.prompts[:count]) | given
+        negative = adapter.conditioner.negative(count) | given
         noise = normal(tuple(x0.shape), seeded(self.wanted.seed)).to(adapter.device)
         x_t, t = add_noise(x0, noise, at_time(x0, PANEL_TIME)), at_time(x0, PANEL_TIME)
         real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(adapter))

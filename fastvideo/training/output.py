@@ -89,9 +89,9 @@ def next_commands(config: Config, adapter: Adapter) -> list[str]:
     """Commands that show what a finished run has made; a family without a pipeline makes no videos."""
     output = Path(config.output)
     report = f"fastvideo report {shlex.quote(str(output))}"
-    if not adapter.pipelines:
+    if not adapter.Config.pipelines:
         return [f"next: {report}"]
     prompt = next(iter(config.validation.prompts), "a green seven moving up and left")
-    image = " --image FILE" if adapter.needs_frames else ""
+    image = " --image FILE" if adapter.conditioner.needs_frames else ""
     student = shlex.quote(str(output / "student"))
     return [f"next: fastvideo generate {student} --prompt {shlex.quote(prompt)}{image}", f"      {report}"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream
+from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
 from fastvideo.distillation.engine.runtime import Processes, Runtime, Session, Tracker
 from fastvideo.distillation.trainer import DistillTrainer
@@ -105,7 +105,7 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
     trainer.hooks = (start.tell(tracker), validation, checkpoints)
     trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
-    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.kernels}")
+    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
     for note in (*prompt_notes(config), *method.notes):
         tracker.say(note)
     try:
@@ -136,7 +136,8 @@ def build_trainer(
     runtime = Runtime(
         method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema, source=adapter
     )
-    return DistillTrainer(method, partial(adapter.prepare, any_size=config.data.buckets), config.trainer, runtime)
+    prepare = BatchPreparer(adapter.codec, [adapter.conditioner], any_size=config.data.buckets)
+    return DistillTrainer(method, prepare, config.trainer, runtime)
 
 
 def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path) -> None:
@@ -155,6 +156,6 @@ def _write_result(
     folder: Path,
 ) -> None:
     with replacing_folder(folder) as partial_folder:  # a save that is cut off must not look like a result
-        adapter.save_pipeline(partial_folder, network, recipe)
+        adapter.folder.save(partial_folder, network, recipe)
         for name, tensors in files.items():
             save_file(dict(tensors), partial_folder / name, metadata={"format": "pt"})

@@ -34,7 +34,7 @@ class SharedSampler:
 
     def from_main(self, latents: Tensor | None, count: int) -> Tensor:
         """Latents ``[count, C, F, H, W]`` of the main process on every process's device; the others pass ``None``."""
-        return self.processes.spread_from_main(latents, (count, *self.family.latent_shape))
+        return self.processes.spread_from_main(latents, (count, *self.family.codec.latent_shape))
 
     def rows(self, count: int) -> list[int]:
         """Prompts of this process; equally many on all, so the last ones may be sampled more than once."""
@@ -70,7 +70,7 @@ class SharedSampler:
         parts = []
         for part in latents.split(batch_size):
             self.unit_done()
-            parts.append(self.family.decode(part.to(self.family.device)).float().cpu())
+            parts.append(self.family.codec.decode(part.to(self.family.device)).float().cpu())
         return torch.cat(parts)
 
     def _joined(self, own: Tensor, count: int) -> Tensor | None:

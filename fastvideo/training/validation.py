@@ -45,7 +45,7 @@ def build_validation(
 
         judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
         prompts, score = list(judge.prompts), judge.score
-        frames, size = judge.first_frames(adapter), options.batch_size or config.data.batch_size
+        frames, size = judge.first_frames(adapter.conditioner), options.batch_size or config.data.batch_size
     else:
         frames = _image_frames(config, adapter)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
@@ -76,9 +76,9 @@ def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:
     """Conditioning frames of the validation's own prompts."""
     from fastvideo.inference.first_frames import read_first_frames
 
-    images, count = config.validation.images, max(adapter.first_frames)
+    images, count = config.validation.images, max(adapter.conditioner.first_frames)
     if not images:
-        if adapter.needs_frames:
+        if adapter.conditioner.needs_frames:
             raise UserError("validation.images: this model goes on from an image; give one for every prompt")
         return None
     if not count:

@@ -46,14 +46,14 @@ class WanTarget:
     """Posteriors of the shipped Wan VAE over normalised latents."""
 
     def __init__(self) -> None:
-        self.adapter = WanAdapter(WanConfig())
-        deviation = torch.tensor(self.adapter.vae.config.latents_std)
+        self.codec = WanAdapter(WanConfig()).codec
+        deviation = torch.tensor(self.codec.vae.config.latents_std)
         self.log_variance = 2 * deviation.log().view(1, CHANNELS, 1, 1, 1)
 
     def errors(self, vae: AutoencoderKLCogVideoX, videos: Tensor) -> tuple[Tensor, Tensor]:
         """Squared errors of mean and log-variance of `vae` on videos [B, 3, 9, 32, 32]."""
         with torch.no_grad():
-            mean, log_variance = encode_moments(self.adapter.vae, videos)
-            mean, log_variance = self.adapter.normalise(mean), log_variance - self.log_variance
+            mean, log_variance = encode_moments(self.codec.vae, videos)
+            mean, log_variance = self.codec.normalise(mean), log_variance - self.log_variance
         found, found_log_variance = encode_moments(vae, videos)
         return (found - mean).square().mean(), (found_log_variance - log_variance).square().mean()

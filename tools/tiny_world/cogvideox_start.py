@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
+from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
 
 TIMES = 400
 GELU_SLOPE = 1.702  # gelu(x) is nearly silu(1.702 x) / 1.702, which is a fifth cheaper to train on a CPU

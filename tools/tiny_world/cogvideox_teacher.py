@@ -50,10 +50,10 @@ def train_teacher(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
         CogVideoXAdapter(CogVideoXConfig(path=str(pipeline), max_sequence_length=length)),
         WanAdapter(WanConfig()),
     )
-    network: Any = ours.load_network()
-    source: Any = wan.load_network().requires_grad_(False)
-    start_from_wan(network, source, ours.grid)
-    data = cached_latents(ours, recipe.imitation.videos, recipe.imitation.seed, out / "cache")
+    network: Any = ours.folder.load_network()
+    source: Any = wan.folder.load_network().requires_grad_(False)
+    start_from_wan(network, source, ours.folder.grid)
+    data = cached_latents(ours.codec, recipe.imitation.videos, recipe.imitation.seed, out / "cache")
     student, teacher = Network(ours, network, network.transformer_blocks), Network(wan, source, source.blocks)
     error = imitate(student, teacher, Draws.of(data, recipe.imitation))
     install_network(network, pipeline, GUIDANCE, recipe.text)
@@ -72,7 +72,7 @@ class Network:
     def __init__(self, adapter: Adapter, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.adapter, self.network, self.blocks = adapter, network, blocks
         self.hidden: list[Tensor] = []
-        embedded = adapter.encode_prompts(all_captions()).tensors
+        embedded = adapter.conditioner.encode_prompts(all_captions()).of(adapter.conditioner.key)
         self.captions = {name: tensor.clone() for name, tensor in embedded.items()}
 
     def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
@@ -81,7 +81,9 @@ class Network:
     def velocity(self, x_t: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         """The answer for captions given by their place in `all_captions`, int64 [B]."""
         self.hidden.clear()
-        condition = Condition({name: tensor[caption] for name, tensor in self.captions.items()})
+        condition = Condition(
+            {self.adapter.conditioner.key: {name: tensor[caption] for name, tensor in self.captions.items()}}
+        )
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.enter_context(block.register_forward_hook(self._keep))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from fastvideo.distillation.adapters.analytic_networks import (
     MixtureConsistency,
     SiteMLP,
 )
-from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.taps import Tokens, check_taps
+from fastvideo.distillation.adapters.base import (
+    Codec,
+    Conditioner,
+    DistillAdapter,
+    ModelFolder,
+    Tokens,
+    check_taps,
+)
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.noise import expand_time, velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
@@ -148,7 +155,7 @@ CLASSES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "mean_velocity": (GaussianMeanVelocity,),
     "mlp": (SiteMLP,),
 }
-"""What each kind of network may be."""
+"""Classes of each kind of network."""
 
 
 def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
@@ -174,16 +181,47 @@ def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
     return GaussianMeanVelocity(mean, std)
 
 
-class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
-    """Gaussians and mixtures."""
+class AnalyticCodec(Codec):
+    """The identity: a video is its own latents."""
 
-    Config = AnalyticConfig
-    summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
-    supports = frozenset({"features", "flow_map", "jvp"})
+    latent_key = "identity"
+
+    def __init__(self, config: AnalyticConfig, device: torch.device) -> None:
+        self._shape, self.device = config.shape, device
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        return self.config.shape
+        return self._shape
+
+    def _encode(self, videos: Tensor) -> Tensor:
+        return videos
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class AnalyticConditioner(Conditioner):
+    """Captions are numbers."""
+
+    key = "analytic"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """``shift`` ``[B]``: the caption as a number."""
+        try:
+            shifts = [float(prompt) if prompt else 0.0 for prompt in prompts]
+        except ValueError as error:
+            raise UserError(f"a caption of the analytic family is a number that shifts the mean: {error}") from error
+        return Condition({self.key: {"shift": torch.tensor(shifts, device=self.device)}})
+
+
+class AnalyticFolder(ModelFolder):
+    """Networks of the configured distribution, or a folder with one file."""
+
+    def __init__(self, config: AnalyticConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         return tuple(1 - i / steps for i in range(steps))
@@ -220,18 +258,59 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
                 "the analytic family's flow maps are 'mean_velocity' and 'mlp': roles.student.path names one of them"
             )
 
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """``network.safetensors`` (read back by :meth:`load_network`) and ``recipe.json``."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = next(kind for kind, classes in CLASSES.items() if isinstance(network, classes))
+        save_file(network.state_dict(), folder / WEIGHTS, metadata={"kind": kind})
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
+    """Gaussians and mixtures."""
+
+    Config = AnalyticConfig
+    summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
+    supports = frozenset({"features", "flow_map", "jvp", "frame_times"})
+
+    @cached_property
+    def codec(self) -> AnalyticCodec:
+        return AnalyticCodec(self.config, self.device)
+
+    @cached_property
+    def conditioner(self) -> AnalyticConditioner:
+        return AnalyticConditioner(self.device)
+
+    @cached_property
+    def folder(self) -> AnalyticFolder:
+        return AnalyticFolder(self.config, self.device)
+
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
     ) -> Tensor:
         down_to = {} if r is None else {"r": r}
-        return network(x_t, t, condition.tensors["shift"], **down_to)  # type: ignore[no-any-return]
+        return network(x_t, t, self._shift(condition), **down_to)  # type: ignore[no-any-return]
+
+    def _shift(self, condition: Condition) -> Tensor:
+        return condition.of(self.conditioner.key)["shift"]
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
         """One tap: a constant, and two numbers per channel and component."""
         return (1 + 2 * self.config.shape[0] * len(self.config.means),)
 
-    def features(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
+    def features(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        taps: Sequence[int],
+        *,
+        whole: bool = False,
+    ) -> tuple[Tensor | None, Tokens]:
         """One token per frame and place: ``1``, and ``y`` and ``y^2`` of each channel and component.
 
         ``y = (x_t - alpha mu) / sqrt(v_t)`` is the sample as the network's components see it. These are the sufficient
@@ -240,44 +319,13 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         check_taps(taps, self.feature_widths, type(self).__name__)
         source: Any = network
         mean, std = source.mean.reshape(-1), source.std.reshape(-1)
-        y = standardised(x_t, t, condition.tensors["shift"], mean, std).flatten(2, -2)  # [B, C, L, K]
+        y = standardised(x_t, t, self._shift(condition), mean, std).flatten(2, -2)  # [B, C, L, K]
         y = y.transpose(1, 2).flatten(2)
-        return (torch.cat([torch.ones_like(y[..., :1]), y, y.square()], dim=-1),) * len(taps)
-
-    def velocity_and_features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
-    ) -> tuple[Tensor, Tokens]:
-        return self.velocity(network, x_t, t, condition), self.features(network, x_t, t, condition, taps)
+        tokens = torch.cat([torch.ones_like(y[..., :1]), y, y.square()], dim=-1)
+        return self.velocity(network, x_t, t, condition) if whole else None, (tokens,) * len(taps)
 
     def data_of(self, noise: Tensor, condition: Condition) -> Tensor:
-        """Exact data: where the flow takes pure ``noise`` ``[B, C, F, H, W]``; drawn independently if the noise is."""
+        """Exact data: the end of the flow from pure ``noise`` ``[B, C, F, H, W]``; independent if the noise is."""
         t = torch.ones(len(noise), dtype=torch.float32, device=self.device)
         end = build_network("consistency", self.config).to(self.device).requires_grad_(False)
-        return velocity_to_x0(noise, end(noise, t, condition.tensors["shift"]), t)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """``shift`` ``[B]``: the caption as a number."""
-        try:
-            shifts = [float(prompt) if prompt else 0.0 for prompt in prompts]
-        except ValueError as error:
-            raise UserError(f"a caption of the analytic family is a number that shifts the mean: {error}") from error
-        return Condition({"shift": torch.tensor(shifts, device=self.device)})
-
-    @property
-    def codec_key(self) -> str:
-        return "identity"
-
-    def encode(self, videos: Tensor) -> Tensor:
-        return videos.to(self.device)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def save_pipeline(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """``network.safetensors`` (read back by :meth:`load_network`) and ``recipe.json``."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        kind = next(kind for kind, classes in CLASSES.items() if isinstance(network, classes))
-        save_file(network.state_dict(), folder / WEIGHTS, metadata={"kind": kind})
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        return velocity_to_x0(noise, end(noise, t, self._shift(condition)), t)

@@ -2,34 +2,45 @@
 
 Everything outside this file is rectified flow. :meth:`CogVideoXAdapter.velocity` rescales the sample so that its
 signal-to-noise ratio stays, asks the network for Salimans' ``v`` at the timestep of that ratio
-(:class:`~fastvideo.distillation.adapters.cogvideox_grid.NoiseGrid`), and converts the answer; no step divides by a
-coefficient that can be 0. The pipeline's latents are ``[B, F, C, H, W]``; they are turned round at the network's door.
+(``diffusers.discrete_vp.NoiseGrid``), and converts the answer; no step divides by a coefficient that can be 0. The
+pipeline's latents are ``[B, F, C, H, W]``; they are turned round at the network's door.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.base import Shape, StockSampler
 from fastvideo.distillation.adapters.cogvideox_context import CogVideoXScaling
-from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
-from fastvideo.distillation.adapters.loading import load_config, resolve_pipeline
-from fastvideo.distillation.adapters.pipeline import PipelineAdapter, PipelineConfig, check_divisible
-from fastvideo.distillation.noise import Interpolant
-from fastvideo.distillation.types import Condition, RawBatch, UserError
+from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
+from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
+from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, variance_preserving
+from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
+from fastvideo.distillation.adapters.diffusers.loading import load_config, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import PipelineConfig, PipelineSpec, check_divisible
+from fastvideo.distillation.adapters.diffusers.texts import STORED, TEXT, DiffusersConditioner
+from fastvideo.distillation.types import Condition, UserError
 
-PIPELINES = ("CogVideoXPipeline",)
+SPEC = PipelineSpec(
+    network="CogVideoXTransformer3DModel",
+    vae="AutoencoderKLCogVideoX",
+    text_encoder="T5EncoderModel",
+    time_embedding="time_embedding",
+    blocks="transformer_blocks",
+    published_guidance=6.0,
+)
 
 
 class CogVideoXConfig(PipelineConfig):
     """Options of the CogVideoX family."""
 
+    pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
     path: str
     """A diffusers CogVideoX pipeline: a folder, a hub id, or `tiny_cogvideox` for the one that ships here."""
     num_frames: PositiveInt = 9
@@ -43,36 +54,78 @@ class CogVideoXConfig(PipelineConfig):
         return self
 
 
-class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
-    """The CogVideoX family."""
+class CogVideoXCodec(DiffusersCodec):
+    """``AutoencoderKLCogVideoX``: one scaling factor."""
 
-    Config = CogVideoXConfig
-    pipelines = PIPELINES
-    published_guidance = 6.0
-    summary = "CogVideoX text-to-video: v-prediction, zero-terminal-SNR schedule, T5 text"
-    per_frame_times = False
-    frames_first = True
-    transformer_class = "CogVideoXTransformer3DModel"
-    vae_class = "AutoencoderKLCogVideoX"
-    text_encoder_class = "T5EncoderModel"
-    time_embedding = "time_embedding"
-    blocks = "transformer_blocks"
-
-    @cached_property
-    def grid(self) -> NoiseGrid:
-        """The noise levels that the network was trained on."""
-        return _grid(self.source)
+    @property
+    def _video_frames(self) -> int:
+        """Latent frames of a video, without padding."""
+        factor = int(self.pipeline.vae_config["temporal_compression_ratio"])
+        return (int(self.pipeline.config.num_frames) - 1) // factor + 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        spatial = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
-        frames = (self.config.num_frames - 1) // int(self._vae_config["temporal_compression_ratio"]) + 1
-        size = self.config.height // spatial, self.config.width // spatial
-        return self._vae_config["latent_channels"], frames + self._padding(frames), *size
+        vae, config, frames = self.pipeline.vae_config, self.pipeline.config, self._video_frames
+        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+        size = config.height // spatial, config.width // spatial
+        return vae["latent_channels"], frames + self._padding(frames), *size
 
     def _padding(self, frames: int) -> int:
         """Latent frames that CogVideoX 1.5, whose patches span two of them, puts before a video's own."""
-        return -frames % (self._network_config["patch_size_t"] or 1)
+        return -frames % (self.pipeline.network_config()["patch_size_t"] or 1)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Times the VAE's scaling factor, with the first frame repeated in front where patches need it."""
+        latents = latents * float(self.pipeline.vae_config["scaling_factor"])
+        return torch.cat([latents[:, :, :1].expand(-1, -1, self._padding(latents.shape[2]), -1, -1), latents], dim=2)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._decoded(latents[:, :, -self._video_frames :] / self.vae.config.scaling_factor)
+
+
+class CogVideoXConditioner(DiffusersConditioner[CogVideoXConfig]):
+    """T5 text; padding is encoded like words, without a mask, as in ``CogVideoXPipeline``."""
+
+    @property
+    def text_width(self) -> int:
+        return int(self.pipeline.network_config()["text_embed_dim"])
+
+    @property
+    def stored_shapes(self) -> dict[str, Shape]:
+        return {STORED: (self.config.max_sequence_length, self.text_width)}
+
+    def _encode_text(self, prompt: str) -> Tensor:
+        with torch.no_grad():
+            return self.text_encoder(self._tokens(prompt).input_ids)[0][0]  # type: ignore[no-any-return]
+
+    def _fitted(self, embedding: Tensor) -> Tensor:
+        """Every position counts, padding too, so an embedding has to have all of them."""
+        found, wanted = tuple(embedding.shape[1:]), self.stored_shapes[STORED]
+        if found != wanted:
+            raise UserError(f"data: text_embedding has shape {found}, the model expects {wanted} (tokens, channels)")
+        return embedding.float()
+
+
+class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
+    """A CogVideoX pipeline."""
+
+    @property
+    def grid(self) -> NoiseGrid:
+        """The noise levels that the network was trained on."""
+        return _grid(self.pipeline.source)
+
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A ``CogVideoXTransformer3DModel`` in eval mode (published ones have no dropout).
+
+        Raises:
+            UserError: if its position table is made for prompts of another length.
+        """
+        network: Any = super().load_network(path, dtype)
+        length, wanted = self.config.max_sequence_length, network.config.max_text_seq_length
+        if length != wanted and not network.config.use_rotary_positional_embeddings:
+            source = path or self.pipeline.source
+            raise UserError(f"model.max_sequence_length is {length}, the network in {source!r} takes {wanted} tokens")
+        return network  # type: ignore[no-any-return]
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """The times of the timesteps that the pipeline's scheduler takes for so many steps."""
@@ -94,72 +147,54 @@ class CogVideoXAdapter(PipelineAdapter[CogVideoXConfig]):
         scheduler.set_timesteps(steps)
         return StockSampler(scheduler, self.grid.times_of(scheduler.timesteps.tolist()))
 
-    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A ``CogVideoXTransformer3DModel`` in eval mode (published ones have no dropout).
+    def stock_latents(self, latents: Tensor) -> Tensor:
+        """``[B, F, C, H, W]``."""
+        return latents.transpose(1, 2)
 
-        Raises:
-            UserError: if its position table is made for prompts of another length.
-        """
-        network: Any = super().load_network(path, dtype)
-        length, wanted = self.config.max_sequence_length, network.config.max_text_seq_length
-        if length != wanted and not network.config.use_rotary_positional_embeddings:
-            source = path or self.source
-            raise UserError(f"model.max_sequence_length is {length}, the network in {source!r} takes {wanted} tokens")
-        return network  # type: ignore[no-any-return]
+
+class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
+    """The CogVideoX family."""
+
+    Config = CogVideoXConfig
+    summary = "CogVideoX text-to-video: v-prediction, zero-terminal-SNR schedule, T5 text"
+    _spec = SPEC
+
+    @cached_property
+    def codec(self) -> CogVideoXCodec:
+        return CogVideoXCodec(self._pipeline)
+
+    @cached_property
+    def conditioner(self) -> CogVideoXConditioner:
+        return CogVideoXConditioner(self._pipeline)
+
+    @cached_property
+    def folder(self) -> CogVideoXFolder:
+        return CogVideoXFolder(self._pipeline)
 
     @cached_property
     def scaling(self) -> CogVideoXScaling:
-        return CogVideoXScaling(self.transformer_class, self.time_embedding, self._resolved, self._set_kernels)
+        return CogVideoXScaling(self._pipeline, self.config.max_sequence_length)
 
     @classmethod
     def network_time(cls, t: Tensor, config: CogVideoXConfig) -> Tensor:
-        return _grid(resolve_pipeline(config.path, PIPELINES)).timestep(t)
+        return _grid(resolve_pipeline(config.path, config.pipelines)).timestep(t)
 
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
     ) -> Tensor:
         if t.ndim != 1:
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
-        native = _variance_preserving(t)
+        native = variance_preserving(t)
         x = native.from_flow(x_t)
         with self._autocast(x_t), self._reading(network, None if r is None else t - r):
             (v,) = network(
                 hidden_states=x.transpose(1, 2),
-                encoder_hidden_states=condition.tensors["prompt_embeds"],
-                timestep=self.grid.timestep(t),
+                encoder_hidden_states=condition.of(self.conditioner.key)[TEXT],
+                timestep=self.folder.grid.timestep(t),
                 image_rotary_emb=_rotary(network, x),
                 return_dict=False,
             )
         return native.flow_velocity_from_v(x, v.float().transpose(1, 2))
-
-    @property
-    def extra_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
-        return {"text_embedding": (self.config.max_sequence_length, self._network_config["text_embed_dim"])}
-
-    def text_of(self, raw: RawBatch) -> Condition:
-        """Every position counts, padding too, so an embedding has to have all of them."""
-        embedding = raw.extras.get("text_embedding")
-        if embedding is None:
-            return self.encode_prompts(raw.captions)
-        found, wanted = tuple(embedding.shape[1:]), self.extra_shapes["text_embedding"]
-        if found != wanted:
-            raise UserError(f"data: text_embedding has shape {found}, the model expects {wanted} (tokens, channels)")
-        return Condition({"prompt_embeds": embedding.to(self.device, torch.float32)})
-
-    @torch.no_grad()
-    def _encode_text(self, prompt: str) -> Tensor:
-        """Padding is encoded like words, without a mask, as in ``CogVideoXPipeline``."""
-        return self.text_encoder(self._tokens(prompt).input_ids)[0][0].float()  # type: ignore[no-any-return]
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Times the VAE's one scaling factor."""
-        latents = latents * float(self._vae_config["scaling_factor"])
-        return torch.cat([latents[:, :, :1].expand(-1, -1, self._padding(latents.shape[2]), -1, -1), latents], dim=2)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        frames = (self.config.num_frames - 1) // int(self._vae_config["temporal_compression_ratio"]) + 1
-        return self.vae.decode(latents[:, :, -frames:] / self.vae.config.scaling_factor, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=8)
@@ -167,15 +202,6 @@ def _grid(source: str) -> NoiseGrid:
     from diffusers import CogVideoXDDIMScheduler
 
     return NoiseGrid(load_config(CogVideoXDDIMScheduler, source, "scheduler"))
-
-
-def _variance_preserving(t: Tensor) -> Interpolant:
-    """Coefficients with the signal-to-noise ratio of rectified-flow time ``t``; exact at both ends.
-
-    By way of ``abar`` the smaller of the two would be the root of a rounded difference.
-    """
-    length = torch.hypot(1 - t, t)
-    return Interpolant((1 - t) / length, t / length)
 
 
 def _rotary(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:

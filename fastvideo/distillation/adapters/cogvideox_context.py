@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers_scaling import DiffusersScaling
+from fastvideo.distillation.adapters.diffusers.scaling import DiffusersScaling
 
 
 class CogVideoXScaling(DiffusersScaling):
     """``Scaling`` of ``CogVideoXTransformer3DModel``."""
 
-    def context_counts(self, path: str | None, latent_shape: Sequence[int], text_length: int) -> Mapping[str, int]:
+    def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         """Text tokens too."""
-        config, (frames, height, width) = self.config(path), latent_shape[1:]
+        config, (frames, height, width) = self.pipeline.network_config(path), latent_shape[1:]
         span, patch = config["patch_size_t"] or 1, config["patch_size"]
         tokens = (frames // span) * (height // patch) * (width // patch)
-        return {"attention heads": config["num_attention_heads"], "tokens": tokens, "text tokens": text_length}
+        return {"attention heads": config["num_attention_heads"], "tokens": tokens, "text tokens": self.text_length}
 
     def plan(self) -> dict[str, Any]:
         """Split before the first block, gather after the last layer; the rotary table is split like the video."""

@@ -33,6 +33,8 @@ class AdapterConfig(Section):
 
     path: str = "tiny"
     """Where the weights are; each family says what it accepts."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
 
 
 class MethodConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -35,19 +36,24 @@ from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
 
-class NetworkSource(Protocol):
-    """The part of an adapter that gives networks."""
+class NetworkFolder(Protocol):
+    """The part of a family's model folder that gives networks (``ModelFolder``)."""
 
-    @property
-    def scaling(self) -> Scaling | None: ...
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]: ...
-    @property
-    def text_length(self) -> int | None: ...
     @property
     def compute_dtype(self) -> torch.dtype: ...
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
+    def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module: ...
+    def files(self, path: str | None) -> Mapping[str, Path]: ...
+
+
+class NetworkSource(Protocol):
+    """The part of an adapter that gives networks and splits them."""
+
+    @property
+    def scaling(self) -> Scaling | None: ...
+    @property
+    def folder(self) -> NetworkFolder: ...
 
 
 class Placement:
@@ -77,22 +83,21 @@ class Placement:
     def _context_mesh(self) -> DeviceMesh:
         return context_mesh(self.processes)
 
-    def check(self, roles: Mapping[str, str | None], shapes: Sequence[tuple[int, ...]] = ()) -> None:
+    def check(self, roles: Mapping[str, str | None], shapes: Sequence[tuple[int, ...]]) -> None:
         """Check the networks behind ``roles`` (name to path) against the layout; nothing is loaded.
 
         Args:
             roles: the path of each.
-            shapes: latents ``(C, F, H, W)`` of one sample, each of which is trained on; the model's own if none.
+            shapes: latents ``(C, F, H, W)`` of one sample, each of which is trained on.
 
         Raises:
             UserError: if the processes of one sample cannot share its tokens and heads evenly.
         """
-        scaling, text_length = self.source.scaling, self.source.text_length or 0
+        scaling = self.source.scaling
         if scaling is None or self.processes.context == 1:
             return
         for role, path in roles.items():
-            sizes = shapes or [self.source.latent_shape]
-            counts = {shape: scaling.context_counts(path, shape, text_length) for shape in sizes}
+            counts = {shape: scaling.context_counts(path, shape) for shape in shapes}
             check_context(self.processes, joined_counts(counts), f"role {role!r}")
 
     def check_memory(self, roles: Mapping[str, RoleConfig], states: States) -> None:
@@ -110,12 +115,12 @@ class Placement:
         made: dict[tuple[str | None, torch.dtype], list[nn.Parameter]] = {}
         for name, role in roles.items():
             whole = role.trainable and role.lora is None
-            key = role.path, torch.float32 if whole else source.compute_dtype
+            key = role.path, torch.float32 if whole else source.folder.compute_dtype
             on_host = includes(self.options.offload, role.trainable)
             if on_host or (not whole and role.path in adapted and key in made):  # one network under several roles
                 continue
             if key not in made:
-                made[key] = list(source.scaling.empty(*key).parameters())
+                made[key] = list(source.folder.empty(*key).parameters())
             kept[name] = Kept(made[key], whole)
         check_memory(kept, self.processes, states)
 
@@ -123,11 +128,11 @@ class Placement:
         """The network of one role; frozen weights are kept in the dtype that they are computed in.
 
         Args:
-            path: as for the adapter's ``load_network``.
+            path: as for the folder's ``load_network``.
             trained: whether its parameters need gradients.
             change: what is added to the network before anything is done with it.
         """
-        network = self._new(path, torch.float32 if trained else self.source.compute_dtype)
+        network = self._new(path, torch.float32 if trained else self.source.folder.compute_dtype)
         if change is not None:
             change(network)
         network.requires_grad_(trained)
@@ -140,7 +145,7 @@ class Placement:
         Raises:
             UserError: if an adapter does not fit the network.
         """
-        network = self._new(path, self.source.compute_dtype).requires_grad_(False)
+        network = self._new(path, self.source.folder.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
             add_adapter(network, role, options, seed + number)
         self._spread(network, path)
@@ -149,8 +154,8 @@ class Placement:
     def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         scaling = self.source.scaling
         if scaling is None or self.processes.shard == 1:
-            return self.source.load_network(path, dtype)
-        return scaling.empty(path, dtype)
+            return self.source.folder.load_network(path, dtype)
+        return self.source.folder.empty(path, dtype)
 
     def _spread(self, network: nn.Module, path: str | None) -> None:
         scaling = self.source.scaling
@@ -164,9 +169,9 @@ class Placement:
             self._shard(network, scaling, path)
 
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
-        policy = ShardPolicy(self.options.keep_gathered, self.options.offload, self.source.compute_dtype)
+        policy = ShardPolicy(self.options.keep_gathered, self.options.offload, self.source.folder.compute_dtype)
         shard_network(network, scaling.blocks(network), self._mesh, self.processes, policy)
-        load_shards(network, scaling.files(path), home_of(network, policy, self.processes.device))
+        load_shards(network, self.source.folder.files(path), home_of(network, policy, self.processes.device))
 
 
 def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[str, int]:
@@ -184,17 +189,17 @@ def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processe
 
     A network that is split, or has an adapter, is put together on the host; all processes take part.
     """
-    scaling, switch, split = source.scaling, switch_of(handle), isinstance(handle.network, FSDPModule)
-    if scaling is None or not (split or switch):
+    switch, split = switch_of(handle), isinstance(handle.network, FSDPModule)
+    if source.scaling is None or not (split or switch):
         return handle.network if processes.is_main else None
     state = gather_adapter(handle) if switch else gather_state(handle.network)
     if not processes.is_main:
         return None
     if switch:
-        whole = read_whole(scaling, switch.path)
+        whole = read_whole(source.folder, switch.path)
         merge(whole, state, switch.scaling)
         return whole
-    whole = scaling.empty(None, torch.float32)
+    whole = source.folder.empty(None, torch.float32)
     whole.load_state_dict(state, assign=True)
     return whole
 
@@ -215,9 +220,9 @@ def result_of(
         yield whole, files
 
 
-def read_whole(scaling: Scaling, path: str | None) -> nn.Module:
+def read_whole(folder: NetworkFolder, path: str | None) -> nn.Module:
     """A network on the host, float32."""
-    network, files = scaling.empty(path, torch.float32), scaling.files(path)
+    network, files = folder.empty(path, torch.float32), folder.files(path)
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         state |= {name: tensor.float() for name, tensor in load_file(file).items()}

@@ -43,8 +43,8 @@ def test_latents_and_embeddings_are_those_that_the_model_computes_to_the_bit(job
     for video in work.videos:
         row = rows[video.name]
         (clip,) = read_clips(video.path, work.policy)
-        assert torch.equal(tensor(row, LATENT), adapter.encode(clip.tensor[None])[0])
-        (expected,) = adapter.encode_prompts([row["caption"]]).tensors["prompt_embeds"]
+        assert torch.equal(tensor(row, LATENT), adapter.codec.encode(clip.tensor[None])[0])
+        (expected,) = adapter.conditioner.encode_prompts([row["caption"]]).of(adapter.conditioner.key)["prompt_embeds"]
         embedding = tensor(row, TEXT)
         assert torch.equal(embedding, expected[: len(embedding)])
         assert not expected[len(embedding) :].any()
@@ -69,7 +69,7 @@ def test_the_metadata_says_how_a_file_was_made(job: MakeJob) -> None:
     work = job(policy=Policy((Size(16, 32, 5),), fit="pad", fps=8.0))
     preprocess(work, workers=1)
     made = metadata_of(pq.read_metadata(work.out / "videos-00001.parquet").metadata)
-    assert made["codec_key"] == work.choice.adapter("cpu").codec_key
+    assert made["codec_key"] == work.choice.adapter("cpu").codec.latent_key
     assert (made["latents"], made["fit"], made["fps"], made["sizes"]) == ("normalised", "pad", 8.0, ["16x32x5"])
     assert made["model"] == work.model
 

@@ -21,6 +21,7 @@ from fastvideo.distillation.registry import load_adapter, run_schema
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import TOY, MakeJob, write_clip
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data, open_source
 from fastvideo.training.run import run
 
@@ -71,10 +72,11 @@ def test_a_batch_from_disk_is_the_batch_that_is_encoded_now(job: MakeJob, values
     source, _ = open_source(config, adapter)
     videos = [next(read_clips(video.path, work.policy)).tensor[None] for video in work.videos]
     captions = tuple(video.caption for video in work.videos)
-    now = adapter.prepare(RawBatch(captions, torch.cat([adapter.encode(video) for video in videos])))
-    stored = adapter.prepare(source.read(range(len(videos))))
+    now = preparer(adapter)(RawBatch(captions, torch.cat([adapter.codec.encode(video) for video in videos])))
+    stored = preparer(adapter)(source.read(range(len(videos))))
     assert torch.equal(stored.x0, now.x0)
-    assert torch.equal(stored.condition.tensors["prompt_embeds"], now.condition.tensors["prompt_embeds"])
+    one, other = (batch.condition.of(adapter.conditioner.key)["prompt_embeds"] for batch in (stored, now))
+    assert torch.equal(one, other)
 
 
 def test_a_method_without_videos_reads_text_alone(job: MakeJob, values: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, spy, toy_method, trajectory_extras
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.resume import survivors
 
 STEPS, LOG_EVERY, SAMPLES = 6, 4, 22
@@ -77,7 +78,7 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
     ema = EMAConfig(roles=method.trainable_roles, decay=0.9, start_step=2)
     runtime = Runtime(method, loop, Tracker(folder), ema=ema)
     adapter = method.bundle["student"].adapter
-    trainer = DistillTrainer(method, adapter.prepare, loop, runtime)  # type: ignore[attr-defined]
+    trainer = DistillTrainer(method, preparer(adapter), loop, runtime)  # type: ignore[attr-defined]
     parts = runtime.parts(*survivors(trainer, stream))
     if save:
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})

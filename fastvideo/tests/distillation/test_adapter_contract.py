@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 
 from fastvideo.conformance.run import CHECKS, examine, find_family
 from fastvideo.conformance.subject import Check, NotApplicable, Subject
-from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.analytic import (
+    AnalyticAdapter,
+    AnalyticCodec,
+    AnalyticConditioner,
+    AnalyticConfig,
+    AnalyticFolder,
+)
 from fastvideo.distillation.registry import ADAPTERS
-from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
+from fastvideo.distillation.types import Condition, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES
 
 Change = Callable[..., Any]
@@ -48,18 +54,37 @@ class Drifting(AnalyticAdapter):
         return super().velocity(network, x_t, t, condition) + self.calls
 
 
+PARTS: Mapping[str, type[Any]] = {
+    "": AnalyticAdapter,
+    "codec": AnalyticCodec,
+    "conditioner": AnalyticConditioner,
+    "folder": AnalyticFolder,
+}
+
+
 def changed(name: str, change: Change) -> type[AnalyticAdapter]:
-    """The analytic family with the result of method ``name`` passed through ``change(result, *arguments)``."""
-    original = getattr(AnalyticAdapter, name)
+    """The analytic family with the result of a method passed through ``change(result, *arguments)``.
 
-    def method(self: AnalyticAdapter, *arguments: Any) -> Any:
-        return change(original(self, *arguments), *arguments)
+    ``name`` is a method of the adapter, or of one of its parts: ``codec.decode``.
+    """
+    part, _, method_name = name.rpartition(".")
+    original = getattr(PARTS[part], method_name)
 
-    return type(f"Broken_{name}", (AnalyticAdapter,), {name: method})
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        return change(original(self, *arguments, **options), *arguments)
 
+    broken = type(f"Broken_{method_name}", (PARTS[part],), {method_name: method})
+    if not part:
+        return broken
 
-def _to_clean_batch(batch: Batch, raw: RawBatch) -> Batch:
-    return Batch(batch.shape, batch.condition, batch.negative, None if batch.x0 is None else batch.x0 * 2)
+    def replaced(self: AnalyticAdapter) -> Any:
+        found = AnalyticAdapter.__dict__[part].func(self)
+        found.__class__ = broken
+        return found
+
+    lasting = cached_property(replaced)
+    lasting.__set_name__(AnalyticAdapter, part)
+    return type(f"Broken_{part}", (AnalyticAdapter,), {part: lasting})
 
 
 BROKEN: Mapping[str, tuple[type[AnalyticAdapter], str]] = {
@@ -74,29 +99,36 @@ BROKEN: Mapping[str, tuple[type[AnalyticAdapter], str]] = {
         "constant times per frame equal a time per sample",
     ),
     "other width": (
-        changed("features", lambda tokens, *_: tuple(t[..., 1:] for t in tokens)),
+        changed("features", lambda found, *_: (found[0], tuple(t[..., 1:] for t in found[1]))),
         "features are float32 tokens of the declared widths",
     ),
     "other features": (
-        changed("velocity_and_features", lambda both, *_: (both[0], tuple(2 * t for t in both[1]))),
+        changed(
+            "features", lambda found, *_: (found[0], found[1] if found[0] is None else tuple(2 * t for t in found[1]))
+        ),
         "features are those of the whole call",
     ),
     "detached features": (
-        changed("features", lambda tokens, *_: tuple(t.detach() + 0 * t.detach().requires_grad_() for t in tokens)),
+        changed(
+            "features", lambda found, *_: (None, tuple(t.detach() + 0 * t.detach().requires_grad_() for t in found[1]))
+        ),
         "features carry gradient and samples stay apart",
     ),
     "shuffled tokens": (
-        changed("features", lambda tokens, *_: tuple(t.flip(1) for t in tokens)),
+        changed("features", lambda found, *_: (found[0], tuple(t.flip(1) for t in found[1]))),
         "tokens come frame by frame",
     ),
-    "rising": (changed("teacher_times", lambda times, steps: times[::-1]), "teacher times fall from pure noise"),
+    "rising": (changed("folder.teacher_times", lambda times, steps: times[::-1]), "teacher times fall from pure noise"),
     "other prompt": (
-        changed("negative", lambda c, n: Condition({k: v + 1 for k, v in c.tensors.items()})),
+        changed("conditioner.negative", lambda c, n: c.map(lambda v: v + 1)),
         "the negative condition is the negative prompt",
     ),
-    "scaled data": (changed("prepare", _to_clean_batch), "a prepared batch has what a method reads"),
-    "half latents": (changed("encode", lambda z, v: z.half()), "latents and videos have matching shapes"),
-    "shape": (changed("decode", lambda v, z: v[:1]), "latents and videos have matching shapes"),
+    "other text": (
+        changed("conditioner.text_of", lambda c, raw: c.map(lambda v: v + 1)),
+        "a prepared batch has what a method reads",
+    ),
+    "half latents": (changed("codec.encode", lambda z, v: z.half()), "latents and videos have matching shapes"),
+    "shape": (changed("codec.decode", lambda v, z: v[:1]), "latents and videos have matching shapes"),
 }
 
 
@@ -111,11 +143,16 @@ def test_a_broken_family_is_caught_by_name(mistake: str, tmp_path: Path) -> None
 
 
 def test_an_exception_is_reported_with_its_place(tmp_path: Path) -> None:
-    class Raising(AnalyticAdapter):
-        def decode(self, latents: Tensor) -> Tensor:
+    class Raising(AnalyticCodec):
+        def _decode(self, latents: Tensor) -> Tensor:
             return latents[:, :, 99]
 
-    outcomes = {o.name: o for o in examine(Subject(Raising(AnalyticConfig()), ("0.5", "-1"), tmp_path))}
+    class Family(AnalyticAdapter):
+        @cached_property
+        def codec(self) -> AnalyticCodec:
+            return Raising(self.config, self.device)
+
+    outcomes = {o.name: o for o in examine(Subject(Family(AnalyticConfig()), ("0.5", "-1"), tmp_path))}
     found = outcomes["latents and videos have matching shapes"]
     assert found.result == "FAILED"
     assert "IndexError" in found.message
@@ -125,16 +162,16 @@ def test_an_exception_is_reported_with_its_place(tmp_path: Path) -> None:
 def test_negative_conditioning_is_made_once(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[list[str]] = []
     adapter = type(subject.adapter)(subject.adapter.config)
-    original = type(adapter).encode_prompts
+    original = adapter.conditioner.encode_prompts
 
-    def counting(self: DistillAdapter[Any], prompts: Sequence[str]) -> Condition:
+    def counting(prompts: Sequence[str]) -> Condition:
         encoded.append(list(prompts))
-        return original(self, prompts)
+        return original(prompts)
 
-    monkeypatch.setattr(type(adapter), "encode_prompts", counting)
+    monkeypatch.setattr(adapter.conditioner, "encode_prompts", counting)
     for _ in range(3):
         adapter.ensure_negative_conditioning()
-    assert encoded == [[adapter.negative_prompt]]
+    assert encoded == [[adapter.conditioner.negative_prompt]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
-from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
+from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import COGVIDEOX_5B, cogvideox_config, cogvideox_folder
 
@@ -58,7 +58,7 @@ def test_a_teacher_is_called_where_its_scheduler_calls_it(tiny_wan: Path, spacin
     scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(steps)
     expected = scheduler.timesteps.tolist() if steps > 1 else [999]
-    times = torch.tensor(adapter.teacher_times(steps))
+    times = torch.tensor(adapter.folder.teacher_times(steps))
     assert CogVideoXAdapter.network_time(times, adapter.config).tolist() == expected
 
 

@@ -50,7 +50,7 @@ def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
 ) -> None:
     source = cogvideox_folder(tiny_wan.parent)
     student = run(config_of(name, source, tmp_path, precision=precision))
-    model, before = load_model(str(student)), CogVideoXAdapter(cogvideox_config(source)).load_network()
+    model, before = load_model(str(student)), CogVideoXAdapter(cogvideox_config(source)).folder.load_network()
     after = dict(model.network.named_parameters())
     assert not [key for key, value in before.named_parameters() if torch.equal(after[key], value)]
     latents = sample_latents(model.adapter, model.denoiser, Sampling(["a green seven"], model.sampler(), 0))
@@ -61,17 +61,17 @@ def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
 def test_a_network_that_knows_v_comes_out_as_noise_minus_data(tiny_wan: Path) -> None:
     """At every time from clean to pure noise; what is fed is the sample on CogVideoX's own schedule."""
     adapter = CogVideoXAdapter(cogvideox_config(cogvideox_folder(tiny_wan.parent)))
-    x0, noise = (normal((6, *adapter.latent_shape), seeded(seed)) for seed in (1, 2))
+    x0, noise = (normal((6, *adapter.codec.latent_shape), seeded(seed)) for seed in (1, 2))
     t = torch.tensor([0.0, 0.01, 0.3, 0.7, 0.9999, 1.0])
     native = Interpolant.trigflow(torch.atan2(t.double(), 1 - t.double()))
     alpha, sigma = (expand_time(c, x0).float() for c in (native.alpha, native.sigma))
 
     class Truth(nn.Module):
-        config = adapter.load_network().config
+        config = adapter.folder.load_network().config
 
         def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
             torch.testing.assert_close(hidden_states.transpose(1, 2), alpha * x0 + sigma * noise)
             return ((alpha * noise - sigma * x0).transpose(1, 2),)
 
-    u = adapter.velocity(Truth(), add_noise(x0, noise, t), t, adapter.encode_prompts(["a"] * 6))
+    u = adapter.velocity(Truth(), add_noise(x0, noise, t), t, adapter.conditioner.encode_prompts(["a"] * 6))
     torch.testing.assert_close(u, noise - x0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.adapters.cogvideox_grid import NoiseGrid
+from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
 
 SHARED = {
     "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "text_embed_dim": 4096, "time_embed_dim": 512,

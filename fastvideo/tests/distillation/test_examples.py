@@ -60,7 +60,7 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     config = config_of(values, recipe)
     adapter = build_adapter(config)
     loaded = set(config.roles) - set(load_method(config.distill_method).heads(config.method, adapter))
-    method = build_method(config, adapter, networks={role: adapter.load_network() for role in loaded})
+    method = build_method(config, adapter, networks={role: adapter.folder.load_network() for role in loaded})
     assert method.bundle.roles == tuple(config.roles)
     assert method.ladder.times == config.ladder.times
     for handle in method.bundle:

@@ -28,20 +28,20 @@ def family(name: str, folder: Path, **options: Any) -> DistillAdapter[Any]:
 
 
 def inputs(adapter: DistillAdapter[Any]) -> tuple[Tensor, Tensor, Condition]:
-    x_t = normal((2, *adapter.latent_shape), seeded(1)).requires_grad_()
-    return x_t, torch.tensor([0.3, 0.8]), adapter.encode_prompts(PROMPTS)
+    x_t = normal((2, *adapter.codec.latent_shape), seeded(1)).requires_grad_()
+    return x_t, torch.tensor([0.3, 0.8]), adapter.conditioner.encode_prompts(PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_nothing_runs_after_the_last_tap(name: str, tiny_wan: Path) -> None:
     adapter = family(name, tiny_wan.parent)
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     ran: list[int] = []
-    for index, block in enumerate(getattr(network, adapter.blocks)):
+    for index, block in enumerate(getattr(network, adapter._spec.blocks)):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    (alone,) = adapter.features(network, *inputs(adapter), (0,))
+    _, (alone,) = adapter.features(network, *inputs(adapter), (0,))
     assert ran == [0]
-    _, (beside, _) = adapter.velocity_and_features(network, *inputs(adapter), (0, 1))
+    _, (beside, _) = adapter.features(network, *inputs(adapter), (0, 1), whole=True)
     assert torch.equal(alone, beside), "stopping early changes nothing"
     ran[:] = [0]
     adapter.features(network, *inputs(adapter), (1,))
@@ -53,12 +53,12 @@ def test_checkpointed_blocks_give_the_same_features_and_gradients(name: str, tin
     found = []
     for recompute in (False, True):
         adapter = family(name, tiny_wan.parent)
-        network = adapter.load_network()
+        network = adapter.folder.load_network()
         if recompute:
             adapter.scaling.recompute(network, checkpointed("full"))
         x_t, t, condition = inputs(adapter)
-        features = adapter.features(network, x_t, t, condition, (0,))
-        u, both = adapter.velocity_and_features(network, x_t, t, condition, (0, 1))
+        features = adapter.features(network, x_t, t, condition, (0,))[1]
+        u, both = adapter.features(network, x_t, t, condition, (0, 1), whole=True)
         (u.square().sum() + sum(f.pow(3).sum() for f in (*features, *both))).backward()
         found.append([u.detach(), *features, *both, x_t.grad, *(p.grad for p in network.parameters())])
     for one, other in zip(*found, strict=True):
@@ -67,19 +67,19 @@ def test_checkpointed_blocks_give_the_same_features_and_gradients(name: str, tin
 
 def test_hooks_are_gone_after_a_call_even_one_that_fails(tiny_wan: Path) -> None:
     adapter = family("wan", tiny_wan.parent)
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     x_t, t, condition = inputs(adapter)
     adapter.features(network, x_t, t, condition, (0,))
     with pytest.raises(RuntimeError):
         adapter.features(network, x_t[:, :1], t, condition, (0,))
-    for block in getattr(network, adapter.blocks):
+    for block in getattr(network, adapter._spec.blocks):
         assert not block._forward_hooks
         assert not block._forward_pre_hooks
 
 
 def test_a_tap_that_is_no_block_is_refused(tiny_wan: Path) -> None:
     adapter = family("wan", tiny_wan.parent)
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     for taps in ((2,), (-1,), ()):
         with pytest.raises(UserError, match="blocks 0 to 1 of WanAdapter"):
             adapter.features(network, *inputs(adapter), taps)
@@ -87,7 +87,7 @@ def test_a_tap_that_is_no_block_is_refused(tiny_wan: Path) -> None:
 
 def test_a_role_shows_given_frames_clean_and_marks_their_tokens(tiny_wan: Path) -> None:
     adapter = family("wan", tiny_wan.parent)
-    role = RoleHandle("teacher", adapter, adapter.load_network())
+    role = RoleHandle("teacher", adapter, adapter.folder.load_network())
     x_t, t, text = inputs(adapter)
     mask = torch.tensor([[True, False], [False, False]])
     condition = Condition(text.tensors, Given(mask, normal(tuple(x_t.shape), seeded(2))))
@@ -107,9 +107,9 @@ def test_a_role_shows_given_frames_clean_and_marks_their_tokens(tiny_wan: Path) 
 def test_guided_x0_beside_features_is_the_guided_x0(tiny_wan: Path) -> None:
     adapter = family("wan", tiny_wan.parent)
     adapter.ensure_negative_conditioning()
-    role = RoleHandle("teacher", adapter, adapter.load_network())
+    role = RoleHandle("teacher", adapter, adapter.folder.load_network())
     x_t, t, condition = inputs(adapter)
-    negative = adapter.negative(2)
+    negative = adapter.conditioner.negative(2)
     x0, (tokens,) = role.x0_guided_and_features(x_t, t, condition, negative, 3.0, (1,))
     assert torch.equal(x0, role.x0_guided(x_t, t, condition, negative, 3.0).detach())
     torch.testing.assert_close(tokens, role.features(x_t, t, condition, (1,))[0])
@@ -117,9 +117,9 @@ def test_guided_x0_beside_features_is_the_guided_x0(tiny_wan: Path) -> None:
 
 def test_the_tokens_of_the_analytic_family_are_its_sufficient_statistics() -> None:
     adapter = spy((2, 3, 1, 2))
-    role = RoleHandle("teacher", adapter, adapter.load_network().double())
+    role = RoleHandle("teacher", adapter, adapter.folder.load_network().double())
     x_t, t = normal((2, 2, 3, 1, 2), seeded(1), dtype=torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
-    (tokens,) = role.features(x_t, t, adapter.encode_prompts(["0.5", "0"]), (0,))
+    (tokens,) = role.features(x_t, t, adapter.conditioner.encode_prompts(["0.5", "0"]), (0,))
     assert tokens.shape == (2, 6, 5)
     alpha, mean, std = 0.7, 0.7 + 0.5, 0.4
     y = (x_t[0] - alpha * mean) / (alpha**2 * std**2 + 0.3**2) ** 0.5
@@ -129,7 +129,7 @@ def test_the_tokens_of_the_analytic_family_are_its_sufficient_statistics() -> No
 
 def test_held_weights_let_gradient_through_and_keep_none(tiny_wan: Path) -> None:
     adapter = family("wan", tiny_wan.parent)
-    role = RoleHandle("critic", adapter, adapter.load_network(), trainable=True)
+    role = RoleHandle("critic", adapter, adapter.folder.load_network(), trainable=True)
     x_t, t, condition = inputs(adapter)
     with frozen([role]):
         role.features(x_t, t, condition, (0,))[0].square().sum().backward()

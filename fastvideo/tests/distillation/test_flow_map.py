@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig, GaussianMeanVelocity
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.flow_map import HEAD, HEAD_FILE
+from fastvideo.distillation.adapters.diffusers.flow_map import HEAD, HEAD_FILE
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rollout import flow_map, generate
@@ -30,10 +30,10 @@ class Mapped:
 
     def __init__(self, name: str, root: Path) -> None:
         self.adapter: DistillAdapter[Any] = FAMILIES[name].make(root)
-        self.network = self.adapter.load_network()
-        self.adapter.add_flow_map(self.network)
-        self.condition = self.adapter.encode_prompts(FAMILIES[name].prompts)
-        self.x = torch.randn(2, *self.adapter.latent_shape)
+        self.network = self.adapter.folder.load_network()
+        self.adapter.folder.add_flow_map(self.network)
+        self.condition = self.adapter.conditioner.encode_prompts(FAMILIES[name].prompts)
+        self.x = torch.randn(2, *self.adapter.codec.latent_shape)
 
     def velocity(self, r: Tensor | None = None, t: Tensor = T) -> Tensor:
         return self.adapter.velocity(self.network, self.x, t, self.condition, r=r)
@@ -50,7 +50,7 @@ def mapped(name: str, tiny_wan: Path) -> Mapped:
 
 @networks
 def test_a_new_flow_map_is_the_base_to_the_bit_for_every_r(mapped: Mapped) -> None:
-    base = mapped.adapter.velocity(mapped.adapter.load_network(), mapped.x, T, mapped.condition)
+    base = mapped.adapter.velocity(mapped.adapter.folder.load_network(), mapped.x, T, mapped.condition)
     for r in (None, R, T):
         assert torch.equal(mapped.velocity(r), base)
 
@@ -93,31 +93,31 @@ def test_a_saved_flow_map_comes_back_and_stock_diffusers_loads_the_rest(
     mapped: Mapped, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     mapped.train_head()
-    mapped.adapter.save_pipeline(tmp_path, copy.deepcopy(mapped.network), {"sampler": "flow_map"})
+    mapped.adapter.folder.save(tmp_path, copy.deepcopy(mapped.network), {"sampler": "flow_map"})
     assert set(load_file(tmp_path / HEAD_FILE)) == {"first.weight", "first.bias", "last.weight", "last.bias"}
     weights = load_file(next((tmp_path / "transformer").glob("*.safetensors")))
     assert not [key for key in weights if HEAD in key], "stock diffusers would warn about keys that it does not know"
-    back = mapped.adapter.load_network(str(tmp_path))
+    back = mapped.adapter.folder.load_network(str(tmp_path))
     assert torch.equal(mapped.adapter.velocity(back, mapped.x, T, mapped.condition, r=R), mapped.velocity(R))
     assert HEAD in dict(mapped.network.named_children()), "saving leaves the network as it was"
-    again = mapped.adapter.load_network()
-    mapped.adapter.save_pipeline(tmp_path / "plain", again, {})
+    again = mapped.adapter.folder.load_network()
+    mapped.adapter.folder.save(tmp_path / "plain", again, {})
     assert not (tmp_path / "plain" / HEAD_FILE).exists()
 
 
 @networks
 def test_a_network_without_a_head_refuses_r(mapped: Mapped) -> None:
     with pytest.raises(UserError, match="not a flow map"):
-        mapped.adapter.velocity(mapped.adapter.load_network(), mapped.x, T, mapped.condition, r=R)
+        mapped.adapter.velocity(mapped.adapter.folder.load_network(), mapped.x, T, mapped.condition, r=R)
 
 
 def test_a_head_that_fits_another_network_is_refused(tiny_wan: Path, tmp_path: Path) -> None:
     wan, cog = Mapped("wan", tiny_wan.parent), Mapped("cogvideox", tiny_wan.parent)
-    wan.adapter.save_pipeline(tmp_path / "wan", wan.network, {})
-    cog.adapter.save_pipeline(tmp_path / "cog", cog.network, {})
+    wan.adapter.folder.save(tmp_path / "wan", wan.network, {})
+    cog.adapter.folder.save(tmp_path / "cog", cog.network, {})
     (tmp_path / "cog" / HEAD_FILE).rename(tmp_path / "wan" / HEAD_FILE)
     with pytest.raises(UserError, match="does not fit"):
-        wan.adapter.load_network(str(tmp_path / "wan"))
+        wan.adapter.folder.load_network(str(tmp_path / "wan"))
 
 
 def test_given_frames_are_at_rest_and_their_jumps_straight(tiny_wan: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_exact_mean_velocity_is_the_slope_between_two_states_of_one_path() -
     slope = (x - state(r, z))[:3] / (t - r)[:3].view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(found[:3], slope, rtol=0, atol=1e-6)
     torch.testing.assert_close(found[0], x[0] - MEAN - STD * x[0], rtol=0, atol=1e-6)
-    velocity = AnalyticAdapter(AnalyticConfig(means=(MEAN,), stds=(STD,))).load_network().double()
+    velocity = AnalyticAdapter(AnalyticConfig(means=(MEAN,), stds=(STD,))).folder.load_network().double()
     torch.testing.assert_close(found, exact(t, x, r))
     torch.testing.assert_close(exact(t, x, t), velocity(x, t, torch.zeros(4)), rtol=0, atol=1e-6)
 
@@ -170,7 +170,7 @@ def test_the_sampler_of_the_exact_flow_map_ends_in_the_same_sample_over_any_time
     times: tuple[float, ...], adapter: SpyAdapter
 ) -> None:
     role = RoleHandle("student", adapter, gaussian(adapter, "mean_velocity"))
-    noise, condition = torch.randn(50, *adapter.latent_shape), adapter.negative(50)
+    noise, condition = torch.randn(50, *adapter.codec.latent_shape), adapter.conditioner.negative(50)
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         return role.velocity(x_t, t, condition, r=r)
@@ -186,12 +186,12 @@ def test_the_sampler_of_the_exact_flow_map_ends_in_the_same_sample_over_any_time
 def test_the_analytic_family_keeps_what_kind_of_network_it_saved(tmp_path: Path) -> None:
     adapter = AnalyticAdapter(AnalyticConfig())
     for kind in ("denoiser", "consistency", "mean_velocity"):
-        network = adapter.load_network(kind)
-        adapter.save_pipeline(tmp_path / kind, network, {})
-        assert type(adapter.load_network(str(tmp_path / kind))) is type(network)
+        network = adapter.folder.load_network(kind)
+        adapter.folder.save(tmp_path / kind, network, {})
+        assert type(adapter.folder.load_network(str(tmp_path / kind))) is type(network)
     with pytest.raises(UserError, match=r"roles\.student\.path"):
-        adapter.add_flow_map(adapter.load_network("denoiser"))
-    adapter.add_flow_map(adapter.load_network("mean_velocity"))
+        adapter.folder.add_flow_map(adapter.folder.load_network("denoiser"))
+    adapter.folder.add_flow_map(adapter.folder.load_network("mean_velocity"))
     mixture = AnalyticAdapter(AnalyticConfig(means=(0.0, 1.0), stds=(1.0, 1.0), weights=(1.0, 1.0)))
     with pytest.raises(UserError, match="'mean_velocity' needs one component"):
-        mixture.load_network("mean_velocity")
+        mixture.folder.load_network("mean_velocity")

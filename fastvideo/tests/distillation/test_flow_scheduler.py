@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastvideo.distillation.adapters.flow_scheduler import deviation, flow_match_sampler
+from fastvideo.distillation.adapters.diffusers.flow_scheduler import deviation, flow_match_sampler
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
@@ -82,15 +82,15 @@ def test_a_sampler_that_stock_diffusers_lacks_is_refused() -> None:
 @torch.no_grad()
 def test_our_velocity_is_the_one_that_the_stock_step_moves_along(weights: str, tiny_wan: Path) -> None:
     adapter = WanAdapter(wan_config(tiny_wan) if weights == "random" else WanConfig())
-    pipeline = WanPipeline.from_pretrained(adapter.source)
-    scheduler, network = flow_match_sampler(SHIFTED, "euler").scheduler, adapter.load_network()
-    condition = adapter.encode_prompts(["a green seven moving up", "red three"])
+    pipeline = WanPipeline.from_pretrained(adapter.folder.pipeline.source)
+    scheduler, network = flow_match_sampler(SHIFTED, "euler").scheduler, adapter.folder.load_network()
+    condition = adapter.conditioner.encode_prompts(["a green seven moving up", "red three"])
     for index, t in enumerate(SHIFTED):
-        states = [normal((2, *adapter.latent_shape), seeded(seed)) for seed in (index, 10 + index)]
+        states = [normal((2, *adapter.codec.latent_shape), seeded(seed)) for seed in (index, 10 + index)]
         times = torch.full((2,), t)
         x_t = add_noise(*states, times)
         timestep = scheduler.timesteps[index]
-        embeds = condition.tensors["prompt_embeds"]
+        embeds = condition.of(adapter.conditioner.key)["prompt_embeds"]
         (predicted,) = pipeline.transformer(x_t, timestep.expand(2), embeds, return_dict=False)
         scheduler.set_begin_index(index)
         scheduler._step_index = None

@@ -146,7 +146,7 @@ def test_a_role_knows_the_velocity_of_given_frames() -> None:
     adapter, shape = spy((1, 3, 2, 2)), (3, 1, 3, 2, 2)
     given, noise, x0 = given_in(shape, MIXED), normal(shape, seeded(1)), normal(shape, seeded(2))
     x0, t = given.fill(x0), torch.tensor([0.9, 0.5, 0.001])
-    x_t, condition = add_noise(x0, noise, t), Condition(adapter.negative(3).tensors, given)
+    x_t, condition = add_noise(x0, noise, t), Condition(adapter.conditioner.negative(3).tensors, given)
     found = role(adapter).velocity(x_t, t, condition)
     mask = given.frames.expand(shape)
     torch.testing.assert_close(found[mask], velocity_target(x0, noise)[mask], rtol=0, atol=1e-3)
@@ -159,7 +159,7 @@ def test_a_role_knows_the_velocity_of_given_frames() -> None:
 def test_a_sample_without_given_frames_is_treated_as_ever() -> None:
     adapter, shape = spy((1, 3, 2, 2)), (3, 1, 3, 2, 2)
     x_t, t = normal(shape, seeded(1)), torch.tensor([0.9, 0.5, 0.1])
-    text = adapter.negative(3)
+    text = adapter.conditioner.negative(3)
     plain = role(adapter).velocity(x_t, t, text)
     mixed = role(adapter).velocity(x_t, t, replace(text, given=given_in(shape, MIXED)))
     torch.testing.assert_close(mixed[1], plain[1])
@@ -168,7 +168,7 @@ def test_a_sample_without_given_frames_is_treated_as_ever() -> None:
 
 def test_a_consistency_network_stays_finite_on_clean_frames() -> None:
     adapter, shape = spy((1, 3, 2, 2)), (3, 1, 3, 2, 2)
-    condition = Condition(adapter.negative(3).tensors, given_in(shape, MIXED))
+    condition = Condition(adapter.conditioner.negative(3).tensors, given_in(shape, MIXED))
     student = role(adapter, "consistency")
     student.x0(normal(shape, seeded(1)), torch.ones(3), condition).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in student.parameters())
@@ -187,8 +187,8 @@ def test_means_leave_given_frames_out_and_weigh_samples_alike() -> None:
 def test_given_frames_travel_with_the_condition() -> None:
     shape = (3, 1, 3, 2, 2)
     given = given_in(shape, MIXED)
-    text, other = Condition({"a": torch.ones(3, 2)}), Condition({"a": torch.zeros(3, 2)})
-    joined = text | Condition({"b": torch.ones(3)}, given)
+    text, other = Condition({"a": {"x": torch.ones(3, 2)}}), Condition({"a": {"x": torch.zeros(3, 2)}})
+    joined = text | Condition({"b": {"x": torch.ones(3)}}, given)
     assert joined.given is given
     assert set(joined.tensors) == {"a", "b"}
     assert (Condition({}, given) | text).given is given

@@ -78,11 +78,11 @@ def family(name: str, root: Path, **options: Any) -> tuple[DistillAdapter[Any], 
     adapter = FAMILIES[name].make(root)
     if options:
         adapter = type(adapter)(adapter.config.model_copy(update=options))
-    return adapter, adapter.load_network()
+    return adapter, adapter.folder.load_network()
 
 
 def field_of(adapter: DistillAdapter[Any], network: nn.Module, prompts: tuple[str, str]) -> Callable[..., Tensor]:
-    condition = adapter.encode_prompts(prompts)
+    condition = adapter.conditioner.encode_prompts(prompts)
     return lambda x, t: adapter.velocity(network, x, t, condition)
 
 
@@ -90,7 +90,7 @@ def field_of(adapter: DistillAdapter[Any], network: nn.Module, prompts: tuple[st
 def test_both_ways_agree_on_real_networks(name: str, tiny_wan: Path) -> None:
     adapter, network = family(name, tiny_wan.parent)
     field = field_of(adapter, network, FAMILIES[name].prompts)
-    x, t = torch.randn(2, *adapter.latent_shape), torch.tensor([0.3004, 0.8004])  # off CogVideoX's 1000 timesteps
+    x, t = torch.randn(2, *adapter.codec.latent_shape), torch.tensor([0.3004, 0.8004])  # off CogVideoX's 1000 timesteps
     for dx, dt in ((torch.randn_like(x), torch.zeros(2)), (torch.randn_like(x), torch.ones(2))):
         exact = AutodiffDerivative()(field, x, t, dx, dt)
         found = CentralDifference(2e-4)(field, x, t, dx, dt)
@@ -105,7 +105,7 @@ def test_a_derivative_is_taken_in_float32_whatever_the_forward_runs_in(tiny_wan:
         adapter, network = family("wan", tiny_wan.parent, precision=precision)
         field = field_of(adapter, network, FAMILIES["wan"].prompts)
         torch.manual_seed(1)
-        x, dx = torch.randn(2, *adapter.latent_shape), torch.randn(2, *adapter.latent_shape)
+        x, dx = torch.randn(2, *adapter.codec.latent_shape), torch.randn(2, *adapter.codec.latent_shape)
         t = torch.tensor([0.3, 0.8])
         found.append(AutodiffDerivative()(field, x, t, dx, torch.ones(2)))
     assert torch.equal(*found)

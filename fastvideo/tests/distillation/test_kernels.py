@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
-from fastvideo.distillation.adapters.kernels import repeated_blocks
+from fastvideo.distillation.adapters.diffusers.kernels import repeated_blocks
 from fastvideo.distillation.adapters.wan import WanAdapter
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder, wan_config
@@ -24,12 +24,12 @@ def backends(network: Any) -> set[str]:
 
 def test_the_backend_is_the_one_that_is_named(tiny_wan: Path) -> None:
     for name in ("native", "_native_math"):
-        assert backends(WanAdapter(wan_config(tiny_wan, attention_backend=name)).load_network()) == {name}
+        assert backends(WanAdapter(wan_config(tiny_wan, attention_backend=name)).folder.load_network()) == {name}
 
 
 def test_attention_is_the_same_on_another_backend(tiny_wan: Path) -> None:
-    network = WanAdapter(wan_config(tiny_wan)).load_network()
-    other = WanAdapter(wan_config(tiny_wan, attention_backend="_native_math")).load_network()
+    network = WanAdapter(wan_config(tiny_wan)).folder.load_network()
+    other = WanAdapter(wan_config(tiny_wan, attention_backend="_native_math")).folder.load_network()
     x, t, text = torch.randn(1, 4, 2, 2, 4), torch.tensor([500.0]), torch.randn(1, 8, 16)
     torch.testing.assert_close(network(x, t, text).sample, other(x, t, text).sample)
 
@@ -39,17 +39,17 @@ def test_attention_is_the_same_on_another_backend(tiny_wan: Path) -> None:
 )
 def test_a_backend_that_cannot_be_had_is_refused(name: str, message: str, tiny_wan: Path) -> None:
     with pytest.raises(UserError, match=message):
-        WanAdapter(wan_config(tiny_wan, attention_backend=name)).load_network()
+        WanAdapter(wan_config(tiny_wan, attention_backend=name)).folder.load_network()
 
 
 def test_a_network_that_computes_attention_by_itself_says_so(tmp_path: Path) -> None:
     folder = cogvideox_folder(tmp_path)
     with pytest.raises(UserError, match="only 'native' is possible"):
-        CogVideoXAdapter(cogvideox_config(folder, attention_backend="_native_math")).load_network()
+        CogVideoXAdapter(cogvideox_config(folder, attention_backend="_native_math")).folder.load_network()
 
 
 def test_the_blocks_are_compiled_and_nothing_else(tiny_wan: Path) -> None:
-    network = WanAdapter(wan_config(tiny_wan, compile_blocks=True)).load_network()
+    network = WanAdapter(wan_config(tiny_wan, compile_blocks=True)).folder.load_network()
     compiled = [module for module in network.modules() if module._compiled_call_impl is not None]
     assert compiled == repeated_blocks(network)
     assert len(compiled) == 2
@@ -62,7 +62,7 @@ def test_compiled_blocks_compute_the_same(tiny_wan: Path) -> None:
     x, t, text = torch.randn(2, 4, 2, 2, 4), torch.tensor([500.0, 20.0]), torch.randn(2, 8, 16)
     found = []
     for compiled in (False, True):
-        network = WanAdapter(wan_config(tiny_wan, compile_blocks=compiled)).load_network()
+        network = WanAdapter(wan_config(tiny_wan, compile_blocks=compiled)).folder.load_network()
         network(x, t, text).sample.square().mean().backward()
         with torch.no_grad():
             sample = network(x, t, text).sample
@@ -78,7 +78,7 @@ MESSY = ("  a  cat\n\tin the&amp;amp; hat ", "cafÃ© &lt;b&gt;", "“quoted”\
 def test_prompts_are_cleaned_as_the_pipeline_does(prompt: str, tiny_wan: Path) -> None:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    assert WanAdapter(wan_config(tiny_wan)).clean_prompt(prompt) == prompt_clean(prompt)
+    assert WanAdapter(wan_config(tiny_wan)).conditioner.clean_prompt(prompt) == prompt_clean(prompt)
 
 
 KEPT = """

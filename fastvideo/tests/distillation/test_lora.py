@@ -17,6 +17,7 @@ from fastvideo.distillation.engine.placement import whole_network
 from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
+from fastvideo.tests.preparing import preparer
 
 PROMPTS = ("a green seven", "red three moving up")
 FOLDERS = {"wan": (wan_folder, 5), "cogvideox": (cogvideox_folder, 9)}
@@ -47,12 +48,12 @@ def method_of(family: str, root: Path, recompute: str = "none", **student: Any) 
 
 def inputs(method: Any) -> tuple[Tensor, Tensor, Any]:
     adapter = method.student.adapter
-    x_t = torch.randn((2, *adapter.latent_shape), generator=torch.Generator().manual_seed(3))
-    return x_t, torch.tensor([0.9, 0.3]), adapter.encode_prompts(PROMPTS)
+    x_t = torch.randn((2, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(3))
+    return x_t, torch.tensor([0.9, 0.3]), adapter.conditioner.encode_prompts(PROMPTS)
 
 
 def step(method: Any, number: int = 0) -> None:
-    for loss in method.losses(method.student.adapter.prepare(RawBatch(PROMPTS)), number):
+    for loss in method.losses(preparer(method.student.adapter)(RawBatch(PROMPTS)), number):
         loss.value.backward()
     for role in ("student", "critic"):
         method.bundle[role].training.step()
@@ -65,7 +66,7 @@ def method(tiny_wan: Path) -> Any:
 
 def test_three_roles_hold_the_base_once(method: Any) -> None:
     bases = {id(handle.network) for handle in method.bundle}
-    plain = method.student.adapter.load_network()
+    plain = method.student.adapter.folder.load_network()
     adapters = sum(p.numel() for role in ("student", "critic") for p in method.bundle[role].parameters())
     held = {p for handle in method.bundle for p in handle.network.parameters()}
     assert len(bases) == 1
@@ -75,7 +76,7 @@ def test_three_roles_hold_the_base_once(method: Any) -> None:
 
 def test_the_teacher_is_the_base_to_the_bit_at_every_step(method: Any) -> None:
     x_t, t, condition = inputs(method)
-    plain, adapter = method.student.adapter.load_network(), method.student.adapter
+    plain, adapter = method.student.adapter.folder.load_network(), method.student.adapter
     expected = adapter.velocity(plain, x_t, t, condition)
     for number in range(3):
         assert torch.equal(method.teacher.velocity(x_t, t, condition), expected)
@@ -86,7 +87,7 @@ def test_the_teacher_is_the_base_to_the_bit_at_every_step(method: Any) -> None:
 
 @pytest.mark.parametrize("stepped", ["student", "critic"])
 def test_the_step_of_a_role_leaves_the_others_and_the_base_unchanged(method: Any, stepped: str) -> None:
-    for loss in method.losses(method.student.adapter.prepare(RawBatch(PROMPTS)), 0):
+    for loss in method.losses(preparer(method.student.adapter)(RawBatch(PROMPTS)), 0):
         loss.value.backward()
     before = {name: p.detach().clone() for name, p in method.student.network.named_parameters()}
     method.bundle[stepped].training.step()

@@ -15,7 +15,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory, UserError
+from fastvideo.distillation.types import Batch, RawBatch, Trajectory, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config
 from fastvideo.tests.distillation.toys import (
     LADDER,
@@ -30,6 +30,7 @@ from fastvideo.tests.distillation.toys import (
     train,
     trajectory_extras,
 )
+from fastvideo.tests.preparing import preparer
 
 every_method = pytest.mark.parametrize("name", METHODS)
 STEPS = range(4)
@@ -178,7 +179,7 @@ def test_reordering_the_batch_reorders_the_gradients(name: str) -> None:
         batch = analytic_batch(adapter, 4, captions=("0", "0.5", "1", "-1"))
         if isinstance(streams, ReorderedStreams):
             assert batch.x0 is not None
-            condition = Condition({key: value[ORDER] for key, value in batch.condition.tensors.items()})
+            condition = batch.condition.map(lambda value: value[ORDER])
             assert batch.trajectory is not None
             walk = Trajectory(batch.trajectory.states[ORDER], batch.trajectory.times[ORDER])
             batch = Batch(batch.shape, condition, batch.negative, batch.x0[ORDER], walk)
@@ -225,13 +226,13 @@ def test_the_truth_is_a_fixed_point_that_attracts(name: str, offset: float) -> N
 def test_the_declared_sampler_reproduces_the_truth(name: str) -> None:
     adapter, toy = spy((1, 1, 6, 5)), toy_of(name)
     method, streams = toy_method(name, adapter), RandomStreams(4)
-    condition = adapter.negative(2000)
+    condition = adapter.conditioner.negative(2000)
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         adapter.calls.clear()
         return method.bundle["student"].velocity(x_t, t, condition, r=r)
 
-    noise = streams.normal((2000, *adapter.latent_shape))
+    noise = streams.normal((2000, *adapter.codec.latent_shape))
     x0 = generate(method.sampler, velocity, noise, toy.sampler.times, streams.normal_like)
     assert float(x0.mean()) == pytest.approx(MEAN, abs=0.01)
     assert float(x0.var()) == pytest.approx(STD**2, rel=0.02)
@@ -245,16 +246,16 @@ def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan:
     wan.ensure_negative_conditioning()
     cls, toy = load_method(name), toy_of(name)
     config = cls.Config(**toy.config)
-    networks = {role: wan.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
+    networks = {role: wan.folder.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
     if "flow_map" in cls.needs_of(config):
-        wan.add_flow_map(networks["student"])
+        wan.folder.add_flow_map(networks["student"])
     networks |= cls.heads(config, wan)
     handles = [RoleHandle(role, wan, network, role in cls.trainable_roles) for role, network in networks.items()]
     method = cls(config, ModelBundle(handles), LADDER, RandomStreams(3))
     move_apart(method)
-    latents = RandomStreams(1).normal((2, *wan.latent_shape))
+    latents = RandomStreams(1).normal((2, *wan.codec.latent_shape))
     walk = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
-    for loss in method.losses(wan.prepare(RawBatch(("red seven", "a three"), latents, walk)), 0):
+    for loss in method.losses(preparer(wan)(RawBatch(("red seven", "a three"), latents, walk)), 0):
         loss.value.backward()
         assert loss.value.dtype == torch.float32
         assert loss.value.isfinite()

@@ -24,6 +24,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.tests.distillation.toys import LADDER, toy_method, trajectory_extras
+from fastvideo.tests.preparing import preparer
 
 WARMUP = 4
 
@@ -40,13 +41,13 @@ def build(name: str, **options: object) -> tuple[DistillMethod, AnalyticAdapter]
 def train(method: DistillMethod, adapter: AnalyticAdapter, steps: int, accumulation: int) -> None:
     def batches():
         while True:
-            latents = RandomStreams(1).normal((2, *adapter.latent_shape))
+            latents = RandomStreams(1).normal((2, *adapter.codec.latent_shape))
             walk = trajectory_extras(latents[:, None].expand(-1, len(LADDER), -1, -1, -1, -1))
             yield RawBatch(("0", "0"), latents, walk)
 
     options = TrainerConfig(max_steps=steps, grad_accumulation=accumulation, log_every=100)
     runtime = Runtime(method, options, Tracker(Path(), enabled=False))
-    DistillTrainer(method, adapter.prepare, options, runtime).run(batches())
+    DistillTrainer(method, preparer(adapter), options, runtime).run(batches())
 
 
 def optimizer_steps(handle: RoleHandle) -> int:
@@ -99,7 +100,7 @@ def test_a_frozen_role_cannot_be_stepped() -> None:
 def test_a_role_gets_the_optimizer_that_its_method_names(kind: str, expected: type) -> None:
     """One step of AdamW goes ``rate`` far; RAdam's first steps are plain momentum, so far as the gradient is large."""
     adapter = AnalyticAdapter(AnalyticConfig())
-    handle = RoleHandle("student", adapter, adapter.load_network(), trainable=True)
+    handle = RoleHandle("student", adapter, adapter.folder.load_network(), trainable=True)
     attach_optimizer(handle, OptimizerConfig(learning_rate=0.1, kind=kind, weight_decay=0.5))
     assert type(handle.training.optimizer) is expected
     mean = handle.network.mean

@@ -41,7 +41,7 @@ def fresh(seed: int) -> Callable[[Tensor], Tensor]:
 def exact(adapter: AnalyticAdapter, kind: str, mean: float = MEAN, std: float = STD) -> Velocity:
     """The velocity of an exact network of N(mean, std^2), without gradient."""
     network = gaussian(adapter, kind, mean, std).requires_grad_(False)
-    return lambda x_t, t: adapter.velocity(network, x_t, t, adapter.negative(x_t.shape[0]))
+    return lambda x_t, t: adapter.velocity(network, x_t, t, adapter.conditioner.negative(x_t.shape[0]))
 
 
 def start() -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition, RawBatch, UserError
 from fastvideo.tests.distillation.tiny import wan_config
 from fastvideo.tests.distillation.tiny_images import CLIP_TOKENS, CLIP_WIDTH, i2v_config, i2v_folder, ti2v_config
+from fastvideo.tests.preparing import preparer
 
 PROMPTS, NEGATIVE, STEPS, GUIDANCE = ["a green seven moving up", "red three"], "blurry", 3, 3.5
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -55,7 +57,7 @@ def picture(adapter: WanAdapter) -> Tensor:
 
 
 def noise_of(adapter: WanAdapter) -> Tensor:
-    return normal((len(PROMPTS), *adapter.latent_shape), seeded(6))
+    return normal((len(PROMPTS), *adapter.codec.latent_shape), seeded(6))
 
 
 def stock(adapter: WanAdapter) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]:
@@ -63,7 +65,7 @@ def stock(adapter: WanAdapter) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]
     from diffusers import WanImageToVideoPipeline
     from PIL import Image
 
-    pipeline = WanImageToVideoPipeline.from_pretrained(adapter.source)
+    pipeline = WanImageToVideoPipeline.from_pretrained(adapter.folder.pipeline.source)
     pipeline.set_progress_bar_config(disable=True)
     fed: list[dict[str, Tensor]] = []
     names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
@@ -83,15 +85,17 @@ def stock(adapter: WanAdapter) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]
 
 def conditions(adapter: WanAdapter) -> tuple[Condition, Condition]:
     """Positive and negative, going on from the picture."""
-    images = adapter.condition_on(picture(adapter)[None, :, None].expand(len(PROMPTS), -1, -1, -1, -1))
-    return adapter.encode_prompts(PROMPTS) | images, adapter.encode_prompts([NEGATIVE] * len(PROMPTS)) | images
+    images = adapter.conditioner.condition_on(picture(adapter)[None, :, None].expand(len(PROMPTS), -1, -1, -1, -1))
+    texts = (adapter.conditioner.encode_prompts(prompts) for prompts in (PROMPTS, [NEGATIVE] * len(PROMPTS)))
+    condition, negative = (text | images for text in texts)
+    return condition, negative
 
 
 @torch.no_grad()
 def test_stock_diffusers_feeds_the_network_the_same_and_ends_with_the_same_latents(adapter: WanAdapter) -> None:
     expected, latents, ladder = stock(adapter)
     condition, negative = conditions(adapter)
-    network, fed = adapter.load_network(), list[dict[str, Tensor]]()
+    network, fed = adapter.folder.load_network(), list[dict[str, Tensor]]()
 
     def record(module: Any, args: tuple[Tensor, ...], kwargs: Any) -> None:
         names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
@@ -115,33 +119,38 @@ def test_stock_diffusers_feeds_the_network_the_same_and_ends_with_the_same_laten
 
 def test_the_image_is_in_the_condition_as_its_checkpoint_takes_it(adapter: WanAdapter) -> None:
     condition, _ = conditions(adapter)
-    channels, frames, height, width = adapter.latent_shape
+    channels, frames, height, width = adapter.codec.latent_shape
+    own = condition.of(adapter.conditioner.key)
     if condition.given is None:
-        latents = condition.tensors["image_latents"]
+        latents = own["image_latents"]
         assert latents.shape == (2, 4 + channels, frames, height, width)
         assert (latents[:, :4, 0] == 1).all()
         assert (latents[:, :4, 1:] == 0).all()
-        embeds = condition.tensors.get("image_embeds")
+        embeds = own.get("image_embeds")
         assert embeds is None or embeds.shape == (2, CLIP_TOKENS, CLIP_WIDTH)
     else:
         assert condition.given.mask.tolist() == [[True] + [False] * (frames - 1)] * 2
-        assert set(condition.tensors) == {"prompt_embeds"}
+        assert set(own) == {"prompt_embeds"}
 
 
 def test_another_image_makes_another_video(adapter: WanAdapter) -> None:
-    network, role_times = adapter.load_network(), torch.tensor([0.9, 0.4])
+    network, role_times = adapter.folder.load_network(), torch.tensor([0.9, 0.4])
     role = RoleHandle("student", adapter, network)
     velocities = []
     for image in (picture(adapter), -picture(adapter)):
-        images = adapter.condition_on(image[None, :, None].expand(2, -1, -1, -1, -1))
-        velocities.append(role.velocity(noise_of(adapter), role_times, adapter.encode_prompts(PROMPTS) | images))
+        images = adapter.conditioner.condition_on(image[None, :, None].expand(2, -1, -1, -1, -1))
+        velocities.append(
+            role.velocity(noise_of(adapter), role_times, adapter.conditioner.encode_prompts(PROMPTS) | images)
+        )
     assert not torch.allclose(velocities[0][:, :, 1:], velocities[1][:, :, 1:], rtol=1e-3, atol=1e-4)
 
 
 def test_the_clip_features_alone_change_the_velocity(i2v: WanAdapter) -> None:
     condition, _ = conditions(i2v)
-    other = condition | Condition({"image_embeds": normal((2, CLIP_TOKENS, CLIP_WIDTH), seeded(3))})
-    network, t = i2v.load_network(), torch.tensor([0.9, 0.4])
+    other = condition | Condition(
+        {i2v.conditioner.key: {"image_embeds": normal((2, CLIP_TOKENS, CLIP_WIDTH), seeded(3))}}
+    )
+    network, t = i2v.folder.load_network(), torch.tensor([0.9, 0.4])
     velocities = [i2v.velocity(network, noise_of(i2v), t, one) for one in (condition, other)]
     assert not torch.allclose(*velocities, rtol=1e-3, atol=1e-4)
 
@@ -159,48 +168,50 @@ def test_the_first_frame_of_a_video_is_given_alike_by_data_and_by_an_image(tiny_
     adapter.ensure_negative_conditioning()
     config = adapter.config
     video = normal((1, 3, config.num_frames, config.height, config.width), seeded(8)).clamp(-1, 1)
-    batch = adapter.prepare(RawBatch(("red",), adapter.encode(video)))
-    by_image = adapter.condition_on(video[:, :, :1])
+    batch = preparer(adapter)(RawBatch(("red",), adapter.codec.encode(video)))
+    by_image = adapter.conditioner.condition_on(video[:, :, :1])
     assert batch.condition.given is not None
     assert by_image.given is not None
     assert torch.equal(batch.condition.given.mask, by_image.given.mask)
     torch.testing.assert_close(batch.condition.given.clean[:, :, :1], by_image.given.clean[:, :, :1], **CLOSE)
     assert batch.given is not None
     assert batch.negative.given is batch.condition.given
-    assert adapter.needs_frames
+    assert adapter.conditioner.needs_frames
 
 
 @torch.no_grad()
 def test_what_is_computed_beforehand_stands_in_for_what_is_computed_now(adapter: WanAdapter) -> None:
     config = adapter.config
     videos = normal((2, 3, config.num_frames, config.height, config.width), seeded(9)).clamp(-1, 1)
-    extras = adapter.encode_extras(videos, PROMPTS)
-    assert set(extras) == set(adapter.extra_shapes)
-    for name, shape in adapter.extra_shapes.items():
+    extras = adapter.conditioner.encode_stored(videos, PROMPTS)
+    assert set(extras) == set(adapter.conditioner.stored_shapes)
+    for name, shape in adapter.conditioner.stored_shapes.items():
         wanted = [have if want is None else want for want, have in zip(shape, extras[name].shape[1:], strict=True)]
         assert list(extras[name].shape) == [2, *wanted]
-    latents = adapter.encode(videos)
-    now = adapter.encode_prompts(PROMPTS)
-    if adapter.needs_frames:
-        now = now | adapter.condition_on(videos[:, :, :1])
-    found = adapter.prepare(RawBatch(PROMPTS, latents, extras)).condition
-    assert found.tensors.keys() == now.tensors.keys()
-    for name, value in now.tensors.items():
-        torch.testing.assert_close(found.tensors[name], value, **CLOSE)
+    latents = adapter.codec.encode(videos)
+    now = adapter.conditioner.encode_prompts(PROMPTS)
+    if adapter.conditioner.needs_frames:
+        now = now | adapter.conditioner.condition_on(videos[:, :, :1])
+    found = preparer(adapter)(RawBatch(PROMPTS, latents, extras)).condition
+    own, wanted_own = (condition.of(adapter.conditioner.key) for condition in (found, now))
+    assert own.keys() == wanted_own.keys()
+    for name, value in wanted_own.items():
+        torch.testing.assert_close(own[name], value, **CLOSE)
 
 
 @torch.no_grad()
 def test_latents_alone_give_an_image_to_video_checkpoint_its_first_frame(i2v: WanAdapter) -> None:
-    latents = normal((2, *i2v.latent_shape), seeded(9))
-    batch = i2v.prepare(RawBatch(tuple(PROMPTS), latents))
-    frame = i2v.decode(latents)[:, :, :1]
-    expected = i2v.condition_on(frame).tensors
+    latents = normal((2, *i2v.codec.latent_shape), seeded(9))
+    batch = preparer(i2v)(RawBatch(tuple(PROMPTS), latents))
+    frame = i2v.codec.decode(latents)[:, :, :1]
+    expected = i2v.conditioner.condition_on(frame).of(i2v.conditioner.key)
+    own, negative = (condition.of(i2v.conditioner.key) for condition in (batch.condition, batch.negative))
     for name in ("image_latents", "image_embeds"):
-        torch.testing.assert_close(batch.condition.tensors[name], expected[name], rtol=1e-4, atol=1e-4)
-        assert torch.equal(batch.negative.tensors[name], batch.condition.tensors[name])
+        torch.testing.assert_close(own[name], expected[name], rtol=1e-4, atol=1e-4)
+        assert torch.equal(negative[name], own[name])
     assert batch.given is None
     with pytest.raises(UserError, match="prompts alone"):
-        i2v.prepare(RawBatch(tuple(PROMPTS)))
+        preparer(i2v)(RawBatch(tuple(PROMPTS)))
 
 
 @torch.no_grad()
@@ -208,10 +219,10 @@ def test_latents_alone_give_an_image_to_video_checkpoint_its_first_frame(i2v: Wa
 def test_buckets_of_another_size_have_given_frames_too(way: str, tiny_wan: Path) -> None:
     adapter = adapter_of(way, tiny_wan.parent, given_frames=int(way == "ti2v"))
     adapter.ensure_negative_conditioning()
-    channels, frames, height, width = adapter.latent_shape
+    channels, frames, height, width = adapter.codec.latent_shape
     latents = normal((2, channels, frames + 1, height + 2, width), seeded(9))
-    batch = adapter.prepare(RawBatch(tuple(PROMPTS), latents), any_size=True)
-    u = RoleHandle("student", adapter, adapter.load_network()).velocity(latents, torch.ones(2), batch.condition)
+    batch = replace(preparer(adapter), any_size=True)(RawBatch(tuple(PROMPTS), latents))
+    u = RoleHandle("student", adapter, adapter.folder.load_network()).velocity(latents, torch.ones(2), batch.condition)
     assert u.shape == latents.shape
 
 
@@ -229,14 +240,16 @@ def test_what_does_not_fit_is_refused_with_both_numbers(
     name: str, shape: tuple[int, ...], message: str, i2v: WanAdapter
 ) -> None:
     with pytest.raises(UserError, match=message):
-        i2v.prepare(RawBatch(tuple(PROMPTS), normal((2, *i2v.latent_shape), seeded(1)), {name: torch.ones(shape)}))
+        preparer(i2v)(
+            RawBatch(tuple(PROMPTS), normal((2, *i2v.codec.latent_shape), seeded(1)), {name: torch.ones(shape)})
+        )
 
 
 def test_a_shorter_text_is_padded_and_padding_beyond_the_limit_is_cut(i2v: WanAdapter) -> None:
-    text = i2v.encode_prompts(PROMPTS).tensors["prompt_embeds"]
+    text = i2v.conditioner.encode_prompts(PROMPTS).of(i2v.conditioner.key)["prompt_embeds"]
     for given in (text[:, :6], torch.cat([text, torch.zeros_like(text)], dim=1)):
-        found = i2v.text_of(RawBatch(tuple(PROMPTS), None, {"text_embedding": given.half()}))
-        torch.testing.assert_close(found.tensors["prompt_embeds"], text, rtol=1e-3, atol=1e-3)
+        found = i2v.conditioner.text_of(RawBatch(tuple(PROMPTS), None, {"text_embedding": given.half()}))
+        torch.testing.assert_close(found.of(i2v.conditioner.key)["prompt_embeds"], text, rtol=1e-3, atol=1e-3)
 
 
 def test_the_number_of_given_frames_is_what_the_checkpoint_takes(tiny_wan: Path) -> None:
@@ -249,22 +262,22 @@ def test_the_number_of_given_frames_is_what_the_checkpoint_takes(tiny_wan: Path)
         "ti2v": adapter_of("ti2v", root),
         "ti2v tuned": adapter_of("ti2v", root, given_frames=1),
     }
-    counts = {name: adapter.first_frames for name, adapter in found.items()}
+    counts = {name: adapter.conditioner.first_frames for name, adapter in found.items()}
     assert counts == {"text": (0,), "tuned": (1,), "clip": (5,), "i2v": (1,), "ti2v": (0, 1), "ti2v tuned": (1,)}
     with pytest.raises(UserError, match="goes on from 0 given frames, got 1"):
-        found["text"].condition_on(torch.zeros(1, 3, 1, 16, 32))
+        found["text"].conditioner.condition_on(torch.zeros(1, 3, 1, 16, 32))
     with pytest.raises(UserError, match="goes on from 5 given frames, got 0"):
-        found["clip"].condition_on(None)
-    assert found["clip"].condition_on(torch.zeros(1, 3, 5, 16, 32)).given is not None
+        found["clip"].conditioner.condition_on(None)
+    assert found["clip"].conditioner.condition_on(torch.zeros(1, 3, 5, 16, 32)).given is not None
 
 
 def test_options_that_do_not_fit_the_checkpoint_are_refused(tiny_wan: Path) -> None:
     with pytest.raises(UserError, match=r"model\.given_frames: .* it takes 0, got 1"):
-        _ = adapter_of("i2v", tiny_wan.parent, given_frames=1).first_frames
+        _ = adapter_of("i2v", tiny_wan.parent, given_frames=1).conditioner.first_frames
     with pytest.raises(UserError, match=r"model\.max_sequence_length: .* exactly 512 text tokens, got 8"):
-        _ = adapter_of("i2v", tiny_wan.parent, max_sequence_length=8).latent_shape
+        _ = adapter_of("i2v", tiny_wan.parent, max_sequence_length=8).codec.latent_shape
     with pytest.raises(UserError, match=r"model\.width: .* multiples of 32, got 48"):
-        _ = adapter_of("ti2v", tiny_wan.parent, width=48).latent_shape
+        _ = adapter_of("ti2v", tiny_wan.parent, width=48).codec.latent_shape
     with pytest.raises(ValueError, match="must leave one of 2 latent frames to generate, got 2"):
         WanConfig(num_frames=5, given_frames=2)
 
@@ -273,9 +286,9 @@ def test_a_student_with_given_frames_loads_into_stock_image_to_video(tiny_wan: P
     from diffusers import WanImageToVideoPipeline
 
     adapter = WanAdapter(wan_config(tiny_wan, given_frames=1))
-    adapter.save_pipeline(tmp_path / "student", adapter.load_network(), {})
+    adapter.folder.save(tmp_path / "student", adapter.folder.load_network(), {})
     assert WanImageToVideoPipeline.from_pretrained(tmp_path / "student").config.expand_timesteps
-    assert WanAdapter(wan_config(tmp_path / "student")).first_frames == (0, 1)
+    assert WanAdapter(wan_config(tmp_path / "student")).conditioner.first_frames == (0, 1)
     plain = WanAdapter(wan_config(tiny_wan))
-    plain.save_pipeline(tmp_path / "plain", plain.load_network(), {})
-    assert WanAdapter(wan_config(tmp_path / "plain")).first_frames == (0,)
+    plain.folder.save(tmp_path / "plain", plain.folder.load_network(), {})
+    assert WanAdapter(wan_config(tmp_path / "plain")).conditioner.first_frames == (0,)

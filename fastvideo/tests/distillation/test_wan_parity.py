@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.adapters.diffusers.texts import PromptCache
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
@@ -38,13 +39,13 @@ def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanAdapter:
 def pipeline(adapter: WanAdapter) -> Any:
     from diffusers import WanPipeline
 
-    pipeline = WanPipeline.from_pretrained(adapter.source)
+    pipeline = WanPipeline.from_pretrained(adapter.folder.pipeline.source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def noise_of(adapter: WanAdapter) -> Tensor:
-    return normal((len(PROMPTS), *adapter.latent_shape), seeded(6))
+    return normal((len(PROMPTS), *adapter.codec.latent_shape), seeded(6))
 
 
 def stock(pipeline: Any, adapter: WanAdapter, **options: Any) -> Any:
@@ -63,8 +64,8 @@ def ours(adapter: WanAdapter, pipeline: Any) -> Tensor:
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     sigmas = pipeline.scheduler.sigmas.tolist()
     assert sigmas[-1] == 0.0
-    teacher = RoleHandle("teacher", adapter, adapter.load_network())
-    condition, negative = adapter.encode_prompts(PROMPTS), adapter.negative(len(PROMPTS))
+    teacher = RoleHandle("teacher", adapter, adapter.folder.load_network())
+    condition, negative = adapter.conditioner.encode_prompts(PROMPTS), adapter.conditioner.negative(len(PROMPTS))
     return euler(
         lambda x_t, t: teacher.guided_velocity(x_t, t, condition, negative, GUIDANCE),
         noise_of(adapter),
@@ -76,9 +77,11 @@ def ours(adapter: WanAdapter, pipeline: Any) -> Tensor:
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(adapter: WanAdapter, pipeline: Any) -> None:
     length = adapter.config.max_sequence_length
     expected, negative = pipeline.encode_prompt(PROMPTS, negative_prompt=[NEGATIVE] * 2, max_sequence_length=length)
-    found = adapter.encode_prompts(PROMPTS).tensors["prompt_embeds"]
+    found = adapter.conditioner.encode_prompts(PROMPTS).of(adapter.conditioner.key)["prompt_embeds"]
     torch.testing.assert_close(found, expected, **CLOSE)
-    torch.testing.assert_close(adapter.negative(2).tensors["prompt_embeds"], negative, **CLOSE)
+    torch.testing.assert_close(
+        adapter.conditioner.negative(2).of(adapter.conditioner.key)["prompt_embeds"], negative, **CLOSE
+    )
     assert torch.count_nonzero(found[1, -1]) == 0, "beyond the prompt there is zero, not an encoded padding"
     assert found.abs().sum(-1)[0, :6].min() > 0
 
@@ -93,7 +96,7 @@ def test_the_network_gets_what_the_pipeline_feeds_it(adapter: WanAdapter, pipeli
     pipeline.transformer.register_forward_hook(record, with_kwargs=True)
     stock(pipeline, adapter, output_type="latent")
     assert len(fed) == 2 * STEPS
-    network, condition = adapter.load_network(), adapter.encode_prompts(PROMPTS)
+    network, condition = adapter.folder.load_network(), adapter.conditioner.encode_prompts(PROMPTS)
     for call in fed[::2]:
         t = call["timestep"].float() / 1000
         with torch.no_grad():
@@ -110,7 +113,7 @@ def test_guided_euler_gives_the_pipelines_latents(adapter: WanAdapter, pipeline:
 
 def test_decoding_gives_the_pipelines_video(adapter: WanAdapter, pipeline: Any) -> None:
     expected = stock(pipeline, adapter, output_type="pt")
-    videos = adapter.decode(ours(adapter, pipeline))
+    videos = adapter.codec.decode(ours(adapter, pipeline))
     config = adapter.config
     assert videos.shape == (2, 3, config.num_frames, config.height, config.width)
     torch.testing.assert_close((videos / 2 + 0.5).clamp(0, 1).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
@@ -121,7 +124,7 @@ def test_encoding_normalises_with_the_published_statistics(adapter: WanAdapter, 
     config = adapter.config
     videos = normal((1, 3, config.num_frames, config.height, config.width), seeded(3)).clamp(-1, 1)
     raw = pipeline.vae.encode(videos).latent_dist.mode()
-    found = adapter.encode(videos)
+    found = adapter.codec.encode(videos)
     for channel, (mean, std) in enumerate(
         zip(pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std, strict=True)
     ):
@@ -129,29 +132,29 @@ def test_encoding_normalises_with_the_published_statistics(adapter: WanAdapter, 
 
 
 def test_any_change_of_the_autoencoder_changes_the_codec_key(adapter: WanAdapter, tmp_path: Path) -> None:
-    keys = [adapter.codec_key]
+    keys = [adapter.codec.latent_key]
     for bias, shift in ((0.0, 0.0), (1e-6, 0.0), (0.0, 1e-6)):
         folder = tmp_path / f"{bias}_{shift}"
-        adapter.save_pipeline(folder, adapter.load_network(), {})
-        vae = WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).vae
+        adapter.folder.save(folder, adapter.folder.load_network(), {})
+        vae = WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).codec.vae
         vae.encoder.conv_in.bias.data += bias
         vae.register_to_config(latents_mean=[mean + shift for mean in vae.config.latents_mean])
         vae.save_pretrained(folder / "vae")
-        keys.append(WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).codec_key)
+        keys.append(WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).codec.latent_key)
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
 
 
 @torch.no_grad()
 def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, pipeline: Any) -> None:
-    frames, height, width = adapter.latent_shape[1:]
+    frames, height, width = adapter.codec.latent_shape[1:]
     times = torch.tensor([[0.3, 0.9, 0.5], [0.6, 0.1, 0.2]])[:, :frames]
     mask = torch.ones(frames, height, width)
     per_token = torch.stack([(mask[:, ::2, ::2] * (1000 * t).view(-1, 1, 1)).flatten() for t in times])
-    condition = adapter.encode_prompts(PROMPTS)
-    embeds = condition.tensors["prompt_embeds"]
+    condition = adapter.conditioner.encode_prompts(PROMPTS)
+    embeds = condition.of(adapter.conditioner.key)["prompt_embeds"]
     (expected,) = pipeline.transformer(noise_of(adapter), per_token, embeds, return_dict=False)
-    found = adapter.velocity(adapter.load_network(), noise_of(adapter), times, condition)
+    found = adapter.velocity(adapter.folder.load_network(), noise_of(adapter), times, condition)
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
@@ -166,17 +169,17 @@ def test_a_teacher_is_called_where_the_published_scheduler_calls_it(
     published = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
     published.set_timesteps(steps)
     torch.testing.assert_close(
-        torch.tensor(adapter.teacher_times(steps)), published.sigmas[:-1], rtol=0, atol=3e-3, check_dtype=False
+        torch.tensor(adapter.folder.teacher_times(steps)), published.sigmas[:-1], rtol=0, atol=3e-3, check_dtype=False
     )
 
 
 def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipeline: Any, tmp_path: Path) -> None:
     from diffusers import WanPipeline
 
-    network = adapter.load_network()
+    network = adapter.folder.load_network()
     with torch.no_grad():
         network.proj_out.bias += 1.0
-    adapter.save_pipeline(tmp_path / "student", network, {})
+    adapter.folder.save(tmp_path / "student", network, {})
     loaded = WanPipeline.from_pretrained(tmp_path / "student")
     assert torch.equal(loaded.transformer.proj_out.bias, pipeline.transformer.proj_out.bias + 1.0)
     assert torch.equal(loaded.vae.decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
@@ -186,7 +189,7 @@ def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipe
 def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: WanAdapter, kind: Recompute) -> None:
     gradients, forwards = [], [0, 0]
     for checkpointing in (False, True):
-        network = adapter.load_network()
+        network = adapter.folder.load_network()
         if checkpointing:
             adapter.scaling.recompute(network, checkpointed(kind))
 
@@ -194,7 +197,9 @@ def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: Wan
             forwards[which] += 1
 
         network.blocks[0].register_forward_pre_hook(count)
-        adapter.velocity(network, noise_of(adapter), torch.tensor([0.3, 0.9]), adapter.negative(2)).sum().backward()
+        adapter.velocity(
+            network, noise_of(adapter), torch.tensor([0.3, 0.9]), adapter.conditioner.negative(2)
+        ).sum().backward()
         gradients.append([p.grad for p in network.parameters()])
     assert forwards == [1, 2], "backward runs the block again, and only with checkpointing"
     for plain, recomputed in zip(*gradients, strict=True):
@@ -204,17 +209,46 @@ def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: Wan
 def test_a_prompt_that_is_too_long_is_refused_not_truncated(adapter: WanAdapter) -> None:
     limit = adapter.config.max_sequence_length
     with pytest.raises(UserError, match=rf"prompt has {limit + 1} tokens, the text encoder takes {limit} .*'a a a"):
-        adapter.encode_prompts(["a " * limit])
-    assert adapter.encode_prompts(["a " * (limit - 1)]).tensors["prompt_embeds"].shape[1] == limit
+        adapter.conditioner.encode_prompts(["a " * limit])
+    longest = adapter.conditioner.encode_prompts(["a " * (limit - 1)])
+    assert longest.of(adapter.conditioner.key)["prompt_embeds"].shape[1] == limit
 
 
 def test_the_prompt_cache_forgets_the_least_recently_used_and_changes_no_result(tiny_wan: Path) -> None:
-    small = WanAdapter(wan_config(tiny_wan, prompt_cache=1))
-    large = WanAdapter(wan_config(tiny_wan))
+    small = WanAdapter(wan_config(tiny_wan, prompt_cache_mib=0)).conditioner
+    large = WanAdapter(wan_config(tiny_wan)).conditioner
     for prompts in (["a", "red", "a"], ["red"], ["up", "a"]):
-        found = small.encode_prompts(prompts).tensors["prompt_embeds"]
-        torch.testing.assert_close(found, large.encode_prompts(prompts).tensors["prompt_embeds"], **CLOSE)
-        assert len(small._prompts) == 1
+        found, kept = (one.encode_prompts(prompts).of(one.key)["prompt_embeds"] for one in (small, large))
+        assert torch.equal(found, kept)
+    assert (len(small._prompts), len(large._prompts)) == (0, 3)
+
+
+def test_the_prompt_cache_is_bounded_in_bytes() -> None:
+    encoded: list[str] = []
+
+    def encode(prompt: str) -> Tensor:
+        encoded.append(prompt)
+        return torch.ones(len(prompt), 8)
+
+    cache = PromptCache(encode, limit=6 * 8 * 4)
+    for prompts in (["aaa", "bb"], ["aaa"], ["cc"], ["aaa"], ["bb"]):
+        assert [len(row) for row in cache(prompts)] == [len(prompt) for prompt in prompts]
+        assert cache.bytes <= 6 * 8 * 4
+    assert encoded == ["aaa", "bb", "cc", "bb"], "the least recently used goes first"
+    cache(["d" * 7])
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+@torch.no_grad()
+def test_cached_prompts_are_cut_to_their_tokens_and_padded_to_the_bit(adapter: WanAdapter) -> None:
+    conditioner, (prompt, _) = adapter.conditioner, PROMPTS
+    tokens = conditioner._tokens(prompt)
+    hidden = conditioner.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    found = conditioner.encode_prompts([prompt]).of(conditioner.key)["prompt_embeds"]
+    assert torch.equal(found, hidden * tokens.attention_mask.unsqueeze(-1))
+    (row,) = conditioner._prompts([prompt])
+    assert len(row) == int(tokens.attention_mask.sum()) < found.shape[1]
+    assert row.untyped_storage().nbytes() == row.nbytes, "a view would keep the padding in memory"
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path, tiny_wan: Path) -> None:
@@ -227,4 +261,4 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path, tiny_wan: Path) -> 
         WanAdapter(wan_config(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(UserError, match="cannot load 'transformer'"):
-        WanAdapter(wan_config(tmp_path)).load_network()
+        WanAdapter(wan_config(tmp_path)).folder.load_network()

@@ -70,9 +70,9 @@ def test_the_image_to_video_checkpoint_is_understood(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, {"_class_name": "WanImageToVideoPipeline"}, I2V, {})
     sizes = {"height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512}
     adapter = WanAdapter(WanConfig(path=str(folder), **sizes))
-    assert adapter.latent_shape == (16, 21, 60, 104)
-    assert adapter.first_frames == (1,)
-    assert adapter.extra_shapes == {
+    assert adapter.codec.latent_shape == (16, 21, 60, 104)
+    assert adapter.conditioner.first_frames == (1,)
+    assert adapter.conditioner.stored_shapes == {
         "text_embedding": (None, 4096),
         "first_frame_latent": (16, 21, 60, 104),
         "clip_feature": (None, 1280),
@@ -83,6 +83,6 @@ def test_the_text_and_image_to_video_checkpoint_is_understood(tmp_path: Path) ->
     folder = checkpoint(tmp_path, {"_class_name": "WanPipeline", "expand_timesteps": True}, TI2V, VAE_22)
     sizes = {"height": 704, "width": 1280, "num_frames": 121, "max_sequence_length": 512}
     adapter = WanAdapter(WanConfig(path=str(folder), **sizes))
-    assert adapter.latent_shape == (48, 31, 44, 80)
-    assert adapter.first_frames == (0, 1)
-    assert adapter.extra_shapes == {"text_embedding": (None, 4096)}
+    assert adapter.codec.latent_shape == (48, 31, 44, 80)
+    assert adapter.conditioner.first_frames == (0, 1)
+    assert adapter.conditioner.stored_shapes == {"text_embedding": (None, 4096)}

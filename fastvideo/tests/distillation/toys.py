@@ -18,6 +18,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, Condition, Given, RawBatch
+from fastvideo.tests.preparing import preparer
 
 LADDER = Ladder((1.0, 0.9, 0.75, 0.5))
 MEAN, STD = 0.7, 0.4
@@ -55,17 +56,20 @@ class SpyAdapter(AnalyticAdapter):
         return output
 
     def features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
-    ) -> tuple[Tensor, ...]:
-        tokens = super().features(network, x_t, t, condition, taps)
-        self.feature_calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, tokens[0]))
-        return tokens
-
-    def velocity_and_features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One call, among those of the velocity."""
-        return self.velocity(network, x_t, t, condition), super().features(network, x_t, t, condition, taps)
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        taps: Sequence[int],
+        *,
+        whole: bool = False,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """A ``whole`` call counts among those of the velocity."""
+        u, tokens = super().features(network, x_t, t, condition, taps, whole=whole)
+        if not whole:
+            self.feature_calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, tokens[0]))
+        return u, tokens
 
     def of(self, handle: RoleHandle) -> list[Call]:
         """The calls of one role."""
@@ -87,7 +91,7 @@ def spy(shape: tuple[int, int, int, int] = (1, 1, 4, 4)) -> SpyAdapter:
 def gaussian(adapter: AnalyticAdapter, kind: str, mean: float = MEAN, std: float = STD) -> nn.Module:
     """A ``denoiser`` or ``consistency`` network of N(mean, std^2)."""
     config = adapter.config.model_copy(update={"means": (mean,), "stds": (std,)})
-    return AnalyticAdapter(config).load_network(kind)
+    return AnalyticAdapter(config).folder.load_network(kind)
 
 
 def moments(handle: RoleHandle) -> tuple[float, float]:
@@ -100,12 +104,12 @@ def analytic_batch(
 ) -> Batch:
     """A prepared batch of exact data, N(MEAN + caption, STD^2), with the walks that end there."""
     captions = tuple(captions) or ("",) * count
-    mean = MEAN + adapter.encode_prompts(captions).tensors["shift"].view(-1, 1, 1, 1, 1)
-    noise = torch.randn((count, *adapter.latent_shape), generator=torch.Generator().manual_seed(seed))
+    mean = MEAN + adapter.conditioner.encode_prompts(captions).of("analytic")["shift"].view(-1, 1, 1, 1, 1)
+    noise = torch.randn((count, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(seed))
     if not latents:
-        return adapter.prepare(RawBatch(captions))
+        return preparer(adapter)(RawBatch(captions))
     walk = [(1 - t) * mean + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * noise for t in LADDER.times]
-    return adapter.prepare(RawBatch(captions, mean + STD * noise, trajectory_extras(torch.stack(walk, 1))))
+    return preparer(adapter)(RawBatch(captions, mean + STD * noise, trajectory_extras(torch.stack(walk, 1))))
 
 
 def trajectory_extras(states: Tensor) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def warm_up(values: dict[str, Any]) -> None:
     config = validate(schema, values | {"output": "unused"}, "the run")
     adapter = build_adapter(config)
     build_method(config, adapter)  # with its optimizers, the first of which makes torch import its compiler
-    adapter.encode_prompts([Path(values["data"]["prompts"]).read_text().split("\n")[0]])
+    adapter.conditioner.encode_prompts([Path(values["data"]["prompts"]).read_text().split("\n")[0]])
 
 
 @dataclass

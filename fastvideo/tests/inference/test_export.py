@@ -41,7 +41,7 @@ def refusal(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags:
 
 
 def noise_of(folder: Path) -> Tensor:
-    return normal((len(PROMPTS), *load_model(str(folder)).adapter.latent_shape), seeded(6))
+    return normal((len(PROMPTS), *load_model(str(folder)).adapter.codec.latent_shape), seeded(6))
 
 
 def stock(folder: Path, steps: int, scheduler: Any = None) -> np.ndarray:
@@ -61,10 +61,12 @@ def ours(folder: Path, steps: int | None = None) -> np.ndarray:
     """The same by our own sampler, from the same noise and the same draws."""
     model = load_model(str(folder))
     spec = model.sampler(steps)
-    velocity = partial(model.adapter.velocity, model.network, condition=model.adapter.encode_prompts(PROMPTS))
+    velocity = partial(
+        model.adapter.velocity, model.network, condition=model.adapter.conditioner.encode_prompts(PROMPTS)
+    )
     torch.manual_seed(7)
     latents = generate(spec.kind, velocity, noise_of(folder), spec.times, lambda x: torch.randn(x.shape))
-    return (model.adapter.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
+    return (model.adapter.codec.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> float:
@@ -75,9 +77,9 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
 def test_a_flow_map_is_exported_with_its_head_and_a_warning(student: Callable[..., Path], tmp_path: Path) -> None:
     given = student(sampler="flow_map")
     model = load_model(str(given))
-    model.adapter.add_flow_map(model.network)
+    model.adapter.folder.add_flow_map(model.network)
     torch.nn.init.normal_(model.network.get_parameter("flow_map_head.last.weight"), std=0.3)
-    model.adapter.save_pipeline(tmp_path / "mapped", model.network, dict(model.recipe))
+    model.adapter.folder.save(tmp_path / "mapped", model.network, dict(model.recipe))
     folder = export(tmp_path / "mapped", tmp_path / "out")
     assert difference(ours(folder), ours(tmp_path / "mapped")) == 0.0
     assert difference(ours(folder, 1), ours(folder)) > ONE_LEVEL
@@ -134,7 +136,7 @@ def test_stock_diffusers_goes_on_from_an_image_as_we_do(
     config = i2v_config(root) if way == "i2v" else ti2v_config(root, given_frames=1)
     adapter = WanAdapter(config)
     recipe = {"ladder": SHIFTED, "sampler": "renoise", "guidance": 1.0, "model": config.model_dump()}
-    adapter.save_pipeline(tmp_path / "student", adapter.load_network(), recipe)
+    adapter.folder.save(tmp_path / "student", adapter.folder.load_network(), recipe)
     out = export(tmp_path / "student", tmp_path / "out")
     assert "from diffusers import WanImageToVideoPipeline" in (out / "README.md").read_text()
     image = (normal((3, config.height, config.width), seeded(5)) * 60 + 128).clamp(0, 255).byte()
@@ -147,7 +149,7 @@ def test_stock_diffusers_goes_on_from_an_image_as_we_do(
     expected = pipeline(picture, PROMPTS, **options, **sizes).frames
     model = load_model(str(out))
     frames = (image / 127.5 - 1)[None, :, None].expand(len(PROMPTS), -1, -1, -1, -1)
-    condition = model.adapter.encode_prompts(PROMPTS) | model.adapter.condition_on(frames)
+    condition = model.adapter.conditioner.encode_prompts(PROMPTS) | model.adapter.conditioner.condition_on(frames)
     role = RoleHandle("student", model.adapter, model.network)
     torch.manual_seed(7)
     velocity = partial(role.velocity, condition=condition)
@@ -219,7 +221,7 @@ def test_a_teacher_keeps_its_scheduler_unless_steps_are_asked_for(tiny: Path, tm
     made = export(tiny, tmp_path / "made", "--steps", "6")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(made / "scheduler")
     scheduler.set_timesteps(6)
-    expected = load_model(str(tiny)).adapter.teacher_times(6)
+    expected = load_model(str(tiny)).adapter.folder.teacher_times(6)
     torch.testing.assert_close(scheduler.sigmas[:-1], torch.tensor(expected), rtol=0, atol=1e-6)
     spec = load_model(str(made)).sampler()
     assert (spec.times, spec.kind, spec.guidance) == (expected, "euler", 2.0), "we sample it there too"

@@ -25,14 +25,14 @@ def student(folder: Path, sampler: str, times: list[float] | None = None) -> Pat
     """A toy student on the times that stock diffusers yields for it, or on the given ones."""
     config = cogvideox_config(cogvideox_folder(folder))
     adapter = CogVideoXAdapter(config)
-    ladder = times or list(adapter.stock_sampler([1.0, 0.75, 0.5, 0.25], sampler).times)
+    ladder = times or list(adapter.folder.stock_sampler([1.0, 0.75, 0.5, 0.25], sampler).times)
     recipe = {"ladder": ladder, "sampler": sampler, "guidance": 1.0, "model": config.model_dump()}
-    adapter.save_pipeline(folder / "student", adapter.load_network(), recipe)
+    adapter.folder.save(folder / "student", adapter.folder.load_network(), recipe)
     return folder / "student"
 
 
 def noise_of(model: LoadedModel) -> Tensor:
-    return normal((len(PROMPTS), *model.adapter.latent_shape), seeded(6))
+    return normal((len(PROMPTS), *model.adapter.codec.latent_shape), seeded(6))
 
 
 def stock(folder: Path) -> np.ndarray:
@@ -56,10 +56,12 @@ def ours(folder: Path, steps: int | None = None) -> np.ndarray:
 
     model = load_model(str(folder))
     spec = model.sampler(steps)
-    velocity = partial(model.adapter.velocity, model.network, condition=model.adapter.encode_prompts(PROMPTS))
+    velocity = partial(
+        model.adapter.velocity, model.network, condition=model.adapter.conditioner.encode_prompts(PROMPTS)
+    )
     torch.manual_seed(7)
     latents = generate(spec.kind, velocity, noise_of(model), spec.times, draw)
-    return (model.adapter.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
+    return (model.adapter.codec.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
 
 
 @pytest.mark.parametrize(("steps", "sampler"), [(4, "renoise"), (1, "renoise"), (4, "euler")])

@@ -59,9 +59,11 @@ def export(source: Path, out: Path, to: str, **options: Any) -> Path:
 
 
 def forward(network: Any, adapter: Any) -> torch.Tensor:
-    x_t = torch.randn((1, *adapter.latent_shape), generator=torch.Generator().manual_seed(1))
+    x_t = torch.randn((1, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return adapter.velocity(network, x_t, torch.tensor([0.7]), adapter.encode_prompts(["a green seven"]))
+        return adapter.velocity(
+            network, x_t, torch.tensor([0.7]), adapter.conditioner.encode_prompts(["a green seven"])
+        )
 
 
 def test_stock_diffusers_loads_the_adapter_and_it_equals_the_merged_student(trained: Path, tmp_path: Path) -> None:

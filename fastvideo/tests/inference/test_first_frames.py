@@ -34,7 +34,7 @@ def student_folder(root: Path, given_frames: int) -> str:
     """The shipped weights with the recipe of a student that goes on from given frames."""
     adapter = WanAdapter(WanConfig(given_frames=given_frames))
     model = {**load_recipe("tiny")["model"], "given_frames": given_frames}
-    adapter.save_pipeline(root, adapter.load_network(), {"ladder": LADDER, "sampler": "renoise", "model": model})
+    adapter.folder.save(root, adapter.folder.load_network(), {"ladder": LADDER, "sampler": "renoise", "model": model})
     return str(root)
 
 
@@ -73,7 +73,7 @@ def test_a_video_begins_with_its_image(student: str, video: Tensor, tmp_path: Pa
     model = load_model(student)
     frames = first_frames(model, image)
     assert frames is not None
-    kept = model.adapter.decode(model.adapter.encode(frames))[0]
+    kept = model.adapter.codec.decode(model.adapter.codec.encode(frames))[0]
     torch.testing.assert_close(written[:, 0], kept[:, 0].clamp(-1, 1), rtol=0, atol=1.01 / 127.5)
     assert psnr(written[:, 0], video[:, 0]) > psnr(written[:, 0], video[:, -1]) + 3
 
@@ -86,7 +86,7 @@ def test_a_clip_gives_as_many_frames_as_the_model_takes(clip_student: str, video
     assert frames.shape == (1, 3, 5, 32, 32)
     torch.testing.assert_close(frames[0], video[:, :5], rtol=0, atol=0.51 / 127.5)
     made = generate_video(model, "a red three", model.sampler(), frames=frames)
-    kept = model.adapter.decode(model.adapter.encode(frames))[0].clamp(-1, 1)
+    kept = model.adapter.codec.decode(model.adapter.codec.encode(frames))[0].clamp(-1, 1)
     torch.testing.assert_close(made[:, :5], kept, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="too short: 1 frames, 5 are needed"):
         first_frames(model, save_image(tmp_path / "one.png", video[:, 0]))
@@ -171,8 +171,10 @@ def test_a_run_trains_and_validates_on_given_frames_and_says_so_in_its_recipe(
     folder = run(validate(run_schema("wan", "sft"), values, "test"))
     assert len(list((tmp_path / "run" / "validation").glob("step-*.mp4"))) == 2
     model = load_model(str(folder))
-    assert model.adapter.first_frames == (1,)
-    assert model.sampler(steps=2) == SamplerSpec.teacher(model.adapter.teacher_times(2), model.sampler().guidance)
+    assert model.adapter.conditioner.first_frames == (1,)
+    assert model.sampler(steps=2) == SamplerSpec.teacher(
+        model.adapter.folder.teacher_times(2), model.sampler().guidance
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.adapters.flow_map import HEAD_FILE, has_head
+from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, has_head
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
 from fastvideo.inference.export_source import find_source, load_source

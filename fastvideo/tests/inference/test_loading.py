@@ -27,7 +27,7 @@ MODEL = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
 
 def model(**recipe: Any) -> LoadedModel:
     adapter = AnalyticAdapter(AnalyticConfig())
-    return LoadedModel("somewhere", adapter, adapter.load_network(), recipe)
+    return LoadedModel("somewhere", adapter, adapter.folder.load_network(), recipe)
 
 
 def test_student_runs_its_ladder_without_guidance() -> None:
@@ -46,8 +46,8 @@ def test_an_euler_student_walks_its_own_ladder_by_euler() -> None:
     spec = student.sampler()
     assert (spec.kind, spec.times, spec.guidance) == ("euler", (1.0, 0.6, 0.2), 1.0)
     adapter, prompts = student.adapter, ["0.5", "-1"]
-    condition = adapter.encode_prompts(prompts)
-    noise = SampleNoise(prompt_seeds(7, prompts), adapter.device).draw(adapter.latent_shape)
+    condition = adapter.conditioner.encode_prompts(prompts)
+    noise = SampleNoise(prompt_seeds(7, prompts), adapter.device).draw(adapter.codec.latent_shape)
     expected = euler(lambda x, t: adapter.velocity(student.network, x, t, condition), noise, (1.0, 0.6, 0.2))
     torch.testing.assert_close(sample_latents(adapter, student.denoiser, Sampling(prompts, spec, 7)), expected)
 
@@ -75,7 +75,9 @@ def test_steps_that_are_not_in_the_ladder_are_refused(steps: int) -> None:
 @pytest.mark.parametrize(("family", "guidance"), [("wan", 5.0), ("cogvideox", 6.0), ("analytic", 1.0)])
 def test_a_teacher_without_a_recipe_has_the_published_guidance_of_its_family(family: str, guidance: float) -> None:
     teacher = model()
-    teacher.adapter.published_guidance = load_adapter(family).published_guidance
+    path = {"wan": "tiny", "cogvideox": "tiny_cogvideox", "analytic": "denoiser"}[family]
+    cls = load_adapter(family)
+    teacher.adapter.folder.published_guidance = cls(cls.Config(path=path)).folder.published_guidance
     spec = teacher.sampler()
     assert (spec.kind, len(spec.times), spec.guidance) == ("euler", 50, guidance)
     assert spec.network_calls == (50 if guidance == 1.0 else 100)
@@ -118,7 +120,7 @@ def test_damaged_recipe(tmp_path: Path) -> None:
 @pytest.fixture
 def second_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A registered adapter that names a pipeline class."""
-    monkeypatch.setattr(AnalyticAdapter, "pipelines", ("ToyPipeline",))
+    monkeypatch.setattr(AnalyticConfig, "pipelines", ("ToyPipeline",))
     families.cache_clear()
     yield
     families.cache_clear()
@@ -148,10 +150,10 @@ def test_a_model_of_unknown_size_is_not_sampled_at_the_size_of_the_tiny_world(pl
 
 def test_sizes_come_from_options_or_the_recipe(plain: Path) -> None:
     given = load_model(str(plain), {**MODEL, "height": 64, "width": 48})
-    assert given.adapter.latent_shape == (16, 3, 8, 6)
+    assert given.adapter.codec.latent_shape == (16, 3, 8, 6)
     (plain / "recipe.json").write_text(json.dumps({"model": MODEL}))
-    assert load_model(str(plain)).adapter.latent_shape == (16, 3, 4, 4)
-    assert load_model(str(plain), {"num_frames": 13}).adapter.latent_shape == (16, 4, 4, 4)
+    assert load_model(str(plain)).adapter.codec.latent_shape == (16, 3, 4, 4)
+    assert load_model(str(plain), {"num_frames": 13}).adapter.codec.latent_shape == (16, 4, 4, 4)
 
 
 def test_wrong_option_names_the_folder(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def adapter() -> AnalyticAdapter:
 
 @pytest.mark.parametrize("spec", [STUDENT, TEACHER])
 def test_batching_does_not_change_a_sample(adapter: AnalyticAdapter, spec: SamplerSpec) -> None:
-    denoiser = Denoiser(adapter, adapter.load_network())
+    denoiser = Denoiser(adapter, adapter.folder.load_network())
     whole = sample_latents(adapter, denoiser, Sampling(PROMPTS, spec, 3, batch_size=64))
     parts = sample_latents(adapter, denoiser, Sampling(PROMPTS, spec, 3, batch_size=2))
     assert whole.shape == (7, 2, 1, 4, 4)
@@ -38,7 +38,7 @@ def test_batching_does_not_change_a_sample(adapter: AnalyticAdapter, spec: Sampl
 
 
 def test_a_prompt_alone_gives_what_it_gives_among_others(adapter: AnalyticAdapter) -> None:
-    denoiser = Denoiser(adapter, adapter.load_network())
+    denoiser = Denoiser(adapter, adapter.folder.load_network())
     whole = sample_latents(adapter, denoiser, Sampling(PROMPTS, STUDENT, 3, 1))
     alone = sample_latents(adapter, denoiser, Sampling([PROMPTS[3]], STUDENT, 3))
     some = sample_latents(adapter, denoiser, Sampling(PROMPTS, STUDENT, 3, 1, rows=(5, 3)))
@@ -47,7 +47,7 @@ def test_a_prompt_alone_gives_what_it_gives_among_others(adapter: AnalyticAdapte
 
 
 def test_seed_and_occurrence_choose_the_noise(adapter: AnalyticAdapter) -> None:
-    denoiser = Denoiser(adapter, adapter.load_network())
+    denoiser = Denoiser(adapter, adapter.folder.load_network())
     same = sample_latents(adapter, denoiser, Sampling(["1", "1"], STUDENT, 0))
     other = sample_latents(adapter, denoiser, Sampling(["1", "1"], STUDENT, 1))
     assert not torch.allclose(same[0], same[1])
@@ -59,7 +59,7 @@ def test_seed_and_occurrence_choose_the_noise(adapter: AnalyticAdapter) -> None:
 
 def test_all_samplers_start_from_the_same_noise(adapter: AnalyticAdapter) -> None:
     """Rows of a comparison differ by their sampler alone: one step of either sampler is the same map."""
-    denoiser = Denoiser(adapter, adapter.load_network())
+    denoiser = Denoiser(adapter, adapter.folder.load_network())
     euler = sample_latents(adapter, denoiser, Sampling(PROMPTS, SamplerSpec((1.0,), 1.0, "euler"), 5))
     renoise = sample_latents(adapter, denoiser, Sampling(PROMPTS, SamplerSpec((1.0,), 1.0, "renoise"), 5))
     torch.testing.assert_close(euler, renoise)
@@ -74,12 +74,14 @@ def test_guidance_one_is_one_call_per_step() -> None:
 @pytest.mark.parametrize("spec", [STUDENT, TEACHER])
 def test_progress_counts_every_call_of_every_sample(adapter: AnalyticAdapter, spec: SamplerSpec) -> None:
     counted: list[int] = []
-    sample_latents(adapter, Denoiser(adapter, adapter.load_network()), Sampling(PROMPTS, spec, 0, 3), counted.append)
+    sample_latents(
+        adapter, Denoiser(adapter, adapter.folder.load_network()), Sampling(PROMPTS, spec, 0, 3), counted.append
+    )
     assert sum(counted) == len(PROMPTS) * spec.network_calls
 
 
 def test_guidance_moves_along_the_prompt(adapter: AnalyticAdapter) -> None:
-    denoiser = Denoiser(adapter, adapter.load_network())
+    denoiser = Denoiser(adapter, adapter.folder.load_network())
     plain = sample_latents(adapter, denoiser, Sampling(["1"] * 8, teacher(1.0), 0)).mean()
     guided = sample_latents(adapter, denoiser, Sampling(["1"] * 8, teacher(3.0), 0)).mean()
     away = sample_latents(adapter, denoiser, Sampling(["1"] * 8, teacher(3.0), 0, negative_prompt="2")).mean()
@@ -87,6 +89,8 @@ def test_guidance_moves_along_the_prompt(adapter: AnalyticAdapter) -> None:
 
 
 def test_batches_are_timed(adapter: AnalyticAdapter) -> None:
-    batches = list(sample_batches(adapter, Denoiser(adapter, adapter.load_network()), Sampling(PROMPTS, STUDENT, 0, 4)))
+    batches = list(
+        sample_batches(adapter, Denoiser(adapter, adapter.folder.load_network()), Sampling(PROMPTS, STUDENT, 0, 4))
+    )
     assert [len(batch.latents) for batch in batches] == [4, 3]
     assert all(batch.seconds > 0 for batch in batches)

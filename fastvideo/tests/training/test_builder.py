@@ -10,7 +10,7 @@ import pytest
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from fastvideo.distillation.adapters.analytic import AnalyticAdapter
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticFolder
 from fastvideo.distillation.builder import build_adapter, build_method, build_wan_dmd2_method, check_needs, load_role
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
@@ -68,7 +68,7 @@ def test_build_wan_dmd2_method_refuses_another_combination(analytic_values: dict
 def test_wrong_roles_are_refused_before_anything_is_loaded(roles: dict, message: str) -> None:
     config = wan_config(roles=roles)
     adapter = build_adapter(config)
-    adapter.load_network = lambda path=None: pytest.fail("loaded a network for a wrong config")  # type: ignore[method-assign]
+    adapter.folder.load_network = lambda path=None: pytest.fail("loaded a network for a wrong config")  # type: ignore[method-assign]
     with pytest.raises(UserError, match=message):
         build_method(config, adapter)
 
@@ -86,28 +86,28 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path) -> None:
 def test_a_prompt_that_is_too_long_is_refused() -> None:
     adapter = build_adapter(wan_config())
     with pytest.raises(UserError, match=r"prompt has \d+ tokens, the text encoder takes 16"):
-        adapter.encode_prompts(["a green seven moving up and left " * 4])
+        adapter.conditioner.encode_prompts(["a green seven moving up and left " * 4])
 
 
 def test_a_vae_config_without_scale_factors_gets_the_defaults_of_diffusers(tmp_path) -> None:
     """The published Wan 2.1 checkpoints were saved before these keys existed."""
-    source = Path(build_adapter(wan_config()).source)
+    source = Path(build_adapter(wan_config()).folder.pipeline.source)
     shutil.copytree(source, tmp_path / "old")
     file = tmp_path / "old" / "vae" / "config.json"
     config = json.loads(file.read_text())
     for key in ("scale_factor_temporal", "scale_factor_spatial"):
         assert config.pop(key)
     file.write_text(json.dumps(config))
-    assert build_adapter(wan_config(model={"path": str(tmp_path / "old")})).latent_shape == (16, 3, 4, 4)
+    assert build_adapter(wan_config(model={"path": str(tmp_path / "old")})).codec.latent_shape == (16, 3, 4, 4)
 
 
 def test_a_missing_component_is_one_message(tmp_path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     adapter = build_adapter(wan_config(model={"path": str(tmp_path)}))
-    with pytest.raises(UserError, match="cannot read the config of 'vae'"):
-        _ = adapter.latent_shape
+    with pytest.raises(UserError, match="cannot read the config of 'transformer'"):
+        _ = adapter.codec.latent_shape
     with pytest.raises(UserError, match="cannot load 'transformer'"):
-        adapter.load_network()
+        adapter.folder.load_network()
 
 
 def test_two_experts_are_refused(tmp_path) -> None:
@@ -124,7 +124,7 @@ def test_a_family_without_what_a_method_needs_is_refused_before_anything_is_load
     check_needs(config)
     monkeypatch.setattr(DMD2Method, "needs", frozenset({"jvp", "features"}))
     monkeypatch.setattr(AnalyticAdapter, "supports", frozenset({"features"}))
-    monkeypatch.setattr(AnalyticAdapter, "load_network", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(AnalyticFolder, "load_network", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError) as refusal:
         build_method(config, build_adapter(config))
     message = str(refusal.value)

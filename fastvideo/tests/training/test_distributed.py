@@ -17,6 +17,7 @@ from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.registry import run_schema
 from fastvideo.tests.launch import config_file, ranks, torchrun
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data
 
 STEPS = 7
@@ -31,7 +32,7 @@ def emulate(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     streams = [build_data(config, adapter, rank)[0] for rank in ranks]
     for step in range(STEPS):
         for method, stream in zip(methods, streams, strict=True):
-            for loss in method.losses(adapter.prepare(next(stream)), step):
+            for loss in method.losses(preparer(adapter)(next(stream)), step):
                 loss.value.backward()
         for role in methods[0].active_roles(step):
             average_and_step([method.bundle[role] for method in methods])

@@ -61,7 +61,7 @@ def test_context_that_divides_neither_heads_nor_tokens_is_refused_before_loading
 ) -> None:
     config = config_of(family, tiny_root, context=4)
     adapter = build_adapter(config)
-    monkeypatch.setattr(adapter, "load_network", lambda *_: pytest.fail("loaded a network for a wrong layout"))
+    monkeypatch.setattr(adapter.folder, "load_network", lambda *_: pytest.fail("loaded a network for a wrong layout"))
     with pytest.raises(UserError, match=message):
         build_method(config, adapter, Processes(0, 4, torch.device("cpu"), context=4))
 
@@ -95,7 +95,7 @@ def need_of(config: Any) -> int:
     adapter, found = build_adapter(config), 0
     for role in role_bytes(config, adapter):
         assert adapter.scaling is not None
-        tables = sum(b.numel() * b.element_size() for b in adapter.scaling.empty(None, torch.float32).buffers())
+        tables = sum(b.numel() * b.element_size() for b in adapter.folder.empty(None, torch.float32).buffers())
         found += role.weights + role.gradients + role.optimizer - tables
     return found
 
@@ -114,8 +114,8 @@ def test_roles_that_a_device_does_not_hold_are_refused_before_loading(
 ) -> None:
     config = config_of("wan", tiny_root)
     adapter = build_adapter(config)
-    for loading in ("load_network", "ensure_negative_conditioning"):
-        monkeypatch.setattr(adapter, loading, lambda *_: pytest.fail("loaded what does not fit"))
+    for part, loading in ((adapter.folder, "load_network"), (adapter, "ensure_negative_conditioning")):
+        monkeypatch.setattr(part, loading, lambda *_: pytest.fail("loaded what does not fit"))
     processes = Processes(0, world, torch.device("cpu"), memory=int(need_of(config) * share))
     roles = r"student \d\.\d\d MiB, critic \d\.\d\d MiB, teacher \d\.\d\d MiB"
     message = rf"shard: 1 does not fit: .*\({roles}\), which has .* MiB on cpu; {hint}.*fastvideo plan"
@@ -141,7 +141,7 @@ def test_a_network_that_roles_share_counts_once(tiny_root: Path) -> None:
     config = validate(type(config), config.model_dump() | {"roles": roles}, "test")
     adapter = build_adapter(config)
     assert adapter.scaling is not None
-    once = sum(p.numel() * p.element_size() for p in adapter.scaling.empty(None, torch.float32).parameters())
+    once = sum(p.numel() * p.element_size() for p in adapter.folder.empty(None, torch.float32).parameters())
     build_method(config, adapter, Processes(memory=once))
     with pytest.raises(UserError, match=r"on each process \(student \d\.\d\d MiB\), which"):
         build_method(config, adapter, Processes(memory=once - 1))

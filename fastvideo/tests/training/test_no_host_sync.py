@@ -29,6 +29,7 @@ from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config, wan_family, wan_folder
+from fastvideo.tests.preparing import preparer
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
 """Operators whose result the host needs before it can go on."""
@@ -95,11 +96,11 @@ def trainer_of(folder: Path, **method: Any) -> tuple[DistillTrainer, SampleStrea
     config = validate(run_schema("wan", "dmd2"), values, "the test")
     adapter = wan_family(folder)
     built = build_method(config, adapter)
-    latents = torch.randn(4, *adapter.latent_shape)
+    latents = torch.randn(4, *adapter.codec.latent_shape)
     data = SampleStream(MemorySource(FAMILIES["wan"].prompts * 2, latents), 0, Shard(2))
     silent = Tracker(folder, enabled=False)
     options = TrainerConfig(max_steps=100, log_every=8)
-    return DistillTrainer(built, adapter.prepare, options, Runtime(built, options, silent)), data
+    return DistillTrainer(built, preparer(adapter), options, Runtime(built, options, silent)), data
 
 
 @pytest.mark.parametrize("options", [{}, {"rollout": "data"}], ids=["simulate", "data"])
@@ -122,7 +123,7 @@ def test_a_read_is_found(tmp_path: Path) -> None:
 
     def nosy(raw: RawBatch) -> Batch:
         batch = plain(raw)
-        value = batch.condition.tensors["prompt_embeds"].sum()
+        value = next(iter(batch.condition.tensors.values()))["prompt_embeds"].sum()
         assert value.item() == float(value)
         assert value.cpu().tolist() != 0
         assert len(value.new_ones(2).nonzero()) == 2

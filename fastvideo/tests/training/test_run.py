@@ -25,6 +25,7 @@ from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data
 from fastvideo.training.run import run
 
@@ -114,7 +115,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(analytic_values: dict) 
         handle.training.step = lambda skip: None  # type: ignore[method-assign]
         options = TrainerConfig(max_steps=1, grad_accumulation=8 // size, max_grad_norm=1e9)
         runtime = Runtime(method, options, Tracker(Path(), enabled=False))
-        DistillTrainer(method, adapter.prepare, options, runtime).train_step(batches)
+        DistillTrainer(method, preparer(adapter), options, runtime).train_step(batches)
         gradients.append([p.grad.clone() for p in handle.parameters()])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts)

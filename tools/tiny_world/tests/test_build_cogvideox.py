@@ -56,13 +56,13 @@ def adapter(folder: Path) -> CogVideoXAdapter:
 @pytest.fixture(scope="module")
 def wan() -> tuple[WanAdapter, Any]:
     family = WanAdapter(WanConfig())
-    return family, family.load_network().requires_grad_(False)
+    return family, family.folder.load_network().requires_grad_(False)
 
 
 @pytest.fixture
 def started(adapter: CogVideoXAdapter, wan: tuple[WanAdapter, Any]) -> Any:
-    network = adapter.load_network()
-    start_from_wan(network, wan[1], adapter.grid)
+    network = adapter.folder.load_network()
+    start_from_wan(network, wan[1], adapter.folder.grid)
     return network
 
 
@@ -71,21 +71,21 @@ def test_the_stages_write_a_pipeline_that_loads_and_says_how_it_is_sampled(folde
     assert 1_900_000 < sum(p.numel() for p in pipe.transformer.parameters()) < 2_100_000
     assert pipe.scheduler.config.snr_shift_scale == 1.0
     model = load_model(str(folder))
-    assert model.adapter.latent_shape == (16, 3, 4, 4)
-    assert model.adapter.text_length == 8
+    assert model.adapter.codec.latent_shape == (16, 3, 4, 4)
+    assert model.adapter.conditioner.text_length == 8
     assert model.sampler().kind == "euler"
 
 
 def test_every_caption_fits_the_text_length(adapter: CogVideoXAdapter) -> None:
-    adapter.check_prompts(all_captions())
-    assert max(len(adapter.tokenizer(caption).input_ids) for caption in all_captions()) == 8
+    adapter.conditioner.check_prompts(all_captions())
+    assert max(len(adapter.conditioner.tokenizer(caption).input_ids) for caption in all_captions()) == 8
     assert len(set(all_captions())) == 1 + 11 * 8 * 9
 
 
 def test_the_recipes_ladder_is_the_one_that_stock_diffusers_samples(adapter: CogVideoXAdapter) -> None:
     config = validate(run_schema("cogvideox", "dmd2"), read_yaml(RECIPE), "recipe")
-    assert adapter.stock_sampler(config.ladder.times, load_method("dmd2").sampler).times == config.ladder.times
-    assert adapter.grid.timestep(torch.tensor(config.ladder.times)).tolist() == [999, 749, 499, 249]
+    assert adapter.folder.stock_sampler(config.ladder.times, load_method("dmd2").sampler).times == config.ladder.times
+    assert adapter.folder.grid.timestep(torch.tensor(config.ladder.times)).tolist() == [999, 749, 499, 249]
 
 
 def test_single_frames_and_whole_videos_are_both_coded() -> None:
@@ -115,10 +115,10 @@ def test_training_the_encoder_reaches_every_weight_of_it_and_repeats_bit_for_bit
 def test_the_wan_target_is_what_the_family_encodes(wan: tuple[WanAdapter, Any]) -> None:
     """The Wan VAE itself, measured against its own target, is off by its normalisation and nothing else."""
     videos = TinyWorld("heldout").sample(2, seed=0).videos
-    mean = encode_moments(wan[0].vae, videos)[0]
-    mean_error, width_error = WanTarget().errors(wan[0].vae, videos)
-    torch.testing.assert_close(mean_error, (mean - wan[0].encode(videos)).square().mean())
-    deviation = torch.tensor(wan[0].vae.config.latents_std)
+    mean = encode_moments(wan[0].codec.vae, videos)[0]
+    mean_error, width_error = WanTarget().errors(wan[0].codec.vae, videos)
+    torch.testing.assert_close(mean_error, (mean - wan[0].codec.encode(videos)).square().mean())
+    deviation = torch.tensor(wan[0].codec.vae.config.latents_std)
     torch.testing.assert_close(width_error, (2 * deviation.log()).square().mean(), rtol=1e-4, atol=0.0)
 
 
@@ -148,7 +148,7 @@ def test_blocks_start_with_what_wan_adds_and_multiplies_at_a_time(
     times = wan[1].condition_embedder
     embedded = times.time_embedder(times.timesteps_proj(1000 * t))
     wanted = wan[1].blocks[2].scale_shift_table + times.time_proj(F.silu(embedded)).unflatten(1, (6, -1))
-    seen = F.silu(started.time_embedding(started.time_proj(adapter.grid.timestep(t))))
+    seen = F.silu(started.time_embedding(started.time_proj(adapter.folder.grid.timestep(t))))
     block = started.transformer_blocks[2]
     found = torch.cat([norm.linear(seen)[:, : 3 * 192] for norm in (block.norm1, block.norm2)], dim=1)
     assert (found - wanted.flatten(1)).square().mean() < 0.01 * wanted.var()
@@ -164,7 +164,7 @@ def test_the_head_starts_as_wans_in_the_other_order_of_channels(
     embedded = network.condition_embedder.time_embedder(network.condition_embedder.timesteps_proj(1000 * t))
     shift, scale = (network.scale_shift_table + embedded.unsqueeze(1)).chunk(2, dim=1)
     u = network.proj_out(network.norm_out(hidden) * (1 + scale) + shift).view(1, 3, 2, 2, 2, 2, 16)  # f h w p q c
-    seen = started.time_embedding(started.time_proj(adapter.grid.timestep(t)))
+    seen = started.time_embedding(started.time_proj(adapter.folder.grid.timestep(t)))
     v = started.proj_out(started.norm_out(started.norm_final(hidden), temb=seen)).view(1, 3, 2, 2, 16, 2, 2)
     error = v * 2**0.5 - u.permute(0, 1, 2, 3, 6, 4, 5)
     assert error.square().mean() < 0.02 * u.var()

@@ -36,7 +36,7 @@ def adapter() -> WanAdapter:
 
 @pytest.fixture(scope="module")
 def vae(adapter: WanAdapter) -> AutoencoderKLWan:
-    return adapter.vae
+    return adapter.codec.vae
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_vae_keeps_heldout_digits_readable(vae: AutoencoderKLWan, judge: Tin
 
 
 def test_latents_have_unit_variance_per_channel(adapter: WanAdapter, heldout: WorldSample) -> None:
-    latents = adapter.encode(heldout.videos[:128])
+    latents = adapter.codec.encode(heldout.videos[:128])
     assert latents.shape == (128, 16, 3, 4, 4)
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     assert mean.abs().max() < 0.15
@@ -138,7 +138,7 @@ def test_a_copy_of_an_installed_pipeline_is_sampled_like_the_embedded_one(tmp_pa
     copy, embedded = load_model(str(folder)), load_model("tiny")
     assert copy.sampler().guidance == GUIDANCE
     assert copy.adapter.config.model_copy(update={"path": "tiny"}) == WanConfig()
-    assert copy.adapter.latent_shape == embedded.adapter.latent_shape
+    assert copy.adapter.codec.latent_shape == embedded.adapter.codec.latent_shape
     for name, weight in embedded.network.state_dict().items():
         assert torch.equal(weight, copy.network.state_dict()[name])
     assert json.loads((folder / "recipe.json").read_text())["sampler"] == "euler"

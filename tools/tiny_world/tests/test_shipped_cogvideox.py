@@ -55,7 +55,7 @@ def test_stock_diffusers_makes_the_asked_video(judge: TinyClassifier) -> None:
 
 @pytest.mark.slow
 def test_the_vae_keeps_heldout_digits_readable(model: LoadedModel, judge: TinyClassifier) -> None:
-    quality = vae_quality(model.adapter.vae, judge, samples=128, seed=22)
+    quality = vae_quality(model.adapter.codec.vae, judge, samples=128, seed=22)
     assert quality.psnr >= 26.0
     assert quality.digit_accuracy >= 0.85
     assert quality.colour_accuracy >= 0.98
@@ -64,22 +64,23 @@ def test_the_vae_keeps_heldout_digits_readable(model: LoadedModel, judge: TinyCl
 
 def test_latents_are_normal_in_every_channel_and_those_of_the_wan_vae(model: LoadedModel) -> None:
     videos = TinyWorld("heldout").sample(128, seed=21).videos
-    latents = model.adapter.encode(videos)
+    latents = model.adapter.codec.encode(videos)
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     assert mean.abs().max() < 0.15
     assert (std - 1.0).abs().max() < 0.15
-    assert (latents - load_model("tiny").adapter.encode(videos)).square().mean() < 0.02
+    assert (latents - load_model("tiny").adapter.codec.encode(videos)).square().mean() < 0.02
 
 
 def test_it_answers_like_the_wan_teacher(model: LoadedModel) -> None:
     wan, generator = load_model("tiny"), torch.Generator().manual_seed(0)
     sample = TinyWorld("heldout").sample(64, seed=23)
-    x0, t = wan.adapter.encode(sample.videos), torch.linspace(0.02, 0.98, 64)
+    x0, t = wan.adapter.codec.encode(sample.videos), torch.linspace(0.02, 0.98, 64)
     at = t.view(-1, 1, 1, 1, 1)
     x_t = (1 - at) * x0 + at * torch.randn(x0.shape, generator=generator)
     with torch.no_grad():
         ours, theirs = (
-            m.adapter.velocity(m.network, x_t, t, m.adapter.encode_prompts(sample.captions)) for m in (model, wan)
+            m.adapter.velocity(m.network, x_t, t, m.adapter.conditioner.encode_prompts(sample.captions))
+            for m in (model, wan)
         )
     assert (ours - theirs).square().mean() < 0.03 * theirs.square().mean()
 
@@ -88,8 +89,8 @@ def test_it_is_small_and_sampled_with_the_guidance_that_was_found_best(model: Lo
     files = [path for path in COGVIDEOX_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8 * 2**20
     assert (model.sampler().kind, model.sampler().guidance) == ("euler", GUIDANCE)
-    assert (model.adapter.text_length, model.adapter.latent_shape) == (8, (16, 3, 4, 4))
-    model.adapter.check_prompts(all_captions())
+    assert (model.adapter.conditioner.text_length, model.adapter.codec.latent_shape) == (8, (16, 3, 4, 4))
+    model.adapter.conditioner.check_prompts(all_captions())
 
 
 @pytest.mark.parametrize("recipe", ["tiny_cogvideox_dmd2", "tiny_cogvideox_sft"])
@@ -97,4 +98,4 @@ def test_the_recipes_fit_the_shipped_model(recipe: str, model: LoadedModel) -> N
     values = read_yaml(RECIPES / f"{recipe}.yaml")
     config = validate(run_schema(values["distill_model"], values["distill_method"]), values, recipe)
     assert config.model.path == "tiny_cogvideox"
-    assert config.model.max_sequence_length == model.adapter.text_length
+    assert config.model.max_sequence_length == model.adapter.conditioner.text_length

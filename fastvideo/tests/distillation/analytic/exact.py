@@ -34,7 +34,8 @@ def draw(*shape: int, seed: int = 5) -> Tensor:
 def batch_of(x0: Tensor, caption: float = 0.0) -> Batch:
     """A float64 batch; ``caption`` shifts the mean of its condition, the negative condition by nothing."""
     shift = torch.full((len(x0),), caption, dtype=torch.float64)
-    return Batch(tuple(x0.shape), Condition({"shift": shift}), Condition({"shift": 0 * shift}), x0)
+    condition = Condition({"analytic": {"shift": shift}})
+    return Batch(tuple(x0.shape), condition, condition.map(lambda value: 0 * value), x0)
 
 
 def column(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.types import Batch, RawBatch
+from fastvideo.tests.preparing import preparer
 
 MEANS, STDS, WEIGHTS = (-1.2, 0.1, 1.1), (0.15, 0.2, 0.1), (0.3, 0.4, 0.3)
 """Close to unit variance, as normalised latents are; the modes are several standard deviations apart."""
@@ -28,9 +29,9 @@ def three_modes(shape: tuple[int, int, int, int] = (1, 1, 4, 4)) -> AnalyticAdap
 
 def exact_batch(adapter: AnalyticAdapter, count: int, seed: int, *, latents: bool = True) -> Batch:
     """A prepared batch of exact data of any analytic family, unconditional."""
-    noise = torch.randn((count, *adapter.latent_shape), generator=torch.Generator().manual_seed(seed))
-    x0 = adapter.data_of(noise, adapter.encode_prompts(("",) * count)) if latents else None
-    return adapter.prepare(RawBatch(("",) * count, x0))
+    noise = torch.randn((count, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(seed))
+    x0 = adapter.data_of(noise, adapter.conditioner.encode_prompts(("",) * count)) if latents else None
+    return preparer(adapter)(RawBatch(("",) * count, x0))
 
 
 def steep_mlp(channels: int, width: int = 64, gain: float = 1.0) -> SiteMLP:
@@ -49,8 +50,8 @@ def steep_mlp(channels: int, width: int = 64, gain: float = 1.0) -> SiteMLP:
 
 def learned_velocity(adapter: AnalyticAdapter, steps: int = 1500, width: int = 64, gain: float = 1.0) -> SiteMLP:
     """A network that has learnt the family's velocity by regression: where students and critics start."""
-    exact = adapter.load_network("denoiser").requires_grad_(False)
-    network = steep_mlp(adapter.latent_shape[0], width, gain)
+    exact = adapter.folder.load_network("denoiser").requires_grad_(False)
+    network = steep_mlp(adapter.codec.latent_shape[0], width, gain)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +74,7 @@ def quantiles(count: int) -> Tensor:
     ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     noise = torch.special.ndtri(ranks).float().view(1, 1, 1, 1, -1)
     with torch.no_grad():
-        return adapter.data_of(noise, adapter.encode_prompts(("",))).flatten().double()
+        return adapter.data_of(noise, adapter.conditioner.encode_prompts(("",))).flatten().double()
 
 
 def wasserstein_1(samples: Tensor) -> float:
@@ -97,5 +98,5 @@ def one_step(method: DistillMethod[Any], count: int = 50_000) -> Tensor:
     adapter: Any = student.adapter
     ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     noise = torch.special.ndtri(ranks).float().view(-1, 1, 1, 1, 1)
-    velocity = partial(student.velocity, condition=adapter.negative(count))
+    velocity = partial(student.velocity, condition=adapter.conditioner.negative(count))
     return generate(method.sampler, velocity, noise, (1.0,), streams.normal_like).flatten()

@@ -277,7 +277,7 @@ def test_a_two_parameter_student_reaches_the_truth_from_data(adapter: SpyAdapter
 
 def test_the_exact_student_is_right_under_its_sampler_and_wrong_under_another(adapter: SpyAdapter) -> None:
     method, streams = anyflow(adapter), RandomStreams(4)
-    condition, noise = adapter.negative(4000), streams.normal((4000, *adapter.latent_shape))
+    condition, noise = adapter.conditioner.negative(4000), streams.normal((4000, *adapter.codec.latent_shape))
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         return method.student.velocity(x_t, t, condition, r=r)

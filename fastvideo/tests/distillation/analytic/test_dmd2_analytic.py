@@ -54,7 +54,7 @@ def dmd2(
 
 def x0_of(adapter: SpyAdapter, count: int, mean: float = MEAN, std: float = STD) -> Tensor:
     """Samples of N(mean, std^2) as a leaf that collects gradient."""
-    drawn = torch.randn((count, *adapter.latent_shape), generator=torch.Generator().manual_seed(8))
+    drawn = torch.randn((count, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(8))
     return (mean + std * drawn).requires_grad_()
 
 
@@ -96,7 +96,7 @@ def test_the_difference_of_denoisers_is_a_scaled_difference_of_scores(adapter: S
         handle.network.double()
     t = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
     x_t = torch.randn((9, 1, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    condition = adapter.negative(9)
+    condition = adapter.conditioner.negative(9)
     critic, teacher = method.critic, method.teacher
     denoisers = critic.x0(x_t, t, condition) - teacher.x0(x_t, t, condition)
     scores = [noise.velocity_to_score(x_t, h.velocity(x_t, t, condition), t) for h in (critic, teacher)]

@@ -55,7 +55,7 @@ def with_head(method: Any, head: nn.Module) -> Any:
 
 
 def x0_of(adapter: SpyAdapter, count: int, mean: float = MEAN, std: float = STD) -> Tensor:
-    return (mean + std * normal((count, *adapter.latent_shape), seeded(8))).requires_grad_()
+    return (mean + std * normal((count, *adapter.codec.latent_shape), seeded(8))).requires_grad_()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_step_on_data_evaluates_as_accounted(
 def test_the_unconditional_branch_is_the_teachers_alone(guidance: float, adapter: SpyAdapter) -> None:
     method = dmd2(adapter, teacher_guidance=guidance)
     list(method.losses(analytic_batch(adapter, 2, captions=("2", "2")), 0))
-    negative = [call for call in adapter.calls if float(call.condition.tensors["shift"][0]) == 0.0]
+    negative = [call for call in adapter.calls if float(call.condition.of("analytic")["shift"][0]) == 0.0]
     assert len(negative) == (0 if guidance == 1.0 else 1)
     assert all(call.network is method.teacher.network for call in negative)
 

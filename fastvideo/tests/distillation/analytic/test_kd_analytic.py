@@ -74,8 +74,8 @@ def test_a_linear_student_finds_slope_and_intercept_and_without_the_pairing_the_
 
 def walk(adapter: Any, steps: int, noise: Tensor, kept: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """States and end of the exact velocity's Euler walk."""
-    teacher = adapter.load_network("denoiser").requires_grad_(False)
-    velocity = partial(adapter.velocity, teacher, condition=adapter.encode_prompts(("",) * len(noise)))
+    teacher = adapter.folder.load_network("denoiser").requires_grad_(False)
+    velocity = partial(adapter.velocity, teacher, condition=adapter.conditioner.encode_prompts(("",) * len(noise)))
     return recorded(velocity, noise, Ladder.uniform(steps).joined(Ladder(kept)).times, kept)
 
 
@@ -95,7 +95,7 @@ def recorded(velocity: Any, noise: Tensor, times: tuple[float, ...], kept: tuple
 def test_the_end_of_a_walk_is_the_quantile_of_its_noise_and_doubling_the_steps_halves_the_error() -> None:
     adapter = three_modes((1, 1, 1, 1))
     noise = torch.linspace(-2.3, 2.3, 64).view(-1, 1, 1, 1, 1)
-    exact = adapter.data_of(noise, adapter.encode_prompts(("",) * 64))
+    exact = adapter.data_of(noise, adapter.conditioner.encode_prompts(("",) * 64))
     errors = [float((walk(adapter, n, noise, (1.0,))[1] - exact).abs().mean()) for n in (48, 96, 192)]
     assert errors[0] < 0.06
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.3)
@@ -106,7 +106,7 @@ def test_every_stored_state_flows_to_the_stored_end() -> None:
     adapter = three_modes((1, 1, 1, 1))
     noise = torch.linspace(-2.0, 2.0, 32).view(-1, 1, 1, 1, 1)
     states, end = walk(adapter, 400, noise, LADDER.times)
-    exact = adapter.load_network("consistency").requires_grad_(False)
+    exact = adapter.folder.load_network("consistency").requires_grad_(False)
     assert torch.equal(states[:, 0], noise)
     for i, t in enumerate(LADDER.times):
         x_t = states[:, i]
@@ -158,7 +158,7 @@ def test_with_the_exact_student_one_step_gives_the_stored_end_whatever_the_sampl
 def test_each_sample_starts_from_a_state_of_its_own_at_that_states_time(adapter: SpyAdapter) -> None:
     """The number of the state is written into it; the student must be told the time that belongs to that number."""
     batch = analytic_batch(adapter, 64)
-    numbers = torch.arange(4.0).view(1, 4, 1, 1, 1, 1).expand(64, 4, *adapter.latent_shape)
+    numbers = torch.arange(4.0).view(1, 4, 1, 1, 1, 1).expand(64, 4, *adapter.codec.latent_shape)
     times = torch.tensor(LADDER.times).expand(64, -1)
     list(kd(adapter).losses(replace(batch, trajectory=Trajectory(numbers, times)), 0))
     (call,) = adapter.calls
@@ -216,17 +216,17 @@ def test_a_one_step_student_keeps_all_modes_of_a_mixture() -> None:
     adapter = three_modes()
     student = RoleHandle("student", adapter, learned_velocity(adapter, 600, gain=5.0), trainable=True)
     method = KDMethod(KDConfig(), ModelBundle([student]), Ladder((1.0,)), RandomStreams(3))
-    noise = torch.randn((2000, *adapter.latent_shape), generator=torch.Generator().manual_seed(0))
-    ends = adapter.data_of(noise, adapter.encode_prompts(("",) * 2000))
-    condition = adapter.encode_prompts(("",) * 100)
+    noise = torch.randn((2000, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(0))
+    ends = adapter.data_of(noise, adapter.conditioner.encode_prompts(("",) * 2000))
+    condition = adapter.conditioner.encode_prompts(("",) * 100)
 
     def batches(step: int) -> Batch:
         rows = slice(step % 20 * 100, step % 20 * 100 + 100)
         walk = Trajectory(noise[rows, None], torch.ones(100, 1))
-        return Batch((100, *adapter.latent_shape), condition, condition, ends[rows], walk)
+        return Batch((100, *adapter.codec.latent_shape), condition, condition, ends[rows], walk)
 
     train(method, batches, 1500, {"student": 2e-3})
-    fresh = torch.randn((500, *adapter.latent_shape), generator=torch.Generator().manual_seed(1))
-    made = student.x0(fresh, torch.ones(500), adapter.encode_prompts(("",) * 500))
+    fresh = torch.randn((500, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(1))
+    made = student.x0(fresh, torch.ones(500), adapter.conditioner.encode_prompts(("",) * 500))
     assert wasserstein_1(made) < 0.05
     assert mode_shares(made) == pytest.approx([0.3, 0.4, 0.3], abs=0.04)

@@ -69,7 +69,7 @@ def test_the_students_gradient_is_the_chain_rule_through_the_teachers_features()
     head = Quadratic()
     head.weight.data = torch.tensor([0.1, 0.7, -0.3])
     method = with_head(method_of(adapter, renoise_range=(0.4, 0.4)), head)
-    x0 = (MEAN + STD * normal((4, *adapter.latent_shape), seeded(8))).requires_grad_()
+    x0 = (MEAN + STD * normal((4, *adapter.codec.latent_shape), seeded(8))).requires_grad_()
     method.student_loss(x0, analytic_batch(adapter, 4)).value.backward()
     variance = 0.36 * STD**2 + 0.16
     y = (adapter.feature_calls[0].x_t.detach() - 0.6 * MEAN) / math.sqrt(variance)

@@ -121,7 +121,7 @@ def test_the_exact_student_is_right_under_its_sampler_and_wrong_under_another(
     times: tuple[float, ...], adapter: SpyAdapter
 ) -> None:
     method, streams = mean_flow(adapter, gaussian(adapter, "mean_velocity")), RandomStreams(4)
-    condition, noise = adapter.negative(4000), streams.normal((4000, *adapter.latent_shape))
+    condition, noise = adapter.conditioner.negative(4000), streams.normal((4000, *adapter.codec.latent_shape))
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         return method.student.velocity(x_t, t, condition, r=r)
@@ -152,7 +152,7 @@ def test_the_mixture_guides_by_its_weights_within_its_range_and_where_the_captio
     for _ in range(8):
         velocity, condition = method.velocity(batch, x_t, NOISE, T)
         for i, t in enumerate(T.tolist()):
-            kept = bool(condition.tensors["shift"][i] == 0.5)
+            kept = bool(condition.of("analytic")["shift"][i] == 0.5)
             seen.add(kept)
             close(velocity[i], mixed[i] if kept and 0.4 <= t <= 0.9 else plain[i])
     assert seen == {True, False}

@@ -78,7 +78,9 @@ def mixture_method(name: str) -> Any:
         start, own = learned_velocity(three_modes(), run.start, gain=run.gain), cls.heads(config, adapter)
     handles = []
     for role in (*cls.trainable_roles, "teacher"):
-        network = own.get(role) or (adapter.load_network("denoiser") if role == "teacher" else copy.deepcopy(start))
+        network = own.get(role) or (
+            adapter.folder.load_network("denoiser") if role == "teacher" else copy.deepcopy(start)
+        )
         handles.append(RoleHandle(role, adapter, network, trainable=role in cls.trainable_roles))
     return cls(config, ModelBundle(handles), Ladder((1.0,)), RandomStreams(3))
 

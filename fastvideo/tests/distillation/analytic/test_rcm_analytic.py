@@ -194,12 +194,12 @@ def test_a_two_parameter_student_with_a_learned_critic_reaches_the_truth(adapter
 
 def test_the_exact_student_is_right_under_its_sampler_and_wrong_under_another(adapter: SpyAdapter) -> None:
     method, streams = rcm(adapter), RandomStreams(4)
-    condition = adapter.negative(5000)
+    condition = adapter.conditioner.negative(5000)
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         return method.student.velocity(x_t, t, condition)
 
-    noise = streams.normal((5000, *adapter.latent_shape))
+    noise = streams.normal((5000, *adapter.codec.latent_shape))
     # The published times: angles arctan(80), 1.5, 1.4, 1.0.
     times = [
         1.0,

@@ -211,12 +211,12 @@ def test_a_two_parameter_student_reaches_the_truth(with_teacher: bool, adapter: 
 
 def test_the_exact_student_is_right_under_its_sampler_and_wrong_under_another(adapter: SpyAdapter) -> None:
     method, streams = scm(adapter, gaussian(adapter, "consistency")), RandomStreams(4)
-    condition = adapter.negative(5000)
+    condition = adapter.conditioner.negative(5000)
 
     def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         return method.student.velocity(x_t, t, condition)
 
-    noise = streams.normal((5000, *adapter.latent_shape))
+    noise = streams.normal((5000, *adapter.codec.latent_shape))
     found = {kind: generate(kind, velocity, noise, LADDER.times, streams.normal_like) for kind in ("renoise", "euler")}
     assert SCMMethod.sampler == "renoise"
     assert float(found["renoise"].var()) == pytest.approx(STD**2, rel=0.02)

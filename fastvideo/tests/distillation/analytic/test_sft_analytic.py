@@ -163,7 +163,7 @@ def test_a_two_parameter_student_reaches_the_truth() -> None:
 def dropped_share(adapter: SpyAdapter, dropout: float) -> float:
     """Share of 4000 captions that the network did not see."""
     list(sft(adapter, caption_dropout=dropout).losses(analytic_batch(adapter, 4000, captions=("2",) * 4000), 0))
-    seen = adapter.calls[-1].condition.tensors["shift"]
+    seen = adapter.calls[-1].condition.of("analytic")["shift"]
     assert set(seen.tolist()) <= {0.0, 2.0}
     return float((seen == 0.0).float().mean())
 
@@ -176,8 +176,8 @@ def test_captions_are_dropped_always_never_or_by_the_given_share(adapter: SpyAda
 
 def test_all_tensors_of_a_condition_are_dropped_together(adapter: SpyAdapter) -> None:
     keep = torch.tensor([True, False, True])
-    full = Condition({"a": torch.ones(3, 2), "b": torch.ones(3)})
-    null = Condition({"a": torch.zeros(3, 2), "b": torch.zeros(3)})
+    full = Condition({"one": {"a": torch.ones(3, 2)}, "other": {"b": torch.ones(3)}})
+    null = Condition({"one": {"a": torch.zeros(3, 2)}, "other": {"b": torch.zeros(3)}})
     found = full.where(keep, null).tensors
-    assert found["a"].tolist() == [[1, 1], [0, 0], [1, 1]]
-    assert found["b"].tolist() == [1, 0, 1]
+    assert found["one"]["a"].tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert found["other"]["b"].tolist() == [1, 0, 1]

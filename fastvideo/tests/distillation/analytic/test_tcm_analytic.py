@@ -57,7 +57,7 @@ def test_a_sample_below_the_transition_gives_the_student_no_gradient(adapter: Sp
     method = tcm(adapter, gaussian(adapter, "consistency", -0.5, 1.2))
     below = float(torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)))
     t, x_t = torch.tensor([0.1, below, 0.5, 0.9]), torch.randn(4, 1, 1, 4, 4)
-    x0 = method.consistency(x_t, t, adapter.negative(4))
+    x0 = method.consistency(x_t, t, adapter.conditioner.negative(4))
     exact = gaussian(adapter, "consistency")(x_t, t, torch.zeros(4))
     torch.testing.assert_close(x0[:2], (x_t - t.view(-1, 1, 1, 1, 1) * exact)[:2].detach())
     reached = [
@@ -73,7 +73,7 @@ def test_the_function_is_continuous_where_both_are_the_same(adapter: SpyAdapter)
     for handle in method.bundle:
         handle.network.double()
     sides = [
-        method.consistency(x_t.double(), torch.tensor([t], dtype=torch.float64), adapter.negative(1))
+        method.consistency(x_t.double(), torch.tensor([t], dtype=torch.float64), adapter.conditioner.negative(1))
         for t in (0.5 - 1e-9, 0.5)
     ]
     torch.testing.assert_close(*sides, rtol=0, atol=1e-7)

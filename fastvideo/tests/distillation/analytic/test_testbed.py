@@ -161,14 +161,14 @@ def test_quantiles_are_those_of_the_cumulative_distribution() -> None:
 def test_a_learned_network_comes_close_to_the_exact_velocity_and_reads_r_only_later() -> None:
     adapter = three_modes((1, 1, 1, 1))
     network = learned_velocity(three_modes(), steps=300)
-    exact = adapter.load_network("denoiser")
+    exact = adapter.folder.load_network("denoiser")
     x, t, shift = torch.linspace(-1.5, 1.5, 64).view(-1, 1, 1, 1, 1), torch.full((64,), 0.6), torch.zeros(64)
     with torch.no_grad():
         assert float((network(x, t, shift) - exact(x, t, shift)).square().mean().sqrt()) < 0.2
         assert torch.equal(network(x, t, shift), network(x, t, shift, r=t * 0.3))
         network.span.weight.fill_(0.1)
         assert not torch.equal(network(x, t, shift), network(x, t, shift, r=t * 0.3))
-    adapter.add_flow_map(network)
+    adapter.folder.add_flow_map(network)
 
 
 def test_every_kind_of_network_comes_back_from_its_folder(tmp_path) -> None:
@@ -179,21 +179,21 @@ def test_every_kind_of_network_comes_back_from_its_folder(tmp_path) -> None:
     ):
         adapter = AnalyticAdapter(AnalyticConfig(**options))
         for kind in ("denoiser", "consistency", "mlp"):
-            network = adapter.load_network(kind)
+            network = adapter.folder.load_network(kind)
             folder = tmp_path / f"{kind}-{len(options)}"
-            adapter.save_pipeline(folder, network, {})
-            again = adapter.load_network(str(folder))
+            adapter.folder.save(folder, network, {})
+            again = adapter.folder.load_network(str(folder))
             assert type(again) is type(network)
             assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
 
 
 def test_what_a_distribution_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match="unknown; one of denoiser"):
-        AnalyticAdapter(AnalyticConfig()).load_network("denoisr")
+        AnalyticAdapter(AnalyticConfig()).folder.load_network("denoisr")
     with pytest.raises(UserError, match="needs one component"):
-        three_modes().load_network("mean_velocity")
+        three_modes().folder.load_network("mean_velocity")
     with pytest.raises(ValueError, match="correlated frames have one component"):
         AnalyticConfig(means=MEANS, stds=STDS, weights=WEIGHTS, correlation=0.5)
     with pytest.raises(UserError, match="'mean_velocity' and 'mlp'"):
-        three_modes().add_flow_map(three_modes().load_network("denoiser"))
-    assert isinstance(three_modes().load_network("mlp"), SiteMLP)
+        three_modes().folder.add_flow_map(three_modes().folder.load_network("denoiser"))
+    assert isinstance(three_modes().folder.load_network("mlp"), SiteMLP)

@@ -26,6 +26,7 @@ from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.distillation.toys import TOYS
+from fastvideo.tests.preparing import preparer
 
 STEPS = 3
 TIMES = (1.0, 0.6)
@@ -86,10 +87,10 @@ def role_folders(root: Path) -> dict[str, dict[str, Path]]:
         adapter = build_adapter(config)
         found[family] = {"": source}
         for seed, role in enumerate(("student", "teacher", "critic")):
-            network, generator = adapter.load_network(), torch.Generator().manual_seed(seed)
+            network, generator = adapter.folder.load_network(), torch.Generator().manual_seed(seed)
             for parameter in network.parameters():
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-            adapter.save_pipeline(root / family / role, network, {})
+            adapter.folder.save(root / family / role, network, {})
             found[family][role] = root / family / role
     return found
 
@@ -122,7 +123,7 @@ def batches(case: Case, adapter: Any, data_rank: int) -> Iterator[RawBatch]:
     """The micro-batches of one data rank: two samples each, with a walk to them for the method that needs one."""
     generator = torch.Generator().manual_seed(100 + data_rank)
     for number in range(STEPS * case.accumulation):
-        latents = torch.randn((2, *adapter.latent_shape), generator=generator)
+        latents = torch.randn((2, *adapter.codec.latent_shape), generator=generator)
         captions = tuple(PROMPTS[(number + data_rank + i) % len(PROMPTS)] for i in range(2))
         walk = torch.stack([latents + time * torch.randn(latents.shape, generator=generator) for time in TIMES], 1)
         times = torch.tensor(TIMES).expand(2, -1)
@@ -149,7 +150,7 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     options = TrainerConfig(max_steps=STEPS, grad_accumulation=case.accumulation, log_every=10 * STEPS)
     silent = Tracker(Path("unused"), enabled=False)
     runtime = Runtime(method, options, silent, processes, parallel=config.parallel)
-    trainer = DistillTrainer(method, adapter.prepare, options, runtime)
+    trainer = DistillTrainer(method, preparer(adapter), options, runtime)
     trained = [handle for handle in method.bundle if handle.trainable]
     for handle in trained:
         steady(handle)
@@ -194,7 +195,7 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
         seen: dict[str, list[float]] = {}
         for method, stream in zip(methods, streams, strict=True):
             for batch in itertools.islice(stream, case.accumulation):
-                backward(method, adapter.prepare(batch), step, case.accumulation, seen)
+                backward(method, preparer(adapter)(batch), step, case.accumulation, seen)
         losses |= {f"{step}/{role}/loss": sum(values) / len(values) for role, values in seen.items()}
         gradients.append({})
         for role in methods[0].active_roles(step):

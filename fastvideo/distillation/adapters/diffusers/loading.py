@@ -1,4 +1,4 @@
-"""Reading and writing diffusers pipeline folders, with errors that a person can act on."""
+"""Components of diffusers pipeline folders, with errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import hashlib
 import inspect
 import json
 import re
-import shutil
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastvideo.distillation.adapters.flow_map import HEAD_FILE, save_head, without_head
 from fastvideo.distillation.types import UserError
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
@@ -65,13 +62,16 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         why = f"{first_line(error)}; {EXPECTED}"
-        raise UserError(
-            f"model {name!r} does not exist as a folder and is not to be had from the hub: {why}"
-        ) from error
+        raise UserError(f"model {name!r} is neither a local folder nor a model on the Hub: {why}") from error
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of a library that takes seconds to import, so only when it is needed."""
+    return getattr(import_module(library), name)
 
 
 def load_config(cls: type[Any], source: str, subfolder: str) -> dict[str, Any]:
-    """The config of one component, as its file says.
+    """The config of one component, as in its file.
 
     Raises:
         UserError: if the component is not there or cannot be read.
@@ -111,34 +111,8 @@ def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) 
 
 
 def first_line(error: Exception) -> str:
-    """The part of a library's message that says what happened."""
+    """First line of a library's message."""
     return str(error).strip().splitlines()[0]
-
-
-def read_recipe(source: str) -> Mapping[str, Any]:
-    """``recipe.json`` of a pipeline folder; empty if it has none."""
-    file = Path(source) / "recipe.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def write_pipeline(source: str, folder: Path, transformer: nn.Module, recipe: Mapping[str, Any]) -> None:
-    """The pipeline ``source`` under ``folder`` with another transformer and another ``recipe.json``.
-
-    A flow map's head is written beside the transformer and not into it, which stock diffusers goes on to load.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in Path(source).iterdir():
-        if item.name in ("transformer", "recipe.json", HEAD_FILE):
-            continue
-        if item.is_dir():
-            shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(item, folder / item.name)
-    with without_head(transformer) as head:
-        transformer.save_pretrained(folder / "transformer")  # type: ignore[operator]
-    if head is not None:
-        save_head(head, folder)
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 
 def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
@@ -149,34 +123,3 @@ def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-class PromptCache:
-    """Embeddings of prompts, each encoded once and alone: a result does not depend on what else a batch holds.
-
-    Args:
-        encode: the embedding ``[L, D]`` of one prompt.
-        size: how many are kept, least recently used first out.
-    """
-
-    def __init__(self, encode: Callable[[str], Tensor], size: int) -> None:
-        self._encode, self._size = encode, size
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def missing(self, prompts: Sequence[str]) -> list[str]:
-        """The distinct prompts that are not kept."""
-        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
-
-    def __call__(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """Embeddings ``[B, L, D]`` on the device."""
-        for prompt in self.missing(prompts):
-            self._kept[prompt] = self._encode(prompt).cpu()
-        for prompt in prompts:
-            self._kept.move_to_end(prompt)
-        embeds = torch.stack([self._kept[prompt] for prompt in prompts]).to(device)
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
-        return embeds

@@ -109,3 +109,12 @@ class NoiseGrid:
                 f"the number of steps must divide {len(self.times)}"
             )
         return CogVideoXDDIMScheduler.from_config(self.config, timestep_spacing="trailing")
+
+
+def variance_preserving(t: Tensor) -> Interpolant:
+    """Coefficients with the signal-to-noise ratio of rectified-flow time ``t``; exact at both ends.
+
+    By way of ``abar`` the smaller of the two would be the root of a rounded difference.
+    """
+    length = torch.hypot(1 - t, t)
+    return Interpolant((1 - t) / length, t / length)

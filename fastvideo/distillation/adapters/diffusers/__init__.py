@@ -1,0 +1,1 @@
+"""Pieces that every family over a diffusers pipeline shares."""

@@ -1,0 +1,58 @@
+"""Video autoencoders of diffusers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.adapters.base import Codec
+from fastvideo.distillation.adapters.diffusers.loading import component_hash, library_class
+from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline
+
+
+class DiffusersCodec(Codec):
+    """A frozen float32 autoencoder, loaded on first use; latents are the posterior's mean, normalised."""
+
+    def __init__(self, pipeline: Pipeline[Any]) -> None:
+        self.pipeline, self.device = pipeline, pipeline.device
+
+    @cached_property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        autoencoder = library_class("diffusers", self.pipeline.spec.vae)
+        return self.pipeline.frozen(autoencoder, "vae", torch_dtype=torch.float32)
+
+    @cached_property
+    def latent_key(self) -> str:
+        """SHA-256 of the VAE's config and weights."""
+        return component_hash(self.pipeline.vae_config, self.vae)
+
+    def _encode(self, videos: Tensor) -> Tensor:
+        return self.normalise(self.vae.encode(videos).latent_dist.mode())
+
+    def _decoded(self, raw: Tensor) -> Tensor:
+        """Videos of latents that are no longer normalised."""
+        return self.vae.decode(raw, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+class StatisticsCodec(DiffusersCodec):
+    """Normalises each channel with the mean and deviation that the VAE's config holds."""
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae_config
+        mean, std = (
+            torch.tensor(config[name], device=like.device).view(1, -1, 1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        return mean, std
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return self._decoded(latents * std + mean)

@@ -1,0 +1,130 @@
+"""Diffusers pipeline folders: networks are read from them, and complete ones are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+from torch import nn
+
+from fastvideo.distillation.adapters.base import ModelFolder
+from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
+from fastvideo.distillation.adapters.diffusers.kernels import choose_attention, compile_blocks
+from fastvideo.distillation.adapters.diffusers.loading import library_class, load_component, load_config
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
+from fastvideo.distillation.types import UserError
+
+INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
+"""Where diffusers says which file has which weights, and the file of weights that are in one."""
+
+
+class DiffusersFolder(ModelFolder, Generic[ConfigT]):
+    """Folder of a diffusers pipeline with one network."""
+
+    def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
+        self.pipeline, self.config = pipeline, pipeline.config
+        self.parts = pipeline.spec.parts
+        self.published_guidance = pipeline.spec.published_guidance
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+
+    @property
+    def kernels(self) -> str:
+        blocks = "compiled" if self.config.compile_blocks else "eager"
+        return f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return read_recipe(self.pipeline.source)
+
+    @cached_property
+    def _class(self) -> Any:
+        return library_class("diffusers", self.pipeline.spec.network)
+
+    @property
+    def _part(self) -> str:
+        (part,) = self.parts
+        return part
+
+    def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The network in eval mode (published ones have no dropout), with a flow map's head."""
+        network = load_component(self._class, self.pipeline.resolved(path), self._part, torch_dtype=dtype)
+        return self._ready(network, path).to(self.pipeline.device)
+
+    def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        """Parameters on the meta device; buffers (tables of positions) and a flow map's head are real."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            network = self._class.from_config(load_config(self._class, self.pipeline.resolved(path), self._part))
+        kept = set(network._keep_in_fp32_modules or ())
+        for name, parameter in network.named_parameters():
+            if not kept & set(name.split(".")):
+                parameter.data = parameter.data.to(dtype)
+        return self._ready(network, path)
+
+    def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
+        choose_attention(network, self.config.attention_backend)
+        if self.config.compile_blocks:
+            compile_blocks(network)
+        load_head(network, self.pipeline.spec.time_embedding, Path(self.pipeline.resolved(path)))
+        return network.eval()
+
+    def files(self, path: str | None) -> Mapping[str, Path]:
+        """Of one file or of several with an index.
+
+        Raises:
+            UserError: if there are no safetensors, or a weight is in no file.
+        """
+        folder = Path(self.pipeline.resolved(path)) / self._part
+        if (folder / INDEX).is_file():
+            found = json.loads((folder / INDEX).read_text())["weight_map"]
+            return {name: folder / file for name, file in found.items()}
+        if not (folder / WHOLE).is_file():
+            raise UserError(f"{folder} has neither {WHOLE} nor {INDEX}: split networks are read from safetensors alone")
+        from safetensors import safe_open
+
+        with safe_open(folder / WHOLE, "pt") as stored:
+            return dict.fromkeys(stored.keys(), folder / WHOLE)
+
+    def add_flow_map(self, network: nn.Module) -> None:
+        add_head(network, self.pipeline.spec.time_embedding)
+
+    def frozen_parts(self) -> Mapping[str, nn.Module]:
+        source, spec = self.pipeline.source, self.pipeline.spec
+        encoder, vae = library_class("transformers", spec.text_encoder), library_class("diffusers", spec.vae)
+        with torch.device("meta"):
+            text = encoder(encoder.config_class.from_pretrained(Path(source) / "text_encoder"))
+            return {"text encoder": text, "VAE": vae.from_config(load_config(vae, source, "vae"))}
+
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """A folder that the pipeline's ``from_pretrained`` loads; everything but the network is copied.
+
+        A flow map's head is written beside the network and not into it, which stock diffusers goes on to load.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for item in Path(self.pipeline.source).iterdir():
+            if item.name in (*self.parts, "recipe.json", HEAD_FILE):
+                continue
+            if item.is_dir():
+                shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(item, folder / item.name)
+        with without_head(network) as head:
+            network.save_pretrained(folder / self._part)  # type: ignore[operator]
+        if head is not None:
+            save_head(head, folder)
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def read_recipe(source: str) -> Mapping[str, Any]:
+    """``recipe.json`` of a pipeline folder; empty if it has none."""
+    file = Path(source) / "recipe.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,178 @@
+"""Prompts through a pipeline's tokenizer and text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import Conditioner, Shape
+from fastvideo.distillation.adapters.diffusers.loading import library_class, load_component
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
+from fastvideo.distillation.types import Condition, RawBatch, UserError
+
+TEXT = "prompt_embeds"
+"""Name of the text in a condition."""
+STORED = "text_embedding"
+"""Name of the text in a dataset."""
+
+
+class PromptCache:
+    """Embeddings of prompts, each encoded once and alone: a result does not depend on the rest of its batch.
+
+    Args:
+        encode: the embedding ``[L, D]`` of one prompt, without padding, in the encoder's dtype.
+        limit: bytes to keep, least recently used first out.
+    """
+
+    def __init__(self, encode: Callable[[str], Tensor], limit: int) -> None:
+        self._encode, self._limit = encode, limit
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """The distinct prompts that are not kept."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+
+    def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
+        """The embedding of each prompt, on the host."""
+        for prompt in self.missing(prompts):
+            row = self._encode(prompt).cpu().clone()  # a view would keep the padding alive
+            self._kept[prompt] = row
+            self.bytes += row.nbytes
+        for prompt in prompts:
+            self._kept.move_to_end(prompt)
+        rows = [self._kept[prompt] for prompt in prompts]
+        while self.bytes > self._limit:
+            self.bytes -= self._kept.popitem(last=False)[1].nbytes
+        return rows
+
+
+class DiffusersConditioner(Conditioner, Generic[ConfigT]):
+    """One frozen text encoder, loaded on first use; the condition is ``prompt_embeds`` ``[B, L, D]`` in float32."""
+
+    def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
+        self.pipeline, self.config, self.device = pipeline, pipeline.config, pipeline.device
+        self._prompts = PromptCache(self._encode_text, self.config.prompt_cache_mib * 2**20)
+
+    @cached_property
+    def key(self) -> str:
+        """Text encoder class, and a hash of its folder and of the options that change its tensors."""
+        settings = json.dumps([self.pipeline.source, self.config.model_dump(include=self._key_fields)])
+        return f"{self.pipeline.spec.text_encoder}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+    @property
+    def _key_fields(self) -> set[str]:
+        return {"max_sequence_length", "prompt_for_negative"}
+
+    @property
+    def text_length(self) -> int | None:
+        return self.config.max_sequence_length
+
+    @property
+    def negative_prompt(self) -> str:
+        return self.config.prompt_for_negative
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The pipeline's tokenizer."""
+        return load_component(library_class("transformers", "AutoTokenizer"), self.pipeline.source, "tokenizer")
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        """The text encoder, float32."""
+        encoder = library_class("transformers", self.pipeline.spec.text_encoder)
+        return self.pipeline.frozen(encoder, "text_encoder", dtype=torch.float32)
+
+    def clean_prompt(self, prompt: str) -> str:
+        """The prompt as the family's pipeline cleans it before tokenizing."""
+        return prompt
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            count = len(self.tokenizer(self.clean_prompt(prompt), truncation=False, verbose=False).input_ids)
+            if count > self.config.max_sequence_length:
+                raise UserError(
+                    f"prompt has {count} tokens, the text encoder takes {self.config.max_sequence_length} "
+                    f"(model.max_sequence_length): {prompt[:80]!r}"
+                )
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``[B, max_sequence_length, D]``; padding is zero unless the family encodes it."""
+        self.check_prompts(self._prompts.missing(prompts))
+        rows = torch.stack([self._padded(row) for row in self._prompts(prompts)])
+        return Condition({self.key: {TEXT: rows.to(self.device)}})
+
+    def _padded(self, embedding: Tensor) -> Tensor:
+        """``[..., L, D]`` in float32, followed by zeros up to ``max_sequence_length``."""
+        missing = self.config.max_sequence_length - embedding.shape[-2]
+        return nn.functional.pad(embedding.float(), (0, 0, 0, missing))
+
+    def _tokens(self, prompt: str) -> Any:
+        """Ids and mask ``[1, max_sequence_length]`` of one prompt, on the device."""
+        length = self.config.max_sequence_length
+        text = [self.clean_prompt(prompt)]
+        return self.tokenizer(text, padding="max_length", max_length=length, return_tensors="pt").to(self.device)
+
+    @abstractmethod
+    def _encode_text(self, prompt: str) -> Tensor:
+        """Embedding ``[L, D]`` of one prompt, without padding that the network sees as zeros."""
+
+    @property
+    @abstractmethod
+    def text_width(self) -> int:
+        """Channels of a text embedding."""
+
+    @property
+    def stored_shapes(self) -> Mapping[str, Shape]:
+        return {STORED: (None, self.text_width)}
+
+    def encode_stored(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        return {STORED: self.encode_prompts(captions).of(self.key)[TEXT]}
+
+    def text_of(self, raw: RawBatch) -> Condition:
+        if STORED not in raw.extras:
+            return self.encode_prompts(raw.captions)
+        return Condition({self.key: {TEXT: self._fitted(raw.extras[STORED]).to(self.device)}})
+
+    def _fitted(self, embedding: Tensor) -> Tensor:
+        """A precomputed text embedding ``[B, L, D]`` as the network takes it.
+
+        Raises:
+            UserError: if its width is another, or it has too many tokens that are not padding.
+        """
+        length, width = self.config.max_sequence_length, self.text_width
+        if embedding.shape[2] != width:
+            raise UserError(f"data: text_embedding has width {embedding.shape[2]}, the model's text has width {width}")
+        if embedding.shape[1] > length and embedding[:, length:].any():
+            raise UserError(
+                f"data: a text_embedding has {embedding.shape[1]} tokens, the model sees {length} "
+                f"(model.max_sequence_length)"
+            )
+        return self._padded(embedding[:, :length])
+
+
+def checked(extras: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor | None:
+    """``extras[name]`` if it is there and one sample of it has ``shape``; ``None`` fits any size.
+
+    Raises:
+        UserError: with both shapes.
+    """
+    found = extras.get(name)
+    if found is None:
+        return None
+    sample = tuple(found.shape[1:])
+    if len(sample) != len(shape) or any(want not in (None, have) for want, have in zip(shape, sample, strict=True)):
+        wanted = tuple("any" if want is None else want for want in shape)
+        raise UserError(f"data: {name} has shape {sample}, the model expects {wanted}")
+    return found.float()

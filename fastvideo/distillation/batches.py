@@ -1,0 +1,59 @@
+"""``BatchPreparer``: data to the batches that methods train on, for the families of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.adapters.base import Codec, Conditioner
+from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory, UserError
+
+
+@dataclass(frozen=True)
+class BatchPreparer:
+    """Captions and first frames to conditions, latents to the device in float32.
+
+    Attributes:
+        codec: of the latents in the data.
+        conditioners: of every family that reads the batch; one per key is enough.
+        any_size: take latents of every number of frames, height and width, as a dataset with buckets has them.
+    """
+
+    codec: Codec
+    conditioners: Sequence[Conditioner]
+    any_size: bool = False
+
+    def __call__(self, raw: RawBatch) -> Batch:
+        """One micro-batch.
+
+        Raises:
+            UserError: if the latents do not have the codec's shape, or the data lacks what conditions are made of.
+            RuntimeError: before ``ensure_negative_conditioning``.
+        """
+        x0, count = self._latents(raw), len(raw.captions)
+        shape = self.codec.latent_shape if x0 is None else x0.shape[1:]
+        first = _joined([each.first_frames_of(raw) for each in self.conditioners if each.needs_frames])
+        return Batch(
+            shape=(count, *shape),
+            condition=_joined([each.text_of(raw) for each in self.conditioners]) | first,
+            negative=_joined([each.negative(count) for each in self.conditioners]) | first,
+            x0=x0,
+            trajectory=Trajectory.of(raw.extras, self.codec.device),
+        )
+
+    def _latents(self, raw: RawBatch) -> Tensor | None:
+        if raw.latents is None:
+            return None
+        shape, found = self.codec.latent_shape, tuple(raw.latents.shape[1:])
+        if found != shape and not (self.any_size and found[0] == shape[0] and len(found) == len(shape)):
+            raise UserError(f"data: latents have shape {found} (C, F, H, W), the model expects {shape}")
+        return raw.latents.to(self.codec.device, torch.float32, non_blocking=True)
+
+
+def _joined(conditions: Sequence[Condition]) -> Condition:
+    return reduce(or_, conditions, Condition({}))
