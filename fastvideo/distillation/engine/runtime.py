@@ -23,7 +23,7 @@ from fastvideo.distillation.engine.metrics import Metrics
 from fastvideo.distillation.engine.non_finite import Attempt, NonFiniteGuard, clip_gradient
 from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
-from fastvideo.distillation.engine.optional.performance import Performance, shortly
+from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
 from fastvideo.distillation.engine.optional.startup import StartUp
 from fastvideo.distillation.engine.optional.trackers import check_installed
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
@@ -148,7 +148,7 @@ class Runtime:
         *,
         parallel: ParallelConfig | None = None,
         ema: EMAConfig | None = None,
-        source: NetworkSource | None = None,
+        source: TokenSource | None = None,
     ) -> None:
         self.bundle, self.rng, self.options, self.tracker = method.bundle, method.rng, options, tracker
         self.processes, self.parallel = processes or Processes(), parallel or ParallelConfig()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from time import monotonic
+from typing import Protocol
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,6 +41,20 @@ def peak_of(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+class LatentCodec(Protocol):
+    """The part of a family's codec that says how large a sample is."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]: ...
+
+
+class TokenSource(NetworkSource, Protocol):
+    """The part of an adapter that counts the tokens of a sample."""
+
+    @property
+    def codec(self) -> LatentCodec: ...
+
+
 class Performance:
     """Measures windows of steps, by the host's clock; hooks do not count.
 
@@ -52,7 +67,7 @@ class Performance:
     """
 
     def __init__(
-        self, bundle: ModelBundle, processes: Processes, source: NetworkSource | None, peak: float | None
+        self, bundle: ModelBundle, processes: Processes, source: TokenSource | None, peak: float | None
     ) -> None:
         self.processes, self.source, self.peak = processes, source, peak or peak_of(processes.device)
         self._countable = self.peak is not None and not any(_is_compiled(handle.network) for handle in bundle)
@@ -84,14 +99,14 @@ class Performance:
         """Count a micro-batch of this process."""
         self._samples += len(raw.captions)
         if self.source is not None:
-            shape = self.source.latent_shape if raw.latents is None else tuple(raw.latents.shape[1:])
+            shape = self.source.codec.latent_shape if raw.latents is None else tuple(raw.latents.shape[1:])
             self._tokens += len(raw.captions) * self._tokens_of(shape)
 
     def _count_tokens(self, shape: tuple[int, ...]) -> int:
         """Tokens of one sample ``(C, F, H, W)``: patches where the family has them, else latent positions."""
         if self.source is None or self.source.scaling is None:
             return math.prod(shape[1:])
-        return self.source.scaling.context_counts(None, shape, self.source.text_length or 0)["tokens"]
+        return self.source.scaling.context_counts(None, shape)["tokens"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
