@@ -54,7 +54,7 @@ def step(method: Any, number: int = 0) -> None:
     for loss in method.losses(method.student.adapter.prepare(RawBatch(PROMPTS)), number):
         loss.value.backward()
     for role in ("student", "critic"):
-        method.bundle[role].step()
+        method.bundle[role].training.step()
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_step_of_a_role_leaves_the_others_and_the_base_unchanged(method: Any
     for loss in method.losses(method.student.adapter.prepare(RawBatch(PROMPTS)), 0):
         loss.value.backward()
     before = {name: p.detach().clone() for name, p in method.student.network.base.named_parameters()}
-    method.bundle[stepped].step()
+    method.bundle[stepped].training.step()
     after = dict(method.student.network.base.named_parameters())
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {name for name in before if f".{stepped}." in name}
