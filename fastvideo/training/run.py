@@ -110,8 +110,8 @@ def _run(config: Config, processes: Processes, launched: Launched, start: StartU
     tracker = Tracker(output, enabled=processes.is_main, options=TrackingOptions(**config.tracking.model_dump()))
     going_on = launched.resume or launched.resume_from
     source = find_checkpoint(config, processes, launched.resume_from, tracker.say) if going_on else None
-    check_data(config, processes)
     adapter = build_adapter(config, processes)
+    check_data(config, adapter, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
     data, description = _build_data_once(config, adapter, processes)
