@@ -39,15 +39,17 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
     return SampleStream(source, config.seed, shard, ahead, pin=on_cuda, faults=faults), description
 
 
-def check_data(config: Config, processes: Processes) -> None:
-    """Check what can be seen of the data before a model is loaded: that it is there, readable and enough for a step.
+def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
+    """Check what can be seen of the data before a network is loaded: that it is there, readable and enough for a step.
 
     Raises:
-        UserError: for a prompts file that is missing, empty or not UTF-8, a folder without Parquet files, or fewer
-            samples than one batch.
+        UserError: for a prompts file that is missing, empty, not UTF-8 or useless to the method, a folder without
+            Parquet files, or fewer samples than one batch.
     """
+    method = load_method(config.distill_method)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     if config.data.prompts is not None:
+        _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)
         count = len(read_prompts(config.data.prompts))
     elif config.data.path != TINY:
         count = _rows(config.data.path, enough=shard.per_round)
@@ -128,13 +130,17 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     return source, f"{len(source)} trajectories of {config.data.path}, {rungs} states each"
 
 
-def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
-    if with_latents:
+def _check_prompts_suffice(config: Config, adapter: Adapter, with_latents: bool) -> None:
+    if with_latents and not load_method(config.distill_method).needs_trajectories:
         needs = "goes on from given frames" if adapter.conditioner.needs_frames else "trains on videos"
         raise UserError(
             f"data.prompts: {config.distill_model} x {config.distill_method} (as configured) {needs}, a prompts file "
             f"has none; give data.path"
         )
+
+
+def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+    _check_prompts_suffice(config, adapter, with_latents)
     prompts = read_prompts(str(config.data.prompts))
     adapter.conditioner.check_prompts(prompts)
     return MemorySource(prompts), f"{len(prompts)} prompts of {config.data.prompts}"

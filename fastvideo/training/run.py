@@ -83,8 +83,8 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
     source = None
     if launched.resume or launched.resume_from:
         source = find_checkpoint(config, session, launched.resume_from)
-    check_data(config, processes)
     adapter = build_adapter(config, processes)
+    check_data(config, adapter, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
     data, description = _build_data_once(config, adapter, session)

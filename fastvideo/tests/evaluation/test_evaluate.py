@@ -44,7 +44,7 @@ def judge() -> Judge:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few reference videos behind the commands."""
-    for module in ("evaluate", "command"):
+    for module in ("evaluate", "sweep"):
         monkeypatch.setattr(f"fastvideo.evaluation.{module}.Judge", partial(Judge, reference=256))
 
 

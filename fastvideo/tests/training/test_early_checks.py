@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.errors import UserError
@@ -21,8 +22,8 @@ from fastvideo.training.run import run
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is loaded is a failure of the test."""
-    monkeypatch.setattr(run_module, "build_adapter", lambda *_: pytest.fail("a model was loaded"))
+    """A network that is loaded is a failure of the test."""
+    monkeypatch.setattr(run_module, "build_method", lambda *_: pytest.fail("a network was loaded"))
 
 
 def dataset(tmp_path: Path, rows: int) -> str:
@@ -69,9 +70,10 @@ def test_a_dataset_is_counted_first(analytic_values: dict[str, Any], tmp_path: P
 
 def test_no_batch_size_is_advised_where_none_would_do(analytic_values: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(analytic_values | {"data": {"path": dataset(tmp_path, 3), "batch_size": 2}}, "test")
-    check_data(config, Processes())
+    adapter = build_adapter(config)
+    check_data(config, adapter, Processes())
     with pytest.raises(UserError, match=r"one batch of 2 on each of 4 processes$"):
-        check_data(config, Processes(world_size=4))
+        check_data(config, adapter, Processes(world_size=4))
 
 
 def test_prompts_outside_the_tiny_world_are_one_warning() -> None:
