@@ -96,6 +96,17 @@ def latents_and_videos_have_matching_shapes(subject: Subject) -> None:
     require(not (encoded.requires_grad or videos.requires_grad), "the codec carries gradient")
 
 
+@check("codec.encode(gradient=True), codec.decode(gradient=True)")
+def the_codec_carries_gradient_when_asked(subject: Subject) -> None:
+    codec, latents = subject.adapter.codec, subject.noise(1, seed=1).requires_grad_()
+    videos = codec.decode(latents, gradient=True)
+    encoded = codec.encode(videos, gradient=True)
+    require_close(encoded, codec.encode(codec.decode(latents)), "latents with and without gradient")
+    (gradient,) = torch.autograd.grad(encoded.square().sum(), latents)
+    require(bool(gradient.isfinite().all()), "the gradient through decode and encode is not finite")
+    require(gradient.abs().sum() > 0, "no gradient reaches the latents through decode and encode")
+
+
 @check("codec.latent_key")
 def the_latent_key_is_a_property_of_the_codec(subject: Subject) -> None:
     require(subject.adapter.codec.latent_key, "it is empty")

@@ -1,4 +1,4 @@
-"""The values that cross boundaries: frozen, with no behaviour beyond indexing, joining and averaging.
+"""Frozen values that cross boundaries.
 
 Shapes use diffusers' layout: latents are ``[B, C, F, H, W]``, an image is ``F = 1``.
 """
@@ -38,7 +38,7 @@ features inside the network, times per frame ``[B, F]``."""
 
 @dataclass(frozen=True)
 class Given:
-    """Latent frames that are given, not generated, such as the first frame of a video that continues an image.
+    """Conditioning frames: latent frames that are given, not generated, such as the first frame of a continued image.
 
     ``mask`` is bool ``[B, F]``, true where a frame is given; ``clean`` are latents ``[B, C, F, H, W]`` that hold the
     given frames (what they hold elsewhere is never read).
@@ -131,7 +131,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """What a data source yields: captions, and clean latents ``[B, C, F, H, W]`` (normalised) where it has them.
+    """One micro-batch of a data source: captions, and clean latents ``[B, C, F, H, W]`` (normalised) where it has them.
 
     ``extras`` is what else was computed beforehand and stands in for what the adapter would compute, batched, by name:
     ``text_embedding`` ``[B, L, D]``, and whatever more a family declares (``Conditioner.stored_shapes``).
@@ -174,7 +174,7 @@ class Batch:
     negative: Condition
     x0: Tensor | None = None
     trajectory: Trajectory | None = None
-    """How a teacher came to ``x0``; only for methods that train on that."""
+    """The teacher's states on the way to ``x0``; only for methods that train on them."""
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:

@@ -52,7 +52,7 @@ class _Mixture:
 def mixture_flow_map(
     x: Tensor, t: Tensor, r: Tensor, mean: Tensor, std: Tensor, weight: Tensor, shift: Tensor | None = None
 ) -> Tensor:
-    """Where the flow of a 1-D mixture takes ``x`` from times ``t`` to ``r``: ``CDF_r^{-1}(CDF_t(x))``, in float64.
+    """End of the flow of a 1-D mixture from ``x`` at times ``t`` down to ``r``: ``CDF_r^{-1}(CDF_t(x))``, in float64.
 
     The flow keeps the order of points, so it maps quantiles. ``mean``, ``std`` and ``weight`` are ``[K]``.
     The first derivative with respect to everything is exact (one Newton step stands on the graph).

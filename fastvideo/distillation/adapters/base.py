@@ -130,7 +130,7 @@ class Conditioner(ABC):
 
     @property
     def needs_frames(self) -> bool:
-        """Whether generation and training always start from conditioning frames."""
+        """True if generation and training always start from conditioning frames."""
         return 0 not in self.first_frames
 
     def condition_on(self, frames: Tensor | None) -> Condition:

@@ -134,7 +134,7 @@ class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
     def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
         """``LCMScheduler`` or ``CogVideoXDDIMScheduler`` with as many steps as ``times``.
 
-        Both walk the timesteps 999, 999 - 1000/K, ...; a ladder at the times of these is reproduced exactly.
+        Both take the timesteps 999, 999 - 1000/K, ...; a ladder at the times of these is reproduced exactly.
 
         Raises:
             UserError: for another sampler than ``renoise`` and ``euler``, or an Euler ladder whose number of steps does

@@ -38,11 +38,11 @@ class NetworkInputs:
     text_width: int
     """Channels of a text embedding."""
     concatenated: bool
-    """Whether the image has channels of its own beside the noisy latents."""
+    """The image has channels of its own beside the noisy latents."""
     image_width: int | None
     """Channels of the CLIP features that it reads; ``None`` for none."""
     per_token_times: bool
-    """Whether the checkpoint was trained with times per token (``expand_timesteps``), so that frames can be given."""
+    """The checkpoint was trained with times per token (``expand_timesteps``), so that frames can be given."""
     patch: tuple[int, int]
     """Height and width of a patch, in latent pixels."""
 

@@ -1,6 +1,6 @@
-"""CogVideoX's own time: a table of 1000 noise levels, seen from rectified flow.
+"""Variance-preserving schedules on a table of 1000 noise levels, seen from rectified flow.
 
-The scheduler of the checkpoint says which table (``snr_shift_scale`` is 3 for 2B and 1 for 5B). Its last entry is pure
+The checkpoint's scheduler holds the table (CogVideoX: ``snr_shift_scale`` 3 for 2B, 1 for 5B). Its last entry is pure
 noise, ``alpha = 0`` (zero terminal SNR, arXiv 2305.08891); its first is a little noisy, ``t`` about 0.03 to 0.05.
 """
 
@@ -23,7 +23,7 @@ class NoiseGrid:
     """The noise levels of a CogVideoX scheduler.
 
     Args:
-        config: of the scheduler, as its file says.
+        config: of the scheduler, from its file.
 
     Raises:
         UserError: for a scheduler that is not v-prediction on a table that ends in pure noise.
@@ -67,7 +67,7 @@ class NoiseGrid:
         return tuple(float(self.times[step]) for step in timesteps)
 
     def teacher_timesteps(self, steps: int) -> list[int]:
-        """Where the pipeline's own scheduler calls the network for so many steps.
+        """Timesteps at which the pipeline's own scheduler calls the network for that many steps.
 
         Raises:
             UserError: if its spacing does not start from pure noise.

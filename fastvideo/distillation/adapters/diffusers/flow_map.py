@@ -21,7 +21,7 @@ from fastvideo.distillation.types import UserError
 HEAD = "flow_map_head"
 """Name of the module under its network, and in parameter names."""
 HEAD_FILE = "flow_map_head.safetensors"
-"""Where a model folder holds it: beside the pipeline's parts, which stock diffusers loads without it."""
+"""File of the head in a model folder: beside the pipeline's parts, which stock diffusers loads without it."""
 FREQUENCIES = 8
 """Sines and cosines of ``pi (t - r) 2^k / 8``; the fastest has a period of 1/8."""
 
@@ -43,14 +43,14 @@ class FlowMapHead(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, span: Tensor) -> Tensor:
-        """What is added to the time embedding, ``[..., width]``, for spans ``t - r`` of shape ``[...]``."""
+        """Addition to the time embedding, ``[..., width]``, for spans ``t - r`` of shape ``[...]``."""
         phase = span[..., None] * (math.pi / 8 * 2 ** torch.arange(FREQUENCIES, device=span.device))
         hidden = self.first(torch.cat([phase.sin(), phase.cos()], dim=-1))
         return span[..., None] * self.last(nn.functional.silu(hidden))  # type: ignore[no-any-return]
 
 
 def has_head(network: nn.Module) -> bool:
-    """Whether the network is a flow map."""
+    """True for a flow map."""
     return HEAD in dict(network.named_children())
 
 
@@ -95,7 +95,7 @@ def reading(network: nn.Module, embedding: str, span: Tensor | None) -> Iterator
 
 @contextmanager
 def without_head(network: nn.Module) -> Iterator[nn.Module | None]:
-    """The head, taken off its network for the time being: what is saved then is what stock diffusers knows."""
+    """The head, taken off its network inside the block: stock diffusers knows what is saved there."""
     head = dict(network.named_children()).get(HEAD)
     if head is None:
         yield None

@@ -2,7 +2,7 @@
 
 diffusers' ``FlowMatchEulerDiscreteScheduler`` does both things that a few-step student needs. With
 ``stochastic_sampling`` it re-noises the clean estimate as ``rollout.renoise`` does, else it takes Euler steps; and
-``shift`` with ``shift_terminal`` gives it a grid from 1 down to the last rung. With ``d`` the spacing of its unshifted
+``shift`` with ``shift_terminal`` gives it a grid from 1 down to the last step. With ``d`` the spacing of its unshifted
 grid that is ``1 - t_i = a i / (1 - b i)``, where ``b = d (S - 1) / S`` and ``a`` puts the last time on
 ``shift_terminal``. A uniform ladder under any shift has this form too, so it is met exactly.
 """
@@ -21,7 +21,7 @@ TRAIN_TIMESTEPS = 1000
 """The scheduler's unit of time, and 1 over the smallest time of its unshifted grid."""
 SMALLEST = 1 / TRAIN_TIMESTEPS
 CANDIDATES = 129
-"""Bends that are tried between the least and the largest that a rung asks for."""
+"""Bends that are tried between the least and the largest that a ladder step asks for."""
 REACHABLE = 0.93
 """Largest bend of the whole grid: the scheduler shifts its end point too, which takes back what a larger shift adds."""
 
@@ -31,7 +31,7 @@ def flow_match_sampler(times: Sequence[float], kind: str) -> StockSampler:
 
     Args:
         times: decreasing times in ``(0, 1]``. The scheduler starts at 1 and ends on the last time; ladders of up to
-            three rungs that start at 1, and uniform ladders under any shift, are met to float32.
+            three steps that start at 1, and uniform ladders under any shift, are met to float32.
         kind: ``renoise`` or ``euler``.
 
     Raises:
@@ -70,18 +70,18 @@ def _sampler(steps: int, shift: float, terminal: float | None, kind: str) -> Sto
 
 
 def _bends(times: Sequence[float]) -> Sequence[float]:
-    """Values of ``b (K - 1)`` to try: from the least to the largest that an inner rung asks for.
+    """Values of ``b (K - 1)`` to try: from the least to the largest that an inner ladder step asks for.
 
-    The largest deviation is quasi-convex in ``b`` (each rung's is monotone and changes sign at the ``b`` it asks for),
-    so the best lies between them. Rung ``i`` asks for ``b = (1 - r) / (K - 1 - r i)`` with
+    The largest deviation is quasi-convex in ``b`` (each step's is monotone and changes sign at the ``b`` it asks for),
+    so the best lies between them. Step ``i`` asks for ``b = (1 - r) / (K - 1 - r i)`` with
     ``r = (1 - t_i) (K - 1) / ((1 - t_{K-1}) i)``.
     """
     last = len(times) - 1
     if last == 1:
         return [0.0]
-    rungs = np.arange(1, last)
-    ratio = (1 - np.asarray(times[1:last])) * last / ((1 - times[-1]) * rungs)
-    asked = (1 - ratio) / (last - ratio * rungs) * last
+    numbers = np.arange(1, last)
+    ratio = (1 - np.asarray(times[1:last])) * last / ((1 - times[-1]) * numbers)
+    asked = (1 - ratio) / (last - ratio * numbers) * last
     return np.linspace(asked.min(), asked.max(), CANDIDATES).clip(max=REACHABLE).tolist()  # type: ignore[no-any-return]
 
 

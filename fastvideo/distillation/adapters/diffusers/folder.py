@@ -20,7 +20,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
 from fastvideo.distillation.types import UserError
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
-"""Where diffusers says which file has which weights, and the file of weights that are in one."""
+"""Index of weights in several files, and the file of weights that are in one."""
 
 
 class DiffusersFolder(ModelFolder, Generic[ConfigT]):

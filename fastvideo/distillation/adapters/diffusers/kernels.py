@@ -1,4 +1,4 @@
-"""Which kernels a diffusers network runs on: its attention backend, and its blocks compiled or not."""
+"""Kernels of a diffusers network: its attention backend, and its blocks compiled or not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def choose_attention(network: Any, name: str) -> None:
 
 @contextmanager
 def _without_warnings(logger_name: str) -> Iterator[None]:
-    """Diffusers calls its dispatcher experimental each time; who chose a backend by name knows."""
+    """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
     logger = logging.getLogger(logger_name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -57,7 +57,7 @@ def _without_warnings(logger_name: str) -> Iterator[None]:
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:
-    """The blocks that a diffusers network repeats: those that it says must not be split between devices."""
+    """The repeated blocks of a diffusers network, which it lists as not to be split between devices."""
     names = set(network._no_split_modules or ())
     return [module for module in network.modules() if type(module).__name__ in names]
 
