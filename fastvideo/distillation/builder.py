@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.bridge import Bridge, bridge_between, same_space
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
-from fastvideo.distillation.config.base import MethodConfig
-from fastvideo.distillation.config.schema import ParallelConfig, RunConfig
+from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
+from fastvideo.distillation.config.reading import family_of
+from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch
 from fastvideo.distillation.engine.optim import attach_optimizer, check_states
@@ -62,33 +65,104 @@ def check_needs(config: Config) -> None:
     )
 
 
-def load_role(config: Config, adapter: Adapter, role: str, placement: Placement | None = None) -> nn.Module:
-    """The network of a role as training starts with it: the student of a method of flow maps is one.
+@dataclass(frozen=True)
+class Families:
+    """Families of a run's roles, and the place of their networks on this process.
 
-    Without a ``placement`` it is whole.
+    Attributes:
+        main: the run's own, which is the student's.
+        by_role: the family of each role; roles with equal sections share one.
+        placements: of each family's networks.
     """
-    placement = placement or Placement(adapter, Processes(), ParallelConfig())
+
+    main: Adapter
+    by_role: Mapping[str, Adapter]
+    placements: Mapping[Adapter, Placement]
+
+    def placement(self, role: str) -> Placement:
+        """Where the networks of a role's family go."""
+        return self.placements[self.by_role[role]]
+
+    def roles_of(self, family: Adapter) -> list[str]:
+        """Names of the roles of one family."""
+        return [role for role, own in self.by_role.items() if own is family]
+
+
+def build_families(config: Config, main: Adapter, processes: Processes) -> Families:
+    """One adapter and one placement per distinct family section of the roles; no network is loaded yet.
+
+    Raises:
+        UserError: for an unknown family, options that it does not take, or a layout that it does not support.
+    """
+    made: dict[tuple[str, AdapterConfig], Adapter] = {(config.distill_model, config.model): main}
+    by_role = {}
+    for role in config.roles:
+        name, options = key = family_of(config, role)
+        if key not in made:
+            made[key] = load_adapter(name)(options, main.device, whole_forwards=processes.forward_together)
+        by_role[role] = made[key]
+    placements = {family: Placement(family, processes, config.parallel) for family in made.values()}
+    return Families(main, by_role, placements)
+
+
+def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, str], Bridge]:
+    """Bridges from the student's latent space to those of the other roles.
+
+    Raises:
+        UserError: if the method, or a model that goes on from frames, cannot cross latent spaces, or if teacher and
+            critic do not share one.
+    """
+    main, bridges = families.main, dict[tuple[str, str], Bridge]()
+    others = {role: family for role, family in families.by_role.items() if family is not main}
+    for role, family in others.items():
+        bridge = bridge_between(main.codec, family.codec)
+        if bridge is same_space:
+            continue
+        if not method.bridges or main.conditioner.needs_frames:
+            why = (
+                f"{method.__name__} scores in the student's"
+                if not method.bridges
+                else "conditioning frames stay in one"
+            )
+            raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} latent space")
+        bridges["student", role] = bridge
+    keys = {
+        role: families.by_role[role].codec.latent_key
+        for role in ("teacher", "critic")
+        if others and role in families.by_role
+    }
+    if len(set(keys.values())) > 1:
+        raise UserError(
+            "roles.critic.model: teacher and critic score the same samples, so they need one latent space; give the "
+            "critic the teacher's model section"
+        )
+    return bridges
+
+
+def load_role(config: Config, families: Families, role: str) -> nn.Module:
+    """The network of a role as training starts with it: the student of a method of flow maps is one."""
     options, needs = config.roles[role], load_method(config.distill_method).needs_of(config.method)
     flow_map = role == "student" and "flow_map" in needs
-    change = adapter.folder.add_flow_map if flow_map else None
-    return placement.load(options.path, trained=options.trainable, change=change)
+    change = families.by_role[role].folder.add_flow_map if flow_map else None
+    return families.placement(role).load(options.path, trained=options.trainable, change=change)
 
 
-def shared_networks(config: Config, placement: Placement) -> dict[str, AdapterSwitch]:
-    """The roles that train an adapter, and the frozen ones over the same weights: one network per path.
+def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwitch]:
+    """The roles that train an adapter, and the frozen ones over the same weights: one network per family and path.
 
     Raises:
         UserError: if an adapter does not fit, or the method changes the student's network itself.
     """
     method, switches = load_method(config.distill_method), dict[str, AdapterSwitch]()
-    adapted = {name: role for name, role in config.roles.items() if role.lora is not None}
+    adapted = {name: role.lora for name, role in config.roles.items() if role.lora is not None}
     if "student" in adapted and "flow_map" in method.needs_of(config.method):
         raise UserError(f"roles.student.lora: {config.distill_method} adds a part to the student and trains it whole")
-    for path in dict.fromkeys(role.path for role in adapted.values()):
-        adapters = {name: role.lora for name, role in adapted.items() if role.path == path and role.lora is not None}
-        base = placement.load_shared(path, adapters, config.seed)
-        for name, role in config.roles.items():
-            if role.path == path and (name in adapters or not role.trainable):
+    for family, path in dict.fromkeys((families.by_role[name], config.roles[name].path) for name in adapted):
+        sharing = [name for name in families.roles_of(family) if config.roles[name].path == path]
+        adapters = {name: lora for name, lora in adapted.items() if name in sharing}
+        base = families.placements[family].load_shared(path, adapters, config.seed)
+        for name in sharing:
+            if name in adapters or not config.roles[name].trainable:
                 switches[name] = AdapterSwitch(base, name if name in adapters else None, path)
     return switches
 
@@ -103,66 +177,98 @@ def build_method(
 
     Args:
         config: the run.
-        adapter: the family of all roles.
+        adapter: the run's own family; those that roles name for themselves are made here.
         processes: this process among all.
         networks: networks by role, instead of loading or building them.
 
     Raises:
-        UserError: if the roles or the family are not what the method needs; nothing is loaded then.
+        UserError: if the roles or families are not what the method needs; nothing is loaded then.
     """
     processes = processes or Processes()
+    method, families = load_method(config.distill_method), build_families(config, adapter, processes)
+    optimizers = method.optimizers(config.method)
+    check_run(config, families, processes, optimizers)
+    with initialising(config.seed):
+        made = {**method.heads(config.method, families.by_role), **(networks or {})}
+    _check_memory(config, families, made)
+    bridges = build_bridges(method, families)
+    for family in families.placements:
+        family.ensure_negative_conditioning()
+    switches = {} if networks else shared_networks(config, families)
+    handles, notes = [], []
+    for name, role in config.roles.items():
+        unit_done()
+        handles.append(_handle(config, families, name, made, switches))
+        if role.init_from is not None:
+            load = families.by_role[name].folder.load_network
+            notes.append(start_from(handles[-1], role.init_from, load, processes))
+        if name in optimizers:
+            attach_optimizer(handles[-1], optimizers[name], config.trainer.optimizer_states)
+    rank, ranks = processes.data_rank, processes.data_size
+    rng = RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
+    built = method(config.method, ModelBundle(handles, bridges), Ladder(config.ladder.times), rng)
+    built.notes = (*notes, *built.notes)
+    return built
+
+
+def check_run(
+    config: Config, families: Families, processes: Processes, optimizers: Mapping[str, OptimizerConfig]
+) -> None:
+    """Check roles, families, layout and optimizers before anything is loaded.
+
+    Raises:
+        UserError: for the first that does not fit.
+    """
     method = load_method(config.distill_method)
     trainable = {name: role.trainable for name, role in config.roles.items()}
     roles = (*method.trainable_roles, *method.frozen_roles)
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
+    _check_needs_of_others(config, families)
     _check_averages(config, trainable)
-    placement = Placement(adapter, processes, config.parallel)
-    placement.check({name: role.path for name, role in config.roles.items()}, [adapter.codec.latent_shape])
+    for family, placement in families.placements.items():
+        paths = {name: config.roles[name].path for name in families.roles_of(family)}
+        placement.check(paths, [family.codec.latent_shape])
     _check_derivatives(config, processes)
-    optimizers = method.optimizers(config.method)
     check_states(config.trainer.optimizer_states, optimizers)
-    with initialising(config.seed):
-        heads = method.heads(config.method, adapter)
-    for name in heads:
-        if config.roles[name].path is not None:
-            raise UserError(f"roles.{name}.path: {config.distill_method} makes this network itself; leave the path out")
-    loaded = {name: role for name, role in config.roles.items() if name not in heads}
-    placement.check_memory(loaded, config.trainer.optimizer_states)
-    adapter.ensure_negative_conditioning()
-    switches = {} if networks else shared_networks(config, placement)
-    handles, notes = [], []
-    for name, role in config.roles.items():
-        unit_done()
-        handles.append(_handle(config, adapter, name, placement, {**heads, **(networks or {})}, switches))
-        if role.init_from is not None:
-            notes.append(start_from(handles[-1], role.init_from, adapter.folder.load_network, processes))
-    for role_name, options in optimizers.items():
-        handle = next(h for h in handles if h.name == role_name)
-        attach_optimizer(handle, options, config.trainer.optimizer_states)
-    rank, ranks = processes.data_rank, processes.data_size
-    rng = RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
-    built = method(config.method, ModelBundle(handles), Ladder(config.ladder.times), rng)
-    built.notes = (*notes, *built.notes)
-    return built
+
+
+def _check_needs_of_others(config: Config, families: Families) -> None:
+    needs = load_method(config.distill_method).needs_of(config.method) & {"features"}
+    for role, family in families.by_role.items():
+        if family is not families.main and (lacking := needs - family.supports):
+            name = family_of(config, role)[0]
+            raise UserError(
+                f"roles.{role}.model.family: {config.distill_method} needs {' and '.join(sorted(lacking))}, "
+                f"which {name} does not have"
+            )
+
+
+def _check_memory(config: Config, families: Families, made: Mapping[str, nn.Module]) -> None:
+    """Check that networks fit, and that a network which the method makes itself has no path."""
+    heads = [name for name in made if name in config.roles and config.roles[name].path is not None]
+    if heads and not set(heads) <= {"student", "teacher", "critic"}:
+        raise UserError(f"roles.{heads[0]}.path: {config.distill_method} makes this network itself; leave the path out")
+    for family, placement in families.placements.items():
+        roles = {name: config.roles[name] for name in families.roles_of(family) if name not in made}
+        placement.check_memory(roles, config.trainer.optimizer_states)
 
 
 def _handle(
     config: Config,
-    adapter: Adapter,
+    families: Families,
     name: str,
-    placement: Placement,
     made: Mapping[str, nn.Module],
     switches: Mapping[str, AdapterSwitch],
 ) -> RoleHandle:
     """One role over a network that is made already, shared with other roles, or loaded."""
-    trainable = config.roles[name].trainable
+    trainable, family = config.roles[name].trainable, families.by_role[name]
     if name in switches and name not in made:
         switch = switches[name]
-        shared = switch.network.to(adapter.device)
-        return RoleHandle(name, adapter, shared, trainable, select=switch, trained=switch.parameters())
-    network = made[name].to(adapter.device) if name in made else load_role(config, adapter, name, placement)
-    return RoleHandle(name, adapter, network, trainable)
+        shared = switch.network.to(family.device)
+        return RoleHandle(name, family, shared, trainable, select=switch, trained=switch.parameters())
+    network = made[name].to(family.device) if name in made else load_role(config, families, name)
+    return RoleHandle(name, family, network, trainable)
 
 
 def _check_derivatives(config: Config, processes: Processes) -> None:

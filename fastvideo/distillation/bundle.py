@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastvideo.distillation.bridge import Bridge, same_space
 from fastvideo.distillation.denoiser import Denoiser, Family
 from fastvideo.errors import UserError
 
@@ -106,10 +107,19 @@ def frozen(handles: Sequence[RoleHandle]) -> Iterator[None]:
 
 
 class ModelBundle:
-    """The roles of a run, by name."""
+    """The roles of a run, by name.
 
-    def __init__(self, handles: Sequence[RoleHandle]) -> None:
-        self._handles = {handle.name: handle for handle in handles}
+    Args:
+        handles: the roles.
+        bridges: between roles whose latent spaces differ.
+    """
+
+    def __init__(self, handles: Sequence[RoleHandle], bridges: Mapping[tuple[str, str], Bridge] | None = None) -> None:
+        self._handles, self._bridges = {handle.name: handle for handle in handles}, dict(bridges or {})
+
+    def bridge(self, source: str, target: str) -> Bridge:
+        """From one role's latent space to another's; the identity where they are one."""
+        return self._bridges.get((source, target), same_space)
 
     def __getitem__(self, role: str) -> RoleHandle:
         return self._handles[role]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline
-from fastvideo.distillation.builder import build_adapter, load_role
+from fastvideo.distillation.builder import build_adapter, build_families, load_role
 from fastvideo.distillation.config.reading import config_of, read_yaml
 from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.lora import is_adapter, merge
-from fastvideo.distillation.registry import families, load_adapter
+from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -135,6 +135,7 @@ def _unfinished(source: Source) -> LoadedModel:
     """The model that the run started from, with the recipe of its result."""
     config = config_of(source.config, f"{source.run}/{RUN_CONFIG}")
     adapter = build_adapter(config)
-    network = load_role(config, adapter, "student").requires_grad_(False)
+    families = build_families(config, adapter, Processes())
+    network = load_role(config, families, "student").requires_grad_(False)
     recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]
     return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)

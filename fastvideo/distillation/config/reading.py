@@ -10,10 +10,11 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.config.overrides import with_overrides
 from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig
-from fastvideo.distillation.registry import run_schema
+from fastvideo.distillation.registry import load_adapter, run_schema
 from fastvideo.errors import UserError
 from fastvideo.wording import nearest
 
@@ -52,7 +53,42 @@ def config_of(
         schema = run_schema(named["distill_model"], named["distill_method"])
     except UserError as error:
         raise UserError(f"config {source}: distill_model, distill_method: {error}") from error
-    return validate(schema, with_overrides(schema, named, given), source)
+    config = validate(schema, with_overrides(schema, named, given), source)
+    for role in config.roles:
+        try:
+            family_of(config, role)
+        except UserError as error:
+            raise UserError(f"config {source}:\n  {error}") from error
+    return config
+
+
+SIZES = ("height", "width", "num_frames")
+"""Fields of a family's section that a role's own section takes from the run's."""
+
+
+def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfig]:
+    """Name and options of a role's family: those of its own section, or the run's.
+
+    Raises:
+        UserError: for an unknown family, or options that it does not take.
+    """
+    section = config.roles[role].model
+    if section is None:
+        return config.distill_model, config.model
+    if role == "student":
+        raise UserError("roles.student.model: the student's family is the run's; set distill_model and model")
+    values = dict(section)
+    name = values.pop("family", config.distill_model)
+    try:
+        schema: type[AdapterConfig] = load_adapter(name).Config
+    except UserError as error:
+        raise UserError(f"roles.{role}.model.family: {error}") from error
+    sizes = {key: value for key, value in config.model if key in SIZES and key in schema.model_fields}
+    try:
+        return name, schema.model_validate(sizes | values)
+    except ValidationError as error:
+        lines = [f"roles.{role}.model.{explain(schema, dict(problem))}" for problem in error.errors()]
+        raise UserError("\n  ".join(lines)) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -110,6 +110,9 @@ class RoleConfig(Section):
     """Whether it is trained; which roles must be and which must not is the method's to say."""
     path: str | None = None
     """Where its network's weights come from; the model's own path if not given."""
+    model: dict[str, Any] | None = None
+    """A family and a path of its own, such as `{family: cogvideox, path: ...}`, with the fields of that family's
+    `model` section; sizes are the run's if not given. Roles without it use the run's `model`."""
     init_from: str | None = None
     """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
     `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
@@ -122,6 +125,8 @@ class RoleConfig(Section):
     def _adapter_is_trained(self) -> RoleConfig:
         if self.lora is not None and not self.trainable:
             raise ValueError("`lora` is trained: a frozen role has none")
+        if self.model is not None and self.path is not None:
+            raise ValueError("give `path` or `model` (with a path in it), not both")
         return self
 
 

@@ -47,6 +47,8 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """What it needs of the model family, at most; see :meth:`needs_of`. ``flow_map`` is about the student's network."""
     needs_trajectories: ClassVar[bool] = False
     """Whether its data are a teacher's stored walks, with the latents that they end in."""
+    bridges: ClassVar[bool] = False
+    """Whether teacher and critic may live in another latent space than the student (``ModelBundle.bridge``)."""
     makes_teachers: ClassVar[bool] = False
     """Whether its result is sampled in any number of guided steps, and not as the run's ladder says."""
     summary: ClassVar[str]
@@ -78,8 +80,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return cls.needs
 
     @classmethod
-    def heads(cls, config: ConfigT, family: Family) -> Mapping[str, nn.Module]:
-        """Networks of the roles that are the method's own and not the family's, such as a loss weight, by role."""
+    def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
+        """Networks of the roles that are the method's own, such as a loss weight, by role.
+
+        ``families`` are those of the roles.
+        """
         return {}
 
     def active_roles(self, step: int) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ class SCMMethod(DistillMethod[SCMConfig]):
         return cls.needs if config.jvp == "autodiff" else frozenset()
 
     @classmethod
-    def heads(cls, config: SCMConfig, family: Family) -> Mapping[str, nn.Module]:
+    def heads(cls, config: SCMConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         return {LOSS_WEIGHT: LossWeight()}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:

@@ -98,6 +98,7 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
 class AnyFlowMethod(DMD2Method):
     """Student (a flow map), frozen teacher, critic."""
 
+    bridges = False
     Config = AnyFlowConfig
     config: AnyFlowConfig
     needs = frozenset({"flow_map", "jvp"})

@@ -43,6 +43,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     term_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of further terms, in a method that adds some."""
     sampler: ClassVar[SamplerKind] = "renoise"
+    bridges = True
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2Config, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -52,6 +53,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
         if not isinstance(self.teacher.adapter, _DMD2Adapter):
             raise UserError(f"DMD2 needs velocity() and ensure_negative_conditioning() of {self.teacher.adapter}")
         self.teacher.adapter.ensure_negative_conditioning()
+        self.to_teacher = bundle.bridge("student", "teacher")
 
     @classmethod
     def optimizers(cls, config: DMD2Config) -> Mapping[str, OptimizerConfig]:
@@ -70,12 +72,12 @@ class DMD2Method(DistillMethod[DMD2Config]):
         """Student first (on its steps), then the critic on the same sample, detached."""
         if "student" not in self.active_roles(step):
             with torch.no_grad():
-                x0 = self.rollout(batch)
+                x0 = self.to_teacher(self.rollout(batch))
         elif self.config.score_and_train:
-            yield from self.joint_losses(self.rollout(batch), batch)
+            yield from self.joint_losses(self.to_teacher(self.rollout(batch)), batch)
             return
         else:
-            x0 = self.rollout(batch)
+            x0 = self.to_teacher(self.rollout(batch))
             yield self.student_loss(x0, batch)
             x0 = x0.detach()
         yield from self.critic_losses(x0, batch)
@@ -85,7 +87,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
         yield self.critic_loss(x0, batch)
 
     def rollout(self, batch: Batch) -> Tensor:
-        """The student's clean sample; one call carries gradient, at a rung drawn uniformly."""
+        """The student's clean sample, in its own latent space; one call carries gradient, at a rung drawn uniformly."""
         noise = self.rng.normal(batch.shape)
         if self.config.rollout == "simulate":
             stop = self.rng.shared_index(len(self.ladder))

@@ -60,9 +60,9 @@ class DMD2GANMethod(DMD2Method):
         return {**options, "discriminator": options["critic"].model_copy(update=rate)}
 
     @classmethod
-    def heads(cls, config: DMD2Config, family: Family) -> Mapping[str, nn.Module]:
+    def heads(cls, config: DMD2Config, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         assert isinstance(config, DMD2GANConfig)
-        return {"discriminator": Adversary.build(config, family.feature_widths)}
+        return {"discriminator": Adversary.build(config, families[config.features_of].feature_widths)}
 
     @classmethod
     def uses_latents(cls, config: DMD2Config) -> bool:
@@ -108,4 +108,4 @@ class DMD2GANMethod(DMD2Method):
 
     def discriminator_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Real latents of the batch against the student's sample, at score times of its own."""
-        return self.adversary.loss(x0, batch.latents, self.score_times(len(batch)), batch.condition)
+        return self.adversary.loss(x0, self.to_teacher(batch.latents), self.score_times(len(batch)), batch.condition)

@@ -85,8 +85,8 @@ class LADDMethod(DistillMethod[LADDConfig]):
         return {role: OptimizerConfig.model_validate({"learning_rate": rate, **shared}) for role, rate in rates.items()}
 
     @classmethod
-    def heads(cls, config: LADDConfig, family: Family) -> Mapping[str, nn.Module]:
-        return {"discriminator": Adversary.build(config, family.feature_widths)}
+    def heads(cls, config: LADDConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
+        return {"discriminator": Adversary.build(config, families["teacher"].feature_widths)}
 
     @classmethod
     def uses_latents(cls, config: LADDConfig) -> bool:

@@ -63,6 +63,7 @@ class RCMConfig(DMD2Config, DerivativeConfig):
 class RCMMethod(DMD2Method):
     """Student, frozen teacher, critic."""
 
+    bridges = False
     Config = RCMConfig
     config: RCMConfig
     needs = frozenset({"jvp"})
