@@ -154,5 +154,5 @@ def _unfinished(source: Source) -> LoadedModel:
     config = _run_config(source)
     adapter = build_adapter(config)
     network = load_role(config, adapter, "student").requires_grad_(False)
-    recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]
+    recipe = result_recipe(config, adapter.folder, source.weights, source.step)  # type: ignore[arg-type]
     return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)

@@ -196,7 +196,7 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
         lora = portable(gather_adapter(network), network.scaling) if isinstance(network, RoleView) else {}
         if whole is not None:
             weights: Weights = "live" if student.ema is None else "ema"
-            _write_result(adapter, whole, result_recipe(config, adapter, weights, trainer.step), lora, folder)
+            _write_result(adapter, whole, result_recipe(config, adapter.folder, weights, trainer.step), lora, folder)
 
 
 def _write_result(
