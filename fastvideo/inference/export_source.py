@@ -13,6 +13,7 @@ from fastvideo.distillation.config.reading import config_of, read_yaml
 from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.lora import is_adapter, merge
+from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
@@ -137,5 +138,5 @@ def _unfinished(source: Source) -> LoadedModel:
     adapter = build_adapter(config)
     families = build_families(config, adapter, Processes())
     network = load_role(config, families, "student").requires_grad_(False)
-    recipe = result_recipe(config, adapter, source.weights, source.step)  # type: ignore[arg-type]
+    recipe = result_recipe(config, adapter.folder, source.weights, source.step)  # type: ignore[arg-type]
     return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastvideo.distillation.builder import Adapter, Config
+from fastvideo.distillation.adapters.base import ModelFolder
+from fastvideo.distillation.builder import Config
 from fastvideo.distillation.registry import load_method
 
 Weights = Literal["ema", "live"]
 """Averaged weights, or those of the last step."""
 
 
-def result_recipe(config: Config, adapter: Adapter, weights: Weights, step: int) -> dict[str, Any]:
+def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: int) -> dict[str, Any]:
     """The recipe of a run's student after ``step`` steps."""
     recipe: dict[str, Any] = {
         "distill_model": config.distill_model,
@@ -23,7 +24,7 @@ def result_recipe(config: Config, adapter: Adapter, weights: Weights, step: int)
     }
     if not load_method(config.distill_method).makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
-    if "guidance" in adapter.folder.recipe:
+    if "guidance" in folder.recipe:
         # The result is a teacher: any number of steps, with the guidance of the model it was tuned from.
-        return recipe | {"guidance": adapter.folder.recipe["guidance"]}
+        return recipe | {"guidance": folder.recipe["guidance"]}
     return recipe

@@ -90,7 +90,7 @@ class Planner:
             config=config,
             world=world,
             roles=roles,
-            parts=frozen_parts(config, adapter),
+            parts=frozen_parts(config, adapter.folder),
             buffers=gathered + max(reduction - activations, 0),
             activations=activations,
             step=step,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.config.schema import RoleConfig
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, local_numel, optimizer_bytes
@@ -159,8 +160,8 @@ def reduction_bytes(config: Config, roles: list[RoleBytes], world: int) -> int:
     return max(role.gradients for role in roles)
 
 
-def frozen_parts(config: Config, adapter: Adapter) -> Mapping[str, int]:
+def frozen_parts(config: Config, folder: ModelFolder) -> Mapping[str, int]:
     """Text encoder (prompts are encoded while training), and the VAE where something is decoded; float32."""
-    parts = adapter.folder.frozen_parts()
+    parts = folder.frozen_parts()
     used = parts if config.validation.every else [name for name in parts if name != "VAE"]
     return {name: _numel(parts[name].parameters()) * FLOAT32 for name in used}

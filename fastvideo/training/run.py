@@ -145,7 +145,7 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
     weights: Weights = "ema" if trainer.runtime.has_average("student") else "live"
     with trainer.runtime.result("student", adapter) as (network, files):
         if network is not None:
-            _write_result(adapter, network, result_recipe(config, adapter, weights, trainer.step), files, folder)
+            _write_result(adapter, network, result_recipe(config, adapter.folder, weights, trainer.step), files, folder)
 
 
 def _write_result(

@@ -23,7 +23,7 @@ TERMINATED = 75
 LOADING = "fastvideo.distillation.adapters.analytic:AnalyticFolder.load_network", 2
 STEP = "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method.critic_loss"
 WARM_UP, TRAINING = (STEP, 1), (STEP, 8)
-VALIDATION = "fastvideo.distillation.adapters.analytic:AnalyticAdapter.decode", 3
+VALIDATION = "fastvideo.distillation.adapters.analytic:AnalyticCodec.decode", 3
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_signals_that_cannot_be_caught_are_refused(values: dict[str, Any], names
     "place",
     [
         ("fastvideo.distillation.adapters.wan:WanFolder.load_network", 1),
-        ("fastvideo.distillation.adapters.wan:WanAdapter.encode", 2),
-        ("fastvideo.distillation.adapters.wan:WanAdapter.decode", 1),
+        ("fastvideo.distillation.adapters.wan:WanCodec.encode", 2),
+        ("fastvideo.distillation.adapters.wan:WanCodec.decode", 1),
         ("fastvideo.distillation.methods.fine_tuning.sft:SFTMethod.times", 3),
     ],
     ids=["loading", "encoding the data", "validation", "training"],
