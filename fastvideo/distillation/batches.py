@@ -20,7 +20,7 @@ class BatchPreparer:
 
     Attributes:
         codec: of the latents in the data.
-        conditioners: of every family that reads the batch; one per key is enough.
+        conditioners: of every family that reads the batch, the codec's own first; one per key is enough.
         any_size: take latents of every number of frames, height and width, as a dataset with buckets has them.
     """
 
@@ -36,11 +36,14 @@ class BatchPreparer:
             RuntimeError: before ``ensure_negative_conditioning``.
         """
         x0, count = self._latents(raw), len(raw.captions)
+        texts = [
+            each.text_of(raw if number == 0 else _captions_of(raw)) for number, each in enumerate(self.conditioners)
+        ]
         shape = self.codec.latent_shape if x0 is None else x0.shape[1:]
         first = _joined([each.first_frames_of(raw) for each in self.conditioners if each.needs_frames])
         return Batch(
             shape=(count, *shape),
-            condition=_joined([each.text_of(raw) for each in self.conditioners]) | first,
+            condition=_joined(texts) | first,
             negative=_joined([each.negative(count) for each in self.conditioners]) | first,
             x0=x0,
             trajectory=Trajectory.of(raw.extras, self.codec.device),
@@ -53,6 +56,20 @@ class BatchPreparer:
         if found != shape and not (self.any_size and found[0] == shape[0] and len(found) == len(shape)):
             raise UserError(f"data: latents have shape {found} (C, F, H, W), the model expects {shape}")
         return raw.latents.to(self.codec.device, torch.float32, non_blocking=True)
+
+
+def _captions_of(raw: RawBatch) -> RawBatch:
+    """The captions alone, for a family whose text embeddings the data does not hold.
+
+    Raises:
+        UserError: for a caption that is missing, where an embedding stands for it.
+    """
+    if "text_embedding" in raw.extras and not all(raw.captions):
+        raise UserError(
+            "data: a second model family must encode the captions, and a sample has none: its text embedding is the "
+            "student's; preprocess again with captions"
+        )
+    return RawBatch(raw.captions)
 
 
 def _joined(conditions: Sequence[Condition]) -> Condition:

@@ -119,19 +119,11 @@ def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, s
         if bridge is same_space:
             continue
         if not method.bridges or main.conditioner.needs_frames:
-            why = (
-                f"{method.__name__} scores in the student's"
-                if not method.bridges
-                else "conditioning frames stay in one"
-            )
-            raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} latent space")
+            why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
+            raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
         bridges["student", role] = bridge
-    keys = {
-        role: families.by_role[role].codec.latent_key
-        for role in ("teacher", "critic")
-        if others and role in families.by_role
-    }
-    if len(set(keys.values())) > 1:
+    scoring = [family for role, family in families.by_role.items() if role in ("teacher", "critic")]
+    if others and len({family.codec.latent_key for family in scoring}) > 1:
         raise UserError(
             "roles.critic.model: teacher and critic score the same samples, so they need one latent space; give the "
             "critic the teacher's model section"
@@ -189,8 +181,9 @@ def build_method(
     optimizers = method.optimizers(config.method)
     check_run(config, families, processes, optimizers)
     with initialising(config.seed):
-        made = {**method.heads(config.method, families.by_role), **(networks or {})}
-    _check_memory(config, families, made)
+        heads = method.heads(config.method, families.by_role)
+    _check_heads(config, heads)
+    _check_memory(config, families, heads)
     bridges = build_bridges(method, families)
     for family in families.placements:
         family.ensure_negative_conditioning()
@@ -198,7 +191,7 @@ def build_method(
     handles, notes = [], []
     for name, role in config.roles.items():
         unit_done()
-        handles.append(_handle(config, families, name, made, switches))
+        handles.append(_handle(config, families, name, {**heads, **(networks or {})}, switches))
         if role.init_from is not None:
             load = families.by_role[name].folder.load_network
             notes.append(start_from(handles[-1], role.init_from, load, processes))
@@ -244,13 +237,17 @@ def _check_needs_of_others(config: Config, families: Families) -> None:
             )
 
 
-def _check_memory(config: Config, families: Families, made: Mapping[str, nn.Module]) -> None:
-    """Check that networks fit, and that a network which the method makes itself has no path."""
-    heads = [name for name in made if name in config.roles and config.roles[name].path is not None]
-    if heads and not set(heads) <= {"student", "teacher", "critic"}:
-        raise UserError(f"roles.{heads[0]}.path: {config.distill_method} makes this network itself; leave the path out")
+def _check_heads(config: Config, heads: Mapping[str, nn.Module]) -> None:
+    for name in heads:
+        if config.roles[name].path is not None or config.roles[name].model is not None:
+            raise UserError(
+                f"roles.{name}.path: {config.distill_method} makes this network itself; leave path and model out"
+            )
+
+
+def _check_memory(config: Config, families: Families, heads: Mapping[str, nn.Module]) -> None:
     for family, placement in families.placements.items():
-        roles = {name: config.roles[name] for name in families.roles_of(family) if name not in made}
+        roles = {name: config.roles[name] for name in families.roles_of(family) if name not in heads}
         placement.check_memory(roles, config.trainer.optimizer_states)
 
 

@@ -136,7 +136,9 @@ def build_trainer(
     runtime = Runtime(
         method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema, source=adapter
     )
-    prepare = BatchPreparer(adapter.codec, [adapter.conditioner], any_size=config.data.buckets)
+    families = [adapter, *(handle.adapter for handle in method.bundle)]
+    conditioners = {family.conditioner.key: family.conditioner for family in families}
+    prepare = BatchPreparer(adapter.codec, list(conditioners.values()), any_size=config.data.buckets)
     return DistillTrainer(method, prepare, config.trainer, runtime)
 
 
