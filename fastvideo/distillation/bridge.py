@@ -33,6 +33,8 @@ def same_space(x0: Tensor) -> Tensor:
 class LatentBridge:
     """Decodes with one codec and encodes with the other; their weights are frozen, so gradient reaches latents alone.
 
+    A decoder that clamps its pixels, such as diffusers' for Wan, gives saturated ones no gradient.
+
     Args:
         source: codec of the latents that come in.
         target: codec of those that go out.
