@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.bridge import Bridge, bridge_between, same_space
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
+from fastvideo.distillation.bridge import bridge_between
+from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import RunConfig

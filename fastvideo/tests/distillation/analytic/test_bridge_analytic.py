@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.bridge import LatentBridge, bridge_between, same_space
+from fastvideo.distillation.bridge import LatentBridge, bridge_between
 from fastvideo.distillation.builder import build_adapter, build_method
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle, same_space
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.rng import RandomStreams
