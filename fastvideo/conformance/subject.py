@@ -92,7 +92,7 @@ class Subject:
         """Standard normal latents."""
         return normal((count, *self.adapter.codec.latent_shape), seeded(seed)).to(self.adapter.device)
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The adapter's velocity."""
         return self.adapter.velocity(self.network, x_t, t, condition or self.condition)
 
