@@ -1,4 +1,4 @@
-"""The rule that ties a family to its original: stock diffusers, given the same noise, makes the same video."""
+"""Rule: stock diffusers makes the same video from the same noise."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
 
 
 def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:
-    """The image that the first video goes on from, as the pipeline takes it."""
+    """The first video's conditioning image, in the pipeline's form."""
     if subject.frames is None:
         return {}
     if subject.frames.shape[2] != 1 or "image" not in inspect.signature(pipeline.__call__).parameters:
-        raise NotApplicable(f"{pipeline.__name__} does not take the frames that the model goes on from")
+        raise NotApplicable(f"{pipeline.__name__} does not take the model's conditioning frames")
     from diffusers.image_processor import VaeImageProcessor
 
     pixels = (subject.frames[0, :, 0].permute(1, 2, 0).cpu().numpy() + 1) / 2
@@ -71,7 +71,7 @@ def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:
 
 
 def _sizes(config: AdapterConfig, pipeline: type[Any]) -> dict[str, Any]:
-    """The config's sizes, as far as the pipeline takes them."""
+    """The config's sizes among the pipeline's arguments."""
     taken = inspect.signature(pipeline.__call__).parameters
     names = {"height", "width", "num_frames", "max_sequence_length"}
     return config.model_dump(include=names & set(taken))

@@ -109,7 +109,7 @@ def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) 
 
 def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     """A teacher's walks that were made as the run is configured."""
-    from fastvideo.data.fits import Wanted
+    from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
     from fastvideo.data.trajectories import check_made_for, metadata_at
 
@@ -123,9 +123,8 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
         check_made_for(made, config, adapter, teacher)
     rungs = len(config.ladder.times)
     extras = {STATES: (rungs, *adapter.codec.latent_shape), STATE_TIMES: (rungs,)}
-    source = ParquetSource(
-        config.data.path, Wanted(latents=adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
-    )
+    wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
+    source = ParquetSource(config.data.path, wanted)
     adapter.conditioner.check_prompts(source.captions())
     return source, f"{len(source)} trajectories of {config.data.path}, {rungs} states each"
 
@@ -159,10 +158,10 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
 
 
 def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None) -> tuple[Source, str]:
-    from fastvideo.data.fits import Wanted
+    from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
 
-    wanted = Wanted(
+    wanted = DataRequirements(
         latents=adapter.codec.latent_shape if with_latents else None,
         any_size=config.data.buckets,
         extras=adapter.conditioner.stored_shapes,

@@ -11,10 +11,11 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor
 
+from fastvideo.data.model import SIZES
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
-from fastvideo.inference.loading import SIZES, LoadedModel, load_model
+from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder
 from fastvideo.tests.inference.exporting import PROMPTS, export
 
@@ -43,7 +44,7 @@ def stock(folder: Path) -> np.ndarray:
     sizes = {name: getattr(model.adapter.config, name) for name in SIZES}
     torch.manual_seed(7)
     return pipeline(
-        PROMPTS, num_inference_steps=len(model.ladder), guidance_scale=1.0, latents=noise_of(model).transpose(1, 2),
+        PROMPTS, num_inference_steps=len(model.recipe["ladder"]), guidance_scale=1.0, latents=noise_of(model).transpose(1, 2),
         output_type="np", **sizes,
     ).frames  # fmt: skip
 

@@ -124,7 +124,17 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 
-def read_recipe(source: str) -> Mapping[str, Any]:
-    """``recipe.json`` of a pipeline folder; empty if it has none."""
+def read_recipe(source: str) -> dict[str, Any]:
+    """``recipe.json`` of a pipeline folder; empty if it has none.
+
+    Raises:
+        UserError: if the file is not a JSON object.
+    """
     file = Path(source) / "recipe.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        recipe = json.loads(file.read_text()) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
+    return recipe
