@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig, ParallelConfig, RoleConfig
+from fastvideo.distillation.config.schema import LoRAConfig, RoleConfig
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, add_adapter, gather_adapter, merge, portable, switch_of
 from fastvideo.distillation.engine.optim import States

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle, frozen
-from fastvideo.distillation.config.schema import CheckpointConfig, EMAConfig, ParallelConfig, RunConfig, TrainerConfig
+from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.engine.attendance import Agreement, naming_lost_processes
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import Restored, check_intact, newest, restore, set_aside

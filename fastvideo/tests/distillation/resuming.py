@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.config.schema import CheckpointConfig, EMAConfig, TrainerConfig
+from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, TrainerConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import split_state

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastvideo.distillation.config.schema import CheckpointConfig
+from fastvideo.distillation.config.sections import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.manifest import (
     MANIFEST,
     PREFIX,

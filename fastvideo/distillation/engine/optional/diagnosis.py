@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastvideo.distillation.config.schema import ProfileConfig
+from fastvideo.distillation.config.sections import ProfileConfig
 from fastvideo.errors import RunError
 
 ENTRIES = 100_000
