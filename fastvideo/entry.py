@@ -34,6 +34,6 @@ def _is_first(message: str) -> bool:
     """Whether no other process of a job has said so already."""
     if "WORLD_SIZE" not in os.environ:
         return True
-    from fastvideo.distillation.engine.parallel.distributed import first_to_report
+    from fastvideo.distillation.engine.parallel.collective import first_to_report
 
     return first_to_report(message)

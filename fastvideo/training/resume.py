@@ -14,7 +14,8 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.base import RESUMABLE, Section
 from fastvideo.distillation.config.reading import read_yaml
-from fastvideo.distillation.engine.runtime import Restored, Session
+from fastvideo.distillation.engine.runtime import ResumePoint, RunFacts
+from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
@@ -36,12 +37,12 @@ def survivors(
     return shared, {"trainer": trainer, "rng": trainer.method.rng, "data": data}
 
 
-def run_facts(config: Config) -> tuple[str, str, dict[str, str]]:
+def run_facts(config: Config) -> RunFacts:
     """For a checkpoint: the config as YAML, the hash of the part that a resumed run must keep, versions."""
     values = config.model_dump(mode="json")
     binding = {key: value for key, value in flat(values).items() if not is_resumable(type(config), key)}
     digest = hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()
-    return yaml.safe_dump(values, sort_keys=False), digest, environment()
+    return RunFacts(yaml.safe_dump(values, sort_keys=False), digest, environment())
 
 
 def find_checkpoint(config: Config, session: Session, wanted: Path | None) -> Path | None:
@@ -108,9 +109,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def resumed(restored: Restored, data: SampleStream) -> list[str]:
+def resumed(point: ResumePoint, data: SampleStream) -> list[str]:
     """Lines for the user about a run that goes on."""
-    roles = ", ".join(restored.roles)
+    roles = ", ".join(point.roles)
     position = f"epoch {data.epoch}, batch {data.round} of {data.rounds}"
-    summary = f"resumed at step {restored.step} from {restored.folder}: roles {roles}; data at {position}"
-    return [f"{summary}; random streams", *(f"not bit-exact: {note}" for note in restored.notes), *restored.moved]
+    summary = f"resumed at step {point.step} from {point.folder}: roles {roles}; data at {position}"
+    return [f"{summary}; random streams", *(f"not bit-exact: {note}" for note in point.notes), *point.moved]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
-from fastvideo.distillation.engine.runtime import Processes, Runtime, Session, Tracker
+from fastvideo.distillation.engine.runtime import Processes, Runtime, Tracker
+from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -102,7 +103,7 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
         tracker.say(line)
     tracker.rewind(trainer.step)
     checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
-    trainer.hooks = (start.tell(tracker), validation, checkpoints)
+    trainer.hooks = (start.report_to(tracker), validation, checkpoints)
     trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")

@@ -14,7 +14,7 @@ import pytest
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.schema import TrackingConfig
-from fastvideo.distillation.engine.optional import trackers
+from fastvideo.distillation.engine import tracking as trackers
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.registry import run_schema
