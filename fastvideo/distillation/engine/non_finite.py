@@ -168,7 +168,7 @@ class NonFiniteGuard:
             row = f", nor were the {self.bound} before it (trainer.max_skips: {self.bound})" if self.bound else ""
             advice = "Lower its learning rate or the guidance, or look at the batch"
             raise NonFiniteError(f"{message}{row}. {advice}.{where}")
-        return f"{message}: left out, {self.in_a_row} in a row of at most {self.bound}.{where}"
+        return f"{message}: skipped, {self.in_a_row} in a row of at most {self.bound}.{where}"
 
     def _snapshot(self, record: StepRecord, bad: Sequence[str]) -> Path | None:
         """Write batch, losses and random streams of the run's first such step, as safetensors and JSON."""

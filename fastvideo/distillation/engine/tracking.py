@@ -284,7 +284,7 @@ class Isolated:
     def _drop(self, why: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
-            self._warn(f"tracker {self.name} {why}: it is left out from here on; metrics.jsonl has everything")
+            self._warn(f"tracker {self.name} {why}: it is dropped; metrics.jsonl has everything")
 
 
 class _Fence:

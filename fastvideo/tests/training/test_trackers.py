@@ -89,8 +89,7 @@ def test_a_tracker_that_raises_is_left_out_with_one_warning(analytic_values: dic
     raising = Raising()
     said, _ = train(analytic_values, broken=lambda: raising)
     assert said == [
-        "tracker broken failed (ConnectionError: no route to host): it is left out from here on; metrics.jsonl has "
-        "everything"
+        "tracker broken failed (ConnectionError: no route to host): it is dropped; metrics.jsonl has everything"
     ]
     assert raising.steps == [3, 6]
     assert lines(analytic_values) == [3, 6, 9, 12]
