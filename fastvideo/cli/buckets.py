@@ -1,4 +1,4 @@
-"""``fastvideo buckets show DATA``: what a dataset's sizes mean for batches."""
+"""``fastvideo buckets show DATA``: sizes of a dataset, and the batches that they give."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastvideo.wording import counted
 
 @dataclass(frozen=True)
 class BucketsArguments:
-    """Show which sizes a dataset has, how many batches each gives per epoch, and what is left out."""
+    """Show the sizes in a dataset, the number of batches of each per epoch, and the videos that no batch takes."""
 
     action: Annotated[Literal["show"], tyro.conf.Positional]
-    """What to do."""
+    """Action: show."""
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A Parquet file or a folder of them."""
     batch_size: Count = 1
@@ -28,7 +28,7 @@ class BucketsArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; the exit code."""
+    """Print the table; returns the exit code."""
     arguments = parse(BucketsArguments, argv, "buckets")
     show_buckets(arguments.data, arguments.batch_size, arguments.ranks)
     return 0

@@ -16,9 +16,9 @@ from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch
-from fastvideo.distillation.engine.optim import attach_optimizer, check_states
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
+from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method

@@ -33,7 +33,7 @@ class Training(Protocol):
         """Move optimizer and schedule together; the optimizer changes nothing where ``skip`` (a scalar) is 1."""
         ...
 
-    def take_back(self) -> None:
+    def undo(self) -> None:
         """Undo the schedule's part of a skipped step."""
         ...
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.engine.optim import relative_update
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
