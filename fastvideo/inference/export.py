@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.diffusers.flow_scheduler import deviation
+from fastvideo.distillation.adapters.export.base import StockSampler, deviation
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
@@ -77,7 +77,7 @@ def run_export(
     # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
     fitted = model.is_student or steps is not None
     fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
-    stock = model.adapter.folder.stock_sampler(spec.times, spec.kind) if fitted else None
+    stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = _facts(folder.name, found, model, spec, stock, dtype, warnings)
     _write(folder, model, facts)

@@ -9,12 +9,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
-from fastvideo.distillation.builder import Adapter, Config, build_adapter
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
-from fastvideo.distillation.registry import families, load_method
+from fastvideo.distillation.registry import families, load_exporter, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, RUN_CONFIG, Source, adapter_scaling
@@ -36,7 +36,7 @@ def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
     tensors = read_adapter(source)
     config = source.config
     if layout == "lora-comfy":
-        tensors, name = in_comfy(tensors, _adapter_of(source).folder.comfy_layer), COMFY_FILE
+        tensors, name = in_comfy(tensors, load_exporter(_config_of(source).model).comfy_layer), COMFY_FILE
     else:
         name = ADAPTER_FILE
     base = config["roles"]["student"].get("path") or config["model"]["path"]
@@ -53,17 +53,13 @@ def _config_of(source: Source) -> Config:
     return config_of(source.config, f"{source.run}/{RUN_CONFIG}")
 
 
-def _adapter_of(source: Source) -> Adapter:
-    return build_adapter(_config_of(source))
-
-
 def _save_scheduler(source: Source, folder: Path) -> str | None:
     """The stock scheduler of the student's ladder beside its adapter; the name of its class, if there is one."""
     config = _config_of(source)
     kind = load_method(config.distill_method).sampler
     if kind == "flow_map":
         return None
-    scheduler = build_adapter(config).folder.stock_sampler(config.ladder.times, kind).scheduler
+    scheduler = load_exporter(config.model).stock_sampler(config.ladder.times, kind).scheduler
     scheduler.save_pretrained(folder / "scheduler")
     return type(scheduler).__name__
 
@@ -75,7 +71,7 @@ def _read_me(source: Source, base: str, file: str, name: str, scheduler: str | N
     pipeline = pipeline_class(str(folder))
     imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({base!r})"
     if base in EMBEDDED:  # no name that diffusers knows
-        imports.append("from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline")
+        imports.append("from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline")
         load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({base!r}, ({pipeline!r},)))"
     lines = [load, f"pipe.load_lora_weights({name!r}, weight_name={file!r})"]
     if scheduler:

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import families, load_adapter

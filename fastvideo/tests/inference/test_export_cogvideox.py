@@ -12,6 +12,7 @@ from diffusers import CogVideoXPipeline
 from torch import Tensor
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
 from fastvideo.inference.loading import SIZES, LoadedModel, load_model
@@ -25,7 +26,7 @@ def student(folder: Path, sampler: str, times: list[float] | None = None) -> Pat
     """A toy student on the times that stock diffusers yields for it, or on the given ones."""
     config = cogvideox_config(cogvideox_folder(folder))
     adapter = CogVideoXAdapter(config)
-    ladder = times or list(adapter.folder.stock_sampler([1.0, 0.75, 0.5, 0.25], sampler).times)
+    ladder = times or list(load_exporter(adapter.config).stock_sampler([1.0, 0.75, 0.5, 0.25], sampler).times)
     recipe = {"ladder": ladder, "sampler": sampler, "guidance": 1.0, "model": config.model_dump()}
     adapter.folder.save(folder / "student", adapter.folder.load_network(), recipe)
     return folder / "student"
