@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import families, load_adapter

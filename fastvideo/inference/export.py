@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fastvideo.data.model import pipeline_class
-from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.diffusers.flow_scheduler import deviation
+from fastvideo.distillation.adapters.export.base import StockSampler, deviation
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
@@ -77,8 +77,8 @@ def run_export(
     spec = model.sampler(steps)
     # A teacher has no ladder: it keeps its own scheduler unless the caller asks for steps.
     fitted = model.is_student or steps is not None
-    fitted = fitted and spec.kind != "flow_map"  # no stock scheduler passes the end of a step
-    stock = model.adapter.folder.stock_sampler(spec.times, spec.kind) if fitted else None
+    fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
+    stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = _facts(folder.name, found, model, spec, stock, dtype, warnings)
     _write(folder, model, facts)

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
-from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
-from fastvideo.distillation.registry import families, load_method
+from fastvideo.distillation.registry import families, load_exporter, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
@@ -36,7 +35,7 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
     tensors = read_adapter(source)
     config = source.config
     if layout == "lora-comfy":
-        tensors, name = in_comfy(tensors, build_adapter(source.run_config).folder.comfy_layer), COMFY_FILE
+        tensors, name = in_comfy(tensors, load_exporter(source.run_config.model).comfy_layer), COMFY_FILE
     else:
         name = ADAPTER_FILE
     base = config["roles"]["student"].get("path") or config["model"]["path"]
@@ -55,7 +54,7 @@ def _save_scheduler(source: ExportSource, folder: Path) -> str | None:
     kind = load_method(config.distill_method).sampler
     if kind == "flow_map":
         return None
-    scheduler = build_adapter(config).folder.stock_sampler(config.ladder.times, kind).scheduler
+    scheduler = load_exporter(config.model).stock_sampler(config.ladder.times, kind).scheduler
     scheduler.save_pretrained(folder / "scheduler")
     return type(scheduler).__name__
 
@@ -67,7 +66,7 @@ def _read_me(source: ExportSource, base: str, file: str, name: str, scheduler: s
     pipeline = pipeline_class(str(folder))
     imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({base!r})"
     if base in EMBEDDED:  # no name that diffusers knows
-        imports.append("from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline")
+        imports.append("from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline")
         load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({base!r}, ({pipeline!r},)))"
     lines = [load, f"pipe.load_lora_weights({name!r}, weight_name={file!r})"]
     if scheduler:

@@ -11,7 +11,7 @@ from torch import nn
 from fastvideo.data.model import check_sizes, pipeline_class
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import families, load_adapter

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, HUB_ID
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
+from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.wording import counted
 

@@ -11,7 +11,7 @@ from fastvideo.data.faults import Faults
 from fastvideo.data.index import dataset_files
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
