@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     """Train the student; returns wall time, updates and peak memory."""
+    import torch
+
+    from fastvideo.distillation.engine.optional.performance import peak_memory
     from fastvideo.training.distillation import parse
     from fastvideo.training.run import run
 
@@ -73,7 +74,7 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     return {
         "wall_seconds": round(seconds, 1),
         "student_updates": len(range(0, config.trainer.max_steps, interval)),
-        "peak_rss_mb": round(peak_memory_mb()),
+        "peak_rss_mb": round(peak_memory(torch.device("cpu")) / 2**20),
     }
 
 
@@ -121,12 +122,6 @@ def side_by_side(videos: Mapping[str, Tensor], columns: int = 8) -> Tensor:
     import torch
 
     return torch.cat([torch.cat(list(row[:columns]), dim=-1) for row in videos.values()], dim=-2)
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MiB (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

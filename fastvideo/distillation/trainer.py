@@ -92,10 +92,10 @@ class DistillTrainer:
         """
         if (settled := self.runtime.settle()) is None:
             return
-        step, taken = settled
+        step, stepped = settled
         if step % self.options.log_every == 0:
             self.runtime.log(step, self._spent())
-        self.runtime.call(self.hooks, step, taken)
+        self.runtime.call([hook.after_step for hook in self.hooks], step, stepped)
 
     def _over(self) -> bool:
         spent = self.options.max_cpu_seconds and self.cpu_seconds >= self.options.max_cpu_seconds
@@ -117,7 +117,7 @@ class DistillTrainer:
         return {"step": self.step, **self.runtime.state_dict(), **self._spent()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken."""
+        """Continue exactly where :meth:`state_dict` was stepped."""
         self.step, self.cpu_seconds = int(state["step"]), float(state.get("cpu_seconds", 0.0))
         self.runtime.load_state_dict(state)
 

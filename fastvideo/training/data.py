@@ -97,14 +97,14 @@ def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: 
 def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) -> tuple[Source, str]:
     """Open the samples; latents are read, or (once) computed, only for a method that trains on them."""
     method = load_method(config.distill_method)
-    with_latents = method.uses_latents(config.method)
+    with_latents = method.uses_latents(config.method) or adapter.conditioner.needs_frames
     if method.needs_trajectories:
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
-        return _prompts(config, adapter, with_latents or adapter.conditioner.needs_frames)
+        return _prompts(config, adapter, with_latents)
     if config.data.path != TINY:
-        return _dataset(config, adapter, with_latents or adapter.conditioner.needs_frames, faults)
-    return _tiny_world(config, adapter, with_latents or adapter.conditioner.needs_frames)
+        return _dataset(config, adapter, with_latents, faults)
+    return _tiny_world(config, adapter, with_latents)
 
 
 def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:

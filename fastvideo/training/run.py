@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.batches import BatchPreparer
@@ -147,18 +144,10 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
     """Save the student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
     weights: Weights = "ema" if trainer.runtime.has_average("student") else "live"
     with trainer.runtime.result("student", adapter) as (network, files):
-        if network is not None:
-            _write_result(adapter, network, result_recipe(config, adapter.folder, weights, trainer.step), files, folder)
-
-
-def _write_result(
-    adapter: Adapter,
-    network: nn.Module,
-    recipe: Mapping[str, Any],
-    files: Mapping[str, Mapping[str, Tensor]],
-    folder: Path,
-) -> None:
-    with replacing_folder(folder) as partial_folder:  # an interrupted save must not look like a result
-        adapter.folder.save(partial_folder, network, recipe)
-        for name, tensors in files.items():
-            save_file(dict(tensors), partial_folder / name, metadata={"format": "pt"})
+        if network is None:
+            return
+        recipe = result_recipe(config, adapter.folder, weights, trainer.step)
+        with replacing_folder(folder) as partial_folder:  # an interrupted save must not look like a result
+            adapter.folder.save(partial_folder, network, recipe)
+            for name, tensors in files.items():
+                save_file(tensors, partial_folder / name, metadata={"format": "pt"})

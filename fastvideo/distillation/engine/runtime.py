@@ -5,7 +5,7 @@ A step goes ``step`` -> ``micro_batches`` -> ``backward`` -> ``update`` -> ``set
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +42,6 @@ class Trainable(Protocol):
 
     bundle: ModelBundle
     rng: RandomStreams
-
-
-class AfterStep(Protocol):
-    """A hook, once it is called."""
-
-    def after_step(self, step: int, active: Sequence[str]) -> None: ...
 
 
 class Runtime:
@@ -96,7 +90,7 @@ class Runtime:
         snapshot = folder / f"memory-rank-{rank}.pickle" if self.options.memory_snapshot else None
         with ExitStack() as stack:
             stack.enter_context(self.tracker.progress(total, done))
-            stack.enter_context(Watchdog(self.options.watchdog_seconds, folder / "stacks", rank))
+            stack.enter_context(Watchdog(self.options.watchdog_seconds, folder / "stacks", rank).watching())
             stack.enter_context(explaining_memory(snapshot))
             yield
 
@@ -183,12 +177,12 @@ class Runtime:
             self.metrics.add(**observed)
         return record.step + 1, record.active
 
-    def call(self, hooks: Sequence[AfterStep], step: int, stepped: Sequence[str]) -> None:
+    def call(self, hooks: Sequence[Callable[[int, Sequence[str]], None]], step: int, stepped: Sequence[str]) -> None:
         """Call hooks after a settled step; each finds sharded networks sharded, whatever the last one gathered."""
         self.tracker.advance(self._shown)
         with self.performance.paused():
             for hook in hooks:
-                hook.after_step(step, stepped)
+                hook(step, stepped)
                 self._free_gathered()
 
     def log(self, step: int, spent: Mapping[str, float], *, closing: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -32,6 +32,9 @@ class Session:
     Raises:
         UserError: for a tracker whose package is not installed.
     """
+
+    check_agreement = staticmethod(check_agreement)
+    wait_for_all = staticmethod(barrier)
 
     def __init__(self, config: RunConfig[Any, Any], processes: Processes, start: StartUp) -> None:
         for backend in config.tracking.backends:
@@ -63,18 +66,6 @@ class Session:
                     yield Session(config, processes, start)
             finally:
                 stop_processes()
-
-    def check_agreement(self, what: str, values: Mapping[str, Any]) -> None:
-        """Check that every process was given the same ``values``.
-
-        Raises:
-            UserError: on all of them, naming the first key that differs.
-        """
-        check_agreement(what, values)
-
-    def wait_for_all(self) -> None:
-        """Wait until every process is here."""
-        barrier()
 
     def find_checkpoint(self, folder: Path, wanted: Path | None) -> Path | None:
         """Verify ``wanted``, or find the newest intact checkpoint in ``folder``; ``None`` if there is none.

@@ -10,12 +10,12 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -166,31 +166,23 @@ class Tracker:
         """Print one unbroken line, so that a command in it can be copied."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
-    def progress(self, total: int, done: int) -> Tracker:
-        """The bar of the run; use as a context."""
+    @contextmanager
+    def progress(self, total: int, done: int) -> Iterator[None]:
+        """Show the bar of the run; close the external trackers at the end."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
-        self._task = self._progress.add_task("distilling", total=total, completed=done)
-        return self
+        try:
+            with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console) as self._progress:
+                self._task = self._progress.add_task("distilling", total=total, completed=done)
+                yield
+        finally:
+            for tracker in self._trackers or ():
+                tracker.close()
+            self._trackers = None
 
     def advance(self, shown: str) -> None:
         """Move the bar by one step; ``shown`` stands beside it."""
         if self._progress is not None:
             self._progress.update(self._task, advance=1, description=shown)
-
-    def __enter__(self) -> Tracker:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        for tracker in self._trackers or ():
-            tracker.close()
-        self._trackers = None
 
 
 def _stays(line: Mapping[str, object], step: int) -> bool:
@@ -275,31 +267,21 @@ class Isolated:
             self._drop(f"has not finished within {GRACE:g} s")
 
     def _work(self) -> None:
-        with _Fence(self._drop):
+        with ExitStack() as fence:
+            fence.push(self._failed)
             backend = self._make()
             while (line := self._lines.get()) is not None:
                 backend.log(*line)
             backend.close()
 
+    def _failed(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """Stop every exception: trackers are foreign code and raise anything, even ``SystemExit``."""
+        if error is not None:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._drop(f"failed ({type(error).__name__}: {first})")
+        return True
+
     def _drop(self, why: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
             self._warn(f"tracker {self.name} {why}: it is dropped; metrics.jsonl has everything")
-
-
-class _Fence:
-    """Stops every exception and reports it: trackers are foreign code and raise anything, even ``SystemExit``."""
-
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is not None:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._report(f"failed ({type(error).__name__}: {first})")
-        return True

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint.checkpoint import INDEX
 from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, Manifest, complete_checkpoints
-from fastvideo.distillation.engine.checkpoint.restore import check_intact
+from fastvideo.distillation.engine.checkpoint.restore import check_intact, role_parts, under
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, mismatches
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -78,14 +78,14 @@ def _from_checkpoint(handle: RoleHandle, folder: Path, origin: Origin, processes
     check_intact(folder, processes)
     manifest, index = Manifest.read(folder), read_index(folder / INDEX)
     role = origin.role or (handle.name if handle.name in manifest.roles else "student")
-    held = {kind for kind, part in KINDS.items() if any(n.startswith(JOINT.join((role, part, ""))) for n in index)}
+    held = {kind for kind, part in KINDS.items() if part in role_parts(folder, role)}
     if not held:
         raise UserError(f"{folder} holds no role {role!r}; it holds {', '.join(manifest.roles)}")
     kind = origin.kind or ("ema" if "ema" in held else "live")
     if kind not in held:
         raise UserError(f"{folder} holds no averaged weights of role {role!r}")
     prefix = JOINT.join((role, KINDS[kind], ""))
-    stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
+    stored = under(index, prefix)
     own = handle.tensors() if handle.trainable else _whole(handle)
     _check_fit(own, stored, f"role {role!r} of {folder}")
     read_into({f"{prefix}{name}": tensor for name, tensor in own.items()}, folder, index)

@@ -97,16 +97,16 @@ def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
     _check_fit(folder, parts, index)
     targets: dict[str, Tensor] = {}
     for name, part in parts.everywhere.items():
-        stored = _under(index, f"{name}{JOINT}")
+        stored = under(index, f"{name}{JOINT}")
         wanted = part.targets(stored) if isinstance(part, RoleState) else _empty(stored)
         targets |= {f"{name}{JOINT}{key}": tensor for key, tensor in wanted.items()}
-    targets |= {f"{source}{JOINT}{key}": t for key, t in _empty(_under(index, f"{source}{JOINT}")).items()}
+    targets |= {f"{source}{JOINT}{key}": t for key, t in _empty(under(index, f"{source}{JOINT}")).items()}
     read_into(targets, folder, index)
     shared = json.loads((folder / SHARED).read_text())
     for name, part in parts.everywhere.items():
-        part.load_state_dict(join_state(_under(targets, f"{name}{JOINT}"), shared[name]))
+        part.load_state_dict(join_state(under(targets, f"{name}{JOINT}"), shared[name]))
     own = json.loads((folder / f"{source}.json").read_text())
-    states = {name: join_state(_under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
+    states = {name: join_state(under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
     return ResumePoint(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
 
 
@@ -129,7 +129,7 @@ def _layout(world_size: int, context: int, device: str) -> str:
 
 def _check_fit(folder: Path, parts: Parts, index: Mapping[str, Stored]) -> None:
     for name, part in parts.roles.items():
-        problems = part.problems(_under(index, f"{name}{JOINT}"))
+        problems = part.problems(under(index, f"{name}{JOINT}"))
         if problems:
             raise UserError(f"checkpoint {folder}: the weights of role {name!r} do not fit: {'; '.join(problems)}")
 
@@ -138,7 +138,8 @@ def _empty(index: Mapping[str, Stored]) -> dict[str, Tensor]:
     return {name: stored.empty() for name, stored in index.items()}
 
 
-def _under(values: Mapping[str, T], prefix: str) -> dict[str, T]:
+def under(values: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Values whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
@@ -161,7 +162,7 @@ def _free_name(path: Path) -> Path:
 
 def role_parts(checkpoint: Path, role: str) -> set[str]:
     """Parts of a role's state (``network``, ``ema``, ``optimizer``) that a checkpoint holds."""
-    return {name.split(JOINT)[0] for name in _under(read_index(checkpoint / INDEX), f"{role}{JOINT}")}
+    return {name.split(JOINT)[0] for name in under(read_index(checkpoint / INDEX), f"{role}{JOINT}")}
 
 
 def role_weights(checkpoint: Path, role: str, part: str) -> dict[str, Tensor]:
@@ -170,4 +171,4 @@ def role_weights(checkpoint: Path, role: str, part: str) -> dict[str, Tensor]:
     index, prefix = read_index(checkpoint / INDEX), JOINT.join((role, part, ""))
     wanted = {name: stored.empty() for name, stored in index.items() if name.startswith(prefix)}
     read_into(wanted, checkpoint, index, alone=True)
-    return _under(wanted, prefix)
+    return under(wanted, prefix)

@@ -7,8 +7,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -20,7 +21,7 @@ OTHERS_DUMP = 3.0
 
 
 class Watchdog:
-    """Watches the progress of all processes together from a thread; use as a context around the loop.
+    """Watches the progress of all processes together from a thread.
 
     Progress is a unit of work on any process (a step, a network call of a validation), because one may validate while
     the others wait for it.
@@ -38,15 +39,15 @@ class Watchdog:
         self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
 
-    def __enter__(self) -> Watchdog:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch until the context ends."""
         if self.seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
+        try:
+            yield
+        finally:
+            self._over.set()
 
     def _watch(self) -> None:
         idle, seen, before = 0.0, self._progress(), time.monotonic()
