@@ -224,7 +224,7 @@ class WanCodec(StatisticsCodec):
         """``(C, F, H, W)`` of one sample.
 
         Raises:
-            UserError: if the checkpoint does not take the configured size or given frames.
+            UserError: if the checkpoint does not take the configured size or conditioning frames.
         """
         self.inputs.check(self.pipeline)
         vae, config = self.pipeline.vae_config, self.pipeline.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import shutil
@@ -24,7 +25,6 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_config,
 )
 from fastvideo.distillation.types import UserError
-from fastvideo.wording import did_you_mean
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
@@ -147,7 +147,7 @@ def choose_attention(network: Any, name: str) -> None:
 
     known = sorted(backend.value for backend in AttentionBackendName)
     if name not in known:
-        hint = did_you_mean(name, known)
+        hint = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, known, n=1))
         raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{hint}")
     processors = network.attn_processors.values() if name != NATIVE else ()
     if any("_attention_backend" not in dir(processor) for processor in processors):

@@ -1,1 +1,1 @@
-"""How other programs run students of the families: diffusers' schedulers, ComfyUI's names. No family imports this."""
+"""Conventions of diffusers (schedulers, layouts) and ComfyUI (names) for students. No family imports this."""
