@@ -14,7 +14,7 @@ from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, comp
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.lora import is_adapter, merge
 from fastvideo.distillation.engine.runtime import Processes
-from fastvideo.distillation.registry import load_adapter
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -136,7 +136,6 @@ def _unfinished(source: Source) -> LoadedModel:
     """The model that the run started from, with the recipe of its result."""
     config = config_of(source.config, f"{source.run}/{RUN_CONFIG}")
     adapter = build_adapter(config)
-    families = build_families(config, adapter, Processes())
-    network = load_role(config, families, "student").requires_grad_(False)
+    network = load_role(config, build_families(config, adapter, Processes()), "student").requires_grad_(False)
     recipe = result_recipe(config, adapter.folder, source.weights, source.step)  # type: ignore[arg-type]
     return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)
