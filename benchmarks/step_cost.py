@@ -32,7 +32,7 @@ from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker

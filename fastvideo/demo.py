@@ -1,9 +1,7 @@
-"""``make demo``: distil the embedded teacher, measure it against its student, write a page to look at."""
+"""``make demo``: distil the embedded teacher, measure it against its student, write a report page."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,13 +30,13 @@ class DemoArguments:
     config: Path = CONFIG
     """The recipe."""
     out: Path = DEMO
-    """Where everything goes; an earlier demo there is replaced."""
+    """Output folder; an earlier demo there is replaced."""
     prompts: int = 512
     """Held-out prompts behind the figures."""
     seed: int = 0
     """Seed of the training."""
     short: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A few steps and prompts, only to see that everything runs; the student is not a good one."""
+    """Take a few steps and prompts, to see that everything runs; the student is not a good one."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
-    """Train the student; wall time, updates and peak memory of the training."""
+    """Train the student; returns wall time, updates and peak memory."""
+    import torch
+
+    from fastvideo.distillation.engine.optional.performance import peak_memory
     from fastvideo.training.distillation import parse
     from fastvideo.training.run import run
 
@@ -73,12 +74,12 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     return {
         "wall_seconds": round(seconds, 1),
         "student_updates": len(range(0, config.trainer.max_steps, interval)),
-        "peak_rss_mb": round(peak_memory_mb()),
+        "peak_rss_mb": round(peak_memory(torch.device("cpu")) / 2**20),
     }
 
 
 def preprocess_world(config: Config, folder: Path, count: int) -> Path:
-    """Write the tiny world as MP4 files, and preprocess them like anybody's; the folder of Parquet files."""
+    """Write the tiny world as MP4 files and preprocess them; returns the folder of Parquet files."""
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.model import ModelChoice
     from fastvideo.data.preprocess import make_job, preprocess
@@ -95,7 +96,7 @@ def preprocess_world(config: Config, folder: Path, count: int) -> Path:
 
 
 def _is_earlier_demo(out: Path) -> bool:
-    """Whether ``out`` may be replaced: another run's folder is refused like anywhere else."""
+    """True if ``out`` may be replaced: another run's folder is refused."""
     return (out / "config.yaml").is_file() and (out in (DEMO, SHORT_DEMO) or (out / "comparison.gif").is_file())
 
 
@@ -117,16 +118,10 @@ def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
 
 
 def side_by_side(videos: Mapping[str, Tensor], columns: int = 8) -> Tensor:
-    """One video ``[3, T, R H, C W]``: a row per model, a column per prompt."""
+    """Tile videos into one ``[3, T, R H, C W]``: a row per model, a column per prompt."""
     import torch
 
     return torch.cat([torch.cat(list(row[:columns]), dim=-1) for row in videos.values()], dim=-2)
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MiB (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rules about features: tokens of the network's blocks, for methods with a discriminator."""
+"""Rules about features: tokens of the network's blocks, for discriminators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FEATURES = "features(), blocks, feature_widths"
 
 
 def _taps(subject: Subject) -> tuple[int, ...]:
-    """Every block."""
+    """All blocks."""
     if not subject.adapter.feature_widths:
         raise NotApplicable("the family declares no features, so methods with a discriminator refuse it")
     return tuple(range(len(subject.adapter.feature_widths)))

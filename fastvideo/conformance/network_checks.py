@@ -99,11 +99,8 @@ def times_per_frame_belong_to_their_frame(subject: Subject) -> None:
         raise NotApplicable("the latents have one frame; give the model a longer video to check this")
     times = torch.linspace(0.3, 0.9, frames, device=subject.adapter.device).expand(len(subject.x_t), frames)
     u = subject.predict(subject.x_t, times)
-    for name, wrong in {
-        "reversed": times.flip(1),
-        "all the first": times[:, :1],
-        "all the last": times[:, -1:],
-    }.items():
+    others = {"reversed": times.flip(1), "all the first": times[:, :1], "all the last": times[:, -1:]}
+    for name, wrong in others.items():
         other = subject.predict(subject.x_t, wrong.expand(-1, frames))
         require(not torch.allclose(other, u, rtol=1e-3, atol=1e-4), f"times {name} give the same velocity")
 

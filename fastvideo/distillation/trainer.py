@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from fastvideo import stopping
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch
@@ -68,7 +67,6 @@ class DistillTrainer:
                 due = any(hook.due(self.step) for hook in self.hooks)
                 if due or self._over() or self.step % self.options.log_every == 0:
                     self.settle()
-                stopping.step_done()
                 self._stop_if_asked(meet=due)
             self.runtime.log(self.step, self._spent(), closing=True)
 
@@ -94,10 +92,10 @@ class DistillTrainer:
         """
         if (settled := self.runtime.settle()) is None:
             return
-        step, taken = settled
+        step, stepped = settled
         if step % self.options.log_every == 0:
             self.runtime.log(step, self._spent())
-        self.runtime.call(self.hooks, step, taken)
+        self.runtime.call([hook.after_step for hook in self.hooks], step, stepped)
 
     def _over(self) -> bool:
         spent = self.options.max_cpu_seconds and self.cpu_seconds >= self.options.max_cpu_seconds
@@ -119,7 +117,7 @@ class DistillTrainer:
         return {"step": self.step, **self.runtime.state_dict(), **self._spent()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken."""
+        """Continue exactly where :meth:`state_dict` was stepped."""
         self.step, self.cpu_seconds = int(state["step"]), float(state.get("cpu_seconds", 0.0))
         self.runtime.load_state_dict(state)
 
