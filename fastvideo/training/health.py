@@ -22,7 +22,7 @@ from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import at_time
+from fastvideo.distillation.rollout import full_time
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
@@ -156,7 +156,7 @@ class HealthCheck:
         condition = adapter.conditioner.encode_prompts(self.wanted.prompts[:count]) | given
         negative = adapter.conditioner.negative(count) | given
         noise = normal(tuple(x0.shape), seeded(self.wanted.seed)).to(adapter.device)
-        x_t, t = add_noise(x0, noise, at_time(x0, PANEL_TIME)), at_time(x0, PANEL_TIME)
+        x_t, t = add_noise(x0, noise, full_time(x0, PANEL_TIME)), full_time(x0, PANEL_TIME)
         real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(adapter))
         fake, own = (bundle[role].x0(x_t, t, condition) for role in ("critic", "student"))
         if self.shared.writes:
