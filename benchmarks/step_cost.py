@@ -32,7 +32,7 @@ from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
@@ -186,7 +186,9 @@ class Bench:
         adapter = WanAdapter(WanConfig(path=self.folder, **SIZES[self.size]["video"]))
         networks = {role: adapter.folder.load_network() for role in ("student", "teacher", "critic")}
         count = SIZES[self.size]["batch"]
-        text = adapter.conditioner.encode_prompts(["a red three moving up", ""]).tensors["prompt_embeds"]
+        text = adapter.conditioner.encode_prompts(["a red three moving up", ""]).of(adapter.conditioner.key)[
+            "prompt_embeds"
+        ]
         batch = {
             "x0": torch.randn(count, *adapter.codec.latent_shape),
             "text": text[:1].repeat(count, 1, 1),

@@ -1,4 +1,4 @@
-"""``make demo``: distil the embedded teacher, measure it against its student, write a page to look at."""
+"""``make demo``: distil the embedded teacher, measure it against its student, write a report page."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class DemoArguments:
     config: Path = CONFIG
     """The recipe."""
     out: Path = DEMO
-    """Where everything goes; an earlier demo there is replaced."""
+    """Output folder; an earlier demo there is replaced."""
     prompts: int = 512
     """Held-out prompts behind the figures."""
     seed: int = 0
     """Seed of the training."""
     short: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A few steps and prompts, only to see that everything runs; the student is not a good one."""
+    """Take a few steps and prompts, to see that everything runs; the student is not a good one."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
-    """Train the student; wall time, updates and peak memory of the training."""
+    """Train the student; returns wall time, updates and peak memory."""
     from fastvideo.training.distillation import parse
     from fastvideo.training.run import run
 
@@ -78,7 +78,7 @@ def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
 
 
 def preprocess_world(config: Config, folder: Path, count: int) -> Path:
-    """Write the tiny world as MP4 files, and preprocess them like anybody's; the folder of Parquet files."""
+    """Write the tiny world as MP4 files and preprocess them; returns the folder of Parquet files."""
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.model import ModelChoice
     from fastvideo.data.preprocess import make_job, preprocess
@@ -95,7 +95,7 @@ def preprocess_world(config: Config, folder: Path, count: int) -> Path:
 
 
 def _is_earlier_demo(out: Path) -> bool:
-    """Whether ``out`` may be replaced: another run's folder is refused like anywhere else."""
+    """True if ``out`` may be replaced: another run's folder is refused."""
     return (out / "config.yaml").is_file() and (out in (DEMO, SHORT_DEMO) or (out / "comparison.gif").is_file())
 
 
@@ -117,7 +117,7 @@ def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
 
 
 def side_by_side(videos: Mapping[str, Tensor], columns: int = 8) -> Tensor:
-    """One video ``[3, T, R H, C W]``: a row per model, a column per prompt."""
+    """Tile videos into one ``[3, T, R H, C W]``: a row per model, a column per prompt."""
     import torch
 
     return torch.cat([torch.cat(list(row[:columns]), dim=-1) for row in videos.values()], dim=-2)

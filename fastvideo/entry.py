@@ -10,10 +10,10 @@ from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stoppe
 
 
 def report_user_errors(action: Callable[[], int]) -> int:
-    """Run ``action``; what is for the user becomes one message on stderr and an exit code.
+    """Run ``action``; turn errors for the user into one message on stderr and an exit code.
 
-    2 for a mistake in what the user gave, 1 for a run that cannot go on, 75 for one that a scheduler's signal stopped,
-    130 for one that Ctrl-C stopped.
+    2 for a mistake in the user's input, 1 for a run that cannot go on, 75 for a run stopped by a scheduler's signal,
+    130 for one stopped by Ctrl-C.
     """
     try:
         return action()
@@ -22,7 +22,7 @@ def report_user_errors(action: Callable[[], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
     except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, all of which stopped, one says so
+        if os.environ.get("RANK", "0") == "0":  # all processes stop, one prints
             print(stop, file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
@@ -31,9 +31,9 @@ def report_user_errors(action: Callable[[], int]) -> int:
 
 
 def _is_first(message: str) -> bool:
-    """Whether no other process of a job has said so already."""
+    """True if no other process of the job has printed this message."""
     if "WORLD_SIZE" not in os.environ:
         return True
-    from fastvideo.distillation.engine.parallel.distributed import first_to_report
+    from fastvideo.distillation.engine.parallel.collective import first_to_report
 
     return first_to_report(message)

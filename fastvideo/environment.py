@@ -1,4 +1,4 @@
-"""What a result depends on besides its config: package versions, machine, code revision."""
+"""Environment of a result: package versions, machine, code revision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
 
 @cache
 def revision() -> str:
-    """The commit of this code, as far as it lies in a git checkout."""
+    """Commit of this code, if it lies in a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return found or "not a git checkout"

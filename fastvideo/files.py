@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all, and survive a kill or a power cut: written, flushed, and renamed into place.
+"""Durable files: written, flushed and renamed into place, so that a kill or a power cut leaves the old or the new one.
 
-Every change that :func:`write_file` and :func:`replace_file` make goes through functions of ``os``, one call at a time,
-so that a test can stop at each.
+:func:`write_file` and :func:`replace_file` make every change by one call of ``os``, so that a test can stop at each.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ CHUNK = 8 * 2**20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be: its size in bytes and its SHA-256."""
+    """Size of a file in bytes and its SHA-256."""
 
     size: int
     sha256: str
 
 
 def write_file(path: Path, content: Iterable[bytes | memoryview]) -> FileRecord:
-    """A new file with that content, on the disk before this returns.
+    """Write a new file, on the disk before this returns.
 
     Raises:
         OSError: if it exists already or cannot be written.
@@ -50,17 +49,17 @@ def write_file(path: Path, content: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: new names in it are on the disk when this returns."""
+    """Flush a folder's entries to the disk."""
     _flush(folder)
 
 
 def replace_file(path: Path, content: str | bytes) -> FileRecord:
-    """Write a file so that its name leads to the whole old content or the whole new one, whatever happens.
+    """Replace a file atomically: its name leads to the whole old content or the whole new one.
 
-    One process at a time may do so for a path; text is UTF-8.
+    For one process at a time per path; text is UTF-8.
 
     Raises:
-        OSError: if it cannot be written; the old content stays then.
+        OSError: if it cannot be written; the old content then stays.
     """
     temporary = path.with_name(f".{path.name}.part")
     with contextlib.suppress(FileNotFoundError):
@@ -73,9 +72,9 @@ def replace_file(path: Path, content: str | bytes) -> FileRecord:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name for a library to write to; the file takes the place of ``path`` at the end, with normal permissions.
+    """Yield a path for a library to write to; the file replaces ``path`` at the end, with normal permissions.
 
-    Several processes may do so at once: the last one wins. If the body raises, ``path`` stays as it was.
+    Of several processes at once the last one wins. If the body raises, ``path`` stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -90,7 +89,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``folder`` at the end; its files get normal permissions.
+    """Yield a new folder to write into, which replaces ``folder`` at the end; its files get normal permissions.
 
     If the body raises, ``folder`` stays as it was.
     """
@@ -110,7 +109,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _make_readable(file: Path) -> None:
-    """The permissions of any new file under the user's umask; safetensors writes its own for the owner alone."""
+    """Set the permissions of the user's umask; safetensors writes files for the owner alone."""
     file.chmod(0o666 & ~_umask())
 
 
@@ -131,7 +130,7 @@ def _flush(file: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder with its parents, each on the disk."""
+    """Create the folder and its parents, each on the disk."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -141,7 +140,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path, first: Iterable[str] = ()) -> None:
-    """Delete a folder; the entries named in ``first`` are gone from the disk before anything else goes."""
+    """Delete a folder; the entries named in ``first`` go first, on the disk too."""
     if not folder.is_dir():
         return
     for name in first:
@@ -157,6 +156,6 @@ def remove_tree(folder: Path, first: Iterable[str] = ()) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file as it is now."""
+    """Measure a file: size and SHA-256."""
     with path.open("rb") as stream:
         return FileRecord(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())

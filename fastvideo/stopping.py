@@ -1,7 +1,7 @@
-"""Being told to stop. A signal sets a flag and nothing else; work looks at the flag between its units.
+"""Graceful stop on signals: a signal sets a flag, and work checks the flag between its units.
 
-The flag is the process's, as signals are. A thread watches for signals, so that the second one ends the process even
-while the main thread is inside a library's call.
+The flag is process-wide, because signal handlers are. A thread watches for signals, so that a second one ends the
+process even while the main thread is inside a library's call.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _units = [0]
 
 
 def received() -> int:
-    """The number of the signal that asked this process to stop; 0 if none did."""
+    """Number of the signal that asked this process to stop; 0 for none."""
     return _received[0] if _received else 0
 
 
 def unit_done() -> None:
-    """Between two units of work: go on, or stop if a signal came.
+    """Count a finished unit of work, and stop here if a signal came.
 
     Raises:
         Stopped: if this process was asked to stop.
@@ -38,20 +38,20 @@ def unit_done() -> None:
 
 
 def step_done() -> None:
-    """A unit after which all processes decide together whether to stop."""
+    """Count a finished step, after which all processes decide together to stop or go on."""
     _units[0] += 1
 
 
 def units() -> int:
-    """How many units of work this process has done: it is alive while this grows."""
+    """Number of units of work that this process has done: it is alive while this grows."""
     return _units[0]
 
 
 @contextmanager
 def listening(names: Sequence[str]) -> Iterator[None]:
-    """Let the named signals ask for a stop; names that this system does not have are passed over.
+    """Let the named signals ask for a stop; names unknown to this system are ignored.
 
-    Only the main thread of a process can listen; elsewhere this does nothing.
+    Only the main thread can listen; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -73,7 +73,7 @@ def listening(names: Sequence[str]) -> Iterator[None]:
 
 
 def _nothing(number: int, frame: object) -> None:
-    """A handler must exist for the number to reach the thread."""
+    """Handle the signal, without which its number would not reach the thread."""
 
 
 def _watch(source: socket.socket, wanted: frozenset[int]) -> None:
@@ -95,7 +95,7 @@ def _leave(number: int) -> None:
 
 
 def _say(message: str) -> None:
-    """One line from the first process; past any buffer, whose lock the main thread may hold."""
+    """Print one line from the first process, unbuffered: the main thread may hold the buffer's lock."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, f"\n{message}\n".encode())

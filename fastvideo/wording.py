@@ -1,4 +1,4 @@
-"""Words of messages: the nearest right one, singular and plural."""
+"""Words of messages: nearest names, singular and plural."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that ``word`` most likely stands for, an abbreviated one before others; ``None`` if none is near.
+    """Find the known word nearest to ``word``, preferring one that it abbreviates; ``None`` if none is near.
 
     ``student_lr`` is ``student_learning_rate`` and not ``student_betas``.
     """

@@ -22,12 +22,12 @@ VERBS = {
         "fastvideo.cli.precompute_trajectories",
         "store a teacher's trajectories from noise to data, to train the method kd on",
     ),
-    "buckets": ("fastvideo.cli.buckets", "show which sizes a dataset has, and how many batches they give"),
+    "buckets": ("fastvideo.cli.buckets", "show the sizes in a dataset, and the batches that they give"),
     "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
     "evaluate": ("fastvideo.cli.evaluate", "measure prompt accuracy, Frechet distance, diversity and time"),
     "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
     "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),
-    "schedule": ("fastvideo.cli.schedule", "show a config's noise levels: what the network is really given"),
+    "schedule": ("fastvideo.cli.schedule", "show a config's noise levels: the network's real input"),
     "conformance": ("fastvideo.cli.conformance", "check that a model family fulfils the adapter contract"),
     "list": ("fastvideo.cli.listing", "list methods and model families"),
     "recipes": ("fastvideo.cli.recipes", "list the ready configs, which `distill --config NAME` takes by name"),
@@ -52,7 +52,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to a verb; the exit code."""
+    """Dispatch to a verb; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

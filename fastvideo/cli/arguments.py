@@ -1,4 +1,4 @@
-"""Types of arguments that several verbs have, and their parsing; no heavy imports, so that ``--help`` is instant."""
+"""Argument types that verbs share, and their parsing; no heavy imports, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Count = Annotated[int, AT_LEAST_ONE]
 
 
 def parse(arguments: type[T], argv: Sequence[str], verb: str) -> T:
-    """The arguments of a verb.
+    """Parse the arguments of a verb.
 
     Raises:
         UserError: for a :data:`Count` below 1.

@@ -1,4 +1,4 @@
-"""``fastvideo checkpoints``: what a run could go on from."""
+"""``fastvideo checkpoints``: list and verify the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckpointsArguments:
-    """List the checkpoints of a run: step, whether complete, size, roles, processes, config, age."""
+    """List the checkpoints of a run: step, complete or not, size, roles, processes, config, age."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run's folder."""
@@ -29,7 +29,7 @@ class CheckpointsArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; 0, or 1 if ``--verify`` found damage."""
+    """Print the table; returns 0, or 1 if ``--verify`` found damage."""
     arguments = parse(CheckpointsArguments, argv, "checkpoints")
 
     table, damaged = checkpoint_table(arguments.run, verify=arguments.verify, now=time.time())
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def checkpoint_table(run: Path, *, verify: bool, now: float) -> tuple[Table, int]:
-    """One row per checkpoint, newest first, and how many cannot be used.
+    """Make one row per checkpoint, newest first, and count the damaged ones.
 
     Raises:
         UserError: if the folder holds none.
@@ -73,7 +73,7 @@ def checkpoint_table(run: Path, *, verify: bool, now: float) -> tuple[Table, int
 
 
 def readable_age(seconds: float) -> str:
-    """A time span in its largest unit; a clock that went backwards makes none negative."""
+    """Time span in its largest unit; never negative, even if the clock went backwards."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

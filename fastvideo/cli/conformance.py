@@ -1,4 +1,4 @@
-"""``fastvideo conformance``: whether a model family fulfils the adapter contract."""
+"""``fastvideo conformance``: check that a model family fulfils the adapter contract."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ConformanceArguments:
     prompts: tuple[str, str] = ("a green seven moving up", "a red three")
     """Two prompts that the text encoder tells apart."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, mps."""
+    """Device: cpu, cuda, mps."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check; the exit code."""
+    """Check; returns the exit code."""
     arguments = parse(ConformanceArguments, argv, "conformance")
 
     from fastvideo.conformance.run import conform, find_family, model_options
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(outcomes: Iterable[Outcome]) -> Table:
-    """One row per check; for a failed one what was found and where to look."""
+    """One row per check, with the finding and the place to look at."""
     from rich.table import Table
 
     styles = {"passed": "green", "FAILED": "bold red", "not applicable": "dim"}

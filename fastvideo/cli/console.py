@@ -1,4 +1,4 @@
-"""What verbs print to: one width for files and pipes, one spelling of sizes, one sign of patience."""
+"""Console of the verbs: width in files and pipes, readable sizes, a spinner for long work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH_IN_PIPE = 120
 
 
 def console(width: int = WIDTH_IN_PIPE) -> Console:
-    """Standard output; ``width`` columns where it is a file or a pipe, which has none of its own."""
+    """Standard output, with ``width`` columns if it is a file or a pipe."""
     from rich.console import Console
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -24,7 +24,7 @@ def console(width: int = WIDTH_IN_PIPE) -> Console:
 
 @contextmanager
 def patience(doing: str) -> Iterator[None]:
-    """Show on a terminal's standard error that work goes on, until it is done; in a file or pipe nothing."""
+    """Show a spinner on a terminal's standard error while the context lasts; nothing in a file or pipe."""
     from rich.console import Console
 
     err = Console(stderr=True)

@@ -36,24 +36,24 @@ class EvaluateArguments:
     prompts: int = 512
     """Held-out prompts; all models get the same ones, and the same noise."""
     seed: int = 0
-    """Chooses prompts and noise."""
+    """Seed of prompts and noise."""
     guidance: OptionalFloat = None
     """Guidance scale for all models; default: each model's own."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
-    """Run students down these times instead of their own, such as `1.0 0.5` for two of the rungs 1, 0.75, 0.5, 0.25.
-    Without it a student takes all rungs of its ladder, or the first alone (FOLDER:1)."""
+    """Run students down these times instead of their own, such as `1.0 0.5` for two of the ladder steps 1, 0.75, 0.5,
+    0.25. Without it a student takes all steps of its ladder, or the first alone (FOLDER:1)."""
     sweep_guidance: OptionalText = None
     """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
     out: OptionalPath = None
-    """Folder for figures, the first videos and a page, which may be a run's; a name ending in .json: figures alone."""
+    """Folder (which may be a run's) for figures, the first videos and a page; a name ending in .json: figures alone."""
     batch_size: int = 64
     """Videos that are denoised together; the speed depends on it."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, mps."""
+    """Device: cpu, cuda, mps."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate; the exit code."""
+    """Evaluate; returns the exit code."""
     arguments = parse(EvaluateArguments, argv, "evaluate")
     run_evaluate(arguments)
     return 0
@@ -63,7 +63,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     """Measure the folders, print the table and write ``arguments.out``.
 
     Raises:
-        UserError: for a bad folder or sampler, or an ``out`` that holds figures; nothing is sampled or written then.
+        UserError: for a bad folder or sampler, or an ``out`` that holds figures, before anything is sampled or written.
     """
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report_store import check_unmeasured
@@ -94,10 +94,10 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
 def row_specs(
     folders: Sequence[str], guidance: float | None = None, ladder: tuple[float, ...] = ()
 ) -> dict[str, RowSpec]:
-    """A row for each ``FOLDER`` or ``FOLDER:STEPS``, named as given; ``ladder`` for all of them if there is one.
+    """Parse a row for each ``FOLDER`` or ``FOLDER:STEPS``, named as given; a ``ladder`` applies to all of them.
 
     Raises:
-        UserError: if what follows the colon is not a number, comes beside a ladder, or a row is given twice.
+        UserError: for steps that are not a number, steps beside a ladder, or a row that is given twice.
     """
     from fastvideo.evaluation.rows import RowSpec
 
@@ -116,7 +116,7 @@ def row_specs(
 
 
 def write_out(out: Path, evaluation: Evaluation) -> str:
-    """The figures alone into a ``.json`` file; into a folder also the first videos and the page. What was written."""
+    """Write figures to a ``.json`` file, or figures, first videos and page to a folder; returns a message."""
     from fastvideo.evaluation.report import write_report
     from fastvideo.evaluation.report_store import save_measured, write_json
 
@@ -154,7 +154,7 @@ def table(rows: Mapping[str, Row]) -> Table:
 
 
 def shown(figure: Estimate, digits: int) -> str:
-    """``value`` and below it ``low-high``."""
+    """Format ``value``, and below it ``low-high``."""
     return f"{figure.value:.{digits}f}\n[dim]{figure.low:.{digits}f}-{figure.high:.{digits}f}[/dim]"
 
 

@@ -1,4 +1,4 @@
-"""``fastvideo export``: a student as a folder that other programs sample."""
+"""``fastvideo export``: write a student as a folder that other programs sample."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ExportArguments:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder (finished or not), or the student's folder in it."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """Where the model goes; must be new or empty."""
+    """Folder for the model; must be new or empty."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
-    """Format: `diffusers`, a pipeline folder whose scheduler walks the student's ladder; of a student that was trained
+    """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder; for a student that was trained
     as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
     steps: OptionalInt = None
-    """Network steps that the scheduler is made for: all of the ladder (the default) or 1."""
+    """Network steps of the scheduler: all of the ladder (the default) or 1."""
     ema: KindSwitch = False
     """The averaged weights: the default, if the run keeps them; refused if it does not."""
     live: KindSwitch = False
@@ -44,12 +44,12 @@ class ExportArguments:
 
     @property
     def weights(self) -> Literal["ema", "live"] | None:
-        """The kind that is asked for by name."""
+        """The kind that a flag names."""
         return "ema" if self.ema else "live" if self.live else None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export; the exit code."""
+    """Export; returns the exit code."""
     arguments = parse(ExportArguments, argv, "export")
 
     from fastvideo.inference.export import run_export

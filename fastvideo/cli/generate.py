@@ -30,21 +30,20 @@ class GenerateArguments:
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Model folder, a hub id, or `tiny` or `tiny_cogvideox` for a teacher that ships with this package."""
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
-    """What to show, such as "a green seven moving up and left"."""
+    """Content of the video, such as "a green seven moving up and left"."""
     image: OptionalPath = None
-    """Image (or clip) that the video goes on from, for a model made for that. It is scaled until it fills the video's
-    size, and what hangs over is cut off on both sides."""
+    """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
     output: Path = Path("video.mp4")
-    """Where the video goes; .mp4, .gif, .webp or .apng."""
+    """Video file; .mp4, .gif, .webp or .apng."""
     steps: OptionalInt = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
-    """Run a student down these times instead of its own, such as `1.0 0.5` for two of the rungs 1, 0.75, 0.5, 0.25."""
+    """Run a student down these times instead of its own, such as `1.0 0.5` for two of the steps 1, 0.75, 0.5, 0.25."""
     guidance: OptionalFloat = None
     """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and the family's published
     one for a teacher (Wan 5, CogVideoX 6)."""
     negative_prompt: OptionalText = None
-    """What guidance leads away from; default: the model's own."""
+    """Prompt that guidance leads away from; default: the model's own."""
     seed: int = 0
     """Same seed, same video."""
     fps: int = 8
@@ -60,24 +59,24 @@ class GenerateArguments:
     max_sequence_length: OptionalInt = None
     """Tokens of a prompt that the model sees."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, mps."""
+    """Device: cpu, cuda, mps."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Generate; the exit code."""
+    """Generate; returns the exit code."""
     arguments = parse(GenerateArguments, argv, "generate")
     print(run_generate(arguments))
     return 0
 
 
 def run_generate(arguments: GenerateArguments) -> str:
-    """Generate and write one video; returns the line that tells what was done.
+    """Generate and write one video; returns a summary.
 
     Raises:
-        UserError: for a bad folder, prompt, image, number of steps or file name; nothing is written then.
+        UserError: for a bad folder, prompt, image, number of steps or file name, before anything is written.
     """
     from fastvideo.data.video_io import video_format, write_video
-    from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.inference.first_frames import first_frames
     from fastvideo.inference.generate import generate_video
     from fastvideo.inference.loading import load_model

@@ -1,4 +1,4 @@
-"""``fastvideo list``: methods and model families, what each method needs, and which go together."""
+"""``fastvideo list``: methods and model families, the needs of each method, and the pairs that go together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ListArguments:
-    """List the methods and the model families, and which go together."""
+    """List the methods, the model families, and the pairs that go together."""
 
 
 def split_paper(summary: str) -> tuple[str, str]:
-    """A summary without its paper, and the paper's arXiv number or ``-``."""
+    """Split a summary into its text and the arXiv number of its paper, or ``-``."""
     found = re.search(r"\s*\(arXiv (\d{4}\.\d{4,5})\)", summary)
     if found is None:
         return summary, "-"
@@ -43,7 +43,7 @@ def method_table() -> Table:
 
 
 def combination_table() -> Table:
-    """One row per method: what it needs by default, and for every family `yes` or what the family lacks."""
+    """One row per method: its default needs, and for every family `yes` or the needs that it lacks."""
     from rich.table import Table
 
     from fastvideo.distillation.builder import lacks
@@ -74,7 +74,7 @@ def family_table() -> Table:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the tables; the exit code."""
+    """Print the tables; returns the exit code."""
     parse(ListArguments, argv, "list")
 
     out = console()

@@ -1,4 +1,4 @@
-"""``fastvideo plan``: what a run will need, before it is started. No weights, no GPU."""
+"""``fastvideo plan``: predict the needs of a run before it starts, without weights or GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvideo.wording import counted
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """What every process of a run will hold, compute and send; exit code 1 if it does not fit.
+    """Predict what every process of a run holds, computes and sends; exit code 1 if it does not fit.
 
     Fields of the config can be overridden as for `fastvideo distill`: `--parallel.shard 8`.
     """
@@ -30,7 +30,7 @@ class PlanArguments:
     gpu_memory: str = "80GiB"
     """Memory of one device: 80GiB, 24GB."""
     reserve: str = "2GiB"
-    """Left free for what is not predicted: the driver, communication, fragmentation."""
+    """Memory left free for the driver, communication and fragmentation, which are not predicted."""
     architecture: str | None = None
     """Published architecture for a model path that is neither a folder nor a known hub id."""
     flops: float | None = None
@@ -42,10 +42,10 @@ class PlanArguments:
 
 
 def read_bytes(text: str, flag: str) -> int:
-    """``80GiB`` as bytes.
+    """Parse ``80GiB`` to bytes.
 
     Raises:
-        UserError: for what is no size.
+        UserError: for a text that is no size.
     """
     from fastvideo.planning.report import UNITS
 
@@ -56,7 +56,7 @@ def read_bytes(text: str, flag: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; 0 if the run fits, 1 if not."""
+    """Print the plan; returns 0 if the run fits, else 1."""
     options, rest = tyro.cli(PlanArguments, args=argv, prog="fastvideo plan", return_unknown_args=True)
     budget, reserve = read_bytes(options.gpu_memory, "--gpu-memory"), read_bytes(options.reserve, "--reserve")
     check_counts(options)

@@ -1,4 +1,4 @@
-"""``fastvideo precompute-trajectories``: a teacher's trajectories, stored once."""
+"""``fastvideo precompute-trajectories``: store a teacher's trajectories once."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from fastvideo.cli.arguments import Count, OptionalFile, Switch, parse
 
 @dataclass(frozen=True)
 class TrajectoryArguments:
-    """Walk a teacher from noise to data once, and store its states at the student's noise levels, to train kd on.
+    """Sample a teacher from noise to data once, and store its states at the student's noise levels, to train kd on.
 
-    An interrupted call goes on where it was when it is given again. Ladder, teacher and guidance are the config's:
-    a run that is configured otherwise refuses the result.
+    The same call again continues an interrupted one. Ladder, teacher and guidance are the config's: a run with other
+    ones refuses the result.
     """
 
     config: Path
     """The YAML file, or the recipe, of the run that will train on them; its method is kd."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """Where the Parquet files go; the run's data.path."""
+    """Folder for the Parquet files; the run's data.path."""
     prompts: OptionalFile = None
     """Text file, one prompt per line. Default: captions of the embedded tiny world."""
     count: Count = 4096
-    """How many walks; the prompts are gone through again and again if they are fewer."""
+    """Number of trajectories; fewer prompts are repeated."""
     workers: Count = 1
     """Processes, each with one thread; the rows do not depend on their number."""
     rows_per_file: Count = 256
-    """Walks per Parquet file; an interruption loses at most this many per process."""
+    """Trajectories per Parquet file; an interruption loses at most this many per process."""
     batch_size: Count = 32
-    """Walks that go through the network together."""
+    """Trajectories that go through the network together."""
     device: str = "cpu"
-    """Where to compute: cpu, or cuda (the processes are dealt to all GPUs)."""
+    """Device: cpu, or cuda (the processes are dealt to all GPUs)."""
     overwrite: Switch = False
-    """Delete what an earlier call has left in the folder."""
+    """Delete the results of an earlier call in the folder."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Precompute; the exit code."""
+    """Precompute; returns the exit code."""
     arguments = parse(TrajectoryArguments, argv, "precompute-trajectories")
 
     from fastvideo.data.trajectories import precompute
@@ -61,7 +61,7 @@ def _captions(prompts: Path | None, count: int, config: Any) -> list[str]:
 
         read = read_prompts(str(prompts))
         return [read[i % len(read)] for i in range(count)]
-    from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.errors import UserError
     from fastvideo.tiny.world import TinyWorld
 

@@ -1,4 +1,4 @@
-"""``fastvideo preprocess``: videos and captions to Parquet, once."""
+"""``fastvideo preprocess``: encode videos and captions to Parquet, once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastvideo.errors import UserError
 class PreprocessArguments:
     """Encode a folder of videos and captions once, into Parquet files to train on.
 
-    An interrupted call goes on where it was when it is given again. Exit code 0: every video is in; 1: finished, but
-    some videos were skipped and are listed in OUT/skipped.jsonl; 2: nothing was done, because of a mistake in the call.
+    The same call again continues an interrupted one. Exit code 0: every video is encoded; 1: finished, but some videos
+    were skipped and are listed in OUT/skipped.jsonl; 2: a mistake in the call, nothing was done.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")]
@@ -27,7 +27,7 @@ class PreprocessArguments:
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """The model to encode for: a diffusers pipeline folder, a hub id, or `tiny`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """Where the Parquet files go."""
+    """Folder for the Parquet files."""
     captions: OptionalFile = None
     """CSV (with a header) or JSONL file with file_name and caption. Default: captions.csv or captions.jsonl in the
     folder, else a .txt file beside each video."""
@@ -45,7 +45,7 @@ class PreprocessArguments:
     """Several sizes instead of one, such as 480x832x81 832x480x81: a video takes the nearest aspect ratio, and of those
     the longest that it fills."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """How a video of another aspect ratio becomes one of this size: cut both sides, add black bars, or distort."""
+    """Fit for another aspect ratio: cut both sides, add black bars, or distort."""
     fps: OptionalFloat = None
     """Frame rate, by dropping or repeating frames; Wan is trained at 16. Default: every frame as it is."""
     every_clip: Switch = False
@@ -53,13 +53,13 @@ class PreprocessArguments:
     videos_per_file: Count = 64
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
-    """Where to encode: cpu, or cuda (the processes are dealt to all GPUs)."""
+    """Device: cpu, or cuda (the processes are dealt to all GPUs)."""
     overwrite: Switch = False
-    """Delete what an earlier call has left in the folder."""
+    """Delete the results of an earlier call in the folder."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Preprocess; the exit code."""
+    """Preprocess; returns the exit code."""
     arguments = parse(PreprocessArguments, argv, "preprocess")
 
     from fastvideo.data.clips import Policy, Size

@@ -1,4 +1,4 @@
-"""``fastvideo recipes``: the ready configs."""
+"""``fastvideo recipes``: list the ready configs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SMALL = 128
 
 @dataclass(frozen=True)
 class RecipesArguments:
-    """List the recipes: what each distils, by which method, and on which hardware."""
+    """List the recipes: method, family, hardware and purpose of each."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; the exit code."""
+    """Print the table; returns the exit code."""
     parse(RecipesArguments, argv, "recipes")
     out = console(160)
     out.print(recipe_table())
@@ -47,7 +47,7 @@ def recipe_table() -> Table:
 
 
 def hardware(values: Mapping[str, Any]) -> str:
-    """The smallest machine that a recipe is made for: videos of the embedded worlds are small enough for a CPU."""
+    """The smallest machine for a recipe; videos of the embedded worlds are small enough for a CPU."""
     if values["model"].get("height", 0) < SMALL:
         return "CPU"
     parallel = values.get("parallel", {})
@@ -56,7 +56,7 @@ def hardware(values: Mapping[str, Any]) -> str:
 
 
 def first_comment(file: Path) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """First sentence of a recipe's leading comment."""
     lines = file.read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines:

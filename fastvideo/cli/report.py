@@ -1,4 +1,4 @@
-"""``fastvideo report``: read the runs, choose the page."""
+"""``fastvideo report``: write the page of one run, or of several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ReportArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page; the exit code."""
+    """Write the page; returns the exit code."""
     arguments = parse(ReportArguments, argv, "report")
     from fastvideo.evaluation.report import write_report
 

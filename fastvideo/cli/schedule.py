@@ -1,6 +1,6 @@
-"""``fastvideo schedule show CONFIG``: the noise levels of a run, in every unit that somebody may know them by.
+"""``fastvideo schedule show CONFIG``: the noise levels of a run, in every common unit.
 
-``fastvideo schedule stock CONFIG`` prints the ladder next to it that stock diffusers can sample, to be written there.
+``fastvideo schedule stock CONFIG`` prints the nearest ladder that stock diffusers can sample.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScheduleArguments:
-    """Show a config's noise levels: what the network is really given.
+    """Show a config's noise levels: the network's real input.
 
     `t` is the share of noise (1 = pure noise): the clean video is scaled by alpha = 1 - t, the noise by sigma = t.
     """
@@ -37,7 +37,7 @@ class ScheduleArguments:
 
 
 def published_steps(ladder: object) -> list[float] | None:
-    """The timesteps, before any shift, that a config's ``ladder`` section stands for, where it says so."""
+    """Timesteps before any shift, as written in a config's ``ladder`` section; ``None`` for another form."""
     if not isinstance(ladder, Mapping):
         return None
     if "steps" in ladder:
@@ -65,31 +65,30 @@ def schedule_table(config: Config, written: object) -> Table:
         title=f"{config.distill_model} x {config.distill_method}: {len(times)} network calls, sampler {sampler}",
         caption=f"ladder as written: {_written(written)}",
     )
-    for heading in ("rung", "step as written", "t", "sigma", "alpha", "SNR", f"time input of {config.distill_model}"):
+    for heading in ("step", "step as written", "t", "sigma", "alpha", "SNR", f"time input of {config.distill_model}"):
         table.add_column(heading, justify="right")
     steps = published_steps(written) or []
     labels = [f"{step:g}" for step in steps] or ["-"] * len(times)
     rows = zip(labels, *(column.tolist() for column in columns), network.tolist(), strict=True)
-    for rung, (label, *values, given) in enumerate(rows):
-        table.add_row(str(rung), label, *(f"{value:.4f}" for value in values), f"{given:.3f}")
+    for number, (label, *values, given) in enumerate(rows):
+        table.add_row(str(number), label, *(f"{value:.4f}" for value in values), f"{given:.3f}")
     return table
 
 
 def stock_ladder(config: Config, steps: int | None) -> str:
-    """YAML of the ladder on which a stock scheduler samples the family's students, to the last digit.
+    """YAML of the ladder that a stock scheduler samples exactly.
 
     Raises:
         UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
     """
-    from fastvideo.distillation.registry import load_adapter, load_method
+    from fastvideo.distillation.registry import load_exporter, load_method
     from fastvideo.distillation.schedule import Ladder
     from fastvideo.errors import UserError
 
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
     wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
-    adapter = load_adapter(config.distill_model)(config.model)
-    sampler = adapter.folder.stock_sampler(wanted, load_method(config.distill_method).sampler)
+    sampler = load_exporter(config.model).stock_sampler(wanted, load_method(config.distill_method).sampler)
     return f"ladder:  # {type(sampler.scheduler).__name__}\n  times: {list(sampler.times)}"
 
 
@@ -101,7 +100,7 @@ def _written(ladder: object) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; the exit code."""
+    """Print the table; returns the exit code."""
     arguments = parse(ScheduleArguments, argv, "schedule")
 
     from fastvideo.distillation.config.reading import config_of, read_yaml

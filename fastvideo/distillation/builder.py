@@ -9,16 +9,16 @@ from typing import Any, cast
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.bridge import Bridge, bridge_between, same_space
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
+from fastvideo.distillation.bridge import bridge_between
+from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
-from fastvideo.distillation.config.reading import family_of
+from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch
-from fastvideo.distillation.engine.optim import attach_optimizer, check_states
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
+from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
@@ -121,6 +121,7 @@ def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, s
         if not method.bridges or main.conditioner.needs_frames:
             why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
             raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
+        _check_sizes(role, main.config, family.config)
         bridges["student", role] = bridge
     scoring = [family for role, family in families.by_role.items() if role in ("teacher", "critic")]
     if others and len({family.codec.latent_key for family in scoring}) > 1:
@@ -129,6 +130,14 @@ def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, s
             "critic the teacher's model section"
         )
     return bridges
+
+
+def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:
+    """A bridge takes pixels as they come: both families make videos of one size."""
+    sizes = dict(own)
+    for name, size in other:
+        if name in SIZES and sizes.get(name, size) != size:
+            raise UserError(f"roles.{role}.model: {name} is {size}, the student's is {sizes[name]}; give both one")
 
 
 def load_role(config: Config, families: Families, role: str) -> nn.Module:

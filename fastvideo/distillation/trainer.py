@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from fastvideo import stopping
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch
@@ -65,7 +64,6 @@ class DistillTrainer:
                 due = any(hook.due(self.step) for hook in self.hooks)
                 if due or self._over() or self.step % self.options.log_every == 0:
                     self.settle()
-                stopping.step_done()
                 self._stop_if_asked(meet=due)
             self.runtime.log(self.step, self._spent(), closing=True)
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fastvideo.cli import main
 from fastvideo.cli.plan import read_bytes
 from fastvideo.distillation.builder import build_adapter
-from fastvideo.distillation.config.schema import ParallelConfig
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.estimate import Planner, _gathers, check_layout

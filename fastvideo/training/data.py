@@ -1,4 +1,4 @@
-"""What a run trains on, from its config: a dataset, the embedded world, or prompts."""
+"""Data of a run, from its config: a dataset, the embedded world, or prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvideo.data.faults import Faults
 from fastvideo.data.index import dataset_files
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
@@ -25,10 +25,10 @@ READ_AHEAD = 2
 
 
 def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[SampleStream, str]:
-    """The stream of this process, and one line that says what is in it.
+    """Build the stream of this process, and a one-line description.
 
     Raises:
-        UserError: if the data cannot be read, does not fit the model, or holds no videos where the method needs them.
+        UserError: if the data cannot be read, does not fit the model, or lacks videos that the method needs.
     """
     faults = Faults(config.data.faults, config.data.max_faults)
     source, description = open_source(config, adapter, faults)
@@ -40,7 +40,7 @@ def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[
 
 
 def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
-    """Check what can be seen of the data before a network is loaded: that it is there, readable and enough for a step.
+    """Check, before a network is loaded, that the data exists, is readable and is enough for a step.
 
     Raises:
         UserError: for a prompts file that is missing, empty, not UTF-8 or useless to the method, a folder without
@@ -60,7 +60,7 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
 
 
 def _rows(path: str, enough: int) -> int:
-    """Rows of a dataset, counted until there are enough; a file that cannot be read is for the run to report."""
+    """Count the rows of a dataset until there are enough; the run itself reports unreadable files."""
     count = 0
     for file in dataset_files(path):
         try:
@@ -73,7 +73,7 @@ def _rows(path: str, enough: int) -> int:
 
 
 def prompt_notes(config: Config) -> list[str]:
-    """A warning if an embedded model is to train on, or is shown, prompts that its world does not have."""
+    """Warn about prompts that are unknown to the world of an embedded model."""
     if config.model.path not in EMBEDDED:
         return []
     prompts = [*(read_prompts(config.data.prompts) if config.data.prompts else ()), *config.validation.prompts]
@@ -82,10 +82,10 @@ def prompt_notes(config: Config) -> list[str]:
 
 
 def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: SampleStream) -> None:
-    """Check that the processes of one sample can share each size in the data, as they can the model's own.
+    """Check that the processes of one sample can share each size in the data.
 
     Raises:
-        UserError: with the sizes that they cannot, and the values of ``parallel.context`` that are possible.
+        UserError: with the sizes that do not fit, and the possible values of ``parallel.context``.
     """
     used = [bucket.name for bucket in data.source.buckets if bucket.rounds(data.shard)]
     shapes = [tuple(map(int, name.split("x"))) for name in used] if config.data.buckets and "all" not in used else []
@@ -95,7 +95,7 @@ def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: 
 
 
 def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) -> tuple[Source, str]:
-    """The samples; latents are read, or (once) computed, only for a method that trains on them."""
+    """Open the samples; latents are read, or (once) computed, only for a method that trains on them."""
     method = load_method(config.distill_method)
     with_latents = method.uses_latents(config.method)
     if method.needs_trajectories:
@@ -108,8 +108,8 @@ def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) 
 
 
 def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
-    """A teacher's walks that were made as the run is configured."""
-    from fastvideo.data.fits import Wanted
+    """Open a teacher's trajectories, if they were made for this config."""
+    from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
     from fastvideo.data.trajectories import check_made_for, metadata_at
 
@@ -121,13 +121,12 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     teacher = adapter.folder.load_network(config.method.teacher_path)
     for made in metadata_at(config.data.path):
         check_made_for(made, config, adapter, teacher)
-    rungs = len(config.ladder.times)
-    extras = {STATES: (rungs, *adapter.codec.latent_shape), STATE_TIMES: (rungs,)}
-    source = ParquetSource(
-        config.data.path, Wanted(latents=adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
-    )
+    steps = len(config.ladder.times)
+    extras = {STATES: (steps, *adapter.codec.latent_shape), STATE_TIMES: (steps,)}
+    wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
+    source = ParquetSource(config.data.path, wanted)
     adapter.conditioner.check_prompts(source.captions())
-    return source, f"{len(source)} trajectories of {config.data.path}, {rungs} states each"
+    return source, f"{len(source)} trajectories of {config.data.path}, {steps} states each"
 
 
 def _check_prompts_suffice(config: Config, adapter: Adapter, with_latents: bool) -> None:
@@ -159,10 +158,10 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
 
 
 def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None) -> tuple[Source, str]:
-    from fastvideo.data.fits import Wanted
+    from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
 
-    wanted = Wanted(
+    wanted = DataRequirements(
         latents=adapter.codec.latent_shape if with_latents else None,
         any_size=config.data.buckets,
         extras=adapter.conditioner.stored_shapes,

@@ -43,7 +43,7 @@ class Launch:
 
 
 def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config]:
-    """Flags and file to a validated config.
+    """Read flags and file into a validated config.
 
     Raises:
         UserError: for a config that is not valid.
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config
 
 
 def _check_launch_flags(flags: Iterable[str]) -> None:
-    """Name the launch flag that a misspelt one is near to; the config's own are checked against its schema."""
+    """Suggest the nearest launch flag for a misspelt one; the schema checks the config's own flags."""
     from fastvideo.distillation.config.schema import RunConfig
     from fastvideo.errors import UserError
     from fastvideo.wording import nearest
@@ -80,13 +80,13 @@ def _check_launch_flags(flags: Iterable[str]) -> None:
 
 
 def _print_fields(config: Config) -> None:
-    """List every field with its meaning and its value in the config, and exit."""
+    """Print every field with its meaning and its value in the config, and exit."""
     described = {"prog": "fastvideo distill", "description": "Config fields."}
     tyro.cli(type(config), args=["--help"], default=config, config=(tyro.conf.AvoidSubcommands,), **described)
 
 
 def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
-    """Run; the exit code: 0, or 2 for a mistake in what the user gave."""
+    """Run; returns exit code 0."""
     began = time.monotonic()
     launch, config = parse(sys.argv[1:] if argv is None else argv, model)
 

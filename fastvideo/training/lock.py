@@ -15,17 +15,17 @@ from fastvideo.errors import UserError
 
 LOCK = ".lock"
 PATIENCE = 0.2
-"""Seconds until a held folder is refused: enough for a run that is just removing its lock."""
+"""Seconds until a held folder is refused: enough for a run that is removing its lock."""
 
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the folder, which is made if need be; it is gone again afterwards if nothing else came into it.
+    """Create and hold the folder. An empty folder is removed on exit.
 
-    The lock is the kernel's (``flock``): it ends with its process, however that ends, so none is ever stale.
+    The lock is the kernel's (``flock``): it ends with its process, so none is ever stale.
 
     Raises:
-        UserError: naming the process and machine that hold it, or saying why the folder cannot be used.
+        UserError: naming the process and machine that hold it, or the reason why it cannot be written.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -36,9 +36,7 @@ def locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # a folder that has become read-only keeps its lock file, which holds nothing
+        with contextlib.suppress(OSError):  # a folder that became read-only keeps its lock file
             (output / LOCK).unlink(missing_ok=True)
             if not any(output.iterdir()):
                 output.rmdir()
@@ -46,7 +44,7 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def check_free(output: Path) -> None:
-    """Refuse a folder that a living run holds; nothing is changed.
+    """Refuse a folder that a living run holds, without changing it.
 
     Raises:
         UserError: naming the process and machine that hold it.
@@ -59,7 +57,7 @@ def check_free(output: Path) -> None:
 
 
 def _acquire(output: Path) -> FileLock:
-    """The held lock; on a file system without ``flock`` an ``OSError``, because other locks can be stale."""
+    """Acquire the lock; raises ``OSError`` on a file system without ``flock``, because other locks can be stale."""
     lock = FileLock(output / LOCK, timeout=PATIENCE, fallback_to_soft=False)
     try:
         lock.acquire()

@@ -1,4 +1,4 @@
-"""The run's folder: never written over by accident, and enough in it to run again."""
+"""The run's folder: never overwritten by accident, and enough in it to run again."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastvideo.files import replace_file
 from fastvideo.training.lock import LOCK
 
 RUN_FILES = ("config.yaml", "environment.json")
-"""What every run writes first, and what makes a folder a run's."""
+"""Files that every run writes first; a folder with them is a run's."""
 
 
 def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: Path | None = None) -> None:
-    """Refuse a folder that holds something, unless told what to do with it.
+    """Refuse a folder that is not empty, unless a flag says to resume or overwrite it.
 
     Raises:
-        UserError: if it is not empty and no flag says what to do, if flags exclude each other, or if overwriting would
-            delete what is no run or what this run reads.
+        UserError: for a folder without such a flag, flags that exclude each other, or if overwriting would delete a
+            folder that is not a run, or one this run reads from.
     """
     output = Path(config.output)
     if (resume or resume_from) and overwrite:
@@ -46,12 +46,12 @@ def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: 
 
 
 def was_started(output: Path) -> bool:
-    """Whether a run has begun here: it left its config, or was killed before it could and left its lock."""
+    """True if a run has begun here: it left its config, or (if killed early) its lock."""
     return (output / RUN_FILES[0]).is_file() or (output / LOCK).exists()
 
 
 def in_use(output: Path) -> bool:
-    """Whether a folder holds anything but a lock."""
+    """True if a folder holds anything but a lock."""
     return output.is_dir() and any(entry.name != LOCK for entry in output.iterdir())
 
 
@@ -68,7 +68,7 @@ def _check_overwrite(config: Config, output: Path) -> None:
 
 
 def prepare_output(config: Config, *, overwrite: bool) -> None:
-    """Make the folder, with what is needed to run again: resolved config, package versions, code revision."""
+    """Make the folder, with resolved config, package versions and code revision."""
     output = Path(config.output)
     for entry in list(output.iterdir()) if overwrite and output.is_dir() else []:
         if entry.is_dir() and not entry.is_symlink():
@@ -86,7 +86,7 @@ def resume_command(config: Config) -> str:
 
 
 def next_commands(config: Config, adapter: Adapter) -> list[str]:
-    """Commands that show what a finished run has made; a family without a pipeline makes no videos."""
+    """Commands that show the result of a finished run; a family without a pipeline makes no videos."""
     output = Path(config.output)
     report = f"fastvideo report {shlex.quote(str(output))}"
     if not adapter.Config.pipelines:

@@ -1,4 +1,4 @@
-"""Going on: which checkpoint, under which config, and what a person is told about it."""
+"""Resuming: finding the checkpoint, comparing configs, and messages about both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.base import RESUMABLE, Section
 from fastvideo.distillation.config.reading import read_yaml
-from fastvideo.distillation.engine.runtime import Restored, Session
+from fastvideo.distillation.engine.runtime import ResumePoint, RunFacts
+from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
@@ -24,33 +25,33 @@ CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 
 
 def checkpoint_folder(config: Config) -> Path:
-    """Where a run's checkpoints are."""
+    """Folder of a run's checkpoints."""
     return Path(config.output) / CHECKPOINTS
 
 
 def survivors(
     trainer: DistillTrainer, data: SampleStream, validation: ValidationHook | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parts of a run that survive beside its roles: those that all processes hold alike, and each one's own."""
+    """Parts of a run beside its roles: those that all processes hold alike, and each process's own."""
     shared = {"method": trainer.method} | ({} if validation is None else {"validation": validation})
     return shared, {"trainer": trainer, "rng": trainer.method.rng, "data": data}
 
 
-def run_facts(config: Config) -> tuple[str, str, dict[str, str]]:
-    """For a checkpoint: the config as YAML, the hash of the part that a resumed run must keep, versions."""
+def run_facts(config: Config) -> RunFacts:
+    """Facts for a checkpoint: the config as YAML, the hash of the part that a resumed run must keep, versions."""
     values = config.model_dump(mode="json")
     binding = {key: value for key, value in flat(values).items() if not is_resumable(type(config), key)}
     digest = hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()
-    return yaml.safe_dump(values, sort_keys=False), digest, environment()
+    return RunFacts(yaml.safe_dump(values, sort_keys=False), digest, environment())
 
 
 def find_checkpoint(config: Config, session: Session, wanted: Path | None) -> Path | None:
-    """The checkpoint to go on from: the one that was asked for, else the newest intact one of the output folder.
+    """Find the checkpoint to resume from: ``wanted``, else the newest intact one of the output folder.
 
-    ``None`` for a run that was cut off before its first checkpoint was complete: it starts anew.
+    ``None`` for a run that stopped before its first checkpoint was complete: it starts anew.
 
     Raises:
-        UserError: if it is damaged, or its config is one of another run.
+        UserError: if it is damaged, or its config belongs to another run.
     """
     say = session.tracker.say
     found = session.find_checkpoint(checkpoint_folder(config), wanted)
@@ -63,7 +64,7 @@ def find_checkpoint(config: Config, session: Session, wanted: Path | None) -> Pa
 
 
 def check_config(config: Config, checkpoint: Path) -> list[str]:
-    """The differences to a checkpoint's config that may be, for the user.
+    """Allowed differences from a checkpoint's config, for the user.
 
     Raises:
         UserError: listing those that would change the run silently.
@@ -82,7 +83,7 @@ def check_config(config: Config, checkpoint: Path) -> list[str]:
 
 
 def already_started(config: Config) -> Config:
-    """The config for a run that goes on: what its trained roles started from is not read again."""
+    """The config of a resumed run: trained roles do not read their initial weights again."""
     roles = {
         name: role.model_copy(update={"init_from": None}) if role.trainable else role
         for name, role in config.roles.items()
@@ -91,7 +92,7 @@ def already_started(config: Config) -> Config:
 
 
 def is_resumable(schema: type[Section], key: str) -> bool:
-    """True if the field at a dotted key, or a section around it, is marked as one that a resumed run may change."""
+    """True if a resumed run may change the field at a dotted key: it, or a section around it, is marked."""
     name, _, rest = key.partition(".")
     field = schema.model_fields.get(name)
     if field is None:
@@ -101,16 +102,16 @@ def is_resumable(schema: type[Section], key: str) -> bool:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
+    """Flatten nested keys to dotted ones."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 
-def resumed(restored: Restored, data: SampleStream) -> list[str]:
-    """Lines for the user about a run that goes on."""
-    roles = ", ".join(restored.roles)
+def resumed(point: ResumePoint, data: SampleStream) -> list[str]:
+    """Lines for the user about a resumed run."""
+    roles = ", ".join(point.roles)
     position = f"epoch {data.epoch}, batch {data.round} of {data.rounds}"
-    summary = f"resumed at step {restored.step} from {restored.folder}: roles {roles}; data at {position}"
-    return [f"{summary}; random streams", *(f"not bit-exact: {note}" for note in restored.notes), *restored.moved]
+    summary = f"resumed at step {point.step} from {point.folder}: roles {roles}; data at {position}"
+    return [f"{summary}; random streams", *(f"not bit-exact: {note}" for note in point.notes), *point.moved]

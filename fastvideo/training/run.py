@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
-from fastvideo.distillation.engine.runtime import Processes, Runtime, Session, Tracker
+from fastvideo.distillation.engine.runtime import Processes, Runtime, Tracker
+from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -41,18 +42,18 @@ def run(
     resume_from: Path | None = None,
     began: float | None = None,
 ) -> Path:
-    """Train as configured; the folder of the result (a model folder with its recipe).
+    """Train as configured; returns the folder of the result (a model folder with its recipe).
 
     Args:
-        resume: go on from the newest intact checkpoint of the output folder.
-        overwrite: delete what the output folder holds.
-        resume_from: go on from this checkpoint; into the output folder that it is in, or into a new one.
-        began: when the run was asked for (``time.monotonic``), for the time that its first step took to come; now.
+        resume: continue from the newest intact checkpoint of the output folder.
+        overwrite: delete the contents of the output folder.
+        resume_from: continue from this checkpoint, in the output folder that it is in or in a new one.
+        began: launch time of the run (``time.monotonic``), for the time to its first step; default: now.
 
     Raises:
         UserError: for a mistake in the config, the data, the model folder or the output folder.
         RunError: if the run cannot go on.
-        Stopped: if a signal asked for it; the run goes on from there with ``resume``.
+        Stopped: on a signal; the run continues from there with ``resume``.
     """
     output = Path(config.output)
     with Session.open(config, began) as session:
@@ -64,25 +65,25 @@ def run(
         session.wait_for_all()
         with locked(output) if main else nullcontext():
             session.start.reached("processes")
-            return _run(config, session, Launched(resume, overwrite, resume_from))
+            return _run(config, session, OutputMode(resume, overwrite, resume_from))
 
 
 @dataclass(frozen=True)
-class Launched:
-    """What the user said about the output folder."""
+class OutputMode:
+    """Treatment of an output folder that holds a run."""
 
     resume: bool
     overwrite: bool
     resume_from: Path | None
 
 
-def _run(config: Config, session: Session, launched: Launched) -> Path:
+def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     output, processes, tracker, start = Path(config.output), session.processes, session.tracker, session.start
-    if processes.is_main:  # another run may have finished here since the first look
-        check_output(config, **asdict(launched))
+    if processes.is_main:  # another run may have finished here since the first check
+        check_output(config, **asdict(mode))
     source = None
-    if launched.resume or launched.resume_from:
-        source = find_checkpoint(config, session, launched.resume_from)
+    if mode.resume or mode.resume_from:
+        source = find_checkpoint(config, session, mode.resume_from)
     adapter = build_adapter(config, processes)
     check_data(config, adapter, processes)
     method = build_method(already_started(config) if source else config, adapter, processes)
@@ -93,7 +94,7 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
     validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
-        prepare_output(config, overwrite=launched.overwrite)
+        prepare_output(config, overwrite=mode.overwrite)
     session.wait_for_all()
     data.faults.attach(output, processes.rank)
     session.check_agreement("dataset", {"steps per epoch": data.rounds})
@@ -102,7 +103,7 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
         tracker.say(line)
     tracker.rewind(trainer.step)
     checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
-    trainer.hooks = (start.tell(tracker), validation, checkpoints)
+    trainer.hooks = (start.report_to(tracker), validation, checkpoints)
     trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
@@ -121,7 +122,7 @@ def _run(config: Config, session: Session, launched: Launched) -> Path:
 
 
 def _build_data_once(config: Config, adapter: Adapter, session: Session) -> tuple[SampleStream, str]:
-    """The data, with the main process first: what it computes and caches, the others only read."""
+    """Build the data on the main process first; the others read its cache."""
     processes = session.processes
     if processes.is_main:
         data = build_data(config, adapter, processes)
@@ -132,7 +133,7 @@ def _build_data_once(config: Config, adapter: Adapter, session: Session) -> tupl
 def build_trainer(
     config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
 ) -> DistillTrainer:
-    """The trainer over its runtime; hooks come later."""
+    """The trainer over its runtime, still without hooks."""
     runtime = Runtime(
         method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema, source=adapter
     )
@@ -143,7 +144,7 @@ def build_trainer(
 
 
 def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path) -> None:
-    """The student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
+    """Save the student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
     weights: Weights = "ema" if trainer.runtime.has_average("student") else "live"
     with trainer.runtime.result("student", adapter) as (network, files):
         if network is not None:
@@ -157,7 +158,7 @@ def _write_result(
     files: Mapping[str, Mapping[str, Tensor]],
     folder: Path,
 ) -> None:
-    with replacing_folder(folder) as partial_folder:  # a save that is cut off must not look like a result
+    with replacing_folder(folder) as partial_folder:  # an interrupted save must not look like a result
         adapter.folder.save(partial_folder, network, recipe)
         for name, tensors in files.items():
             save_file(dict(tensors), partial_folder / name, metadata={"format": "pt"})

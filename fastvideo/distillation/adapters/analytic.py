@@ -57,8 +57,14 @@ class AnalyticConfig(AdapterConfig):
     correlation: float = Field(default=0.0, gt=-1.0, lt=1.0)
     """Correlation `a` of neighbouring frames, `a^2` of the next ones: AR(1); one component only."""
 
+    pixels: tuple[tuple[float, ...], ...] = ()
+    """Matrix `A` ``[P, C]`` from latent channels to pixel channels: `decode` multiplies with it, `encode` with its
+    pseudo-inverse. Families with different ones have different latent spaces; without it latents are pixels."""
+
     @model_validator(mode="after")
     def _same_length(self) -> AnalyticConfig:
+        if self.pixels and any(len(row) != self.shape[0] for row in self.pixels):
+            raise ValueError(f"pixels: every row has one number per latent channel ({self.shape[0]})")
         if self.correlation and len(self.means) > 1:
             raise ValueError(f"correlated frames have one component, not {len(self.means)}")
         if not len(self.means) == len(self.stds) == len(self.weights):
@@ -182,22 +188,32 @@ def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
 
 
 class AnalyticCodec(Codec):
-    """The identity: a video is its own latents."""
-
-    latent_key = "identity"
+    """The identity, where a video is its own latents, or a linear map of the channels."""
 
     def __init__(self, config: AnalyticConfig, device: torch.device) -> None:
-        self._shape, self.device = config.shape, device
+        self._shape, self._pixels, self.device = config.shape, config.pixels, device
+
+    @property
+    def latent_key(self) -> str:
+        return f"linear {self._pixels}" if self._pixels else "identity"
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self._shape
 
     def _encode(self, videos: Tensor) -> Tensor:
-        return videos
+        return _mixed(videos, torch.linalg.pinv(self._matrix(videos))) if self._pixels else videos
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return latents
+        return _mixed(latents, self._matrix(latents)) if self._pixels else latents
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        return torch.tensor(self._pixels, dtype=like.dtype, device=like.device)
+
+
+def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
+    """Channels of ``[B, C, F, H, W]`` multiplied with a matrix ``[P, C]``."""
+    return torch.einsum("pc,bcfhw->bpfhw", matrix, x)
 
 
 class AnalyticConditioner(Conditioner):

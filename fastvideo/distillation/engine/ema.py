@@ -16,8 +16,8 @@ from fastvideo.distillation.engine.training import training_of
 class EMAHook:
     """Updates ``handle.training.ema`` after each optimizer step of its role, and only then.
 
-    Up to ``start_step`` the average is a copy of the live weights, so that it never remembers the initial ones. Every
-    process averages its own shards: nothing is gathered.
+    Up to ``start_step`` the average is a copy of the live weights, so that the initial weights leave no trace. Every
+    process averages its own shards.
     """
 
     def __init__(self, handles: Sequence[RoleHandle], decay: float, start_step: int = 0) -> None:
@@ -27,7 +27,7 @@ class EMAHook:
 
     @torch.no_grad()
     def after_update(self, step: int, active: Sequence[str], skip: Tensor) -> None:
-        """``ema <- decay ema + (1 - decay) weights`` for every role that was stepped, if ``skip`` (a scalar) is not 1.
+        """Set ``ema <- decay ema + (1 - decay) weights`` for every active role, unless ``skip`` (a scalar) is 1.
 
         A skipped step leaves the average as it is, to the bit: ``lerp`` with weight 0 returns its first argument.
         """
@@ -60,7 +60,7 @@ def has_average(handle: RoleHandle) -> bool:
 
 @contextmanager
 def averaged(handle: RoleHandle) -> Iterator[None]:
-    """Give the role its averaged weights; the live ones are back, to the bit, when the context ends."""
+    """Give the role its averaged weights; the live ones return, to the bit, when the context ends."""
     _exchange(handle)
     try:
         yield
@@ -73,7 +73,7 @@ def _exchange(handle: RoleHandle) -> None:
     averages = training_of(handle).ema
     if averages is None:
         raise RuntimeError(f"role {handle.name!r} has no average")
-    free_gathered(handle.network)  # what is still whole would go on with the other weights
+    free_gathered(handle.network)  # gathered blocks would keep the other weights
     for name, tensor in handle.tensors().items():
         average, live = local(averages[name]), local(tensor)
         kept = live.clone()

@@ -22,14 +22,14 @@ from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-"""Where diffusers' ``load_lora_weights`` looks for an adapter in a folder."""
+"""File name that diffusers' ``load_lora_weights`` expects in a folder."""
 DIFFUSERS_PREFIX = "transformer."
 
 
 def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -> None:
-    """Put a trainable adapter that changes nothing yet into a network, whose own parameters are frozen.
+    """Add a trainable adapter that changes nothing yet to a network, and freeze the network's own parameters.
 
-    A is drawn as ``nn.Linear`` draws its weights, B is zero; float32, on the network's device (on the host, for a
+    A is drawn as ``nn.Linear`` draws its weights, B is zero; float32, on the network's device (on the host for a
     network on the meta device), the same on every process.
 
     Raises:
@@ -41,7 +41,7 @@ def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -
     alpha: Any = options.rank if options.alpha is None else options.alpha
     config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(options.targets), init_lora_weights=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # one per role
         inject_adapter_in_model(config, network, name)
     generator = seeded(seed)
     for layer in adapted_layers(network):
@@ -93,7 +93,7 @@ class AdapterSwitch:
     Args:
         network: the shared network, with all its adapters in it.
         adapter: the role's own, by name; ``None`` turns all off.
-        path: where the network's own weights come from.
+        path: source of the network's own weights.
     """
 
     def __init__(self, network: nn.Module, adapter: str | None, path: str | None) -> None:
@@ -124,7 +124,7 @@ def switch_of(handle: RoleHandle) -> AdapterSwitch | None:
 
 
 def is_adapter(state: Mapping[str, Tensor]) -> bool:
-    """Whether a role's state is that of an adapter."""
+    """True if a role's state is that of an adapter."""
     return any(name.endswith(".lora_A.weight") for name in state)
 
 
@@ -137,7 +137,7 @@ def portable(adapter: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]
 
 
 def gather_adapter(handle: RoleHandle) -> dict[str, Tensor]:
-    """The whole adapter on the host; all processes take part."""
+    """Gather a role's adapter on the host; all processes take part."""
     return {name: full(tensor).cpu() for name, tensor in handle.tensors().items()}
 
 

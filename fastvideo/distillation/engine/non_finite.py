@@ -1,7 +1,7 @@
-"""Losses and gradients that are not finite: found and left out on the device, read by the host one step later.
+"""Non-finite losses and gradients: found and skipped on the device, read by the host one step later.
 
-Nothing waits for the device. The optimizer kernels are given the verdict as a tensor and do nothing where it says so;
-the host reads a copy of it when the next step's losses are already under way, or earlier if somebody needs the outcome.
+Nothing waits for the device. Optimizer kernels read the check as a tensor and do nothing where it fails. The host reads
+a copy when the next step's losses are under way, or earlier if a hook needs the outcome.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from fastvideo.distillation.engine.parallel.distributed import any_rank
 from fastvideo.distillation.engine.parallel.sharding import local, norms_of
 from fastvideo.distillation.types import RawBatch, RoleLoss
 from fastvideo.errors import RunError
-
-Policy = Literal["raise", "skip"]
-ADVICE = "Lower its learning rate or the guidance, or look at the batch"
+from fastvideo.stopping import received
 
 
 class NonFiniteError(RunError):
@@ -42,63 +40,61 @@ class Gradient:
 
 def clip_gradient(handle: RoleHandle, max_norm: float) -> Gradient:
     """Scale a role's gradient down to ``max_norm``, without reading it."""
-    named = [(name, p) for name, p in handle.named_parameters().items() if p.grad is not None]
-    gradients = [p.grad for _, p in named if p.grad is not None]
+    named = {name: p.grad for name, p in handle.named_parameters().items() if p.grad is not None}
+    gradients = list(named.values())
     norms = norms_of(gradients)
     total = torch.linalg.vector_norm(norms)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
-    return Gradient([name for name, _ in named], norms, total)
+    return Gradient(list(named), norms, total)
 
 
-class Verdict:
-    """Whether a step was finite on all processes.
+class FiniteCheck:
+    """Checks on the device that a step is finite on all processes; carries a stop signal on the same collective.
 
     Args:
-        named: the scalars and vectors that must be finite, by what they are.
-        asked: number of the signal that asked this process to stop, or 0: it rides on the same collective.
+        named: scalars and vectors that must be finite, with a name for each element.
 
     Attributes:
-        skip: float32 scalar on the device: 1 where the step must leave everything as it is, else 0.
+        skip: float32 scalar on the device: 1 where the step must change nothing, else 0.
     """
 
-    def __init__(self, named: Sequence[tuple[Sequence[str], Tensor]], asked: int) -> None:
+    def __init__(self, named: Sequence[tuple[Sequence[str], Tensor]]) -> None:
         self.names = [name for names, _ in named for name in names]
         device = named[0][1].device
         bad = ~torch.cat([values.detach().to(device).float().view(-1) for _, values in named]).isfinite()
         flag = bad.any().float()
-        flags = any_rank(torch.stack([flag, torch.full_like(flag, asked)]))
+        flags = any_rank(torch.stack([flag, torch.full_like(flag, received())]))
         self.skip = flags[0]
-        # To pinned memory where there is a device, so the copy waits for nothing either.
+        # Into pinned memory where there is a device, so the copy waits for nothing either.
         self._host = torch.cat([flags, bad.float()]).to("cpu", non_blocking=True)
         self._copied = torch.Event(device.type) if device.type != "cpu" else None
         if self._copied is not None:
             self._copied.record()
-
-    def asked(self) -> int:
-        """The number of the signal that asked any process to stop; 0 if none was asked."""
-        return int(self._read()[1])
 
     def _read(self) -> list[float]:
         if self._copied is not None:
             self._copied.synchronize()
         return self._host.numpy().tolist()  # type: ignore[no-any-return]
 
-    def read(self) -> tuple[bool, list[str]]:
-        """Whether the step is left out, and what was not finite on this process."""
+    def stop_signal(self) -> int:
+        """Number of the signal that asked any process to stop; 0 if none was asked."""
+        return int(self._read()[1])
+
+    def outcome(self) -> tuple[bool, list[str]]:
+        """True if the step was skipped, and the names of what is not finite on this process."""
         skip, _, *bad = self._read()
         return bool(skip), [name for name, flag in zip(self.names, bad, strict=True) if flag]
 
 
 @dataclass
-class Attempt:
-    """A step that the device has taken or left out; the host does not know yet which.
+class StepRecord:
+    """One step: its input, losses, gradients and metrics, all still on the device.
 
     Attributes:
-        rng: the random streams before the step.
-        batches: what it was given.
-        losses: scalars by what they are.
-        metrics: observations that count only if the step does.
+        rng: random streams before the step.
+        losses: role and scalar of each loss.
+        metrics: observations that count only if the step was taken.
         trained: roles of the losses of the present micro-batch.
     """
 
@@ -110,98 +106,94 @@ class Attempt:
     metrics: list[Mapping[str, Tensor]] = field(default_factory=list)
     gradients: dict[str, Gradient] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+    finite: FiniteCheck = field(init=False)
 
-    def record(self, loss: RoleLoss) -> None:
-        """Keep a loss and its metrics on the device."""
+    def add(self, loss: RoleLoss) -> None:
+        """Keep a loss and its metrics."""
         values = {"loss": loss.value, **loss.metrics}
         self.losses.append((loss.role, loss.value.detach()))
         self.metrics.append({f"{loss.role}/{name}": value.detach() for name, value in values.items()})
         self.trained.append(loss.role)
 
-    def judge(self, asked: int) -> Verdict:
-        """Put the losses and gradients to the test; all roles of the step stand or fall together.
-
-        Args:
-            asked: see :class:`Verdict`.
-        """
+    def check(self) -> FiniteCheck:
+        """Check all losses and gradients; all roles of the step are skipped, or none."""
         named: list[tuple[Sequence[str], Tensor]] = [([f"the loss of role {r!r}"], value) for r, value in self.losses]
         for role, gradient in self.gradients.items():
             of = f"the gradient of role {role!r}"
             named.append(([f"{of} at {name}" for name in gradient.names], gradient.norms))
             named.append(([of], gradient.total))
-        self.verdict = verdict = Verdict(named, asked)
-        return verdict
+        self.finite = FiniteCheck(named)
+        return self.finite
 
-    verdict: Verdict = field(init=False)
+    def tensors(self) -> dict[str, Tensor]:
+        """Random streams and batches by name, on the host."""
+        found = {f"rng/{name}": state for name, state in self.rng.items()}
+        for i, batch in enumerate(self.batches):
+            own = dict(batch.extras) if batch.latents is None else {**batch.extras, "latents": batch.latents}
+            found |= {f"batch-{i}/{name}": value for name, value in own.items()}
+        return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
 
 
 class NonFiniteGuard:
-    """What happens to a step that was left out: the run stops, or goes on for a bounded number of them in a row.
+    """Stops the run at a non-finite step, or lets a bounded number of them pass in a row.
 
     Args:
         policy: ``raise`` stops at the first, ``skip`` after more than ``max_skips`` in a row.
-        folder: where one snapshot per run and process goes; none is written without it.
+        folder: one snapshot per run and process goes there; ``None`` writes none.
         rank: of this process.
     """
 
-    def __init__(self, policy: Policy, max_skips: int, folder: Path | None, rank: int = 0) -> None:
+    def __init__(self, policy: Literal["raise", "skip"], max_skips: int, folder: Path | None, rank: int = 0) -> None:
         self.bound = max_skips if policy == "skip" else 0
         self.folder, self.rank = folder, rank
         self.total = self.in_a_row = 0
 
-    def complaint(self, attempt: Attempt) -> str | None:
-        """Why the step was left out; ``None`` if it was taken.
+    def message(self, record: StepRecord) -> str | None:
+        """Reason of a skipped step; ``None`` if it was taken.
 
         Raises:
-            NonFiniteError: if it was left out, and there may be no more of them.
+            NonFiniteError: if it was skipped, and no more may be.
         """
-        skip, bad = attempt.verdict.read()
-        if not skip:
+        skipped, bad = record.finite.outcome()
+        if not skipped:
             self.in_a_row = 0
             return None
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        kept = self._snapshot(attempt, bad)
-        what = bad[0] if bad else "a loss or gradient of another process"
+        kept = self._snapshot(record, bad)
+        first = bad[0] if bad else "a loss or gradient of another process"
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        message = f"step {attempt.step}: {what}{more} is not finite"
+        message = f"step {record.step}: {first}{more} is not finite"
         where = f" The first such batch of the run is in {kept}." if kept else ""
         if self.in_a_row > self.bound:
             row = f", nor were the {self.bound} before it (trainer.max_skips: {self.bound})" if self.bound else ""
-            raise NonFiniteError(f"{message}{row}. {ADVICE}.{where}")
-        return f"{message}: left out, {self.in_a_row} in a row of at most {self.bound}.{where}"
+            advice = "Lower its learning rate or the guidance, or look at the batch"
+            raise NonFiniteError(f"{message}{row}. {advice}.{where}")
+        return f"{message}: skipped, {self.in_a_row} in a row of at most {self.bound}.{where}"
 
-    def _snapshot(self, attempt: Attempt, bad: Sequence[str]) -> Path | None:
-        """Batch, losses and random streams of the first such step of a run, as safetensors and JSON."""
+    def _snapshot(self, record: StepRecord, bad: Sequence[str]) -> Path | None:
+        """Write batch, losses and random streams of the run's first such step, as safetensors and JSON."""
         if self.folder is None:
             return None
         before = sorted(self.folder.glob(f"step-*-rank-{self.rank}.json"))
         if before:
             return before[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{attempt.step}-rank-{self.rank}.json"
-        save_file(_tensors(attempt), path.with_suffix(".safetensors"))
-        shown = [(name, float(value)) for name, value in attempt.losses]
+        path = self.folder / f"step-{record.step}-rank-{self.rank}.json"
+        save_file(record.tensors(), path.with_suffix(".safetensors"))
+        shown = [(name, float(value)) for name, value in record.losses]
         content = {
-            "step": attempt.step,
+            "step": record.step,
             "not_finite": list(bad),
             "losses": [[name, value if math.isfinite(value) else str(value)] for name, value in shown],
-            "captions": [list(batch.captions) for batch in attempt.batches],
+            "captions": [list(batch.captions) for batch in record.batches],
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
         return path
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps were left out, in all and in a row."""
+        """Number of skipped steps, in all and in a row."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.total, self.in_a_row = int(state["total"]), int(state["in_a_row"])
-
-
-def _tensors(attempt: Attempt) -> dict[str, Tensor]:
-    tensors = {f"rng/{name}": state for name, state in attempt.rng.items()}
-    for i, batch in enumerate(attempt.batches):
-        own = dict(batch.extras) if batch.latents is None else {**batch.extras, "latents": batch.latents}
-        tensors |= {f"batch-{i}/{name}": value for name, value in own.items()}
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""A role's network on this process: loaded whole, or as this process's part of it."""
+"""Placement of a role's network on this process: loaded whole, or as a shard."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig, ParallelConfig, RoleConfig
+from fastvideo.distillation.config.schema import LoRAConfig, RoleConfig
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, add_adapter, gather_adapter, merge, portable, switch_of
-from fastvideo.distillation.engine.optim import States
-from fastvideo.distillation.engine.optional.footprint import Kept, check_memory
+from fastvideo.distillation.engine.optional.footprint import ResidentBytes, check_memory
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
@@ -32,12 +32,13 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_mesh,
     shard_network,
 )
+from fastvideo.distillation.engine.training import States
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
 
 class NetworkFolder(Protocol):
-    """The part of a family's model folder that gives networks (``ModelFolder``)."""
+    """The part of a family's ``ModelFolder`` that loads networks."""
 
     @property
     def compute_dtype(self) -> torch.dtype: ...
@@ -48,7 +49,7 @@ class NetworkFolder(Protocol):
 
 
 class NetworkSource(Protocol):
-    """The part of an adapter that gives networks and splits them."""
+    """The part of an adapter that loads and splits networks."""
 
     @property
     def scaling(self) -> Scaling | None: ...
@@ -60,7 +61,7 @@ class Placement:
     """Makes the networks of a run.
 
     Raises:
-        UserError: for a family that cannot do what the layout asks.
+        UserError: for a family that does not support the layout.
     """
 
     def __init__(self, source: NetworkSource, processes: Processes, options: ParallelConfig) -> None:
@@ -84,11 +85,10 @@ class Placement:
         return context_mesh(self.processes)
 
     def check(self, roles: Mapping[str, str | None], shapes: Sequence[tuple[int, ...]]) -> None:
-        """Check the networks behind ``roles`` (name to path) against the layout; nothing is loaded.
+        """Check the networks behind ``roles`` (name to path) against the layout, before any is loaded.
 
         Args:
-            roles: the path of each.
-            shapes: latents ``(C, F, H, W)`` of one sample, each of which is trained on.
+            shapes: latents ``(C, F, H, W)`` of one sample, for each size in the data.
 
         Raises:
             UserError: if the processes of one sample cannot share its tokens and heads evenly.
@@ -101,14 +101,14 @@ class Placement:
             check_context(self.processes, joined_counts(counts), f"role {role!r}")
 
     def check_memory(self, roles: Mapping[str, RoleConfig], states: States) -> None:
-        """Check that this process's device holds what these roles keep on it from step to step; nothing is loaded.
+        """Check that this process's device holds the resident bytes of these roles, before any network is loaded.
 
-        Adapters are not counted: beside the network that they share they are small.
+        Adapters are not counted: they are small beside the network that they share.
 
         Raises:
             UserError: with each role's need, and the ``parallel.shard`` that would fit.
         """
-        source, kept = self.source, dict[str, Kept]()
+        source, resident = self.source, dict[str, ResidentBytes]()
         if source.scaling is None or self.processes.memory is None:
             return
         adapted = {role.path for role in roles.values() if role.lora is not None}
@@ -121,16 +121,15 @@ class Placement:
                 continue
             if key not in made:
                 made[key] = list(source.folder.empty(*key).parameters())
-            kept[name] = Kept(made[key], whole)
-        check_memory(kept, self.processes, states)
+            resident[name] = ResidentBytes(made[key], whole)
+        check_memory(resident, self.processes, states)
 
     def load(self, path: str | None, *, trained: bool, change: Callable[[nn.Module], None] | None = None) -> nn.Module:
-        """The network of one role; frozen weights are kept in the dtype that they are computed in.
+        """Load the network of one role; frozen weights are stored in the dtype that they are computed in.
 
         Args:
             path: as for the folder's ``load_network``.
-            trained: whether its parameters need gradients.
-            change: what is added to the network before anything is done with it.
+            change: called with the network before it is sharded.
         """
         network = self._new(path, torch.float32 if trained else self.source.folder.compute_dtype)
         if change is not None:
@@ -140,7 +139,7 @@ class Placement:
         return network
 
     def load_shared(self, path: str | None, adapters: Mapping[str, LoRAConfig], seed: int) -> nn.Module:
-        """A frozen network with a trainable adapter per role, for those roles and for its teacher.
+        """Load a frozen network with a trainable adapter per role, for those roles and for its teacher.
 
         Raises:
             UserError: if an adapter does not fit the network.
@@ -175,7 +174,7 @@ class Placement:
 
 
 def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[str, int]:
-    """What must be divided for each of several shapes, once where it is the same for all."""
+    """Join the counts that must be divided for several shapes; equal ones appear once."""
     found = dict[str, int]()
     for shape, of_shape in counts.items():
         for name, count in of_shape.items():
@@ -185,9 +184,9 @@ def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[s
 
 
 def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processes) -> nn.Module | None:
-    """A role's network for saving, with its adapter merged into it; ``None`` on all but the main process.
+    """Gather a role's network for saving, its adapter merged; ``None`` on all but the main process.
 
-    A network that is split, or has an adapter, is put together on the host; all processes take part.
+    A sharded network, or one with an adapter, is put together on the host; all processes take part.
     """
     switch, split = switch_of(handle), isinstance(handle.network, FSDPModule)
     if source.scaling is None or not (split or switch):
@@ -210,7 +209,7 @@ def result_of(
 ) -> Iterator[tuple[nn.Module | None, dict[str, dict[str, Tensor]]]]:
     """A role's network for saving (averaged weights if it has some) and files of its adapter by name, if any.
 
-    All processes take part, because each may have a part of the weights; only the main one gets the network.
+    All processes take part, because each may hold a shard; only the main one gets the network.
     """
     switch, files = switch_of(handle), {}
     with averaged(handle) if has_average(handle) else nullcontext():
@@ -221,7 +220,7 @@ def result_of(
 
 
 def read_whole(folder: NetworkFolder, path: str | None) -> nn.Module:
-    """A network on the host, float32."""
+    """Read a network to the host, in float32."""
     network, files = folder.empty(path, torch.float32), folder.files(path)
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):

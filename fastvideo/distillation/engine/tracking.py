@@ -1,33 +1,94 @@
-"""Where metrics go: a JSONL file and TensorBoard in the run folder, and a progress bar. No account, no network."""
+"""Metrics: means on the device between log steps, then a JSONL file, a progress bar and external trackers.
+
+External trackers each run behind a bounded queue in a daemon thread. One that raises, hangs or has no network is
+dropped; training never waits for it, and at the end each has :data:`GRACE` seconds to write what it holds.
+"""
 
 from __future__ import annotations
 
 import json
+import queue
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from fastvideo.distillation.config.schema import TrackingConfig
-from fastvideo.distillation.engine.optional.trackers import Isolated, Open, Package, TensorBoard
+from fastvideo.distillation.engine.parallel.distributed import average
+from fastvideo.errors import UserError
 from fastvideo.files import replace_file
 
 PERFORMANCE = "performance.jsonl"
 LOGS = ("metrics.jsonl", "health.jsonl", PERFORMANCE)
 """Files of a run with one object per line, each of a step."""
-
-
 CUT_SHORT = {"window": "cut short"}
-"""In a line that a run wrote as it ended, in the middle of a window."""
+"""Mark of a line that a run wrote as it ended, in the middle of a window."""
+CAPACITY = 256
+"""Lines that may wait; a tracker that is further behind is dropped."""
+GRACE = 5.0
+"""Seconds that a tracker has at the end."""
+EXTRAS = ("wandb", "trackio")
+"""Trackers that are an optional dependency of the same name."""
 
 
-def _stays(line: Mapping[str, object], step: int) -> bool:
-    """True for a line that a run which goes on after ``step`` will not write again."""
-    return int(str(line["step"])) <= step and not CUT_SHORT.items() <= line.items()
+class Metrics:
+    """Means since the last drain; one transfer and one all-reduce per log step, none in between."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Add one observation (a detached scalar tensor) of each name."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def drain(self) -> dict[str, float]:
+        """Mean of each name over its observations and over processes; starts a new window."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        means = [self._sums[name] / self._counts[name] for name in names]
+        # Learning rates and a restored window are on the CPU, losses where the networks are.
+        device = next((mean.device for mean in means if mean.device.type != "cpu"), means[0].device)
+        averaged = average(torch.stack([mean.to(device) for mean in means]))
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, averaged.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, object]:
+        """The open window."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Continue the window."""
+        self._sums = dict(state["sums"])
+        self._counts = {name: int(count) for name, count in state["counts"].items()}
+
+
+class Backend(Protocol):
+    """An external tracker."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None:
+        """Write everything that is still held."""
+        ...
+
+
+Open = Callable[[], Backend]
+"""Makes a backend, in the backend's thread: it may take long, ask a server, or fail."""
 
 
 class Tracker:
@@ -35,7 +96,7 @@ class Tracker:
 
     Args:
         enabled: only the main process writes.
-        options: which external trackers.
+        options: external trackers.
         more: others, by name.
     """
 
@@ -66,18 +127,19 @@ class Tracker:
         """Record metrics at ``step`` (the number of finished steps).
 
         Args:
-            closing: of the part of a window in which the run ended: a run that goes on writes the whole one instead.
-            performance: figures of the clock and the machine, which no two runs share: a file of their own.
+            closing: the run ends inside the window; a run that resumes writes the whole window instead.
+            performance: figures of the clock and the machine, which differ in every run: a file of their own.
         """
         if not self.enabled or not metrics:
             return
-        line: dict[str, object] = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
-        line |= CUT_SHORT if closing else {}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        self.write_line("metrics.jsonl", {**line, **(CUT_SHORT if closing else {})})
         if performance:
             self.write_line(PERFORMANCE, {"step": step, **performance})
-        for tracker in self._external():
+        if self._trackers is None:  # opened when there is something to keep
+            makers = {name: self._opened(name) for name in self.options.backends} | self.more
+            self._trackers = [Isolated(name, make, self.say) for name, make in makers.items()]
+        for tracker in self._trackers:
             tracker.log({**metrics, **(performance or {})}, step)
 
     def write_line(self, name: str, line: Mapping[str, object]) -> None:
@@ -86,21 +148,13 @@ class Tracker:
             with (self.folder / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _external(self) -> list[Isolated]:
-        """The trackers, made when there is something to keep."""
-        if self._trackers is None:
-            makers = {name: self._opened(name) for name in self.options.backends} | self.more
-            self._trackers = [Isolated(name, make, self.say) for name, make in makers.items()]
-        return self._trackers
-
     def _opened(self, name: str) -> Open:
-        """How to open a tracker, in its own thread."""
         if name == "tensorboard":
             return partial(TensorBoard, self.folder, None if self._rewound_to is None else self._rewound_to + 1)
         return partial(Package, name, self.options.project, self.options.name or self.folder.resolve().name)
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after ``step``: a resumed run writes those lines again."""
+        """Remove the lines after ``step``, which a resumed run writes again."""
         for file in (self.folder / name for name in LOGS):
             if self.enabled and file.is_file():
                 # A run that was killed may have left half a line at the end.
@@ -109,7 +163,7 @@ class Tracker:
                 self._rewound_to = step
 
     def say(self, message: str) -> None:
-        """One line for the person who watches; not broken, so that a command in it can be copied."""
+        """Print one unbroken line, so that a command in it can be copied."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
     def progress(self, total: int, done: int) -> Tracker:
@@ -120,7 +174,7 @@ class Tracker:
         return self
 
     def advance(self, shown: str) -> None:
-        """One step done; ``shown`` stands beside the bar."""
+        """Move the bar by one step; ``shown`` stands beside it."""
         if self._progress is not None:
             self._progress.update(self._task, advance=1, description=shown)
 
@@ -137,3 +191,115 @@ class Tracker:
         for tracker in self._trackers or ():
             tracker.close()
         self._trackers = None
+
+
+def _stays(line: Mapping[str, object], step: int) -> bool:
+    """True for a line that a run which resumes after ``step`` does not write again."""
+    return int(str(line["step"])) <= step and not CUT_SHORT.items() <= line.items()
+
+
+def check_installed(name: str) -> None:
+    """Refuse a tracker whose package is missing, before anything is trained.
+
+    Raises:
+        UserError: naming the extra to install.
+    """
+    if name in EXTRAS and find_spec(name) is None:
+        raise UserError(f"tracking.backends: {name} is not installed: pip install 'fastvideo-distillation[{name}]'")
+
+
+class TensorBoard:
+    """Event files in the run folder. Lines after ``purge_step`` of an earlier life of the run are hidden."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Package:
+    """``wandb`` or ``trackio``, which share this much of their interface."""
+
+    def __init__(self, package: str, project: str, name: str) -> None:
+        self._package: Any = import_module(package)
+        self._package.init(project=project, name=name)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._package.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._package.finish()
+
+
+class Isolated:
+    """One tracker in a thread of its own.
+
+    Args:
+        name: for the warning.
+        make: opens it, with the first line, so that a refused run leaves nothing behind.
+        warn: called once with the reason, when the tracker is dropped.
+    """
+
+    def __init__(self, name: str, make: Open, warn: Callable[[str], None]) -> None:
+        self.name, self._make, self._warn = name, make, warn
+        self._lines: queue.Queue[tuple[Mapping[str, float], int] | None] = queue.Queue(CAPACITY)
+        self._thread: threading.Thread | None = None
+        self._dropped = threading.Event()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand a line over; returns at once."""
+        if self._dropped.is_set():
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+            self._thread.start()
+        if self._lines.full():
+            self._drop(f"is {CAPACITY} lines behind")
+        else:
+            self._lines.put_nowait((metrics, step))
+
+    def close(self) -> None:
+        """Let it write what it holds, for :data:`GRACE` seconds."""
+        if self._thread is None or self._dropped.is_set():
+            return
+        self._lines.put_nowait(None) if not self._lines.full() else self._drop("has not kept up")
+        self._thread.join(GRACE)
+        if self._thread.is_alive():
+            self._drop(f"has not finished within {GRACE:g} s")
+
+    def _work(self) -> None:
+        with _Fence(self._drop):
+            backend = self._make()
+            while (line := self._lines.get()) is not None:
+                backend.log(*line)
+            backend.close()
+
+    def _drop(self, why: str) -> None:
+        if not self._dropped.is_set():
+            self._dropped.set()
+            self._warn(f"tracker {self.name} {why}: it is dropped; metrics.jsonl has everything")
+
+
+class _Fence:
+    """Stops every exception and reports it: trackers are foreign code and raise anything, even ``SystemExit``."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is not None:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._report(f"failed ({type(error).__name__}: {first})")
+        return True

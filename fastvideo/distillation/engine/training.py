@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer, RAdam
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fastvideo.distillation.bundle import RoleHandle, Training
+from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.engine.optional.eight_bit import adamw_8bit, check_installed
+from fastvideo.distillation.engine.parallel.sharding import local
+from fastvideo.errors import UserError
+
+States = Literal["float32", "8bit"]
+"""Number format of AdamW's moments."""
 
 
 @dataclass
@@ -26,23 +37,23 @@ class RoleTraining:
     _schedule_before: tuple[dict[str, Any], list[float]] = field(default=({}, []), init=False, repr=False)
 
     def step(self, skip: Tensor | None = None) -> None:
-        """Move optimizer and lr schedule together, then drop the gradients: they cannot fall out of step.
+        """Move optimizer and lr schedule together, then drop the gradients.
 
         Args:
-            skip: float scalar on the device. Where it is 1 the optimizer changes nothing, which the host may not know
-                yet: the schedule moves, and :meth:`take_back` moves it back.
+            skip: float scalar on the device. Where it is 1 the optimizer changes nothing. The host may not know it yet,
+                so the schedule moves anyway, and :meth:`undo` moves it back.
         """
-        if skip is None or skips_on_device(self.optimizer):
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # read by fused kernels
+        if skip is None or self.optimizer.defaults.get("fused"):  # fused kernels read the flag on the device
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bool(skip):  # waits for the device: such an optimizer has no other way to learn of it
+        elif not bool(skip):  # waits for the device
             self.optimizer.step()
         if self.lr_scheduler is not None:
-            self._schedule_before = self.lr_scheduler.state_dict(), self._rates()
+            self._schedule_before = self.lr_scheduler.state_dict(), [g["lr"] for g in self.optimizer.param_groups]
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def take_back(self) -> None:
+    def undo(self) -> None:
         """Undo the schedule's part of a :meth:`step` that the optimizer skipped."""
         if self.lr_scheduler is None:
             return
@@ -51,9 +62,6 @@ class RoleTraining:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _rates(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups]
-
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
@@ -61,7 +69,7 @@ class RoleTraining:
 
 
 def training_of(handle: RoleHandle) -> Training:
-    """Optimizer, schedule and averages of a trained role.
+    """Training of a trained role.
 
     Raises:
         RuntimeError: for a frozen role.
@@ -71,6 +79,69 @@ def training_of(handle: RoleHandle) -> Training:
     return handle.training
 
 
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """True if the optimizer's kernels read the skip flag on the device (torch's fused ones do)."""
-    return bool(optimizer.defaults.get("fused"))
+def check_states(states: States, optimizers: Mapping[str, OptimizerConfig]) -> None:
+    """Check that the optimizers of all roles can keep their moments in this format.
+
+    Raises:
+        UserError: naming the role, or the extra to install.
+    """
+    if states == "float32":
+        return
+    for role, options in optimizers.items():
+        if options.kind != "adamw":
+            raise UserError(
+                f"trainer.optimizer_states: {states} is for AdamW, the optimizer of {role} is {options.kind}; set "
+                f"float32, or method.optimizer: adamw"
+            )
+    check_installed()
+
+
+def attach_optimizer(handle: RoleHandle, options: OptimizerConfig, states: States = "float32") -> None:
+    """Give a trainable role its optimizer and schedule.
+
+    AdamW's fused kernels read the skip flag on the device. RAdam and 8-bit AdamW have no such kernels: the host waits.
+    """
+    optimizer = _optimizer(handle.parameters(), options, states)
+    schedule = LambdaLR(optimizer, partial(warmup_cosine, options.warmup_steps, options.decay_steps))
+    handle.training = RoleTraining(optimizer, schedule)
+
+
+def _optimizer(parameters: list[nn.Parameter], options: OptimizerConfig, states: States) -> Optimizer:
+    rate, betas, decay = options.learning_rate, options.betas, options.weight_decay
+    if options.kind == "radam":
+        return RAdam(parameters, lr=rate, betas=betas, weight_decay=decay, decoupled_weight_decay=True)
+    if states == "8bit":
+        return adamw_8bit(parameters, rate, betas, decay)
+    return AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=True)
+
+
+def warmup_cosine(warmup: int, decay: int, step: int) -> float:
+    """Factor on the peak rate before optimizer step ``step``: linear up, then cosine to 0 (or constant)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if decay == 0:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay)))
+
+
+@torch.no_grad()
+def relative_update(handle: RoleHandle) -> float | None:
+    """Size of the role's next step over that of its weights, both RMS; ``None`` before the first step.
+
+    Reads Adam's moments alone, so repeated calls agree. Of sharded weights it measures this process's part.
+    """
+    if handle.training is None:
+        return None
+    optimizer = handle.training.optimizer
+    moved = weight = 0.0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" not in state or not float(state["step"]):
+                continue
+            bias, bias_sq = (1 - beta ** float(state["step"]) for beta in group["betas"])
+            mean, square = (local(state[name]).dequantize() for name in ("exp_avg", "exp_avg_sq"))
+            root = (square / bias_sq).sqrt() + group["eps"]
+            moved += float((group["lr"] * mean / bias / root).double().square().sum())
+            weight += float(local(p).double().square().sum())
+    return math.sqrt(moved / weight) if weight else None

@@ -19,19 +19,19 @@ from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.errors import Stopped
 
 Sample = Callable[[Denoiser], Tensor | None]
-"""Videos ``[B, 3, T, H, W]`` that a role generates for the fixed prompts and noise; ``None`` on all but the main
-process, every process takes part."""
+"""Generates videos ``[B, 3, T, H, W]`` for the fixed prompts and noise, on the main process; the others take part
+and get ``None``."""
 
 
 @dataclass(frozen=True)
 class ValidationSinks:
-    """Where results go."""
+    """Outputs of a validation."""
 
     log: Callable[[Mapping[str, float], int], None]
     write_video: Callable[[Path, Tensor], None]
     score: Callable[[Tensor], Mapping[str, float]] | None = None
     health: Callable[[int], Mapping[str, float]] | None = None
-    """Looks at the run itself, given the step; every process of the validation calls it."""
+    """Measures the run itself, given the step; every process of the validation calls it."""
 
 
 class ValidationHook:
@@ -50,18 +50,18 @@ class ValidationHook:
         self.every, self.validated = every, 0
 
     def due(self, step: int) -> bool:
-        """Whether to validate after this step."""
+        """True if this step is validated."""
         return bool(self.every) and step % self.every == 0
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """Validate if this step is due; one that a signal cuts off is made up for by :meth:`resume`."""
+        """Validate if this step is due; :meth:`resume` makes up for one that a signal cuts off."""
         if self.due(step):
             with suppress(Stopped):
                 self.run(step)
                 self.validated = step
 
     def resume(self, step: int) -> None:
-        """Validate the step of a checkpoint, if that was due and did not come to its end."""
+        """Validate the step of a checkpoint, if that is due and was not finished."""
         if self.validated != step:
             self.after_step(step, ())
 
@@ -70,15 +70,15 @@ class ValidationHook:
         """Sample, score, write."""
         if self.sample is None or self.sinks is None:
             return
-        scores = self._look_at("student", self.sample(self.handle), step, self.sinks)
+        scores = self._show("student", self.sample(self.handle), step, self.sinks)
         if has_average(self.handle):
             with averaged(self.handle):
-                scores |= self._look_at("ema", self.sample(self.handle), step, self.sinks)
+                scores |= self._show("ema", self.sample(self.handle), step, self.sinks)
         if self.sinks.health is not None:
             scores |= self.sinks.health(step)
         self.sinks.log(scores, step)
 
-    def _look_at(self, name: str, videos: Tensor | None, step: int, sinks: ValidationSinks) -> dict[str, float]:
+    def _show(self, name: str, videos: Tensor | None, step: int, sinks: ValidationSinks) -> dict[str, float]:
         if videos is None:
             return {}
         sinks.write_video(self.folder / f"step-{step:06d}-{name}.mp4", side_by_side(videos[:8]))
@@ -86,14 +86,14 @@ class ValidationHook:
         return {f"validation/{name}/{key}": value for key, value in found.items()}
 
     def state_dict(self) -> dict[str, int]:
-        """The last step that was validated."""
+        """Last validated step."""
         return {"validated": self.validated}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """As :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`."""
         self.validated = int(state["validated"])
 
 
 def side_by_side(videos: Tensor) -> Tensor:
-    """``[B, 3, T, H, W]`` as one wide video ``[3, T, H, B W]``."""
+    """Join ``[B, 3, T, H, W]`` into one wide video ``[3, T, H, B W]``."""
     return torch.cat(list(videos), dim=-1)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.config.schema import CheckpointConfig, EMAConfig, TrainerConfig
+from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, TrainerConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import split_state
-from fastvideo.distillation.engine.optim import attach_optimizer
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.training import attach_optimizer
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, spy, toy_method, trajectory_extras
 from fastvideo.tests.preparing import preparer

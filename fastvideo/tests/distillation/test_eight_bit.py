@@ -17,15 +17,14 @@ from torch.distributed.tensor import DTensor
 from fastvideo.cli import main
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
-from fastvideo.distillation.config.schema import CheckpointConfig
+from fastvideo.distillation.config.sections import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
-from fastvideo.distillation.engine.optim import attach_optimizer, check_states, relative_update
 from fastvideo.distillation.engine.optional import eight_bit
 from fastvideo.distillation.engine.optional.footprint import optimizer_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.training import training_of
+from fastvideo.distillation.engine.training import attach_optimizer, check_states, relative_update, training_of
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.resuming import differences
 from fastvideo.tests.launch import in_world

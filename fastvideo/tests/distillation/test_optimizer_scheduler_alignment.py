@@ -13,11 +13,10 @@ from torch.optim import AdamW, RAdam
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
-from fastvideo.distillation.config.schema import TrainerConfig
-from fastvideo.distillation.engine.optim import attach_optimizer, warmup_cosine
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.distillation.engine.training import training_of
+from fastvideo.distillation.engine.training import attach_optimizer, training_of, warmup_cosine
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.registry import METHODS
 from fastvideo.distillation.rng import RandomStreams

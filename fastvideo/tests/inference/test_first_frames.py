@@ -206,5 +206,5 @@ def test_simulated_rollouts_of_a_model_with_given_frames_read_videos(tmp_path: P
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red three\n")
     alone = {**values, "output": str(tmp_path / "other"), "data": {"prompts": str(prompts), "batch_size": 2}}
-    with pytest.raises(UserError, match="goes on from given frames"):
+    with pytest.raises(UserError, match="a model with conditioning frames"):
         run(validate(run_schema("wan", "dmd2"), alone, "test"))

@@ -22,7 +22,7 @@ import fastvideo
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.registry import run_schema

@@ -125,7 +125,7 @@ def test_raise_names_step_role_and_tensor_and_leaves_the_state(analytic_values: 
     trainer.train_step(data)
     with pytest.raises(NonFiniteError, match=r"^step 3: the loss of role 'critic' \(and \d more\) is not finite"):
         trainer.settle()
-    trainer.method.bundle["critic"].training.take_back()
+    trainer.method.bundle["critic"].training.undo()
     assert equal(before, state_of(trainer))
 
 

@@ -12,13 +12,8 @@ import torch
 import yaml
 
 from fastvideo.distillation.config.base import Section
-from fastvideo.distillation.config.schema import (
-    CheckpointConfig,
-    HealthConfig,
-    ParallelConfig,
-    TrackingConfig,
-    ValidationConfig,
-)
+from fastvideo.distillation.config.schema import HealthConfig, TrackingConfig, ValidationConfig
+from fastvideo.distillation.config.sections import CheckpointConfig, ParallelConfig
 from fastvideo.distillation.registry import METHODS, run_schema
 from fastvideo.errors import UserError
 from fastvideo.tests.training.test_run import config_of, result

@@ -17,7 +17,7 @@ from fastvideo.cli import main
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.tracking import Tracker

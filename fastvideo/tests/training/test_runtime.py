@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.schema import TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.optional import diagnosis
 from fastvideo.distillation.engine.parallel import distributed
 from fastvideo.distillation.engine.runtime import Runtime, Tracker

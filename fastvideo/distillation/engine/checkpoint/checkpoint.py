@@ -1,7 +1,7 @@
-"""Checkpoints: a new directory each, its manifest written last; the newest intact one is where a run goes on.
+"""Saving: a new directory per checkpoint, its manifest written last; a run resumes from the newest intact one.
 
-Every process writes its own tensors and its own streams; nothing that is loaded is ever unpickled. Training waits for
-the copy to host memory, and with ``asynchronous`` for nothing more: a thread does the writing.
+Every process writes its own tensors and random streams, as safetensors and JSON. Training waits for the copy to host
+memory alone if ``asynchronous`` is set: a thread then does the writing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastvideo.distillation.config.schema import CheckpointConfig
+from fastvideo.distillation.config.sections import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.manifest import (
     MANIFEST,
     PREFIX,
@@ -48,12 +48,12 @@ from fastvideo.files import (
 
 CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"
 OTHERS_TIMEOUT = 3600.0
-"""Seconds that the main process waits for what the others write."""
+"""Seconds that the main process waits for the files of the others."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a checkpoint says about its run: the config as YAML, the hash of what a resumed run must keep, versions."""
+    """Facts in a checkpoint about its run: the config as YAML, the hash of what a resumed run must keep, versions."""
 
     config: str
     config_hash: str
@@ -62,7 +62,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that survives: trained roles, what else is the same on all processes, and what is not."""
+    """State of a run: trained roles, parts that all processes hold alike, and parts of each process."""
 
     roles: Mapping[str, RoleState]
     shared: Mapping[str, Stateful]
@@ -70,13 +70,13 @@ class Parts:
 
     @property
     def everywhere(self) -> dict[str, Stateful]:
-        """The parts that all processes hold alike, or in shards."""
+        """Parts that all processes hold alike, or in shards."""
         return {**self.roles, **self.shared}
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The state at one step, in host memory: nothing in it changes while it is written."""
+    """State at one step, in host memory: it does not change while it is written."""
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -85,13 +85,11 @@ class _Snapshot:
 
 
 class CheckpointHook:
-    """Saves when due, and keeps what the options say.
+    """Saves when due, and removes old checkpoints.
 
     Args:
-        folder: where ``step-N`` directories go.
-        parts: what survives.
+        folder: parent of the ``step-N`` directories.
         last_step: saved too.
-        facts: what the manifest says about the run.
     """
 
     def __init__(
@@ -109,7 +107,7 @@ class CheckpointHook:
         self._in_flight: Future[None] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step: every so often, and after the last."""
+        """True after every ``options.every`` steps, and after the last."""
         every = self.options.every
         return bool(every) and (step % every == 0 or step == self.last_step)
 
@@ -125,14 +123,14 @@ class CheckpointHook:
             self.save(step)
 
     def save(self, step: int) -> Path:
-        """Write ``step-N``, or have it written; it counts only once its manifest is there.
+        """Write ``step-N``, or let the thread write it; it counts once its manifest is there.
 
         Raises:
             RunError: if it cannot be written.
         """
         self.wait()
         target = self.folder / f"{PREFIX}{step}"
-        with _explained(target):
+        with _as_run_error(target):
             if self.processes.is_main:
                 make_folder(self.folder)
                 remove_tree(target, first=[MANIFEST])
@@ -147,7 +145,7 @@ class CheckpointHook:
         return target
 
     def save_for_stop(self, step: int) -> str:
-        """Save a run that a signal stops, though the step may not be due; an addition to the message.
+        """Save a run that a signal stops, unless this step is saved already; returns an addition to the message.
 
         Raises:
             RunError: if it cannot be written.
@@ -159,7 +157,7 @@ class CheckpointHook:
         return f"; saved {target}"
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait for the thread.
 
         Raises:
             RunError: if a save in the thread failed.
@@ -180,11 +178,10 @@ class CheckpointHook:
         return _Snapshot(step, copy.tensors, copy.index, texts)
 
     def _write(self, target: Path, snapshot: _Snapshot) -> None:
-        with _explained(target):
+        with _as_run_error(target):
             rank = f"process-{self.processes.rank}"
-            files = {
-                f"{rank}.safetensors": write_file(target / f"{rank}.safetensors", safetensors_bytes(snapshot.tensors))
-            }
+            tensors = f"{rank}.safetensors"
+            files = {tensors: write_file(target / tensors, safetensors_bytes(snapshot.tensors))}
             files |= {name: write_file(target / name, [text.encode()]) for name, text in snapshot.texts.items()}
             if not self.processes.is_main:
                 replace_file(target / f"{rank}.files", json.dumps({n: asdict(r) for n, r in files.items()}))
@@ -196,7 +193,7 @@ class CheckpointHook:
             self._tidy(snapshot.step)
 
     def _written_by_others(self, target: Path) -> dict[str, FileRecord]:
-        """What the other processes report, once all have: no collective runs in a thread."""
+        """File records of the other processes, read from files: no collective runs in a thread."""
         files: dict[str, FileRecord] = {}
         deadline = time.monotonic() + OTHERS_TIMEOUT
         for rank in range(1, self.processes.world_size):
@@ -223,8 +220,8 @@ class CheckpointHook:
         )
 
     def _tidy(self, newest: int) -> None:
-        """Remove what is neither kept nor newer; only now that the newest is on the disk."""
-        complete = [path for path in checkpoints_in(self.folder) if (path / MANIFEST).is_file()]
+        """Remove old checkpoints, only now that the newest is on the disk."""
+        complete = complete_checkpoints(self.folder)
         kept = set(complete[-self.options.keep :])
         for path in checkpoints_in(self.folder):
             step = step_of(path) or 0
@@ -234,8 +231,8 @@ class CheckpointHook:
 
 
 @contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """A file system that refuses is a message and not a traceback."""
+def _as_run_error(target: Path) -> Iterator[None]:
+    """Turn an OSError into a RunError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Weights that a role starts with: those of any role in any checkpoint, or of a model folder."""
+"""Initial weights of a role, from any role of any checkpoint, or from a model folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 
 KINDS = {"ema": EMA, "live": NETWORK}
-"""What stands in a path's suffix for the averaged weights, and for those of the last step."""
+"""Suffix of a path, to the averaged weights and those of the last step."""
 FORM = "a checkpoint (or a run's folder), with :ROLE or :ROLE:ema or :ROLE:live behind it if wanted, or a model folder"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from; ``role`` and ``kind`` are ``None`` where the text does not say."""
+    """Source of weights; ``role`` and ``kind`` are ``None`` if the text leaves them open."""
 
     folder: Path
     role: str | None
@@ -34,7 +34,7 @@ class Origin:
 
 
 def parse_origin(text: str) -> Origin:
-    """``PATH``, ``PATH:ROLE`` or ``PATH:ROLE:ema|live``.
+    """Parse ``PATH``, ``PATH:ROLE`` or ``PATH:ROLE:ema|live``.
 
     Raises:
         UserError: if there is no such folder.
@@ -51,12 +51,11 @@ def parse_origin(text: str) -> Origin:
 
 
 def start_from(handle: RoleHandle, text: str, load_network: Callable[[str], nn.Module], processes: Processes) -> str:
-    """Give a role the weights that ``text`` names; one line that says which.
+    """Give a role the weights that ``text`` names; returns a line for the log.
 
     Raises:
-        UserError: if they are not there, are damaged, or do not fit.
+        UserError: if they are missing or damaged, or do not fit.
     """
-    key = f"roles.{handle.name}.init_from"
     try:
         origin = parse_origin(text)
         checkpoint = _checkpoint_in(origin.folder)
@@ -65,7 +64,7 @@ def start_from(handle: RoleHandle, text: str, load_network: Callable[[str], nn.M
             return f"role {handle.name} starts from {origin.folder}"
         return _from_checkpoint(handle, checkpoint, origin, processes)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"roles.{handle.name}.init_from: {error}") from error
 
 
 def _checkpoint_in(folder: Path) -> Path | None:
@@ -87,7 +86,7 @@ def _from_checkpoint(handle: RoleHandle, folder: Path, origin: Origin, processes
         raise UserError(f"{folder} holds no averaged weights of role {role!r}")
     prefix = JOINT.join((role, KINDS[kind], ""))
     stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
-    own = _own(handle)
+    own = handle.tensors() if handle.trainable else _whole(handle)
     _check_fit(own, stored, f"role {role!r} of {folder}")
     read_into({f"{prefix}{name}": tensor for name, tensor in own.items()}, folder, index)
     return f"role {handle.name} starts from the {kind} weights of role {role}, step {manifest.step}, in {folder}"
@@ -105,10 +104,6 @@ def _from_network(handle: RoleHandle, network: nn.Module) -> None:
                 tensor.to_local().copy_(shard.to_local())
             else:
                 tensor.copy_(whole)
-
-
-def _own(handle: RoleHandle) -> dict[str, Tensor]:
-    return handle.tensors() if handle.trainable else _whole(handle)
 
 
 def _whole(handle: RoleHandle) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: written last, so that it is there only if everything else is.
+"""The manifest of a checkpoint: written last, so that it exists only if everything else does.
 
-It holds the size and hash of every file, and a hash of itself: a change of any byte, in any file, is found.
+It holds the size and hash of every file, and a hash of itself: a change of any byte, in any file, is detected.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from fastvideo.files import FileRecord, record_of, replace_file
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
-"""Version of the layout; a checkpoint of another one is refused by name."""
+"""Version of the layout; checkpoints of other versions are refused."""
 PREFIX = "step-"
 NO_HASH = "0" * 64
-"""Stands for the manifest's own hash while that is computed."""
+"""Placeholder for the manifest's own hash while that is computed."""
 
 
 class DamagedError(Exception):
-    """Why a checkpoint cannot be used; its text is for the user."""
+    """A checkpoint that cannot be used; the text tells the user why."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """Contents of a checkpoint.
 
-    ``context`` is how many processes shared a sample; ``config_hash`` is that of the part of the config that a resumed
-    run must keep; ``packages`` are versions.
+    ``context`` processes shared a sample; ``config_hash`` covers the part of the config that a resumed run must keep;
+    ``packages`` are versions.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Manifest:
         return sum(record.size for record in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Put it into its checkpoint, where it is either whole or not at all.
+        """Write it into its checkpoint, whole or not at all.
 
         Raises:
             OSError: if it cannot be written.
@@ -62,10 +62,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint; the other files are not looked at.
+        """Read the manifest alone; :meth:`check_files` checks the other files.
 
         Raises:
-            DamagedError: if there is none, or it is not what was written.
+            DamagedError: if it is missing or damaged.
         """
         try:
             content = (folder / MANIFEST).read_bytes()
@@ -79,7 +79,7 @@ class Manifest:
             whole = hashlib.sha256(content.replace(own.encode(), NO_HASH.encode())).hexdigest() == own
             schema = values["schema"]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedError(f"{MANIFEST} is damaged") from None
+            whole = False
         if not whole:
             raise DamagedError(f"{MANIFEST} is damaged")
         if schema != SCHEMA:
@@ -94,10 +94,9 @@ class Manifest:
             DamagedError: naming each file that is missing or differs.
         """
         with ThreadPoolExecutor(4, "verify") as pool:
-            problems = list(pool.map(lambda name: self._problem(folder, name), self.files))
-        found = [problem for problem in problems if problem]
-        if found:
-            raise DamagedError("; ".join(found))
+            found = pool.map(lambda name: self._problem(folder, name), self.files)
+        if problems := list(filter(None, found)):
+            raise DamagedError("; ".join(problems))
 
     def _problem(self, folder: Path, name: str) -> str | None:
         expected, file = self.files[name], folder / name
@@ -109,10 +108,10 @@ class Manifest:
 
 
 def verified(folder: Path) -> Manifest:
-    """The manifest, after every file was compared with it.
+    """Read the manifest and compare every file with it.
 
     Raises:
-        DamagedError: saying what is wrong.
+        DamagedError: with the reason.
     """
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
@@ -126,21 +125,21 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those of them that have their manifest, oldest first."""
+    """Checkpoints that have their manifest, oldest first."""
     return [path for path in checkpoints_in(folder) if (path / MANIFEST).is_file()]
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint's name; ``None`` for another folder."""
+    """Step in a checkpoint's name; ``None`` for another folder."""
     number = folder.name.removeprefix(PREFIX)
     return int(number) if folder.name.startswith(PREFIX) and number.isdecimal() else None
 
 
-def newest_intact(candidates: Iterable[Path], passed_over: list[str]) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint whose every byte is right; what was passed over on the way is appended, with the reason."""
+def newest_intact(candidates: Iterable[Path], skipped: list[str]) -> tuple[Path, Manifest] | None:
+    """Find the newest checkpoint whose every byte is right; appends the skipped ones, with the reason."""
     for folder in sorted(candidates, key=lambda path: step_of(path) or 0, reverse=True):
         try:
             return folder, verified(folder)
         except DamagedError as error:
-            passed_over.append(f"{folder}: {error}")
+            skipped.append(f"{folder}: {error}")
     return None

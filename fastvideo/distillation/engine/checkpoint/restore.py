@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the newest intact one, or the one that was asked for."""
+"""Resuming from a checkpoint: the newest intact one, or one given by its path."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Where a run goes on; ``notes`` list what is not bit-exact, ``moved`` the later checkpoints that were renamed."""
+class ResumePoint:
+    """Checkpoint that a run resumes from; ``notes`` list what is not bit-exact, ``moved`` the renamed later ones."""
 
     folder: Path
     step: int
@@ -42,32 +42,32 @@ class Restored:
 
 
 def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
-    """The newest intact checkpoint of a run, the same on all processes; what is passed over is said.
+    """Find the newest intact checkpoint of a run, the same on all processes; skipped ones are logged.
 
-    ``None`` if no save was ever finished: the run was cut off before its first checkpoint.
+    ``None`` if no save was ever finished: the run stopped before its first checkpoint.
 
     Raises:
-        UserError: if there were complete ones, and every one of them is damaged.
+        UserError: if every complete one is damaged.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     step = NONE
     if processes.is_main:
-        found = newest_intact(checkpoints_in(folder), passed_over)
+        found = newest_intact(checkpoints_in(folder), skipped)
         step = found[1].step if found else LOST if complete_checkpoints(folder) else NONE
     step = from_main(step, processes)
-    for line in passed_over:
+    for line in skipped:
         say(f"passed over {line}")
     if step == LOST:
-        listed = "".join(f"\n  {line}" for line in passed_over)
+        listed = "".join(f"\n  {line}" for line in skipped)
         raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
     return None if step == NONE else folder / f"{PREFIX}{step}"
 
 
 def check_intact(folder: Path, processes: Processes) -> None:
-    """Verify a checkpoint that was asked for by its path.
+    """Verify a checkpoint that was given by its path.
 
     Raises:
-        UserError: saying what is wrong with it.
+        UserError: with the reason, if it is damaged.
     """
     problem = ""
     if processes.is_main:
@@ -79,8 +79,8 @@ def check_intact(folder: Path, processes: Processes) -> None:
         raise UserError(f"checkpoint {folder} cannot be used: {problem or 'see the main process'}")
 
 
-def restore(folder: Path, parts: Parts, processes: Processes) -> Restored:
-    """Load an intact checkpoint into the parts; another sharding or number of processes is dealt with.
+def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
+    """Load an intact checkpoint into the parts; sharding and number of processes may differ.
 
     Raises:
         UserError: if it holds other roles, or weights that do not fit.
@@ -107,7 +107,7 @@ def restore(folder: Path, parts: Parts, processes: Processes) -> Restored:
         part.load_state_dict(join_state(_under(targets, f"{name}{JOINT}"), shared[name]))
     own = json.loads((folder / f"{source}.json").read_text())
     states = {name: join_state(_under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
-    return Restored(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
+    return ResumePoint(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
 
 
 def _load_own(
@@ -143,7 +143,7 @@ def _under(values: Mapping[str, T], prefix: str) -> dict[str, T]:
 
 
 def set_aside(checkpoint: Path, processes: Processes) -> list[str]:
-    """Rename the later checkpoints beside one that a run goes on from, and say so; nothing is deleted."""
+    """Rename checkpoints later than the one that a run resumes from; returns a message for each."""
     folder, moved = checkpoint.parent, list[str]()
     for path in checkpoints_in(folder) if processes.is_main else ():
         if (step_of(path) or 0) > (step_of(checkpoint) or 0):
@@ -160,12 +160,12 @@ def _free_name(path: Path) -> Path:
 
 
 def role_parts(checkpoint: Path, role: str) -> set[str]:
-    """Which parts of a role's state (``network``, ``ema``, ``optimizer``) a checkpoint holds."""
+    """Parts of a role's state (``network``, ``ema``, ``optimizer``) that a checkpoint holds."""
     return {name.split(JOINT)[0] for name in _under(read_index(checkpoint / INDEX), f"{role}{JOINT}")}
 
 
 def role_weights(checkpoint: Path, role: str, part: str) -> dict[str, Tensor]:
-    """The whole tensors of one part of a role's state by name, on the CPU; nothing else of the checkpoint is read."""
+    """Read the whole tensors of one part of a role's state by name, on the CPU, and nothing else."""
     assert part in (NETWORK, EMA)
     index, prefix = read_index(checkpoint / INDEX), JOINT.join((role, part, ""))
     wanted = {name: stored.empty() for name, stored in index.items() if name.startswith(prefix)}

@@ -1,8 +1,8 @@
-"""What survives a restart: nested state as named tensors and a rest that JSON holds; a role's state."""
+"""State that survives a restart: nested state as named tensors and a rest for JSON; a role's state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,15 +31,15 @@ class PerProcess(Stateful, Protocol):
     """A part that differs between processes."""
 
     def load_foreign_state(self, state: Any, step: int) -> str:
-        """Go on from the main process's state of a run with other processes, or another kind of device.
+        """Continue from the main process's state of a run with other processes, or another kind of device.
 
-        Returns what is then not bit-exact, for the user.
+        Returns a note for the user on what is not bit-exact.
         """
         ...
 
 
 def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Nested state as flat tensors (keys joined by ``::``) and a nested rest that JSON can hold; nothing is copied."""
+    """Split nested state into flat tensors (keys joined by ``::``, not copied) and a nested rest for JSON."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for key, value in state.items():
@@ -55,7 +55,7 @@ def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, T
 
 
 def join_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of :func:`split_state`; lists that were tuples are for the part to turn back."""
+    """Inverse of :func:`split_state`, but for tuples, which JSON has made lists."""
     state = {key: join_state({}, value) if isinstance(value, Mapping) else value for key, value in plain.items()}
     for path, tensor in tensors.items():
         *parents, last = path.split(JOINT)
@@ -69,9 +69,9 @@ def join_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[
 class RoleState:
     """A trained role: the tensors that its training changes, its optimizer, its learning-rate schedule, its average.
 
-    Optimizer state is kept by parameter name and not by number, and only for parameters that have some: torch's own
-    helpers give a fresh optimizer one step at rate 0 to find out what it would hold, and that step counts in Adam's
-    bias correction. Every tensor may be a shard; nothing is gathered.
+    Optimizer state is keyed by parameter name, and kept only for parameters that have some: torch's own helpers would
+    give a fresh optimizer one step at rate 0, which counts in Adam's bias correction. Every tensor may be a shard;
+    nothing is gathered.
     """
 
     def __init__(self, handle: RoleHandle) -> None:
@@ -90,7 +90,7 @@ class RoleState:
         return state
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        names = self._names()
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.handle.named_parameters().items()}
         take = entries if isinstance(optimizer, EightBit) else lambda p, entry: dict(entry)
         state = {names[p]: take(p, entry) for p, entry in optimizer.state.items()}
         groups = [
@@ -99,48 +99,46 @@ class RoleState:
         ]
         return {"state": state, "param_groups": groups}
 
-    def _names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.handle.named_parameters().items()}
-
     def targets(self, index: Index) -> dict[str, Tensor]:
         """Memory for each stored tensor (by its name within the role) that this run uses, sharded as its own."""
-        training = self.handle.training
+        training, parameters = self.handle.training, self.handle.named_parameters()
         averages = {} if training is None else training.ema or {}
         live = split_state({NETWORK: self.handle.tensors(), EMA: averages})[0]
-        kept = {NETWORK: True, EMA: bool(averages), OPTIMIZER: training is not None}
         found: dict[str, Tensor] = {}
         for name, stored in index.items():
-            if kept.get(name.split(JOINT)[0], False):
-                found[name] = live[name].detach() if name in live else self._optimizer_target(name, stored)
+            kind, *path = name.split(JOINT)
+            if name in live:
+                found[name] = live[name].detach()
+            elif kind == OPTIMIZER and training is not None:
+                _, parameter, *entry = path
+                found[name] = self._optimizer_target(parameters[parameter].detach(), entry, stored)
         return found
 
-    def _optimizer_target(self, name: str, stored: Stored) -> Tensor:
-        """Moments are sharded like their parameter; a step counter is where this optimizer keeps it."""
-        _, _, parameter, entry, *part = name.split(JOINT)
-        owner = self.handle.named_parameters()[parameter].detach()
-        if entry == "step":
+    def _optimizer_target(self, owner: Tensor, entry: Sequence[str], stored: Stored) -> Tensor:
+        """Memory for a moment, sharded like its parameter ``owner``, or a step counter, on this optimizer's device."""
+        if entry == ["step"]:
             group = training_of(self.handle).optimizer.param_groups[0]
             return stored.empty().to(owner.device if group.get("fused") or group.get("capturable") else "cpu")
         if tuple(owner.shape) == stored.shape:
             return torch.zeros_like(owner, dtype=getattr(torch, stored.dtype))
-        if part:
+        if len(entry) > 1:  # a part of an 8-bit moment
             return split_like(owner, local(owner).new_zeros((len(local(owner)), *stored.shape[1:])))
         return stored.empty().to(owner.device)
 
     def problems(self, index: Index) -> list[str]:
-        """How the stored weights differ from this run's network; empty where they fit."""
+        """Differences of the stored weights from this run's network; empty if they fit."""
         prefix = f"{NETWORK}{JOINT}"
         stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
         return mismatches(self.handle.tensors(), stored)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken; the state's tensors come from :meth:`targets`."""
+        """Continue exactly where :meth:`state_dict` was taken; the tensors are those of :meth:`targets`."""
         training = self.handle.training
         fill(self.handle.tensors(), state[NETWORK])
         if training is None:
             return
         if training.ema is not None:
-            # A run that begins to average where its checkpoint has none starts from the live weights.
+            # A run that begins to average here starts from the live weights.
             fill(training.ema, state.get(EMA, state[NETWORK]))
         self._load_optimizer(training.optimizer, state[OPTIMIZER])
         if training.lr_scheduler is not None:
@@ -157,12 +155,9 @@ class RoleState:
                 for key, value in entry.items()
             }
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({k: as_before(group[k], v) for k, v in saved.items() if k != "params"})
-
-
-def as_before(current: Any, loaded: Any) -> Any:
-    """JSON has lists alone: a value that is a tuple in this run becomes one again."""
-    return tuple(loaded) if isinstance(current, tuple) else loaded
+            # JSON has made tuples lists.
+            own = {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in saved.items() if k != "params"}
+            group.update(own)
 
 
 @torch.no_grad()
@@ -173,7 +168,7 @@ def fill(tensors: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
 
 
 def mismatches(own: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> list[str]:
-    """How stored weights differ from a network's in names and shapes; empty where they fit."""
+    """Differences of stored weights from a network's, in names and shapes; empty if they fit."""
     found = _listed("missing", own.keys() - stored.keys()) + _listed("unknown here", stored.keys() - own.keys())
     for name in sorted(own.keys() & stored.keys()):
         if tuple(own[name].shape) != stored[name].shape:

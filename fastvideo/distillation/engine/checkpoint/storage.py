@@ -1,8 +1,7 @@
-"""Tensors of a checkpoint: torch's distributed checkpoint plans who writes and reads what; the format is ours.
+"""Tensors of a checkpoint: planned by torch's distributed checkpoint, stored as safetensors with a JSON index.
 
-torch keeps its index as a pickle, which this project never loads. Here every process has one safetensors file, and one
-JSON index says for each tensor its type, its shape and where its pieces are, so that another number of processes, or
-another sharding, reads the pieces that it needs.
+torch's own index is a pickle, which this project never loads. Here every process writes one safetensors file, and the
+index holds type, shape and pieces of each tensor, so that any number of processes in any sharding can read it.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +48,12 @@ SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
 }
 ROOT = "all"
-"""What the tensors are planned under; it does not show in the files."""
+"""Key that the tensors are planned under; it does not appear in the files."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor in one file; ``key`` is its name there."""
+    """A box of a tensor in one file, under the name ``key``."""
 
     file: str
     key: str
@@ -80,27 +79,21 @@ Index = Mapping[str, Stored]
 
 def index_text(index: Index) -> str:
     """An index as JSON."""
-    return json.dumps({name: _entry(stored) for name, stored in sorted(index.items())}) + "\n"
+    return json.dumps({name: asdict(stored) for name, stored in sorted(index.items())}) + "\n"
 
 
 def read_index(file: Path) -> dict[str, Stored]:
     """Inverse of :func:`index_text`."""
-    found = json.loads(file.read_text())
-    return {name: _stored(entry) for name, entry in found.items()}
+    return {name: _stored(**entry) for name, entry in json.loads(file.read_text()).items()}
 
 
-def _entry(stored: Stored) -> dict[str, Any]:
-    pieces = [{"file": p.file, "key": p.key, "offsets": p.offsets, "sizes": p.sizes} for p in stored.pieces]
-    return {"dtype": stored.dtype, "shape": stored.shape, "pieces": pieces}
-
-
-def _stored(entry: Mapping[str, Any]) -> Stored:
-    pieces = (Piece(p["file"], p["key"], tuple(p["offsets"]), tuple(p["sizes"])) for p in entry["pieces"])
-    return Stored(entry["dtype"], tuple(entry["shape"]), tuple(pieces))
+def _stored(dtype: str, shape: Sequence[int], pieces: Iterable[Mapping[str, Any]]) -> Stored:
+    boxes = (Piece(p["file"], p["key"], tuple(p["offsets"]), tuple(p["sizes"])) for p in pieces)
+    return Stored(dtype, tuple(shape), tuple(boxes))
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, in parts: the tensors' own memory is written, not a second copy of it.
+    """Yield a safetensors file in parts, straight from the tensors' own memory.
 
     Large elements first, so that every tensor starts at a multiple of its element's size.
     """
@@ -119,8 +112,24 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryv
             yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-class HostCopy(StorageWriter):
-    """Takes this process's share of the tensors to host memory; what is written afterwards no longer changes.
+class _PlannedByTorch:
+    """Parts of torch's storage interface that leave a plan as it is."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class HostCopy(_PlannedByTorch, StorageWriter):
+    """Copies this process's share of the tensors to host memory, where training no longer changes them.
 
     After :func:`copy_to_host`, ``tensors`` are the pieces for this process's file; ``index`` is the whole index, on the
     main process alone.
@@ -131,19 +140,7 @@ class HostCopy(StorageWriter):
         self.tensors: dict[str, Tensor] = {}
         self.index: dict[str, Stored] = {}
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Copy every piece that the plan gives to this process."""
@@ -162,7 +159,7 @@ class HostCopy(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the main process: the index, from what every process copied."""
+        """Build the index on the main process, from the copies of all processes."""
         pieces: dict[str, list[Piece]] = {}
         for result in (result for of_process in results for result in of_process):
             pieces.setdefault(result.index.fqn, []).append(result.storage_data)
@@ -173,28 +170,16 @@ class HostCopy(StorageWriter):
             self.index[name.removeprefix(f"{ROOT}.")] = Stored(dtype, tuple(entry.size), tuple(pieces[name]))
 
 
-class PieceReader(StorageReader):
+class PieceReader(_PlannedByTorch, StorageReader):
     """Reads the pieces that a plan asks for from the safetensors files of one checkpoint."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index = folder, index
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
-
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """torch's form of the index."""
+        """The index in torch's form."""
         tensors: dict[str, Any] = {}
         pieces: dict[MetadataIndex, Piece] = {}
         for name, stored in self.index.items():
@@ -226,23 +211,23 @@ class PieceReader(StorageReader):
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], writer: HostCopy) -> None:
-    """Plan over all processes who keeps what (a replicated tensor once), and copy it; a collective."""
+    """Copy each tensor to the host of one process (a replicated tensor once); a collective."""
     planner = DefaultSavePlanner(flatten_sharded_tensors=False)
-    with _alone_is_fine():  # under one name: torch logs every top-level entry, which takes longer than copying it
+    with _quiet_alone():  # under one key: torch logs every top-level entry, which takes longer than copying it
         save({ROOT: dict(tensors)}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
 
 
 def read_into(tensors: Mapping[str, Tensor], folder: Path, index: Index, *, alone: bool = False) -> None:
-    """Fill tensors in place, each process its own shards; a collective, unless ``alone``."""
+    """Fill tensors in place, each process its own shards; a collective unless ``alone``."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = PieceReader(folder, index)
-    with _alone_is_fine():
+    with _quiet_alone():
         load(dict(tensors), storage_reader=reader, planner=planner, no_dist=alone or not dist.is_initialized())
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """torch warns whenever one process saves or loads alone, which is how most runs here are."""
+def _quiet_alone() -> Iterator[None]:
+    """Silence torch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

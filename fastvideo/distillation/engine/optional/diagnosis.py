@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastvideo.distillation.config.schema import ProfileConfig
+from fastvideo.distillation.config.sections import ProfileConfig
 from fastvideo.errors import RunError
 
 ENTRIES = 100_000
-"""Allocations that a snapshot remembers."""
+"""Allocations in a snapshot."""
 REMEDY = (
     "set a larger parallel.shard, parallel.activation_checkpointing: full, a smaller data.batch_size (with "
     "trainer.grad_accumulation), or train adapters (roles.NAME.lora)"
@@ -24,8 +24,8 @@ class StepProfile:
     """Writes a trace of some steps, for ``chrome://tracing`` or Perfetto.
 
     Args:
-        options: the steps; none if not given.
-        folder: where ``rank-N.json`` goes.
+        options: the steps; ``None`` records none.
+        folder: parent of ``rank-N.json``.
     """
 
     def __init__(self, options: ProfileConfig | None, folder: Path, rank: int, device: torch.device) -> None:
@@ -34,13 +34,13 @@ class StepProfile:
         self._running: profile | None = None
 
     def before_step(self, step: int) -> None:
-        """Begin before the first of the steps; ``step`` counts finished steps."""
+        """Start before the first of the steps; ``step`` counts finished steps."""
         if self.options is not None and step == self.options.start:
             self._running = profile(activities=self._activities)
             self._running.start()
 
     def after_step(self, step: int) -> None:
-        """End after the last of them, and write the trace."""
+        """Stop after the last of them, and write the trace."""
         if self._running is None or self.options is None or step < self.options.start + self.options.steps:
             return
         self._running.stop()
@@ -51,10 +51,10 @@ class StepProfile:
 
 @contextmanager
 def explaining_memory(snapshot: Path | None) -> Iterator[None]:
-    """Turn memory that ran out into a message that says what to change.
+    """Turn an out-of-memory error into a message with remedies.
 
     Args:
-        snapshot: file for CUDA's memory snapshot (https://pytorch.org/memory_viz shows it); none is recorded without.
+        snapshot: file for CUDA's memory snapshot (https://pytorch.org/memory_viz shows it); ``None`` records none.
 
     Raises:
         RunError: instead of torch's error.

@@ -1,7 +1,7 @@
-"""AdamW's moments in one byte per weight and a scale per block (arXiv 2110.02861), as torchao keeps them.
+"""AdamW's moments in one byte per weight and a scale per block (arXiv 2110.02861), over torchao.
 
-A parameter whose rows are whole blocks has such moments, wherever its rows are; others, and small ones, have float32.
-So no split over processes cuts a block, and what a checkpoint holds loads exactly into every layout.
+Only large parameters whose rows are whole blocks have 8-bit moments; all others have float32. So no shard cuts a block,
+and a checkpoint loads exactly into every layout.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from fastvideo.distillation.engine.parallel.sharding import local
 from fastvideo.errors import UserError
 
 BLOCK = 64
-"""Values that share a scale: small enough to divide the rows of the networks that are trained here."""
+"""Values that share a scale; it divides the rows of the networks that are trained here."""
 SMALLEST = 4096
-"""Parameters with fewer elements have float32 moments, as bitsandbytes and torchao have it."""
+"""Fewest elements of a parameter with 8-bit moments, as in bitsandbytes and torchao."""
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-"""The moments, and whether they have a sign."""
+"""True for a moment that has a sign."""
 CODES, SCALE = "codes", "scale"
 TABLE_BYTES = 256 * 4
-"""What a code stands for; every moment has its own table."""
+"""Bytes of the table of values behind the codes; every moment has its own."""
 
 
 class EightBit:
-    """Marks an optimizer whose moments are kept so."""
+    """Marks an optimizer with 8-bit moments."""
 
 
 def check_installed() -> None:
-    """Check that torchao is there.
+    """Check that torchao is installed.
 
     Raises:
         UserError: naming the extra to install.
@@ -50,7 +50,7 @@ def check_installed() -> None:
 
 
 def _torchao(module: str) -> Any:
-    """A module of torchao, without its warnings about kernels for other devices, which nothing here calls."""
+    """Import a module of torchao without its warnings about kernels for other devices."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -60,7 +60,7 @@ def _torchao(module: str) -> Any:
 
 
 def has_codes(shape: Sequence[int]) -> bool:
-    """Whether the moments of a parameter of this shape are kept in 8 bits."""
+    """True if a parameter of this shape has 8-bit moments."""
     count = math.prod(shape)
     return count >= SMALLEST and (count // shape[0]) % BLOCK == 0
 
@@ -75,15 +75,15 @@ def moment_bytes(shape: Sequence[int], own: int) -> int:
 def adamw_8bit(
     parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, float], weight_decay: float
 ) -> Optimizer:
-    """torchao's AdamW; its state is made here and not in the first step, by the rule of this module.
+    """torchao's AdamW, with its state made here by the rule of this module, before the first step.
 
-    torchao compiles the update of every shape; on a CPU it runs eagerly, which needs no compiler.
+    torchao compiles the update of every shape; on a CPU it runs eagerly, without a compiler.
     """
     base: Any = _torchao("torchao.optim").AdamW8bit
 
     class AdamW8bit(base, EightBit):  # type: ignore[misc]
         def step(self, closure: Any = None) -> Any:
-            """With the rate as a tensor, as torchao wants it; outside a step it is a number, as everybody else does."""
+            """Pass the rate as a tensor, which torchao expects; outside a step it is a number."""
             rates = [group["lr"] for group in self.param_groups]
             on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
             for group, value in zip(self.param_groups, rates, strict=True):
@@ -106,14 +106,14 @@ def adamw_8bit(
 
 def _zeros(parameter: Tensor, signed: bool) -> Tensor:
     own = local(parameter)
-    if not has_codes(parameter.shape) or not own.numel():  # a process without rows has nothing to keep in 8 bits
+    if not has_codes(parameter.shape) or not own.numel():  # a process may have no rows
         return torch.zeros_like(parameter)
     state = _torchao("torchao.optim.subclass_8bit").OptimState8bit
     return split_like(parameter, state.zeros(own.shape, signed, BLOCK, own.device, dtype=own.dtype))
 
 
 def split_like(parameter: Tensor, rows: Tensor) -> Tensor:
-    """This process's rows of something that is split like ``parameter``; ``rows`` itself where that is whole."""
+    """This process's rows of a tensor that is sharded like ``parameter``; ``rows`` itself if that is whole."""
     if not isinstance(parameter, DTensor):
         return rows
     shape = torch.Size((parameter.shape[0], *rows.shape[1:]))
@@ -121,7 +121,7 @@ def split_like(parameter: Tensor, rows: Tensor) -> Tensor:
     whole = DTensor.from_local(
         rows, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
-    return whole.to(parameter.device)  # weights on the host may be split over a mesh of devices
+    return whole.to(parameter.device)  # weights on the host may be sharded over a mesh of devices
 
 
 def entries(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -131,7 +131,7 @@ def entries(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor 
 
 
 def parts(parameter: Tensor, moment: Tensor) -> dict[str, Tensor]:
-    """The codes of an 8-bit moment, in the parameter's shape, and the scales ``[rows, blocks]``; not copies."""
+    """Codes of an 8-bit moment, in the parameter's shape, and scales ``[rows, blocks]``; not copies."""
     own: Any = local(moment)
     per_row = math.prod(parameter.shape[1:]) // BLOCK
     if own.numel():
@@ -143,7 +143,7 @@ def parts(parameter: Tensor, moment: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill_moment(moment: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-    """The moment, with what :func:`parts` gave for it elsewhere."""
+    """Fill a moment with :func:`parts` of another one."""
     own: Any = local(moment)
     if own.numel():
         own.codes.copy_(local(stored[CODES]))

@@ -1,4 +1,4 @@
-"""Bytes that roles keep on a device from step to step, from the shapes of their networks, before any is loaded."""
+"""Resident bytes: memory that roles hold from step to step, from the shapes of their networks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastvideo.distillation.engine.optim import States
 from fastvideo.distillation.engine.optional.eight_bit import moment_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.training import States
 from fastvideo.errors import UserError
 
 FLOAT32 = 4
@@ -19,7 +19,7 @@ MOST_PROCESSES = 1024
 
 
 def local_numel(tensor: Tensor, shard: int) -> int:
-    """Elements of the first process's part of a tensor: rows are split, and the first has the most."""
+    """Elements of the first process's shard of a tensor, which is the largest."""
     if shard == 1 or tensor.ndim == 0:
         return tensor.numel()
     return math.ceil(tensor.shape[0] / shard) * math.prod(tensor.shape[1:])
@@ -35,14 +35,14 @@ def optimizer_bytes(parameters: Iterable[Tensor], shard: int, states: States) ->
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A network that stays on the device: its parameters (on the meta device), and whether they are trained."""
+class ResidentBytes:
+    """Memory of a network that stays on the device, from its parameters (on the meta device)."""
 
     parameters: Sequence[Tensor]
     trained: bool
 
-    def bytes(self, shard: int, states: States) -> int:
-        """Weights, and of what is trained gradients and optimizer, on the process that has the most."""
+    def of(self, shard: int, states: States) -> int:
+        """Bytes of weights, and of gradients and optimizer if trained, on the process that has the most."""
         weights = sum(local_numel(p, shard) * p.element_size() for p in self.parameters)
         if not self.trained:
             return weights
@@ -50,8 +50,8 @@ class Kept:
         return weights + gradients + optimizer_bytes(self.parameters, shard, states)
 
 
-def check_memory(kept: Mapping[str, Kept], processes: Processes, states: States) -> None:
-    """Check that a device holds what the roles certainly keep on it; activations and averages come on top.
+def check_memory(roles: Mapping[str, ResidentBytes], processes: Processes, states: States) -> None:
+    """Check that a device holds the resident bytes of the roles; activations and averages come on top.
 
     Raises:
         UserError: with each role's need, and the ``shard`` that would fit.
@@ -61,11 +61,11 @@ def check_memory(kept: Mapping[str, Kept], processes: Processes, states: States)
         return
 
     def needed(degree: int) -> int:
-        return sum(role.bytes(degree, states) for role in kept.values())
+        return sum(role.of(degree, states) for role in roles.values())
 
     if needed(shard) <= memory:
         return
-    of_roles = {name: role.bytes(shard, states) for name, role in kept.items()}
+    of_roles = {name: role.of(shard, states) for name, role in roles.items()}
     listed = ", ".join(f"{name} {gib(of_roles[name])}" for name in sorted(of_roles, key=lambda n: -of_roles[n]))
     world = processes.world_size
     legal = [n for n in range(shard + 1, world + 1) if world % n == 0 and needed(n) <= memory]
@@ -83,5 +83,5 @@ def check_memory(kept: Mapping[str, Kept], processes: Processes, states: States)
 
 
 def gib(value: float) -> str:
-    """Bytes for a person."""
+    """Bytes in a readable unit."""
     return f"{value / 2**30:.2f} GiB" if value >= 0.1 * 2**30 else f"{value / 2**20:.2f} MiB"

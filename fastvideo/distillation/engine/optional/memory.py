@@ -1,4 +1,4 @@
-"""How much memory there is, and settings of the process's own allocator."""
+"""Total memory of a device, and settings of the C library's allocator."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastvideo.errors import UserError
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 """Parameters of glibc's ``mallopt`` (``malloc.h``)."""
 KEEP = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20, MMAP_MAX: 0}
-"""No block has a mapping of its own, and the top of the heap is not given back."""
+"""No block has a mapping of its own, and the top of the heap is never returned."""
 GIVE_BACK = {TRIM_THRESHOLD: 128 * 2**10, TOP_PAD: 0, MMAP_MAX: 65536}
 """Glibc's own defaults."""
 
 LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""What a container may use, under Linux; ``max`` for no limit."""
+"""Memory limit of a container under Linux; ``max`` for none."""
 
 
 def total_memory(device: torch.device, sharing: int = 1) -> int | None:
-    """Bytes of a CUDA device, or of the host for each of ``sharing`` processes on it; ``None`` where nobody says."""
+    """Bytes of a CUDA device, or of the host for each of ``sharing`` processes on it; ``None`` if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if sys.platform == "win32" or device.type != "cpu":
@@ -34,13 +34,13 @@ def total_memory(device: torch.device, sharing: int = 1) -> int | None:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let the C library keep the memory that tensors on the CPU free, instead of giving it back to the system.
+    """Let the C library keep the memory that CPU tensors free, instead of returning it to the system.
 
-    By default every large tensor is a mapping of its own: the system clears its pages when it is made and takes them
-    back when it dies, thousands of times per step. Memory that is kept is used again as it is.
+    By default every large tensor is a mapping of its own, which the system clears and takes back thousands of times per
+    step. Kept memory is reused as it is.
 
     Args:
-        keep: false returns to the C library's defaults.
+        keep: ``False`` restores the C library's defaults.
 
     Raises:
         UserError: on a system without glibc.

@@ -30,7 +30,7 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Published dense bfloat16 FLOP/s by a part of the device's name; the first that fits counts."""
+"""Published dense bfloat16 FLOP/s by a part of the device's name; the first match counts."""
 
 
 def peak_of(device: torch.device) -> float | None:
@@ -81,7 +81,7 @@ class Performance:
 
     @contextmanager
     def step(self, active: tuple[str, ...]) -> Iterator[None]:
-        """Around the forward and backward passes of one step."""
+        """Surround the forward and backward passes of one step."""
         if not self._countable or self._flops.get(active, 0) is not None:
             seen = active in self._flops
             self._flops.setdefault(active, None)
@@ -103,14 +103,14 @@ class Performance:
             self._tokens += len(raw.captions) * self._tokens_of(shape)
 
     def _count_tokens(self, shape: tuple[int, ...]) -> int:
-        """Tokens of one sample ``(C, F, H, W)``: patches where the family has them, else latent positions."""
+        """Tokens of one sample ``(C, F, H, W)``: patches if the family has them, else latent positions."""
         if self.source is None or self.source.scaling is None:
             return math.prod(shape[1:])
         return self.source.scaling.context_counts(None, shape)["tokens"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out of the window."""
+        """Exclude the time inside from the window."""
         begin = monotonic()
         yield
         self._since += monotonic() - begin
@@ -139,7 +139,7 @@ class Performance:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were allocated on a CUDA device, or resident in this process."""
+    """Peak bytes allocated on a CUDA device, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -151,6 +151,6 @@ def _is_compiled(network: torch.nn.Module) -> bool:
 
 
 def shortly(figures: Mapping[str, float]) -> str:
-    """Pace for the line beside the bar."""
+    """Pace, for the text beside the bar."""
     pace = figures.get("performance/seconds_per_step")
     return "" if pace is None else f" {pace:.2f} s/step"

@@ -1,4 +1,4 @@
-"""A run that does not get on: the stacks of all processes are written, and it ends, instead of waiting for ever."""
+"""Dump all stacks and exit when no step finishes in time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastvideo.errors import EXIT_STALLED
 from fastvideo.stopping import units
 
 OTHERS_DUMP = 3.0
-"""Seconds between writing the stacks and leaving, so that the others write theirs before they lose this process."""
+"""Seconds between dump and exit, in which the others write their stacks before they lose this process."""
 
 
 class Watchdog:
-    """Watches from a thread whether any process finishes a unit of work: a step, a network call of a validation.
+    """Watches the progress of all processes together from a thread; use as a context around the loop.
 
-    One process may validate while the others wait for it, so what counts is the progress of all of them together. Use
-    as a context around the loop.
+    Progress is a unit of work on any process (a step, a network call of a validation), because one may validate while
+    the others wait for it.
 
     Args:
-        seconds: without a unit after which the run is given up; 0 never does.
-        folder: where ``rank-N.txt`` goes.
+        seconds: longest time without progress; 0 waits for ever.
+        folder: parent of ``rank-N.txt``.
         rank: of this process.
     """
 
@@ -52,7 +52,7 @@ class Watchdog:
         idle, seen, before = 0.0, self._progress(), time.monotonic()
         while not self._over.wait(self.poll):
             now = time.monotonic()
-            # A process that was suspended was not idle: its clock went on without it.
+            # A suspended process was not idle, though its clock ran on.
             idle, before = idle + min(now - before, 2 * self.poll), now
             if (progress := self._progress()) != seen:
                 idle, seen = 0.0, progress
@@ -60,7 +60,7 @@ class Watchdog:
                 self._give_up(seen)
 
     def _progress(self) -> list[int]:
-        """Units of every process, by rank; -1 where one has not said any yet."""
+        """Units of every process, by rank; -1 for one that has not reported yet."""
         if self._store is None:
             return [units()]
         self._store.set(f"fastvideo/units/{self.rank}", str(units()))
@@ -74,7 +74,7 @@ class Watchdog:
         who = f", least far: rank {', '.join(map(str, behind))}" if len(progress) > 1 else ""
         message = f"rank {self.rank}: no process got on for {self.seconds:g} s (trainer.watchdog_seconds){who}"
         with path.open("w") as file:
-            file.write(f"{message}\n\n")  # beside the stacks, for whoever finds the file alone
+            file.write(f"{message}\n\n")  # beside the stacks, so that the file explains itself
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         print(f"error: {message}; stacks: {path}", file=sys.__stderr__, flush=True)

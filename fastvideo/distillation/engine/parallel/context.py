@@ -25,7 +25,7 @@ def check_context(processes: Processes, counts: Mapping[str, int], where: str) -
     """Check that the processes of one sample can share ``counts`` evenly.
 
     Raises:
-        UserError: with the values of ``parallel.context`` that are possible.
+        UserError: with the possible values of ``parallel.context``.
     """
     wrong = [f"{name} ({count})" for name, count in counts.items() if count % processes.context]
     if wrong:
@@ -48,7 +48,7 @@ def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh) -> None
     """Split the network's tokens over the mesh, and add up the gradients of its inputs over it.
 
     Raises:
-        UserError: where torch counts no accelerator: diffusers divides the rank by their number.
+        UserError: if torch counts no accelerator: diffusers divides the rank by their number.
     """
     if not torch.accelerator.device_count():
         raise UserError("parallel.context: diffusers splits tokens over accelerators alone, and torch sees none")
@@ -63,7 +63,7 @@ def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh) -> None
 
 
 def has_split_tokens(network: nn.Module) -> bool:
-    """Whether a process's gradients of this network are those of its tokens alone."""
+    """True if a process's gradients of this network are those of its tokens alone."""
     return network in _SPLIT
 
 
@@ -71,7 +71,7 @@ _SPLIT: WeakSet[nn.Module] = WeakSet()
 
 
 class _SumGradient(torch.autograd.Function):
-    """The identity, whose gradient is the sum over a group: every process has the part that its tokens give."""
+    """The identity, whose gradient is summed over a group: each process has the part of its own tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

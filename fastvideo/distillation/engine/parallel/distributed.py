@@ -1,14 +1,12 @@
-"""Processes: one on a laptop, many under torchrun. Nothing outside this folder knows a process group."""
+"""Processes: one on a laptop, many under torchrun; their layout, and collectives on the device."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,19 +17,17 @@ from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
 
 TIMEOUT = 600.0
-"""Seconds that a collective may wait: a rank that ran other forwards is then an error and not a hang."""
+"""Seconds that a collective may wait: ranks that ran different forwards give an error instead of a hang."""
 BUCKET = 64 * 2**20
-"""Most bytes of gradients that are reduced at once, but for a gradient that has more."""
-ROLL_CALL = 5.0
-"""Seconds in which the processes that are still there say so, once one of them is missed."""
+"""Most bytes of gradients that are reduced at once; a larger gradient travels alone."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all, and the layout they work in.
+    """This process among all, and their layout.
 
     Neighbouring ranks form the groups: ``context`` of them share one sample (each has a part of its tokens), ``shard``
-    of them hold one copy of every network. Both divide ``world_size``, each on its own.
+    of them hold one copy of every network. Each of the two divides ``world_size``.
     """
 
     rank: int = 0
@@ -40,36 +36,36 @@ class Processes:
     shard: int = 1
     context: int = 1
     memory: int | None = None
-    """Bytes of this process's device, in all; ``None``: not known, and nothing is refused for it."""
+    """Bytes of this process's device, in all; ``None`` if unknown: then nothing is refused."""
     timeout: float = TIMEOUT
     """Seconds that a collective may wait."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which batches and which local random stream this process has; the ranks of one context group share them."""
+        """Number of this process's batches and local random stream, shared by the ranks of a context group."""
         return self.rank // self.context
 
     @property
     def data_size(self) -> int:
-        """How many different batches there are at a time."""
+        """Number of different batches at a time."""
         return self.world_size // self.context
 
     @property
     def forward_together(self) -> bool:
-        """Whether a forward of a network needs all processes."""
+        """True if a forward of a network needs all processes."""
         return self.shard > 1 or self.context > 1
 
     def main_says(self, answer: bool) -> bool:
-        """The main process's answer, on all processes."""
+        """Share the main process's answer with all processes."""
         return bool(from_main(int(answer), self))
 
     def gather_to_main(self, values: Tensor) -> Tensor | None:
-        """Equally long parts ``[n, ...]`` of all data ranks as ``[data_size, n, ...]`` on the main process's host.
+        """Gather parts ``[n, ...]`` of all data ranks to the host of the main process, as ``[data_size, n, ...]``.
 
         ``None`` on all others; every process takes part.
         """
@@ -81,7 +77,7 @@ class Processes:
         return torch.stack(parts[:: self.context]) if parts is not None else None
 
     def spread_from_main(self, values: Tensor | None, shape: Sequence[int]) -> Tensor:
-        """The main process's float32 values on all processes' devices; the others pass ``None``."""
+        """Copy the main process's float32 values to all processes' devices; the others pass ``None``."""
         own = torch.empty(tuple(shape)) if values is None else values.float().cpu().contiguous()
         if dist.is_initialized():
             dist.broadcast(own, src=0)
@@ -99,12 +95,12 @@ def start_processes(
     """Join the process group that torchrun describes in the environment, or stand alone without one.
 
     Args:
-        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        device: ``auto`` (CUDA if available), ``cpu`` or ``cuda``.
         shard, replicate, context: the layout; ``replicate`` is derived, and checked if given.
         timeout: seconds that a collective may wait.
 
     Raises:
-        UserError: if CUDA is asked for and absent, or the number of processes does not fit the layout.
+        UserError: if CUDA is requested and absent, or the number of processes does not fit the layout.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     local = _device(device, local_rank)
@@ -114,7 +110,7 @@ def start_processes(
         return Processes(device=local, memory=memory)
     if local.type == "cuda":
         torch.cuda.set_device(local)
-    # gloo beside NCCL: what is offloaded to the host is reduced there.
+    # gloo beside NCCL: gradients of offloaded networks are reduced on the host.
     backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory, timeout)
@@ -132,10 +128,10 @@ def _device(kind: str, local_rank: int) -> torch.device:
 
 
 def check_layout(world_size: int, *, shard: int, replicate: int | None, context: int) -> None:
-    """Check that the processes can be laid out so.
+    """Check that the layout fits the number of processes.
 
     Raises:
-        UserError: with the values that are possible.
+        UserError: with the possible values.
     """
     for name, size in (("shard", shard), ("context", context)):
         if world_size % size:
@@ -150,53 +146,14 @@ def check_layout(world_size: int, *, shard: int, replicate: int | None, context:
         )
 
 
-def check_agreement(what: str, values: Mapping[str, Any]) -> None:
-    """Check that every process was given the same ``values`` (flat, key to value).
-
-    Raises:
-        UserError: on all of them, naming the first key that differs, with its value on two ranks.
-    """
-    if not dist.is_initialized():
-        return
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(values))
-    for rank, other in enumerate(gathered):
-        for key in sorted(gathered[0].keys() | other.keys()):
-            if gathered[0].get(key) != other.get(key):
-                raise UserError(
-                    f"the processes were given different {what}s: {key} is {gathered[0].get(key)!r} on rank 0 and "
-                    f"{other.get(key)!r} on rank {rank}; start all with the same file and flags"
-                )
-
-
 def stop_processes() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def first_to_report(message: str) -> bool:
-    """Whether this process is the one that prints ``message``: the first of those that have it to say.
-
-    All ranks of a job meet the same mistake, and it is to be read once. Asks the store that torchrun keeps, which is
-    there before and after the process group.
-    """
-    environment = os.environ
-    if int(environment.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in environment:
-        return True
-    attempt = f"{environment.get('TORCHELASTIC_RUN_ID')}/{environment.get('TORCHELASTIC_RESTART_COUNT')}"
-    key = f"fastvideo/message/{attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
-    try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), None, False, timedelta(seconds=ROLL_CALL)
-        )
-        return bool(store.add(key, 1) == 1)
-    except RuntimeError:  # no store, nobody to agree with: better twice than never
-        return True
-
-
 def make_mesh(processes: Processes, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """A mesh of all processes, whose groups wait as long as the process group does: torch gives them its own time."""
+    """A mesh of all processes whose groups have the process group's timeout, instead of torch's default."""
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
     for name in names:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh[name].get_group())
@@ -210,7 +167,7 @@ def barrier() -> None:
 
 
 def from_main(value: int, processes: Processes) -> int:
-    """The main process's value, on all processes: for what one decides and all must follow."""
+    """Share the main process's value with all processes."""
     if not dist.is_initialized():
         return value
     shared = torch.tensor(value, dtype=torch.int64, device=processes.device)
@@ -234,10 +191,10 @@ def any_rank(flags: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> None:
-    """Replace every gradient by its mean over processes (``times`` that), in place.
+    """Replace every gradient by ``times`` its mean over processes, in place.
 
-    Gradients travel in buckets of at most :data:`BUCKET` bytes, two at a time, so that copies of two buckets and not of
-    all gradients exist; a larger gradient travels by itself, without a copy.
+    Gradients travel in buckets of at most :data:`BUCKET` bytes, two at a time, so that at most two buckets are copied;
+    a larger gradient travels by itself, without a copy.
     """
     if not dist.is_initialized():
         return
@@ -251,7 +208,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], times: int = 1) -> Non
 
 
 class _Bucket:
-    """Gradients that are summed by one collective, which is under way."""
+    """Gradients under way in one collective."""
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         self.gradients, (first, *others) = gradients, gradients
@@ -260,7 +217,7 @@ class _Bucket:
         self.work = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self, times: int) -> None:
-        """Wait, divide, and put the means where the gradients are."""
+        """Wait, divide, and write the means into the gradients."""
         if self.work is not None:
             self.work.wait()
         self.flat /= dist.get_world_size()
@@ -274,7 +231,7 @@ class _Bucket:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbouring gradients of one type, together."""
+    """Group neighbouring gradients of one type."""
     bucket, size = list[Tensor](), 0
     for gradient in gradients:
         if bucket and (size + gradient.nbytes > BUCKET or gradient.dtype != bucket[0].dtype):

@@ -22,9 +22,9 @@ ATTENTION = (
 
 
 class EverySecondProduct:
-    """Keeps what attention gave, and every second matrix product; the rest is recomputed.
+    """Keeps the results of attention and of every second matrix product; recomputes the rest.
 
-    Forward and recomputation count apart, so both take the same decisions.
+    Forward and recomputation count separately, so both take the same decisions.
     """
 
     def __init__(self) -> None:
@@ -45,9 +45,9 @@ def _selective() -> Any:
 
 
 def checkpointed(kind: Recompute) -> Callable[..., Any]:
-    """``f(block, *args)`` that calls ``block(*args)`` and keeps as little as ``kind`` says.
+    """Make ``f(block, *args)``, which calls ``block(*args)`` and recomputes its activations in backward.
 
-    The random state is not restored in backward, because no network that is trained here draws.
+    The random state is not restored in backward: no network that is trained here draws random numbers.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "selective":
@@ -62,7 +62,7 @@ def checkpointed(kind: Recompute) -> Callable[..., Any]:
         adapter = selected(layers)
 
         def compute(*inputs: Any) -> Any:
-            # In backward another role's adapter may be on: recompute with the one that forward saw.
+            # In backward another role's adapter may be selected: recompute with that of the forward.
             select(layers, adapter)
             return block(*inputs)
 

@@ -1,4 +1,4 @@
-"""Networks split over processes: FSDP2 (``fully_shard``), or HSDP where there are copies of the split network.
+"""Sharded networks: FSDP2 (``fully_shard``), or HSDP with several copies of the sharded network.
 
 Every parameter is a ``DTensor`` split along its first dimension. The repeated blocks of a network are gathered one at a
 time while they compute; master weights, gradients and optimizer state stay split.
@@ -24,18 +24,18 @@ from torch.distributed.tensor import DTensor, Shard
 from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients, make_mesh
 
 Which = Literal["none", "frozen", "all"]
-"""Networks that an option is about."""
+"""Networks that an option applies to."""
 
 
 @dataclass(frozen=True)
 class ShardPolicy:
-    """How networks are split.
+    """Options of sharding.
 
     Attributes:
-        keep_gathered: which networks' blocks are not freed after they computed; trained ones are freed by backward and
+        keep_gathered: networks whose blocks stay gathered after their forward; trained ones are freed by backward and
             by :func:`free_gathered`.
-        offload: which networks live in the host's memory and visit the device block by block.
-        compute_dtype: dtype of gathered parameters; gradients are reduced in float32 whatever it is.
+        offload: networks that live in the host's memory and visit the device block by block.
+        compute_dtype: dtype of gathered parameters; gradients are always reduced in float32.
     """
 
     keep_gathered: Which = "none"
@@ -52,22 +52,22 @@ def shard_mesh(processes: Processes) -> DeviceMesh:
 def shard_network(
     network: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, processes: Processes, policy: ShardPolicy
 ) -> None:
-    """Split ``network`` in place, gathered one of ``units`` at a time.
+    """Shard ``network`` in place, to be gathered one of ``units`` at a time.
 
-    A network without any parameter that needs a gradient counts as frozen, so set ``requires_grad`` before.
+    Set ``requires_grad`` first: a network with no parameter that needs a gradient counts as frozen.
     """
     trained = is_trained(network)
-    precise = policy.compute_dtype == torch.float32
+    precise, offloaded = policy.compute_dtype == torch.float32, _is_offloaded(network, policy)
     options: dict[str, Any] = {
-        # One dimension alone is plain FSDP, two are HSDP.
+        # One dimension is plain FSDP, two are HSDP.
         "mesh": mesh["shard"] if mesh["replicate"].size() == 1 else mesh,
-        # The outermost module too: parameters that are used between steps (clipping, averages) are always split.
+        # The outermost module too: parameters are sharded between steps, for clipping and averages.
         "reshard_after_forward": not includes(policy.keep_gathered, trained),
-        # Inputs are not cast: times are never bfloat16, and autocast casts what enters a layer.
+        # Inputs are not cast: times are never bfloat16, and autocast casts the input of each layer.
         "mp_policy": MixedPrecisionPolicy(
             None if precise else policy.compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": _offload(network, policy, processes.device),
+        "offload_policy": CPUOffloadPolicy(processes.device.type == "cuda") if offloaded else OffloadPolicy(),
     }
     # diffusers reshapes a network's prediction last, and no adapter changes one in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -79,14 +79,14 @@ def shard_network(
 
 
 def includes(which: Which, trained: bool) -> bool:
-    """Whether an option for ``which`` networks is about one that is trained, or about a frozen one."""
+    """True if an option for ``which`` networks applies to a trained (or frozen) one."""
     return which == "all" or (which == "frozen" and not trained)
 
 
 def free_gathered(network: nn.Module) -> None:
-    """Leave of a split network this process's part alone, whatever its last forward left gathered.
+    """Free the blocks of a sharded network that its last forward left gathered.
 
-    Weights may change, or be looked at by name, only then: gathered ones are copies that would go on as they were.
+    Needed before weights are changed or read by name: gathered blocks are copies that would keep their old values.
     """
     if isinstance(network, FSDPModule):
         for module in network.modules():
@@ -95,21 +95,17 @@ def free_gathered(network: nn.Module) -> None:
 
 
 def is_trained(network: nn.Module) -> bool:
-    """Whether any parameter needs a gradient."""
+    """True if any parameter needs a gradient."""
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def home_of(network: nn.Module, policy: ShardPolicy, device: torch.device) -> torch.device:
-    """Where a network's parts stay between its calls: the device, or the host."""
+    """Device that a network's shards stay on between its calls."""
     return torch.device("cpu") if _is_offloaded(network, policy) else device
 
 
 def _is_offloaded(network: nn.Module, policy: ShardPolicy) -> bool:
     return includes(policy.offload, is_trained(network))
-
-
-def _offload(network: nn.Module, policy: ShardPolicy, device: torch.device) -> OffloadPolicy:
-    return CPUOffloadPolicy(device.type == "cuda") if _is_offloaded(network, policy) else OffloadPolicy()
 
 
 def _sum_over_context(network: nn.Module, data_size: int) -> None:
@@ -121,12 +117,12 @@ def _sum_over_context(network: nn.Module, data_size: int) -> None:
 
 
 def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.device) -> None:
-    """Fill a split network whose parameters are on the meta device; every process reads only its own slices.
+    """Fill a sharded network on the meta device; every process reads only its own slices.
 
     Args:
         network: as :func:`shard_network` left it.
-        files: the safetensors file of each parameter, by name; parameters that are not named are left alone.
-        device: where the slices stay, see :func:`home_of`.
+        files: the safetensors file of each parameter, by name; other parameters are left alone.
+        device: see :func:`home_of`.
     """
     state = {}
     for name, parameter in network.named_parameters():
@@ -139,12 +135,12 @@ def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.dev
                 parameter.placements,
                 shape=parameter.shape,
                 stride=parameter.stride(),
-            ).to(device)  # which is not the mesh's device for what stays on the host
+            ).to(device)  # not the mesh's device if offloaded
     network.load_state_dict(state, strict=False, assign=True)
 
 
 def _read_slice(file: Path, name: str, parameter: DTensor) -> Tensor:
-    """This process's rows; like ``torch.chunk``, the last processes may have fewer, or none."""
+    """Read this process's rows; as in ``torch.chunk``, the last processes may have fewer, or none."""
     placement = parameter.placements[-1]
     if not isinstance(placement, Shard) or placement.dim:
         raise RuntimeError(f"{name} is not split along its first dimension")
@@ -156,41 +152,41 @@ def _read_slice(file: Path, name: str, parameter: DTensor) -> Tensor:
 
 
 def gather_state(network: nn.Module) -> dict[str, Tensor]:
-    """The whole state of a split network on the host of the main process; all take part, the others get nothing."""
+    """Gather the whole state of a sharded network to the main process's host; the others get nothing."""
     state: Any = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return dict(state)
 
 
 def synchronise(network: nn.Module, now: bool) -> None:
-    """Whether the next backward passes of a split network reduce gradients.
+    """Let the next backward passes of a sharded network reduce gradients, or add them up unreduced.
 
-    If not they add up whole and unreduced, which costs the memory of one whole gradient and saves the traffic.
+    Unreduced gradients cost the memory of one whole gradient and save the traffic.
     """
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
 
 
 def reduce_gradients(parameters: Sequence[nn.Parameter], context: int = 1) -> None:
-    """Average gradients over processes; split parameters were reduced in backward already.
+    """Average gradients over processes; those of sharded parameters were reduced in backward already.
 
     Args:
-        context: how many processes have parts of one gradient, which add up instead.
+        context: number of processes that hold parts of one gradient, which add up instead.
     """
     average_gradients([p for p in parameters if not isinstance(p, DTensor)], context)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory; the tensor itself where it is whole."""
+    """This process's shard of a tensor, in the same memory; a whole tensor itself, detached."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A whole tensor on every process; all of them take part."""
+    """Gather a tensor on every process; all of them take part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Float32 norm of each tensor, whole ones and split ones, ``[N]``; one collective for all of them."""
+    """Float32 norm of each tensor, whole or sharded, ``[N]``; one collective for all of them."""
     norms = torch.stack(torch._foreach_norm([local(tensor).float() for tensor in tensors]))
     meshes = [tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]
     if not meshes:

@@ -140,5 +140,6 @@ class DMD2Method(DistillMethod[DMD2Config]):
 
 def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: Given | None = None, eps: float = 1e-6) -> Tensor:
     """``(fake - real) / (mean |x0 - real| + eps)``, the mean over each sample's generated frames (DMD eq. 8)."""
-    x0, real, fake = x0.float(), real.float(), fake.float()
+    precise = torch.promote_types(x0.dtype, torch.float32)
+    x0, real, fake = x0.to(precise), real.to(precise), fake.to(precise)
     return (fake - real) / (mean_over_generated((x0 - real).abs(), given) + eps)

@@ -1,0 +1,1 @@
+"""How other programs run students of the families: diffusers' schedulers, ComfyUI's names. No family imports this."""

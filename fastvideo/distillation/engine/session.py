@@ -1,0 +1,96 @@
+"""``Session``: one launch of a run, from joining the other processes to leaving them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.config.sections import TrainerConfig
+from fastvideo.distillation.engine.checkpoint.restore import check_intact, newest
+from fastvideo.distillation.engine.optional.memory import keep_freed_memory
+from fastvideo.distillation.engine.optional.startup import StartUp
+from fastvideo.distillation.engine.parallel.collective import check_agreement, naming_lost_ranks
+from fastvideo.distillation.engine.parallel.distributed import (
+    Processes,
+    barrier,
+    start_processes,
+    stop_processes,
+)
+from fastvideo.distillation.engine.tracking import Tracker, check_installed
+from fastvideo.stopping import listening
+
+
+class Session:
+    """This process among all, its tracker, its start-up clock.
+
+    Raises:
+        UserError: for a tracker whose package is not installed.
+    """
+
+    def __init__(self, config: RunConfig[Any, Any], processes: Processes, start: StartUp) -> None:
+        for backend in config.tracking.backends:
+            check_installed(backend)
+        self.processes, self.start = processes, start
+        self.tracker = Tracker(Path(config.output), enabled=processes.is_main, options=config.tracking)
+
+    @staticmethod
+    @contextmanager
+    def open(config: RunConfig[Any, Any], began: float | None = None) -> Iterator[Session]:
+        """Listen for signals and join the other processes, until the context ends.
+
+        Args:
+            config: of the run.
+            began: launch time of the run (``time.monotonic``), for the time to its first step; default: now.
+
+        Raises:
+            UserError: if the processes do not fit the layout.
+            RunError: naming the processes that were lost meanwhile.
+        """
+        start = StartUp(monotonic() if began is None else began)
+        start.reached("imports")
+        _set_up_process(config.trainer)
+        layout = config.parallel.model_dump(include={"shard", "replicate", "context", "timeout"})
+        with listening(config.trainer.stop_signals):
+            processes = start_processes(config.device, **layout)
+            try:
+                with naming_lost_ranks():
+                    yield Session(config, processes, start)
+            finally:
+                stop_processes()
+
+    def check_agreement(self, what: str, values: Mapping[str, Any]) -> None:
+        """Check that every process was given the same ``values``.
+
+        Raises:
+            UserError: on all of them, naming the first key that differs.
+        """
+        check_agreement(what, values)
+
+    def wait_for_all(self) -> None:
+        """Wait until every process is here."""
+        barrier()
+
+    def find_checkpoint(self, folder: Path, wanted: Path | None) -> Path | None:
+        """Verify ``wanted``, or find the newest intact checkpoint in ``folder``; ``None`` if there is none.
+
+        Raises:
+            UserError: if ``wanted``, or every complete checkpoint, is damaged.
+        """
+        if wanted is not None:
+            check_intact(wanted, self.processes)
+        return wanted or newest(folder, self.processes, self.tracker.say)
+
+
+def _set_up_process(options: TrainerConfig) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.keep_freed_memory:
+        keep_freed_memory()
+    # Weights that decay towards zero become denormal, and arithmetic on those is many times slower on a CPU.
+    torch.set_flush_denormal(True)
