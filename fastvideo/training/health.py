@@ -24,7 +24,7 @@ from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import at_time
+from fastvideo.distillation.rollout import full_time
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import Condition
 from fastvideo.evaluation.alarms import Figures, find_alarms
@@ -184,7 +184,7 @@ class HealthCheck:
     def _noised(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Latents at the panel's noise level, from fixed noise, and that level ``[B]``."""
         noise = normal(tuple(x0.shape), seeded(self.wanted.seed)).to(x0.device)
-        t = at_time(x0, PANEL_TIME)
+        t = full_time(x0, PANEL_TIME)
         return add_noise(x0, noise, t), t
 
 

@@ -46,8 +46,8 @@ class ReorderedStreams(RandomStreams):
     def uniform(self, count: int) -> Tensor:
         return super().uniform(count)[ORDER]
 
-    def places(self, count: int) -> Tensor:
-        return super().places(count)[ORDER]
+    def positions(self, count: int) -> Tensor:
+        return super().positions(count)[ORDER]
 
     def index(self, count: int, high: int) -> Tensor:
         return super().index(count, high)[ORDER]
