@@ -1,4 +1,4 @@
-"""Values given beside a config file: flags to dotted keys, and their words to the values of fields."""
+"""Overrides of a config file: flags to dotted keys, and their words to field values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastvideo.wording import nearest
 EMPTY = ("None", "none", "null")
 FIELDS_HELP = "`fastvideo distill --config FILE --help` lists all"
 Overrides = Mapping[str, Sequence[str]]
-"""The words given for each dotted key, such as ``{"trainer.max_steps": ["100"]}``."""
+"""Words for each dotted key, such as ``{"trainer.max_steps": ["100"]}``."""
 
 
 def read_flags(words: Sequence[str]) -> dict[str, list[str]]:
-    """``--trainer.max-steps 100`` as an override; ``--init-ROLE-from`` stands for the role's ``init_from``.
+    """Parse flags such as ``--trainer.max-steps 100``; ``--init-ROLE-from`` sets the role's ``init_from``.
 
     Raises:
-        UserError: for a word that belongs to no flag.
+        UserError: for a word without a flag.
     """
     given: dict[str, list[str]] = {}
     key = None
@@ -40,15 +40,15 @@ def read_flags(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def flag(key: str) -> str:
-    """A dotted key as it is written on the command line."""
+    """Dotted key as a flag."""
     return f"--{key.replace('_', '-')}"
 
 
 def with_overrides(schema: type[Section], values: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """A copy of a file's values with the overrides in place; what they hold is checked with the rest.
+    """Copy of a file's values with the overrides applied; the schema validates them later.
 
     Raises:
-        UserError: for a key that the schema does not have, with the nearest one, or a value that is left out.
+        UserError: for an unknown key, with the nearest one, or a missing value.
     """
     result = dict(values)
     roles = values.get("roles")
@@ -62,7 +62,7 @@ def with_overrides(schema: type[Section], values: Mapping[str, Any], overrides: 
 
 
 def annotation_at(schema: type[Section], keys: Sequence[str]) -> Any:
-    """The type of a field by its path, with a role's name after ``roles``; ``None`` if there is no such field."""
+    """Type of a field by its path, with a role's name after ``roles``; ``None`` for an unknown field."""
     field, rest = schema.model_fields.get(keys[0]), keys[1:]
     kind = schema.written_as.get(keys[0]) if field is None else field.annotation
     if not rest:
@@ -75,12 +75,12 @@ def annotation_at(schema: type[Section], keys: Sequence[str]) -> Any:
 
 
 def section_in(kind: Any) -> type[Section] | None:
-    """The section that a field holds, alone, optionally or by name."""
+    """Section in a field's type, be it alone, optional or in a mapping."""
     return next((one for one in kinds(kind) if isinstance(one, type) and issubclass(one, Section)), None)
 
 
 def kinds(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation is made of."""
+    """Types that an annotation contains."""
     yield get_origin(annotation) or annotation
     for inner in get_args(annotation):
         yield from kinds(inner)
@@ -103,7 +103,7 @@ def _check_key(schema: type[Section], key: str, kind: Any, roles: Sequence[str])
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str | None:
-    """The nearest key of the same section, else of all, else one whose last part is near."""
+    """Nearest key of the same section, else of all, else one with a near last part."""
     section, _, name = key.rpartition(".")
     beside = [one for one in known if one.rpartition(".")[0] == section]
     names = {one.rpartition(".")[2]: one for one in known}
@@ -112,7 +112,7 @@ def _nearest_key(key: str, known: Sequence[str]) -> str | None:
 
 
 def _keys(schema: type[Section], roles: Sequence[str], before: str = "") -> Iterator[str]:
-    """Every dotted key that a flag may name."""
+    """Dotted keys of all flags."""
     for name, field in schema.model_fields.items():
         inner = section_in(field.annotation)
         if inner is None:
@@ -126,7 +126,7 @@ def _keys(schema: type[Section], roles: Sequence[str], before: str = "") -> Iter
 
 
 def _put(schema: type[Section], values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set a value, making copies of the sections on the way; a section of another type is for the check to find."""
+    """Set a value in copies of its sections; validation reports a section of another type."""
     for key in keys[:-1]:
         section = values.get(key)
         if section is not None and not isinstance(section, Mapping):
@@ -154,7 +154,7 @@ def _value(key: str, kind: Any, words: Sequence[str]) -> Any:
 
 
 def _word(found: set[Any], word: str) -> Any:
-    """Text as it is where text is meant, else what YAML reads in it."""
+    """Word of a text field as it is, otherwise parsed as YAML."""
     if str in found or Literal in found:
         return word
     try:

@@ -23,14 +23,14 @@ NAMES = ("distill_model", "distill_method")
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Sequence[str]] | None = None) -> RunConfig[Any, Any]:
-    """The validated config of a run.
+    """Read and validate the config of a run.
 
     Args:
-        path: a YAML file, or the name of a recipe that comes with the package.
-        overrides: dotted keys with the words given for them, as :func:`overrides.read_flags` makes them.
+        path: a YAML file, or the name of a recipe of the package.
+        overrides: words by dotted key, as :func:`overrides.read_flags` returns them.
 
     Raises:
-        UserError: for a file that cannot be read, an unknown name, key or flag, or a value that is not allowed.
+        UserError: for an unreadable file, an unknown name, key or flag, or an invalid value.
     """
     file = find_config(path)
     return config_of(with_own_files(read_yaml(file), file), str(file), overrides)
@@ -39,11 +39,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Sequence[str]] | None 
 def config_of(
     values: Mapping[str, Any], source: str, overrides: Mapping[str, Sequence[str]] | None = None
 ) -> RunConfig[Any, Any]:
-    """The values of a YAML file as a validated config; ``source`` is what messages call it.
-
-    Raises:
-        UserError: as :func:`read_config`.
-    """
+    """Validate the values of a YAML file, which messages call ``source``; UserError as :func:`read_config`."""
     given = dict(overrides or {})
     named = {**values, **{key: " ".join(given.pop(key)) for key in NAMES if key in given}}
     for key in NAMES:
@@ -63,14 +59,14 @@ def config_of(
 
 
 SIZES = ("height", "width", "num_frames")
-"""Fields of a family's section that a role's own section takes from the run's."""
+"""Fields that a role's own model section inherits from the run's."""
 
 
 def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfig]:
-    """Name and options of a role's family: those of its own section, or the run's.
+    """Name and options of a role's family, from its own section or the run's.
 
     Raises:
-        UserError: for an unknown family, or options that it does not take.
+        UserError: for an unknown family or invalid options.
     """
     section = config.roles[role].model
     if section is None:
@@ -96,10 +92,10 @@ def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfi
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Mapping in a YAML file.
 
     Raises:
-        UserError: if it is not there, not YAML, or holds something else.
+        UserError: if the file is missing, not YAML, or holds something else.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -115,10 +111,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
-    """``values`` as a config.
+    """Validate ``values``.
 
     Raises:
-        UserError: one line per problem, with the key's full path and, for an unknown key, the nearest right one.
+        UserError: one line per problem, with the key's full path and, for an unknown key, the nearest one.
     """
     try:
         return schema.model_validate(values)
@@ -128,7 +124,7 @@ def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> C
 
 
 def explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:
-    """One line about a problem that pydantic found: the key's full path, and what is wrong there."""
+    """One line about a problem of pydantic: the key's full path and the error."""
     path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
@@ -141,14 +137,14 @@ def explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that are allowed at a location of the config."""
+    """Keys that are allowed at a location of the config."""
     current: Any = schema
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel):
             current = current.model_fields[str(part)].annotation
-        else:  # a mapping of sections, such as roles
+        else:  # mapping of sections, such as roles
             current = current.__args__[1]
         options = [one for one in get_args(current) if one is not type(None)]
-        if isinstance(current, UnionType) and len(options) == 1:  # a section that may be left out
+        if isinstance(current, UnionType) and len(options) == 1:  # optional section
             current = options[0]
     return list(current.model_fields)

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: the files of ``examples/distillation``, found by name."""
+"""Recipes of the package: the files of ``examples/distillation``, found by name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ IN_WHEEL, IN_CLONE = PACKAGE / "recipes", PACKAGE.parent / "examples" / "distill
 
 
 def recipes() -> dict[str, Path]:
-    """The files by name; those in the clone, or those that the wheel carries."""
+    """Recipe files by name, from the wheel or the clone."""
     folder = IN_WHEEL if IN_WHEEL.is_dir() else IN_CLONE
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(config: str | Path) -> Path:
-    """The file that a path or a recipe's name means; a file that is there wins.
+    """File of a path or a recipe's name; an existing file wins.
 
     Raises:
-        UserError: for what is neither, with the nearest recipe.
+        UserError: if there is neither, with the nearest recipe.
     """
     path = Path(config)
     if path.exists() or path.parent != Path():
@@ -37,9 +37,9 @@ def find_config(config: str | Path) -> Path:
 
 
 def with_own_files(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The values of a config, with the prompts file that lies beside a recipe where the path in it leads nowhere.
+    """Values of a recipe, with its missing prompts file replaced by the one beside it.
 
-    A recipe names it as seen from a clone; a run may be started from any folder, and a wheel has no ``examples``.
+    Recipes name paths as seen from a clone, but a run may start in any folder, and a wheel has no ``examples``.
     """
     data = values.get("data")
     prompts = data.get("prompts") if isinstance(data, dict) else None

@@ -1,4 +1,4 @@
-"""The config of a run: its sections, frozen, strict, and documented field by field."""
+"""Config of a run: frozen, strict sections, documented field by field."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LadderConfig(Section):
 
     @classmethod
     def rivals(cls, key: str) -> tuple[str, ...]:
-        """The other spellings; a shift stays with steps and with a count."""
+        """Other spellings; a shift stays with steps and with a count."""
         forms = {"times": ("steps", "count", "shift", "warp"), "steps": ("times", "count")}
         return {**forms, "count": ("times", "steps", "warp")}.get(key, ())
 
@@ -64,23 +64,23 @@ class LadderConfig(Section):
 
 
 class DataConfig(Section):
-    """What the run trains on: preprocessed videos, the embedded world, or prompts alone."""
+    """Training data: preprocessed videos, the embedded world, or prompts alone."""
 
     path: str = "tiny"
-    """`tiny` (the embedded world of moving digits), or what `fastvideo preprocess` made: a Parquet file, or a folder of
-    them in FastVideo's public schema. A method that needs no videos reads captions and text embeddings alone."""
+    """`tiny` (the embedded world of moving digits), or a Parquet file or folder in FastVideo's public schema, as
+    `fastvideo preprocess` writes it. A method that needs no videos reads captions and text embeddings alone."""
     prompts: str | None = None
-    """Instead of `path`: a text file, one prompt per line."""
+    """Text file with one prompt per line, instead of `path`."""
     buckets: bool = False
-    """Take videos of every size in the dataset, each batch of one size; otherwise all must have the model's."""
+    """Take videos of every size in the dataset, one size per batch; otherwise all must have the model's."""
     size: PositiveInt = 4096
     """Samples of the tiny world per epoch."""
     cache: Annotated[str, RESUMABLE] = "outputs/cache"
-    """Where latents of the tiny world are kept once computed."""
+    """Folder for latents of the tiny world."""
     faults: Literal["raise", "skip"] = "raise"
-    """What to do about a file or row of a dataset that cannot be read: stop, or leave it out and list it."""
+    """Reaction to an unreadable file or row of a dataset: stop with an error, or skip and list it."""
     max_faults: NonNegativeInt = 100
-    """With `skip`: the run stops when a process has more than this to leave out."""
+    """Faults per process that `skip` allows before the run stops."""
     batch_size: PositiveInt = 32
     """Samples per process and micro-batch."""
 
@@ -92,33 +92,33 @@ class DataConfig(Section):
 
 
 class LoRAConfig(Section):
-    """An adapter that is trained in place of a role's network."""
+    """LoRA adapter that is trained instead of a role's network."""
 
     rank: PositiveInt = 32
     """Rank of the change to each layer's weights."""
     alpha: PositiveFloat | None = None
-    """The change is multiplied with alpha / rank; the rank itself if not given."""
+    """Scale of the change, which is multiplied by alpha / rank; the rank if not given."""
     targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
-    """Linear layers that get one, by the ends of their names."""
+    """Adapted linear layers, by the ends of their names."""
 
 
 class RoleConfig(Section):
     """One role of the run."""
 
     trainable: bool
-    """Whether it is trained; which roles must be and which must not is the method's to say."""
+    """True if the role is trained, as the method demands."""
     path: str | None = None
-    """Where its network's weights come from; the model's own path if not given."""
+    """Weights of its network; the model's own path if not given."""
     model: dict[str, Any] | None = None
-    """A family and a path of its own, such as `{family: cogvideox, path: ...}`, with the fields of that family's
-    `model` section; sizes are the run's if not given. Roles without it use the run's `model`."""
+    """Family and options of its own, such as `{family: cogvideox, path: ...}`, with the fields of that family's `model`
+    section; sizes are the run's if not given. Roles without it use the run's `model`."""
     init_from: str | None = None
-    """Weights to start with instead, for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
-    `PATH:ROLE:ema|live`, or a model folder. Without a suffix: the role of this name or else the student, averaged
-    weights if there are some. On the command line also `--init-ROLE-from`; a resumed run does not read it again."""
+    """Initial weights for the same network: a checkpoint (or a run's folder) as `PATH`, `PATH:ROLE` or
+    `PATH:ROLE:ema|live`, or a model folder. Without a suffix it takes the role of this name or else the student, with
+    averaged weights if there are any. Also `--init-ROLE-from` on the command line; a resumed run ignores it."""
     lora: LoRAConfig | None = None
-    """Train an adapter of this shape over a frozen network, which all such roles and the frozen ones with the same
-    `path` share; without it a trainable role trains all its weights."""
+    """Adapter to train over a frozen network, which all such roles and the frozen ones with the same `path` share;
+    without it a trainable role trains all its weights."""
 
     @model_validator(mode="after")
     def _adapter_is_trained(self) -> RoleConfig:
@@ -133,18 +133,18 @@ class ValidationConfig(Section):
     """Samples at fixed prompts and noise while training."""
 
     every: NonNegativeInt = 0
-    """Steps between two validations; 0 means none."""
+    """Steps per validation; 0 means none."""
     prompts: tuple[str, ...] = ()
     """Prompts; the first eight are written as video."""
     images: tuple[str, ...] = ()
-    """One image (or clip) per prompt, for a model that goes on from one."""
+    """One image or clip per prompt, for an image-to-video model."""
     world_prompts: NonNegativeInt = 0
-    """This many prompts of the tiny world instead, scored by its classifier."""
+    """Number of prompts of the tiny world instead, scored by its classifier."""
     seed: int = 1234
     """Seed of the noise; `fastvideo generate` with this seed and a prompt makes the same video."""
     batch_size: PositiveInt | None = None
-    """Videos that a process samples and decodes at a time. Without it one for `prompts`, which is what `fastvideo
-    generate` does, to the bit; `data.batch_size` for `world_prompts`."""
+    """Videos that a process samples and decodes at a time. The default is one for `prompts`, bit-equal to `fastvideo
+    generate`, and `data.batch_size` for `world_prompts`."""
     fps: PositiveInt = 8
     """Frames per second of the files."""
 
@@ -160,22 +160,22 @@ class ValidationConfig(Section):
 
 
 class HealthConfig(Section):
-    """What is looked at in every validation, and when an alarm is raised; see `docs/health.md`."""
+    """Checks in every validation and thresholds of their alarms; see `docs/health.md`."""
 
     enabled: bool = True
-    """Whether to look."""
+    """Run the checks."""
     prompts: PositiveInt = 8
-    """So many of the validation's prompts."""
+    """Number of the validation's prompts that are checked."""
     seeds: PositiveInt = 2
-    """Videos of each, from different noise."""
+    """Videos per prompt, from different noise."""
     teacher_steps: PositiveInt = 25
     """Steps of the teacher's videos, which are made once, at the first validation."""
     contrast: tuple[float, float] = (0.5, 2.0)
-    """Below the first share of the teacher's contrast the student is washed out."""
+    """Shares of the teacher's contrast; below the first the student is washed out."""
     saturation: tuple[float, float] = (0.4, 1.8)
-    """Outside these shares of the teacher's saturation the student is grey or over-saturated."""
+    """Shares of the teacher's saturation outside which the student is grey or over-saturated."""
     motion: tuple[float, float] = (0.5, 2.5)
-    """Outside these shares of the teacher's motion the student freezes or flickers."""
+    """Shares of the teacher's motion outside which the student freezes or flickers."""
     brightness: float = 0.15
     """Largest difference from the teacher's brightness, of 1."""
     colour: float = 0.1
@@ -187,20 +187,20 @@ class HealthConfig(Section):
     latent_std: float = 2.5
     """Largest ratio to the spread of the teacher's latents."""
     update_balance: float = 0.5
-    """How far the critic must move per step, over how far the student does."""
+    """Smallest ratio of the critic's movement per step to the student's."""
     gradient: float = 3.0
     """Largest RMS of the DMD gradient."""
 
 
 class TrackingConfig(Section):
-    """Where metrics go besides `metrics.jsonl`, which is always written."""
+    """Trackers besides `metrics.jsonl`, which is always written."""
 
     backends: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """External trackers; `wandb` and `trackio` are optional dependencies of those names. None can stop the run."""
+    """External trackers, which cannot stop the run; `wandb` and `trackio` are optional dependencies of those names."""
     project: str = "fastvideo"
     """Project at an external tracker."""
     name: str | None = None
-    """Name there; the output folder's if not given."""
+    """Name of the run there; the output folder's if not given."""
 
 
 AdapterT = TypeVar("AdapterT", bound=AdapterConfig)
@@ -208,39 +208,39 @@ MethodT = TypeVar("MethodT", bound=MethodConfig)
 
 
 class RunConfig(Section, Generic[AdapterT, MethodT]):
-    """A run, complete: saved beside its result, and runs again from there."""
+    """Complete config of a run; it is saved beside the result and reproduces the run."""
 
     distill_model: str
-    """The model family; `fastvideo list` shows all."""
+    """Model family; `fastvideo list` shows all."""
     distill_method: str
-    """The algorithm; `fastvideo list` shows all."""
+    """Algorithm; `fastvideo list` shows all."""
     output: Annotated[str, RESUMABLE]
-    """The run's folder; it must be new, unless the run is resumed or told to overwrite."""
+    """Folder of the run; it must be new, unless the run resumes or overwrites it."""
     seed: int = 0
     """Seed of every random draw."""
     device: Annotated[Literal["auto", "cpu", "cuda"], RESUMABLE] = "auto"
-    """Where to run; `auto` takes CUDA if there is one."""
+    """Device of the run; `auto` takes CUDA if there is one."""
     model: AdapterT
-    """The model family's options."""
+    """Options of the model family."""
     roles: dict[str, RoleConfig]
-    """Which networks take part, by role."""
+    """Networks, by role."""
     ladder: LadderConfig = LadderConfig()
-    """The student's noise levels."""
+    """Noise levels of the student."""
     method: MethodT
-    """The algorithm's options."""
+    """Options of the algorithm."""
     data: DataConfig = DataConfig()
-    """What the run trains on."""
+    """Training data."""
     trainer: TrainerConfig = TrainerConfig()
-    """The loop."""
+    """Training loop."""
     parallel: Annotated[ParallelConfig, RESUMABLE] = ParallelConfig()
-    """How the run is spread over processes."""
+    """Layout over processes."""
     ema: EMAConfig = EMAConfig()
     """Averaged weights of the student."""
     validation: Annotated[ValidationConfig, RESUMABLE] = ValidationConfig()
     """Samples while training."""
     health: Annotated[HealthConfig, RESUMABLE] = HealthConfig()
-    """What each validation looks at besides, and when to raise an alarm."""
+    """Checks in every validation."""
     tracking: Annotated[TrackingConfig, RESUMABLE] = TrackingConfig()
-    """Where metrics go."""
+    """External trackers."""
     checkpoint: Annotated[CheckpointConfig, RESUMABLE] = CheckpointConfig()
-    """What survives a restart."""
+    """Checkpoints."""

@@ -1,4 +1,4 @@
-"""Sections of a config that the loop and its runtime read."""
+"""Config sections of the loop and its runtime."""
 
 from __future__ import annotations
 
@@ -22,49 +22,47 @@ class ProfileConfig(Section):
     """Steps that torch's profiler records."""
 
     start: NonNegativeInt = 10
-    """Finished steps before the first one."""
+    """Finished steps before the first recorded one."""
     steps: PositiveInt = 3
-    """How many."""
+    """Number of recorded steps."""
 
 
 class TrainerConfig(Section):
-    """The loop."""
+    """Training loop."""
 
     max_steps: Annotated[PositiveInt, RESUMABLE] = 1000
-    """Steps; every step trains the critic (or whatever the method trains each time) once."""
+    """Steps of the run; in DMD2 each one updates the critic."""
     max_cpu_seconds: Annotated[NonNegativeFloat, RESUMABLE] = 0.0
-    """End sooner, with the step in which this one process has spent so much CPU time on steps: a budget that other work
-    on the machine does not touch. Validation and checkpoints are not counted; 0 sets no limit."""
+    """CPU time of this process for steps, without validation and checkpoints, after which the run ends early; 0 sets no
+    limit. Other work on the machine does not count."""
     grad_accumulation: PositiveInt = 1
     """Micro-batches per step; the effective batch is this x batch size x processes."""
     max_grad_norm: PositiveFloat = 1.0
-    """Each role's gradient is clipped to this norm."""
+    """Norm to which each role's gradient is clipped."""
     optimizer_states: Literal["float32", "8bit"] = "float32"
-    """What AdamW keeps its moments in: `8bit` takes a quarter of the memory, is slower on a CPU, and needs torchao
-    (extra `eightbit`); see `docs/scaling.md`."""
+    """Precision of AdamW's moments: `8bit` takes a quarter of the memory, is slower on a CPU, and needs torchao (extra
+    `eightbit`); see `docs/scaling.md`."""
     non_finite: Annotated[Literal["raise", "skip"], RESUMABLE] = "raise"
-    """What to do about a loss or gradient that is not finite: stop, or leave that step out and go on."""
+    """Reaction to a non-finite loss or gradient: stop with an error, or skip the step."""
     max_skips: Annotated[NonNegativeInt, RESUMABLE] = 10
-    """With `skip`: the run stops when more steps than this in a row were not finite."""
+    """Consecutive non-finite steps that `skip` allows before the run stops."""
     stop_signals: Annotated[tuple[str, ...], RESUMABLE] = ("SIGTERM", "SIGINT", "SIGUSR1")
     """Signals that stop the run at the next safe point, with a checkpoint; a second one stops it at once."""
     watchdog_seconds: Annotated[NonNegativeFloat, RESUMABLE] = 1800.0
-    """The run ends, with the stacks of all processes in its folder, when none of them finishes a step or a network call
-    of a validation for this long; 0 waits for ever."""
+    """Seconds without a finished step, or network call of a validation, on any process, after which the run ends and
+    leaves the stacks of all processes in its folder; 0 waits for ever."""
     log_every: Annotated[PositiveInt, RESUMABLE] = 10
-    """Steps between two lines of metrics."""
+    """Steps per line of metrics."""
     threads: Annotated[NonNegativeInt, RESUMABLE] = 0
-    """CPU threads of torch; 0 leaves torch's own choice."""
+    """CPU threads of torch; 0 is torch's default."""
     keep_freed_memory: Annotated[bool, RESUMABLE] = False
-    """On a CPU under Linux: memory that tensors free stays with the process and is used again: less time, and the
-    process holds its peak."""
-
+    """Keep freed tensor memory in the process for reuse (CPU, Linux): faster, but the process stays at its peak."""
     peak_flops: Annotated[PositiveFloat | None, RESUMABLE] = None
-    """Peak FLOP/s of one device, for the utilisation among the metrics; known for some devices if not given."""
+    """Peak FLOP/s of one device, for the utilisation among the metrics; some devices are known without it."""
     profile: Annotated[ProfileConfig | None, RESUMABLE] = None
-    """Write a trace of these steps into the run's folder (`profile/`)."""
+    """Steps whose trace is written into the run's folder (`profile/`)."""
     memory_snapshot: Annotated[bool, RESUMABLE] = False
-    """On CUDA: write a snapshot of all allocations into the run's folder when memory runs out."""
+    """Write a snapshot of all CUDA allocations into the run's folder when memory runs out."""
 
     @model_validator(mode="after")
     def _profiled_steps_are_taken(self) -> TrainerConfig:
@@ -85,26 +83,26 @@ class TrainerConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the run is spread over processes; `docs/scaling.md` tells when to use what."""
+    """Layout of the run over processes; see `docs/scaling.md`."""
 
     shard: PositiveInt = 1
-    """Processes that hold one copy of every network between them (FSDP2); it divides the number of processes."""
+    """Processes that share one copy of every network (FSDP2); it divides the number of processes."""
     replicate: PositiveInt | None = None
-    """Copies of that. Derived (processes / shard); if given, it must be right."""
+    """Copies of the networks; processes / shard if not given, and checked otherwise."""
     context: PositiveInt = 1
     """Processes that share one sample, each with a part of its tokens (Ulysses); it divides the number of processes."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Recompute activations in backward: `full` keeps each block's input alone, `selective` also what attention and
-    every second matrix product gave."""
+    """Recompute activations in backward: `full` keeps only the inputs of blocks, `selective` also the results of
+    attention and of every second matrix product."""
     sync_every_micro_batch: bool = False
-    """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradient is kept meanwhile."""
+    """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradients in memory."""
     keep_gathered: Literal["none", "frozen", "all"] = "none"
-    """Networks whose blocks stay whole after their first use, which saves traffic and costs memory: `frozen` for good,
-    `all` also the trained ones, until the next backward pass is over. Without `shard` all networks are whole anyway."""
+    """Sharded networks whose blocks stay whole after their first use, which saves traffic and costs memory: `frozen`
+    permanently, `all` also the trained ones until the end of the next backward pass."""
     offload: Literal["none", "frozen", "all"] = "none"
-    """Networks that live in the host's memory and visit the device block by block; needs `shard` above 1."""
+    """Networks in host memory that are moved to the device block by block; needs `shard` above 1."""
     timeout: PositiveFloat = 600.0
-    """Seconds that a process waits for the others before the run ends with an error."""
+    """Seconds a process waits for others before the run ends with an error."""
 
     @model_validator(mode="after")
     def _offload_is_sharded(self) -> ParallelConfig:
@@ -119,26 +117,26 @@ class ParallelConfig(Section):
 
 
 class EMAConfig(Section):
-    """Averaged weights; the student's are what is saved as the result."""
+    """Averaged weights; those of the student are the result."""
 
     enabled: bool = True
-    """Whether to keep them."""
+    """Keep averages."""
     roles: tuple[str, ...] = ("student",)
-    """Whose; trained roles alone have some."""
+    """Trained roles that have an average."""
     decay: float = Field(default=0.98, ge=0.0, lt=1.0)
-    """Per update of the role."""
+    """Decay per update of the role."""
     start_step: NonNegativeInt = 0
-    """Up to this step the average is a copy of the live weights."""
+    """Step up to which the average copies the live weights."""
 
 
 class CheckpointConfig(Section):
-    """What survives a restart."""
+    """Checkpoints, from which a run resumes."""
 
     every: NonNegativeInt = 0
-    """Steps between two checkpoints; 0 saves none but the result."""
+    """Steps per checkpoint; 0 saves only the result."""
     keep: PositiveInt = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: NonNegativeInt = 0
-    """Those of every this-many-th step are kept as well; 0 keeps none of them."""
+    """Steps per checkpoint that is kept permanently; 0 keeps only the newest."""
     asynchronous: bool = False
-    """Write in a thread: training waits for the copy to host memory alone."""
+    """Write in a thread; training waits only for the copy to host memory."""
