@@ -58,9 +58,8 @@ class Session:
         start = StartUp(monotonic() if began is None else began)
         start.reached("imports")
         _set_up_process(config.trainer)
-        layout = config.parallel.model_dump(include={"shard", "replicate", "context", "timeout"})
         with listening(config.trainer.stop_signals):
-            processes = start_processes(config.device, **layout)
+            processes = start_processes(config.device, config.parallel)
             try:
                 with naming_lost_ranks():
                     yield Session(config, processes, start)
