@@ -47,7 +47,7 @@ def psnr(one: Tensor, other: Tensor) -> float:
 def measured(model: LoadedModel, judge: Judge, real: Tensor, steps: int | None) -> str:
     """One row of the table."""
     warm_up(model, judge.prompts[:2])
-    spec, frames = model.sampler(steps), judge.first_frames(model.adapter)
+    spec, frames = model.sampler(steps), judge.first_frames(model.adapter.conditioner)
     made = sample(model, spec, judge, judge.prompts, judge.seed, 64, len(real), lambda units: None, frames=frames)
     videos, found = made.videos, judge.accuracies(made.seen)
     limit = torch.cat(

@@ -186,7 +186,9 @@ class Bench:
         adapter = WanAdapter(WanConfig(path=self.folder, **SIZES[self.size]["video"]))
         networks = {role: adapter.folder.load_network() for role in ("student", "teacher", "critic")}
         count = SIZES[self.size]["batch"]
-        text = adapter.conditioner.encode_prompts(["a red three moving up", ""]).tensors["prompt_embeds"]
+        text = adapter.conditioner.encode_prompts(["a red three moving up", ""]).of(adapter.conditioner.key)[
+            "prompt_embeds"
+        ]
         batch = {
             "x0": torch.randn(count, *adapter.codec.latent_shape),
             "text": text[:1].repeat(count, 1, 1),

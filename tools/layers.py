@@ -1,6 +1,6 @@
 """Draw the layers in docs/architecture.md from the code: `make layers`, or `python -m tools.layers` from the root.
 
-The boxes are the layers contract of `.importlinter`, the arrows the imports that the files really have.
+Boxes are the layers contract of `.importlinter`, arrows the actual imports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 START, END = "<!-- layers: drawn by `make layers` -->", "<!-- end of layers -->"
 
 Layers = list[tuple[str, list[str]]]
-"""From the top down: what separates the modules of a layer (`|` independent, `:` not) and their full names."""
+"""From the top down: separator of a layer's modules (`|` independent, `:` not) and their full names."""
 Imports = Mapping[str, set[str]]
 
 
@@ -60,7 +60,7 @@ def _targets(path: Path) -> Iterator[str]:
 
 
 def nearest(imports: Imports) -> Imports:
-    """The imports without those that another import already reaches; a circle keeps its arrows."""
+    """The imports without those that another import reaches; a circle keeps its arrows."""
     return {module: _nearest(module, targets, imports) for module, targets in imports.items()}
 
 

@@ -1,4 +1,4 @@
-"""Measures the shape of the code: how much one has to read, and how often one thing is written.
+"""Measure the shape of the code: amount to read, and repetition.
 
     make shape        # or: python tools/shape.py
 
@@ -23,7 +23,7 @@ ENGINE, RUNTIME = f"{DISTILLATION}.engine", f"{DISTILLATION}.engine.runtime"
 ADAPTERS, METHODS = f"{DISTILLATION}.adapters", f"{DISTILLATION}.methods"
 SAMPLE, ROLLOUTS = f"{DISTILLATION}.sample", (f"{DISTILLATION}.rollout", f"{DISTILLATION}.causal_rollout")
 NETWORK_CALLS = {"velocity", "guided_velocity", "velocity_of", "x0", "x0_guided", "flow_map"}
-"""Calls that ask a network; a loop that feeds their answers back to them samples."""
+"""Calls of a network; a loop that feeds their outputs back to them samples."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,7 +59,7 @@ def library(code: dict[str, Module]) -> list[Module]:
 
 
 def running(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below ``node`` that can run: not what stands under ``if TYPE_CHECKING``."""
+    """The nodes below ``node`` that can run: not those under ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
@@ -88,7 +88,7 @@ def has_code(module: Module) -> bool:
 
 
 def closure(starts: Sequence[str], code: dict[str, Module], facade: str | None = None) -> list[Module]:
-    """Own files with code that are reached from ``starts`` by imports.
+    """Own files with code that ``starts`` reach by imports.
 
     Args:
         facade: a module of the engine whose imports inside the engine are not followed; it counts itself.
@@ -105,7 +105,7 @@ def closure(starts: Sequence[str], code: dict[str, Module], facade: str | None =
 
 
 def core(code: dict[str, Module]) -> list[Module]:
-    """What one reads to know DMD2 on Wan: the engine up to its façade, if it has one."""
+    """Files to read for DMD2 on Wan: the engine up to its façade, if it has one."""
     return closure(CORE, code, facade=RUNTIME if RUNTIME in code else None)
 
 
@@ -133,25 +133,25 @@ def called(node: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 
 def samplers_in(module: Module, code: dict[str, Module]) -> set[str]:
-    """Names under which a file imports functions of a rollout that go down a list of ``times``."""
+    """Local names of imported rollout functions that take ``times``."""
     found: set[str] = set()
     for node in (node for node in running(module.tree) if isinstance(node, ast.ImportFrom)):
         for alias in node.names:
-            if node.module in ROLLOUTS and alias.name in walks(code, node.module):
+            if node.module in ROLLOUTS and alias.name in stepping(code, node.module):
                 found.add(alias.asname or alias.name)
-            found |= walks(code, f"{node.module}.{alias.name}")
+            found |= stepping(code, f"{node.module}.{alias.name}")
     return found
 
 
-def walks(code: dict[str, Module], rollout: str) -> set[str]:
-    """The functions of a rollout module that go down a list of ``times``; none for another module."""
+def stepping(code: dict[str, Module], rollout: str) -> set[str]:
+    """Functions of a rollout module that take ``times``; none for another module."""
     if rollout not in ROLLOUTS or rollout not in code:
         return set()
     return {node.name for node in functions(code[rollout]) if "times" in {given.arg for given in node.args.args}}
 
 
 def feeds_back(loop: ast.For | ast.While) -> bool:
-    """True if a network is asked about a name that each pass takes from the one before: a loop from noise to data."""
+    """True if a network call reads a name that the previous pass set: a loop from noise to data."""
     asked = {
         part.id
         for name, call in called(loop)
@@ -181,7 +181,7 @@ def samples(function: Function, samplers: set[str]) -> bool:
 
 
 def outermost(module: Module) -> Iterator[Function]:
-    """Functions and methods that stand in no other function."""
+    """Functions and methods outside other functions."""
 
     def below(nodes: Sequence[ast.AST]) -> Iterator[Function]:
         for node in nodes:
@@ -194,7 +194,7 @@ def outermost(module: Module) -> Iterator[Function]:
 
 
 def sampling_loops(code: dict[str, Module]) -> list[str]:
-    """Functions outside methods and the rollouts that sample; ``sample.py`` counts as one, whatever it is made of."""
+    """Sampling functions outside methods and rollouts; ``sample.py`` counts as one."""
     found = []
     for module in library(code):
         if module.within(METHODS, *ROLLOUTS):
@@ -258,13 +258,13 @@ MEASURES: dict[str, Callable[[dict[str, Module]], int]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a measure may be now, and what it is to become."""
+    """Upper bound of a measure now, and its goal."""
 
     now: int
     goal: int
 
     def complaint(self, name: str, value: int) -> str | None:
-        """What is wrong with a value: above the budget, or so far below that the budget must follow."""
+        """Message for a value above the budget, or so far below that the budget must follow; ``None`` if fine."""
         if value > self.now:
             return f"{name} is {value}, its budget is {self.now}: the code may only become smaller"
         if (least := max(value, self.goal)) < 0.95 * self.now:

@@ -42,8 +42,7 @@ def show_buckets(path: str, batch_size: Count, ranks: int) -> None:
     """
     from rich.table import Table
 
-    from fastvideo.data.buckets import bucket_sizes, why_left_out
-    from fastvideo.data.index import dataset_files, index_file
+    from fastvideo.data.index import bucket_sizes, dataset_files, index_file
     from fastvideo.data.order import Shard
     from fastvideo.data.schema import LATENT
 
@@ -54,10 +53,9 @@ def show_buckets(path: str, batch_size: Count, ranks: int) -> None:
         table.add_column(column, justify="left" if column[0] in "lw" and column != "left out" else "right")
     total = [0, 0, 0]
     for shape, count in bucket_sizes(files).items():
-        steps = count // shard.per_round
-        left = count - steps * shard.per_round
+        steps, left = divmod(count, shard.per_round)
         total = [a + b for a, b in zip(total, (count, steps, left), strict=True)]
-        table.add_row(" x ".join(map(str, shape)), str(count), str(steps), str(left), why_left_out(steps, left, shard))
+        table.add_row(" x ".join(map(str, shape)), str(count), str(steps), str(left), shard.why_skipped(count))
     table.add_section()
     table.add_row("all", *map(str, total), "")
     out = console()

@@ -76,7 +76,7 @@ def run_generate(arguments: GenerateArguments) -> str:
         UserError: for a bad folder, prompt, image, number of steps or file name, before anything is written.
     """
     from fastvideo.data.video_io import video_format, write_video
-    from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.inference.first_frames import first_frames
     from fastvideo.inference.generate import generate_video
     from fastvideo.inference.loading import load_model

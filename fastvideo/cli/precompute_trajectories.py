@@ -61,7 +61,7 @@ def _captions(prompts: Path | None, count: int, config: Any) -> list[str]:
 
         read = read_prompts(str(prompts))
         return [read[i % len(read)] for i in range(count)]
-    from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.errors import UserError
     from fastvideo.tiny.world import TinyWorld
 

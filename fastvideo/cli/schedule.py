@@ -81,15 +81,14 @@ def stock_ladder(config: Config, steps: int | None) -> str:
     Raises:
         UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
     """
-    from fastvideo.distillation.registry import load_adapter, load_method
+    from fastvideo.distillation.registry import load_exporter, load_method
     from fastvideo.distillation.schedule import Ladder
     from fastvideo.errors import UserError
 
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
     wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
-    adapter = load_adapter(config.distill_model)(config.model)
-    sampler = adapter.folder.stock_sampler(wanted, load_method(config.distill_method).sampler)
+    sampler = load_exporter(config.model).stock_sampler(wanted, load_method(config.distill_method).sampler)
     return f"ladder:  # {type(sampler.scheduler).__name__}\n  times: {list(sampler.times)}"
 
 

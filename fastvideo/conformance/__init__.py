@@ -1,1 +1,1 @@
-"""Does a model family fulfil the adapter contract? The checks behind ``fastvideo conformance`` and the test suite."""
+"""Checks of the adapter contract, for ``fastvideo conformance`` and the test suite."""

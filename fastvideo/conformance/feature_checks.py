@@ -1,4 +1,4 @@
-"""Rules about features: tokens of the network's blocks, for methods with a discriminator."""
+"""Rules about features: tokens of the network's blocks, for discriminators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FEATURES = "features(), blocks, feature_widths"
 
 
 def _taps(subject: Subject) -> tuple[int, ...]:
-    """Every block."""
+    """All blocks."""
     if not subject.adapter.feature_widths:
         raise NotApplicable("the family declares no features, so methods with a discriminator refuse it")
     return tuple(range(len(subject.adapter.feature_widths)))
@@ -41,11 +41,11 @@ def features_are_those_of_the_whole_call(subject: Subject) -> None:
     arguments = subject.network, subject.x_t, subject.times, subject.condition
     u, whole = subject.adapter.features(*arguments, taps, whole=True)
     assert u is not None
-    require_close(u, subject.velocity(subject.x_t, subject.times), "the velocity with and without features")
+    require_close(u, subject.predict(subject.x_t, subject.times), "the velocity with and without features")
     for tap in taps:
         _, (early,) = subject.adapter.features(*arguments, (tap,))
         require_close(early, whole[tap], f"tap {tap} of a call that ends there, and of a whole call")
-    again = subject.velocity(subject.x_t, subject.times)
+    again = subject.predict(subject.x_t, subject.times)
     require_close(again, u, "the velocity before and after features were read")
 
 

@@ -16,7 +16,7 @@ from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
 @check("summary, Config")
 def it_declares_itself(subject: Subject) -> None:
-    require(subject.adapter.summary, "`summary` is empty: one line that says what the family is")
+    require(bool(subject.adapter.summary), "`summary` is empty: describe the family in one line")
     require(issubclass(subject.adapter.Config, AdapterConfig), "`Config` must be a subclass of AdapterConfig")
 
 
@@ -46,10 +46,8 @@ def the_negative_condition_is_the_negative_prompt(subject: Subject) -> None:
         raise Violation("a batch was prepared before ensure_negative_conditioning()")
     adapter.ensure_negative_conditioning()
     conditioner = adapter.conditioner
-    negative, encoded = (
-        _named(made)
-        for made in (conditioner.negative(2), conditioner.encode_prompts([conditioner.negative_prompt] * 2))
-    )
+    negative = _named(conditioner.negative(2))
+    encoded = _named(conditioner.encode_prompts([conditioner.negative_prompt] * 2))
     require(negative.keys() == encoded.keys(), "it has other tensors than an encoded prompt")
     for key, value in negative.items():
         require(torch.equal(value, encoded[key]), f"{key} is not that of the negative prompt")
@@ -73,24 +71,26 @@ def a_prepared_batch_has_what_a_method_reads(subject: Subject) -> None:
 @check("codec.latent_shape")
 def latents_of_a_wrong_shape_are_refused_with_both_shapes(subject: Subject) -> None:
     subject.adapter.ensure_negative_conditioning()
-    channels, frames, height, width = subject.adapter.codec.latent_shape
+    channels, frames, height, width = shape = subject.adapter.codec.latent_shape
     wrong = (channels, frames, width + 1, height)
     try:
         _prepared(subject.adapter, RawBatch(subject.prompts, torch.zeros(2, *wrong)))
     except UserError as error:
-        named = str(wrong) in str(error) and str(subject.adapter.codec.latent_shape) in str(error)
-        require(named, f"the message does not name both shapes: {error}")
+        require(
+            str(wrong) in str(error) and str(shape) in str(error), f"the message does not name both shapes: {error}"
+        )
     else:
-        raise Violation(f"latents of {wrong} were taken, the shape is {subject.adapter.codec.latent_shape}")
+        raise Violation(f"latents of {wrong} were taken, the shape is {shape}")
 
 
 @check("codec.encode(), codec.decode(), codec.latent_shape")
 def latents_and_videos_have_matching_shapes(subject: Subject) -> None:
     latents = subject.noise(2, seed=1)
-    videos = subject.adapter.codec.decode(latents)
+    codec = subject.adapter.codec
+    videos = codec.decode(latents)
     require(videos.ndim == 5 and len(videos) == 2, f"decode gives {tuple(videos.shape)}, expected [2, 3, T, H, W]")
-    require(subject.adapter.codec.decode(latents[:1]).shape[1:] == videos.shape[1:], "a single video has another shape")
-    encoded = subject.adapter.codec.encode(videos)
+    require(codec.decode(latents[:1]).shape[1:] == videos.shape[1:], "a single video has another shape")
+    encoded = codec.encode(videos)
     require(encoded.shape == latents.shape, f"encode(decode(z)) is {tuple(encoded.shape)}, z {tuple(latents.shape)}")
     require(encoded.dtype == torch.float32, f"latents are {encoded.dtype}")
     require(not (encoded.requires_grad or videos.requires_grad), "the codec carries gradient")
@@ -109,10 +109,9 @@ def the_codec_carries_gradient_when_asked(subject: Subject) -> None:
 
 @check("codec.latent_key")
 def the_latent_key_is_a_property_of_the_codec(subject: Subject) -> None:
-    require(subject.adapter.codec.latent_key, "it is empty")
-    require(
-        _fresh(subject).codec.latent_key == subject.adapter.codec.latent_key, "it changes from one load to the next"
-    )
+    key = subject.adapter.codec.latent_key
+    require(bool(key), "it is empty")
+    require(_fresh(subject).codec.latent_key == key, "it changes from one load to the next")
 
 
 @check("folder.load_network()")
@@ -133,13 +132,11 @@ def a_saved_pipeline_gives_back_the_weights_bit_for_bit(subject: Subject) -> Non
     subject.adapter.folder.save(folder, network, {"method": "toy"})
     require((folder / "recipe.json").is_file(), "recipe.json is missing")
     reader = _fresh(subject, path=str(folder))
-    for how, found in {
-        "path": reader.folder.load_network(),
-        "role": subject.adapter.folder.load_network(str(folder)),
-    }.items():
+    loaded = {"path": reader.folder.load_network(), "role": subject.adapter.folder.load_network(str(folder))}
+    for how, found in loaded.items():
         weights = found.state_dict()
         for name, wanted in network.state_dict().items():
-            require(torch.equal(wanted, weights[name]), f"{name} is not what was saved (loaded by {how})")
+            require(torch.equal(wanted, weights[name]), f"{name} differs from the saved one (loaded by {how})")
 
 
 def _named(condition: Condition) -> dict[str, Tensor]:
@@ -152,6 +149,6 @@ def _prepared(adapter: DistillAdapter[Any], raw: RawBatch) -> Batch:
 
 
 def _fresh(subject: Subject, **options: Any) -> DistillAdapter[Any]:
-    """Another adapter of the same kind, with nothing cached."""
+    """Another adapter of the same kind, with empty caches."""
     adapter = subject.adapter
     return type(adapter)(adapter.config.model_copy(update=options), adapter.device)

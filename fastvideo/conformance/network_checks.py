@@ -15,7 +15,7 @@ VELOCITY = "velocity()"
 
 @check(VELOCITY)
 def velocity_is_float32_with_the_shape_of_its_input(subject: Subject) -> None:
-    u = subject.velocity(subject.x_t, subject.times)
+    u = subject.predict(subject.x_t, subject.times)
     require(u.shape == subject.x_t.shape, f"{tuple(u.shape)} for an input of {tuple(subject.x_t.shape)}")
     require(u.dtype == torch.float32, f"{u.dtype}; cast to float32 before it is returned")
     require(u.isfinite().all(), "it holds infinite or undefined numbers")
@@ -25,16 +25,16 @@ def velocity_is_float32_with_the_shape_of_its_input(subject: Subject) -> None:
 def velocity_is_finite_from_pure_noise_to_clean(subject: Subject) -> None:
     for time in (1.0, 0.999, 1e-3):
         t = torch.full_like(subject.times, time)
-        u = subject.velocity(subject.x_t, t)
+        u = subject.predict(subject.x_t, t)
         require(u.isfinite().all(), f"at t = {time} it holds infinite or undefined numbers")
 
 
 @check(VELOCITY)
 def velocity_depends_on_its_arguments_alone(subject: Subject) -> None:
-    first = subject.velocity(subject.x_t, subject.times)
-    subject.velocity(2 * subject.x_t, 0.5 * subject.times)
+    first = subject.predict(subject.x_t, subject.times)
+    subject.predict(2 * subject.x_t, 0.5 * subject.times)
     with torch.no_grad():
-        again = subject.velocity(subject.x_t, subject.times)
+        again = subject.predict(subject.x_t, subject.times)
     require(
         torch.equal(first, again),
         "the same call gave another result later, or without gradient: is there dropout, a cache, ambient state?",
@@ -43,12 +43,12 @@ def velocity_depends_on_its_arguments_alone(subject: Subject) -> None:
 
 @check(VELOCITY)
 def velocity_reads_sample_time_and_prompt(subject: Subject) -> None:
-    base = subject.velocity(subject.x_t, subject.times)
+    base = subject.predict(subject.x_t, subject.times)
     swapped = subject.condition.map(lambda value: value.flip(0))
     others = {
-        "sample": subject.velocity(subject.x_t + 0.1, subject.times),
-        "time": subject.velocity(subject.x_t, subject.times - 0.1),
-        "prompt": subject.velocity(subject.x_t, subject.times, swapped),
+        "sample": subject.predict(subject.x_t + 0.1, subject.times),
+        "time": subject.predict(subject.x_t, subject.times - 0.1),
+        "prompt": subject.predict(subject.x_t, subject.times, swapped),
     }
     for name, changed in others.items():
         same = torch.allclose(changed[[0, 2]], base[[0, 2]], rtol=1e-5, atol=1e-7)
@@ -75,11 +75,11 @@ def teacher_times_fall_from_pure_noise(subject: Subject) -> None:
 @check(VELOCITY)
 def samples_of_a_batch_do_not_see_each_other(subject: Subject) -> None:
     x_t = subject.x_t.clone().requires_grad_()
-    u = subject.velocity(x_t, subject.times)
+    u = subject.predict(x_t, subject.times)
     (gradient,) = torch.autograd.grad(u[1].square().sum(), x_t)
     require(gradient[1].abs().sum() > 0, "no gradient reaches the input")
     require(torch.count_nonzero(gradient[[0, 2]]) == 0, "a sample's velocity depends on the other samples")
-    alone = subject.velocity(x_t[[1]], subject.times[[1]], subject.condition.rows(slice(1, 2)))
+    alone = subject.predict(x_t[[1]], subject.times[[1]], subject.condition.rows(slice(1, 2)))
     require_close(alone, u[[1]], "a sample alone and in a batch")
 
 
@@ -87,8 +87,8 @@ def samples_of_a_batch_do_not_see_each_other(subject: Subject) -> None:
 def constant_times_per_frame_equal_a_time_per_sample(subject: Subject) -> None:
     _needs_times_per_frame(subject)
     per_frame = subject.times[:, None].expand(-1, subject.adapter.codec.latent_shape[1])
-    u = subject.velocity(subject.x_t, subject.times)
-    require_close(subject.velocity(subject.x_t, per_frame), u, "times [B, F] and [B]")
+    u = subject.predict(subject.x_t, subject.times)
+    require_close(subject.predict(subject.x_t, per_frame), u, "times [B, F] and [B]")
 
 
 @check(VELOCITY)
@@ -98,13 +98,10 @@ def times_per_frame_belong_to_their_frame(subject: Subject) -> None:
     if frames == 1:
         raise NotApplicable("the latents have one frame; give the model a longer video to check this")
     times = torch.linspace(0.3, 0.9, frames, device=subject.adapter.device).expand(len(subject.x_t), frames)
-    u = subject.velocity(subject.x_t, times)
-    for name, wrong in {
-        "reversed": times.flip(1),
-        "all the first": times[:, :1],
-        "all the last": times[:, -1:],
-    }.items():
-        other = subject.velocity(subject.x_t, wrong.expand(-1, frames))
+    u = subject.predict(subject.x_t, times)
+    others = {"reversed": times.flip(1), "all the first": times[:, :1], "all the last": times[:, -1:]}
+    for name, wrong in others.items():
+        other = subject.predict(subject.x_t, wrong.expand(-1, frames))
         require(not torch.allclose(other, u, rtol=1e-3, atol=1e-4), f"times {name} give the same velocity")
 
 

@@ -1,4 +1,4 @@
-"""Running the checks on one adapter."""
+"""Run the checks on one adapter."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import ADAPTERS, load_adapter
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.progress import tracked
 
 RULES = (network_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
@@ -27,7 +28,7 @@ RULES = (network_checks, feature_checks, folder_checks, stock_checks)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check found; ``where`` is the place to look at when it failed."""
+    """Result of one check; ``where``: members or line behind a failure."""
 
     name: str
     result: Literal["passed", "FAILED", "not applicable"]
@@ -36,7 +37,7 @@ class Outcome:
 
 
 def examine(subject: Subject, checks: Iterable[Check] = tuple(CHECKS)) -> Iterator[Outcome]:
-    """Run ``checks`` one after the other; a failed one does not stop the rest."""
+    """Run ``checks`` in order; a failure does not stop the rest."""
     for rule in checks:
         try:
             rule.run(subject)
@@ -44,7 +45,7 @@ def examine(subject: Subject, checks: Iterable[Check] = tuple(CHECKS)) -> Iterat
             yield Outcome(rule.name, "not applicable", str(reason))
         except Violation as violation:
             yield Outcome(rule.name, "FAILED", str(violation), rule.where)
-        except Exception as error:  # an adapter under examination may raise anything; it is reported, with its place
+        except Exception as error:  # an adapter under examination may raise anything
             message = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
             yield Outcome(rule.name, "FAILED", message, f"{rule.where}, raised at {place(error, subject.adapter)}")
         else:
@@ -61,10 +62,10 @@ def place(error: Exception, adapter: DistillAdapter[Any]) -> str:
 
 
 def find_family(name: str) -> type[DistillAdapter[Any]]:
-    """The adapter class that ``name`` means: a registered family, or ``package.module:Class``.
+    """The adapter class of a registered family, or of ``package.module:Class``.
 
     Raises:
-        UserError: if there is no such family, module or class, or the class is no adapter.
+        UserError: for an unknown family, module or class, or a class that is not an adapter.
     """
     if ":" not in name:
         if name not in ADAPTERS:
@@ -86,10 +87,10 @@ def find_family(name: str) -> type[DistillAdapter[Any]]:
 
 
 def model_options(config: Path | None, settings: Iterable[str]) -> dict[str, Any]:
-    """The ``model`` section of a run's config, with ``key=value`` settings over it.
+    """The ``model`` section of a run's config, overridden by ``key=value`` settings.
 
     Raises:
-        UserError: for a setting of another form, or a config that cannot be read.
+        UserError: for another form of setting, or an unreadable config.
     """
     options: dict[str, Any] = {}
     if config is not None:
@@ -109,10 +110,8 @@ def conform(
     """Build the adapter and run every check on it, with a progress bar.
 
     Raises:
-        UserError: for a wrong option, or a model folder that cannot be read.
+        UserError: for a wrong option, or an unreadable model folder.
     """
-    from fastvideo.inference.progress import tracked
-
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         adapter = family(validate(family.Config, options, "of the model"), device)

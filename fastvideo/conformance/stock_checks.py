@@ -1,4 +1,4 @@
-"""The rule that ties a family to its original: stock diffusers, given the same noise, makes the same video."""
+"""Rule: stock diffusers makes the same video from the same noise."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
-from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 
 STEPS, SEED = 4, 2
@@ -19,12 +20,12 @@ TOLERANCE = 2 / 255
 """Of a pixel in [0, 1]."""
 
 
-@check("velocity(), codec.decode(), conditioner.encode_prompts(), folder.stock_sampler()")
+@check("velocity(), codec.decode(), conditioner.encode_prompts(), Exporter.stock_sampler()")
 def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
     adapter = subject.adapter
     if not adapter.Config.pipelines:
         raise NotApplicable("the family has no diffusers pipeline")
-    stock = adapter.folder.stock_sampler(adapter.folder.teacher_times(STEPS), "euler")
+    stock = load_exporter(adapter.config).stock_sampler(adapter.folder.teacher_times(STEPS), "euler")
     condition = adapter.conditioner.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
     denoiser, sampler = Denoiser(adapter, subject.network), SamplerSpec.teacher(stock.times, 1.0)
     latents = sample(denoiser, SampleNoise([SEED], adapter.device), adapter.codec.latent_shape, sampler, condition)
@@ -48,7 +49,7 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         prompt=subject.prompts[0],
-        latents=adapter.folder.stock_latents(noise),
+        latents=load_exporter(adapter.config).stock_latents(noise),
         num_inference_steps=len(stock.times),
         guidance_scale=1.0,
         output_type="pt",
@@ -59,11 +60,11 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
 
 
 def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:
-    """The image that the first video goes on from, as the pipeline takes it."""
+    """The first video's conditioning image, in the pipeline's form."""
     if subject.frames is None:
         return {}
     if subject.frames.shape[2] != 1 or "image" not in inspect.signature(pipeline.__call__).parameters:
-        raise NotApplicable(f"{pipeline.__name__} does not take the frames that the model goes on from")
+        raise NotApplicable(f"{pipeline.__name__} does not take the model's conditioning frames")
     from diffusers.image_processor import VaeImageProcessor
 
     pixels = (subject.frames[0, :, 0].permute(1, 2, 0).cpu().numpy() + 1) / 2
@@ -71,7 +72,7 @@ def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:
 
 
 def _sizes(config: AdapterConfig, pipeline: type[Any]) -> dict[str, Any]:
-    """The config's sizes, as far as the pipeline takes them."""
+    """The config's sizes among the pipeline's arguments."""
     taken = inspect.signature(pipeline.__call__).parameters
     names = {"height", "width", "num_frames", "max_sequence_length"}
     return config.model_dump(include=names & set(taken))

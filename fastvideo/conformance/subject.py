@@ -1,4 +1,4 @@
-"""What the checks look at, and how they say what is wrong."""
+"""The adapter under examination with toy inputs, and the failures of a check."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COUNT = 3
 
 
 class Violation(Exception):
-    """A check failed; the message says what was found and what is expected."""
+    """A failed check; the message names found and expected values."""
 
 
 class NotApplicable(Exception):
-    """A check has nothing to look at in this family; the message says why."""
+    """A check that does not apply to this family; the message gives the reason."""
 
 
 def require(holds: bool | Tensor, message: str) -> None:
@@ -46,7 +46,7 @@ class Subject:
 
     Attributes:
         adapter: over a folder of real weights, or random ones of a toy size.
-        prompts: two different prompts that the text encoder tells apart.
+        prompts: two prompts with different encodings.
         folder: an empty folder that checks may write into.
     """
 
@@ -56,26 +56,25 @@ class Subject:
 
     @cached_property
     def network(self) -> nn.Module:
-        """One network; checks leave it as it was."""
+        """One network; checks do not change it."""
         return self.adapter.folder.load_network()
 
     @cached_property
     def condition(self) -> Condition:
-        """The condition of first prompt, empty prompt, second prompt, each with first frames of its own."""
-        return self.adapter.conditioner.encode_prompts([self.prompts[0], "", self.prompts[1]]) | self.first_frames(
-            COUNT
-        )
+        """The condition of first prompt, empty prompt, second prompt, each with its own first frames."""
+        prompts = [self.prompts[0], "", self.prompts[1]]
+        return self.adapter.conditioner.encode_prompts(prompts) | self.first_frames(COUNT)
 
     @cached_property
     def frames(self) -> Tensor | None:
-        """First frames ``[3, 3, T, H, W]`` for a model that goes on from some, in steps of 8 bits."""
+        """First frames ``[3, 3, T, H, W]`` in steps of 8 bits, for a model that takes some."""
         if not self.adapter.conditioner.needs_frames:
             return None
         videos = self.adapter.codec.decode(self.noise(COUNT, seed=3)).clamp(-1, 1)
         return ((videos[:, :, : max(self.adapter.conditioner.first_frames)] + 1) * 127.5).round() / 127.5 - 1
 
     def first_frames(self, count: int) -> Condition:
-        """What the first ``count`` of them add to a condition."""
+        """Condition on the first ``count`` of :attr:`frames`."""
         return self.adapter.conditioner.condition_on(None if self.frames is None else self.frames[:count])
 
     @cached_property
@@ -92,14 +91,14 @@ class Subject:
         """Standard normal latents."""
         return normal((count, *self.adapter.codec.latent_shape), seeded(seed)).to(self.adapter.device)
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The adapter's velocity."""
         return self.adapter.velocity(self.network, x_t, t, condition or self.condition)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of the contract: its name, what it looks at, where an author looks when it fails."""
+    """One rule of the contract: its name, its function, and the adapter's members to look at when it fails."""
 
     name: str
     run: Callable[[Subject], None]
@@ -107,11 +106,11 @@ class Check:
 
 
 CHECKS: list[Check] = []
-"""Every rule, in the order in which they are reported."""
+"""Every rule, in the order of the report."""
 
 
 def check(where: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    """Register a function as a rule; its name, with spaces, is the rule's."""
+    """Register a function as a rule, named after it, with spaces."""
 
     def register(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
         CHECKS.append(Check(run.__name__.replace("_", " "), run, where))

@@ -1,1 +1,1 @@
-"""What runs train on."""
+"""Datasets that runs train on."""

@@ -12,15 +12,15 @@ from fastvideo.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
-"""Looked for in the folder of videos, if no caption file is named."""
+"""Default caption files, in the folder of videos."""
 NAME_KEYS, CAPTION_KEYS = ("file_name", "file", "video", "path"), ("caption", "text", "prompt")
 SHOWN = 3
-"""Of many wrong entries, this many are shown."""
+"""Most wrong entries in a message."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """A file, its name relative to the folder (with ``/``), and its caption or why it has none."""
+    """A file, its name relative to the folder (with ``/``), and its caption or the reason for having none."""
 
     path: Path
     name: str
@@ -32,13 +32,12 @@ def find_videos(folder: Path, captions: Path | None = None) -> list[Video]:
     """All videos in ``folder`` and below, by name, each with its caption.
 
     Args:
-        folder: where to look.
-        captions: a CSV file with a header or a JSONL file; otherwise one of :data:`CAPTION_FILES` in the folder, and
-            if there is none, a ``.txt`` beside each video.
+        folder: searched with its subfolders.
+        captions: a CSV file with a header or a JSONL file. Default: one of :data:`CAPTION_FILES` in the folder, else a
+            ``.txt`` beside each video.
 
     Raises:
-        UserError: if there is no video, or the caption file is not readable, names a video twice or one that is not
-            there.
+        UserError: if there is no video, or the caption file is not readable, names a video twice or an absent one.
     """
     if not folder.is_dir():
         raise UserError(f"video folder {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -80,8 +79,8 @@ def read_captions(path: Path) -> dict[str, str]:
     """Captions by file name.
 
     Raises:
-        UserError: if the file is not readable, not UTF-8, neither CSV nor JSONL with the right keys, or names a video
-            twice; with the number of the line.
+        UserError: naming the line, if the file is not readable, not UTF-8, neither CSV nor JSONL with the right keys,
+            or names a video twice.
     """
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
     if path.suffix.lower() not in readers:
@@ -143,7 +142,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _check_names(source: Path, texts: dict[str, str], paths: dict[str, Path], folder: Path) -> None:
-    """Refuse a caption file that names what is not there, before any work is done."""
+    """Refuse a caption file that names absent videos."""
     absent = [name for name in texts if name not in paths]
     if absent:
         more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""

@@ -24,7 +24,7 @@ RESIZE = "BICUBIC"
 
 
 class VideoError(Exception):
-    """A video that cannot be used, and why: it is skipped and listed."""
+    """Reason to skip a video; it is listed."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Policy:
-    """What becomes of a video.
+    """Cut and fit of a video.
 
     Attributes:
         sizes: the sizes to choose from: the nearest aspect ratio, and of those the longest that the video fills.
         fit: ``crop`` fills the frame and cuts what hangs over on both sides, ``pad`` shows all with black bars,
             ``stretch`` changes the aspect ratio.
-        fps: frame rate, by repeating or dropping frames; ``None`` takes every frame as it is.
-        every_clip: cut the whole video into clips, and not only its beginning.
+        fps: frame rate, by repeating or dropping frames; ``None`` keeps every frame.
+        every_clip: cut the whole video into clips instead of its beginning alone.
     """
 
     sizes: tuple[Size, ...]
@@ -88,10 +88,10 @@ class Clip:
 
 
 def read_clips(path: Path, policy: Policy) -> Iterator[Clip]:
-    """The clips of a video; only as much of it is decoded as they need.
+    """The clips of a video; decodes no more frames than they need.
 
     Raises:
-        VideoError: if it cannot be decoded or is too short for every size of its aspect ratio; with both numbers.
+        VideoError: if decoding fails, or the video is too short for every size of its aspect ratio; with both numbers.
     """
     try:
         with av.open(str(path)) as container:
@@ -104,7 +104,7 @@ def read_clips(path: Path, policy: Policy) -> Iterator[Clip]:
 
 def _clips_of(container: Any, policy: Policy) -> Iterator[Clip]:
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # the processes are what runs in parallel
+    stream.codec_context.thread_count = 1  # processes run in parallel instead
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     if rate <= 0:
         raise VideoError("no frame rate")
@@ -145,13 +145,13 @@ def nearest_sizes(sizes: Iterable[Size], aspect: float) -> list[Size]:
 
 
 def aspect_of(frame: Any, stream: Any) -> float:
-    """Width / height as a player shows it: with the pixels' aspect ratio and the rotation that a phone writes."""
+    """Width / height on a player: with the pixels' aspect ratio and a phone's rotation."""
     aspect = frame.width / frame.height * float(stream.sample_aspect_ratio or 1)
     return 1 / aspect if frame.rotation % 180 else aspect
 
 
 def resampled(frames: Iterable[tuple[Any, float]], fps: float, duration: float) -> Iterator[Any]:
-    """The frame that is on screen at each of the times 0, 1/fps, 2/fps, ...; ``duration`` is the last frame's."""
+    """The frame on screen at each of the times 0, 1/fps, 2/fps, ...; ``duration`` is the last frame's."""
     shown, start, end, due = None, 0.0, 0.0, 0
     for frame, time in frames:
         start = time if shown is None else start

@@ -1,7 +1,7 @@
-"""What cannot be read of a dataset: the run stops at the first such thing, or leaves out a bounded number of them.
+"""Unreadable files and rows of a dataset: stop at the first one, or skip a bounded number of them.
 
-Whether a file or a row can be read is the same on all processes and at every reading, so the order of samples stays a
-pure function of (seed, epoch), and the processes stay in step: a row that is left out takes no batch with it.
+A file or row is readable on all processes and at every reading, or on none. So the order of samples stays a pure
+function of (seed, epoch), and the processes stay in step: a skipped row does not remove its batch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastvideo.errors import UserError
 LIST = "skipped_data.jsonl"
 """The list, in the run's folder: ``file``, ``row`` (null for a whole file) and ``error``."""
 UNREADABLE = (UserError, pa.ArrowException, OSError, UnicodeDecodeError)
-"""What reading a damaged row raises."""
+"""Errors that reading a damaged row raises."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A file, or one row of it, that is left out."""
+    """A skipped file, or one skipped row of it."""
 
     file: str
     row: int | None
@@ -31,7 +31,7 @@ class Fault:
 
 
 class Faults:
-    """What was left out so far.
+    """Files and rows skipped so far.
 
     Args:
         policy: ``raise`` stops at the first fault, ``skip`` after more than ``bound``, counted by each process.
@@ -48,10 +48,10 @@ class Faults:
         return len(self._found)
 
     def record(self, file: Path, row: int | None, error: Exception) -> None:
-        """Leave out a file (``row`` is ``None``) or a row.
+        """Skip a file (``row`` is ``None``) or a row.
 
         Raises:
-            UserError: if nothing more may be left out.
+            UserError: if the bound is reached.
         """
         fault = Fault(str(file), row, str(error).splitlines()[0] if str(error) else type(error).__name__)
         if (fault.file, fault.row) in self._found:
@@ -69,7 +69,7 @@ class Faults:
         return f"{where}{fault.error}{many}"
 
     def attach(self, folder: Path, rank: int) -> None:
-        """Keep the list in a run's folder from now on, with what it holds from before a resume."""
+        """Append to the list in a run's folder from now on; entries from before a resume stay."""
         path, self._main = folder / LIST, rank == 0
         before = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         self._listed = {(line["file"], line["row"]) for line in before}
@@ -78,7 +78,7 @@ class Faults:
             self._write(fault)
 
     def _write(self, fault: Fault) -> None:
-        """Every process lists its own rows; files, which all leave out alike, the main one alone."""
+        """Every process lists its own rows; the main one alone lists files, which all processes skip."""
         mine = (self._main or fault.row is not None) and (fault.file, fault.row) not in self._listed
         if self._list is not None and mine:
             with self._list.open("a") as file:

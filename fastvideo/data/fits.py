@@ -1,4 +1,4 @@
-"""What a run wants of a dataset, and whether a file has it: refused before the first step, with both numbers."""
+"""Requirements of a run on its dataset, checked before the first step; errors name both numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastvideo.distillation.types import UserError
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a run reads of a dataset, and what that must look like.
+class DataRequirements:
+    """Tensors that a run reads, and their shapes.
 
     Attributes:
         latents: ``(C, F, H, W)``, or ``None`` to leave latents on disk.
@@ -41,11 +41,11 @@ class Wanted:
 
 
 def is_raw(made: Mapping[str, Any]) -> bool:
-    """Whether a file holds latents as the VAE gives them: FastVideo's do, and normalise them when they train."""
+    """True if a file holds latents as the VAE gives them: FastVideo's files do, and it normalises in training."""
     return made.get("latents") != "normalised"
 
 
-def sample_shape(name: str, kind: Kind, wanted: Wanted) -> tuple[int, ...]:
+def sample_shape(name: str, kind: Kind, wanted: DataRequirements) -> tuple[int, ...]:
     """A stored shape as the shape of one sample: without a batch dimension of 1."""
     shape = kind[0]
     if name == LATENT:
@@ -53,11 +53,11 @@ def sample_shape(name: str, kind: Kind, wanted: Wanted) -> tuple[int, ...]:
     return shape[1:] if len(shape) == len(wanted.extras[name]) + 1 and shape[0] == 1 else shape
 
 
-def check_fits(file: FileIndex, wanted: Wanted) -> None:
-    """Whether the model can be trained on the file.
+def check_fits(file: FileIndex, wanted: DataRequirements) -> None:
+    """Refuse a file that the model cannot be trained on.
 
     Raises:
-        UserError: with the file and both numbers: latent shape, channels, text width, codec.
+        UserError: naming the file and both values of latent shape, channels, text width or codec.
     """
     for name in wanted.required:
         if file.tensors[name].missing:
@@ -78,7 +78,7 @@ def check_fits(file: FileIndex, wanted: Wanted) -> None:
                 )
 
 
-def _check_latents(file: FileIndex, expected: tuple[int, ...], wanted: Wanted) -> None:
+def _check_latents(file: FileIndex, expected: tuple[int, ...], wanted: DataRequirements) -> None:
     for shape in (latent_shape(shape) for shape, _ in file.tensors[LATENT].kinds):
         if len(shape) != 4 or shape[0] != expected[0]:
             raise UserError(f"{file.path}: latents have {shape[0]} channels, the model's codec has {expected[0]}")

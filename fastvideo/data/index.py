@@ -1,8 +1,9 @@
-"""What is in a Parquet dataset, found out without reading its tensors: rows, row groups, shapes, dtypes."""
+"""Index of a Parquet dataset without reading its tensors: rows, row groups, shapes, dtypes."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastvideo.data.schema import DTYPES, byte_count, dtype_name, metadata_of
+from fastvideo.data.schema import DTYPES, LATENT, byte_count, dtype_name, metadata_of
 from fastvideo.errors import UserError
 
 MANIFEST = "preprocess.json"
-"""What ``fastvideo preprocess`` writes first, and what makes a folder its output."""
+"""First file that ``fastvideo preprocess`` writes; it marks a folder as its output."""
 Kind = tuple[tuple[int, ...], str]
 """Shape and dtype of a stored tensor."""
 
@@ -37,7 +38,7 @@ class TensorIndex:
 
 @dataclass(frozen=True)
 class FileIndex:
-    """One Parquet file: rows of each row group, tensors by name, and how it was made (empty if made elsewhere)."""
+    """One Parquet file: rows of each row group, tensors by name, preprocessing settings (empty if made elsewhere)."""
 
     path: Path
     groups: tuple[int, ...]
@@ -54,7 +55,7 @@ def dataset_files(path: str) -> list[Path]:
     """The Parquet files at ``path``, in nested folders too, in the order of their names.
 
     Raises:
-        UserError: if there is none, or a ``fastvideo preprocess`` into that folder did not come to its end.
+        UserError: if there is none, or a ``fastvideo preprocess`` into that folder was interrupted.
     """
     root = Path(path)
     if not root.exists():
@@ -128,7 +129,7 @@ def _index_tensor(file: pq.ParquetFile, path: Path, name: str) -> TensorIndex:
 
 
 def _check_first_row(file: pq.ParquetFile, path: Path, tensors: dict[str, TensorIndex]) -> None:
-    """Bytes against shape and dtype, of one row: every other row is checked when it is read."""
+    """Compare one row's bytes with its shape and dtype; reading checks the other rows."""
     if not tensors or not len(next(iter(tensors.values())).codes):
         return
     columns = [f"{name}_bytes" for name in tensors]
@@ -139,7 +140,7 @@ def _check_first_row(file: pq.ParquetFile, path: Path, tensors: dict[str, Tensor
 
 
 def check_bytes(path: Path, row: int, name: str, data: pa.Buffer | None, kind: Kind) -> None:
-    """Whether a tensor's bytes are as many as its shape and dtype take.
+    """Refuse a tensor whose size in bytes differs from its shape and dtype.
 
     Raises:
         UserError: with the file, the row and both numbers.
@@ -153,10 +154,19 @@ def check_bytes(path: Path, row: int, name: str, data: pa.Buffer | None, kind: K
 
 
 def latent_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """A stored latent's shape as ``(C, F, H, W)``: images may be stored without F, and a batch dimension of 1 goes."""
+    """A stored latent's shape as ``(C, F, H, W)``: adds F to an image without one, drops a batch dimension of 1."""
     if len(shape) == 5 and shape[0] == 1:
         shape = shape[1:]
     return (shape[0], 1, *shape[1:]) if len(shape) == 3 else tuple(shape)
+
+
+def bucket_sizes(files: Sequence[FileIndex]) -> dict[tuple[int, ...], int]:
+    """Rows by latent shape ``(C, F, H, W)``, sorted."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    for index in (file.tensors[LATENT] for file in files):
+        for code, (shape, _) in enumerate(index.kinds):
+            counts[latent_shape(shape)] += int((index.codes == code).sum())
+    return dict(sorted(counts.items()))
 
 
 def iter_row_groups(files: Sequence[FileIndex]) -> Iterator[tuple[int, int, int, int]]:

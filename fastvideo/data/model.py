@@ -1,23 +1,23 @@
-"""The model that videos are encoded for: its family, and the size it takes where nobody says one."""
+"""A model by its path: its family, its recipe, and the sizes that its weights do not hold."""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
-"""What a family's config must be told about any model but an embedded one."""
+"""Fields of a family's config that every model but an embedded one must name."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class ModelChoice:
         """
         fields = {**self.fields, "height": height, "width": width, "num_frames": num_frames}
         validate(load_adapter(self.family).Config, fields, f"of size {height}x{width}x{num_frames}")
-        return ModelChoice(self.family, fields)
+        return replace(self, fields=fields)
 
     def adapter(self, device: str) -> Adapter:
-        """The family's adapter; what it needs of the model is loaded on first use.
+        """The family's adapter; encoder and VAE are loaded on first use.
 
         Raises:
             UserError: for a config that is not valid.
@@ -50,30 +50,46 @@ class ModelChoice:
 def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
     """The model at ``path`` (a folder, a hub id or ``tiny``) with the sizes of :data:`SIZES`.
 
-    A size is what is given, else what the model's ``recipe.json`` says, else what its diffusers pipeline generates when
-    it is not told a size.
+    A size is the given one, else that of the model's ``recipe.json``, else the default of its diffusers pipeline.
 
     Raises:
-        UserError: if there is no such model, or nothing says its size.
+        UserError: if there is no such model, or a size is unknown.
     """
     source = resolve_pipeline(path, tuple(families()))
-    pipeline = str(json.loads((Path(source) / "model_index.json").read_text())["_class_name"])
+    pipeline = pipeline_class(source)
     family = families()[pipeline]
     named = {name: value for name, value in given.items() if value is not None}
     known = {**_pipeline_sizes(path, pipeline), **read_recipe(source).get("model", {}), **named}
     config = load_adapter(family).Config
     fields = {name: value for name, value in known.items() if name in config.model_fields}
-    missing = [name for name in SIZES if name in config.model_fields and name not in fields]
-    if missing and path not in EMBEDDED:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise UserError(f"model {path!r} does not say which size it is made for: give {flags}")
+    check_sizes(path, fields, config.model_fields)
     if "prompt_cache_mib" in config.model_fields:  # every caption is encoded once
         fields["prompt_cache_mib"] = 0
     return ModelChoice(family, validate(config, {**fields, "path": path}, f"of the model {path!r}").model_dump())
 
 
+def pipeline_class(source: str) -> str:
+    """``_class_name`` of a pipeline folder that :func:`resolve_pipeline` has checked."""
+    return str(json.loads((Path(source) / "model_index.json").read_text())["_class_name"])
+
+
+def check_sizes(path: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse a model without sizes: the config's defaults are those of the embedded model alone.
+
+    Raises:
+        UserError: with the flags of the missing sizes.
+    """
+    missing = [name for name in SIZES if name in known and name not in fields]
+    if missing and path not in EMBEDDED:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise UserError(
+            f'model {path!r} does not say which size it is made for: give {flags} (or write a "model" section with '
+            f"{', '.join(missing)} into its recipe.json)"
+        )
+
+
 def _pipeline_sizes(path: str, pipeline: str) -> dict[str, int]:
-    """The sizes that a published pipeline generates by default, as diffusers says."""
+    """Default sizes of a published diffusers pipeline."""
     if path in EMBEDDED:
         return {}
     import diffusers

@@ -2,7 +2,7 @@
 
 Rows come in **buckets** (one shape each: a batch never mixes them) and in **blocks** (what is read from disk at once).
 Blocks are shuffled, then the rows of a few neighbouring ones, so that a block is read once per epoch and not once per
-row; a block of one row is a full shuffle. Every process owns one contiguous part of that order.
+row; blocks of one row give a full shuffle. Every process owns one contiguous part of that order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,15 @@ class Shard:
 
     @property
     def per_round(self) -> int:
-        """Samples that all processes take in one step."""
+        """Samples per step, all processes together."""
         return self.batch_size * self.world_size
+
+    def why_skipped(self, rows: int) -> str:
+        """Reason why an epoch skips some of a bucket's ``rows``; empty if it skips none."""
+        if rows < self.per_round:
+            return f"fewer than one step takes ({self.per_round})"
+        left = rows % self.per_round
+        return f"incomplete last step ({left} of {self.per_round}), others each epoch" if left else ""
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,11 @@ class Bucket:
     window: int = 1
 
     def rounds(self, shard: Shard) -> int:
-        """Steps per epoch: the incomplete last one is left out, so that all processes take the same number."""
+        """Complete steps per epoch, the same number on all processes."""
         return len(self.rows) // shard.per_round
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
-        """The rows in a new order."""
+        """Shuffled rows."""
         if self.blocks is None:
             return self.rows[torch.randperm(len(self.rows), generator=generator)]
         sizes = torch.unique_consecutive(self.blocks, return_counts=True)[1].tolist()
@@ -74,17 +81,17 @@ class Source(Protocol):
 
     @property
     def buckets(self) -> Sequence[Bucket]:
-        """All samples, by what may share a batch."""
+        """All samples by shape."""
         ...
 
     def read(self, rows: Sequence[int]) -> RawBatch:
-        """The samples of those numbers, which are of one bucket."""
+        """Samples by number, all of one bucket."""
         ...
 
 
 @dataclass(frozen=True)
 class MemorySource:
-    """Samples that are in memory: captions, and latents ``[N, C, F, H, W]`` and extras ``[N, ...]`` where there are."""
+    """Samples in memory: captions, and optional latents ``[N, C, F, H, W]`` and extras ``[N, ...]``."""
 
     captions: Sequence[str]
     latents: Tensor | None = None
@@ -104,16 +111,16 @@ class MemorySource:
 class SampleStream:
     """An endless, resumable stream of batches.
 
-    Every epoch is a new order, of which each sample is part at most once: a bucket's incomplete last round is left out
-    (another one each epoch). At every step all processes have batches of the same bucket.
+    Every epoch is a new order with each sample at most once: it skips a bucket's incomplete last round (other samples
+    each epoch). At every step all processes have batches of the same bucket.
 
     Args:
         source: the samples.
         seed: of the order.
-        shard: batch size, and which process this is.
+        shard: batch size and rank.
         ahead: batches that a thread reads beforehand.
-        faults: what the source leaves out.
-        pin: put them into page-locked memory, from which a copy to a CUDA device waits for nothing.
+        pin: page-locked memory, for asynchronous copies to a CUDA device.
+        faults: files and rows that the source skips.
 
     Raises:
         UserError: if no bucket has enough samples for one batch on each process.
@@ -164,7 +171,7 @@ class SampleStream:
             epoch, step = epoch + 1, 0
 
     def _read(self, epoch: int, step: int) -> Callable[[], RawBatch]:
-        """The batch of a position, to be called for; it is on its way if there is a thread for that."""
+        """Function that returns the batch of a position; a reader thread starts on it at once."""
         rows = self._plan(epoch)[step].tolist()
         if self._reader is None:
             return partial(self._load, rows)
@@ -183,31 +190,31 @@ class SampleStream:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position of the next batch, and how many samples one round of all processes takes."""
+        """Position of the next batch, and samples per step of all processes."""
         return {"epoch": self.epoch, "round": self.round, "per_round": self.shard.per_round}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue with the batch after the last one of :meth:`state_dict`."""
+        """Continue at the position of :meth:`state_dict`."""
         more, self.round = divmod(int(state["round"]), self.rounds)
         self.epoch = int(state["epoch"]) + more
         self._restart()
 
     def load_foreign_state(self, state: Mapping[str, int], step: int) -> str:
-        """Go on from a run with other processes, as many samples into the epoch; what is not exact then."""
+        """Continue a run of another number of processes at the same sample of the epoch; returns the inexact part."""
         seen = int(state["round"]) * int(state["per_round"])
         self.load_state_dict({**state, "round": -(-seen // self.shard.per_round)})
         return "the data go on at the same place of the epoch, dealt anew to the processes"
 
 
 def pinned(source: Source, rows: Sequence[int]) -> RawBatch:
-    """The samples of those numbers in page-locked memory."""
+    """Samples by number, in page-locked memory."""
     raw = source.read(rows)
     latents = None if raw.latents is None else raw.latents.pin_memory()
     return RawBatch(raw.captions, latents, {name: value.pin_memory() for name, value in raw.extras.items()})
 
 
 def too_few(sizes: Sequence[int], shard: Shard) -> str:
-    """Why there is no step to take from buckets of these sizes, and what would do."""
+    """Message for buckets without a complete step, with the batch size that fits."""
     needed = f"fewer than one batch of {shard.batch_size} on each of {counted(shard.world_size, 'process')}"
     largest = max(sizes, default=0)
     possible = largest // shard.world_size

@@ -1,6 +1,6 @@
-"""The output folder of ``fastvideo preprocess``, made once and gone on with only under the same settings.
+"""Output folder of ``fastvideo preprocess``; a later call continues it only with the same settings.
 
-``fastvideo precompute-trajectories`` has such a folder too; its manifest names it as ``command``.
+``fastvideo precompute-trajectories`` uses it too; its manifest then names that ``command``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def sources_key(videos: Sequence[Video]) -> str:
-    """SHA-256 of what is read: names, sizes and captions, in order."""
+    """SHA-256 of the videos' names, sizes and captions, in order."""
     digest = hashlib.sha256()
     for video in videos:
         entry = [video.name, video.path.stat().st_size, video.caption, video.problem]
@@ -38,11 +38,11 @@ def shard_path(out: Path, number: int, stem: str = "videos") -> Path:
     return out / f"{stem}-{number:05d}.parquet"
 
 
-def prepare_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool, stem: str = "videos") -> list[int]:
-    """Make the folder, or go on with an interrupted one; the numbers of the files that are still to be written.
+def open_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool, stem: str = "videos") -> list[int]:
+    """Make the folder, or continue an interrupted one; the numbers of the missing files.
 
     Raises:
-        UserError: if the folder holds something else, or was begun with other settings or other videos.
+        UserError: if the folder holds something else, or has other settings or other videos.
     """
     if overwrite and (out / MANIFEST).is_file():
         shutil.rmtree(out)
@@ -79,7 +79,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def collect(out: Path, files: int) -> tuple[int, list[dict[str, str]]]:
-    """Rows in all files, and the videos that were skipped; the latter are written to :data:`SKIPPED` as well.
+    """Rows in all files, and the skipped videos, which are also written to :data:`SKIPPED`.
 
     Raises:
         UserError: if a file is damaged.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.faults import UNREADABLE, Faults
-from fastvideo.data.fits import Wanted, check_fits, is_raw, sample_shape
+from fastvideo.data.fits import DataRequirements, check_fits, is_raw, sample_shape
 from fastvideo.data.index import FileIndex, check_bytes, dataset_files, index_file, iter_row_groups, latent_shape
 from fastvideo.data.order import Bucket
 from fastvideo.data.schema import LATENT, TEXT, Floats, byte_count, floats
@@ -23,12 +23,12 @@ from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.stopping import unit_done
 
 CACHE_BYTES = 512 * 2**20
-"""Row groups kept in memory; the window within which rows are shuffled is as large as this allows."""
+"""Memory for row groups; it bounds the window within which rows are shuffled."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sample as it was read."""
+class Sample:
+    """One row as read."""
 
     file: FileIndex
     caption: str
@@ -38,18 +38,18 @@ class Row:
 class ParquetSource:
     """The samples of a dataset.
 
-    Only the columns that are wanted are read, a row group at a time; a tensor's bytes are copied once, into its batch.
+    Reads the required columns only, a row group at a time; a tensor's bytes are copied once, into its batch.
 
     Args:
         path: a Parquet file, or a folder with Parquet files in it or below.
-        wanted: what to read.
-        faults: what may be left out; nothing if not given.
+        wanted: tensors to read.
+        faults: bound on skipped files and rows; none may be skipped by default.
 
     Raises:
-        UserError: naming the file, if one is not readable or does not hold what is wanted.
+        UserError: naming the file, if one is not readable or lacks a tensor.
     """
 
-    def __init__(self, path: str, wanted: Wanted, faults: Faults | None = None) -> None:
+    def __init__(self, path: str, wanted: DataRequirements, faults: Faults | None = None) -> None:
         self.wanted, self.faults = wanted, Faults() if faults is None else faults
         self.files = list(self._usable(path))
         self.names = [*wanted.required, *([TEXT] if self._has_text() else [])]
@@ -58,7 +58,7 @@ class ParquetSource:
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 
     def _usable(self, path: str) -> Iterator[FileIndex]:
-        """The files that can be read and fit."""
+        """Readable files that fit."""
         optional = [TEXT] if TEXT in self.wanted.extras else []
         first: UserError | None = None
         count = 0
@@ -77,7 +77,7 @@ class ParquetSource:
             raise UserError(f"data.path: no file of {path} can be used; the first: {first}")
 
     def _has_text(self) -> bool:
-        """Whether every row has its text embedding; a dataset in which only some have is refused."""
+        """True if every row has a text embedding; refuses a dataset in which only some have one."""
         if TEXT not in self.wanted.extras:
             return False
         missing = [(file, file.tensors[TEXT].missing if TEXT in file.tensors else file.rows) for file in self.files]
@@ -92,14 +92,14 @@ class ParquetSource:
 
     @property
     def has_text(self) -> bool:
-        """Whether text embeddings are read, instead of encoding the captions."""
+        """True if stored text embeddings replace encoded captions."""
         return TEXT in self.names
 
     def captions(self) -> list[str]:
-        """All captions that can be read.
+        """All readable captions.
 
         Raises:
-            UserError: for a row without one that may not be left out.
+            UserError: for a row without one that may not be skipped.
         """
         captions: list[str] = []
         for file in self.files:
@@ -149,12 +149,12 @@ class ParquetSource:
         return total
 
     def read(self, rows: Sequence[int]) -> RawBatch:
-        """The samples of those numbers: latents ``[B, C, F, H, W]`` normalised, extras by name, all float32.
+        """Samples by number: latents ``[B, C, F, H, W]`` normalised, extras by name, all float32.
 
-        A row that cannot be read, where that is allowed, is replaced by the others of the batch in turn.
+        The other samples of the batch replace skipped rows in turn.
 
         Raises:
-            UserError: naming file and row, for one that cannot be read and may not be left out, or if none can.
+            UserError: naming file and row, for an unreadable one that may not be skipped, or if no row is readable.
         """
         found = [self._row(row) for row in rows]
         good = [row for row in found if row is not None]
@@ -166,13 +166,13 @@ class ParquetSource:
         latents = self._latents(samples) if self.wanted.latents else None
         return RawBatch(tuple(row.caption for row in samples), latents, extras)
 
-    def _row(self, number: int) -> Row | None:
-        """One sample, or ``None`` if it is left out."""
+    def _row(self, number: int) -> Sample | None:
+        """One sample, or ``None`` for a skipped row."""
         file, row, group, offset = self._locate(number)
         try:
             table = self._group(group)
             caption = table["caption"][offset].as_py() or ""
-            return Row(file, caption, {name: self._array(name, file, row, table, offset) for name in self.names})
+            return Sample(file, caption, {name: self._array(name, file, row, table, offset) for name in self.names})
         except UNREADABLE as error:
             self.faults.record(file.path, row, error)
             return None
@@ -196,7 +196,7 @@ class ParquetSource:
         self._cache.move_to_end(number)
         return self._cache[number]
 
-    def _stacked(self, name: str, rows: Sequence[Row]) -> Tensor:
+    def _stacked(self, name: str, rows: Sequence[Sample]) -> Tensor:
         """One tensor of all rows; text embeddings are zero-padded to the longest."""
         arrays = [row.arrays[name] for row in rows]
         if name != TEXT:
@@ -214,7 +214,7 @@ class ParquetSource:
         check_bytes(file.path, row, name, data, kind)
         return floats(data, sample_shape(name, kind, self.wanted), kind[1])
 
-    def _latents(self, rows: Sequence[Row]) -> Tensor:
+    def _latents(self, rows: Sequence[Sample]) -> Tensor:
         latents = self._stacked(LATENT, rows)
         raw = torch.tensor([is_raw(row.file.made) for row in rows])
         if raw.any():

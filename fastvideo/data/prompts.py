@@ -11,7 +11,7 @@ def read_prompts(path: str) -> list[str]:
     """The non-empty lines of a UTF-8 text file.
 
     Raises:
-        UserError: if the file is not there, not text, or has no prompt.
+        UserError: for an unreadable file or one without a prompt.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

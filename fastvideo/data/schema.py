@@ -17,10 +17,10 @@ import pyarrow as pa
 
 LATENT, TEXT = "vae_latent", "text_embedding"
 METADATA_KEY = b"fastvideo.preprocess"
-"""Key of the JSON in a Parquet file's metadata that says how the file was made; public datasets have none."""
+"""Key of the JSON in a Parquet file's metadata with the preprocessing settings; public datasets have none."""
 
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
-"""How the bytes are read; numpy has no bfloat16, so its 16 bits are read as they are."""
+"""Numpy types of the bytes; numpy has no bfloat16, so its 16 bits are read as integers."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,7 +44,7 @@ def tensor_columns(name: str, value: Floats) -> dict[str, Any]:
 
 
 def dtype_name(written: str) -> str | None:
-    """The dtype that a file names (``float32``, ``torch.bfloat16``), or ``None`` if it is not one of :data:`DTYPES`."""
+    """The dtype that a file names (``float32``, ``torch.bfloat16``); ``None`` if unknown."""
     name = written.removeprefix("torch.")
     return name if name in DTYPES else None
 
@@ -63,7 +63,7 @@ def floats(data: pa.Buffer | bytes, shape: Sequence[int], dtype: str) -> Floats:
 
 
 def metadata_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """What this project wrote into a file's metadata; empty for a file that was made elsewhere."""
+    """Preprocessing settings in a file's metadata; empty for a file made elsewhere."""
     text = (metadata or {}).get(METADATA_KEY)
     found: dict[str, Any] = json.loads(text) if text else {}
     return found

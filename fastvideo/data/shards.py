@@ -1,4 +1,4 @@
-"""One output file: the rows of its videos, whole or not there at all, with what was skipped in its metadata."""
+"""One output file: the rows of its videos, with the skipped ones in its metadata."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing
 
 GROUP_BYTES = 32 * 2**20
-"""A row group is closed once its tensors take this much: small enough that a shuffling reader holds several."""
+"""Size of a row group's tensors: a shuffling reader holds several groups."""
 Row = dict[str, Any]
+"""Values by column."""
 
 
 def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner) -> dict[str, Tensor]:
-    """Everything that is computed beforehand for one clip, by name, without a batch dimension.
+    """Precomputed tensors of one clip, by name, without a batch dimension.
 
-    One clip at a time, so that a row depends on nothing but its video.
+    Encodes one clip at a time, so that a row depends on its video alone.
     """
     videos = clip.tensor[None]
     tensors = {LATENT: codec.encode(videos), **conditioner.encode_stored(videos, [video.caption])}
@@ -39,7 +40,7 @@ def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy
     """The rows of one video.
 
     Raises:
-        VideoError: if it cannot be used, and why.
+        VideoError: with the reason to skip it.
     """
     if video.problem:
         raise VideoError(video.problem)
@@ -70,7 +71,7 @@ def _row(clip: Clip, video: Video, tensors: Mapping[str, Tensor], policy: Policy
 
 
 def without_padding(embedding: Floats) -> Floats:
-    """A text embedding ``[L, D]`` without the zeros at its end: they are padding, and readers put them back."""
+    """A text embedding ``[L, D]`` without the zeros at its end, which readers pad again."""
     used = embedding.any(axis=1).nonzero()[0]
     return embedding[: used[-1] + 1 if len(used) else 1]
 
@@ -85,10 +86,7 @@ def whole_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes output files.
-
-    ``made`` is their metadata about how they were made.
-    """
+    """Writes output files; ``made`` is their metadata."""
 
     codec: Codec
     conditioner: Conditioner
@@ -96,10 +94,7 @@ class ShardWriter:
     made: Mapping[str, Any]
 
     def write(self, path: Path, videos: Sequence[Video], done: Callable[[int], None]) -> None:
-        """The file of these videos; ``done`` is called with the number of finished videos.
-
-        It appears whole or not at all: see :func:`whole_file`.
-        """
+        """Write the file of ``videos``, whole or not at all; calls ``done`` with the number of finished videos."""
         schema = schema_with(self.conditioner.stored_shapes)
         skipped: list[dict[str, str]] = []
         with whole_file(path, schema) as file:
@@ -117,14 +112,14 @@ class ShardWriter:
 
 
 class _Groups:
-    """Row groups, each of one latent shape, so that a batch of one bucket reads nothing of another."""
+    """Row groups of one latent shape each, so that a batch reads its own bucket only."""
 
     def __init__(self, file: pq.ParquetWriter, schema: pa.Schema) -> None:
         self.file, self.schema = file, schema
         self.open: dict[tuple[int, ...], list[Row]] = {}
 
     def add(self, row: Row) -> None:
-        """Collect a row; write its group once that is large enough."""
+        """Collect a row; write its group at :data:`GROUP_BYTES`."""
         shape = tuple(row[f"{LATENT}_shape"])
         rows = self.open.setdefault(shape, [])
         rows.append(row)
@@ -132,7 +127,7 @@ class _Groups:
             self._write(self.open.pop(shape))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the incomplete groups."""
         for shape in sorted(self.open):
             self._write(self.open[shape])
 

@@ -1,6 +1,6 @@
-"""``fastvideo precompute-trajectories``: a teacher's walks from noise to data, in Parquet, with how they were made.
+"""``fastvideo precompute-trajectories``: a teacher's trajectories from noise to data, in Parquet, with their settings.
 
-One row is one walk: the teacher's states at the times of the student's ladder, those times, and the end (as
+One row is one trajectory: the teacher's states at the times of the student's ladder, those times, and the end (as
 ``vae_latent``). A row's noise is a function of (seed, row), and the rows of a file go through the network in batches of
 a fixed size, so that any number of processes and interruptions gives the same bytes.
 """
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.data.index import dataset_files, index_file
-from fastvideo.data.output import prepare_output, shard_path
+from fastvideo.data.output import open_output, shard_path
 from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_columns
 from fastvideo.data.shards import whole_file
-from fastvideo.data.workers import WriteFile, progress, start_server, write_files
+from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
@@ -34,13 +34,13 @@ from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 
 FORMAT = 1
-"""Raised when the same settings would make other rows."""
+"""Increase it when the same settings give other rows."""
 COMMAND, STEM = "fastvideo precompute-trajectories", "trajectories"
 FIELDS = {"teacher": "teacher weights", "ladder": "ladder", "guidance": "guidance", "solver_times": "teacher steps"}
-"""What the file must have in common with a run that trains on it, and how a message calls it."""
+"""Settings that a file shares with a run that trains on it, and their names in messages."""
 
 
-def walk_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
+def trajectory_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
     """The teacher's times: its own sampler's, with the ladder's among them."""
     own = Ladder(adapter.folder.teacher_times(config.method.teacher_steps))
     return own.joined(Ladder(config.ladder.times)).times
@@ -56,7 +56,7 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def provenance(config: Config, adapter: Adapter, teacher: nn.Module) -> dict[str, Any]:
-    """How a walk is made, as JSON: what a file says, and what a run expects it to say."""
+    """Settings of a trajectory, as JSON: stored in a file and compared with a run's."""
     return {
         "format": FORMAT,
         "latents": "normalised",
@@ -68,53 +68,41 @@ def provenance(config: Config, adapter: Adapter, teacher: nn.Module) -> dict[str
         "guidance": config.method.teacher_guidance,
         "negative_prompt": adapter.conditioner.negative_prompt,
         "solver": "euler",
-        "solver_times": list(walk_times(config, adapter)),
+        "solver_times": list(trajectory_times(config, adapter)),
     }
 
 
 @dataclass(frozen=True)
-class TrajectoryJob:
-    """All that a process needs to know.
+class TrajectoryJob(FileJob):
+    """Sample a list of captions with the teacher.
 
     Attributes:
         config: of the run that will train on them, as JSON.
-        made: :func:`provenance`, with what only the rows depend on.
+        captions: one trajectory each.
+        batch_size: trajectories per network call.
+        made: :func:`provenance` with the settings of the rows.
     """
 
     config: Mapping[str, Any]
     captions: Sequence[str]
-    out: Path
-    per_file: int
     batch_size: int
-    device: str
     made: Mapping[str, Any]
 
-    @property
-    def files(self) -> int:
-        """Output files."""
-        return -(-len(self.captions) // self.per_file)
-
-    def rows(self, number: int) -> range:
-        """The rows of one output file."""
-        return range(number * self.per_file, min((number + 1) * self.per_file, len(self.captions)))
-
-    def size(self, number: int) -> int:
-        """How many those are."""
-        return len(self.rows(number))
+    def __len__(self) -> int:
+        return len(self.captions)
 
     def writer(self, device: str) -> WriteFile:
-        """What writes an output file, with the teacher loaded."""
         config = config_of(self.config, "of the trajectories")
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
         teacher = Denoiser(adapter, adapter.folder.load_network(config.method.teacher_path))
-        return partial(self._write, partial(self._walk, config, adapter, teacher))
+        return partial(self._write, partial(self._sample, config, adapter, teacher))
 
-    def _walk(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
-        """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of some rows, float32 on the CPU."""
+    def _sample(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
+        """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of ``rows``, float32 on the CPU."""
         noise = SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
         condition = adapter.conditioner.encode_prompts([self.captions[row] for row in rows])
-        sampler = SamplerSpec.teacher(walk_times(config, adapter), config.method.teacher_guidance)
+        sampler = SamplerSpec.teacher(trajectory_times(config, adapter), config.method.teacher_guidance)
         states: list[Tensor] = []
 
         def keep(step: int, x_t: Tensor) -> None:
@@ -125,12 +113,12 @@ class TrajectoryJob:
         end = sample(teacher, noise, shape, sampler, condition, negative, visit=keep)
         return torch.stack(states, dim=1).float().cpu(), end.float().cpu()
 
-    def _write(self, walk: Callable[[range], tuple[Tensor, Tensor]], number: int, done: Callable[[int], None]) -> None:
-        schema, rows = schema_with((STATES, STATE_TIMES)), self.rows(number)
+    def _write(self, draw: Callable[[range], tuple[Tensor, Tensor]], number: int, done: Callable[[int], None]) -> None:
+        schema, rows = schema_with((STATES, STATE_TIMES)), self.part(number)
         with whole_file(shard_path(self.out, number, STEM), schema) as file:
             for start in range(rows.start, rows.stop, self.batch_size):
                 part = range(start, min(start + self.batch_size, rows.stop))
-                table = pa.Table.from_pylist(list(self._columns(part, *walk(part))), schema=schema)
+                table = pa.Table.from_pylist(list(self._columns(part, *draw(part))), schema=schema)
                 file.write_table(table)
                 done(part.stop - rows.start)
             file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(self.made)})
@@ -144,18 +132,18 @@ class TrajectoryJob:
 
 
 def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapping[str, Any]) -> str:
-    """Write what is not there yet; one line about it.
+    """Write the missing files; returns a line for the terminal.
 
     Args:
         config: of a run whose method trains on trajectories.
-        captions: one walk each.
+        captions: one trajectory each.
         out: the folder.
         options: ``workers``, ``per_file``, ``batch_size``, ``device`` and ``overwrite``.
 
     Raises:
-        UserError: for a method that trains on something else, a model that goes on from frames, a caption that is too
-            long, or a folder that was begun in another way.
-        RunError: if a process dies; the same call goes on from there.
+        UserError: for another method than kd, a model with conditioning frames, a caption that is too long, or a folder
+            with other settings.
+        RunError: if a process dies; the same call then continues.
     """
     if not load_method(config.distill_method).needs_trajectories:
         raise UserError(f"{config.distill_method} trains on no trajectories; the config's distill_method must be kd")
@@ -163,37 +151,36 @@ def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapp
         start_server(__name__)
     adapter = load_adapter(config.distill_model)(config.model, options["device"])
     if adapter.conditioner.needs_frames:
-        raise UserError(f"{config.model.path}: trajectories of a model that goes on from given frames cannot be stored")
+        raise UserError(f"{config.model.path}: trajectories of a model with conditioning frames cannot be stored")
     adapter.conditioner.check_prompts(captions)
     made = provenance(config, adapter, adapter.folder.load_network(config.method.teacher_path))
     made |= {"seed": config.seed, "rows_per_file": options["per_file"], "batch_size": options["batch_size"]}
-    names = ("per_file", "batch_size", "device")
-    chosen = {name: options[name] for name in names}
-    job = TrajectoryJob(config.model_dump(mode="json"), tuple(captions), out, made=made, **chosen)
+    values, batch_size = config.model_dump(mode="json"), options["batch_size"]
+    job = TrajectoryJob(out, options["per_file"], options["device"], values, tuple(captions), batch_size, made)
     sources = hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
     manifest = {"command": COMMAND, "settings": made, "sources": sources, "videos": len(captions), "files": job.files}
-    missing = prepare_output(out, manifest, overwrite=options["overwrite"], stem=STEM)
-    left = sum(job.size(number) for number in missing)
-    with progress("walking trajectories", len(captions), len(captions) - left) as show:
+    missing = open_output(out, manifest, overwrite=options["overwrite"], stem=STEM)
+    left = sum(len(job.part(number)) for number in missing)
+    with progress("sampling trajectories", len(captions), len(captions) - left) as show:
         write_files(job, missing, options["workers"], show)
     calls = len(made["solver_times"]) * (1 if made["guidance"] == 1.0 else 2)
     return f"{out}: {len(captions)} trajectories, {left} of them new, {calls} network calls each"
 
 
 def metadata_at(path: str) -> list[dict[str, Any]]:
-    """What every file of a dataset says about how it was made.
+    """Settings stored in each file of a dataset.
 
     Raises:
-        UserError: if there is none, or making them did not come to its end.
+        UserError: if there is no file, or preprocessing was interrupted.
     """
     return [index_file(file).made for file in dataset_files(path)]
 
 
 def check_made_for(made: Mapping[str, Any], config: Config, adapter: Adapter, teacher: nn.Module) -> None:
-    """Whether a dataset's trajectories are those that a run is configured for.
+    """Refuse trajectories that were made with other settings than the run's.
 
     Raises:
-        UserError: with both values of all that differ.
+        UserError: with both values of every difference.
     """
     path = config.data.path
     if "solver_times" not in made:
@@ -215,7 +202,7 @@ def check_made_for(made: Mapping[str, Any], config: Config, adapter: Adapter, te
 
 
 def _short(value: Any) -> str:
-    """A value for a message: a hash by its beginning, the times of a walk by their number."""
+    """A value for a message: a hash by its beginning, a long list of times by its length and ends."""
     if isinstance(value, list) and len(value) > 12:
         return f"{len(value)} from {value[0]:g} to {value[-1]:g}"
     return value[:12] if isinstance(value, str) else f"{value}"

@@ -1,4 +1,4 @@
-"""Writing videos with PyAV: MP4 to watch, lossless animated images to embed, GIF where nothing else plays."""
+"""Writing videos with PyAV: MP4 to watch, lossless animated images to embed, GIF for older viewers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FPS = 8
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """How one file type is encoded: container, codec, pixel format, their options and the media type."""
+    """Encoding of a file type: container, codec, pixel format, media type and options."""
 
     container: str
     codec: str
@@ -38,7 +38,7 @@ FORMATS = {
     ".webp": VideoFormat("webp", "libwebp_anim", "bgra", "image/webp", {"lossless": "1"}, {"loop": "0"}),
     ".apng": VideoFormat("apng", "apng", "rgb24", "image/apng", {"pred": "mixed"}, {"plays": "0"}),
 }
-"""What can be written, by suffix. Animated images loop for ever; WebP and APNG are lossless."""
+"""Formats by suffix. Animated images loop for ever; WebP and APNG are lossless."""
 
 
 def video_format(path: Path | str) -> VideoFormat:
@@ -54,9 +54,7 @@ def video_format(path: Path | str) -> VideoFormat:
 
 
 def write_video(path: Path | str, video: Tensor, fps: int = FPS, scale: int = 1) -> Path:
-    """Write ``video`` ``[3, T, H, W]`` in ``[-1, 1]`` to ``path``; the suffix chooses the format.
-
-    The file appears whole or not at all: it is written beside ``path`` and then renamed.
+    """Write ``video`` ``[3, T, H, W]`` in ``[-1, 1]`` to ``path``, whole or not at all; the suffix chooses the format.
 
     Args:
         fps: frames per second.

@@ -1,6 +1,7 @@
-"""Output files written in several processes: whatever their number and wherever one is killed, the same files come out.
+"""Write output files in several processes, resumable after a kill.
 
-A file is written by one process with one thread, and depends on nothing but its number.
+One process with one thread writes a file, which depends on its number alone: any number of processes and any
+interruption give the same files.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import multiprocessing
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import forkserver
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,49 +27,56 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastvideo.errors import RunError
 
 POLL = 0.2
-"""Seconds between two looks at what the processes have done."""
+"""Seconds between two updates of the progress bar."""
 IMPORTED = (__name__, "diffusers.models.autoencoders", "transformers")
-"""What every process needs and takes seconds to import."""
+"""Slow imports that every process needs."""
 WriteFile = Callable[[int, Callable[[int], None]], None]
-"""Writes the file of a number, and calls the function with how much of it is done."""
+"""Writes the file of a number; calls the function with the count of finished items."""
 
 
-class FileJob(Protocol):
-    """All that a process needs to know; it is pickled."""
+@dataclass(frozen=True)
+class FileJob(ABC):
+    """Items that become the rows of several files; pickled for the processes.
 
-    @property
-    def device(self) -> str:
-        """Where to compute: ``cpu``, ``cuda``, ``cuda:1``."""
-        ...
+    Attributes:
+        out: the folder.
+        per_file: items per output file.
+        device: of the networks: ``cpu``, ``cuda``, ``cuda:1``.
+    """
+
+    out: Path
+    per_file: int
+    device: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Items of all files."""
 
     @property
     def files(self) -> int:
-        """How many files there are."""
-        ...
+        """Number of output files."""
+        return -(-len(self) // self.per_file)
 
-    def size(self, number: int) -> int:
-        """How much there is to do for a file."""
-        ...
+    def part(self, number: int) -> range:
+        """Items of one output file."""
+        return range(number * self.per_file, min((number + 1) * self.per_file, len(self)))
 
+    @abstractmethod
     def writer(self, device: str) -> WriteFile:
-        """What writes a file; made once per process, as loading a model takes its time."""
-        ...
+        """Load the model and return the function that writes a file; called once per process."""
 
 
 def start_server(module: str) -> None:
-    """Start the process that the others are forked from: it imports once for all, while this one loads the model.
-
-    ``module`` is the job's own.
-    """
+    """Start the fork server, which imports for all processes and also ``module``, the job's own."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*IMPORTED, module])
     forkserver.ensure_running()
 
 
 def write_files(job: FileJob, missing: Sequence[int], workers: int, show: Callable[[int], None]) -> None:
-    """Write the files of those numbers, in this process or in ``workers`` others.
+    """Write the files of the numbers ``missing``, in this process or in ``workers`` others.
 
     Raises:
-        RunError: if a process dies; the same call goes on from there.
+        RunError: if a process dies; the same call then continues.
     """
     if workers == 1 or not missing:
         _write_here(job, missing, show)
@@ -75,7 +86,7 @@ def write_files(job: FileJob, missing: Sequence[int], workers: int, show: Callab
 
 @contextmanager
 def progress(label: str, total: int, before: int) -> Iterator[Callable[[int], None]]:
-    """A bar with an estimate on stderr; call with what is done by this call so far."""
+    """Progress bar on stderr; call it with the number of items that this call has finished."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
@@ -92,7 +103,7 @@ def _write_here(job: FileJob, missing: Sequence[int], show: Callable[[int], None
         write, before = job.writer(job.device), 0
         for number in missing:
             write(number, lambda done, base=before: show(base + done))  # type: ignore[misc]
-            before += job.size(number)
+            before += len(job.part(number))
     finally:
         torch.set_num_threads(threads)
 
@@ -120,11 +131,11 @@ def _watch(pending: set[Future[None]], show: Callable[[], None]) -> None:
 
 
 _worker: dict[str, Any] = {}
-"""What a process keeps between two files."""
+"""State of a worker process between two files."""
 
 
 def _start_worker(job: FileJob, counts: Any, order: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says so once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with order.get_lock():
@@ -136,7 +147,7 @@ def _start_worker(job: FileJob, counts: Any, order: Any, stop: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """A process that outlived a killed parent would write into the folder of the next call."""
+    """End with the parent: a surviving process would write into the folder of the next call."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
+from fastvideo.distillation.bundle import Bridge, same_space
 from fastvideo.errors import UserError
-
-Bridge = Callable[[Tensor], Tensor]
-"""Clean latents ``[B, C, F, H, W]`` of one space to those of another; differentiable."""
 
 
 class PixelCodec(Protocol):
@@ -25,13 +22,10 @@ class PixelCodec(Protocol):
     def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor: ...
 
 
-def same_space(x0: Tensor) -> Tensor:
-    """The bridge inside one latent space: the identity."""
-    return x0
-
-
 class LatentBridge:
     """Decodes with one codec and encodes with the other; their weights are frozen, so gradient reaches latents alone.
+
+    A decoder that clamps its pixels, such as diffusers' for Wan, gives saturated ones no gradient.
 
     Args:
         source: codec of the latents that come in.

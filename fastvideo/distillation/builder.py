@@ -9,10 +9,10 @@ from typing import Any, cast
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.bridge import Bridge, bridge_between, same_space
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle, check_roles
+from fastvideo.distillation.bridge import bridge_between
+from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
-from fastvideo.distillation.config.reading import family_of
+from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch
@@ -121,6 +121,7 @@ def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, s
         if not method.bridges or main.conditioner.needs_frames:
             why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
             raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
+        _check_sizes(role, main.config, family.config)
         bridges["student", role] = bridge
     scoring = [family for role, family in families.by_role.items() if role in ("teacher", "critic")]
     if others and len({family.codec.latent_key for family in scoring}) > 1:
@@ -129,6 +130,14 @@ def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, s
             "critic the teacher's model section"
         )
     return bridges
+
+
+def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:
+    """A bridge takes pixels as they come: both families make videos of one size."""
+    sizes = dict(own)
+    for name, size in other:
+        if name in SIZES and sizes.get(name, size) != size:
+            raise UserError(f"roles.{role}.model: {name} is {size}, the student's is {sizes[name]}; give both one")
 
 
 def load_role(config: Config, families: Families, role: str) -> nn.Module:

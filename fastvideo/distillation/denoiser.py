@@ -1,4 +1,4 @@
-"""``Denoiser``: a network as a value with its family's conventions. Everything that samples or trains calls one."""
+"""``Denoiser``: a network with its family's conventions; all sampling and training calls one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Tokens = tuple[Tensor, ...]
 
 
 class Family(Protocol):
-    """The part of an adapter behind a network call."""
+    """Part of an adapter that calls networks."""
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
-        """Width ``D`` of the tokens after each of the network's blocks; empty for a family without features."""
+        """Token width ``D`` after each block; empty for a family without features."""
         ...
 
     def velocity(
@@ -39,19 +39,14 @@ class Family(Protocol):
         *,
         whole: bool = False,
     ) -> tuple[Tensor | None, Tokens]:
-        """Tokens after the blocks ``taps``, with the velocity of the same call if it is ``whole``."""
+        """Tokens after the blocks ``taps``; with ``whole``, also the velocity of the same call."""
         ...
 
 
 class Denoiser:
-    """One network with the conventions of its family: rectified-flow times, float32 out, conditioning frames clean.
+    """Network of a family. Latents are ``[B, C, F, H, W]``, times float32 ``[B]`` or per frame ``[B, F]``, 1 is noise.
 
-    Latents are ``[B, C, F, H, W]``, times float32 ``[B]`` or per frame ``[B, F]`` in ``[0, 1]`` with 1 pure noise.
-
-    Args:
-        adapter: the family that calls the network.
-        network: of that family; several denoisers may share one.
-        select: runs before each call; turns this role's LoRA adapter on in a shared network.
+    Several denoisers may share one network; ``select`` then turns this role's LoRA adapter on before each call.
     """
 
     def __init__(self, adapter: Family, network: nn.Module, select: Callable[[], None] | None = None) -> None:
@@ -60,9 +55,8 @@ class Denoiser:
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None) -> Tensor:
         """Velocity ``E[noise - x0 | x_t]``, float32; with ``r`` a flow map's mean velocity from ``t`` down to ``r``.
 
-        The network sees conditioning frames clean and at time 0, whatever ``x_t`` holds there. Their velocity is known,
-        ``(x_t - clean) / t``, and replaces the prediction: formulas on velocities hold for them too, and no gradient
-        comes from them. ``r`` is passed to flow maps only; other families do not take it.
+        The network sees conditioning frames clean, at time 0. Their known velocity ``(x_t - clean) / t`` replaces the
+        prediction, so that formulas on velocities hold there, without gradient. Only flow maps take ``r``.
         """
         given = condition.given
         seen, times = self._network_input(x_t, t, condition)
@@ -74,11 +68,11 @@ class Denoiser:
         return u if given is None else x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
 
     def flow_map(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        """Sample at times ``r``: ``x_t - (t - r) u(x_t, t, r)``; conditioning frames come as they are at ``r``."""
+        """Sample at times ``r``: ``x_t - (t - r) u(x_t, t, r)``."""
         return velocity_to_x0(x_t, self.velocity(x_t, t, condition, r=r), t - r)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Estimate of the clean latents, float32; conditioning frames are exact."""
+        """Estimated clean latents, float32; conditioning frames are exact."""
         return _exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition), t), condition)
 
     def guided_velocity(
@@ -98,27 +92,18 @@ class Denoiser:
         return guide(self.velocity(x_t, t, negative, r=r), conditional, guidance)
 
     def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
-        """Clean latents under standard guidance (guiding x0 or velocity is the same: both are affine in ``x_t``)."""
+        """Clean latents under standard guidance; guiding x0 and velocity is the same."""
         return _exact(velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t), condition)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
-        """Tokens ``[B, L, D]`` after the network's blocks ``taps``.
-
-        Tokens of conditioning frames are among them; ``types.free_tokens`` tells them apart for pooling.
-        """
+        """Tokens ``[B, L, D]`` after blocks ``taps``; :func:`generated_tokens` masks those of conditioning frames."""
         seen, times = self._network_input(x_t, t, condition)
         return self.adapter.features(self.network, seen, times, condition, taps)[1]
 
     def x0_guided_and_features(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        negative: Condition,
-        guidance: float,
-        taps: Sequence[int],
+        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float, taps: Sequence[int]
     ) -> tuple[Tensor, Tokens]:
-        """:meth:`x0_guided`, and the :meth:`features` of its conditional call; only these carry gradient."""
+        """:meth:`x0_guided` without gradient, and :meth:`features` of its conditional call with it."""
         seen, times = self._network_input(x_t, t, condition)
         u, tokens = self.adapter.features(self.network, seen, times, condition, taps, whole=True)
         assert u is not None
@@ -128,7 +113,7 @@ class Denoiser:
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Latents and times that the network sees; this role's adapter is on afterwards."""
+        """Select the role; latents and times that the network sees."""
         if self.select is not None:
             self.select()
         given = condition.given

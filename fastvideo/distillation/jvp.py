@@ -1,8 +1,7 @@
-"""Derivative of a network along a direction in ``(x, t)``: what continuous-time objectives are made of.
+"""Derivative of a network along a direction in ``(x, t)``, for continuous-time objectives.
 
-Forward-mode autodiff is exact and costs about two forwards; a central difference costs two forwards, works with any
-network, and errs by its step squared (and by rounding: use it in float32). Which of them is a config field, never a
-silent fallback.
+Forward-mode autodiff is exact and costs about two forwards. A central difference costs two forwards, works with any
+network, and errs by its step squared and by rounding (use float32). A config field selects one; none is a fallback.
 """
 
 from __future__ import annotations
@@ -17,26 +16,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.noise import expand_time
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.types import Need, UserError
 
 JVPMode = Literal["autodiff", "central_difference"]
 Field = Callable[[Tensor, Tensor], Tensor]
 """A function of a sample ``[B, C, F, H, W]`` and its times ``[B]``."""
 UNSUPPORTED = ("forward AD", "forward mode", "autograd.Function", "jvp")
-"""What torch's messages hold when an operation has no forward-mode derivative."""
+"""Phrases of torch's errors about an operation without forward-mode derivative."""
 
 
 class DerivativeConfig(MethodConfig):
     """Options of a method that takes the derivative of its student along a direction."""
 
     jvp: JVPMode = "autodiff"
-    """`autodiff` is forward-mode and exact; `central_difference` is for networks that it does not work with."""
+    """`autodiff` is forward-mode and exact; `central_difference` works with any network."""
     jvp_step: PositiveFloat = 1e-3
-    """Step of the central difference, in the unit of the method's time; `autodiff` has none."""
+    """Step of the central difference, in the unit of the method's time; unused by `autodiff`."""
+
+    @property
+    def derivative_needs(self) -> frozenset[Need]:
+        """Ability of the family that the derivative takes."""
+        return frozenset({"jvp"}) if self.jvp == "autodiff" else frozenset()
 
     @property
     def derivative_note(self) -> str:
-        """Line for the log at start."""
+        """Note for the log."""
         if self.jvp == "autodiff":
             return "derivatives: forward-mode autodiff, attention in SDPA's math backend, float32"
         return f"derivatives: central differences with step {self.jvp_step:g}"
@@ -45,7 +49,7 @@ class DerivativeConfig(MethodConfig):
 class Derivative(Protocol):
     """``d field / d s`` at ``s = 0`` along ``(x + s dx, t + s dt)``, without gradient, in the shape of ``x``.
 
-    ``floor`` ``[B]`` are times below which the field must not be asked: where a flow map's step ends.
+    ``floor`` ``[B]`` are the lowest times at which the field is called, such as the end of a flow map's step.
     """
 
     def __call__(
@@ -54,7 +58,7 @@ class Derivative(Protocol):
 
 
 class AutodiffDerivative:
-    """Forward-mode autodiff (``torch.func.jvp``); attention runs in SDPA's math backend, which alone supports it."""
+    """Forward-mode autodiff (``torch.func.jvp``), with attention in SDPA's math backend, the only one with support."""
 
     def __call__(
         self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, *, floor: Tensor | None = None
@@ -62,7 +66,7 @@ class AutodiffDerivative:
         """One call of ``field``.
 
         Raises:
-            UserError: if the network has an operation without forward-mode derivative; it names the operation.
+            UserError: naming the operation, if one has no forward-mode derivative.
         """
         try:
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -77,12 +81,7 @@ class AutodiffDerivative:
 
 
 class CentralDifference:
-    """Two calls at ``s = step`` and ``s = -step``; next to an end of time the outer one stays inside.
-
-    Args:
-        step: in units of ``s``.
-        bounds: the first and the last time at which the field may be asked.
-    """
+    """Difference of two calls, at ``s = step`` and ``s = -step``, each shortened to stay inside ``bounds`` of time."""
 
     def __init__(self, step: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
         self.step, self.bounds = step, bounds
@@ -90,21 +89,21 @@ class CentralDifference:
     def __call__(
         self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, *, floor: Tensor | None = None
     ) -> Tensor:
-        """Two calls of ``field``; a sample closer to an end than ``step`` gets its true, shorter spacing."""
+        """Two calls of ``field``; the divisor is each sample's true spacing."""
         low = torch.full_like(t, self.bounds[0]) if floor is None else floor
         ahead, behind = self._steps(t, dt, low), self._steps(t, -dt, low)
         with torch.no_grad():
             after = field(x + expand_time(ahead, x) * dx, t + ahead * dt)
             before = field(x - expand_time(behind, x) * dx, t - behind * dt)
-            # No room at all, as for r = t = 1, is no difference: 0, which such a step multiplies by 0.
+            # Without any room (r = t = 1) the difference is 0; such a step multiplies it by 0.
             return (after - before) / expand_time((ahead + behind).clamp_min(torch.finfo(t.dtype).tiny), x)
 
     def _steps(self, t: Tensor, dt: Tensor, low: Tensor) -> Tensor:
-        """The largest ``s`` up to the step, per sample, with ``t + s dt`` inside the bounds."""
+        """Largest ``s <= step`` per sample with ``t + s dt`` inside the bounds."""
         room = torch.where(dt > 0, self.bounds[1] - t, t - low) / dt.abs()
         return room.clamp(0.0, self.step).where(dt != 0, self.step)
 
 
 def derivative(mode: JVPMode, step: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Derivative:
-    """The way of taking derivatives that a config names; ``step`` is for central differences alone."""
+    """Derivative by its name in the config; ``step`` is for central differences."""
     return AutodiffDerivative() if mode == "autodiff" else CentralDifference(step, bounds)

@@ -1,11 +1,11 @@
 """Rectified flow and its exact conversions: the only schedule that methods see.
 
 ``x_t = (1 - t) x0 + t noise`` with ``t`` in ``[0, 1]`` (1 is pure noise) and velocity ``u = noise - x0``. Any other
-Gaussian interpolant ``x = alpha x0 + sigma noise`` (VP, EDM, TrigFlow) is the same object after a rescaling that keeps
-``alpha / sigma`` (SNR matching), so a family that was trained on one converts inside its adapter and nowhere else.
+Gaussian interpolant ``x = alpha x0 + sigma noise`` (VP, EDM, TrigFlow) equals it after a rescaling that keeps
+``alpha / sigma`` (SNR matching); adapters convert.
 
-Times and coefficients are float32 or better, never bf16: bf16 rounds 0.999 to 1. Every function is pure; tensors of
-times have shape ``[B]`` or per frame ``[B, F]`` and broadcast against latents ``[B, C, F, H, W]``.
+Times ``[B]`` or per frame ``[B, F]`` broadcast against latents ``[B, C, F, H, W]``. They are float32 or better, because
+bf16 rounds 0.999 to 1.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ TIME_DTYPES = (torch.float32, torch.float64)
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """Shape ``t`` (``[B]`` or ``[B, F]``) so that it broadcasts against ``like`` (``[B, C, F, H, W]`` or ``[B, ...]``).
-
-    Raises:
-        TypeError: if ``t`` is not float32 or float64.
-    """
+    """Reshape ``t`` to broadcast against ``like`` ``[B, C, F, H, W]`` (or ``[B, ...]``); TypeError below float32."""
     if t.dtype not in TIME_DTYPES:
         raise TypeError(f"time must be float32 or float64, got {t.dtype}: lower precision moves the noise level")
     if t.ndim == 1:
@@ -40,7 +36,7 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """``u = noise - x0``, what a velocity network regresses."""
+    """``u = noise - x0``."""
     return noise - x0
 
 
@@ -76,7 +72,7 @@ def shift_time(t: T, shift: float) -> T:
 
 @dataclass(frozen=True)
 class Interpolant:
-    """Coefficients of ``x = alpha x0 + sigma noise`` at given times, each of shape ``[B]`` (or ``[B, F]``)."""
+    """Coefficients ``[B]`` (or ``[B, F]``) of ``x = alpha x0 + sigma noise``."""
 
     alpha: Tensor
     sigma: Tensor
@@ -88,7 +84,7 @@ class Interpolant:
 
     @staticmethod
     def variance_preserving(alphas_cumprod: Tensor) -> Interpolant:
-        """``alpha = sqrt(abar)``, ``sigma = sqrt(1 - abar)``, with ``abar`` already looked up at the wanted steps."""
+        """``alpha = sqrt(abar)``, ``sigma = sqrt(1 - abar)`` of ``abar`` at the steps."""
         return Interpolant(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
     @staticmethod
@@ -107,7 +103,7 @@ class Interpolant:
         return self.sigma / (self.alpha + self.sigma)
 
     def to_flow(self, x: Tensor) -> Tensor:
-        """The same noisy sample on the rectified-flow schedule: ``x / (alpha + sigma)``."""
+        """Sample on the rectified-flow schedule: ``x / (alpha + sigma)``."""
         return x / expand_time(self.alpha + self.sigma, x)
 
     def from_flow(self, x_t: Tensor) -> Tensor:
@@ -133,7 +129,7 @@ class Interpolant:
         return (sigma * x + alpha * v) / (alpha**2 + sigma**2)
 
     def flow_velocity_from_v(self, x: Tensor, v: Tensor) -> Tensor:
-        """Rectified-flow velocity ``noise - x0`` of a v-prediction network; exact, no division by a small number."""
+        """Rectified-flow velocity ``noise - x0`` of a v-prediction, without division by a small number."""
         return self.noise_from_v(x, v) - self.x0_from_v(x, v)
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.export.base import Exporter
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.methods.base import DistillMethod
@@ -38,6 +39,12 @@ ADAPTERS = {
 }
 """Model families, by name."""
 
+EXPORTERS = {
+    "WanPipeline": "fastvideo.distillation.adapters.export.wan:WanExporter",
+    "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
+}
+"""Exporters, by the diffusers pipeline of their family."""
+
 
 def _load(registry: Mapping[str, str], kind: str, name: str) -> Any:
     if name not in registry:
@@ -62,6 +69,13 @@ def load_adapter(name: str) -> type[DistillAdapter[Any]]:
         UserError: with the list of names.
     """
     return cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name))
+
+
+def load_exporter(config: AdapterConfig) -> Exporter:
+    """The exporter of a family; one that refuses if there is none."""
+    names = [name for name in config.pipelines if name in EXPORTERS]
+    exporter: type[Exporter] = _load(EXPORTERS, "pipeline", names[0]) if names else Exporter
+    return exporter(config)
 
 
 @cache

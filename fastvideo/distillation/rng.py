@@ -1,7 +1,7 @@
-"""Two random streams, and the only place that draws.
+"""Random streams: the only source of draws.
 
-``local`` draws tensors and differs per data rank. ``shared`` takes the decisions that change which forwards run; it is
-equal on all ranks, so that all run the same forwards and sharded ones do not hang. Both are checkpointed.
+``local`` draws tensors and differs per data rank. ``shared``, equal on all ranks, decides which forwards run, so that
+sharded forwards cannot hang. Checkpoints hold both.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator with its own state."""
+    """Generator with its own state."""
     return torch.Generator(device=device).manual_seed(seed)
 
 
 def sample_seed(seed: int, *indices: int) -> int:
-    """A 64-bit seed in which neighbouring (seed, indices) have nothing in common."""
+    """64-bit seed, unrelated for neighbouring (seed, indices)."""
     return int(np.random.SeedSequence([seed, *indices]).generate_state(1, np.uint64)[0])
 
 
@@ -30,27 +30,20 @@ def normal(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Standard normal noise of the given shape, from the given generator."""
+    """Standard normal noise."""
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 @contextmanager
 def initialising(seed: int) -> Iterator[None]:
-    """Networks that are made inside have first weights that follow from ``seed``; nothing leaks out of it."""
+    """Derive the first weights of networks made inside from ``seed``; torch's global state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 class RandomStreams:
-    """The streams of one process.
-
-    Args:
-        seed: the run's seed.
-        rank: the data rank; the ranks of one data rank (context parallel) pass the same.
-        ranks: how many data ranks there are.
-        device: where tensors are drawn.
-    """
+    """Streams of one process: of data rank ``rank`` (one for all context-parallel ranks) of ``ranks``."""
 
     def __init__(self, seed: int, *, rank: int = 0, ranks: int = 1, device: torch.device | str = "cpu") -> None:
         self.device, self.rank, self.ranks = torch.device(device), rank, ranks
@@ -59,7 +52,7 @@ class RandomStreams:
         self.shared = seeded(seed)
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal noise; differs per data rank."""
+        """Standard normal noise; differs per data rank, like every draw without ``shared`` in its name."""
         return normal(shape, self.local, self.device, dtype)
 
     def normal_like(self, x: Tensor) -> Tensor:
@@ -67,44 +60,43 @@ class RandomStreams:
         return self.normal(tuple(x.shape), x.dtype)
 
     def uniform(self, count: int) -> Tensor:
-        """Float32 ``[count]`` in ``[0, 1)``; differs per data rank."""
+        """Float32 ``[count]`` in ``[0, 1)``."""
         return torch.rand(count, generator=self.local, device=self.device, dtype=torch.float32)
 
     def index(self, count: int, high: int) -> Tensor:
-        """Int64 ``[count]`` in ``0..high - 1``; differs per data rank."""
+        """Int64 ``[count]`` in ``0..high - 1``."""
         return torch.randint(high, (count,), generator=self.local, device=self.device)
 
     def choice(self, count: int, shares: Sequence[float]) -> Tensor:
-        """Int64 ``[count]``, each ``i`` as often as its share says; differs per data rank."""
+        """Int64 ``[count]``, each ``i`` with probability proportional to ``shares[i]``."""
         return torch.multinomial(torch.tensor(shares, device=self.device), count, True, generator=self.local)
 
     def shared_index(self, high: int) -> int:
-        """One integer in ``0..high - 1``, the same on all ranks."""
+        """Integer in ``0..high - 1``, equal on all ranks."""
         return int(torch.randint(high, (), generator=self.shared))
 
     def shared_choice(self, shares: Sequence[float]) -> int:
-        """One integer, each ``i`` as often as its share says, the same on all ranks."""
+        """Integer ``i`` with probability proportional to ``shares[i]``, equal on all ranks."""
         return int(torch.multinomial(torch.tensor(shares), 1, generator=self.shared))
 
-    def places(self, count: int) -> Tensor:
-        """Float32 ``[count]`` in ``[0, 1)``: this rank's samples, spread evenly with those of all ranks.
+    def positions(self, count: int) -> Tensor:
+        """Float32 ``[count]`` in ``[0, 1)``: positions of this rank's samples in an even grid over all ranks.
 
-        Shares of the global batch are cut out of them: exact to one sample however small a rank's part is. The first
-        place is drawn, the same on all ranks, so that a batch of one meets every share in turn.
+        Cutting the grid gives shares of the global batch, exact to one sample. Its start is drawn, equal on all ranks,
+        so that a batch of one meets every share in turn.
         """
         start = float(torch.rand((), generator=self.shared))
         own = torch.arange(self.rank * count, (self.rank + 1) * count, dtype=torch.float64)
         return ((start + own / (self.ranks * count)) % 1.0).float().to(self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Both generators' states, and torch's own (which a network may draw dropout from)."""
+        """States of both generators and of torch's own (dropout)."""
         state = {"local": self.local.get_state(), "shared": self.shared.get_state(), "torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["torch_cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken."""
         self.local.set_state(state["local"])
         self.shared.set_state(state["shared"])
         torch.set_rng_state(state["torch"])
@@ -112,9 +104,9 @@ class RandomStreams:
             torch.cuda.set_rng_state(state["torch_cuda"], self.device)
 
     def load_foreign_state(self, state: Mapping[str, Tensor], step: int) -> str:
-        """Go on from the main process's state of a run with other processes or another device; what is not exact then.
+        """Load the main rank's state of a run in another layout; returns a note of the inexact part.
 
-        The shared stream goes on exactly. Local streams belong to processes: new ones begin.
+        The shared stream continues exactly. Local streams belong to ranks, so new ones begin.
         """
         self.shared.set_state(state["shared"])
         self.local.manual_seed((self.local.initial_seed() + 7_919 * (step + 1)) % 2**63)

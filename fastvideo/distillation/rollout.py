@@ -1,7 +1,6 @@
 """Rollouts: from noise to clean latents, by the steps that training and sampling share.
 
-The rollouts take a *velocity function* ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition already bound; a
-flow map's takes ``r`` too and answers the mean velocity from ``t`` down to it.
+They take a velocity function ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition bound.
 """
 
 from __future__ import annotations
@@ -20,57 +19,53 @@ SamplerKind = Literal["renoise", "euler", "flow_map"]
 
 
 class Velocity(Protocol):
-    """``u(x_t, t)``; only a flow map is asked with ``r``, for the mean velocity from ``t`` down to ``r``."""
+    """``u(x_t, t)``, or a flow map's mean velocity from ``t`` down to ``r``."""
 
     def __call__(self, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor: ...
 
 
-def at_time(x: Tensor, t: float) -> Tensor:
+def full_time(x: Tensor, t: float) -> Tensor:
     """Float32 ``[B]`` filled with ``t``."""
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
 
 
 def renoise(velocity: Velocity, x: Tensor, times: Sequence[float], noise_like: NoiseLike) -> Tensor:
-    """Walk ``times`` down without gradient, re-noising the clean estimate: returns the state at ``times[-1]``.
+    """State at ``times[-1]`` of the stochastic ("SDE", consistency) sampler, without gradient.
 
-    This is the inside of the stochastic few-step sampler (methods 1.9: "SDE", consistency sampler): at each time but
-    the last, ``x0 = x - t u`` and then ``x = (1 - t') x0 + t' noise`` with fresh noise.
+    At each time but the last, ``x0 = x - t u`` and then ``x = (1 - t') x0 + t' noise`` with fresh noise.
     """
     with torch.no_grad():
         for t, after in itertools.pairwise(times):
-            x0 = velocity_to_x0(x, velocity(x, at_time(x, t)), at_time(x, t))
-            x = add_noise(x0, noise_like(x0), at_time(x0, after))
+            x0 = velocity_to_x0(x, velocity(x, full_time(x, t)), full_time(x, t))
+            x = add_noise(x0, noise_like(x0), full_time(x0, after))
     return x
 
 
 def few_step(velocity: Velocity, noise: Tensor, times: Sequence[float], noise_like: NoiseLike) -> Tensor:
-    """Clean latents after ``len(times)`` calls, starting from pure ``noise`` at ``times[0]``.
+    """Clean latents after ``len(times)`` calls from pure ``noise`` at ``times[0]``.
 
-    Gradient, if the caller has it on, flows through the last call only (DMD2's backward simulation, arXiv 2405.14867
-    section 4.5); inside ``no_grad`` this is the student's sampler.
+    Gradient flows through the last call only (DMD2's backward simulation, arXiv 2405.14867 section 4.5); under
+    ``no_grad`` this is the student's sampler.
     """
     x = renoise(velocity, noise, times, noise_like)
-    t = at_time(x, times[-1])
+    t = full_time(x, times[-1])
     return velocity_to_x0(x, velocity(x, t), t)
 
 
 def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Integrate ``dx/dt = u`` from ``times[0]`` to 0 with Euler steps, without gradient: the teacher's sampler."""
+    """Integrate ``dx/dt = u`` from ``times[0]`` to 0 by Euler steps, without gradient: the teacher's sampler."""
     x = noise
     with torch.no_grad():
         for t, after in zip(times, (*times[1:], 0.0), strict=True):
-            x = x - (t - after) * velocity(x, at_time(x, t))
+            x = x - (t - after) * velocity(x, full_time(x, t))
     return x
 
 
 def flow_map(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Jump down ``times`` to 0: ``x <- x - (t - r) u(x, t, r)``, one call per jump (MeanFlow arXiv 2505.13447, eq. 12).
-
-    With an exact flow map the result does not depend on the times in between. Gradient flows if the caller has it on.
-    """
+    """Jump from ``times[0]`` to 0, ``x <- x - (t - r) u(x, t, r)`` per time (MeanFlow arXiv 2505.13447, eq. 12)."""
     x = noise
     for t, r in zip(times, (*times[1:], 0.0), strict=True):
-        x = x - (t - r) * velocity(x, at_time(x, t), r=at_time(x, r))
+        x = x - (t - r) * velocity(x, full_time(x, t), r=full_time(x, r))
     return x
 
 

@@ -1,4 +1,4 @@
-"""Sampling: from noise to clean latents. Validation, generation, evaluation and trajectories share this loop."""
+"""Sampling loop of validation, generation, evaluation and trajectories."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
 
 Visit = Callable[[int, Tensor], None]
-"""Receives the number of a step and the state ``[B, C, F, H, W]`` before it."""
+"""Callback with a step's number and the state ``[B, C, F, H, W]`` before it."""
 
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """Times, guidance (standard convention, 1 = conditional only) and the way from one time to the next."""
+    """Times, guidance (standard convention, 1 = conditional only) and kind of steps."""
 
     times: tuple[float, ...]
     guidance: float
@@ -36,7 +36,7 @@ class SamplerSpec:
 
     @classmethod
     def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
-        """The sampler that a student was trained for, over its ladder."""
+        """Sampler of a student over its ladder."""
         return cls(ladder.times, guidance, kind)
 
     @classmethod
@@ -46,9 +46,9 @@ class SamplerSpec:
 
 
 def prompt_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
-    """Seed of each prompt's noise, from ``seed``, the prompt, and how often it stood before in ``prompts``.
+    """Noise seed of each prompt, from ``seed``, the prompt, and its earlier occurrences in ``prompts``.
 
-    Batching, order and other prompts do not change a sample: one prompt alone gives what it gives among others.
+    A sample therefore does not depend on batching, order or other prompts.
     """
     before: Counter[str] = Counter()
     seeds = []
@@ -60,12 +60,7 @@ def prompt_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
 
 
 class SampleNoise:
-    """One random stream per sample, drawn on the CPU so that every device gets the same noise.
-
-    Args:
-        seeds: of each sample of the batch.
-        device: of the drawn tensors.
-    """
+    """Random stream per sample (one of ``seeds``), drawn on the CPU so that every device gets the same noise."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self._streams, self._device = [seeded(seed) for seed in seeds], torch.device(device)
@@ -75,7 +70,7 @@ class SampleNoise:
         return torch.stack([normal(tuple(shape), stream) for stream in self._streams]).to(self._device)
 
     def like(self, x: Tensor) -> Tensor:
-        """The next noise for a batch of latents."""
+        """Next noise for a batch of latents."""
         return self.draw(x.shape[1:])
 
 
@@ -93,8 +88,8 @@ def sample(
     """Clean latents ``[B, *shape]`` of one batch, without gradient.
 
     Args:
-        denoiser: the network.
-        noise: streams of the batch's samples; the first draw is the starting point.
+        denoiser: network to sample from.
+        noise: streams of the batch; the first draw is the starting point.
         shape: ``(C, F, H, W)`` of one sample.
         sampler: times, guidance and kind of steps.
         condition: of the batch.
@@ -102,7 +97,6 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
-
     steps = itertools.count()
 
     def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""The few-step ladder: the noise levels at which a student runs.
+"""Few-step ladder: the noise levels at which a student runs.
 
-One object serves training, validation, generation and export, so they cannot disagree. It holds real times in
-``(0, 1]``; published step lists and shifts are converted once, when the config is parsed.
+Training, validation, generation and export share one object of real times in ``(0, 1]``. Published step lists and
+shifts are converted once, when the config is parsed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastvideo.distillation.types import UserError
 
 TRAIN_STEPS = 1000
 """Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
-MOST_RUNGS = 10_000
-"""No sampler walks more; a list of more is not made."""
+MOST_STEPS = 10_000
+"""Upper bound of a ladder's length."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,8 @@ class Ladder:
         if not self.times:
             raise UserError("ladder: at least one time is needed, for example [1.0, 0.75, 0.5, 0.25]")
         if self.times[0] > 1.0:
-            raise UserError(
-                f"ladder {shown}: starts at {self.times[0]}, above 1 (pure noise). Times are real numbers in (0, 1]; "
-                f"give integer timesteps as `steps:` with their `shift:`"
-            )
+            steps = "give integer timesteps as `steps:` with their `shift:`"
+            raise UserError(f"ladder {shown}: starts at {self.times[0]}, above 1 (pure noise); {steps}")
         if not all(math.isfinite(time) for time in self.times):
             raise UserError(f"ladder {shown}: every time must be a finite number")
         for high, low in zip(self.times, self.times[1:], strict=False):
@@ -53,25 +51,19 @@ class Ladder:
 
     @classmethod
     def from_steps(cls, steps: Sequence[float], *, shift: float = 1.0, warp: bool = True) -> Ladder:
-        """Real times of a published step list.
+        """Real times of a published step list; a trailing 0 is dropped.
 
-        ``warp`` says that the steps are unshifted and the scheduler warps them (``t = S s / (1 + (S - 1) s)`` with
-        ``s = step / 1000``); without it they are timesteps already and ``shift`` does not act on them. A trailing 0
-        (some lists write it) is dropped.
+        With ``warp`` the steps are unshifted and the scheduler warps them (``t = S s / (1 + (S - 1) s)``, ``s = step /
+        1000``); otherwise they are final timesteps and ``shift`` does not act.
         """
         kept = [step for i, step in enumerate(steps) if not (step == 0 and i == len(steps) - 1)]
-        unshifted = [step / TRAIN_STEPS for step in kept]
-        return cls(tuple(_shifted(s, shift) if warp else s for s in unshifted))
+        return cls(tuple(_shifted(step / TRAIN_STEPS, shift) if warp else step / TRAIN_STEPS for step in kept))
 
     @classmethod
     def uniform(cls, count: int, *, shift: float = 1.0) -> Ladder:
-        """``count`` Euler steps from 1, uniform before the shift: what a teacher's sampler walks down.
-
-        Raises:
-            UserError: for a count that no sampler walks, before a list of that length is made.
-        """
-        if count > MOST_RUNGS:
-            raise UserError(f"count {count} is more than {MOST_RUNGS} rungs")
+        """Times of ``count`` Euler steps from 1, uniform before the shift; UserError above ``MOST_STEPS``."""
+        if count > MOST_STEPS:
+            raise UserError(f"count {count} is more than {MOST_STEPS} steps")
         return cls(tuple(_shifted(1.0 - i / count, shift) for i in range(count)))
 
     def __len__(self) -> int:
@@ -79,41 +71,31 @@ class Ladder:
 
     @property
     def with_end(self) -> tuple[float, ...]:
-        """The times with the final 0."""
+        """Times with the final 0."""
         return (*self.times, 0.0)
 
     def joined(self, other: Ladder, tolerance: float = 1e-6) -> Ladder:
-        """All times of both; of two that are nearer than ``tolerance``, the one of ``other``."""
+        """Times of both ladders; of two nearer than ``tolerance``, the one of ``other``."""
         own = [t for t in self.times if all(abs(t - kept) > tolerance for kept in other.times)]
         return Ladder(tuple(sorted((*own, *other.times), reverse=True)))
 
     def first(self, count: int) -> Ladder:
-        """The ladder that makes ``count`` calls: its first rung alone for 1, all rungs for ``len(self)``.
-
-        Raises:
-            UserError: for a count that the student was not trained for.
-        """
-        if count == len(self.times):
-            return self
-        if count == 1:
-            return Ladder(self.times[:1])
+        """Ladder of ``count`` calls, which must be 1 (the first time) or ``len(self)``, as trained; else UserError."""
+        if count in (1, len(self)):
+            return Ladder(self.times[:count])
         raise UserError(
             f"this student was trained for the ladder {list(self.times)}: it runs with --steps {len(self.times)} "
-            f"or --steps 1, not {count}; some of its rungs, or other times, are a choice to name: --ladder 1.0 0.5"
+            f"or --steps 1, not {count}; name other times yourself: --ladder 1.0 0.5"
         )
 
 
 def _shifted(time: float, shift: float) -> float:
-    """``shift_time`` that keeps 1 exactly: rounding makes 1.0000000000000002 of it for some shifts, such as 0.2."""
+    """``shift_time`` that keeps 1 exact; rounding gives 1.0000000000000002 for some shifts, such as 0.2."""
     return time if time == 1.0 else shift_time(time, shift)
 
 
 def standard_guidance(value: object) -> object:
-    """Guidance in the standard convention from a number, or from another convention by name.
-
-    ``{"extra": w}`` is ``conditional + w (conditional - unconditional)``, hence ``1 + w``; ``{"standard": g}`` is
-    ``g``.
-    """
+    """Convert guidance to the standard convention: a number or ``{"standard": g}`` is ``g``, ``{"extra": w}`` 1 + w."""
     if not isinstance(value, dict):
         return value
     known = {"standard": 0.0, "extra": 1.0}
@@ -126,4 +108,4 @@ def standard_guidance(value: object) -> object:
 
 
 Guidance = Annotated[float, BeforeValidator(standard_guidance), Field(ge=0.0)]
-"""A guidance scale as config field: standard convention, 1 = conditional only."""
+"""Guidance scale as a config field: standard convention, 1 = conditional only."""

@@ -1,7 +1,7 @@
-"""What continuous-time objectives regress to; methods of several families share it.
+"""Regression targets of continuous-time objectives.
 
-Consistency models are written in TrigFlow (``x = cos(a) x0 + sin(a) noise``, data std 1, ``a`` an angle in
-``[0, pi / 2]``), flow maps in rectified flow. Networks answer rectified-flow velocities in both.
+Consistency models use TrigFlow (``x = cos(a) x0 + sin(a) noise``, data std 1, ``a`` an angle in ``[0, pi / 2]``), flow
+maps rectified flow. Networks predict rectified-flow velocities in both.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ from torch import Tensor
 
 from fastvideo.distillation.jvp import Derivative, Field
 from fastvideo.distillation.noise import Interpolant, expand_time
-from fastvideo.distillation.types import Given, free_means
+from fastvideo.distillation.types import Given, mean_over_generated
 
 Tangent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""A function like :func:`consistency_tangent`."""
+"""Signature of :func:`consistency_tangent`."""
 
 
 def trigflow_velocity(x: Tensor, u: Tensor, angle: Tensor) -> Tensor:
     """TrigFlow's ``F = dx / d angle`` at ``x = cos x0 + sin noise``, from the sample's rectified-flow velocity ``u``.
 
-    ``u`` is the velocity at ``Interpolant.trigflow(angle).to_flow(x)`` and its ``flow_time``; data std 1. With
-    ``K = cos + sin`` it is ``((cos - sin) x + u) / K``: the same as ``(cos x - x0) / sin``, without its 0 / 0 at 0.
+    ``u`` is taken at ``Interpolant.trigflow(angle).to_flow(x)`` and its ``flow_time``; data std 1. The result
+    ``((cos - sin) x + u) / (cos + sin)`` equals ``(cos x - x0) / sin`` without its 0 / 0 at 0.
     """
     cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
     return ((cos - sin) * x + u) / (cos + sin)
 
 
 def trigflow_rotate(x: Tensor, velocity: Tensor, by: Tensor) -> Tensor:
-    """``x`` moved by the angle ``-by`` along the TrigFlow velocity ``F``: ``cos(by) x - sin(by) F``.
+    """Move ``x`` by the angle ``-by`` along the TrigFlow velocity ``F``: ``cos(by) x - sin(by) F``.
 
-    Exact for a straight pair of data and noise, where an Euler step in the angle is not. By the whole angle it is
-    ``x0``.
+    Unlike an Euler step it is exact for a pair of data and noise; by the whole angle it gives ``x0``.
     """
     return expand_time(by.cos(), x) * x - expand_time(by.sin(), x) * velocity
 
 
 def trig_field(velocity: Field) -> Field:
-    """``F(x, angle)`` of TrigFlow from a rectified-flow velocity ``u(x_t, t)``, at the same signal-to-noise ratio."""
+    """TrigFlow's ``F(x, angle)`` of a rectified-flow velocity ``u(x_t, t)``, at equal signal-to-noise ratio."""
 
     def field(x: Tensor, angle: Tensor) -> Tensor:
         way = Interpolant.trigflow(angle)
@@ -50,12 +49,12 @@ def trig_field(velocity: Field) -> Field:
 def consistency_tangent(
     x: Tensor, angle: Tensor, prediction: Tensor, flow: Tensor, derivative: Tensor, warmup: float
 ) -> Tensor:
-    """``-cos^2 (F - flow) - w (cos sin x + J)``: at ``w = 1`` it is ``cos(a) d/da`` of ``cos x - sin F`` (sCM eq. 6).
+    """``-cos^2 (F - flow) - w (cos sin x + J)``; at ``w = 1`` it is ``cos(a) d/da`` of ``cos x - sin F`` (sCM eq. 6).
 
     Args:
         x: noisy samples at ``angle`` ``[B]``.
         prediction: ``F`` of the student there.
-        flow: ``dx / d angle`` of the flow that is distilled.
+        flow: ``dx / d angle`` of the distilled flow.
         derivative: ``J``, of ``F`` along ``cos sin (flow, 1)``.
         warmup: ``w``, from 0 (velocity regression) to 1.
     """
@@ -82,30 +81,29 @@ def consistency_error(
     given: Given | None = None,
     form: Tangent = consistency_tangent,
 ) -> tuple[Tensor, Tensor]:
-    """The tangent before it is normalised, and the squared error ``[B]`` whose gradient moves ``F`` along it.
+    """Tangent before normalisation, and the squared error ``[B]`` whose gradient moves ``field`` (``F``) along it.
 
-    ``field`` is the student's ``F``; it is called for the derivative (the factor ``cos sin`` is inside its direction,
-    which keeps it bounded, sCM section 4.1) and once with gradient.
+    The derivative's direction contains the factor ``cos sin``, which keeps it bounded (sCM section 4.1).
     """
     scale = angle.cos() * angle.sin()
     slope = derivative(field, x, angle, expand_time(scale, x) * flow, scale)
     prediction = field(x, angle)
     tangent = form(x, angle, prediction.detach(), flow, slope, warmup)
     target = prediction.detach() + unit_rms(tangent, constant, given)
-    return tangent, free_means((prediction - target).square(), given).flatten()
+    return tangent, mean_over_generated((prediction - target).square(), given).flatten()
 
 
 def unit_rms(tangent: Tensor, constant: float, given: Given | None = None) -> Tensor:
-    """``g / (rms(g) + c)``, the root mean square over what is generated of each sample (sCM section 4.1).
+    """``g / (rms(g) + c)``, the root mean square over each sample's generated frames (sCM section 4.1).
 
-    The norm of the paper is the root of the sum; with means, loss and ``c`` do not depend on the number of elements.
+    The paper's norm is a root of sums; with means, loss and ``c`` do not depend on the number of elements.
     """
-    return tangent / (free_means(tangent.square(), given).sqrt() + constant)
+    return tangent / (mean_over_generated(tangent.square(), given).sqrt() + constant)
 
 
 def mean_velocity_target(velocity: Tensor, derivative: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """``v - (t - r) du/dt``, which the mean velocity ``u`` from ``t`` to ``r`` satisfies (MeanFlow eq. 6).
+    """``v - (t - r) du/dt``, equal to the mean velocity ``u`` from ``t`` to ``r`` (MeanFlow eq. 6).
 
-    ``derivative`` is ``u``'s along ``(v, 1)`` with ``r`` fixed. Where ``r = t`` it is ``v`` to the bit.
+    ``derivative`` is ``u``'s along ``(v, 1)`` with ``r`` fixed. At ``r = t`` the result is bit-equal to ``v``.
     """
     return velocity - expand_time(t - r, velocity) * derivative

@@ -1,4 +1,4 @@
-"""``DistillTrainer``: the loop. It knows steps, roles, losses and hooks; no family, no algorithm, no process."""
+"""``DistillTrainer``: the loop over steps, roles, losses and hooks; it knows no family, algorithm or process."""
 
 from __future__ import annotations
 
@@ -14,26 +14,23 @@ from fastvideo.errors import Stopped
 
 
 class Hook(Protocol):
-    """Validation, checkpoint: called in this order for every step."""
+    """Work after each step, such as validation or a checkpoint."""
 
     def due(self, step: int) -> bool:
-        """True if it must be called right after this step; otherwise it is called before the next step ends."""
+        """True if it must run right after this step; otherwise it runs before the next step ends."""
         ...
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
-        """``step`` counts finished steps; ``active`` are the roles that were stepped, none if it was skipped."""
+        """Run after ``step`` finished steps; ``active`` are the updated roles, none after a skipped step."""
         ...
 
 
 class DistillTrainer:
     """Runs a method.
 
-    One step consumes ``grad_accumulation`` batches; every role that the method declares active is stepped once, on the
-    mean of its losses. Non-finite steps are skipped on the device. The host reads that flag one step later, and then
-    logs and calls hooks (:meth:`settle`).
-
-    Attributes:
-        on_stop: saves the run when a signal stops it; returns an addition to the message.
+    One step consumes ``grad_accumulation`` batches and updates every active role once, on the mean of its losses.
+    Non-finite steps are skipped on the device. The host reads the flag one step later and then logs and calls hooks
+    (:meth:`settle`). After a signal ``on_stop`` saves the run and returns an addition to the message.
     """
 
     def __init__(
@@ -51,12 +48,12 @@ class DistillTrainer:
         self.cpu_seconds = 0.0
 
     def run(self, data: Iterator[RawBatch]) -> None:
-        """Train from the current step to ``max_steps``, or until ``max_cpu_seconds`` are spent on steps.
+        """Train from the current step to ``max_steps``, or for ``max_cpu_seconds`` of steps.
 
         Raises:
             NonFiniteError: if a loss or gradient is not finite and the policy does not skip the step.
             RunError: if a device runs out of memory.
-            Stopped: after :attr:`on_stop`, if a signal asked any process to stop.
+            Stopped: after ``on_stop``, if any process received a stop signal.
         """
         with self.runtime.running(self.options.max_steps, self.step):
             self._stop_if_asked(meet=True)
@@ -71,11 +68,7 @@ class DistillTrainer:
             self.runtime.log(self.step, self._spent(), closing=True)
 
     def train_step(self, data: Iterator[RawBatch]) -> None:
-        """Take one step, which the next one or :meth:`settle` settles.
-
-        Raises:
-            NonFiniteError: as :meth:`settle`, about the step before.
-        """
+        """Take one step and settle the previous one."""
         with self.runtime.step(self.step, self.method.active_roles(self.step)):
             for raw in self.runtime.micro_batches(data):
                 for loss in self.method.losses(self.prepare(raw), self.step):
@@ -85,10 +78,10 @@ class DistillTrainer:
         self.step += 1
 
     def settle(self) -> None:
-        """Learn if the last step was finite, log, and call the hooks.
+        """Read the last step's finite flag, log, and call the hooks.
 
         Raises:
-            NonFiniteError: if it was not, and the policy allows no more such steps.
+            NonFiniteError: if the step was not finite and the policy allows no more of them.
         """
         if (settled := self.runtime.settle()) is None:
             return
@@ -102,7 +95,7 @@ class DistillTrainer:
         return bool(spent) or self.step >= self.options.max_steps
 
     def _stop_if_asked(self, *, meet: bool) -> None:
-        """Stop all processes at the same step, whichever of them was asked."""
+        """Stop all processes at the same step if any received a signal."""
         if number := self.runtime.stop_signal(meet=meet):
             self.settle()
             saved = self.on_stop(self.step)
@@ -113,15 +106,15 @@ class DistillTrainer:
         return {"cpu_seconds": self.cpu_seconds} if self.options.max_cpu_seconds else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Finished steps, the open metrics window, how many steps were skipped, and the spent part of a budget."""
+        """Finished steps, open metrics window, count of skipped steps, and spent CPU time of a limited run."""
         return {"step": self.step, **self.runtime.state_dict(), **self._spent()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was stepped."""
+        """Continue exactly from :meth:`state_dict`."""
         self.step, self.cpu_seconds = int(state["step"]), float(state.get("cpu_seconds", 0.0))
         self.runtime.load_state_dict(state)
 
     def load_foreign_state(self, state: Mapping[str, Any], step: int) -> str:
-        """Go on from the main process's state of a run with other processes; names what is not exact then."""
+        """Load the main rank's state of a run in another layout; returns a note of the inexact part."""
         self.step = step
         return "metrics begin a new window"

@@ -30,7 +30,7 @@ def sweep_guidance(
     model = load_model(spec.folder, device=device)
     judge = Judge(prompts, seed, split="train")
     warm_up(model, judge.prompts)
-    frames = judge.first_frames(model.adapter)
+    frames = judge.first_frames(model.adapter.conditioner)
     found: dict[float, Estimate] = {}
     for scale in scales:
         sampler = replace(spec, guidance=scale).sampler(model)

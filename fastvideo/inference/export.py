@@ -1,4 +1,4 @@
-"""A student as a model folder that other programs sample as this one does."""
+"""Export of a student as a model folder that stock diffusers samples alike."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from typing import Any
 
 import torch
 
-from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.diffusers.flow_scheduler import deviation
+from fastvideo.data.model import pipeline_class
+from fastvideo.distillation.adapters.export.base import StockSampler, deviation
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
-from fastvideo.inference.export_source import Source, find_source, load_source
-from fastvideo.inference.loading import RECIPE, LoadedModel, pipeline_class
+from fastvideo.inference.export_source import ExportSource, find_source, load_source
+from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card, read_front_matter
 from fastvideo.inference.recipe import Weights
 from fastvideo.wording import did_you_mean
 
 FORMATS = ("diffusers", *LORA_FORMATS)
 MARK = "exported_to"
-"""Key of a recipe that marks an export, which alone may be overwritten."""
+"""Key in the recipe of an export; only exports may be overwritten."""
 CLOSE = 1.001e-3
-"""Largest difference of a time at which a stock ladder counts as the student's; a bit more than that of 0.999 and 1."""
+"""Tolerance per time between a stock ladder and the student's; a bit more than from 0.999 to 1."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, for the terminal."""
+    """Written folder, with a summary and warnings for the terminal."""
 
     folder: Path
     summary: str
@@ -56,14 +57,14 @@ def run_export(
         source: a run's folder, or a model folder.
         out: the new folder.
         to: one of :data:`FORMATS`.
-        steps: network steps that the scheduler is made for; all of the ladder if not given.
-        weights: averaged or live; the averaged ones where there are any.
-        dtype: precision of the network's weights, such as ``bfloat16``; as trained if not given.
+        steps: steps of the scheduler; the whole ladder by default.
+        weights: averaged or live; prefers the averaged ones by default.
+        dtype: precision of the network's weights, such as ``bfloat16``; as trained by default.
         overwrite: replace an earlier export in ``out``.
 
     Raises:
-        UserError: for an unknown format, an output folder in use, weights that are not there, a number of steps that
-            the student was not trained for, or a folder that cannot be written; nothing is left behind then.
+        UserError: for an unknown format, an output folder in use or not writable, missing weights, or steps that the
+            student was not trained for; writes nothing then.
     """
     _check_format(to)
     found = find_source(source, weights)
@@ -74,10 +75,10 @@ def run_export(
     model = load_source(found)
     _check_apart(folder, Path(model.source))
     spec = model.sampler(steps)
-    # A teacher has no ladder: it keeps the scheduler that came with it, unless a number of steps is asked for.
+    # A teacher has no ladder: it keeps its own scheduler unless the caller asks for steps.
     fitted = model.is_student or steps is not None
     fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
-    stock = model.adapter.folder.stock_sampler(spec.times, spec.kind) if fitted else None
+    stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = _facts(folder.name, found, model, spec, stock, dtype, warnings)
     _write(folder, model, facts)
@@ -90,7 +91,7 @@ def _check_format(name: str) -> None:
         raise UserError(f"--to {name!r}: unknown format, one of {', '.join(FORMATS)} is expected{hint}")
 
 
-def _check_out(out: Path, source: Source, overwrite: bool) -> None:
+def _check_out(out: Path, source: ExportSource, overwrite: bool) -> None:
     if out.is_file():
         raise UserError(f"--out {out} is a file; a new folder is expected")
     if source.folder:
@@ -106,7 +107,7 @@ def _check_out(out: Path, source: Source, overwrite: bool) -> None:
 def _check_apart(out: Path, folder: Path) -> None:
     read = folder.resolve()
     if out.is_relative_to(read) or read.is_relative_to(out):
-        raise UserError(f"--out {out}: the folder that is read ({folder}) must not lie in it, nor it in that")
+        raise UserError(f"--out {out}: it and the source folder ({folder}) must not contain each other")
 
 
 def _is_export(folder: Path) -> bool:
@@ -118,9 +119,9 @@ def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str
     if stock is None or deviation(stock.times, spec.times) <= CLOSE:
         return ()
     return (
-        f"no stock scheduler yields this ladder. Trained: {shown(spec.times)}; stock diffusers uses "
-        f"{shown(stock.times)} instead (largest difference {deviation(stock.times, spec.times):.4f}), so its videos "
-        f"differ from those of `fastvideo generate`. To train on what it yields: ladder.times "
+        f"no stock scheduler yields this ladder. Trained: {ladder_text(spec.times)}; stock diffusers uses "
+        f"{ladder_text(stock.times)} instead (largest difference {deviation(stock.times, spec.times):.4f}), so its "
+        f"videos differ from those of `fastvideo generate`. To train on what it yields: ladder.times "
         f"{[round(time, 7) for time in stock.times]}",
     )
 
@@ -129,8 +130,8 @@ def _flow_map_warnings(spec: SamplerSpec) -> tuple[str, ...]:
     if spec.kind != "flow_map":
         return ()
     return (
-        "this student is a flow map: its network reads where a step ends, by a head in the folder that stock diffusers "
-        "leaves out (it then samples like an undistilled model). Sample it with `fastvideo generate`",
+        "this student is a flow map: a head in the folder tells its network where a step ends, and stock diffusers "
+        "ignores it (it then samples like an undistilled model). Sample it with `fastvideo generate`",
     )
 
 
@@ -143,22 +144,22 @@ def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
 
 
 def _loader(model: LoadedModel) -> str:
-    """The diffusers class that gives the model what it needs; an index may name the one for text alone."""
+    """The pipeline class to sample with; an index may name the text-to-video one."""
     name = pipeline_class(model.source)
     if not model.adapter.conditioner.needs_frames or "ImageToVideo" in name:
         return name
     return name.replace("Pipeline", "ImageToVideoPipeline")
 
 
-def shown(times: Sequence[float]) -> str:
-    """A ladder for people; a long one in part."""
+def ladder_text(times: Sequence[float]) -> str:
+    """A ladder for people; abbreviates a long one."""
     texts = [f"{time:.4f}" for time in times]
     return " ".join(texts if len(texts) <= 8 else [*texts[:4], "...", *texts[-2:]])
 
 
 def _facts(
     name: str,
-    source: Source,
+    source: ExportSource,
     model: LoadedModel,
     spec: SamplerSpec,
     stock: StockSampler | None,
@@ -167,7 +168,7 @@ def _facts(
 ) -> CardFacts:
     recipe = {**model.recipe, "guidance": spec.guidance, "sampler": spec.kind, MARK: "diffusers"}
     if stock is not None:
-        recipe["ladder"] = list(spec.times)  # ours and the scheduler's are one; with fewer steps, a shorter one
+        recipe["ladder"] = list(spec.times)  # of as many steps as the scheduler's
     return CardFacts(
         name=name,
         pipeline=_loader(model),
@@ -185,7 +186,7 @@ def _facts(
 
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
-    """A file that a run may have left; empty without it."""
+    """JSON object in a run's file; empty if absent."""
     file = folder / name if folder else None
     try:
         found = json.loads(file.read_text()) if file and file.is_file() else {}
@@ -195,9 +196,9 @@ def _json(folder: Path | None, name: str) -> dict[str, Any]:
 
 
 def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
-    """The folder, which appears whole or not at all."""
+    """Write the folder whole or not at all."""
     network = _in_precision(model.network, facts.dtype)
-    network.register_to_config(_name_or_path="")  # type: ignore[operator]  # else a folder of this machine
+    network.register_to_config(_name_or_path="")  # otherwise a folder of this machine
     try:
         with replacing_folder(out) as partial:
             model.adapter.folder.save(partial, network, facts.recipe)
@@ -209,7 +210,7 @@ def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
 
 
 def _in_precision(network: Any, dtype: str | None) -> Any:
-    """Weights rounded to ``dtype``, except those that diffusers keeps in float32 when it loads that precision."""
+    """Round weights to ``dtype``, except those that diffusers keeps in float32."""
     if dtype is None:
         return network
     kept = network._keep_in_fp32_modules or ()
@@ -228,12 +229,12 @@ def _replace_scheduler(folder: Path, scheduler: Any) -> None:
     index.write_text(json.dumps(components, indent=2) + "\n")
 
 
-def _summary(out: Path, source: Source, facts: CardFacts) -> str:
+def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:
     weights = f"{source.weights} weights of step {source.step}" if source.weights else "weights as they are"
     lines = [f"{out}: {facts.pipeline}, {weights}"]
-    lines += [f"  our sampler      {shown(facts.spec.times)}"] if facts.recipe.get("ladder") else []
+    lines += [f"  our sampler      {ladder_text(facts.spec.times)}"] if facts.recipe.get("ladder") else []
     if facts.stock is not None:
-        lines.append(f"  stock diffusers  {shown(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
+        lines.append(f"  stock diffusers  {ladder_text(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
     lines.append(f"  pipe = {facts.pipeline}.from_pretrained({str(out)!r})")
     options = ", ".join(f"{name}={value}" for name, value in call_options(facts).items())
     return "\n".join([*lines, f"  pipe(prompt, {options})"])

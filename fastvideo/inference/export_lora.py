@@ -1,4 +1,4 @@
-"""A student's adapter alone, for programs that have the base."""
+"""Export of a student's adapter alone, for programs that have the base model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, resolve_pipeline
-from fastvideo.distillation.builder import Adapter, Config, build_adapter
-from fastvideo.distillation.config.reading import config_of
+from fastvideo.data.model import pipeline_class
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
-from fastvideo.distillation.registry import families, load_method
+from fastvideo.distillation.registry import families, load_exporter, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
-from fastvideo.inference.export_source import PARTS, RUN_CONFIG, Source, adapter_scaling
-from fastvideo.inference.loading import RECIPE, load_recipe, pipeline_class
+from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
+from fastvideo.inference.loading import RECIPE, load_recipe
 from fastvideo.wording import counted
 
 LORA_FORMATS = ("lora-diffusers", "lora-comfy")
 COMFY_FILE = "comfyui_lora.safetensors"
 
 
-def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
-    """Write the adapter in a layout, with the recipe that samples from it; the line for the terminal.
+def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> str:
+    """Write the adapter in a layout with its sampling recipe; returns a line for the terminal.
 
-    ``alpha`` is part of the weights, so a reader that knows none is right.
+    The weights include ``alpha``, so that readers need not know it.
 
     Raises:
         UserError: if the student was trained whole, or the layout has no names for its layers.
@@ -36,7 +35,7 @@ def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
     tensors = read_adapter(source)
     config = source.config
     if layout == "lora-comfy":
-        tensors, name = in_comfy(tensors, _adapter_of(source).folder.comfy_layer), COMFY_FILE
+        tensors, name = in_comfy(tensors, load_exporter(source.run_config.model).comfy_layer), COMFY_FILE
     else:
         name = ADAPTER_FILE
     base = config["roles"]["student"].get("path") or config["model"]["path"]
@@ -49,33 +48,25 @@ def write_adapter(source: Source, out: Path, layout: str, mark: str) -> str:
     return f"{out / name}: {len(tensors) // 2} layers, over the base model {base}; README.md beside it loads both"
 
 
-def _config_of(source: Source) -> Config:
-    return config_of(source.config, f"{source.run}/{RUN_CONFIG}")
-
-
-def _adapter_of(source: Source) -> Adapter:
-    return build_adapter(_config_of(source))
-
-
-def _save_scheduler(source: Source, folder: Path) -> str | None:
-    """The stock scheduler of the student's ladder beside its adapter; the name of its class, if there is one."""
-    config = _config_of(source)
+def _save_scheduler(source: ExportSource, folder: Path) -> str | None:
+    """Write the stock scheduler of the student's ladder; returns its class name, ``None`` for a flow map."""
+    config = source.run_config
     kind = load_method(config.distill_method).sampler
     if kind == "flow_map":
         return None
-    scheduler = build_adapter(config).folder.stock_sampler(config.ladder.times, kind).scheduler
+    scheduler = load_exporter(config.model).stock_sampler(config.ladder.times, kind).scheduler
     scheduler.save_pretrained(folder / "scheduler")
     return type(scheduler).__name__
 
 
-def _read_me(source: Source, base: str, file: str, name: str, scheduler: str | None) -> str:
-    """The base model, and the lines that load the adapter into its stock pipeline."""
+def _read_me(source: ExportSource, base: str, file: str, name: str, scheduler: str | None) -> str:
+    """README with the lines that load the adapter into its stock pipeline."""
     model = source.config["model"]
     folder = source.folder or resolve_pipeline(model["path"], tuple(families()))
     pipeline = pipeline_class(str(folder))
     imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({base!r})"
     if base in EMBEDDED:  # no name that diffusers knows
-        imports.append("from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline")
+        imports.append("from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline")
         load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({base!r}, ({pipeline!r},)))"
     lines = [load, f"pipe.load_lora_weights({name!r}, weight_name={file!r})"]
     if scheduler:
@@ -88,11 +79,11 @@ def _read_me(source: Source, base: str, file: str, name: str, scheduler: str | N
     return "\n".join([head, "", "```python", *imports, "", *lines, "```", ""])
 
 
-def read_adapter(source: Source) -> dict[str, Tensor]:
+def read_adapter(source: ExportSource) -> dict[str, Tensor]:
     """The adapter in diffusers' layout.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the student was trained whole.
     """
     if source.checkpoint is None:
         file = (source.folder or Path()) / ADAPTER_FILE
@@ -106,10 +97,10 @@ def read_adapter(source: Source) -> dict[str, Tensor]:
 
 
 def in_comfy(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The adapter under ComfyUI's names, which ``rename`` gives for a layer.
+    """The adapter under ComfyUI's names; ``rename`` maps a layer.
 
     Raises:
-        UserError: for a family, or a layer, that has none.
+        UserError: for a family or a layer without such names.
     """
     renamed = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What an export takes its weights from: a student's folder, or the newest checkpoint of a run."""
+"""Weights to export: those of a student's folder, or of a run's newest checkpoint."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.adapters.diffusers.loading import resolve_pipeline
-from fastvideo.distillation.builder import build_adapter, build_families, load_role
+from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.builder import Config, build_adapter, build_families, load_role
 from fastvideo.distillation.config.reading import config_of, read_yaml
 from fastvideo.distillation.engine.checkpoint.manifest import DamagedError, complete_checkpoints, verified
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
 from fastvideo.distillation.engine.lora import is_adapter, merge
 from fastvideo.distillation.engine.runtime import Processes
-from fastvideo.distillation.registry import load_adapter
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, load_model, load_recipe
 from fastvideo.inference.recipe import Weights, result_recipe
@@ -25,11 +25,11 @@ PARTS: dict[Weights, str] = {"ema": "ema", "live": "network"}
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """One set of weights: those in ``folder``, or those in ``checkpoint`` for the model in ``folder``.
 
-    ``run`` is the run's folder, if there is one; a run that has not finished has no model ``folder`` yet. ``step`` is
-    how long the weights were trained; 0 if nothing says so.
+    ``run`` is the run's folder, if any; an unfinished run has no model ``folder`` yet. ``step`` counts the training
+    steps; 0 if unknown.
     """
 
     run: Path | None
@@ -43,16 +43,21 @@ class Source:
         """The run's resolved config as it stands in the file; empty without a run."""
         return read_yaml(self.run / RUN_CONFIG) if self.run else {}
 
+    @property
+    def run_config(self) -> Config:
+        """The run's config, validated."""
+        return config_of(self.config, f"{self.run}/{RUN_CONFIG}")
 
-def find_source(path: str, weights: Weights | None = None) -> Source:
-    """The newest weights of the wanted kind; nothing is loaded.
+
+def find_source(path: str, weights: Weights | None = None) -> ExportSource:
+    """Find the newest weights of the wanted kind without loading them.
 
     Args:
         path: a run's folder, or a model folder.
-        weights: averaged or live; ``None`` takes the averaged ones where there are any.
+        weights: averaged or live; ``None`` prefers the averaged ones.
 
     Raises:
-        UserError: if the folder is neither, or does not hold such weights.
+        UserError: if the folder is neither, or lacks such weights.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -65,7 +70,7 @@ def find_source(path: str, weights: Weights | None = None) -> Source:
     return _of_run(folder, weights)
 
 
-def _of_model(folder: Path, wanted: Weights | None) -> Source:
+def _of_model(folder: Path, wanted: Weights | None) -> ExportSource:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"export: {folder} is no run ({RUN_CONFIG}) and no model folder (model_index.json)")
     found = _saved(folder.parent if (folder.parent / RUN_CONFIG).is_file() else None, folder)
@@ -77,19 +82,19 @@ def _of_model(folder: Path, wanted: Weights | None) -> Source:
     return found
 
 
-def _saved(run: Path | None, folder: Path) -> Source:
+def _saved(run: Path | None, folder: Path) -> ExportSource:
     recipe = load_recipe(str(folder))
-    return Source(run, folder, None, recipe.get("weights"), int(recipe.get("steps", 0)))
+    return ExportSource(run, folder, None, recipe.get("weights"), int(recipe.get("steps", 0)))
 
 
-def _of_run(run: Path, wanted: Weights | None) -> Source:
+def _of_run(run: Path, wanted: Weights | None) -> ExportSource:
     student = run / "student"
     offers = [_saved(run, student)] if student.is_dir() else []
     folder = student if offers else None
     for checkpoint in complete_checkpoints(run / "checkpoints")[-1:]:
         step, parts = int(checkpoint.name.removeprefix("step-")), role_parts(checkpoint, "student")
         kinds = [kind for kind, part in PARTS.items() if part in parts]
-        offers += [Source(run, folder, checkpoint, kind, step) for kind in kinds]
+        offers += [ExportSource(run, folder, checkpoint, kind, step) for kind in kinds]
     kind = wanted or ("ema" if any(offer.weights == "ema" for offer in offers) else "live")
     fitting = [offer for offer in offers if offer.weights == kind]
     if not fitting:
@@ -101,11 +106,11 @@ def _of_run(run: Path, wanted: Weights | None) -> Source:
     return max(fitting, key=lambda offer: (offer.step, offer.checkpoint is None))
 
 
-def load_source(source: Source) -> LoadedModel:
-    """The model with the source's weights and the recipe that belongs to them, on the CPU.
+def load_source(source: ExportSource) -> LoadedModel:
+    """The model with the source's weights and their recipe, on the CPU.
 
     Raises:
-        UserError: for a model folder, a config or a checkpoint that is not readable or does not fit.
+        UserError: for an unreadable or unfitting model folder, config or checkpoint.
     """
     model = load_model(str(source.folder)) if source.folder else _unfinished(source)
     if source.checkpoint is None:
@@ -117,7 +122,7 @@ def load_source(source: Source) -> LoadedModel:
     state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
     try:
         if is_adapter(state):
-            model = _unfinished(source)  # the network that the adapter belongs to, and not a result with one merged
+            model = _unfinished(source)  # the adapter's own network, not a result with one merged
             merge(model.network, state, adapter_scaling(source))
         else:
             model.network.load_state_dict(state)
@@ -126,17 +131,16 @@ def load_source(source: Source) -> LoadedModel:
     return replace(model, recipe={**model.recipe, "weights": source.weights, "steps": source.step})
 
 
-def adapter_scaling(source: Source) -> float:
-    """``alpha / rank`` of the student's adapter, as the run's config says."""
+def adapter_scaling(source: ExportSource) -> float:
+    """``alpha / rank`` of the student's adapter in the run's config."""
     lora = source.config["roles"]["student"]["lora"]
     return float((lora.get("alpha") or lora["rank"]) / lora["rank"])
 
 
-def _unfinished(source: Source) -> LoadedModel:
-    """The model that the run started from, with the recipe of its result."""
-    config = config_of(source.config, f"{source.run}/{RUN_CONFIG}")
+def _unfinished(source: ExportSource) -> LoadedModel:
+    """The run's initial model with the recipe of its result."""
+    config = source.run_config
     adapter = build_adapter(config)
-    families = build_families(config, adapter, Processes())
-    network = load_role(config, families, "student").requires_grad_(False)
+    network = load_role(config, build_families(config, adapter, Processes()), "student").requires_grad_(False)
     recipe = result_recipe(config, adapter.folder, source.weights, source.step)  # type: ignore[arg-type]
     return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)

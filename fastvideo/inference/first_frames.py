@@ -1,4 +1,4 @@
-"""The frames that a video goes on from, out of an image or a clip."""
+"""Conditioning frames of a video, read from an image or a clip."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastvideo.inference.loading import LoadedModel
 
 
 def first_frames(model: LoadedModel, image: Path | None) -> Tensor | None:
-    """Float32 ``[1, 3, T, H, W]`` in ``[-1, 1]``, of the size and number that the model takes; ``None`` for text alone.
+    """Float32 ``[1, 3, T, H, W]`` in ``[-1, 1]``, as many and as large as the model takes; ``None`` for text alone.
 
     Raises:
-        UserError: if the model needs an image and there is none, or takes none, or the file is not readable or short.
+        UserError: for a missing or superfluous image, or an unreadable or short file.
     """
     count = max(model.adapter.conditioner.first_frames)
     if image is None:
@@ -32,7 +32,7 @@ def read_first_frames(path: Path, height: int, width: int, count: int) -> Tensor
     """The first ``count`` frames of an image or clip as ``[1, 3, count, height, width]``, scaled to fill and cropped.
 
     Raises:
-        UserError: if the file is not there, cannot be decoded or has fewer frames.
+        UserError: for a missing or damaged file, or one with fewer frames.
     """
     if not path.is_file():
         raise UserError(f"image {path} does not exist")

@@ -20,7 +20,7 @@ def generate_video(
 ) -> Tensor:
     """The video ``[3, T, H, W]`` in ``[-1, 1]`` of one prompt, float32 on the CPU.
 
-    ``frames`` ``[1, 3, T', H, W]`` are those that it goes on from.
+    ``frames``: conditioning frames ``[1, 3, T', H, W]``.
 
     Raises:
         UserError: for a prompt that the text encoder cannot take.

@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, lines that load it, its ladder, figures, versions, licence."""
+"""The model card of an exported student: summary, code to load it, ladder, figures, versions, licence."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from fastvideo.distillation.adapters.base import StockSampler
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED, HUB_ID
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
+from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.wording import counted
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."
@@ -24,17 +25,16 @@ SAMPLERS = {
     "flow_map": "flow map (deterministic jumps along the mean velocity of each step)",
 }
 PACKAGE_LICENSE = {"license": "apache-2.0"}
-"""Of the pipelines that ship inside this package."""
+"""Licence of the embedded pipelines."""
 UNKNOWN_LICENSE = {"license": "other", "license_name": "same-as-base-model"}
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a card tells.
+    """Contents of a card.
 
-    ``name`` is the folder's, ``pipeline`` the diffusers class to load it with, ``image`` whether that is given an
-    image; ``stock`` is the exported scheduler, or ``None`` where the base model's own was kept, and ``base_card`` the
-    front matter of the base model's README.
+    ``name``: of the folder; ``pipeline``: diffusers class; ``image``: True for image-to-video; ``stock``: the exported
+    scheduler, ``None`` if the base model's was kept; ``base_card``: front matter of the base model's README.
     """
 
     name: str
@@ -52,26 +52,26 @@ class CardFacts:
 
     @property
     def base(self) -> str:
-        """The model that the run started from, as it may be shown to others: no folder of this machine."""
+        """The base model's public name: a local path without its folders."""
         path = str(self.recipe.get("model", {}).get("path", "unknown"))
         return path if path in EMBEDDED or HUB_ID.fullmatch(path) else Path(path).name
 
     @property
     def license(self) -> dict[str, Any]:
-        """What the base model's card says, since a student is derived from its weights."""
+        """Licence keys of the base model's card: a student is derived from its weights."""
         found = {key: value for key, value in self.base_card.items() if key.startswith("license")}
         return found or (PACKAGE_LICENSE if self.base in EMBEDDED else UNKNOWN_LICENSE)
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of ``README.md``, with the front matter that the hub reads."""
+    """Text of ``README.md`` with the hub's front matter."""
     parts = [_front_matter(facts), _head(facts), _usage(facts), _ladder(facts), _recipe(facts)]
     parts += [_figures(facts.metrics), _versions(facts), _license(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def read_front_matter(folder: Path) -> dict[str, Any]:
-    """The YAML at the head of a folder's ``README.md``; empty if there is none that can be read."""
+    """YAML at the head of a folder's ``README.md``; empty if absent or unreadable."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if not text.startswith("---\n") or "\n---" not in text[4:]:
@@ -97,7 +97,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _head(facts: CardFacts) -> str:
     recipe, count = facts.recipe, len(facts.spec.times)
-    text = f"# {facts.name}\n\n{facts.pipeline} that samples in {count} step{'' if count == 1 else 's'}."
+    text = f"# {facts.name}\n\n{facts.pipeline} that samples in {counted(count, 'step')}."
     if "method" in recipe:
         kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
         text += f" Made from `{facts.base}` by `{recipe['method']}` with FastVideo Distillation: the {kind} after "
@@ -106,7 +106,7 @@ def _head(facts: CardFacts) -> str:
 
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
-    """The arguments of the pipeline's call that belong to this model."""
+    """Arguments of the pipeline's call for this model."""
     model = facts.recipe.get("model", {})
     options = {"num_inference_steps": len(facts.spec.times), "guidance_scale": facts.spec.guidance}
     return options | {name: model[name] for name in CALL_OPTIONS if name in model}
@@ -134,7 +134,7 @@ def _usage(facts: CardFacts) -> str:
 
 
 def _notes(facts: CardFacts) -> list[str]:
-    """What goes wrong with other arguments."""
+    """Effects of other arguments."""
     steps, model = len(facts.spec.times), facts.recipe.get("model", {})
     notes = [
         "* `torch.manual_seed` repeats a video; a pipeline's `generator` need not reach the noise between two calls."
@@ -175,7 +175,7 @@ def _recipe(facts: CardFacts) -> str:
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:
-    """A column per measured model, a row per number that all of them have."""
+    """Table with a column per measured model and a line per shared number."""
     models = {name: row for name, row in metrics.items() if isinstance(row, Mapping) and "network_calls" in row}
     if not models:
         return ""

@@ -1,4 +1,4 @@
-"""A progress bar that appears only when there is something to wait for."""
+"""A progress bar that appears only for slow work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 1.0
 
 
 class PatientBar:
-    """Counts units of work; from :data:`PATIENCE` seconds on it shows a bar on stderr, and removes it at the end.
+    """Counts units of work; shows a bar on stderr from :data:`PATIENCE` seconds on, and removes it at the end.
 
     Use as a context; call the object with the number of units just done.
     """
@@ -27,7 +27,7 @@ class PatientBar:
     def __init__(self, label: str, total: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
-        # In a log a bar that comes and goes leaves nothing but blank lines.
+        # In a log a transient bar leaves blank lines.
         self._bar = Progress(
             *columns,
             TextColumn("left"),
@@ -41,7 +41,7 @@ class PatientBar:
         self._shown = False
 
     def __call__(self, units: int) -> None:
-        """``units`` more are done.
+        """Count ``units`` of finished work.
 
         Raises:
             Stopped: if a signal asked this process to stop.

@@ -1,4 +1,4 @@
-"""``recipe.json`` of a run's result: how the model beside it is sampled, and where it comes from."""
+"""``recipe.json`` of a run's result: sampler and origin of the model beside it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
     if not load_method(config.distill_method).makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
     if "guidance" in folder.recipe:
-        # The result is a teacher: any number of steps, with the guidance of the model it was tuned from.
+        # The result is a teacher: any number of steps, with the guidance of its base model.
         return recipe | {"guidance": folder.recipe["guidance"]}
     return recipe

@@ -17,12 +17,12 @@ from fastvideo.distillation.types import Condition
 
 BATCH_SIZE = 64
 ProgressFn = Callable[[int], None]
-"""Called after each step with the number of network calls just made, counted per sample."""
+"""Called after each step with its network calls, counted per sample."""
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Clean latents ``[B, C, F, H, W]`` on the CPU and the seconds that denoising them took, text encoding left out."""
+    """Clean latents ``[B, C, F, H, W]`` on the CPU, and the seconds of denoising, without text encoding."""
 
     latents: Tensor
     seconds: float
@@ -30,13 +30,13 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """A set of prompts and how they are sampled.
+    """A set of prompts with a sampler.
 
     Attributes:
         seed: with the prompt it determines a sample's noise (:func:`prompt_seeds`).
         negative_prompt: guidance leads away from it; ``None`` is the family's own.
-        frames: conditioning frames ``[len(prompts), 3, T, H, W]`` in ``[-1, 1]``, for a model that goes on from some.
-        rows: prompts that this call samples, by number; all of them if not given.
+        frames: conditioning frames ``[len(prompts), 3, T, H, W]`` in ``[-1, 1]``, for a model that takes some.
+        rows: numbers of the prompts to sample; all by default.
     """
 
     prompts: Sequence[str]
@@ -60,7 +60,7 @@ def sample_batches(
     """Sample the prompts in order, ``batch_size`` at a time.
 
     Raises:
-        UserError: for a prompt that the text encoder cannot take, or a number of frames that the model does not.
+        UserError: for a prompt that the text encoder cannot take, or a wrong number of conditioning frames.
     """
     seeds = prompt_seeds(wanted.seed, wanted.prompts)
     for rows in wanted.batches:
@@ -81,7 +81,7 @@ def sample_latents(
 
 
 def _conditions(family: DistillAdapter[Any], wanted: Sampling, rows: Sequence[int]) -> tuple[Condition, Condition]:
-    """Condition and negative condition of one batch, on its conditioning frames."""
+    """Condition and negative condition of one batch, with its conditioning frames."""
     first = family.conditioner.condition_on(None if wanted.frames is None else wanted.frames[list(rows)])
     condition = family.conditioner.encode_prompts([wanted.prompts[row] for row in rows]) | first
     if wanted.sampler.guidance == 1.0:

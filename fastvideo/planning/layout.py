@@ -47,7 +47,7 @@ def role_bytes(config: Config, adapter: Adapter) -> list[RoleBytes]:
     """Every role's bytes on one process."""
     method = load_method(config.distill_method)
     with initialising(config.seed):
-        networks = dict(method.heads(config.method, adapter))
+        networks = dict(method.heads(config.method, dict.fromkeys(config.roles, adapter)))
     own = set(networks)
     for name, role in config.roles.items():
         if name not in networks:

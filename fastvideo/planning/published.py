@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.types import UserError
 

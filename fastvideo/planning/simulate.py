@@ -94,7 +94,7 @@ def simulate(config: Config, adapter: Adapter, *, split: bool, leave: bool) -> S
 def _depths(config: Config, adapter: Adapter) -> dict[str, int]:
     """Blocks of each role's network that the family loads."""
     assert adapter.scaling is not None
-    own = load_method(config.distill_method).heads(config.method, adapter)
+    own = load_method(config.distill_method).heads(config.method, dict.fromkeys(config.roles, adapter))
     family = {name: role for name, role in config.roles.items() if name not in own}
     return {name: len(_stack(adapter.folder.empty(role.path, torch.float32))) for name, role in family.items()}
 
@@ -116,7 +116,7 @@ def _networks(config: Config, adapter: Adapter, split: bool, depth: int | None) 
     """Every role's network, its parameters on the meta device, with its first ``depth`` blocks or all."""
     method = load_method(config.distill_method)
     with initialising(config.seed):
-        networks = dict(method.heads(config.method, adapter))
+        networks = dict(method.heads(config.method, dict.fromkeys(config.roles, adapter)))
     for name, role in config.roles.items():
         if name in networks:
             continue

@@ -1,4 +1,4 @@
-"""One folder per session for what is built once, by all processes of the session together."""
+"""One folder per session for what is built once, by all processes of the session together; no width of a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastvideo.tests.cache import FOLDER
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder, in the process that starts the others."""
+    """Make the folder, in the process that starts the others; forget the terminal size that readline invents."""
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)  # pytest imports readline, which sets them in a worker without a terminal
     if FOLDER not in os.environ:
         config.stash[OWNED] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="fastvideo-tests-")
 

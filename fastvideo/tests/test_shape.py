@@ -79,12 +79,12 @@ def test_sampling_loops(tmp_path: Path) -> None:
     own = "def f(role, x, times):\n    for t in times:\n        u = role.velocity(x, t)\n        x = x - u\n"
     code = tree(
         tmp_path,
-        rollout="def euler(velocity, noise, times): ...\ndef at_time(x, t): ...\n",
+        rollout="def euler(velocity, noise, times): ...\ndef full_time(x, t): ...\n",
         calls="from fastvideo.distillation.rollout import euler as walk\ndef f(v, n):\n    return walk(v, n, [1.0])\n",
         far="from fastvideo.distillation import rollout\ndef f(v, n):\n    return rollout.euler(v, n, [1.0])\n",
         own=own,
         asks="def f(role, xs, t):\n    for x in xs:\n        u = role.velocity(x, t)\n        print(u)\n",
-        fills="from fastvideo.distillation.rollout import at_time\ndef f(x):\n    return at_time(x, 1.0)\n",
+        fills="from fastvideo.distillation.rollout import full_time\ndef f(x):\n    return full_time(x, 1.0)\n",
         methods__own=own,
     )
     files = [Path(site.partition("::")[0]).stem for site in shape.sampling_loops(code)]

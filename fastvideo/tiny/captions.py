@@ -1,4 +1,4 @@
-"""The language of the tiny world: what a caption says and how it is read back."""
+"""Captions of the tiny world: written from attributes, and parsed back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption names: indices into DIGITS, COLOURS and DIRECTIONS; None where it leaves the attribute open."""
+    """Attributes of a caption: indices into DIGITS, COLOURS and DIRECTIONS; None for an open one."""
 
     digit: int | None = None
     colour: int | None = None
@@ -30,7 +30,7 @@ class Attributes:
 
 
 def caption_of(attributes: Attributes) -> str:
-    """The caption that names exactly these attributes, such as "a green seven moving up and left"."""
+    """The caption of these attributes, such as "a green seven moving up and left"."""
     noun = "digit" if attributes.digit is None else DIGITS[attributes.digit]
     words = noun if attributes.colour is None else f"{COLOURS[attributes.colour]} {noun}"
     article = "an" if words.startswith("e") else "a"  # "an eight"
@@ -39,7 +39,7 @@ def caption_of(attributes: Attributes) -> str:
 
 
 def parse_caption(text: str) -> Attributes:
-    """Read a caption back.
+    """Attributes of a caption.
 
     Raises:
         ValueError: for words outside the vocabulary, or words in an order that no caption has.
@@ -60,7 +60,7 @@ def parse_caption(text: str) -> Attributes:
 
 
 def outside_note(prompts: Sequence[str]) -> str | None:
-    """A warning about prompts that are no captions of the tiny world; ``None`` if all are."""
+    """A warning about prompts outside the tiny world; ``None`` without any."""
     outside = [prompt for prompt in prompts if not _is_caption(prompt)]
     if not outside:
         return None

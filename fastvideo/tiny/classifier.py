@@ -1,4 +1,4 @@
-"""The judge of the tiny world: a small frozen network that reads digit, colour and direction back from a video."""
+"""The judge of the tiny world: a small frozen network that reads digit, colour and direction from a video."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TinyClassifier(nn.Module):
         batch, channels, frames, height, width = videos.shape
         x = videos.transpose(1, 2).reshape(batch * frames, channels, height, width)
         x = self.conv2(self.conv1(self.stem(x)))
-        # Three of nine frames tell what is seen; all of them are needed for how it moves.
+        # Three of nine frames show digit and colour; motion needs all of them.
         seen = x.view(batch, frames, *x.shape[1:])[:, ::4].flatten(0, 1)
         what = self.conv3(seen).amax(dim=(2, 3)).view(batch, -1, self.conv3[0].out_channels).mean(dim=1)
         where = F.silu(self.where(x)).reshape(batch, -1)

@@ -1,4 +1,4 @@
-"""Latents of the tiny world, computed once: a safetensors file that is reused only while it fits its inputs."""
+"""Latents of the tiny world, cached in a safetensors file per codec and draw."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvideo.inference.progress import tracked
 from fastvideo.tiny.world import Split, TinyWorld
 
 BATCH = 64
-FORMAT = 3  # raised when the world or the meaning of the file changes, so that older files are not used
+FORMAT = 3  # increase it when the world or the file's meaning changes
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class LatentSet:
 
 
 class LatentCodec(Protocol):
-    """What turns videos into latents; a family's codec is one."""
+    """Encoder of videos; a family's codec is one."""
 
     @property
     def latent_key(self) -> str:
-        """Changes with anything that the latents of a video depend on."""
+        """Key of everything that the latents of a video depend on."""
         ...
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
@@ -42,10 +42,9 @@ class LatentCodec(Protocol):
 
 
 def cached_latents(codec: LatentCodec, n: int, seed: int, folder: Path, split: Split = "train") -> LatentSet:
-    """Latents of `TinyWorld(split).sample(n, seed)`, read from `folder` where this codec has encoded them before.
+    """Latents of `TinyWorld(split).sample(n, seed)`, from `folder` if this codec has encoded them before.
 
-    The file name holds a hash of the codec, the split, `n` and `seed`: another codec or another draw is another file,
-    and a stale one is never read.
+    The file name holds a hash of codec, split, `n` and `seed`, so a stale file is never read.
     """
     path = folder / f"latents-{cache_key(codec, n, seed, split)}.safetensors"
     if not path.is_file():
@@ -64,7 +63,7 @@ def encode_world(codec: LatentCodec, n: int, seed: int, split: Split) -> LatentS
 
 
 def cache_key(codec: LatentCodec, n: int, seed: int, split: Split) -> str:
-    """Sixteen hexadecimal digits that change with anything the latents depend on."""
+    """Sixteen hexadecimal digits of everything that the latents depend on."""
     inputs = json.dumps([FORMAT, split, n, seed, codec.latent_key])
     return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 MIN_SIDE, MAX_SIDE = 12.0, 17.0  # pixels that the 8x8 digit image covers
 MAX_ROTATION = math.radians(12.0)
 MAX_SHEAR = 0.12
-EDGE = 1.05  # the interpolated ink reaches a little beyond the image
+EDGE = 1.05  # interpolation spreads ink beyond the image
 MIN_SPEED, MAX_SPEED = 0.6, 1.4  # pixels per frame, along the direction of motion
 
 
 @dataclass(frozen=True)
 class Motion:
-    """How each of n digits is drawn and where its centre is.
+    """Affine maps and positions of n moving digits.
 
     Attributes:
         affine: [n, 2, 2] maps image-plane offsets (pixels) to offsets in the digit image (half sides).

@@ -1,4 +1,4 @@
-"""The tiny world as people have their videos: a folder of MP4 files with a ``captions.csv``."""
+"""The tiny world as a user's folder of videos: MP4 files with a ``captions.csv``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ BATCH = 64
 
 
 def write_world(folder: Path, count: int, seed: int = 0, split: Split = "train", scale: int = 1) -> Path:
-    """Write `TinyWorld(split).sample(count, seed)` as `00000.mp4`, ... with captions; what was in `folder` goes.
+    """Write `TinyWorld(split).sample(count, seed)` as `00000.mp4`, ... with captions into an emptied `folder`.
 
-    Every pixel becomes a square of side `scale`.
-
-    H.264 is lossy and halves the resolution of colour: the files look like the world, they are not its bits.
+    Every pixel becomes a square of side `scale`. H.264 is lossy: the files only look like the world.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

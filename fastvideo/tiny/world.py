@@ -1,8 +1,8 @@
 """The tiny world: videos of real handwritten digits, coloured, moving, with captions that name some of it.
 
-A caption names the digit, the colour and the direction of motion, and each of the three is left open with a fixed
-probability of its own. An open attribute makes the distribution of videos given the caption multi-modal, which is what
-few-step sampling blurs, so that there is something to distil.
+A caption names the digit, the colour and the direction of motion, and leaves each of the three open with its own fixed
+probability. An open attribute makes the distribution of videos given the caption multi-modal, which few-step sampling
+blurs: there is something to distil.
 
 Everything is a pure function of (split, seed, n): the same arguments give the same bits, and the first k samples of a
 longer draw are the samples of a draw of length k.
@@ -26,8 +26,8 @@ Split = Literal["train", "heldout"]
 
 FRAMES = 9
 SIZE = 32  # pixels, height and width
-# Of digit, colour and direction, independently, to stay out of the caption. Guidance sharpens what a caption names and
-# so hides what few steps lose there; colour and direction are mostly left to the sampler.
+# Of digit, colour and direction, independently. Guidance sharpens named attributes and so hides the losses of few-step
+# sampling; captions mostly leave colour and direction open.
 OPEN_PROBABILITIES = (0.15, 0.8, 0.8)
 TRAIN_SHARE = 0.8
 
@@ -54,23 +54,23 @@ _RGB = {
     "white": (1.0, 1.0, 1.0),
 }
 _SPLIT_ID: dict[Split, int] = {"train": 0, "heldout": 1}
-LOOKS = 10  # numbers behind the look of a video, see WorldSample.look
+LOOKS = 10  # numbers of WorldSample.look
 _COLUMNS = 6 + LOOKS  # uniform numbers drawn per video; a fixed width keeps draws of different lengths aligned
 
 
 @dataclass(frozen=True)
 class WorldSample:
-    """`n` videos with what is in them.
+    """`n` videos with their attributes.
 
     Attributes:
         videos: float32 [n, 3, 9, 32, 32] in [-1, 1].
         captions: n texts.
-        digit: int64 [n], 0-9: the truth, whether or not the caption names it.
+        digit: int64 [n], 0-9: the truth, also if the caption does not name it.
         colour: int64 [n], index into COLOURS.
         direction: int64 [n], index into DIRECTIONS.
         named: bool [n, 3], which of (digit, colour, direction) the caption names.
-        look: float32 [n, 10] in [0, 1], the uniform numbers behind what no caption names: size, tilt, slant, speed,
-            start (x, y), brightness, hue (r, g, b).
+        look: float32 [n, 10] in [0, 1], uniform numbers that no caption names: size, tilt, slant, speed, start (x, y),
+            brightness, hue (r, g, b).
     """
 
     videos: torch.Tensor
@@ -96,7 +96,7 @@ def split_images(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TinyWorld:
-    """Draws videos and captions; `split` says which handwritten digits it may use."""
+    """Draws videos and captions from the handwritten digits of a split."""
 
     def __init__(self, split: Split) -> None:
         if split not in _SPLIT_ID:
@@ -105,7 +105,7 @@ class TinyWorld:
         self.images, self.labels = split_images(split)
 
     def sample(self, n: int, seed: int) -> WorldSample:
-        """The first `n` videos of the stream that `seed` names."""
+        """The first `n` videos of the stream `seed`."""
         return self._build(self._uniforms(n, seed))
 
     def sample_captions(self, n: int, seed: int) -> list[str]:

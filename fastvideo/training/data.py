@@ -11,7 +11,7 @@ from fastvideo.data.faults import Faults
 from fastvideo.data.index import dataset_files
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.adapters.diffusers.loading import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement
@@ -109,7 +109,7 @@ def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) 
 
 def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     """Open a teacher's trajectories, if they were made for this config."""
-    from fastvideo.data.fits import Wanted
+    from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
     from fastvideo.data.trajectories import check_made_for, metadata_at
 
@@ -123,9 +123,8 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
         check_made_for(made, config, adapter, teacher)
     steps = len(config.ladder.times)
     extras = {STATES: (steps, *adapter.codec.latent_shape), STATE_TIMES: (steps,)}
-    source = ParquetSource(
-        config.data.path, Wanted(latents=adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
-    )
+    wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
+    source = ParquetSource(config.data.path, wanted)
     adapter.conditioner.check_prompts(source.captions())
     return source, f"{len(source)} trajectories of {config.data.path}, {steps} states each"
 
@@ -159,10 +158,10 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
 
 
 def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None) -> tuple[Source, str]:
-    from fastvideo.data.fits import Wanted
+    from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
 
-    wanted = Wanted(
+    wanted = DataRequirements(
         latents=adapter.codec.latent_shape if with_latents else None,
         any_size=config.data.buckets,
         extras=adapter.conditioner.stored_shapes,

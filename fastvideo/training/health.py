@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import torch
@@ -22,8 +24,9 @@ from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import at_time
+from fastvideo.distillation.rollout import full_time
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.types import Condition
 from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
 from fastvideo.files import replace_file
@@ -150,21 +153,39 @@ class HealthCheck:
         bundle, adapter = self.method.bundle, self.shared.family
         if "teacher" not in bundle or "critic" not in bundle:
             return {}
-        count = min(PANEL_VIDEOS, len(self.wanted.prompts))
+        teacher, count = bundle["teacher"].adapter, min(PANEL_VIDEOS, len(self.wanted.prompts))
         x0 = self.shared.from_main(None if latents is None else latents[:count], count)
-        given = adapter.conditioner.condition_on(None if self.wanted.frames is None else self.wanted.frames[:count])
-        condition = adapter.conditioner.encode_prompts(self.wanted.prompts[:count]) | given
-        negative = adapter.conditioner.negative(count) | given
-        noise = normal(tuple(x0.shape), seeded(self.wanted.seed)).to(adapter.device)
-        x_t, t = add_noise(x0, noise, at_time(x0, PANEL_TIME)), at_time(x0, PANEL_TIME)
-        real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(adapter))
-        fake, own = (bundle[role].x0(x_t, t, condition) for role in ("critic", "student"))
+        condition, negative = self._conditions(
+            {adapter.conditioner.key: adapter, teacher.conditioner.key: teacher}, count
+        )
+        own = bundle["student"].x0(*self._noised(x0), condition)
+        scored = bundle.bridge("student", "teacher")(x0)
+        x_t, t = self._noised(scored)
+        real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(teacher))
+        fake = bundle["critic"].x0(x_t, t, condition)
         if self.shared.writes:
-            rows = [_row(self.shared.decode(latents, self.wanted.batch_size)) for latents in (x0, own, fake, real)]
+            of_teacher = replace(self.shared, family=teacher)
+            shown = ((self.shared, x0), (self.shared, own), (of_teacher, fake), (of_teacher, real))
+            rows = [_row(shared.decode(latents, self.wanted.batch_size)) for shared, latents in shown]
             self.write(self.folder / f"step-{step:06d}-x0.mp4", torch.cat(rows, dim=-2))
-        gradient = dmd_gradient(x0, real=real, fake=fake, given=condition.given)
+        gradient = dmd_gradient(scored, real=real, fake=fake, given=condition.given)
         rms = float(gradient.square().mean().sqrt())
         return {"dmd_gradient_rms": rms} if math.isfinite(rms) else {}
+
+    def _conditions(self, families: Mapping[str, Adapter], count: int) -> tuple[Condition, Condition]:
+        """Condition and negative condition of the first prompts, with the texts of every family."""
+        frames, adapter = self.wanted.frames, self.shared.family
+        given = adapter.conditioner.condition_on(None if frames is None else frames[:count])
+        prompts, conditioners = self.wanted.prompts[:count], [family.conditioner for family in families.values()]
+        texts = [conditioner.encode_prompts(prompts) for conditioner in conditioners]
+        negatives = [conditioner.negative(count) for conditioner in conditioners]
+        return reduce(or_, texts) | given, reduce(or_, negatives) | given
+
+    def _noised(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents at the panel's noise level, from fixed noise, and that level ``[B]``."""
+        noise = normal(tuple(x0.shape), seeded(self.wanted.seed)).to(x0.device)
+        t = full_time(x0, PANEL_TIME)
+        return add_noise(x0, noise, t), t
 
 
 def _row(videos: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""Rebuild a tiny pipeline: Wan from nothing but scikit-learn's digits, CogVideoX from the shipped Wan too.
+"""Rebuild a tiny pipeline: Wan from scikit-learn's digits alone, CogVideoX from the shipped Wan too.
 
     python -m tools.tiny_world --out FOLDER [--family wan|cogvideox]
                                [--stage classifier|vae|decoder|text|transformer|teacher]
 
 Stages and their wall times on one core, in order: `classifier` (the judge, 7 minutes), `vae` (13 minutes), `decoder`
 (its decoder alone once more, 25 minutes), `text` (tokenizer and random text encoder, at once), `transformer` (random
-weights, at once), `teacher` (the `sft` method trains them, 2.5 hours; run it from the root of the repository, where its
-recipe is). Without --stage all of them run. The times are those of Wan; of CogVideoX `vae` and `teacher` learn from the
-shipped Wan pipeline, which is shorter.
-A stage writes FOLDER/classifier or its part of FOLDER/pipeline and replaces what was there; the others stay.
+weights, at once), `teacher` (trained by the `sft` method, 2.5 hours; run it from the root of the repository). Without
+--stage all of them run. The times are those of Wan; CogVideoX distils `vae` and `teacher` from the shipped Wan
+pipeline, in less time. A stage replaces FOLDER/classifier or its part of FOLDER/pipeline; the others stay.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def vae_stage(out: Path, recipe: TinyRecipe) -> dict[str, float]:
 
 
 def encoder_stage(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
-    """Train the encoder of the VAE and save it with a decoder that is yet to be trained; returns its last error."""
+    """Train the encoder of the VAE and save it with an untrained decoder; returns its last error."""
     vae, error = train_encoder(recipe.vae)
     save_half(vae, out / "pipeline" / "vae")
     return {"latent_error": error}
@@ -89,7 +88,7 @@ def text_stage(encoder: Callable[[TextRecipe], PreTrainedModel]) -> Stage:
 
 
 def transformer_stage(write_network: Callable[[Path, Any], None]) -> Stage:
-    """Save an untrained transformer, the scheduler and the index that makes the folder a diffusers pipeline."""
+    """Save an untrained transformer, the scheduler and the pipeline's index."""
 
     def stage(out: Path, recipe: Recipe) -> dict[str, float]:
         write_network(out / "pipeline", recipe)
@@ -100,7 +99,7 @@ def transformer_stage(write_network: Callable[[Path, Any], None]) -> Stage:
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """How one family's pipeline is made: its numbers and its stages, in order."""
+    """Recipe of one family's pipeline and its stages, in order."""
 
     recipe: Recipe
     stages: dict[str, Stage]

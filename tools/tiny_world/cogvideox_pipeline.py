@@ -58,7 +58,7 @@ def build_scheduler(recipe: CogVideoXTransformerRecipe) -> CogVideoXDDIMSchedule
 
 
 def write_network(folder: Path, recipe: CogVideoXRecipe) -> None:
-    """Save an untrained transformer, the scheduler and the index that makes the folder a diffusers pipeline."""
+    """Save an untrained transformer, the scheduler and the pipeline's index."""
     save_half(build_transformer(recipe.transformer, recipe.text), folder / "transformer")
     build_scheduler(recipe.transformer).save_pretrained(folder / "scheduler")
     write_index(folder, "CogVideoXPipeline", PARTS)

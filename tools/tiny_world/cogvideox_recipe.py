@@ -4,43 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tools.tiny_world.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe
+from tools.tiny_world.recipe import ClassifierRecipe, SharpenRecipe, TextRecipe, VaeTraining
 
 
 @dataclass(frozen=True)
-class CogVideoXVaeRecipe:
+class CogVideoXVaeRecipe(VaeTraining):
     """Size of the VAE, and training of its encoder towards the Wan VAE's latents.
 
     Attributes:
-        widths: channels at 32, 16, 8 and 4 pixels a side. Convolutions at full resolution are what a step costs, so
-            the first is small.
+        widths: channels at 32, 16, 8 and 4 pixels a side; the first is small, as convolutions at full resolution
+            dominate the cost of a step.
         groups: of every group normalisation.
-        muon_rate, adam_rate: highest learning rates for convolution kernels and for everything else.
-        warm_up: steps of linear warm-up; a cosine to zero follows.
         width_weight: of the squared error of the log-variance beside that of the mean.
-        gradient_norm: at which gradients are clipped.
     """
 
     widths: tuple[int, ...] = (8, 16, 32, 64)
     groups: int = 4
     steps: int = 1600
-    batch_size: int = 16
-    muon_rate: float = 4e-3
-    adam_rate: float = 2e-3
-    warm_up: int = 100
     width_weight: float = 0.02
-    gradient_norm: float = 1.0
     seed: int = 23
 
 
 @dataclass(frozen=True)
 class CogVideoXTransformerRecipe:
-    """Size of the transformer, which has rotary positions as CogVideoX-5B has.
+    """Size of the transformer, with rotary positions like CogVideoX-5B.
 
     Attributes:
-        heads, head_width, layers: those of the Wan teacher, whose weights it starts from.
-        time_width: of what the blocks see of the timestep.
-        snr_shift: `snr_shift_scale` of the scheduler that is saved with it; 1 as for 5B.
+        heads, head_width, layers: those of the Wan teacher, whose weights initialise it.
+        time_width: of the blocks' time embedding.
+        snr_shift: `snr_shift_scale` of the scheduler saved with it; 1 as for 5B.
     """
 
     heads: int = 4
@@ -56,12 +48,12 @@ class ImitationRecipe:
     """Training of the transformer towards the Wan teacher's answers.
 
     Attributes:
-        videos: of the train split whose latents are made noisy.
+        videos: of the train split.
         steps, batch_size, learning_rate, betas, weight_decay: AdamW; `warm_up` steps, then a cosine to zero.
         time_shift: of uniform times.
         empty_share, other_share: of captions that become empty, or any other.
-        hidden_weight: of the squared error of what the blocks say.
-        ema_decay: of the average that is kept.
+        hidden_weight: of the squared error of the blocks' outputs.
+        ema_decay: of the installed average.
     """
 
     videos: int = 8192
@@ -82,9 +74,9 @@ class ImitationRecipe:
 
 @dataclass(frozen=True)
 class CogVideoXRecipe:
-    """All parts of the recipe; `report_videos` held-out videos stand behind each figure it prints.
+    """All parts of the recipe; `report_videos`: held-out videos behind each printed figure.
 
-    The longest caption has 8 tokens, and CogVideoX computes every token of text like one of video: so no more.
+    Text has 8 tokens, the longest caption's: CogVideoX spends as much on a token of text as on one of video.
     """
 
     classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)

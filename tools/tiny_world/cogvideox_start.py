@@ -1,9 +1,8 @@
-"""Weights that the tiny CogVideoX transformer starts from: those of the Wan teacher, where the two correspond.
+"""Initialise the tiny CogVideoX transformer from the Wan teacher.
 
 Both networks have the same width, heads, layers and patches. Patch embedding, self-attention, feed-forward layers and
-the last projection are copied; what Wan adds and multiplies at a time becomes a least-squares fit of CogVideoX's time
-embedding, which is a smaller network of another timestep. Text is read in another way (joint attention instead of cross
-attention, normalised queries and keys per head) and starts from nothing.
+the last projection are copied; a least-squares fit turns Wan's modulations into functions of CogVideoX's smaller time
+embedding. Text attention differs (joint instead of cross, queries and keys normalised per head) and starts untrained.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ RIDGE = 1e-4
 
 
 def start_from_wan(network: Any, wan: Any, grid: NoiseGrid) -> None:
-    """Copy what corresponds from a `WanTransformer3DModel` into a `CogVideoXTransformer3DModel`, in place."""
+    """Copy corresponding weights of a `WanTransformer3DModel` into a `CogVideoXTransformer3DModel`, in place."""
     t = torch.linspace(0.001, 0.999, TIMES)
     with torch.no_grad():
         embedded, modulation = _wan_times(wan, t)
@@ -41,14 +40,14 @@ def start_from_wan(network: Any, wan: Any, grid: NoiseGrid) -> None:
 
 
 def _wan_times(wan: Any, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Wan's time embedding [T, D] and the six vectors [T, 6, D] that it makes for every block."""
+    """Wan's time embedding [T, D] and its six modulations [T, 6, D] of every block."""
     times = wan.condition_embedder
     embedded = times.time_embedder(times.timesteps_proj(1000 * t))
     return embedded, times.time_proj(times.act_fn(embedded)).unflatten(1, (6, -1))
 
 
 def _fit_time_embedding(network: Any, timesteps: Tensor, wanted: Tensor) -> Tensor:
-    """Train the time embedding until `wanted` [T, K] is linear in what the blocks see of it; that, [T, E + 1]."""
+    """Train the time embedding until `wanted` [T, K] is linear in the basis [T, E + 1], which is returned."""
     optimizer = torch.optim.Adam(network.time_embedding.parameters(), FIT_RATE)
     projected = network.time_proj(timesteps)
     for _ in range(FIT_STEPS):
@@ -60,6 +59,7 @@ def _fit_time_embedding(network: Any, timesteps: Tensor, wanted: Tensor) -> Tens
 
 
 def _basis(network: Any, projected: Tensor) -> Tensor:
+    """Activated time embedding and a constant, [T, E + 1]."""
     seen = F.silu(network.time_embedding(projected))
     return torch.cat([seen, torch.ones(len(seen), 1)], dim=1)
 
@@ -71,13 +71,13 @@ def _least_squares(basis: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _set_rows(linear: nn.Linear, basis: Tensor, values: Tensor) -> None:
-    """Let the first rows of `linear` give `values` [T, K] over the times of `basis`."""
+    """Fit the first rows of `linear` to `values` [T, K] over the times of `basis`."""
     fitted, rows = _least_squares(basis, values), values.shape[1]
     linear.weight[:rows], linear.bias[:rows] = fitted[:-1].T, fitted[-1]
 
 
 def _copy_block(block: Any, source: Any) -> None:
-    """Self-attention and feed-forward layer; the latter is wider here, and its new units speak softly at first."""
+    """Copy self-attention and the narrower feed-forward layer; new units start with small weights."""
     wide, narrow = block.ff.net[0].proj, source.ffn.net[0].proj
     units = narrow.out_features
     wide.weight[:units], wide.bias[:units] = GELU_SLOPE * narrow.weight, GELU_SLOPE * narrow.bias
@@ -93,7 +93,7 @@ def _copy_block(block: Any, source: Any) -> None:
 
 
 def _copy_head(network: Any, wan: Any, embedded: Tensor, length: Tensor, basis: Tensor) -> None:
-    """The last modulation, scaled by `length` [T] as `u = (alpha + sigma) v + ...`, and the projection to pixels."""
+    """Fit the last modulation, scaled by `length` [T] as `u = (alpha + sigma) v + ...`; copy the output projection."""
     shift, scale = (wan.scale_shift_table + embedded.unsqueeze(1)).unbind(dim=1)
     length = length.unsqueeze(1)
     _set_rows(network.norm_out.linear, basis, torch.cat([length * shift, length * (1 + scale) - 1], dim=1))

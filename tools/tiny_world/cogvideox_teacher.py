@@ -1,8 +1,7 @@
-"""The tiny CogVideoX teacher: it learns to answer like the shipped Wan teacher.
+"""Distil the shipped Wan teacher into the tiny CogVideoX teacher.
 
-Both work on the same latents, and every family's velocity means the same, so the Wan teacher's answer is a target
-without the noise that a video's own velocity has. Their blocks correspond too, and are held together: a few hundred
-steps then do what several thousand on videos do.
+Both share latents and the meaning of velocity, so the Wan teacher's velocity is a target without the noise of a video's
+own. Matching the corresponding blocks too replaces several thousand steps on videos by a few hundred.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ GUIDANCE = 2.0  # the Wan teacher's; of 80 digits 0.95 are right with 12 steps, 
 
 
 def all_captions() -> list[str]:
-    """The empty prompt and everything that the tiny world can say."""
+    """The empty prompt and all captions of the tiny world."""
     named = [Attributes(d, c, m) for d in _open(DIGITS) for c in _open(COLOURS) for m in _open(DIRECTIONS)]
     return ["", *(caption_of(attributes) for attributes in named)]
 
@@ -46,10 +45,8 @@ def _open(words: Sequence[str]) -> list[int | None]:
 def train_teacher(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
     """Train the transformer in `out`/pipeline and install it; returns the last squared error of a velocity."""
     pipeline, length = out / "pipeline", recipe.text.max_length
-    ours, wan = (
-        CogVideoXAdapter(CogVideoXConfig(path=str(pipeline), max_sequence_length=length)),
-        WanAdapter(WanConfig()),
-    )
+    ours = CogVideoXAdapter(CogVideoXConfig(path=str(pipeline), max_sequence_length=length))
+    wan = WanAdapter(WanConfig())
     network: Any = ours.folder.load_network()
     source: Any = wan.folder.load_network().requires_grad_(False)
     start_from_wan(network, source, ours.folder.grid)
@@ -61,12 +58,12 @@ def train_teacher(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
 
 
 class Network:
-    """A network with its family, all captions embedded, and what its blocks said of the video last.
+    """A network with its family, all embedded captions, and its blocks' last outputs for the video.
 
     Args:
         adapter: its family.
         network: the weights.
-        blocks: the modules whose outputs are kept; of several outputs the first is the video's.
+        blocks: modules whose outputs :attr:`hidden` keeps; the first of several outputs is the video's.
     """
 
     def __init__(self, adapter: Adapter, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -79,11 +76,10 @@ class Network:
         self.hidden.append(output[0] if isinstance(output, tuple) else output)
 
     def velocity(self, x_t: Tensor, t: Tensor, caption: Tensor) -> Tensor:
-        """The answer for captions given by their place in `all_captions`, int64 [B]."""
+        """Velocity for captions by their index in `all_captions`, int64 [B]."""
         self.hidden.clear()
-        condition = Condition(
-            {self.adapter.conditioner.key: {name: tensor[caption] for name, tensor in self.captions.items()}}
-        )
+        chosen = {name: tensor[caption] for name, tensor in self.captions.items()}
+        condition = Condition({self.adapter.conditioner.key: chosen})
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.enter_context(block.register_forward_hook(self._keep))
@@ -92,7 +88,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Draws:
-    """What the two are asked about: noisy latents, times and captions."""
+    """Draws of noisy latents, times and captions."""
 
     latents: Tensor
     captions: Tensor
@@ -116,7 +112,7 @@ class Draws:
         return add_noise(x0, noise, t), t, self._captions(self.captions[row])
 
     def _captions(self, own: Tensor) -> Tensor:
-        """A share of captions is emptied, another replaced by any: guidance asks about both."""
+        """Empty a share of the captions and replace another by any: guidance needs both."""
         share = torch.rand(len(own), generator=self.generator)
         other = torch.randint(len(all_captions()), own.shape, generator=self.generator)
         empty = share < self.recipe.empty_share
@@ -125,9 +121,9 @@ class Draws:
 
 
 def imitate(student: Network, teacher: Network, draws: Draws) -> float:
-    """Train `student` in place to answer like `teacher`.
+    """Train `student` in place towards `teacher`; its weights become their moving average.
 
-    Its weights become the average over the last steps. Returns the last squared error of a velocity.
+    Returns the last squared error of a velocity.
     """
     recipe, parameters = draws.recipe, list(student.network.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -153,7 +149,7 @@ def imitate(student: Network, teacher: Network, draws: Draws) -> float:
 def imitation_errors(
     student: Network, teacher: Network, x_t: Tensor, t: Tensor, caption: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Squared errors of the velocity, and of what the blocks say, as layer normalisation leaves it."""
+    """Squared errors of the velocity, and of the blocks' outputs after layer normalisation."""
     with torch.no_grad():
         wanted = teacher.velocity(x_t, t, caption)
     error = (student.velocity(x_t, t, caption) - wanted).square().mean()

@@ -47,6 +47,6 @@ def decode(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> torch.Tensor:
 
 
 def kernels(vae: AutoencoderKLCogVideoX) -> list[nn.Parameter]:
-    """Convolution kernels, which Muon trains; the last layer's is left out, its rows being pixels and not features."""
+    """Convolution kernels for Muon, without the last layer's, whose rows are pixels and not features."""
     last = vae.decoder.conv_out.conv.weight
     return [p for p in vae.parameters() if p.dim() > 3 and p[0].numel() > 1 and p is not last]

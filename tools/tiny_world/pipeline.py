@@ -1,4 +1,4 @@
-"""The tiny pipeline as a diffusers folder: assembling and saving it."""
+"""Assemble and save the tiny pipeline as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ OPTIONS = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": (
 
 
 def write_network(folder: Path, recipe: TinyRecipe) -> None:
-    """Save an untrained transformer, the scheduler and the index that makes the folder a diffusers pipeline."""
+    """Save an untrained transformer, the scheduler and the pipeline's index."""
     save_half(build_transformer(recipe.transformer, recipe.text.width), folder / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=recipe.transformer.shift).save_pretrained(folder / "scheduler")
     write_index(folder, "WanPipeline", {**OPTIONS, **PARTS})
 
 
 def write_index(folder: Path, pipeline: str, parts: Mapping[str, Any]) -> None:
-    """Write the `model_index.json` that turns the parts in `folder` into a diffusers pipeline."""
+    """Write the `model_index.json` of a diffusers pipeline."""
     index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **parts}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def save_half(model: ModelMixin, folder: Path) -> None:
-    """Save `model` in half precision, which halves what the package ships; diffusers loads it back as float32."""
+    """Save `model` in half precision, for a smaller package; diffusers loads it back as float32."""
     half = copy.deepcopy(model).half()
-    half.register_to_config(_name_or_path="")  # or the folder it was loaded from would be shipped
+    half.register_to_config(_name_or_path="")  # drop the local folder
     half.save_pretrained(folder)

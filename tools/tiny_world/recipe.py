@@ -15,9 +15,9 @@ class ClassifierRecipe:
         steps, batch_size, learning_rate: AdamW with a one-cycle learning rate.
         noise: highest standard deviation of the pixel noise added to half of the videos.
         label_smoothing: of all three cross-entropies.
-        look_weight: of the mean squared error with which a linear head reads `WorldSample.look` from the features. The
-            head is thrown away; it is there so that the features, the space of the Frechet distance, see size, place,
-            speed and shade too. Blurred training videos would teach them to overlook what few steps lose.
+        look_weight: of the mean squared error of a linear head that reads `WorldSample.look` from the features. It is
+            dropped after training; it makes the features, the space of the Frechet distance, see size, place, speed and
+            shade too. Blurred training videos would teach them to overlook the losses of few steps.
     """
 
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
@@ -50,8 +50,8 @@ class TransformerRecipe:
         channels: of the latents.
         heads, head_width, feed_forward, layers: as in Wan, smaller.
         frequency_width: of the sinusoidal time embedding.
-        longest_axis: positions that the rotary embedding knows along each axis.
-        shift: of the flow-matching scheduler that is saved with it.
+        longest_axis: positions of the rotary embedding along each axis.
+        shift: of the flow-matching scheduler saved with it.
     """
 
     channels: int = 16
@@ -66,65 +66,71 @@ class TransformerRecipe:
 
 
 @dataclass(frozen=True)
-class VaeRecipe:
+class VaeTraining:
+    """Training of a VAE, or of a part of it.
+
+    Attributes:
+        steps, batch_size: length of training; more steps beat a larger batch.
+        muon_rate, adam_rate: highest learning rates for convolution kernels and for everything else.
+        warm_up: steps of linear warm-up; a cosine to zero follows.
+        gradient_norm: bound of gradient clipping.
+    """
+
+    steps: int = 2400
+    batch_size: int = 16
+    muon_rate: float = 4e-3
+    adam_rate: float = 2e-3
+    warm_up: int = 100
+    gradient_norm: float = 1.0
+    seed: int = 13
+
+
+@dataclass(frozen=True)
+class VaeRecipe(VaeTraining):
     """Size and training of the VAE.
 
     Attributes:
         encoder_width, decoder_width, multipliers, blocks: channels at the first stage, their multiples at the three
             resolutions (16, 8 and 4 pixels a side), residual blocks per stage.
-        steps, batch_size: length of training; more steps beat a larger batch.
-        muon_rate, adam_rate: highest learning rates for convolution kernels and for everything else.
-        warm_up: steps of linear warm-up; a cosine to zero follows.
-        short_frames, short_share: the first share of the steps sees only the first frames of each video, which costs
-            half: one temporal chunk of four after the first frame teaches what two do.
+        short_frames, short_share: first frames of each video, and share of the first steps that sees these alone: one
+            temporal chunk of four teaches as much as two at half the cost.
         ink_weight: a pixel of full ink counts 1 + this, black counts 1, as most of a frame is black.
         squared_weight: of the squared error beside the absolute error.
         kl_weight: of the KL divergence to a unit Gaussian, per latent element; it keeps the latents smooth.
-        gradient_norm: at which gradients are clipped.
     """
 
     encoder_width: int = 16
     decoder_width: int = 24
     multipliers: tuple[int, ...] = (1, 2, 2)
     blocks: int = 1
-    steps: int = 2400
-    batch_size: int = 16
-    muon_rate: float = 4e-3
-    adam_rate: float = 2e-3
-    warm_up: int = 100
     short_frames: int = 5
     short_share: float = 0.6
     ink_weight: float = 3.0
     squared_weight: float = 4.0
     kl_weight: float = 5e-4
-    gradient_norm: float = 1.0
     statistics_videos: int = 2048
-    seed: int = 13
 
 
 @dataclass(frozen=True)
-class SharpenRecipe:
-    """Training of the decoder alone, once the latents are fixed; the names are those of :class:`VaeRecipe`.
+class SharpenRecipe(VaeTraining):
+    """Training of the decoder alone, with fixed latents; weights as in :class:`VaeRecipe`.
 
     Attributes:
-        single_share: the first share of the steps decodes first frames alone, which costs a tenth.
+        single_share: share of the first steps that decodes first frames alone, at a tenth of the cost.
     """
 
     steps: int = 2100
     single_share: float = 0.0
-    batch_size: int = 16
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3
-    warm_up: int = 100
     ink_weight: float = 3.0
     squared_weight: float = 8.0
-    gradient_norm: float = 1.0
     seed: int = 15
 
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """All parts of the recipe; `report_videos` held-out videos stand behind each figure it prints."""
+    """All parts of the recipe; `report_videos`: held-out videos behind each printed figure."""
 
     classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)
     vae: VaeRecipe = field(default_factory=VaeRecipe)

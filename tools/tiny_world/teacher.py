@@ -1,4 +1,4 @@
-"""A tiny teacher: the `sft` method on the latents of the world's real videos, started as a user would start it."""
+"""Train the tiny teacher with the `sft` method on latents of the world's real videos, through the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.tiny_world.recipe import TextRecipe
 CONFIG = Path(__file__).parents[2] / "examples" / "distillation" / "tiny_wan_sft.yaml"
 GUIDANCE = 2.0  # the best of: fastvideo evaluate tiny --sweep-guidance 1,1.25,1.5,2,3
 
-# Each further run starts from the averaged weights of the one before, with a fresh schedule and twice the batch.
+# Each further run starts from the previous averaged weights, with a fresh schedule and twice the batch.
 FURTHER_RUNS = 2
 FURTHER = {
     "--method.learning-rate": "1e-3",
@@ -40,15 +40,11 @@ def train_teacher(out: Path) -> dict[str, float]:
 
 
 def distil(config: Path, pipeline: Path, output: Path, flags: dict[str, str]) -> None:
-    """One run of the command line."""
+    """Run `fastvideo distill`."""
     flags = {"--config": str(config), "--model.path": str(pipeline), "--output": str(output), **flags}
-    command = [
-        sys.executable,
-        "-m",
-        "fastvideo.training.distillation",
-        *(part for item in flags.items() for part in item),
-    ]
-    subprocess.run([*command, *(["--overwrite"] if (output / "config.yaml").is_file() else [])], check=True)
+    options = [part for item in flags.items() for part in item]
+    options += ["--overwrite"] if (output / "config.yaml").is_file() else []
+    subprocess.run([sys.executable, "-m", "fastvideo.training.distillation", *options], check=True)
 
 
 def install(trained: Path, pipeline: Path) -> None:
@@ -58,11 +54,11 @@ def install(trained: Path, pipeline: Path) -> None:
 
 
 def install_network(transformer: ModelMixin, pipeline: Path, guidance: float, text: TextRecipe) -> None:
-    """Put a transformer into `pipeline`, in half precision, with how it is sampled.
+    """Put a transformer into `pipeline`, in half precision, with its sampling recipe.
 
     Args:
-        guidance: that is best for sampling, by a sweep.
-        text: whose prompt length it was trained with, so that a copy of the folder is sampled like the folder itself.
+        guidance: the best one of a sweep.
+        text: prompt length of the training, for copies of the folder.
     """
     save_half(transformer, pipeline / "transformer")
     model = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": text.max_length}

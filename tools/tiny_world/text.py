@@ -1,7 +1,7 @@
 """The text side of the tiny pipeline: a word-level tokenizer and a small random T5-family encoder, never trained.
 
-A random encoder is enough for a closed vocabulary: different words get embeddings that are nearly orthogonal, and the
-transformer's cross-attention learns what they mean.
+A random encoder is enough for a closed vocabulary: embeddings of different words are nearly orthogonal, and the
+transformer's cross-attention learns their meaning.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def classification_loss(scores: Logits, sample: WorldSample, smoothing: float) -
 
 
 def accuracy(model: TinyClassifier, sample: WorldSample, videos: torch.Tensor | None = None) -> dict[str, float]:
-    """Share of videos whose digit, colour and direction are read right; `videos` replaces those of the sample."""
+    """Accuracy of digit, colour and direction; `videos` replaces those of the sample."""
     read = model.read(sample.videos if videos is None else videos)
     truth = torch.stack([sample.digit, sample.colour, sample.direction], dim=1)
     right = (read == truth).double().mean(dim=0).tolist()

@@ -1,4 +1,4 @@
-"""Training of a tiny VAE, and how good it is."""
+"""Training of a tiny VAE, and its quality."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world import cogvideox_vae
 from tools.tiny_world import vae as wan_vae
 from tools.tiny_world.muon import Muon
-from tools.tiny_world.recipe import VaeRecipe
+from tools.tiny_world.recipe import VaeRecipe, VaeTraining
 from tools.tiny_world.train_classifier import accuracy
 from tools.tiny_world.vae import encode_moments, psnr
 
 Vae = Any
 """A diffusers video autoencoder."""
-StepHook = Callable[[int, Vae], None]
 
 
 @dataclass(frozen=True)
 class VaeKind:
-    """What the training of a decoder must know of its VAE's class.
+    """A class of VAE, for the training of its decoder.
 
     Attributes:
         model: the diffusers class.
@@ -42,7 +41,7 @@ class VaeKind:
     kernels: Callable[[Vae], list[nn.Parameter]]
 
     def load(self, folder: Path) -> Vae:
-        """The VAE that was saved in `folder`, in float32."""
+        """The VAE saved in `folder`, in float32."""
         return self.model.from_pretrained(folder, torch_dtype=torch.float32)
 
 
@@ -50,31 +49,17 @@ WAN = VaeKind(AutoencoderKLWan, wan_vae.decode_unclamped, wan_vae.kernels)
 COGVIDEOX = VaeKind(AutoencoderKLCogVideoX, cogvideox_vae.decode, cogvideox_vae.kernels)
 
 
-def train_vae(recipe: VaeRecipe, after_step: StepHook | None = None) -> AutoencoderKLWan:
-    """A Wan VAE trained on videos of the train split, its latent statistics measured; frozen, in eval mode.
-
-    Args:
-        recipe: size and training.
-        after_step: called with the number of steps done and the VAE, for checkpoints and measurements.
-    """
+def train_vae(recipe: VaeRecipe) -> AutoencoderKLWan:
+    """A Wan VAE trained on videos of the train split, with measured latent statistics; frozen, in eval mode."""
     vae = wan_vae.build_vae(recipe)
     use_channels_last(vae)
-    optimizers = split_optimizers(list(vae.parameters()), wan_vae.kernels(vae), recipe.muon_rate, recipe.adam_rate)
-    share = warmed_cosine(recipe.warm_up, recipe.steps)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(recipe.seed)
-    samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
-    for step, sample in enumerate(tracked(samples, "vae", total=recipe.steps)):
+
+    def loss(step: int, videos: torch.Tensor) -> torch.Tensor:
         short = step < recipe.short_share * recipe.steps
-        videos = sample.videos[:, :, : recipe.short_frames] if short else sample.videos
-        vae.zero_grad()
-        vae_loss(vae, videos, recipe, generator).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(vae.parameters(), recipe.gradient_norm)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        if after_step is not None:
-            after_step(step + 1, vae)
+        return vae_loss(vae, videos[:, :, : recipe.short_frames] if short else videos, recipe, generator)
+
+    optimise(vae, wan_vae.kernels(vae), recipe, "vae", loss)
     mean, std = measure_statistics(vae, recipe)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae.eval().requires_grad_(False)
@@ -98,14 +83,34 @@ def ink_error(decoded: torch.Tensor, videos: torch.Tensor, ink_weight: float, sq
     return ((1.0 + ink_weight * ink) * (error.abs() + squared_weight * error.square())).mean()
 
 
-def split_optimizers(
-    parameters: list[nn.Parameter], kernels: list[nn.Parameter], muon_rate: float, adam_rate: float
-) -> list[torch.optim.Optimizer]:
-    """Muon for those `parameters` that are among `kernels`, Adam for the others."""
-    taken = {id(p) for p in kernels}
-    muon = [p for p in parameters if id(p) in taken]
-    others = [p for p in parameters if id(p) not in taken]
-    return [Muon(muon, muon_rate), torch.optim.Adam(others, adam_rate, betas=(0.9, 0.99))]
+def optimise(
+    vae: Vae,
+    kernels: list[nn.Parameter],
+    recipe: VaeTraining,
+    label: str,
+    loss: Callable[[int, torch.Tensor], torch.Tensor],
+) -> None:
+    """Train the parameters of `vae` that require gradients, in place: `kernels` by Muon, the others by Adam.
+
+    Args:
+        label: of the progress bar.
+        loss: scalar, of a step's number and videos [B, 3, 9, 32, 32] of the train split.
+    """
+    parameters, taken = [p for p in vae.parameters() if p.requires_grad], {id(p) for p in kernels}
+    optimizers = [
+        Muon([p for p in parameters if id(p) in taken], recipe.muon_rate),
+        torch.optim.Adam([p for p in parameters if id(p) not in taken], recipe.adam_rate, betas=(0.9, 0.99)),
+    ]
+    share = warmed_cosine(recipe.warm_up, recipe.steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
+    samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
+    for step, sample in enumerate(tracked(samples, label, total=recipe.steps)):
+        vae.zero_grad()
+        loss(step, sample.videos).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
 
 def warmed_cosine(warm_up: int, steps: int) -> Callable[[int], float]:
@@ -132,7 +137,7 @@ def measure_statistics(vae: Vae, recipe: VaeRecipe) -> tuple[torch.Tensor, torch
 
 @dataclass(frozen=True)
 class VaeQuality:
-    """Reconstruction of held-out videos: PSNR in dB and what the classifier reads off it (shares of `samples`)."""
+    """Reconstruction of held-out videos: PSNR in dB, and the classifier's accuracies over `samples`."""
 
     psnr: float
     digit_accuracy: float
@@ -143,7 +148,7 @@ class VaeQuality:
 
 @torch.no_grad()
 def vae_quality(vae: Vae, judge: TinyClassifier, samples: int, seed: int) -> VaeQuality:
-    """Encode and decode `samples` held-out videos and measure what came back."""
+    """Quality of `samples` held-out videos after encoding and decoding."""
     truth = TinyWorld("heldout").sample(samples, seed)
     pieces = [vae.decode(encode_moments(vae, part)[0]).sample for part in truth.videos.split(64)]
     reconstruction = torch.cat(pieces)

@@ -55,8 +55,8 @@ def encode_moments(vae: AutoencoderKLWan, videos: torch.Tensor) -> tuple[torch.T
 def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """`vae.decode` of raw latents [B, 16, T, H, W] without its final clamp to [-1, 1].
 
-    The clamp has no gradient outside the range. Almost every pixel of this world is black, which is the lower end of
-    the range: trained through the clamp, the network overshoots there once and learns nothing more.
+    The clamp has no gradient outside the range. Almost every pixel of this world is black, the lower end of the range:
+    a network trained through the clamp overshoots there once and stops learning.
     """
     vae.clear_cache()
     hidden = vae.post_quant_conv(latents)
@@ -76,6 +76,6 @@ def psnr(reconstruction: torch.Tensor, videos: torch.Tensor) -> float:
 
 
 def kernels(vae: AutoencoderKLWan) -> list[nn.Parameter]:
-    """Convolution kernels, which Muon trains; the last layer's is left out, its rows being pixels and not features."""
+    """Convolution kernels for Muon, without the last layer's, whose rows are pixels and not features."""
     last = vae.decoder.conv_out.weight
     return [p for p in vae.parameters() if p.dim() > 3 and p[0].numel() > 1 and p is not last]

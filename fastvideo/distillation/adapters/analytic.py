@@ -20,22 +20,26 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.analytic_networks import (
     FrameConsistency,
     FrameDenoiser,
+    GaussianConsistency,
+    GaussianMeanVelocity,
     MixtureConsistency,
+    MixtureDenoiser,
     SiteMLP,
+    standardised,
 )
 from fastvideo.distillation.adapters.base import (
     Codec,
     Conditioner,
     DistillAdapter,
     ModelFolder,
+    Taps,
     Tokens,
     check_taps,
 )
 from fastvideo.distillation.config.base import AdapterConfig
-from fastvideo.distillation.noise import expand_time, velocity_to_x0
+from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
 
-NETWORKS = ("denoiser", "consistency", "mean_velocity", "mlp")
 WEIGHTS = "network.safetensors"
 
 
@@ -57,96 +61,19 @@ class AnalyticConfig(AdapterConfig):
     correlation: float = Field(default=0.0, gt=-1.0, lt=1.0)
     """Correlation `a` of neighbouring frames, `a^2` of the next ones: AR(1); one component only."""
 
+    pixels: tuple[tuple[float, ...], ...] = ()
+    """Matrix `A` ``[P, C]`` from latent channels to pixel channels: `decode` multiplies with it, `encode` with its
+    pseudo-inverse. Families with different ones have different latent spaces; without it latents are pixels."""
+
     @model_validator(mode="after")
     def _same_length(self) -> AnalyticConfig:
+        if self.pixels and any(len(row) != self.shape[0] for row in self.pixels):
+            raise ValueError(f"pixels: every row has one number per latent channel ({self.shape[0]})")
         if self.correlation and len(self.means) > 1:
             raise ValueError(f"correlated frames have one component, not {len(self.means)}")
         if not len(self.means) == len(self.stds) == len(self.weights):
             raise ValueError(f"{len(self.means)} means, {len(self.stds)} stds and {len(self.weights)} weights")
         return self
-
-
-def standardised(x_t: Tensor, t: Tensor, shift: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(x_t - alpha mu) / sqrt(v_t)`` of each of ``K`` components: ``[*x_t.shape, K]``; ``shift`` ``[B]``."""
-    alpha, sigma = (1 - expand_time(t, x_t)).unsqueeze(-1), expand_time(t, x_t).unsqueeze(-1)
-    y = x_t.unsqueeze(-1) - alpha * (mean + shift.view(-1, *[1] * x_t.ndim))
-    return y / (alpha**2 * std**2 + sigma**2).sqrt()
-
-
-class MixtureDenoiser(nn.Module):
-    """Exact velocity of a mixture; ``mean`` and ``log_std`` are parameters, so it can be a student or critic."""
-
-    log_weight: Tensor
-
-    def __init__(self, means: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(means))
-        self.log_std = nn.Parameter(torch.tensor(stds).log())
-        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviations of the components."""
-        return self.log_std.exp()
-
-    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
-        """Velocity, in the dtype of ``x_t``; ``t`` float ``[B]`` or ``[B, F]``, ``shift`` ``[B]``."""
-        alpha, sigma = (1 - expand_time(t, x_t)).unsqueeze(-1), expand_time(t, x_t).unsqueeze(-1)
-        mean = self.mean + shift.view(-1, *[1] * x_t.ndim)
-        variance = alpha**2 * self.std**2 + sigma**2
-        y = x_t.unsqueeze(-1) - alpha * mean
-        log_density = self.log_weight - 0.5 * (y**2 / variance + variance.log())
-        per_component = -mean + (sigma - alpha * self.std**2) / variance * y
-        return (log_density.softmax(-1) * per_component).sum(-1)
-
-
-class GaussianConsistency(nn.Module):
-    """Velocity form ``(x - f) / t`` of the exact consistency function ``f = mu + s y / sqrt(v_t)``.
-
-    Started from pure noise it is the two-parameter generator ``mu + s noise``.
-    """
-
-    def __init__(self, mean: float, std: float) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-        self.log_std = nn.Parameter(torch.tensor(std).log())
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of what it generates."""
-        return self.log_std.exp()
-
-    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
-        """Velocity, in the dtype of ``x_t``."""
-        sigma = expand_time(t, x_t)
-        alpha, mean = 1 - sigma, self.mean + shift.view(-1, *[1] * (x_t.ndim - 1))
-        x0 = mean + self.std * (x_t - alpha * mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
-        return (x_t - x0) / sigma.clamp_min(1e-6)  # at time 0, where given frames are, x0 is x_t
-
-
-class GaussianMeanVelocity(nn.Module):
-    """Exact mean velocity ``(x_t - x_r) / (t - r)`` of the flow of a Gaussian, without dividing by ``t - r``.
-
-    ``-mu + q y`` with ``q = ((t + r)(1 + s^2) - 2 s^2) / (v_t (1 + sqrt(v_r / v_t)))``; the velocity at ``r = t``.
-    """
-
-    def __init__(self, mean: float, std: float) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-        self.log_std = nn.Parameter(torch.tensor(std).log())
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of what it generates."""
-        return self.log_std.exp()
-
-    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, r: Tensor | None = None) -> Tensor:
-        """Mean velocity from ``t`` down to ``r``, in the dtype of ``x_t``."""
-        mean, variance = self.mean + shift.view(-1, *[1] * (x_t.ndim - 1)), self.std**2
-        t, r = expand_time(t, x_t), expand_time(t if r is None else r, x_t)
-        v_t, v_r = (1 - t) ** 2 * variance + t**2, (1 - r) ** 2 * variance + r**2
-        slope = ((t + r) * (1 + variance) - 2 * variance) / (v_t * (1 + (v_r / v_t).sqrt()))
-        return slope * (x_t - (1 - t) * mean) - mean
 
 
 CLASSES: Mapping[str, tuple[type[nn.Module], ...]] = {
@@ -155,7 +82,7 @@ CLASSES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "mean_velocity": (GaussianMeanVelocity,),
     "mlp": (SiteMLP,),
 }
-"""Classes of each kind of network."""
+"""Classes of each kind of network, for distributions of several shapes."""
 
 
 def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
@@ -164,8 +91,8 @@ def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
     Raises:
         UserError: for an unknown kind, or one that the distribution does not have.
     """
-    if kind not in NETWORKS:
-        raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(NETWORKS)}")
+    if kind not in CLASSES:
+        raise UserError(f"analytic model {kind!r} is unknown; one of {', '.join(CLASSES)}")
     if kind == "mlp":
         return SiteMLP(config.shape[0])
     mean, std, components = config.means[0], config.stds[0], (config.means, config.stds, config.weights)
@@ -182,22 +109,32 @@ def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
 
 
 class AnalyticCodec(Codec):
-    """The identity: a video is its own latents."""
-
-    latent_key = "identity"
+    """The identity, where a video is its own latents, or a linear map of the channels."""
 
     def __init__(self, config: AnalyticConfig, device: torch.device) -> None:
-        self._shape, self.device = config.shape, device
+        self._shape, self._pixels, self.device = config.shape, config.pixels, device
+
+    @property
+    def latent_key(self) -> str:
+        return f"linear {self._pixels}" if self._pixels else "identity"
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self._shape
 
     def _encode(self, videos: Tensor) -> Tensor:
-        return videos
+        return _mixed(videos, torch.linalg.pinv(self._matrix(videos))) if self._pixels else videos
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return latents
+        return _mixed(latents, self._matrix(latents)) if self._pixels else latents
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        return torch.tensor(self._pixels, dtype=like.dtype, device=like.device)
+
+
+def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
+    """Channels of ``[B, C, F, H, W]`` multiplied with a matrix ``[P, C]``."""
+    return torch.einsum("pc,bcfhw->bpfhw", matrix, x)
 
 
 class AnalyticConditioner(Conditioner):
@@ -302,14 +239,7 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         return (1 + 2 * self.config.shape[0] * len(self.config.means),)
 
     def features(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        taps: Sequence[int],
-        *,
-        whole: bool = False,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
     ) -> tuple[Tensor | None, Tokens]:
         """One token per frame and place: ``1``, and ``y`` and ``y^2`` of each channel and component.
 

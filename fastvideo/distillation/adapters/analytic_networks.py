@@ -1,4 +1,4 @@
-"""Further networks of the analytic family: mixtures as flow maps and in several dimensions, correlated frames, an MLP.
+"""Networks of the analytic family: Gaussians and mixtures, their flow maps, correlated frames, and an MLP that learns.
 
 Each is a module ``(x_t [B, C, F, H, W], t [B] or [B, F], shift [B]) -> velocity``, in the dtype of ``x_t``, as
 :class:`~fastvideo.distillation.adapters.analytic.AnalyticAdapter` calls it. Formulas are of rectified flow:
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,81 @@ def shifted(mean: Tensor, shift: Tensor, x_t: Tensor) -> Tensor:
     return mean + shift.view(-1, *[1] * (x_t.ndim - 1))
 
 
-class _Mixture:
+class Gaussian(nn.Module):
+    """Mean and standard deviation as parameters, so that an exact network can be a student or critic."""
+
+    def __init__(self, mean: float | Sequence[Any], std: float | Sequence[float]) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(std).log())
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the data, or of each component."""
+        return self.log_std.exp()
+
+
+class Mixture(Gaussian):
+    """Weights beside them; ``means`` are ``[K]`` or ``[K][C]``, ``stds`` and ``weights`` ``[K]``."""
+
+    log_weight: Tensor
+
+    def __init__(self, means: Sequence[Any], stds: Sequence[float], weights: Sequence[float]) -> None:
+        super().__init__(means, stds)
+        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
+
+
+def standardised(x_t: Tensor, t: Tensor, shift: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``(x_t - alpha mu) / sqrt(v_t)`` of each of ``K`` components: ``[*x_t.shape, K]``; ``shift`` ``[B]``."""
+    alpha, sigma = (1 - expand_time(t, x_t)).unsqueeze(-1), expand_time(t, x_t).unsqueeze(-1)
+    y = x_t.unsqueeze(-1) - alpha * shifted(mean, shift, x_t.unsqueeze(-1))
+    return y / (alpha**2 * std**2 + sigma**2).sqrt()
+
+
+class MixtureDenoiser(Mixture):
+    """Exact velocity of a mixture; ``mean`` and ``log_std`` are parameters, so it can be a student or critic."""
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``; ``t`` float ``[B]`` or ``[B, F]``, ``shift`` ``[B]``."""
+        alpha, sigma = (1 - expand_time(t, x_t)).unsqueeze(-1), expand_time(t, x_t).unsqueeze(-1)
+        mean = shifted(self.mean, shift, x_t.unsqueeze(-1))
+        variance = alpha**2 * self.std**2 + sigma**2
+        y = x_t.unsqueeze(-1) - alpha * mean
+        log_density = self.log_weight - 0.5 * (y**2 / variance + variance.log())
+        per_component = -mean + (sigma - alpha * self.std**2) / variance * y
+        return (log_density.softmax(-1) * per_component).sum(-1)
+
+
+class GaussianConsistency(Gaussian):
+    """Velocity form ``(x - f) / t`` of the exact consistency function ``f = mu + s y / sqrt(v_t)``.
+
+    Started from pure noise it is the two-parameter generator ``mu + s noise``.
+    """
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        """Velocity, in the dtype of ``x_t``."""
+        sigma = expand_time(t, x_t)
+        alpha, mean = 1 - sigma, shifted(self.mean, shift, x_t)
+        x0 = mean + self.std * (x_t - alpha * mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
+        return (x_t - x0) / sigma.clamp_min(1e-6)  # at time 0, where conditioning frames are, x0 is x_t
+
+
+class GaussianMeanVelocity(Gaussian):
+    """Exact mean velocity ``(x_t - x_r) / (t - r)`` of the flow of a Gaussian, without dividing by ``t - r``.
+
+    ``-mu + q y`` with ``q = ((t + r)(1 + s^2) - 2 s^2) / (v_t (1 + sqrt(v_r / v_t)))``; the velocity at ``r = t``.
+    """
+
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, r: Tensor | None = None) -> Tensor:
+        """Mean velocity from ``t`` down to ``r``, in the dtype of ``x_t``."""
+        mean, variance = shifted(self.mean, shift, x_t), self.std**2
+        t, r = expand_time(t, x_t), expand_time(t if r is None else r, x_t)
+        v_t, v_r = (1 - t) ** 2 * variance + t**2, (1 - r) ** 2 * variance + r**2
+        slope = ((t + r) * (1 + variance) - 2 * variance) / (v_t * (1 + (v_r / v_t).sqrt()))
+        return slope * (x_t - (1 - t) * mean) - mean
+
+
+class _Path:
     """A 1-D Gaussian mixture on the way from data to noise; tensors end in the dimension of components."""
 
     def __init__(self, x: Tensor, t: Tensor, mean: Tensor, std: Tensor, weight: Tensor) -> None:
@@ -59,7 +134,7 @@ def mixture_flow_map(
     """
     x, t, r, std, weight = x.double(), t.double(), r.double(), std.double(), weight.double()
     means = mean.double() if shift is None else mean.double() + shift.double().view(-1, *[1] * x.ndim)
-    start, end = _Mixture(x, t, means, std, weight), _Mixture(x, r, means, std, weight)
+    start, end = _Path(x, t, means, std, weight), _Path(x, r, means, std, weight)
     below, above = start.below(x), start.above(x)
     with torch.no_grad():
         low, high = (end.mean - 12 * end.std).amin(-1).expand_as(x), (end.mean + 12 * end.std).amax(-1).expand_as(x)
@@ -72,21 +147,8 @@ def mixture_flow_map(
     return found + missing / end.density(found).clamp_min(1e-300)
 
 
-class MixtureConsistency(nn.Module):
+class MixtureConsistency(Mixture):
     """Velocity form ``(x - f) / t`` of the exact consistency function of a 1-D mixture: its quantile map."""
-
-    log_weight: Tensor
-
-    def __init__(self, means: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(means))
-        self.log_std = nn.Parameter(torch.tensor(stds).log())
-        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviations of the components."""
-        return self.log_std.exp()
 
     def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         """Velocity, in the dtype of ``x_t``."""
@@ -94,19 +156,11 @@ class MixtureConsistency(nn.Module):
         return ((x_t - end) / expand_time(t, x_t).clamp_min(1e-6)).to(x_t.dtype)
 
 
-class VectorMixtureDenoiser(nn.Module):
+class VectorMixtureDenoiser(Mixture):
     """Exact velocity of a mixture over the channels: every site ``(f, h, w)`` is one draw of ``C`` values.
 
     ``means`` are ``[K][C]``, ``stds`` ``[K]``.
     """
-
-    log_weight: Tensor
-
-    def __init__(self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float]) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(means))
-        self.log_std = nn.Parameter(torch.tensor(stds).log())
-        self.register_buffer("log_weight", torch.tensor(weights).log().log_softmax(0))
 
     def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         """Velocity, in the dtype of ``x_t``; one posterior over components for all channels of a site."""
@@ -120,7 +174,7 @@ class VectorMixtureDenoiser(nn.Module):
         return (log_density.softmax(-1) * per_component).sum(-1)
 
 
-class FrameDenoiser(nn.Module):
+class FrameDenoiser(Gaussian):
     """Exact velocity of Gaussian frames with correlation ``a^|i - j|``: AR(1), ``N(mean, std^2 R)`` at every pixel.
 
     Times may differ per frame: with ``A = diag(1 - t)``, ``S = diag(t)`` and ``M = A Sigma A + S^2`` it is
@@ -130,15 +184,8 @@ class FrameDenoiser(nn.Module):
     correlations: Tensor
 
     def __init__(self, mean: float, std: float, correlation: float, frames: int) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-        self.log_std = nn.Parameter(torch.tensor(std).log())
+        super().__init__(mean, std)
         self.register_buffer("correlations", autoregressive(correlation, frames))
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of every pixel."""
-        return self.log_std.exp()
 
     def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         """Velocity, in the dtype of ``x_t``."""
@@ -151,24 +198,17 @@ class FrameDenoiser(nn.Module):
         return torch.einsum("bij,bchwj->bchwi", gain, y).movedim(-1, 2) - mean
 
 
-class FrameConsistency(nn.Module):
+class FrameConsistency(Gaussian):
     """Velocity form of the exact consistency function of AR(1) frames; from noise: ``mean + Sigma^(1/2) noise``."""
 
     basis: Tensor
     spectrum: Tensor
 
     def __init__(self, mean: float, std: float, correlation: float, frames: int) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-        self.log_std = nn.Parameter(torch.tensor(std).log())
+        super().__init__(mean, std)
         spectrum, basis = torch.linalg.eigh(autoregressive(correlation, frames).double())
         self.register_buffer("spectrum", spectrum.float())
         self.register_buffer("basis", basis.float().contiguous())
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of every pixel of what it generates."""
-        return self.log_std.exp()
 
     def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         """Velocity, in the dtype of ``x_t``; all frames share their time."""

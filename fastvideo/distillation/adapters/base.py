@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,6 +17,8 @@ from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+Taps = Sequence[int]
+"""Numbers of repeated blocks whose tokens are read."""
 Tokens = tuple[Tensor, ...]
 """Token features, one ``[B, L, D]`` per tap, in the order of the taps."""
 Shape = tuple[int | None, ...]
@@ -41,7 +42,7 @@ class Codec(ABC):
         """Hash of all that the latents of a video depend on: cached latents are never stale."""
 
     def encode(self, videos: Tensor, *, gradient: bool = False) -> Tensor:
-        """Normalised latents of videos; ``gradient`` keeps the graph, for a bridge between latent spaces."""
+        """Normalised latents; ``gradient`` keeps the graph, for a bridge between latent spaces."""
         with nullcontext() if gradient else torch.no_grad():
             return self._encode(videos.to(self.device))
 
@@ -51,7 +52,7 @@ class Codec(ABC):
             return self._decode(latents)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Normalised latents of the VAE's raw ones, on the same device: published datasets hold raw latents.
+        """Normalise the VAE's raw latents, on any device: published datasets hold these.
 
         Raises:
             UserError: for a family that reads no such datasets.
@@ -59,19 +60,24 @@ class Codec(ABC):
         raise UserError(f"{type(self).__name__} cannot normalise raw latents: preprocess the videos with this project")
 
     @abstractmethod
-    def _encode(self, videos: Tensor) -> Tensor:
-        """:meth:`encode`, for videos on the device."""
+    def _encode(self, videos: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _decode(self, latents: Tensor) -> Tensor:
-        """:meth:`decode`."""
+    def _decode(self, latents: Tensor) -> Tensor: ...
 
 
 class Conditioner(ABC):
-    """Prompts, and conditioning frames, to a :class:`Condition`."""
+    """Prompts and conditioning frames to a :class:`Condition`.
+
+    Prompts that the text encoder cannot take whole, and data that does not fit, are a ``UserError``.
+    """
 
     device: torch.device
     """Device of everything that the conditioner returns."""
+    text_length: int | None = None
+    """Tokens of the longest text embedding that the network takes; ``None`` for no limit."""
+    negative_prompt: str = ""
+    """Prompt of the unguided prediction."""
     _negative: Condition | None = None
 
     @property
@@ -81,29 +87,11 @@ class Conditioner(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """The condition of each prompt.
-
-        Raises:
-            UserError: for a prompt that the text encoder cannot take whole.
-        """
+        """The condition of each prompt."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Check prompts before a run starts on them; a family without a limit takes all.
-
-        Raises:
-            UserError: for the first prompt that the text encoder cannot take whole.
-        """
+        """Refuse prompts that :meth:`encode_prompts` would, before a run starts on them."""
         return None
-
-    @property
-    def text_length(self) -> int | None:
-        """Tokens of the longest text embedding that the network takes; ``None`` for no limit."""
-        return None
-
-    @property
-    def negative_prompt(self) -> str:
-        """The prompt of the unguided prediction."""
-        return ""
 
     def ensure_negative_conditioning(self, made: Condition | None = None) -> None:
         """Make the condition of the unguided prediction once; ``made`` (one row) replaces encoding the prompt."""
@@ -111,21 +99,14 @@ class Conditioner(ABC):
             self._negative = made or self.encode_prompts([self.negative_prompt])
 
     def negative(self, count: int) -> Condition:
-        """The negative condition for ``count`` samples.
-
-        Raises:
-            RuntimeError: before :meth:`ensure_negative_conditioning`.
-        """
+        """The negative condition for ``count`` samples, once :meth:`ensure_negative_conditioning` has made it."""
         if self._negative is None:
             raise RuntimeError("call ensure_negative_conditioning() before a batch is prepared")
         return self._negative.map(lambda value: value.expand(count, *value.shape[1:]))
 
     @property
     def first_frames(self) -> tuple[int, ...]:
-        """Numbers of conditioning frames that the model takes.
-
-        ``(0,)`` is text alone, ``(1,)`` always an image, ``(0, 1)`` either.
-        """
+        """Possible numbers of conditioning frames: ``(0,)`` text alone, ``(1,)`` always an image, ``(0, 1)`` either."""
         return (0,)
 
     @property
@@ -146,28 +127,19 @@ class Conditioner(ABC):
         return Condition({}) if frames is None else self._encode_frames(frames)
 
     def _encode_frames(self, frames: Tensor) -> Condition:
-        """:meth:`condition_on`, for a number of frames that is in :attr:`first_frames`."""
         raise NotImplementedError(f"{type(self).__name__}.first_frames promises it")
 
     def first_frames_of(self, raw: RawBatch) -> Condition:
-        """:meth:`condition_on` for the first frames of the data; called if :attr:`needs_frames`.
-
-        Raises:
-            UserError: if the data does not hold them.
-        """
+        """:meth:`condition_on` for the first frames of the data; called if :attr:`needs_frames`."""
         raise NotImplementedError(f"{type(self).__name__}.first_frames promises it")
 
     def text_of(self, raw: RawBatch) -> Condition:
-        """The condition of the captions; a family reads ``text_embedding`` here where the data holds it.
-
-        Raises:
-            UserError: for a caption that the text encoder cannot take whole, or an embedding that does not fit.
-        """
+        """The condition of the captions; a family reads ``text_embedding`` here where the data holds it."""
         return self.encode_prompts(raw.captions)
 
     @property
     def stored_shapes(self) -> Mapping[str, Shape]:
-        """Shape of one sample of every condition that can be computed beforehand, by its name in a dataset.
+        """Shape of one sample of each condition that can be computed beforehand, by its name in a dataset.
 
         ``text_embedding`` is optional in a dataset (captions are encoded instead), all others are not.
         """
@@ -178,36 +150,17 @@ class Conditioner(ABC):
         return {}
 
 
-@dataclass(frozen=True)
-class StockSampler:
-    """Scheduler with which stock diffusers samples a student.
-
-    ``scheduler`` is a diffusers scheduler that calls the network at rectified-flow times ``times`` when it is asked for
-    ``len(times)`` steps, and goes from one to the next as the student's own sampler does. ``times`` may differ from the
-    student's ladder, where no scheduler yields that ladder.
-    """
-
-    scheduler: Any
-    times: tuple[float, ...]
-
-
 class ModelFolder(ABC):
-    """Weights on disk: reading and writing networks, and the sampling that their folder prescribes."""
+    """Weights on disk, and the sampling that their folder prescribes. ``path`` ``None`` is the run's own."""
 
     parts: tuple[str, ...] = ()
     """Subfolders that hold the network."""
     published_guidance: float = 1.0
     """Guidance that the family's authors sample with, for a model folder that names none."""
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the network's matrix products."""
-        return torch.float32
-
-    @property
-    def kernels(self) -> str:
-        """Kernels that compute the network, in one line for the log."""
-        return "torch"
+    compute_dtype: torch.dtype = torch.float32
+    """Dtype of the network's matrix products."""
+    kernels: str = "torch"
+    """Kernels that compute the network, in one line for the log."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -215,67 +168,32 @@ class ModelFolder(ABC):
         return {}
 
     @abstractmethod
+    def teacher_times(self, steps: int) -> tuple[float, ...]:
+        """Times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
+
+    @abstractmethod
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The network with weights from ``path`` or ``config.path``, in ``dtype`` but for what has to be float32."""
+        """The network in ``dtype``, but for parameters that the family keeps in float32."""
 
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
-        """The network with parameters on the meta device, where they take no memory, and real buffers.
-
-        Parameters have ``dtype``, but for those that the family keeps in float32.
-        """
+        """The network of :meth:`load_network` with parameters on the meta device, without memory, and real buffers."""
         raise UserError(f"{type(self).__name__} has no networks without weights: its family is loaded whole")
 
     def files(self, path: str | None) -> Mapping[str, Path]:
-        """The safetensors file of each parameter, by its name.
-
-        Raises:
-            UserError: if the weights are not there as safetensors.
-        """
+        """The safetensors file of each parameter, by its name; a ``UserError`` if there are none."""
         raise UserError(f"{type(self).__name__} has no files by parameter: its family is loaded whole")
 
     def add_flow_map(self, network: nn.Module) -> None:
-        """Make a flow map of a network: one that reads ``r``, and at first answers as before whatever ``r`` is.
-
-        Raises:
-            UserError: for a family that has none (``supports``).
-        """
+        """Make a flow map of a network: one that reads ``r``, and at first answers as before whatever ``r`` is."""
         raise UserError(f"{type(self).__name__} has no flow maps: its networks take one time, not two")
 
     @abstractmethod
     def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
         """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
 
-    @abstractmethod
-    def teacher_times(self, steps: int) -> tuple[float, ...]:
-        """Times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
-
-    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
-        """The scheduler with which stock diffusers comes closest to a student's ladder ``times``.
-
-        Args:
-            times: the ladder.
-            kind: the student's sampler, ``renoise`` or ``euler``.
-
-        Raises:
-            UserError: for a family that has no diffusers pipeline.
-        """
-        raise UserError(f"{type(self).__name__} has no diffusers pipeline to export to")
-
-    def stock_latents(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""
-        return latents
-
     def frozen_parts(self) -> Mapping[str, nn.Module]:
         """Networks beside the trained one on the meta device: ``text encoder`` and ``VAE``, those that there are."""
         return {}
-
-    def comfy_layer(self, layer: str) -> str:
-        """ComfyUI's name of a layer of the network.
-
-        Raises:
-            UserError: for a layer or a family that has none.
-        """
-        raise UserError(f"{type(self).__name__}: ComfyUI has names of its own for Wan's layers alone")
 
 
 class DistillAdapter(ABC, Generic[ConfigT]):
@@ -328,21 +246,16 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
     ) -> Tensor:
-        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``.
+        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``; other predictions and schedules convert in here.
 
-        ``t`` are rectified-flow times, float32 ``[B]`` or, for families that support ``frame_times``, ``[B, F]``.
-
-        A family that predicts something else, or on another schedule, converts here (``noise.Interpolant``). With ``r``
-        (shape of ``t``, ``r <= t``; families that support ``flow_map``) it is the mean velocity over ``[r, t]``:
+        ``t`` are rectified-flow times, float32 ``[B]`` or, for families that support ``frame_times``, ``[B, F]``. With
+        ``r`` (shape of ``t``, ``r <= t``; families that support ``flow_map``) it is the mean velocity over ``[r, t]``:
         ``x_r = x_t - (t - r) u``.
         """
 
     @classmethod
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
-        """Input of the network's time embedding at rectified-flow times ``t``; :meth:`velocity` passes this.
-
-        A class method, so that a schedule can be shown without the model where the model does not matter.
-        """
+        """Input of the network's time embedding at rectified-flow times ``t``, known without the model."""
         return t
 
     @property
@@ -351,22 +264,12 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         return ()
 
     def features(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        taps: Sequence[int],
-        *,
-        whole: bool = False,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
     ) -> tuple[Tensor | None, Tokens]:
         """Tokens float32 ``[B, L, D]`` after each of the repeated blocks ``taps``, frame by frame along ``L``.
 
-        Differentiable in ``x_t`` and in the network.
-
-        Args:
-            whole: answer the :meth:`velocity` of the same call too; otherwise it is ``None`` and nothing runs after
-                the last tap.
+        Differentiable in ``x_t`` and in the network. With ``whole`` the :meth:`velocity` of the same call comes first;
+        otherwise ``None``, and nothing runs after the last tap.
 
         Raises:
             UserError: for a tap that is no block, or a family without features.
@@ -375,12 +278,8 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         raise NotImplementedError(f"{type(self).__name__}.feature_widths promises it")
 
 
-def check_taps(taps: Sequence[int], widths: Sequence[int], family: str) -> None:
-    """Check that every tap is a block of the network.
-
-    Raises:
-        UserError: if the family names no blocks, or a tap is outside them.
-    """
+def check_taps(taps: Taps, widths: Sequence[int], family: str) -> None:
+    """Check that every tap is a block of the network, for :meth:`DistillAdapter.features`."""
     if not widths:
         raise UserError(f"{family} has no features to tap: a family names its blocks and their widths for that")
     wrong = [tap for tap in taps if not 0 <= tap < len(widths)]

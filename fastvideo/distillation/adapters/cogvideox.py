@@ -8,7 +8,7 @@ pipeline's latents are ``[B, F, C, H, W]``; they are turned round at the network
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -16,15 +16,18 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape, StockSampler
-from fastvideo.distillation.adapters.cogvideox_context import CogVideoXScaling
-from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
+from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
-from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, variance_preserving
+from fastvideo.distillation.adapters.diffusers.conditioner import STORED, TEXT, DiffusersConditioner
+from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid, variance_preserving
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
-from fastvideo.distillation.adapters.diffusers.loading import load_config, resolve_pipeline
-from fastvideo.distillation.adapters.diffusers.pipeline import PipelineConfig, PipelineSpec, check_divisible
-from fastvideo.distillation.adapters.diffusers.texts import STORED, TEXT, DiffusersConditioner
+from fastvideo.distillation.adapters.diffusers.pipeline import (
+    PipelineConfig,
+    PipelineSpec,
+    check_divisible,
+    resolve_pipeline,
+)
 from fastvideo.distillation.types import Condition, UserError
 
 SPEC = PipelineSpec(
@@ -112,7 +115,7 @@ class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
     @property
     def grid(self) -> NoiseGrid:
         """The noise levels that the network was trained on."""
-        return _grid(self.pipeline.source)
+        return noise_grid(self.pipeline.source)
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A ``CogVideoXTransformer3DModel`` in eval mode (published ones have no dropout).
@@ -130,26 +133,6 @@ class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """The times of the timesteps that the pipeline's scheduler takes for so many steps."""
         return self.grid.times_of(self.grid.teacher_timesteps(steps))
-
-    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
-        """``LCMScheduler`` or ``CogVideoXDDIMScheduler`` with as many steps as ``times``.
-
-        Both take the timesteps 999, 999 - 1000/K, ...; a ladder at the times of these is reproduced exactly.
-
-        Raises:
-            UserError: for another sampler than ``renoise`` and ``euler``, or an Euler ladder whose number of steps does
-                not divide 1000.
-        """
-        if kind not in ("renoise", "euler"):
-            raise UserError(f"sampler {kind!r} has no stock counterpart: CogVideoX has renoise and euler")
-        steps = len(times)
-        scheduler = self.grid.euler_scheduler(steps) if kind == "euler" else self.grid.renoising_scheduler()
-        scheduler.set_timesteps(steps)
-        return StockSampler(scheduler, self.grid.times_of(scheduler.timesteps.tolist()))
-
-    def stock_latents(self, latents: Tensor) -> Tensor:
-        """``[B, F, C, H, W]``."""
-        return latents.transpose(1, 2)
 
 
 class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
@@ -173,11 +156,11 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
 
     @cached_property
     def scaling(self) -> CogVideoXScaling:
-        return CogVideoXScaling(self._pipeline, self.config.max_sequence_length)
+        return CogVideoXScaling(self._pipeline)
 
     @classmethod
     def network_time(cls, t: Tensor, config: CogVideoXConfig) -> Tensor:
-        return _grid(resolve_pipeline(config.path, config.pipelines)).timestep(t)
+        return noise_grid(resolve_pipeline(config.path, config.pipelines)).timestep(t)
 
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
@@ -195,13 +178,6 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
                 return_dict=False,
             )
         return native.flow_velocity_from_v(x, v.float().transpose(1, 2))
-
-
-@lru_cache(maxsize=8)
-def _grid(source: str) -> NoiseGrid:
-    from diffusers import CogVideoXDDIMScheduler
-
-    return NoiseGrid(load_config(CogVideoXDDIMScheduler, source, "scheduler"))
 
 
 def _rotary(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -227,3 +203,75 @@ def _rotary_table(
     crop = None if sliced else get_resize_crop_region_for_grid(tuple(size), base[1], base[0])
     cut = {"grid_type": "slice", "max_size": base} if sliced else {}
     return get_3d_rotary_pos_embed(width, crop, tuple(size), frames, device=device, **cut)  # type: ignore[no-any-return]
+
+
+class CogVideoXScaling(DiffusersScaling):
+    """Both text and video tokens are split, as they attend to each other together; diffusers has no plan for it.
+
+    Attention does not depend on the order of keys, so the parts may be joined process by process.
+    """
+
+    def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
+        config, (frames, height, width) = self.pipeline.network_config(path), latent_shape[1:]
+        span, patch, length = (
+            config["patch_size_t"] or 1,
+            config["patch_size"],
+            self.pipeline.config.max_sequence_length,
+        )
+        tokens = (frames // span) * (height // patch) * (width // patch)
+        return {"attention heads": config["num_attention_heads"], "tokens": tokens, "text tokens": length}
+
+    def plan(self) -> dict[str, Any]:
+        """Split before the first block, gather after the last layer; the rotary table is split like the video."""
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+        table, tokens = ContextParallelInput(split_dim=0, expected_dims=2), ContextParallelInput(1, expected_dims=3)
+        return {
+            "": {"image_rotary_emb": [table, table]},
+            "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
+
+    def split_tokens(self, network: Any, mesh: Any) -> None:
+        network.set_attn_processor(JointAttention())
+        super().split_tokens(network, mesh)
+
+
+class JointAttention:
+    """``CogVideoXAttnProcessor2_0`` through diffusers' dispatcher, which knows how to exchange heads for tokens."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video tokens ``[B, V, D]`` and text tokens ``[B, L, D]``, this process's part of each, in and out."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        joint, length = torch.cat([encoder_hidden_states, hidden_states], dim=1), encoder_hidden_states.shape[1]
+        query, key, value = (
+            project(joint).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (_rotated(x, length, image_rotary_emb) for x in (query, key))
+        out = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        out = attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+        return out[:, length:], out[:, :length]
+
+
+def _rotated(x: Tensor, text_length: int, table: tuple[Tensor, Tensor]) -> Tensor:
+    """``[B, S, heads, width]`` with positions on the video tokens."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    text, video = x[:, :text_length], x[:, text_length:]
+    return torch.cat([text, apply_rotary_emb(video, table, sequence_dim=1).to(x.dtype)], dim=1)

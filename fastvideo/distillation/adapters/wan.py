@@ -1,41 +1,50 @@
 """Wan 2.1 and TI2V-5B (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``, UMT5, CLIP.
 
 The network is rectified flow natively; its time embedding counts to 1000, and that factor exists only in
-:meth:`WanAdapter.network_time`.
+:meth:`WanAdapter.network_time`. An image comes in one of two ways. Image-to-video checkpoints (Wan 2.1 I2V) read it
+beside the noisy latents, on channels of their own, and see CLIP features of it; every frame is generated. Wan 2.2
+TI2V-5B reads it as the first latent frame itself, clean and at time 0 (:class:`~fastvideo.distillation.types.Given`).
 """
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ftfy
 import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.base import Shape
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.codec import StatisticsCodec
-from fastvideo.distillation.adapters.diffusers.flow_scheduler import flow_match_sampler
+from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, ClipImages, DiffusersConditioner, checked
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
-from fastvideo.distillation.adapters.diffusers.loading import load_config
-from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, PipelineConfig, PipelineSpec, check_divisible
-from fastvideo.distillation.adapters.diffusers.texts import TEXT
-from fastvideo.distillation.adapters.wan_comfy import comfy_layer
-from fastvideo.distillation.adapters.wan_conditioner import (
-    IMAGE_EMBEDS,
-    IMAGE_LATENTS,
-    NetworkInputs,
-    WanConditioner,
+from fastvideo.distillation.adapters.diffusers.pipeline import (
+    Pipeline,
+    PipelineConfig,
+    PipelineSpec,
+    check_divisible,
+    load_config,
 )
 from fastvideo.distillation.noise import shift_time
-from fastvideo.distillation.types import Condition
+from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 
 TIME_UNITS = 1000.0
 """The time embedding's unit: diffusers passes this as ``timestep`` at ``t = 1``."""
+IMAGE_LATENTS, IMAGE_EMBEDS = "image_latents", "image_embeds"
+"""Names of the image in a condition."""
+FRAME, CLIP = "first_frame_latent", "clip_feature"
+"""Names of the image in a dataset."""
+TEXT_BESIDE_CLIP = 512
+"""Text tokens of a network that reads CLIP features: diffusers takes all before the last 512 for the image's."""
 SPEC = PipelineSpec(
     network="WanTransformer3DModel",
     vae="AutoencoderKLWan",
@@ -72,58 +81,6 @@ class WanConfig(PipelineConfig):
         return self
 
 
-class WanCodec(StatisticsCodec):
-    """``AutoencoderKLWan``."""
-
-    def __init__(self, pipeline: Pipeline[WanConfig], inputs: NetworkInputs) -> None:
-        super().__init__(pipeline)
-        self.inputs, self.config = inputs, pipeline.config
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """``(C, F, H, W)`` of one sample.
-
-        Raises:
-            UserError: if the checkpoint does not take the configured size or given frames.
-        """
-        vae = self.pipeline.vae_config
-        temporal, spatial = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
-        self.inputs.check(self.pipeline, self.config.given_frames)
-        frames = (self.config.num_frames - 1) // temporal + 1
-        return vae["z_dim"], frames, self.config.height // spatial, self.config.width // spatial
-
-
-class WanFolder(DiffusersFolder[WanConfig]):
-    """A Wan pipeline."""
-
-    def teacher_times(self, steps: int) -> tuple[float, ...]:
-        """Uniform, then shifted once by the scheduler config's shift: the flow grid of Wan's own UniPC.
-
-        Stock ``FlowMatchEulerDiscreteScheduler`` shifts its end point too and spends its last call where nothing is
-        left to denoise (1, .858, .602, .009 for 4 steps at shift 3), which makes few steps worse.
-        """
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        config = load_config(FlowMatchEulerDiscreteScheduler, self.pipeline.source, "scheduler")
-        shift = float(config.get("flow_shift", config.get("shift", 1.0)))
-        return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
-
-    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
-        return flow_match_sampler(times, kind)
-
-    def comfy_layer(self, layer: str) -> str:
-        return comfy_layer(layer)
-
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """As every pipeline. With ``given_frames`` the index notes times per token, as TI2V-5B's does: stock
-        ``WanImageToVideoPipeline`` then keeps the first frame clean."""
-        super().save(folder, network, recipe)
-        if self.config.given_frames:
-            file = folder / "model_index.json"
-            index = json.loads(file.read_text()) | {"expand_timesteps": True}
-            file.write_text(json.dumps(index, indent=2) + "\n")
-
-
 class WanAdapter(DiffusersAdapter[WanConfig]):
     """The Wan family."""
 
@@ -133,16 +90,12 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
     _spec = SPEC
 
     @cached_property
-    def _inputs(self) -> NetworkInputs:
-        return NetworkInputs.read(self._pipeline)
-
-    @cached_property
     def codec(self) -> WanCodec:
-        return WanCodec(self._pipeline, self._inputs)
+        return WanCodec(self._pipeline, NetworkInputs.read(self._pipeline))
 
     @cached_property
     def conditioner(self) -> WanConditioner:
-        return WanConditioner(self._pipeline, self._inputs, self.codec, self.config.given_frames)
+        return WanConditioner(self._pipeline, self.codec)
 
     @cached_property
     def folder(self) -> WanFolder:
@@ -171,3 +124,219 @@ def _per_token(times: Tensor, x_t: Tensor, network: Any) -> Tensor:
     frames, height, width = network.config.patch_size
     tokens = (x_t.shape[3] // height) * (x_t.shape[4] // width)
     return times[:, ::frames].repeat_interleave(tokens, dim=1)
+
+
+class WanFolder(DiffusersFolder[WanConfig]):
+    """A Wan pipeline."""
+
+    def teacher_times(self, steps: int) -> tuple[float, ...]:
+        """Uniform, then shifted once by the scheduler config's shift: the flow grid of Wan's own UniPC.
+
+        Stock ``FlowMatchEulerDiscreteScheduler`` shifts its end point too and spends its last call where nothing is
+        left to denoise (1, .858, .602, .009 for 4 steps at shift 3), which makes few steps worse.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = load_config(FlowMatchEulerDiscreteScheduler, self.pipeline.source, "scheduler")
+        shift = float(config.get("flow_shift", config.get("shift", 1.0)))
+        return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
+
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+        """As every pipeline. With ``given_frames`` the index notes times per token, as TI2V-5B's does: stock
+        ``WanImageToVideoPipeline`` then keeps the first frame clean."""
+        super().save(folder, network, recipe)
+        if self.config.given_frames:
+            file = folder / "model_index.json"
+            index = json.loads(file.read_text()) | {"expand_timesteps": True}
+            file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class NetworkInputs:
+    """Inputs of a checkpoint's network beside noise, from its config files."""
+
+    text_width: int
+    """Channels of a text embedding."""
+    concatenated: bool
+    """The image has channels of its own beside the noisy latents."""
+    image_width: int | None
+    """Channels of the CLIP features that it reads; ``None`` for none."""
+    per_token_times: bool
+    """The checkpoint was trained with times per token (``expand_timesteps``), so that frames can be given."""
+    patch: tuple[int, int]
+    """Height and width of a patch, in latent pixels."""
+
+    @classmethod
+    def read(cls, pipeline: Pipeline[Any]) -> NetworkInputs:
+        """Inputs of the network in the pipeline's folder.
+
+        Raises:
+            UserError: if the network's config cannot be read, or wants a last frame as well as a first.
+        """
+        source, config = pipeline.source, pipeline.network_config()
+        if config["pos_embed_seq_len"] is not None:
+            raise UserError(f"model {source!r} joins a first and a last frame: this family goes on from first frames")
+        index = json.loads((Path(source) / "model_index.json").read_text())
+        return cls(
+            text_width=config["text_dim"],
+            concatenated=config["in_channels"] != config["out_channels"],
+            image_width=config["image_dim"],
+            per_token_times=bool(index.get("expand_timesteps")),
+            patch=(config["patch_size"][1], config["patch_size"][2]),
+        )
+
+    def check(self, pipeline: Pipeline[WanConfig]) -> None:
+        """Check the options of a run.
+
+        Raises:
+            UserError: if frames are given to a checkpoint that takes its image otherwise, or a size does not fit.
+        """
+        source, config, spatial = pipeline.source, pipeline.config, pipeline.vae_config["scale_factor_spatial"]
+        if self.concatenated and config.given_frames:
+            raise UserError(
+                f"model.given_frames: {source} is an image-to-video checkpoint, which reads its image beside the "
+                f"noise; it takes 0, got {config.given_frames}"
+            )
+        if self.image_width and config.max_sequence_length != TEXT_BESIDE_CLIP:
+            raise UserError(
+                f"model.max_sequence_length: {source} reads CLIP features before exactly {TEXT_BESIDE_CLIP} text "
+                f"tokens, got {config.max_sequence_length}"
+            )
+        for name, size, patch in (("height", config.height, self.patch[0]), ("width", config.width, self.patch[1])):
+            if size % (spatial * patch):
+                raise UserError(f"model.{name}: {source} takes multiples of {spatial * patch}, got {size}")
+
+
+class WanCodec(StatisticsCodec):
+    """``AutoencoderKLWan``."""
+
+    def __init__(self, pipeline: Pipeline[WanConfig], inputs: NetworkInputs) -> None:
+        super().__init__(pipeline)
+        self.inputs = inputs
+
+    @property
+    def temporal(self) -> int:
+        """Video frames per latent frame; the first video frame is a latent frame of its own."""
+        return int(self.pipeline.vae_config["scale_factor_temporal"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(C, F, H, W)`` of one sample.
+
+        Raises:
+            UserError: if the checkpoint does not take the configured size or conditioning frames.
+        """
+        self.inputs.check(self.pipeline)
+        vae, config = self.pipeline.vae_config, self.pipeline.config
+        frames, spatial = (config.num_frames - 1) // self.temporal + 1, vae["scale_factor_spatial"]
+        return vae["z_dim"], frames, config.height // spatial, config.width // spatial
+
+
+class WanConditioner(DiffusersConditioner[WanConfig]):
+    """UMT5 text, and conditioning frames beside the noise (with CLIP features) or in the latents."""
+
+    def __init__(self, pipeline: Pipeline[WanConfig], codec: WanCodec) -> None:
+        super().__init__(pipeline)
+        self.codec, self.inputs, self._clip = codec, codec.inputs, ClipImages(pipeline)
+
+    @property
+    def _key_fields(self) -> set[str]:
+        return super()._key_fields | ({"height", "width", "num_frames"} if self.inputs.concatenated else set())
+
+    @property
+    def text_width(self) -> int:
+        return self.inputs.text_width
+
+    def _encode_text(self, prompt: str) -> Tensor:
+        """Of the prompt's own tokens: the network sees zeros beyond them, as in ``WanPipeline``."""
+        tokens = self._tokens(prompt)
+        with torch.no_grad():
+            hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return hidden[0, : int(tokens.attention_mask.sum())]  # type: ignore[no-any-return]
+
+    def clean_prompt(self, prompt: str) -> str:
+        """As ``WanPipeline`` does, without the seconds that importing it takes."""
+        text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+        return re.sub(r"\s+", " ", text).strip()
+
+    @property
+    def first_frames(self) -> tuple[int, ...]:
+        self.inputs.check(self.pipeline)
+        if self.inputs.concatenated:
+            return (1,)
+        if self.config.given_frames:
+            return (1 + (self.config.given_frames - 1) * self.codec.temporal,)
+        return (0, 1) if self.inputs.per_token_times else (0,)
+
+    @property
+    def _image_shapes(self) -> Mapping[str, Shape]:
+        shapes: dict[str, Shape] = {FRAME: self.codec.latent_shape} if self.inputs.concatenated else {}
+        return shapes | ({CLIP: (None, self.inputs.image_width)} if self.inputs.image_width else {})
+
+    @property
+    def stored_shapes(self) -> Mapping[str, Shape]:
+        return {**super().stored_shapes, **self._image_shapes}
+
+    def encode_stored(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        latent_frames = (videos.shape[2] - 1) // self.codec.temporal + 1
+        return {**super().encode_stored(videos, captions), **self._images(videos.to(self.device), latent_frames)}
+
+    def _images(self, videos: Tensor, latent_frames: int) -> dict[str, Tensor]:
+        """All of ``_image_shapes`` for the first frames of ``videos`` ``[B, 3, T, H, W]``."""
+        found: dict[str, Tensor] = {}
+        if self.inputs.concatenated:
+            # Encoded as the start of a grey video: grey is 0.
+            frames = (latent_frames - 1) * self.codec.temporal + 1
+            found[FRAME] = self.codec.encode(_followed_by_zeros(videos[:, :, :1], frames))
+        if self.inputs.image_width:
+            found[CLIP] = self._clip(videos[:, :, 0])
+        return found
+
+    def _encode_frames(self, frames: Tensor) -> Condition:
+        latent_frames = self.codec.latent_shape[1]
+        if self.inputs.concatenated:
+            return self._beside_noise(self._images(frames.to(self.device), latent_frames))
+        latents = self.codec.encode(frames)
+        return _as_given(latents, latents.shape[2], latent_frames)
+
+    def first_frames_of(self, raw: RawBatch) -> Condition:
+        """Of the latents, at any size. For a checkpoint that reads its image beside the noise: of ``raw.extras``, or
+        else encoded from the decoded first latent frame."""
+        shapes = self._image_shapes
+        if raw.latents is not None and self.inputs.concatenated:
+            shapes = {**shapes, FRAME: tuple(raw.latents.shape[1:])}
+        found = {name: checked(raw.extras, name, shape) for name, shape in shapes.items()}
+        extras = {name: value.to(self.device) for name, value in found.items() if value is not None}
+        if extras and len(extras) == len(found):
+            return self._beside_noise(extras)
+        if raw.latents is None:
+            raise UserError("data: the model goes on from the first frames of videos, and there are prompts alone")
+        latents = raw.latents.to(self.device, torch.float32)
+        if self.inputs.concatenated:
+            # The codec is causal, so this is the first frame.
+            return self._beside_noise(self._images(self.codec.decode(latents[:, :, :1]), latents.shape[2]))
+        return _as_given(latents, self.config.given_frames, latents.shape[2])
+
+    def _beside_noise(self, extras: Mapping[str, Tensor]) -> Condition:
+        """The channels beside the noisy latents: a mask, 1 on the first frame, then its latents.
+
+        The mask has one channel per video frame of a latent frame, which is how ``WanImageToVideoPipeline`` lays it
+        out.
+        """
+        batch, _, *size = extras[FRAME].shape
+        mask = extras[FRAME].new_zeros(batch, self.codec.temporal, *size)
+        mask[:, :, 0] = 1.0
+        tensors = {IMAGE_LATENTS: torch.cat([mask, extras[FRAME]], dim=1)}
+        return Condition({self.key: tensors | ({IMAGE_EMBEDS: extras[CLIP]} if CLIP in extras else {})})
+
+
+def _followed_by_zeros(frames: Tensor, count: int) -> Tensor:
+    """``count`` frames ``[B, C, count, H, W]``: ``frames``, then zeros."""
+    return nn.functional.pad(frames, (0, 0, 0, 0, 0, count - frames.shape[2]))
+
+
+def _as_given(latents: Tensor, count: int, frames: int) -> Condition:
+    """The first ``count`` of latent frames ``[B, C, F', H, W]`` as given, in samples of ``frames`` latent frames."""
+    mask = torch.zeros(latents.shape[0], frames, dtype=torch.bool, device=latents.device)
+    mask[:, :count] = True
+    return Condition({}, Given(mask, _followed_by_zeros(latents, frames)))

@@ -9,20 +9,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFl
 
 
 class Section(BaseModel):
-    """Base of every part: frozen, and an unknown key is an error."""
+    """Base of every section: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     written_as: ClassVar[Mapping[str, Any]] = {}
-    """Keys that a file or a flag may have instead of fields, with their types; a validator converts them."""
+    """Keys and types that a file or flag may hold instead of fields; a validator converts them."""
 
     @classmethod
     def rivals(cls, key: str) -> tuple[str, ...]:
-        """Keys of this section that a flag for ``key`` takes the place of."""
+        """Keys of this section that a flag for ``key`` replaces."""
         return ()
 
 
 class Resumable:
-    """Marks a field, or a whole section, that a resumed run may change: it cannot change what the run trains."""
+    """Marker of a field or section that a resumed run may change, because it does not affect the training."""
 
 
 RESUMABLE = Resumable()
@@ -32,7 +32,7 @@ class AdapterConfig(Section):
     """Base of every family's options."""
 
     path: str = "tiny"
-    """Where the weights are; each family says what it accepts."""
+    """Weights: a model folder or a name; each family says what it accepts."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
 
@@ -44,13 +44,9 @@ class MethodConfig(Section):
 OptimizerKind = Literal["adamw", "radam"]
 
 
-class OptimizerConfig(Section):
-    """The optimizer of one role."""
+class OptimizerOptions(Section):
+    """Options of an optimizer besides its learning rate."""
 
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
-    kind: OptimizerKind = "adamw"
-    """`adamw`, or `radam` (arXiv 1908.03265), which warms its second moment up and is what consistency models use."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Momenta."""
     weight_decay: NonNegativeFloat = 0.0
@@ -58,16 +54,30 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     decay_steps: NonNegativeInt = 0
-    """Optimizer steps of the cosine that follows the warm-up, down to zero; 0 keeps the rate constant."""
+    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
+
+    def optimizer_of(self, learning_rate: float, kind: OptimizerKind = "adamw") -> OptimizerConfig:
+        """These options at a learning rate."""
+        options = self.model_dump(include=set(OptimizerOptions.model_fields))
+        return OptimizerConfig(learning_rate=learning_rate, kind=kind, **options)
+
+
+class OptimizerConfig(OptimizerOptions):
+    """Optimizer of one role."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    kind: OptimizerKind = "adamw"
+    """`adamw`, or `radam` (arXiv 1908.03265), which warms its second moment up; consistency models use it."""
 
 
 def ordered(bounds: tuple[float, float]) -> tuple[float, float]:
-    """``bounds`` if they do not fall."""
+    """Check that the second bound is not below the first."""
     if bounds[0] > bounds[1]:
-        raise ValueError(f"a range does not fall from its first value to its second, got {list(bounds)}")
+        raise ValueError(f"a range must not fall from its first value to its second, got {list(bounds)}")
     return bounds
 
 
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
-"""Two times in [0, 1] that do not fall."""
+"""Lower and upper time in [0, 1]."""

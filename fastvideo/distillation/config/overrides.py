@@ -68,6 +68,8 @@ def annotation_at(schema: type[Section], keys: Sequence[str]) -> Any:
     if not rest:
         return kind
     inner = section_in(kind)
+    if inner is None and dict in kinds(kind):  # an open mapping, whose keys are checked with its values
+        return object if len(rest) == 1 else None
     rest = rest[1:] if get_origin(kind) is dict else rest
     return annotation_at(inner, rest) if inner and rest else None
 

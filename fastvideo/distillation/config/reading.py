@@ -16,7 +16,7 @@ from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.registry import load_adapter, run_schema
 from fastvideo.errors import UserError
-from fastvideo.wording import nearest
+from fastvideo.wording import did_you_mean, nearest
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 NAMES = ("distill_model", "distill_method")
@@ -83,11 +83,15 @@ def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfi
         schema: type[AdapterConfig] = load_adapter(name).Config
     except UserError as error:
         raise UserError(f"roles.{role}.model.family: {error}") from error
+    known = ("family", *schema.model_fields)
+    for key in set(values) - set(known):
+        raise UserError(f"roles.{role}.model.{key}: unknown key{did_you_mean(key, known)}")
     sizes = {key: value for key, value in config.model if key in SIZES and key in schema.model_fields}
     try:
         return name, schema.model_validate(sizes | values)
     except ValidationError as error:
-        lines = [f"roles.{role}.model.{explain(schema, dict(problem))}" for problem in error.errors()]
+        told = (explain(schema, dict(problem)) for problem in error.errors())
+        lines = [f"roles.{role}.model.{line}".replace(".(top level)", "") for line in told]
         raise UserError("\n  ".join(lines)) from error
 
 

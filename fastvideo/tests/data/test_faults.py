@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from fastvideo.data.faults import LIST, Faults
-from fastvideo.data.fits import Wanted
+from fastvideo.data.fits import DataRequirements
 from fastvideo.data.order import SampleStream, Shard
 from fastvideo.data.parquet import ParquetSource
 from fastvideo.data.schema import schema_with, tensor_columns
 from fastvideo.errors import UserError
 
 SHAPE = (2, 1, 2, 2)
-WANTED = Wanted(latents=SHAPE, normalise=lambda x: x)
+WANTED = DataRequirements(latents=SHAPE, normalise=lambda x: x)
 ROWS = 6
 
 

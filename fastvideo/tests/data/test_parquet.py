@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import fastvideo.data.parquet as parquet_module
-from fastvideo.data.fits import Wanted
+from fastvideo.data.fits import DataRequirements
 from fastvideo.data.order import SampleStream, Shard
 from fastvideo.data.parquet import ParquetSource
 from fastvideo.data.schema import schema_with
 from fastvideo.errors import UserError
 
 SHAPE, WIDTH = (4, 2, 2, 4), 16
-WANTED = Wanted(SHAPE, extras={"text_embedding": (None, WIDTH)}, normalise=lambda x: (x - 1) / 2)
+WANTED = DataRequirements(SHAPE, extras={"text_embedding": (None, WIDTH)}, normalise=lambda x: (x - 1) / 2)
 
 
 def latent_of(i: int) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_latents_stay_on_disk_for_a_method_that_needs_none(tmp_path: Path, monke
     seen = columns
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", recorded)
     write(tmp_path / "a.parquet", [row_of(i) for i in range(4)])
-    batch = ParquetSource(str(tmp_path), Wanted(extras={"text_embedding": (None, WIDTH)})).read([1, 2])
+    batch = ParquetSource(str(tmp_path), DataRequirements(extras={"text_embedding": (None, WIDTH)})).read([1, 2])
     assert batch.latents is None
     assert seen == [["caption", "text_embedding_bytes"]]
 
@@ -109,7 +109,7 @@ def test_a_batch_of_1_and_images_and_other_metadata_are_read_like_fastvideo_does
     assert (tuple(batch.latents.shape), tuple(batch.extras["text_embedding"].shape)) == ((1, *SHAPE), (1, 1, WIDTH))
     image = row_of(0) | {"vae_latent_shape": [4, 4, 4]}
     write(tmp_path / "b" / "a.parquet", [image])
-    wanted = Wanted((4, 1, 4, 4), normalise=WANTED.normalise)
+    wanted = DataRequirements((4, 1, 4, 4), normalise=WANTED.normalise)
     assert ParquetSource(str(tmp_path / "b"), wanted).read([0]).latents.shape == (1, 4, 1, 4, 4)
 
 
@@ -193,7 +193,7 @@ def test_text_embeddings_of_a_part_of_the_rows_are_refused_and_of_none_are_done_
 
 def test_a_text_embedding_that_is_too_long_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [row_of(2)])
-    wanted = Wanted(extras=WANTED.extras, text_length=2)
+    wanted = DataRequirements(extras=WANTED.extras, text_length=2)
     with pytest.raises(UserError, match="has 3 tokens, the model takes 2"):
         ParquetSource(str(tmp_path), wanted)
 
@@ -202,7 +202,7 @@ def test_latents_of_another_codec_are_refused(tmp_path: Path) -> None:
     made = schema_with(()).with_metadata({"fastvideo.preprocess": '{"codec_key": "one", "model": "some/model"}'})
     write(tmp_path / "a.parquet", [row_of(0)], schema=made)
     with pytest.raises(UserError, match=r"another VAE \(of some/model, one\) than the model's \(two\)"):
-        ParquetSource(str(tmp_path), Wanted(SHAPE, codec_key="two"))
+        ParquetSource(str(tmp_path), DataRequirements(SHAPE, codec_key="two"))
 
 
 def test_folders_without_parquet_files_and_unfinished_ones_are_refused(tmp_path: Path) -> None:

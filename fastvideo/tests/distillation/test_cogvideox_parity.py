@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import StockSampler
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import SamplerKind, euler, generate
 from fastvideo.distillation.types import RawBatch, UserError
@@ -144,7 +145,7 @@ def our_video(adapter: CogVideoXAdapter, network: nn.Module, sampler: StockSampl
 def test_stock_diffusers_makes_the_students_video(
     adapter: CogVideoXAdapter, network: nn.Module, kind: SamplerKind, steps: int, tmp_path: Path
 ) -> None:
-    sampler = adapter.folder.stock_sampler([1 - i / steps for i in range(steps)], kind)
+    sampler = load_exporter(adapter.config).stock_sampler([1 - i / steps for i in range(steps)], kind)
     assert sampler.times == adapter.folder.grid.times_of([999, 749, 499, 249][:steps])
     adapter.folder.save(tmp_path / "student", network, {})
     sampler.scheduler.save_pretrained(tmp_path / "student" / "scheduler")
@@ -158,16 +159,16 @@ def test_stock_diffusers_makes_the_students_video(
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 8])
 def test_a_stock_sampler_starts_from_pure_noise_with_any_number_of_steps(adapter: CogVideoXAdapter, steps: int) -> None:
-    times = adapter.folder.stock_sampler([1 - i / steps for i in range(steps)], "renoise").times
+    times = load_exporter(adapter.config).stock_sampler([1 - i / steps for i in range(steps)], "renoise").times
     assert times[0] == 1.0
     assert adapter.folder.grid.timestep(torch.tensor(times)).tolist() == [999 - i * 1000 // steps for i in range(steps)]
 
 
 def test_uneven_euler_steps_are_refused(adapter: CogVideoXAdapter) -> None:
     with pytest.raises(UserError, match=r"takes 3 steps unevenly .* must divide 1000"):
-        adapter.folder.stock_sampler([1.0, 0.6, 0.3], "euler")
+        load_exporter(adapter.config).stock_sampler([1.0, 0.6, 0.3], "euler")
     with pytest.raises(UserError, match="sampler 'heun' has no stock counterpart"):
-        adapter.folder.stock_sampler([1.0], "heun")
+        load_exporter(adapter.config).stock_sampler([1.0], "heun")
 
 
 @torch.no_grad()

@@ -118,9 +118,10 @@ def test_every_averaged_role_has_its_average_and_the_live_weights_come_back(tmp_
         handle = run.trainer.method.bundle[role]
         live = {name: tensor.clone() for name, tensor in handle.tensors().items()}
         stored = role_weights(checkpoint, role, "ema")
-        with averaged(handle) as network:
-            assert all(torch.equal(network.state_dict()[name], stored[name]) for name in stored)
-            assert not all(torch.equal(network.state_dict()[name], live[name]) for name in stored)
+        with averaged(handle):
+            inside = handle.network.state_dict()
+            assert all(torch.equal(inside[name], stored[name]) for name in stored)
+            assert not all(torch.equal(inside[name], live[name]) for name in stored)
         assert all(torch.equal(tensor, live[name]) for name, tensor in handle.tensors().items())
         assert role_parts(checkpoint, role) == {"network", "ema", "optimizer"}
 

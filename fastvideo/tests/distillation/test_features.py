@@ -13,7 +13,7 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.types import Condition, Given, UserError, free_tokens
+from fastvideo.distillation.types import Condition, Given, UserError, generated_tokens
 from fastvideo.tests.distillation.tiny import FAMILIES, cogvideox_config, wan_config
 from fastvideo.tests.distillation.toys import spy
 
@@ -95,7 +95,7 @@ def test_a_role_shows_given_frames_clean_and_marks_their_tokens(tiny_wan: Path) 
     (gradient,) = torch.autograd.grad(tokens.square().sum(), x_t)
     assert torch.count_nonzero(gradient[0, :, 0]) == 0
     assert (gradient[0, :, 1].abs().sum(), gradient[1, :, 0].abs().sum()) > (0.0, 0.0)
-    free = free_tokens(tokens.shape[1], condition.given)  # type: ignore[arg-type]
+    free = generated_tokens(tokens.shape[1], condition.given)  # type: ignore[arg-type]
     assert free.shape == tokens.shape[:2]
     assert free.view(2, 2, -1).float().mean(2).tolist() == [[0.0, 1.0], [1.0, 1.0]]
     x0, again = role.x0_guided_and_features(x_t, t, condition, condition, 1.0, (0,))

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig, GaussianMeanVelocity
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.adapters.analytic_networks import GaussianMeanVelocity
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD, HEAD_FILE
 from fastvideo.distillation.bundle import RoleHandle

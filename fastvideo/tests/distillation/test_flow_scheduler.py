@@ -10,7 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastvideo.distillation.adapters.diffusers.flow_scheduler import deviation, flow_match_sampler
+from fastvideo.distillation.adapters.export.base import deviation
+from fastvideo.distillation.adapters.export.flow_match import flow_match_sampler
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded

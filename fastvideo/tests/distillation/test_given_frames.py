@@ -15,7 +15,7 @@ from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.registry import METHODS
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.types import Batch, Condition, Given, Trajectory, free_means
+from fastvideo.distillation.types import Batch, Condition, Given, Trajectory, mean_over_generated
 from fastvideo.tests.distillation.toys import LADDER, SpyAdapter, analytic_batch, gaussian, spy, toy_method, with_given
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -82,7 +82,9 @@ def test_every_role_sees_given_frames_clean_at_time_zero(name: str, options: dic
     losses_of(method, with_given(batch, GIVEN))
     calls = [*adapter.calls, *adapter.feature_calls]
     seeing = {h.name for h in method.bundle for call in calls if call.network is h.network}
-    assert seeing == set(method.bundle.roles) - set(method.heads(method.config, adapter))
+    assert seeing == set(method.bundle.roles) - set(
+        method.heads(method.config, dict.fromkeys(method.bundle.roles, adapter))
+    )
     assert batch.x0 is not None
     for call in calls:
         assert torch.equal(call.x_t[:, :, :GIVEN], batch.x0[:, :, :GIVEN])
@@ -178,10 +180,10 @@ def test_means_leave_given_frames_out_and_weigh_samples_alike() -> None:
     x = torch.arange(12.0).view(3, 1, 4, 1, 1)
     mask = torch.tensor([[True, False, False, False], [False] * 4, [True, True, True, False]])
     given = Given(mask, torch.full_like(x, torch.nan))
-    assert free_means(x, given).flatten().tolist() == [2.0, 5.5, 11.0]
+    assert mean_over_generated(x, given).flatten().tolist() == [2.0, 5.5, 11.0]
     condition = Condition({}, given)
     assert float(Batch((3, 1, 4, 1, 1), condition, condition).mean(x)) == pytest.approx((2.0 + 5.5 + 11.0) / 3)
-    assert torch.equal(free_means(x, None), x.mean(dim=(1, 2, 3, 4), keepdim=True))
+    assert torch.equal(mean_over_generated(x, None), x.mean(dim=(1, 2, 3, 4), keepdim=True))
 
 
 def test_given_frames_travel_with_the_condition() -> None:
@@ -198,5 +200,5 @@ def test_given_frames_travel_with_the_condition() -> None:
     assert rows.given is not None
     assert torch.equal(rows.given.mask, given.mask[1:])
     assert torch.equal(rows.given.clean, given.clean[1:])
-    with pytest.raises(ValueError, match="the same given frames"):
+    with pytest.raises(ValueError, match="the same conditioning frames"):
         Batch(shape, replace(text, given=given), other)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.analytic import GaussianMeanVelocity
+from fastvideo.distillation.adapters.analytic_networks import GaussianMeanVelocity
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.jvp import AutodiffDerivative, CentralDifference, derivative
 from fastvideo.distillation.types import UserError

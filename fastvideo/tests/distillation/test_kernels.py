@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
-from fastvideo.distillation.adapters.diffusers.kernels import repeated_blocks
+from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
 from fastvideo.distillation.adapters.wan import WanAdapter
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder, wan_config

@@ -46,8 +46,8 @@ class ReorderedStreams(RandomStreams):
     def uniform(self, count: int) -> Tensor:
         return super().uniform(count)[ORDER]
 
-    def places(self, count: int) -> Tensor:
-        return super().places(count)[ORDER]
+    def positions(self, count: int) -> Tensor:
+        return super().positions(count)[ORDER]
 
     def index(self, count: int, high: int) -> Tensor:
         return super().index(count, high)[ORDER]
@@ -249,7 +249,7 @@ def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan:
     networks = {role: wan.folder.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
     if "flow_map" in cls.needs_of(config):
         wan.folder.add_flow_map(networks["student"])
-    networks |= cls.heads(config, wan)
+    networks |= cls.heads(config, dict.fromkeys(networks, wan))
     handles = [RoleHandle(role, wan, network, role in cls.trainable_roles) for role, network in networks.items()]
     method = cls(config, ModelBundle(handles), LADDER, RandomStreams(3))
     move_apart(method)

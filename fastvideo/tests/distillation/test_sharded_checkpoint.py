@@ -131,8 +131,8 @@ def exchanged(rank: int, size: int, folder: Path, adapter: bool) -> bool:
     x = torch.ones(1, WIDTHS[0])
     with torch.no_grad():
         live = run.handle.network(x)
-        with averaged(run.handle) as network:
-            average = network(x)
+        with averaged(run.handle):
+            average = run.handle.network(x)
         again = run.handle.network(x)
     return bool(torch.equal(live, again) and not torch.equal(live, average))
 

@@ -174,7 +174,6 @@ def test_the_first_frame_of_a_video_is_given_alike_by_data_and_by_an_image(tiny_
     assert by_image.given is not None
     assert torch.equal(batch.condition.given.mask, by_image.given.mask)
     torch.testing.assert_close(batch.condition.given.clean[:, :, :1], by_image.given.clean[:, :, :1], **CLOSE)
-    assert batch.given is not None
     assert batch.negative.given is batch.condition.given
     assert adapter.conditioner.needs_frames
 
@@ -209,7 +208,7 @@ def test_latents_alone_give_an_image_to_video_checkpoint_its_first_frame(i2v: Wa
     for name in ("image_latents", "image_embeds"):
         torch.testing.assert_close(own[name], expected[name], rtol=1e-4, atol=1e-4)
         assert torch.equal(negative[name], own[name])
-    assert batch.given is None
+    assert batch.condition.given is None
     with pytest.raises(UserError, match="prompts alone"):
         preparer(i2v)(RawBatch(tuple(PROMPTS)))
 

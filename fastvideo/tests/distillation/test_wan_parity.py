@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.texts import PromptCache
+from fastvideo.distillation.adapters.diffusers.conditioner import PromptCache
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed

@@ -238,6 +238,6 @@ def toy_method(
     cls, toy = load_method(name), toy_of(name)
     config = cls.Config(**{**toy.config, **options})
     with initialising(1):
-        heads = cls.heads(config, adapter)
+        heads = cls.heads(config, dict.fromkeys((*cls.trainable_roles, *cls.frozen_roles), adapter))
     bundle = toy_bundle(cls, adapter, toy.student, mean, std, heads, toy.optional)
     return cls(config, bundle, LADDER, rng or RandomStreams(3))

@@ -151,7 +151,7 @@ def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases: list[tuple[list[Path], Path | None, str]] = [
         ([], None, "one or several run folders"),
-        ([tmp_path / "empty"], None, "no run: it has neither metrics.json nor metrics.jsonl nor config.yaml"),
+        ([tmp_path / "empty"], None, "no run: it has no metrics.json, no metrics.jsonl and no config.yaml"),
         ([runs[0] / "student"], None, f"it lies in the run {runs[0]}"),
         ([runs[0], runs[0]], None, "given twice"),
         (runs, tmp_path / "page.txt", "ending in .html"),

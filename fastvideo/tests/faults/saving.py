@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def before_a_save(folder: Path) -> Before:
     """The run, trained and saved under the folder."""
     run = toy_run("dmd2", folder / "run", every=OLD, keep=2).train()
     contents = {step: state_files(run.folder / "checkpoints" / f"step-{step}") for step in (OLD, NEW)}
+    run.restore(NEW, run.folder)  # the end of the run has closed the metrics window that its checkpoint holds
     shutil.rmtree(run.folder / "checkpoints" / f"step-{NEW}")
-    hook_of(run).options = replace(hook_of(run).options, keep=1)
+    hook_of(run).options = hook_of(run).options.model_copy(update={"keep": 1})
     return Before(run, run.folder, contents)
 
 

@@ -11,10 +11,12 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor
 
+from fastvideo.data.model import SIZES
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
-from fastvideo.inference.loading import SIZES, LoadedModel, load_model
+from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder
 from fastvideo.tests.inference.exporting import PROMPTS, export
 
@@ -25,7 +27,7 @@ def student(folder: Path, sampler: str, times: list[float] | None = None) -> Pat
     """A toy student on the times that stock diffusers yields for it, or on the given ones."""
     config = cogvideox_config(cogvideox_folder(folder))
     adapter = CogVideoXAdapter(config)
-    ladder = times or list(adapter.folder.stock_sampler([1.0, 0.75, 0.5, 0.25], sampler).times)
+    ladder = times or list(load_exporter(adapter.config).stock_sampler([1.0, 0.75, 0.5, 0.25], sampler).times)
     recipe = {"ladder": ladder, "sampler": sampler, "guidance": 1.0, "model": config.model_dump()}
     adapter.folder.save(folder / "student", adapter.folder.load_network(), recipe)
     return folder / "student"
@@ -43,7 +45,8 @@ def stock(folder: Path) -> np.ndarray:
     sizes = {name: getattr(model.adapter.config, name) for name in SIZES}
     torch.manual_seed(7)
     return pipeline(
-        PROMPTS, num_inference_steps=len(model.ladder), guidance_scale=1.0, latents=noise_of(model).transpose(1, 2),
+        PROMPTS, num_inference_steps=len(model.recipe["ladder"]), guidance_scale=1.0,
+        latents=noise_of(model).transpose(1, 2),
         output_type="np", **sizes,
     ).frames  # fmt: skip
 

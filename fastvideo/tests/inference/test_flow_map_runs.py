@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, has_head
+from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, head_of
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
 from fastvideo.inference.export_source import find_source, load_source
@@ -49,7 +49,7 @@ def test_the_student_of_a_run_is_a_flow_map_with_its_sampler_and_its_head(finish
     assert recipe["sampler"] == "flow_map"
     assert (finished / "student" / HEAD_FILE).is_file()
     model = load_model(str(finished / "student"))
-    assert has_head(model.network)
+    assert head_of(model.network) is not None
     assert bool(model.network.get_parameter("flow_map_head.last.weight").any()), "it was trained"
     by_steps = {
         n: sample_latents(model.adapter, model.denoiser, Sampling(PROMPTS, model.sampler(n), 1)) for n in (1, 3)

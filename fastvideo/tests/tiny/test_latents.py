@@ -20,7 +20,7 @@ class Codec:
     """The shipped VAE as the latent codec of a model family."""
 
     vae: AutoencoderKLWan
-    codec_key: str = "first"
+    latent_key: str = "first"
 
     @torch.no_grad()
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
@@ -53,5 +53,5 @@ def test_another_codec_or_draw_has_another_key(codec: Codec) -> None:
 def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
     first, second = (WanAdapter(WanConfig(path="tiny")) for _ in range(2))
     with torch.no_grad():
-        second.vae.quant_conv.bias += 1e-3
-    assert first.codec_key != second.codec_key
+        second.codec.vae.quant_conv.bias += 1e-3
+    assert first.codec.latent_key != second.codec.latent_key

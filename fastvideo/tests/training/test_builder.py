@@ -11,8 +11,16 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticFolder
-from fastvideo.distillation.builder import build_adapter, build_method, build_wan_dmd2_method, check_needs, load_role
+from fastvideo.distillation.builder import (
+    build_adapter,
+    build_families,
+    build_method,
+    build_wan_dmd2_method,
+    check_needs,
+    load_role,
+)
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
@@ -135,8 +143,8 @@ def test_a_family_without_what_a_method_needs_is_refused_before_anything_is_load
 
 def test_the_student_of_a_method_of_flow_maps_is_one_and_the_teacher_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     config = wan_config()
-    adapter = build_adapter(config)
-    assert "flow_map_head" not in dict(load_role(config, adapter, "student").named_children())
+    families = build_families(config, build_adapter(config), Processes())
+    assert "flow_map_head" not in dict(load_role(config, families, "student").named_children())
     monkeypatch.setattr(DMD2Method, "needs", frozenset({"flow_map"}))
-    assert "flow_map_head" in dict(load_role(config, adapter, "student").named_children())
-    assert "flow_map_head" not in dict(load_role(config, adapter, "teacher").named_children())
+    assert "flow_map_head" in dict(load_role(config, families, "student").named_children())
+    assert "flow_map_head" not in dict(load_role(config, families, "teacher").named_children())

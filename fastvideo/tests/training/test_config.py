@@ -93,7 +93,7 @@ def test_ladder_forms() -> None:
         ({"steps": [1000], "times": [1.0]}, "steps"),
         ({"count": 4, "warp": True}, "count"),
         ({"count": 0}, r"run\.yaml:\n  ladder: ladder: at least one"),
-        ({"count": 10**30}, r"run\.yaml:\n  ladder: count 1000000000000000000000000000000 is more than 10000 rungs"),
+        ({"count": 10**30}, r"run\.yaml:\n  ladder: count 1000000000000000000000000000000 is more than 10000 steps"),
         ({"steps": 1000}, "not iterable"),
         ({"steps": [250, 750]}, r"run\.yaml:\n  ladder: .*rises"),
     ],
@@ -113,7 +113,7 @@ def test_bad_guidance_is_refused_by_key(analytic_values: dict, guidance: object)
 
 def test_a_falling_range_is_refused(analytic_values: dict) -> None:
     analytic_values["method"]["score_time_range"] = [0.98, 0.02]
-    with pytest.raises(UserError, match=r"method\.score_time_range: a range does not fall"):
+    with pytest.raises(UserError, match=r"method\.score_time_range: a range must not fall"):
         parsed(analytic_values)
 
 

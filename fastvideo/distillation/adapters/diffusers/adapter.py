@@ -1,21 +1,25 @@
-"""The network call that families over a diffusers pipeline share: precision, features, flow maps."""
+"""The network call that families over diffusers share: precision, features of blocks, flow maps, split tokens.
+
+Features are read through forward hooks: no network is forked and no forward copied.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from fastvideo.distillation.adapters.base import DistillAdapter, Tokens, check_taps
+from fastvideo.distillation.adapters.base import DistillAdapter, Taps, Tokens, check_taps
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
+from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, PipelineSpec
-from fastvideo.distillation.adapters.diffusers.scaling import DiffusersScaling
-from fastvideo.distillation.adapters.diffusers.taps import tapped, tapped_early
 from fastvideo.distillation.types import Condition
 
 
@@ -31,7 +35,7 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
 
     @cached_property
     def scaling(self) -> DiffusersScaling:
-        return DiffusersScaling(self._pipeline, self.config.max_sequence_length)
+        return DiffusersScaling(self._pipeline)
 
     @cached_property
     def feature_widths(self) -> tuple[int, ...]:
@@ -40,24 +44,14 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
         return (int(config["num_attention_heads"]) * int(config["attention_head_dim"]),) * int(config["num_layers"])
 
     def features(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        taps: Sequence[int],
-        *,
-        whole: bool = False,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
     ) -> tuple[Tensor | None, Tokens]:
         check_taps(taps, self.feature_widths, type(self).__name__)
+        through = whole or self._whole_forwards
         blocks = getattr(network, self._spec.blocks)
-
-        def call() -> Tensor:
-            return self.velocity(network, x_t, t, condition)
-
-        if not (whole or self._whole_forwards):
-            return None, tapped_early(call, blocks, taps)
-        u, tokens = tapped(call, blocks, taps)
+        u, tokens = tapped(lambda: self.velocity(network, x_t, t, condition), blocks, taps, through)
+        if u is None or not through:
+            return None, tokens
         tokens = self.scaling.join_tokens(network, tokens)
         if self._whole_forwards:
             # In backward a split network is gathered when the gradient of its prediction comes, so one has to come.
@@ -71,6 +65,82 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
     def _autocast(self, x_t: Tensor) -> torch.autocast:
         """Autocast as configured, but for a derivative: bfloat16 would leave mostly noise of it (arXiv 2410.11081)."""
         derived = unpack_dual(x_t).tangent is not None  # type: ignore[no-untyped-call]
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16" and not derived
-        )
+        enabled = self.config.precision == "bfloat16" and not derived
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+class _Reached(Exception):
+    """Raised at the door of the first block that no tap needs."""
+
+
+def tapped(
+    call: Callable[[], Tensor], blocks: Sequence[nn.Module], taps: Taps, through: bool
+) -> tuple[Tensor | None, Tokens]:
+    """``call()`` and the tokens that the blocks ``taps`` give during it: their output, or the first of several.
+
+    Unless ``through`` it ends, with ``None``, at the door of the block after the last tap. Activation checkpointing
+    inside the call is fine: the hooks are gone when it runs the blocks again.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[index] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    def leave(module: nn.Module, inputs: Any) -> None:
+        raise _Reached
+
+    u = None
+    with ExitStack() as hooks:
+        for index in taps:
+            hooks.enter_context(blocks[index].register_forward_hook(keep(index)))
+        if not through and max(taps) + 1 < len(blocks):
+            # Before any hook of the block, such as one that gathers its weights.
+            hooks.enter_context(blocks[max(taps) + 1].register_forward_pre_hook(leave, prepend=True))
+        with suppress(_Reached):
+            u = call()
+    return u, tuple(found[index].float() for index in taps)
+
+
+class DiffusersScaling:
+    """``Scaling`` of a diffusers network."""
+
+    def __init__(self, pipeline: Pipeline[Any]) -> None:
+        self.pipeline = pipeline
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return repeated_blocks(network)
+
+    def recompute(self, network: Any, checkpoint: Callable[..., Any]) -> None:
+        network.enable_gradient_checkpointing(checkpoint)
+
+    def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
+        config = self.pipeline.network_config(path)
+        patches = zip(latent_shape[1:], config["patch_size"], strict=True)
+        tokens = math.prod(size // patch for size, patch in patches)
+        return {"attention heads": config["num_attention_heads"], "tokens": tokens}
+
+    def plan(self) -> Mapping[str, Any] | None:
+        """Tensors that are split and gathered, by module; ``None`` for diffusers' own plan of the class."""
+        return None
+
+    def split_tokens(self, network: Any, mesh: Any) -> None:
+        """Through diffusers' own ``enable_parallelism``, with Ulysses attention."""
+        from diffusers import ContextParallelConfig
+
+        # One says that the interface may change (the version is pinned), the other that times per sample stay whole.
+        for name in ("diffusers.models.modeling_utils", "diffusers.hooks.context_parallel"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
+        network.enable_parallelism(config=config, cp_plan=self.plan())
+
+    def join_tokens(self, network: Any, tokens: Tokens) -> Tokens:
+        """Tokens of all processes of a sample, from inside a network whose tokens are split."""
+        from diffusers.hooks.context_parallel import EquipartitionSharder
+
+        if network._parallel_config is None:
+            return tokens
+        mesh = network._parallel_config.context_parallel_config._flattened_mesh
+        return tuple(EquipartitionSharder.unshard(token, 1, mesh) for token in tokens)

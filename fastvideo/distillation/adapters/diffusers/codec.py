@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import Codec
-from fastvideo.distillation.adapters.diffusers.loading import component_hash, library_class
-from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, component_hash, library_class
 
 
 class DiffusersCodec(Codec):
@@ -41,13 +40,9 @@ class DiffusersCodec(Codec):
 class StatisticsCodec(DiffusersCodec):
     """Normalises each channel with the mean and deviation that the VAE's config holds."""
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipeline.vae_config
-        mean, std = (
-            torch.tensor(config[name], device=like.device).view(1, -1, 1, 1, 1)
-            for name in ("latents_mean", "latents_std")
-        )
-        return mean, std
+    def _statistics(self, like: Tensor) -> tuple[Tensor, ...]:
+        names, config = ("latents_mean", "latents_std"), self.pipeline.vae_config
+        return tuple(torch.tensor(config[name], device=like.device).view(1, -1, 1, 1, 1) for name in names)
 
     def normalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)

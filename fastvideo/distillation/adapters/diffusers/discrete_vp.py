@@ -7,11 +7,13 @@ noise, ``alpha = 0`` (zero terminal SNR, arXiv 2305.08891); its first is a littl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.adapters.diffusers.pipeline import load_config
 from fastvideo.distillation.noise import Interpolant
 from fastvideo.distillation.types import UserError
 
@@ -32,7 +34,7 @@ class NoiseGrid:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import CogVideoXDDIMScheduler
 
-        written_out = config.get("trained_betas")  # by renoising_scheduler: shifted and rescaled already
+        written_out = config.get("trained_betas")  # by an export: shifted and rescaled already
         if config.get("prediction_type") != "v_prediction" or not (written_out or config.get("rescale_betas_zero_snr")):
             raise UserError(
                 "the scheduler of a CogVideoX model has prediction_type v_prediction and rescale_betas_zero_snr true, "
@@ -83,32 +85,13 @@ class NoiseGrid:
             )
         return timesteps
 
-    def renoising_scheduler(self) -> Any:
-        """Stock ``LCMScheduler`` on this table: from one timestep to the next through fresh noise."""
-        from diffusers import LCMScheduler
 
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        return LCMScheduler(
-            num_train_timesteps=len(self.times),
-            trained_betas=(1 - self.alphas_cumprod / previous).tolist(),
-            original_inference_steps=len(self.times),  # every number of steps starts at 999
-            prediction_type="v_prediction",
-        )
+@lru_cache(maxsize=8)
+def noise_grid(source: str) -> NoiseGrid:
+    """The noise levels of a pipeline folder."""
+    from diffusers import CogVideoXDDIMScheduler
 
-    def euler_scheduler(self, steps: int) -> Any:
-        """Stock ``CogVideoXDDIMScheduler``, which is Euler's method in rectified flow, spaced from pure noise to clean.
-
-        Raises:
-            UserError: for a number of steps that it cannot take evenly.
-        """
-        from diffusers import CogVideoXDDIMScheduler
-
-        if len(self.times) % steps:
-            raise UserError(
-                f"stock CogVideoXDDIMScheduler takes {steps} steps unevenly (it goes down by whole timesteps): "
-                f"the number of steps must divide {len(self.times)}"
-            )
-        return CogVideoXDDIMScheduler.from_config(self.config, timestep_spacing="trailing")
+    return NoiseGrid(load_config(CogVideoXDDIMScheduler, source, "scheduler"))
 
 
 def variance_preserving(t: Tensor) -> Interpolant:

@@ -49,9 +49,9 @@ class FlowMapHead(nn.Module):
         return span[..., None] * self.last(nn.functional.silu(hidden))  # type: ignore[no-any-return]
 
 
-def has_head(network: nn.Module) -> bool:
-    """True for a flow map."""
-    return HEAD in dict(network.named_children())
+def head_of(network: nn.Module) -> nn.Module | None:
+    """The head of a flow map; ``None`` for another network."""
+    return dict(network.named_children()).get(HEAD)
 
 
 def add_head(network: nn.Module, embedding: str) -> None:
@@ -60,13 +60,12 @@ def add_head(network: nn.Module, embedding: str) -> None:
     Args:
         embedding: the module whose output is the time embedding, by its name in the network.
     """
-    if has_head(network):
+    if head_of(network) is not None:
         return
-    like = next(network.get_submodule(embedding).parameters())
-    width = [m.out_features for m in network.get_submodule(embedding).modules() if isinstance(m, nn.Linear)][-1]
-    head = FlowMapHead(width)
+    layers = [m for m in network.get_submodule(embedding).modules() if isinstance(m, nn.Linear)]
+    head = FlowMapHead(layers[-1].out_features)
     # A network on the meta device gets its weights later; the head has its own already.
-    network.add_module(HEAD, head if like.is_meta else head.to(like.device))
+    network.add_module(HEAD, head if layers[0].weight.is_meta else head.to(layers[0].weight.device))
 
 
 @contextmanager
@@ -79,32 +78,28 @@ def reading(network: nn.Module, embedding: str, span: Tensor | None) -> Iterator
     if span is None:
         yield
         return
-    if not has_head(network):
+    head = head_of(network)
+    if head is None:
         raise UserError("this network is not a flow map: it has no flow_map_head, so it has no use for r")
-    head = network.get_submodule(HEAD)
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + head(span).view(output.shape).type_as(output)  # type: ignore[no-any-return]
 
-    hook = network.get_submodule(embedding).register_forward_hook(add)
-    try:
+    with network.get_submodule(embedding).register_forward_hook(add):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
 def without_head(network: nn.Module) -> Iterator[nn.Module | None]:
     """The head, taken off its network inside the block: stock diffusers knows what is saved there."""
-    head = dict(network.named_children()).get(HEAD)
-    if head is None:
-        yield None
-        return
-    delattr(network, HEAD)
+    head = head_of(network)
+    if head is not None:
+        delattr(network, HEAD)
     try:
         yield head
     finally:
-        network.add_module(HEAD, head)
+        if head is not None:
+            network.add_module(HEAD, head)
 
 
 def save_head(head: nn.Module, folder: Path) -> None:

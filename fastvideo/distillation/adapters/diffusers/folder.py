@@ -1,10 +1,13 @@
-"""Diffusers pipeline folders: networks are read from them, and complete ones are written."""
+"""Diffusers pipeline folders: reading networks, with the kernels that a run asks for, and writing complete folders."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -14,13 +17,19 @@ from torch import nn
 
 from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
-from fastvideo.distillation.adapters.diffusers.kernels import choose_attention, compile_blocks
-from fastvideo.distillation.adapters.diffusers.loading import library_class, load_component, load_config
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import (
+    ConfigT,
+    Pipeline,
+    library_class,
+    load_component,
+    load_config,
+)
 from fastvideo.distillation.types import UserError
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
+NATIVE = "native"
+"""Torch's scaled dot product attention, which every network and device has."""
 
 
 class DiffusersFolder(ModelFolder, Generic[ConfigT]):
@@ -29,16 +38,11 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
         self.pipeline, self.config = pipeline, pipeline.config
         self.parts = pipeline.spec.parts
+        (self._part,) = self.parts
         self.published_guidance = pipeline.spec.published_guidance
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-
-    @property
-    def kernels(self) -> str:
+        self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
         blocks = "compiled" if self.config.compile_blocks else "eager"
-        return f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
+        self.kernels = f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -47,11 +51,6 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
     @cached_property
     def _class(self) -> Any:
         return library_class("diffusers", self.pipeline.spec.network)
-
-    @property
-    def _part(self) -> str:
-        (part,) = self.parts
-        return part
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in eval mode (published ones have no dropout), with a flow map's head."""
@@ -78,11 +77,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         return network.eval()
 
     def files(self, path: str | None) -> Mapping[str, Path]:
-        """Of one file or of several with an index.
-
-        Raises:
-            UserError: if there are no safetensors, or a weight is in no file.
-        """
+        """Of one file, or of several with an index."""
         folder = Path(self.pipeline.resolved(path)) / self._part
         if (folder / INDEX).is_file():
             found = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -124,7 +119,71 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 
-def read_recipe(source: str) -> Mapping[str, Any]:
-    """``recipe.json`` of a pipeline folder; empty if it has none."""
+def read_recipe(source: str) -> dict[str, Any]:
+    """``recipe.json`` of a pipeline folder; empty if it has none.
+
+    Raises:
+        UserError: if the file is not a JSON object.
+    """
     file = Path(source) / "recipe.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        recipe = json.loads(file.read_text()) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
+    return recipe
+
+
+def choose_attention(network: Any, name: str) -> None:
+    """Give a network the attention backend of that name in diffusers' dispatcher.
+
+    It is always set, so that neither a default nor the environment variable of diffusers decides instead.
+
+    Raises:
+        UserError: if there is no backend of that name, its package is missing, or the network cannot change its own.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted(backend.value for backend in AttentionBackendName)
+    if name not in known:
+        hint = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, known, n=1))
+        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{hint}")
+    processors = network.attn_processors.values() if name != NATIVE else ()
+    if any("_attention_backend" not in dir(processor) for processor in processors):
+        raise UserError(
+            f"model.attention_backend: {type(network).__name__} computes attention by itself, so only "
+            f"{NATIVE!r} is possible, got {name!r}"
+        )
+    try:
+        with _without_warnings("diffusers.models.modeling_utils"):
+            network.set_attention_backend(name)
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention_backend {name!r}: {error}") from error
+
+
+@contextmanager
+def _without_warnings(logger_name: str) -> Iterator[None]:
+    """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def repeated_blocks(network: Any) -> list[nn.Module]:
+    """The repeated blocks of a diffusers network, which it lists as not to be split between devices."""
+    names = set(network._no_split_modules or ())
+    return [module for module in network.modules() if type(module).__name__ in names]
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile every repeated block in place: one graph serves all of a kind, in seconds instead of minutes.
+
+    Names of parameters stay, and a copy of the network (its average, an export) is not compiled.
+    """
+    for block in repeated_blocks(network):
+        block.compile()

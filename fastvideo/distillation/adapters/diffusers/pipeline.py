@@ -1,23 +1,34 @@
-"""``Pipeline``: a diffusers pipeline folder as one family reads it, shared by the family's parts."""
+"""``Pipeline``: a diffusers pipeline folder with a run's options, and the reading of its components."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
-from fastvideo.distillation.adapters.diffusers.loading import (
-    full_config,
-    library_class,
-    load_component,
-    resolve_pipeline,
-)
 from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.types import UserError
+
+EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
+"""Pipelines that ship inside the package, by the name that stands for their path."""
+EXPECTED = (
+    "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "
+    f"or one of {sorted(EMBEDDED)} is expected"
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class PipelineConfig(AdapterConfig):
@@ -90,6 +101,7 @@ class Pipeline(Generic[ConfigT]):
     def __init__(self, spec: PipelineSpec, config: ConfigT, device: torch.device) -> None:
         self.spec, self.config, self.device = spec, config, device
         self.source = resolve_pipeline(config.path, config.pipelines)
+        self._read = cache(full_config)
 
     def resolved(self, path: str | None) -> str:
         """The pipeline folder behind ``path``; ``None`` is the run's own."""
@@ -97,21 +109,109 @@ class Pipeline(Generic[ConfigT]):
 
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
-        return self._own_network_config if path is None else self._network_config(self.resolved(path))
+        return self._read(self.spec.network, self.resolved(path), self.spec.parts[0])
 
-    @cached_property
-    def _own_network_config(self) -> Mapping[str, Any]:
-        return self._network_config(self.source)
-
-    def _network_config(self, source: str) -> Mapping[str, Any]:
-        return full_config(library_class("diffusers", self.spec.network), source, self.spec.parts[0])
-
-    @cached_property
+    @property
     def vae_config(self) -> Mapping[str, Any]:
         """The autoencoder's config, with diffusers' defaults for what its file lacks."""
-        return full_config(library_class("diffusers", self.spec.vae), self.source, "vae")
+        return self._read(self.spec.vae, self.source, "vae")
 
     def frozen(self, cls: type[Any], subfolder: str, **options: Any) -> Any:
         """A component that is never trained, on the device."""
         module: nn.Module = load_component(cls, self.source, subfolder, **options)
         return module.to(self.device).eval().requires_grad_(False)
+
+
+def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
+    """The local folder behind ``path``, checked to be a diffusers pipeline of one of the given classes.
+
+    A path that does not exist and looks like a hub id (``owner/name``) is fetched, or found in the hub's local cache.
+
+    Raises:
+        UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
+    """
+    if path in EMBEDDED:
+        path = str(files("fastvideo").joinpath(EMBEDDED[path]))
+    folder = Path(path)
+    if not folder.exists() and HUB_ID.fullmatch(path):
+        folder = _from_hub(path)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        what = "has no model_index.json" if folder.is_dir() else "does not exist"
+        raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
+    content = json.loads(index.read_text())
+    if content.get("_class_name") not in pipeline_classes:
+        raise UserError(
+            f"model folder {path!r} holds a {content.get('_class_name')}; "
+            f"this family reads {' or '.join(pipeline_classes)}"
+        )
+    if (content.get("transformer_2") or [None])[0] is not None:
+        raise UserError(f"model {path!r} has two transformers (Wan 2.2): this family runs pipelines with one")
+    return str(folder)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        why = f"{_first_line(error)}; {EXPECTED}"
+        raise UserError(f"model {name!r} is neither a local folder nor a model on the Hub: {why}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of a library that takes seconds to import, so only when it is needed."""
+    return getattr(import_module(library), name)
+
+
+@contextmanager
+def _or_user_error(failed: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{failed}: {_first_line(error)}") from error
+
+
+def load_config(cls: type[Any], source: str, subfolder: str) -> dict[str, Any]:
+    """The config of one component, as in its file.
+
+    Raises:
+        UserError: if the component is not there or cannot be read; so do the next two.
+    """
+    with _or_user_error(f"cannot read the config of {subfolder!r} in {source!r}"):
+        return dict(cls.load_config(source, subfolder=subfolder))
+
+
+def full_config(name: str, source: str, subfolder: str) -> dict[str, Any]:
+    """:func:`load_config` of a class of diffusers, with its defaults for what an older checkpoint's file lacks."""
+    cls = library_class("diffusers", name)
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **load_config(cls, source, subfolder)}
+
+
+def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) -> Any:
+    """``cls.from_pretrained(source, subfolder=...)``, without transformers' progress bar."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        with _or_user_error(f"cannot load {subfolder!r} ({cls.__name__}) from {source!r}"):
+            return cls.from_pretrained(source, subfolder=subfolder, **options)
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
+    """SHA-256 of a component's config (but for entries about its file) and weights."""
+    kept = {key: value for key, value in config.items() if key[0] != "_"}  # no path, no version
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

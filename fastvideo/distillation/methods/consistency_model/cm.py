@@ -1,9 +1,9 @@
 """CM: discrete consistency models on the ECT schedule (CM arXiv 2303.01469, iCT 2310.14189, ECT 2406.14548).
 
-The student learns ``f(x_t, t)``, the end of the flow through ``x_t``: its estimate at ``t`` has to agree with its own,
-without gradient, at a lower ``r``. Where ``x_r`` comes from is a role: with a teacher, one of its ODE steps
-(consistency distillation); without, the same noise on the same data (consistency training). ``f(x, 0) = x`` holds by
-``f = x_t - t u``. The schedule is stated in EDM's noise levels ``sigma = t / (1 - t)``.
+The student learns ``f(x_t, t)``, the end of the flow through ``x_t``: its estimate at ``t`` must agree with its own,
+without gradient, at a lower ``r``. With a teacher, ``x_r`` is one of its ODE steps (consistency distillation); without,
+the same noise on the same data (consistency training). ``f(x, 0) = x`` holds by ``f = x_t - t u``. The schedule uses
+EDM's noise levels ``sigma = t / (1 - t)``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerKind
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerKind, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.consistency_model.discrete import (
     StepWeighting,
@@ -30,21 +30,21 @@ from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, Condition, RoleLoss
 
 
-class CMConfig(MethodConfig):
+class CMConfig(MethodConfig, OptimizerOptions):
     """Options of consistency models; noise levels are EDM's sigma = t / (1 - t)."""
 
     log_sigma_mean: float = -1.1
-    """Mean of ln(sigma) of the training noise levels: the same as of logit(t)."""
+    """Mean of ln(sigma) = logit(t) of the training noise levels."""
     log_sigma_std: PositiveFloat = 2.0
     """Standard deviation of ln(sigma)."""
     sigma_range: tuple[PositiveFloat, PositiveFloat] = (0.002, 80.0)
-    """Noise levels are clamped to this range; 80 is t = 0.9877."""
+    """Range to which noise levels are clamped; 80 is t = 0.9877."""
     ratio_base: float = Field(default=2.0, gt=1.0)
-    """q of ECT: in stage k = 0, 1, ... the ratio of lower to upper noise level is about 1 - q^-(k+1)."""
+    """q of ECT: the ratio of lower to upper noise level is about 1 - q^-(k+1) in stage k = 0, 1, ..."""
     samples_per_stage: PositiveInt = 6_400_000
-    """Samples of one process after which the next stage begins."""
+    """Samples of one process per stage."""
     max_ratio: float = Field(default=0.999, gt=0.0, lt=1.0)
-    """The ratio never exceeds this."""
+    """Upper bound of the ratio."""
     weighting: StepWeighting = "inverse_step"
     """Weight of a sample: 1 / (sigma - sigma_r), its root, 1 / c_out or 1 / c_out^2 of EDM's preconditioning (with
     `sigma_data`), 1 / sigma^2, or 1."""
@@ -55,21 +55,13 @@ class CMConfig(MethodConfig):
     huber_constant: PositiveFloat = 1e-8
     """c of `huber`: small is the plain Euclidean distance."""
     solver: Literal["euler", "heun"] = "euler"
-    """The teacher's step: one call, or two and second order."""
+    """Step of the teacher: one call, or two and second order."""
     teacher_guidance: Guidance = 5.0
-    """Guidance of the teacher, where there is one, in the standard convention."""
+    """Guidance of the teacher, if there is one, in the standard convention."""
     optimizer: OptimizerKind = "radam"
-    """The optimizer of the student."""
+    """Optimizer of the student."""
     learning_rate: PositiveFloat = 1e-4
     """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Momenta."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
-    decay_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
 
 
 class CMMethod(DistillMethod[CMConfig]):
@@ -78,20 +70,17 @@ class CMMethod(DistillMethod[CMConfig]):
     Config = CMConfig
     trainable_roles = ("student",)
     optional_roles = ("teacher",)
-    needs_latents = True
     sampler = "renoise"
     summary = "consistency model on the ECT schedule: distilled with a teacher, trained without (arXiv 2406.14548)"
 
     def __init__(self, config: CMConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
-        self.student = bundle["student"]
-        self.teacher = bundle.get("teacher")
+        self.student, self.teacher = bundle["student"], bundle.get("teacher")
         self.samples_seen = 0
 
     @classmethod
     def optimizers(cls, config: CMConfig) -> Mapping[str, OptimizerConfig]:
-        names = ("learning_rate", "betas", "weight_decay", "warmup_steps", "decay_steps")
-        return {"student": OptimizerConfig(kind=config.optimizer, **config.model_dump(include=set(names)))}
+        return {"student": config.optimizer_of(config.learning_rate, config.optimizer)}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         noise, (t, r) = self.rng.normal_like(batch.latents), self.times(len(batch))
@@ -109,7 +98,7 @@ class CMMethod(DistillMethod[CMConfig]):
 
     @property
     def ratio(self) -> float:
-        """``1 - q^-(k+1)`` in stage ``k``, the number of whole stages seen (ECT, section 3)."""
+        """``1 - q^-(k+1)`` after ``k`` whole stages (ECT section 3)."""
         stage = self.samples_seen // self.config.samples_per_stage
         return min(1 - self.config.ratio_base ** -(stage + 1), self.config.max_ratio)
 
@@ -127,18 +116,18 @@ class CMMethod(DistillMethod[CMConfig]):
     def teacher_step(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """``x_r``: one step of the guided teacher's flow from ``x_t``."""
         assert self.teacher is not None
-        guided, span = (batch.condition, batch.negative, self.config.teacher_guidance), expand_time(t - r, x_t)
+        guided, interval = (batch.condition, batch.negative, self.config.teacher_guidance), expand_time(t - r, x_t)
         u = self.teacher.guided_velocity(x_t, t, *guided)
         if self.config.solver == "euler":
-            return x_t - span * u
-        return x_t - span * (u + self.teacher.guided_velocity(x_t - span * u, r, *guided)) / 2
+            return x_t - interval * u
+        return x_t - interval * (u + self.teacher.guided_velocity(x_t - interval * u, r, *guided)) / 2
 
     def consistency(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """``f(x_t, t)``."""
         return self.student.x0(x_t, t, condition)
 
     def reduce(self, losses: Tensor, t: Tensor) -> Tensor:
-        """The mean over the batch."""
+        """Mean of losses ``[B]``."""
         return losses.mean()
 
     def state_dict(self) -> dict[str, Any]:

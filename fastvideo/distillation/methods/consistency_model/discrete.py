@@ -1,4 +1,4 @@
-"""What discrete consistency models share: the pair of noise levels, the distance of two estimates, its weight.
+"""Noise levels, distances and weights of discrete consistency models.
 
 Noise levels are EDM's ``sigma = t / (1 - t)``; everything here is float64.
 """
@@ -13,20 +13,20 @@ from torch import Tensor
 from fastvideo.distillation.types import Given
 
 LEAST_STEP = 1e-6
-"""A lower noise level is at least this far below its upper one."""
+"""Smallest difference of two noise levels."""
 StepWeighting = Literal[
     "inverse_step", "inverse_root_step", "inverse_c_out", "inverse_c_out_squared", "inverse_square", "none"
 ]
 
 
 def lower_level(sigma: Tensor, ratio: float) -> Tensor:
-    """``sigma (1 - (1 - ratio) n)``, ``n = 1 + 8 sigmoid(-sigma)``, from 0 up (ECT arXiv 2406.14548): 0 is the data."""
+    """``sigma (1 - (1 - ratio) n)``, ``n = 1 + 8 sigmoid(-sigma)``, at least 0, the data (ECT arXiv 2406.14548)."""
     lower = sigma * (1 - (1 - ratio) * (1 + 8 * torch.sigmoid(-sigma)))
     return torch.minimum(lower, sigma - LEAST_STEP).clamp_min(0)
 
 
 def step_weights(t: Tensor, r: Tensor, weighting: StepWeighting, sigma_data: float) -> Tensor:
-    """Weight ``[B]`` of each sample whose rectified-flow times are ``t`` and ``r``."""
+    """Weight ``[B]`` of samples at rectified-flow times ``t`` and ``r``."""
     sigma, lower = (time.double() / (1 - time.double()) for time in (t, r))
     c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
     weights = {
@@ -41,9 +41,9 @@ def step_weights(t: Tensor, r: Tensor, weighting: StepWeighting, sigma_data: flo
 
 
 def sample_distances(estimate: Tensor, target: Tensor, given: Given | None, huber: float | None) -> Tensor:
-    """Distance ``[B]`` of two batches of samples, over what is not given: ``sqrt(d^2 + huber^2) - huber``, or ``d^2``.
+    """Distance ``[B]`` of two batches: ``sqrt(d^2 + huber^2) - huber`` (iCT, arXiv 2310.14189), or ``d^2``.
 
-    ``d`` is the Euclidean distance of what is generated of a sample (pseudo-Huber of iCT, arXiv 2310.14189).
+    ``d`` is the Euclidean distance over a sample's generated frames.
     """
     squared = (estimate.double() - target.double()).square()
     free = squared if given is None else squared.masked_fill(given.frames, 0.0)

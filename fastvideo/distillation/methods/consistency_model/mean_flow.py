@@ -1,4 +1,4 @@
-"""MeanFlow: a flow map that learns the mean velocity over any span of time (arXiv 2505.13447), from data or a teacher.
+"""MeanFlow: a flow map that learns mean velocities over time intervals (arXiv 2505.13447), from data or a teacher.
 
 ``u(x_t, t, r)`` satisfies ``u = v - (t - r) du/dt``, with ``v`` the velocity of the flow and ``du/dt`` along it; the
 right side, without gradient, is the target. Pitfalls, failure signs and disagreements: ``docs/methods/mean_flow.md``.
@@ -15,17 +15,17 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, mod
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import OptimizerConfig, TimeRange
+from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions, TimeRange
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.tangent import mean_velocity_target, unit_rms
-from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, free_means
+from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, mean_over_generated
 
 
-class MeanFlowConfig(DerivativeConfig):
+class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
     """Options of MeanFlow."""
 
     jvp_step: PositiveFloat = 5e-3
@@ -33,7 +33,7 @@ class MeanFlowConfig(DerivativeConfig):
     teacher_guidance: Guidance = 3.0
     """Guidance of the teacher's velocity, standard convention; without a teacher see `mixture`."""
     logit_mean: float = -0.4
-    """Both times are logit-normal with this mean (-0.8 in FastGen's recipe for Wan); the later one is `t`."""
+    """Mean of the logit of both times (-0.8 in FastGen's recipe for Wan); the later one is `t`."""
     logit_std: PositiveFloat = 1.0
     """Standard deviation of their logits (1.6 in that recipe)."""
     equal_times: float = Field(default=0.75, ge=0.0, le=1.0)
@@ -42,9 +42,9 @@ class MeanFlowConfig(DerivativeConfig):
     """Guidance without a teacher, `(w, k)`: the velocity is `w (noise - x0) + k u(c) + (1 - w - k) u(negative)`, which
     is guidance `w / (1 - k)`; `(1, 0)` is none."""
     mixture_range: TimeRange = (0.0, 1.0)
-    """Times at which the mixture is used."""
+    """Times of the mixture; the plain velocity is used elsewhere."""
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Without a teacher: share of samples that train the negative prediction (with the plain velocity)."""
+    """Share of samples that train the negative prediction, with the plain velocity; without a teacher only."""
     loss: Literal["adaptive", "unit_error"] = "adaptive"
     """`adaptive` weights a sample by `(error + c)^-p`; `unit_error` divides the error by its rms plus c."""
     loss_power: NonNegativeFloat = 1.0
@@ -57,12 +57,6 @@ class MeanFlowConfig(DerivativeConfig):
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW momenta."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW weight decay."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up."""
-    decay_steps: NonNegativeInt = 0
-    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
 
     @model_validator(mode="after")
     def _weights(self) -> MeanFlowConfig:
@@ -72,14 +66,12 @@ class MeanFlowConfig(DerivativeConfig):
 
 
 class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
-    """A student with two times, and a teacher for distillation."""
+    """Student with two times, and a teacher for distillation."""
 
     Config = MeanFlowConfig
     trainable_roles = ("student",)
     optional_roles = ("teacher",)
     sampler = "flow_map"
-    needs_latents = True
-    needs = frozenset({"flow_map", "jvp"})
     summary = "MeanFlow, a flow map of mean velocities: any number of steps (arXiv 2505.13447)"
 
     def __init__(self, config: MeanFlowConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -90,12 +82,11 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
 
     @classmethod
     def optimizers(cls, config: MeanFlowConfig) -> Mapping[str, OptimizerConfig]:
-        names = ("learning_rate", "betas", "weight_decay", "warmup_steps", "decay_steps")
-        return {"student": OptimizerConfig.model_validate(config.model_dump(include=set(names)))}
+        return {"student": config.optimizer_of(config.learning_rate)}
 
     @classmethod
     def needs_of(cls, config: MeanFlowConfig) -> frozenset[Need]:
-        return cls.needs if config.jvp == "autodiff" else cls.needs - {"jvp"}
+        return config.derivative_needs | {"flow_map"}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         t, r = self.times(len(batch))
@@ -104,24 +95,24 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
         yield self.student_loss(batch, noise, t, r, warmup)
 
     def student_loss(self, batch: Batch, noise: Tensor, t: Tensor, r: Tensor, warmup: float = 1.0) -> RoleLoss:
-        """Regress the mean velocity to what its own derivative says it should be (MeanFlow eq. 9 to 11, 22)."""
+        """Regression of the mean velocity on the target that its own derivative gives (MeanFlow eq. 9 to 11, 22)."""
         x_t = add_noise(batch.latents, noise, t)
         velocity, condition = self.flow(batch, x_t, noise, t)
         u = partial(self.student.velocity, condition=condition, r=r)
         slope = warmup * self.derivative(u, x_t, t, velocity, torch.ones_like(t), floor=r)
         mean = u(x_t, t)
         error = mean_velocity_target(velocity, slope, t, r) - mean.detach()
-        squares = free_means(error.square(), condition.given)
+        squares = mean_over_generated(error.square(), condition.given)
         if self.config.loss == "unit_error":
             error = unit_rms(error, self.config.loss_constant, condition.given)
-        loss = free_means((mean - mean.detach() - error).square(), condition.given)
+        loss = mean_over_generated((mean - mean.detach() - error).square(), condition.given)
         if self.config.loss == "adaptive":
             loss = loss / (squares + self.config.loss_constant) ** self.config.loss_power
         return RoleLoss("student", loss.mean(), {"error_rms": squares.mean().sqrt()})
 
     @torch.no_grad()
     def flow(self, batch: Batch, x_t: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Condition]:
-        """The flow's velocity for target and derivative alike, and the condition that the student gets."""
+        """Velocity of the flow, for target and derivative alike, and the student's condition."""
         if "teacher" in self.bundle:
             guided = self.bundle["teacher"].guided_velocity
             return guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance), batch.condition

@@ -1,8 +1,8 @@
 """sCM: continuous-time consistency distillation and training (arXiv 2410.11081), in TrigFlow.
 
-The student's ``f(x, a) = cos(a) x - sin(a) F(x, a)`` is made constant along the teacher's flow: its derivative along
-that flow, normalised, is what the student's ``F`` is moved by. Without a teacher the flow is that of each sample's own
-data and noise. Pitfalls, failure signs and disagreements between implementations: ``docs/methods/scm.md``.
+Training makes the student's ``f(x, a) = cos(a) x - sin(a) F(x, a)`` constant along the teacher's flow: its normalised
+derivative along that flow moves ``F``. Without a teacher the flow is that of each sample's data and noise. Pitfalls,
+failure signs and differences of implementations: ``docs/methods/scm.md``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import OptimizerConfig
+from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.base import DistillMethod
@@ -30,7 +30,7 @@ LOSS_WEIGHT = "loss_weight"
 FREQUENCIES = 4
 
 
-class SCMConfig(DerivativeConfig):
+class SCMConfig(DerivativeConfig, OptimizerOptions):
     """Options of sCM."""
 
     teacher_guidance: Guidance = 5.0
@@ -40,25 +40,19 @@ class SCMConfig(DerivativeConfig):
     log_sigma_std: PositiveFloat = 1.4
     """Standard deviation of that logarithm; 1.6 for Wan 1.3B."""
     tangent_warmup_steps: PositiveInt = 10_000
-    """Steps over which the tangent's unstable terms are faded in; before that the flow itself is regressed."""
+    """Steps over which the tangent's unstable terms are faded in, from pure regression of the flow."""
     tangent_constant: NonNegativeFloat = 0.1
-    """Added to the tangent's root mean square before it is divided by it."""
+    """Constant added to the tangent's root mean square in its normalisation."""
     learning_rate: PositiveFloat = 7e-5
     """AdamW learning rate of the student."""
     loss_weight_learning_rate: PositiveFloat = 1e-3
     """AdamW learning rate of the loss weight."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW momenta of both."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW weight decay of the student."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up."""
-    decay_steps: NonNegativeInt = 0
-    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
+    """AdamW momenta of both; the other options of the optimizer are the student's."""
 
 
 class LossWeight(nn.Module):
-    """``w(angle)``, the logarithm of a loss weight that evens the loss out over noise levels; 0 at first."""
+    """``w(angle)``, the logarithm of a loss weight that balances noise levels; it starts at 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,14 +67,12 @@ class LossWeight(nn.Module):
 
 
 class SCMMethod(DistillMethod[SCMConfig]):
-    """Student, the weight of its loss, and a teacher for distillation."""
+    """Student, its loss weight, and a teacher for distillation."""
 
     Config = SCMConfig
     trainable_roles = ("student", LOSS_WEIGHT)
     optional_roles = ("teacher",)
     sampler = "renoise"
-    needs_latents = True
-    needs = frozenset({"jvp"})
     summary = "sCM, continuous-time consistency: no discretisation error (arXiv 2410.11081)"
 
     def __init__(self, config: SCMConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -91,21 +83,19 @@ class SCMMethod(DistillMethod[SCMConfig]):
 
     @classmethod
     def optimizers(cls, config: SCMConfig) -> Mapping[str, OptimizerConfig]:
-        names = ("learning_rate", "betas", "weight_decay", "warmup_steps", "decay_steps")
-        student = OptimizerConfig.model_validate(config.model_dump(include=set(names)))
         weight = OptimizerConfig(learning_rate=config.loss_weight_learning_rate, betas=config.betas)
-        return {"student": student, LOSS_WEIGHT: weight}
+        return {"student": config.optimizer_of(config.learning_rate), LOSS_WEIGHT: weight}
 
     @classmethod
     def needs_of(cls, config: SCMConfig) -> frozenset[Need]:
-        return cls.needs if config.jvp == "autodiff" else frozenset()
+        return config.derivative_needs
 
     @classmethod
     def heads(cls, config: SCMConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         return {LOSS_WEIGHT: LossWeight()}
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        """The student's loss, then that of its weight on the same errors (sCM eq. 8, split into its two gradients)."""
+        """The student's loss, then its weight's on the same errors (sCM eq. 8, split into its two gradients)."""
         angle, noise = self.angles(len(batch)), self.rng.normal_like(batch.latents)
         tangent, error = self.tangent_and_error(batch, angle, noise, min(1.0, step / self.config.tangent_warmup_steps))
         weight, prior = self.weight(angle), 1 / angle.tan()
@@ -114,7 +104,7 @@ class SCMMethod(DistillMethod[SCMConfig]):
         yield RoleLoss(LOSS_WEIGHT, (weight.exp() * prior * error.detach() - weight).mean())
 
     def tangent_and_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
-        """The tangent before it is normalised, and the error ``[B]`` whose gradient moves ``F`` by it."""
+        """Tangent before normalisation, and the error ``[B]`` whose gradient moves ``F`` along it."""
         cos, sin = expand_time(angle.cos(), noise), expand_time(angle.sin(), noise)
         x = cos * batch.latents + sin * noise
         flow = self.flow(batch, x, angle) if "teacher" in self.bundle else cos * noise - sin * batch.latents

@@ -1,8 +1,8 @@
 """TCM: truncated consistency models (arXiv 2410.14895), the second stage after a consistency model.
 
-Below a noise level the frozen model of the first stage stays in charge, so that the student spends its capacity on what
-is above. Samples at exactly that level have the first stage as their target: they hold the student where both meet, and
-without them a constant student would have no loss at all.
+Below a transition noise level the frozen first stage answers, so the student spends its capacity above it. Samples at
+exactly that level have the first stage as their target: they tie the student to it, and without them a constant student
+would have no loss at all.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class TCMConfig(CMConfig):
     """Options of truncated consistency models; `ratio_base` and `samples_per_stage` have no effect here."""
 
     transition_sigma: PositiveFloat = 1.0
-    """Noise level t' below which the first stage answers; 1 is t = 0.5."""
+    """Noise level below which the first stage answers; 1 is t = 0.5."""
     log_sigma_mean: float = 0.0
     """Location of ln(sigma), a Student t cut to levels above the transition."""
     log_sigma_std: PositiveFloat = 0.2
     """Scale of ln(sigma)."""
     degrees_of_freedom: PositiveFloat = 0.01
-    """Of that Student t: the smaller, the heavier its tail."""
+    """Degrees of freedom of that Student t; a smaller number makes its tail heavier."""
     boundary_share: float = Field(default=0.25, gt=0.0, lt=1.0)
-    """Share of a batch that is put at exactly the transition."""
+    """Share of a batch at exactly the transition."""
     boundary_weight: NonNegativeFloat = 0.1
     """Weight of those samples' mean beside that of the others."""
     learning_rate: PositiveFloat = 5e-5
@@ -69,23 +69,23 @@ class TCMMethod(CMMethod):
 
     @property
     def ratio(self) -> float:
-        """At its cap from the first step on."""
+        """Constant: the schedule's upper bound."""
         return self.config.max_ratio
 
     def noise_levels(self, count: int) -> Tensor:
-        """A share at exactly the transition, drawn anew each time; the others above it, float64 ``[count]``."""
+        """Float64 ``[count]``: a random share at exactly the transition, the others above it."""
         sigma = truncated_student(self.rng.uniform(count), self.config)
         boundary = self.rng.uniform(count).argsort()[: self.boundary_count(count)]
         return sigma.index_fill(0, boundary, self.config.transition_sigma)
 
     def boundary_count(self, count: int) -> int:
-        """How many of ``count`` samples are at the transition: at least one, and never all."""
+        """Number of ``count`` samples at the transition: at least one, and never all."""
         return min(max(1, round(self.config.boundary_share * count)), max(1, count - 1))
 
     def consistency(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The student's at and above the transition, the first stage's below.
+        """The student's estimate at and above the transition, the first stage's below.
 
-        Both run whatever the times are: processes that ran other forwards would wait for each other for ever.
+        Both run at all times, because ranks that run different forwards deadlock.
         """
         above = expand_time(t, x_t) >= torch.tensor(self.transition, dtype=t.dtype, device=t.device)
         with torch.no_grad():
@@ -93,17 +93,17 @@ class TCMMethod(CMMethod):
         return self.student.x0(x_t, t, condition).where(above, below)
 
     def reduce(self, losses: Tensor, t: Tensor) -> Tensor:
-        """``mean over the free samples + w mean over those at the transition``, each over its own."""
+        """Mean over samples above the transition, plus ``boundary_weight`` times the mean over those at it."""
         at = t == torch.tensor(self.transition, dtype=t.dtype, device=t.device)
         means = [(losses * which).sum() / which.sum().clamp_min(1) for which in (~at, at)]
         return means[0] + self.config.boundary_weight * means[1]
 
 
 def truncated_student(uniform: Tensor, config: TCMConfig) -> Tensor:
-    """Uniform numbers as noise levels: ``ln sigma`` is Student t, cut to the transition and the largest level.
+    """Map uniform numbers to noise levels: ``ln sigma`` is Student t, cut to the transition and the largest level.
 
-    With ``ln sigma = mean + std sqrt(nu) sinh(y)`` the density in ``y`` is ``cosh(y)^-nu``, smooth however heavy the
-    tail; its cumulative sum is inverted by linear interpolation.
+    With ``ln sigma = mean + std sqrt(nu) sinh(y)`` the density in ``y`` is ``cosh(y)^-nu``, smooth for any tail;
+    linear interpolation inverts its cumulative sum.
     """
     scale = config.log_sigma_std * math.sqrt(config.degrees_of_freedom)
     bounds = config.transition_sigma, config.sigma_range[1]

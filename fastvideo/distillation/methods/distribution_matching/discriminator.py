@@ -1,7 +1,7 @@
-"""The discriminator: one small head on every tapped block of a diffusion network, real from student's at a noise level.
+"""Discriminator of real and student latents: a small head on every tapped block of a diffusion network.
 
-After LADD (arXiv 2403.12015, section 3): independent heads on the token features of several blocks, conditioned on the
-time. It is a network of the framework, built from the widths that a family declares, so no family knows of it.
+Independent heads read token features of several blocks and the time (LADD arXiv 2403.12015, section 3). They are built
+from the widths that a family declares, so no family knows of them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastvideo.distillation.types import Given, UserError, free_tokens
+from fastvideo.distillation.types import Given, UserError, generated_tokens
 
 FREQUENCIES = 4
 """Octaves of the time embedding."""
 
 
 class Head(nn.Module):
-    """RMS-normed tokens, a two-layer perceptron on each with the time added, the mean over tokens, one logit."""
+    """One logit: RMS norm, a two-layer perceptron per token with the time added, the mean over tokens."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Head(nn.Module):
         self.logit = nn.Linear(hidden, 1)
 
     def forward(self, tokens: Tensor, time: Tensor, free: Tensor | None) -> Tensor:
-        """Logits ``[B]`` of tokens ``[B, L, D]``; ``free`` bool ``[B, L]`` are those that count."""
+        """Logits ``[B]`` of tokens ``[B, L, D]``; ``free``, bool ``[B, L]``, selects those that are pooled."""
         hidden = self.tokens(functional.rms_norm(tokens.float(), tokens.shape[-1:])) + self.time(time)[:, None]
         hidden = functional.silu(self.mix(functional.silu(hidden)))
         pooled = hidden.mean(1) if free is None else (hidden * free[..., None]).sum(1) / free.sum(1, keepdim=True)
@@ -38,23 +38,18 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits ``[B, taps]`` in float32: positive says real.
-
-    Args:
-        widths: of the tokens of each tap.
-        hidden: width of the heads.
-    """
+    """Logits ``[B, taps]``, float32, positive for real; ``widths`` are those of the tokens of each tap."""
 
     def __init__(self, widths: Sequence[int], hidden: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(Head(width, hidden) for width in widths)
 
     def forward(self, features: Sequence[Tensor], t: Tensor, given: Given | None = None) -> Tensor:
-        """``features``: tokens ``[B, L, D]`` of each tap, at times ``t`` ``[B]``; given frames do not count."""
+        """Logits of tokens ``[B, L, D]`` of each tap at times ``t`` ``[B]``, pooled over generated frames."""
         time = embed(t.float())
         return torch.stack(
             [
-                head(tokens, time, None if given is None else free_tokens(tokens.shape[1], given))
+                head(tokens, time, None if given is None else generated_tokens(tokens.shape[1], given))
                 for head, tokens in zip(self.heads, features, strict=True)
             ],
             dim=1,
@@ -68,7 +63,7 @@ def embed(t: Tensor) -> Tensor:
 
 
 def taps_at(depths: Sequence[float], blocks: int) -> tuple[int, ...]:
-    """Block indices at relative ``depths``, where 1 is the last block; two that fall together count once.
+    """Block indices at relative ``depths`` (1 is the last block), without duplicates.
 
     Raises:
         UserError: if the network has no blocks to tap.

@@ -1,9 +1,9 @@
 """DMD2: distribution matching distillation (DMD arXiv 2311.18828; DMD2 arXiv 2405.14867).
 
-The student minimises the reverse KL to the guided teacher at all noise levels. The gradient is the difference of two
-denoisers: the frozen teacher and a critic that is trained on the student's own samples all the while. Where public
-implementations disagree, this one takes: a normaliser per sample, a score time per sample, a critic step on every
-iteration, and the student's sample of a student step re-used for the critic (``docs/methods/dmd2.md``).
+The student minimises the reverse KL to the guided teacher at all noise levels. Its gradient is the difference of two
+denoisers: the frozen teacher, and a critic that keeps training on the student's samples. Public implementations differ;
+this one uses a normaliser and a score time per sample, a critic update on every step, and the student's sample for both
+losses of a student step (``docs/methods/dmd2.md``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastvideo.distillation.noise import add_noise, shift_time, velocity_target,
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, few_step
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Given, RoleLoss, UserError, free_means
+from fastvideo.distillation.types import Batch, Given, RoleLoss, UserError, mean_over_generated
 
 
 @runtime_checkable
 class _DMD2Adapter(Family, Protocol):
-    """All that DMD2 asks of a model family: its velocity, and the negative prompt's condition."""
+    """Family for DMD2: a velocity and the negative prompt's condition."""
 
     def ensure_negative_conditioning(self) -> None: ...
 
@@ -41,7 +41,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     trainable_roles: ClassVar[tuple[str, ...]] = ("student", "critic")
     frozen_roles = ("teacher",)
     term_roles: ClassVar[tuple[str, ...]] = ()
-    """Roles of further terms, in a method that adds some."""
+    """Roles of further terms in a subclass."""
     sampler: ClassVar[SamplerKind] = "renoise"
     bridges = True
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
@@ -69,25 +69,24 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return ("student", "critic") if step % self.config.generator_update_interval == 0 else ("critic",)
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        """Student first (on its steps), then the critic on the same sample, detached."""
-        if "student" not in self.active_roles(step):
-            with torch.no_grad():
-                x0 = self.to_teacher(self.rollout(batch))
-        elif self.config.score_and_train:
-            yield from self.joint_losses(self.to_teacher(self.rollout(batch)), batch)
-            return
-        else:
+        """The student's loss on its steps, then the critic's on the same sample, detached."""
+        student_step = "student" in self.active_roles(step)
+        with torch.set_grad_enabled(student_step):
             x0 = self.to_teacher(self.rollout(batch))
+        if student_step and self.config.score_and_train:
+            yield from self.joint_losses(x0, batch)
+            return
+        if student_step:
             yield self.student_loss(x0, batch)
-            x0 = x0.detach()
+        x0 = x0.detach()
         yield from self.critic_losses(x0, batch)
 
     def critic_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
-        """Losses on the student's sample ``x0``, detached, on every step."""
+        """Losses on the student's sample ``x0``, detached; a subclass adds its own."""
         yield self.critic_loss(x0, batch)
 
     def rollout(self, batch: Batch) -> Tensor:
-        """The student's clean sample, in its own latent space; one call carries gradient, at a rung drawn uniformly."""
+        """Clean sample of the student in its own space; one call, at a uniformly drawn ladder time, has gradient."""
         noise = self.rng.normal(batch.shape)
         if self.config.rollout == "simulate":
             stop = self.rng.shared_index(len(self.ladder))
@@ -98,14 +97,14 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
-        """Match the teacher at drawn noise levels."""
+        """DMD loss at drawn noise levels."""
         with torch.no_grad():
             x_t, t, _ = self.renoise_sample(x0)
             fake = self.critic.x0(x_t, t, batch.condition)
         return self.dmd_loss(x0, batch, x_t, t, fake)
 
     def dmd_loss(self, x0: Tensor, batch: Batch, x_t: Tensor, t: Tensor, fake: Tensor) -> RoleLoss:
-        """Put the DMD gradient on ``x0``: ``d loss / d x0 = gradient / numel`` (DMD eq. 7)."""
+        """Loss with ``d loss / d x0 = gradient / numel`` (DMD eq. 7)."""
         with torch.no_grad():
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
             gradient = self.gradient(x0, real, fake, batch)
@@ -117,29 +116,30 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return dmd_gradient(x0, real=real, fake=fake, given=batch.condition.given)
 
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
-        """Flow matching on the student's samples, conditional only."""
+        """Conditional flow matching on the student's samples."""
         x_t, t, target = self.renoise_sample(x0)
         u = self.critic.velocity(x_t, t, batch.condition)
         return RoleLoss("critic", batch.mean((u - target).square()))
 
     def joint_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
-        """Both losses from one call of the critic, whose graph waits until the student's backward is over."""
+        """Both losses from one call of the critic, whose graph outlives the student's backward."""
         x_t, t, target = self.renoise_sample(x0.detach())
         u = self.critic.velocity(x_t, t, batch.condition)
         yield self.dmd_loss(x0, batch, x_t, t, velocity_to_x0(x_t, u.detach(), t))
         yield RoleLoss("critic", batch.mean((u - target).square()))
 
     def renoise_sample(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sample at drawn noise levels, those levels, and the velocity there."""
+        """``x_t`` at drawn times ``t`` ``[B]``, those times, and the velocity target."""
         t, noise = self.score_times(len(x0)), self.rng.normal_like(x0)
         return add_noise(x0, noise, t), t, velocity_target(x0, noise)
 
     def score_times(self, count: int) -> Tensor:
-        """Uniform, then shifted, then clamped; one time per sample, all frames share it."""
+        """Uniform times ``[count]``, shifted, then clamped; all frames of a sample share one."""
         return shift_time(self.rng.uniform(count), self.config.score_time_shift).clamp(*self.config.score_time_range)
 
 
 def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: Given | None = None, eps: float = 1e-6) -> Tensor:
-    """``(fake - real) / (mean |x0 - real| + eps)`` with the mean over what is generated of each sample (DMD eq. 8)."""
-    x0, real, fake = x0.float(), real.float(), fake.float()
-    return (fake - real) / (free_means((x0 - real).abs(), given) + eps)
+    """``(fake - real) / (mean |x0 - real| + eps)``, the mean over each sample's generated frames (DMD eq. 8)."""
+    precise = torch.promote_types(x0.dtype, torch.float32)
+    x0, real, fake = x0.to(precise), real.to(precise), fake.to(precise)
+    return (fake - real) / (mean_over_generated((x0 - real).abs(), given) + eps)

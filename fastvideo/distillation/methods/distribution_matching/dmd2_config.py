@@ -1,4 +1,4 @@
-"""Options of DMD2, and of the methods that are built on it."""
+"""Options of DMD2 and of the methods built on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvideo.distillation.schedule import Guidance
 
 
 def refused(reason: str) -> AfterValidator:
-    """Refuses a switch of DMD2 that a method built on it cannot have, and says why."""
+    """Validator that refuses a switch of DMD2 in a method that does not support it."""
 
     def check(value: bool) -> bool:
         if value:
@@ -25,25 +25,24 @@ class DMD2Config(MethodConfig):
     """Options of DMD2."""
 
     rollout: Literal["simulate", "data"] = "simulate"
-    """How the student's input is made: `simulate` runs the student itself from noise (prompts alone are enough);
-    `data` noises real latents to a rung of the ladder."""
+    """Input of the student: `simulate` runs the student itself from noise (prompts suffice), `data` noises real latents
+    to a step of the ladder."""
     generator_update_interval: PositiveInt = 5
-    """The student is updated on every this-many-th step, the critic on every step."""
+    """Steps per update of the student; the critic is updated on every step."""
     teacher_guidance: Guidance = 4.5
-    """Classifier-free guidance of the teacher in the standard convention: 1 is the conditional prediction. Another
-    convention is converted by name: `{extra: 3.5}` is 4.5."""
+    """Classifier-free guidance of the teacher in the standard convention, where 1 is the conditional prediction; others
+    are converted by name: `{extra: 3.5}` is 4.5."""
     score_time_shift: PositiveFloat = 1.0
     """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
     score_time_range: TimeRange = (0.02, 0.98)
-    """Those noise levels are clamped to this range, after the shift."""
+    """Range to which those noise levels are clamped after the shift."""
     score_and_train: bool = False
-    """On a student step, take the critic's estimate for the student and its own loss from ONE forward, at one noise
-    level: a call of the critic less. Its graph is then alive during the student's backward, and its loss there is at
-    the noise level that the student was just compared at."""
+    """On a student step, take the critic's estimate for the student and the critic's own loss from one forward at one
+    noise level. It saves a call of the critic and keeps the critic's graph alive during the student's backward."""
     student_learning_rate: PositiveFloat = 2e-6
     """AdamW learning rate of the student."""
     critic_learning_rate: PositiveFloat = 8e-6
-    """AdamW learning rate of the critic; it must follow the student, so it is usually the higher one."""
+    """AdamW learning rate of the critic; usually the higher one, because the critic must follow the student."""
     betas: tuple[float, float] = (0.0, 0.999)
     """AdamW momenta of both."""
     weight_decay: NonNegativeFloat = 0.01

@@ -1,7 +1,7 @@
-"""DMD2 with its adversarial term (arXiv 2405.14867, section 4.3): real data corrects what the teacher does not know.
+"""DMD2 with its adversarial term (arXiv 2405.14867, section 4.3): real data corrects the teacher's errors.
 
-The student's adversarial term reuses the call that its DMD gradient makes of the backbone, so it adds a backward
-through it and no further call. Heads and backbone are frozen in that call and in its backward.
+The student's adversarial term reuses the backbone's call in the DMD gradient: it adds a backward pass and no forward.
+Heads and backbone are frozen in that call and in its backward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastvideo.distillation.methods.distribution_matching.gan import Adversary, 
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, RoleLoss
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 
 class DMD2GANConfig(AdversaryConfig, DMD2Config):
@@ -31,10 +31,10 @@ class DMD2GANConfig(AdversaryConfig, DMD2Config):
     score_and_train: Annotated[bool, refused("features are read in the call that scores")] = False
     """Not possible here."""
     gan_weight: NonNegativeFloat = 0.03
-    """Weight of the adversarial term next to the DMD term."""
+    """Weight of the adversarial term beside the DMD term."""
     features_of: Literal["teacher", "critic"] = "teacher"
-    """Whose features the discriminator sees: those of the frozen `teacher`, or of the moving `critic` (which its own
-    loss alone trains)."""
+    """Source of the discriminator's features: the frozen `teacher`, or the moving `critic` (trained by its own loss
+    only)."""
 
 
 class DMD2GANMethod(DMD2Method):
@@ -44,8 +44,6 @@ class DMD2GANMethod(DMD2Method):
     config: DMD2GANConfig
     trainable_roles = ("student", "critic", "discriminator")
     term_roles = ("discriminator",)
-    needs_latents = True
-    needs = frozenset({"features"})
     summary = "DMD2 with a discriminator on real data (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2GANConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -68,11 +66,15 @@ class DMD2GANMethod(DMD2Method):
     def uses_latents(cls, config: DMD2Config) -> bool:
         return True
 
+    @classmethod
+    def needs_of(cls, config: DMD2Config) -> frozenset[Need]:
+        return frozenset({"features"})
+
     def active_roles(self, step: int) -> tuple[str, ...]:
         return (*super().active_roles(step), "discriminator")
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
-        """The DMD gradient, weighted per sample, plus the adversarial term at the same noised sample."""
+        """DMD loss, weighted per sample, plus the adversarial term at the same noised sample."""
         t = self.score_times(len(batch))
         x_t = add_noise(x0, self.rng.normal_like(x0), t)
         with self.adversary.frozen():
@@ -98,14 +100,14 @@ class DMD2GANMethod(DMD2Method):
         return real, fake, self.adversary.logits(seen, t, condition)
 
     def weights(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Weight of each sample's DMD gradient, ``[B, 1, 1, 1, 1]``: one, for the reverse KL."""
+        """Weights ``[B, 1, 1, 1, 1]`` of the samples' DMD gradients: 1 for the reverse KL."""
         return torch.ones_like(t).view(-1, 1, 1, 1, 1)
 
     def critic_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
-        """The critic, then the discriminator, on the student's sample."""
+        """Losses of the critic and of the discriminator on the student's sample."""
         yield from super().critic_losses(x0, batch)
         yield self.discriminator_loss(x0, batch)
 
     def discriminator_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
-        """Real latents of the batch against the student's sample, at score times of its own."""
+        """Real latents against the student's sample, at newly drawn score times."""
         return self.adversary.loss(x0, self.to_teacher(batch.latents), self.score_times(len(batch)), batch.condition)

@@ -1,8 +1,8 @@
-"""f-distill: DMD2 for any f-divergence, by weighing each sample's gradient (arXiv 2502.15681, equation 6).
+"""f-distill: DMD2 for any f-divergence, by a weight per sample (arXiv 2502.15681, equation 6).
 
 ``grad D_f(p || q) = -E_q[ h(r) (s_p - s_q) dx / dtheta ]`` with ``r = p / q`` at the noised sample and
-``h(r) = f''(r) r^2``. The discriminator gives the ratio: at its optimum its logit is ``log r``. The reverse KL has
-``h = 1`` and is DMD2 with a discriminator, to the bit.
+``h(r) = f''(r) r^2``. The optimal discriminator's logit is ``log r``. The reverse KL has ``h = 1``: bit-equal to
+DMD2 with a discriminator.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ WEIGHTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "jeffreys": lambda r: 1 + r,
     "neyman": lambda r: 1 / r,
 }
-"""``h(r)`` of each divergence, up to a constant, which the normaliser takes out."""
+"""``h(r)`` of each divergence up to a factor, which the normaliser cancels."""
 MAX_LOGIT = 10.0
 RATIOS = (0.1, 20.0)
-"""Ratios outside are clamped: a discriminator that is sure of itself is not to be trusted with a factor of 1000."""
+"""Range to which ratios are clamped, against an overconfident discriminator."""
 
 
 class FDistillConfig(DMD2GANConfig):
     """Options of f-distill."""
 
     divergence: Divergence = "jensen_shannon"
-    """What is minimised. `forward_kl` and `jeffreys` cover modes, `reverse_kl` (plain DMD2) seeks them."""
+    """Objective. `forward_kl` and `jeffreys` cover modes, `reverse_kl` (plain DMD2) seeks them."""
     ratio_bins: PositiveInt = 10
-    """Ranges of the noise level that each have their own mean ratio."""
+    """Bins of the noise level, each with its own mean ratio."""
     ratio_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """How much of a bin's mean ratio is kept per student step; at 0, the batch's own mean, a sample that is alone in
-    its bin always weighs 1. The mean is of this process's samples."""
+    """Decay per student step of a bin's mean ratio (over this process's samples). At 0 it is the batch's own mean, and
+    a sample alone in its bin always weighs 1."""
     gan_weight: NonNegativeFloat = 0.001
-    """Weight of the adversarial term next to the DMD term; the discriminator is needed even at 0, for the ratio."""
+    """Weight of the adversarial term beside the DMD term; the ratio needs the discriminator even at 0."""
 
 
 class FDistillMethod(DMD2GANMethod):
-    """DMD2 with a discriminator that also weighs."""
+    """DMD2 with a discriminator that also gives weights."""
 
     Config = FDistillConfig
     config: FDistillConfig
@@ -65,10 +65,10 @@ class FDistillMethod(DMD2GANMethod):
 
     @torch.no_grad()
     def weights(self, logits: Tensor, t: Tensor) -> Tensor:
-        """``h(r)`` of each sample, with a mean of 1 over the batch: ``[B, 1, 1, 1, 1]``.
+        """``h(r)`` per sample, scaled to mean 1 over the batch: ``[B, 1, 1, 1, 1]``.
 
         Raises:
-            UserError: for a batch of one, whose weight is 1 whatever the divergence.
+            UserError: for a batch of one, whose weight is always 1.
         """
         if len(logits) == 1:
             raise UserError("f_distill weighs samples against each other: data.batch_size must be above 1")
@@ -77,7 +77,7 @@ class FDistillMethod(DMD2GANMethod):
         return (h / h.mean()).view(-1, 1, 1, 1, 1)
 
     def normalised(self, ratio: Tensor, t: Tensor) -> Tensor:
-        """``ratio`` over the running mean of its noise level, since ``E_q[p / q] = 1`` at every one."""
+        """``ratio`` divided by the running mean of its noise bin, since ``E_q[p / q] = 1`` at every level."""
         self.means = self.means.to(ratio.device)
         bins = (t * len(self.means)).long().clamp_max(len(self.means) - 1)
         count = torch.zeros_like(self.means).index_add_(0, bins, torch.ones_like(ratio))

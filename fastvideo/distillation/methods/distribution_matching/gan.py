@@ -1,7 +1,7 @@
 """Adversarial terms on noised latents (LADD arXiv 2403.12015; approximate R1: APT arXiv 2501.08316).
 
-The discriminator is a role: it tells noised real latents from noised samples of the student by the features that
-another role, the backbone, has of them. Methods put these parts together; none of them is a method itself.
+The discriminator is a role: it separates noised real latents from noised samples of the student by features of another
+role, the backbone. Methods combine these parts.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def discriminator_loss(fake: Tensor, real: Tensor, kind: GanLoss = "softplus") -
 
 
 def generator_loss(fake: Tensor, kind: GanLoss = "softplus") -> Tensor:
-    """``mean softplus(-fake)``, which does not saturate, or the hinge's ``-mean fake``."""
+    """Non-saturating ``mean softplus(-fake)``, or the hinge's ``-mean fake``."""
     return -fake.mean() if kind == "hinge" else functional.softplus(-fake).mean()
 
 
 def approximate_r1(logits: Tensor, moved: Tensor, sigma: float) -> Tensor:
-    """``mean ((D(x) - D(x + sigma n)) / sigma)^2``, which tends to ``E |dD/dx|^2``: R1 without a second derivative."""
+    """``mean ((D(x) - D(x + sigma n)) / sigma)^2``, which tends to R1's ``E |dD/dx|^2`` without second derivatives."""
     return ((logits - moved) / sigma).square().mean()
 
 
@@ -50,11 +50,11 @@ class AdversaryConfig(MethodConfig):
     """`softplus` (non-saturating) or `hinge`."""
     r1_weight: NonNegativeFloat = 0.0
     """Weight of the approximate R1 penalty, whose difference is divided by `r1_sigma`: APT's weight times `r1_sigma`
-    squared. 0 leaves it out."""
+    squared. 0 disables it."""
     r1_sigma: PositiveFloat = 0.1
-    """Standard deviation of the noise that the penalty adds to what the discriminator saw."""
+    """Standard deviation of the noise that the penalty adds to the discriminator's input."""
     feature_depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (0.5, 0.75, 1.0)
-    """Where features are tapped, relative to the network's depth: 1 is after its last block."""
+    """Depths of the feature taps, relative to the network's: 1 is after its last block."""
     head_width: PositiveInt = 64
     """Hidden width of each head."""
     discriminator_learning_rate: PositiveFloat = 1e-5
@@ -62,14 +62,7 @@ class AdversaryConfig(MethodConfig):
 
 
 class Adversary:
-    """A discriminator on the features of a backbone.
-
-    Args:
-        config: its options.
-        backbone: the role whose features it sees.
-        heads: the role ``discriminator``.
-        rng: where the penalty's noise comes from.
-    """
+    """Discriminator ``heads`` on the features of a ``backbone`` role; ``rng`` draws the penalty's noise."""
 
     def __init__(self, config: AdversaryConfig, backbone: RoleHandle, heads: RoleHandle, rng: RandomStreams) -> None:
         self.config, self.backbone, self.heads, self.rng = config, backbone, heads, rng
@@ -77,30 +70,30 @@ class Adversary:
 
     @staticmethod
     def build(config: AdversaryConfig, widths: Sequence[int]) -> nn.Module:
-        """The discriminator's network for a backbone with these token widths."""
+        """Network of the discriminator for a backbone with these token widths."""
         return Discriminator([widths[tap] for tap in taps_at(config.feature_depths, len(widths))], config.head_width)
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Names of the roles that the student's adversarial loss leaves alone: heads and backbone."""
+        """Roles that the student's adversarial loss must not train: heads and backbone."""
         return self.heads.name, self.backbone.name
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Freeze heads and backbone inside: gradient flows through them and not to them."""
+        """Freeze heads and backbone: gradient flows through them and not to them."""
         return frozen((self.heads, self.backbone))
 
     def logits(self, features: Sequence[Tensor], t: Tensor, condition: Condition) -> Tensor:
-        """``[B, taps]``."""
+        """Logits ``[B, taps]`` of a backbone's tokens."""
         return self.heads.network(features, t, condition.given)  # type: ignore[no-any-return]
 
     def see(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Logits of noised latents; no gradient reaches them or the backbone."""
+        """Logits of noised latents, without gradient to latents or backbone."""
         with torch.no_grad():
             features = self.backbone.features(x_t, t, condition, self.taps)
         return self.logits(features, t, condition)
 
     def loss(self, x0: Tensor, real: Tensor, t: Tensor, condition: Condition) -> RoleLoss:
-        """Tell ``x0`` from ``real``, both at time ``t`` under the same noise."""
+        """Discriminator's loss on ``x0`` against ``real``, both at time ``t`` with the same noise."""
         noise = self.rng.normal_like(x0)
         fake_logits = self.see(add_noise(x0, noise, t), t, condition)
         real_t = add_noise(real, noise, t)

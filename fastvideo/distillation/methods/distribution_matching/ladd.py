@@ -1,8 +1,8 @@
 """LADD: adversarial distillation in latent space, on features of the frozen teacher alone (arXiv 2403.12015).
 
-No score difference and no critic: the student has to look real at every noise level to heads on the teacher's features.
-Real samples are the data's latents, or the teacher's own guided samples, which is the paper's choice and makes this a
-distillation of the teacher rather than a fit of the data.
+There is no score difference and no critic: the student must look real at every noise level to heads on the teacher's
+features. Real samples are latents of the data or, as in the paper, guided samples of the teacher, which makes this a
+distillation of the teacher instead of a fit of the data.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import euler, few_step
 from fastvideo.distillation.schedule import Guidance, Ladder
-from fastvideo.distillation.types import Batch, RoleLoss
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 
 class LADDConfig(RungConfig, AdversaryConfig):
     """Options of LADD."""
 
     real_samples: Literal["data", "teacher"] = "data"
-    """What counts as real: latents of the `data`, or what the guided `teacher` makes of the batch's prompts."""
+    """Real samples: latents of the `data`, or samples of the guided `teacher` for the batch's prompts."""
     teacher_steps: PositiveInt = 16
     """Euler steps of the teacher, for `real_samples: teacher`."""
     teacher_shift: PositiveFloat = 3.0
@@ -40,16 +40,16 @@ class LADDConfig(RungConfig, AdversaryConfig):
     teacher_guidance: Guidance = 4.5
     """Their guidance, in the standard convention."""
     rollout: Literal["simulate", "data"] = "simulate"
-    """How the student's input is made: it runs itself from noise (`simulate`), or real samples are noised to a rung of
-    the ladder (`data`, the paper)."""
+    """Input of the student: `simulate` runs the student itself from noise, `data` (the paper) noises real samples to a
+    step of the ladder."""
     generator_update_interval: int = Field(default=2, ge=2)
-    """The student is updated on every this-many-th step, the discriminator on all others."""
+    """Steps per update of the student; the discriminator is updated on all others."""
     renoise_mean: float = 1.0
-    """Mean of the logit-normal noise level at which samples are judged: high noise shows structure, low detail."""
+    """Mean of the logit-normal noise level of the discriminator: high noise shows structure, low noise detail."""
     renoise_scale: PositiveFloat = 1.0
-    """Its scale."""
+    """Scale of that distribution."""
     renoise_range: TimeRange = (0.001, 0.999)
-    """Noise levels are clamped to this range."""
+    """Range to which noise levels are clamped."""
     student_learning_rate: PositiveFloat = 2e-6
     """AdamW learning rate of the student."""
     discriminator_learning_rate: PositiveFloat = 4e-6
@@ -68,7 +68,6 @@ class LADDMethod(DistillMethod[LADDConfig]):
     Config = LADDConfig
     trainable_roles = ("student", "discriminator")
     frozen_roles = ("teacher",)
-    needs = frozenset({"features"})
     sampler = "renoise"
     summary = "LADD, adversarial distillation on the teacher's features (arXiv 2403.12015)"
 
@@ -92,11 +91,15 @@ class LADDMethod(DistillMethod[LADDConfig]):
     def uses_latents(cls, config: LADDConfig) -> bool:
         return config.real_samples == "data"
 
+    @classmethod
+    def needs_of(cls, config: LADDConfig) -> frozenset[Need]:
+        return frozenset({"features"})
+
     def active_roles(self, step: int) -> tuple[str, ...]:
         return ("student",) if step % self.config.generator_update_interval == 0 else ("discriminator",)
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        """The student's turn, or the discriminator's."""
+        """The student's loss or the discriminator's, by turns."""
         if "student" in self.active_roles(step):
             yield self.student_loss(self.rollout(batch, step), batch)
         else:
@@ -106,18 +109,18 @@ class LADDMethod(DistillMethod[LADDConfig]):
             yield self.adversary.loss(x0, real, self.times(len(batch)), batch.condition)
 
     def real(self, batch: Batch) -> Tensor:
-        """Clean samples ``[B, C, F, H, W]`` that count as real."""
+        """Clean real samples ``[B, C, F, H, W]``."""
         if self.config.real_samples == "teacher":
-            g = self.config.teacher_guidance
-            velocity = partial(
-                self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative, guidance=g
+            guidance = self.config.teacher_guidance
+            guided = partial(
+                self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative, guidance=guidance
             )
             times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
-            return euler(velocity, self.rng.normal(batch.shape), times)
+            return euler(guided, self.rng.normal(batch.shape), times)
         return batch.latents
 
     def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
-        """The student's clean sample; one call carries gradient, at a rung drawn by the shares of the step."""
+        """Clean sample of the student; one call, at a ladder step drawn by its shares, carries gradient."""
         if self.config.rollout == "simulate":
             stop, noise = self.rungs.stop(step), self.rng.normal(batch.shape)
             velocity = partial(self.student.velocity, condition=batch.condition)
@@ -127,7 +130,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         return self.student.x0(add_noise(real, self.rng.normal_like(real), t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
-        """Look real, at a noise level of its own for every sample."""
+        """Adversarial loss at one drawn noise level per sample."""
         t = self.times(len(x0))
         x_t = add_noise(x0, self.rng.normal_like(x0), t)
         with self.adversary.frozen():

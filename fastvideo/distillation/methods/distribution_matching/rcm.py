@@ -1,7 +1,7 @@
 """rCM: continuous-time consistency with distribution matching as a regulariser (arXiv 2510.08431), in TrigFlow.
 
 Consistency (as in sCM) keeps the diversity of the teacher's flow; DMD2's gradient sharpens. A student step takes both,
-and the critic learns in between. Pitfalls and disagreements between implementations: ``docs/methods/rcm.md``.
+and the critic trains in between. Pitfalls and differences of implementations: ``docs/methods/rcm.md``.
 """
 
 from __future__ import annotations
@@ -22,22 +22,17 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import ref
 from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
-from fastvideo.distillation.tangent import (
-    consistency_error,
-    consistency_tangent,
-    sample_warmup_tangent,
-    trig_field,
-)
+from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 
 class RCMConfig(DMD2Config, DerivativeConfig):
-    """Options of rCM, on top of those of DMD2."""
+    """Options of rCM, besides those of DMD2."""
 
     rollout: Literal["simulate"] = "simulate"
-    """The student's samples come from its own steps, at random times."""
+    """Input of the student: its own steps from noise, at random times."""
     rollout_steps: PositiveInt = 4
-    """The n-th distribution-matching step takes `n mod rollout_steps + 1` of them."""
+    """Largest number of those steps: the n-th distribution-matching update takes `n mod rollout_steps + 1`."""
     teacher_guidance: Guidance = 5.0
     """Guidance of the teacher in both terms, standard convention."""
     score_time_shift: PositiveFloat = 5.0
@@ -45,7 +40,7 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     score_and_train: Annotated[bool, refused("its critic rests on the student's steps")] = False
     """Not possible here."""
     consistency_steps: NonNegativeInt = 1000
-    """First steps, which train the student on consistency alone; 0 for one that is a consistency model already."""
+    """First steps, on consistency alone; 0 for a student that is a consistency model already."""
     consistency_weight: PositiveFloat = 0.035
     """Weight of the consistency loss beside that of DMD2 (both are means: 100 to 1 in sums at Wan's size)."""
     log_sigma_mean: float = 0.7
@@ -55,9 +50,9 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     tangent_warmup_steps: NonNegativeInt = 1000
     """Steps, of all roles, over which the tangent's unstable terms are faded in; 0 has them from the start."""
     tangent_warmup: Literal["both", "sample"] = "both"
-    """What is faded in: `both` terms as in the sCM paper, or the `sample` term alone as in rCM's own code."""
+    """Terms that are faded in: `both` as in the sCM paper, or the `sample` term alone as in rCM's own code."""
     tangent_constant: NonNegativeFloat = 0.1
-    """Added to the tangent's root mean square before it is divided by it."""
+    """Constant added to the tangent's root mean square in its normalisation."""
 
 
 class RCMMethod(DMD2Method):
@@ -66,7 +61,6 @@ class RCMMethod(DMD2Method):
     bridges = False
     Config = RCMConfig
     config: RCMConfig
-    needs = frozenset({"jvp"})
     summary = "rCM, consistency with distribution matching: diverse and sharp (arXiv 2510.08431)"
 
     def __init__(self, config: RCMConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -76,19 +70,19 @@ class RCMMethod(DMD2Method):
 
     @classmethod
     def needs_of(cls, config: RCMConfig) -> frozenset[Need]:  # type: ignore[override]
-        return cls.needs if config.jvp == "autodiff" else frozenset()
+        return config.derivative_needs
 
     @classmethod
     def uses_latents(cls, config: DMD2Config) -> bool:
         return True
 
     def active_roles(self, step: int) -> tuple[str, ...]:
-        """The student alone at first; then one step of the student and the rest of each interval the critic's."""
+        """The student alone at first; then the student for one step and the critic for the rest of each interval."""
         after = step - self.config.consistency_steps
         return ("student",) if after < 0 or after % self.config.generator_update_interval == 0 else ("critic",)
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        """On a student step consistency, then distribution matching: one graph at a time, one optimizer step."""
+        """On a student step consistency, then distribution matching: two graphs in turn, one optimizer step."""
         turn = (step - self.config.consistency_steps) // self.config.generator_update_interval
         if self.active_roles(step) == ("critic",):
             with torch.no_grad():
@@ -108,7 +102,7 @@ class RCMMethod(DMD2Method):
         return RoleLoss("student", self.config.consistency_weight * error.mean(), metrics)
 
     def consistency_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
-        """The tangent before it is normalised, and the squared error ``[B]``."""
+        """Tangent before normalisation, and the squared error ``[B]``."""
         x = expand_time(angle.cos(), noise) * batch.latents + expand_time(angle.sin(), noise) * noise
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
@@ -123,9 +117,9 @@ class RCMMethod(DMD2Method):
         return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given, form)
 
     def rollout(self, batch: Batch, turn: int = 0) -> Tensor:
-        """The student's clean sample after ``turn mod rollout_steps + 1`` calls, the last of them with gradient.
+        """Clean sample of the student after ``turn mod rollout_steps + 1`` calls, the last with gradient.
 
-        Times fall from pure noise: each is the lower of the one before and a draw, per sample.
+        Times fall from pure noise: each is the lower of the previous one and a draw, per sample.
         """
         x = self.rng.normal(batch.shape)
         t = torch.ones(len(batch), dtype=torch.float32, device=x.device)

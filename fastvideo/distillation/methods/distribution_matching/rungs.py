@@ -1,4 +1,4 @@
-"""Which rung of the ladder a student is trained at, and how that changes in the course of a run (LADD, 2403.12015)."""
+"""Shares of the ladder's steps in training, and their change over a run (LADD arXiv 2403.12015)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastvideo.distillation.types import UserError
 
 
 class RungConfig(MethodConfig):
-    """Options of a method that does not train all rungs alike."""
+    """Options of a method that trains ladder steps unevenly."""
 
     rung_shares: tuple[NonNegativeFloat, ...] = ()
-    """How often each rung of the ladder is trained, its first (noisiest) one first; empty: all alike."""
+    """Share of training at each step of the ladder, the noisiest first; empty means equal shares."""
     early_rung_shares: tuple[NonNegativeFloat, ...] = ()
-    """The same for the first `early_rung_steps` steps: the lower rungs are the easier ones to begin with."""
+    """Shares during the first `early_rung_steps` steps of the run: low noise is the easier start."""
     early_rung_steps: NonNegativeInt = 0
-    """Steps (of any role) before `rung_shares` hold."""
+    """Steps of the run (of any role) until `rung_shares` take over."""
 
     @model_validator(mode="after")
     def _stages(self) -> RungConfig:
@@ -31,20 +31,15 @@ class RungConfig(MethodConfig):
         for name in ("rung_shares", "early_rung_shares"):
             shares = getattr(self, name)
             if shares and not any(shares):
-                raise ValueError(f"{name}: at least one rung needs a share above 0, got {list(shares)}")
+                raise ValueError(f"{name}: at least one ladder step needs a share above 0, got {list(shares)}")
         return self
 
 
 class Rungs:
-    """Draws rungs by the shares of the step.
-
-    Args:
-        config: the shares.
-        ladder: the rungs.
-        rng: where the draws come from.
+    """Draws ladder steps by the shares in force.
 
     Raises:
-        UserError: for shares of another number of rungs than the ladder has.
+        UserError: if the number of shares is not the ladder's length.
     """
 
     def __init__(self, config: RungConfig, ladder: Ladder, rng: RandomStreams) -> None:
@@ -52,19 +47,19 @@ class Rungs:
         for name, shares in (("rung_shares", config.rung_shares), ("early_rung_shares", config.early_rung_shares)):
             if shares and len(shares) != len(ladder):
                 times = ", ".join(f"{t:g}" for t in ladder.times)
-                raise UserError(f"method.{name}: {len(shares)} shares for a ladder of {len(ladder)} rungs ({times})")
+                raise UserError(f"method.{name}: {len(shares)} shares for a ladder of {len(ladder)} steps ({times})")
 
     def shares(self, step: int) -> Sequence[float]:
-        """Shares in force at ``step``; empty: all rungs alike."""
+        """Shares in force at ``step`` of the run; empty means equal shares."""
         return self.config.early_rung_shares if step < self.config.early_rung_steps else self.config.rung_shares
 
     def stop(self, step: int) -> int:
-        """The index of one rung, the same on all ranks: where a simulated rollout stops."""
+        """Ladder index at which a simulated rollout stops, equal on all ranks."""
         shares = self.shares(step)
         return self.rng.shared_choice(shares) if shares else self.rng.shared_index(len(self.ladder))
 
     def times(self, count: int, step: int) -> Tensor:
-        """Float32 ``[count]``: the time of a rung per sample."""
+        """Float32 ``[count]``: a ladder time per sample."""
         shares = self.shares(step)
         index = self.rng.choice(count, shares) if shares else self.rng.index(count, len(self.ladder))
         return torch.tensor(self.ladder.times, device=index.device)[index]

@@ -137,7 +137,7 @@ def test_the_input_from_data_is_data_noised_to_a_rung_per_sample() -> None:
 
 def test_a_rollout_on_data_without_data_is_refused(adapter: SpyAdapter) -> None:
     method = dmd2(adapter, rollout="data")
-    with pytest.raises(UserError, match="needs latents; use rollout 'simulate'"):
+    with pytest.raises(UserError, match="trains on clean latents"):
         next(method.losses(analytic_batch(adapter, 2, latents=False), 0))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import at_time, euler, generate
+from fastvideo.distillation.rollout import euler, full_time, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Trajectory, UserError
 from fastvideo.tests.distillation.analytic.mixtures import learned_velocity, mode_shares, three_modes, wasserstein_1
@@ -110,7 +110,7 @@ def test_every_stored_state_flows_to_the_stored_end() -> None:
     assert torch.equal(states[:, 0], noise)
     for i, t in enumerate(LADDER.times):
         x_t = states[:, i]
-        flowed = x_t - t * exact(x_t, at_time(x_t, t), torch.zeros(32))
+        flowed = x_t - t * exact(x_t, full_time(x_t, t), torch.zeros(32))
         assert float((flowed - end).abs().mean()) < 0.02, t
 
 

@@ -157,14 +157,14 @@ def test_steps_of_training_follow_the_curriculum(adapter: SpyAdapter) -> None:
 
 
 def test_a_curriculum_that_does_not_fit_is_refused(adapter: SpyAdapter) -> None:
-    with pytest.raises(UserError, match=r"rung_shares: 2 shares for a ladder of 4 rungs \(1, 0.9, 0.75, 0.5\)"):
+    with pytest.raises(UserError, match=r"rung_shares: 2 shares for a ladder of 4 steps \(1, 0.9, 0.75, 0.5\)"):
         method_of(adapter, rung_shares=(0.5, 0.5))
     with pytest.raises(UserError, match="early_rung_shares: 1 shares"):
         method_of(adapter, early_rung_shares=(1.0,), early_rung_steps=5)
     for options in ({"early_rung_steps": 5}, {"early_rung_shares": (0, 0, 1, 1)}):
         with pytest.raises(ValueError, match="set both, or neither"):
             LADDConfig.model_validate(options)
-    with pytest.raises(ValueError, match="at least one rung"):
+    with pytest.raises(ValueError, match="at least one ladder step"):
         LADDConfig(rung_shares=(0, 0, 0, 0))
 
 

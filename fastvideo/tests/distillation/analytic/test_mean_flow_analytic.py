@@ -138,7 +138,7 @@ def test_the_mixture_of_equal_velocities_is_that_velocity(w: float, k: float, ad
     method = mean_flow(adapter, exact(adapter, "mean_velocity", MEAN, 1e-9), mixture=(w, k))
     batch = batch_of(torch.full_like(X0, MEAN))
     assert batch.x0 is not None
-    velocity, _ = method.velocity(batch, add_noise(batch.x0, NOISE, T), NOISE, T)
+    velocity, _ = method.flow(batch, add_noise(batch.x0, NOISE, T), NOISE, T)
     close(velocity, NOISE - MEAN, 1e-7)
 
 
@@ -150,7 +150,7 @@ def test_the_mixture_guides_by_its_weights_within_its_range_and_where_the_captio
     mixed, plain = 0.4 * (NOISE - X0) + 0.8 * of[0] - 0.2 * of[1], NOISE - X0
     seen: set[bool] = set()
     for _ in range(8):
-        velocity, condition = method.velocity(batch, x_t, NOISE, T)
+        velocity, condition = method.flow(batch, x_t, NOISE, T)
         for i, t in enumerate(T.tolist()):
             kept = bool(condition.of("analytic")["shift"][i] == 0.5)
             seen.add(kept)

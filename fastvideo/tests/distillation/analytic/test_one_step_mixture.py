@@ -75,7 +75,8 @@ def mixture_method(name: str) -> Any:
     adapter = three_modes((1, 1, run.side, run.side))
     config = cls.Config(**{"teacher_guidance": 1.0, **run.options})
     with initialising(1):
-        start, own = learned_velocity(three_modes(), run.start, gain=run.gain), cls.heads(config, adapter)
+        start = learned_velocity(three_modes(), run.start, gain=run.gain)
+        own = cls.heads(config, dict.fromkeys((*cls.trainable_roles, *cls.frozen_roles), adapter))
     handles = []
     for role in (*cls.trainable_roles, "teacher"):
         network = own.get(role) or (

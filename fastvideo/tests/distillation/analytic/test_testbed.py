@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig, MixtureDenoiser
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.analytic_networks import (
     FrameConsistency,
     FrameDenoiser,
     MixtureConsistency,
+    MixtureDenoiser,
     SiteMLP,
     VectorMixtureDenoiser,
     autoregressive,

@@ -159,7 +159,7 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
 
     def recorded(training: RoleTraining, skip: Tensor | None = None) -> None:
         handle = handles[id(training)]
-        seen[handle.name] = {n: whole(p.grad) for n, p in handle.network.named_parameters() if p.grad is not None}
+        seen[handle.name] = {n: whole(p.grad) for n, p in handle.named_parameters().items() if p.grad is not None}
         stepped(training, skip)
 
     data, losses = batches(case, adapter, processes.data_rank), {}
@@ -201,7 +201,7 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
         for role in methods[0].active_roles(step):
             handles = [method.bundle[role] for method in methods]
             losses[f"{step}/{role}/grad_norm"] = average_and_clip(handles)
-            named = handles[0].network.named_parameters()
+            named = handles[0].named_parameters().items()
             gradients[-1] |= {f"{role}/{n}": p.grad.clone() for n, p in named if p.grad is not None}
             for handle in handles:
                 training_of(handle).step()

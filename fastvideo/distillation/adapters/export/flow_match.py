@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvideo.distillation.adapters.base import StockSampler
+from fastvideo.distillation.adapters.export.base import Exporter, StockSampler, deviation
 from fastvideo.distillation.types import UserError
 
 TRAIN_TIMESTEPS = 1000
@@ -24,6 +24,14 @@ CANDIDATES = 129
 """Bends that are tried between the least and the largest that a ladder step asks for."""
 REACHABLE = 0.93
 """Largest bend of the whole grid: the scheduler shifts its end point too, which takes back what a larger shift adds."""
+
+
+class FlowMatchExporter(Exporter):
+    """A family whose network is a rectified flow."""
+
+    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
+        """:func:`flow_match_sampler`."""
+        return flow_match_sampler(times, kind)
 
 
 def flow_match_sampler(times: Sequence[float], kind: str) -> StockSampler:
@@ -44,11 +52,6 @@ def flow_match_sampler(times: Sequence[float], kind: str) -> StockSampler:
     shifts = sorted({_shift(bend) for bend in _bends(times)})
     samplers = [_sampler(len(times), shift, times[-1], kind) for shift in shifts]
     return min(samplers, key=lambda sampler: deviation(sampler.times, times))
-
-
-def deviation(found: Sequence[float], times: Sequence[float]) -> float:
-    """The largest difference between two ladders of the same length."""
-    return max(abs(a - b) for a, b in zip(found, times, strict=True))
 
 
 def yielded_times(scheduler: Any, steps: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Prompts through a pipeline's tokenizer and text encoder."""
+"""Prompts through a pipeline's tokenizer and text encoder, and images through its CLIP."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Conditioner, Shape
-from fastvideo.distillation.adapters.diffusers.loading import library_class, load_component
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_component
 from fastvideo.distillation.types import Condition, RawBatch, UserError
 
 TEXT = "prompt_embeds"
@@ -63,6 +62,7 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
 
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
         self.pipeline, self.config, self.device = pipeline, pipeline.config, pipeline.device
+        self.text_length, self.negative_prompt = self.config.max_sequence_length, self.config.prompt_for_negative
         self._prompts = PromptCache(self._encode_text, self.config.prompt_cache_mib * 2**20)
 
     @cached_property
@@ -74,14 +74,6 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
     @property
     def _key_fields(self) -> set[str]:
         return {"max_sequence_length", "prompt_for_negative"}
-
-    @property
-    def text_length(self) -> int | None:
-        return self.config.max_sequence_length
-
-    @property
-    def negative_prompt(self) -> str:
-        return self.config.prompt_for_negative
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -176,3 +168,26 @@ def checked(extras: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor | N
         wanted = tuple("any" if want is None else want for want in shape)
         raise UserError(f"data: {name} has shape {sample}, the model expects {wanted}")
     return found.float()
+
+
+class ClipImages:
+    """The frozen CLIP image encoder of a pipeline, loaded on first use."""
+
+    def __init__(self, pipeline: Pipeline[Any]) -> None:
+        self.pipeline = pipeline
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from transformers import AutoImageProcessor, CLIPVisionModel
+
+        processor = load_component(AutoImageProcessor, self.pipeline.source, "image_processor")
+        return processor, self.pipeline.frozen(CLIPVisionModel, "image_encoder", dtype=torch.float32)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Hidden states ``[B, L, D]`` before the last layer, of images ``[B, 3, H, W]`` in ``[-1, 1]``."""
+        processor, encoder = self._loaded
+        bytes_ = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+        pixels = processor(images=list(bytes_.numpy()), return_tensors="pt", input_data_format="channels_first")
+        states = encoder(pixels["pixel_values"].to(self.pipeline.device), output_hidden_states=True).hidden_states
+        return states[-2].float()  # type: ignore[no-any-return]

@@ -1,9 +1,10 @@
-"""Names of Wan's layers in ComfyUI, which keeps those of the authors' own code."""
+"""Wan students in stock diffusers, and in ComfyUI, whose names of layers are those of the authors' own code."""
 
 from __future__ import annotations
 
 import re
 
+from fastvideo.distillation.adapters.export.flow_match import FlowMatchExporter
 from fastvideo.distillation.types import UserError
 
 IN_A_BLOCK = {
@@ -30,15 +31,13 @@ OUTSIDE = {
 }
 
 
-def comfy_layer(layer: str) -> str:
-    """ComfyUI's name of a layer of ``WanTransformer3DModel``.
+class WanExporter(FlowMatchExporter):
+    """``FlowMatchEulerDiscreteScheduler``, and ComfyUI's names."""
 
-    Raises:
-        UserError: for a layer that it has no name for.
-    """
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
-    if found and found[2] in IN_A_BLOCK:
-        return f"diffusion_model.blocks.{found[1]}.{IN_A_BLOCK[found[2]]}"
-    if layer in OUTSIDE:
-        return f"diffusion_model.{OUTSIDE[layer]}"
-    raise UserError(f"ComfyUI has no name for the layer {layer} of Wan")
+    def comfy_layer(self, layer: str) -> str:
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+        if found and found[2] in IN_A_BLOCK:
+            return f"diffusion_model.blocks.{found[1]}.{IN_A_BLOCK[found[2]]}"
+        if layer in OUTSIDE:
+            return f"diffusion_model.{OUTSIDE[layer]}"
+        raise UserError(f"ComfyUI has no name for the layer {layer} of Wan")

@@ -1,0 +1,64 @@
+"""``Exporter``: how other programs take the students of one family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.types import UserError
+
+
+@dataclass(frozen=True)
+class StockSampler:
+    """A diffusers scheduler that goes from time to time as a student's own sampler does.
+
+    Asked for ``len(times)`` steps, it calls the network at the rectified-flow times ``times``. They may differ from the
+    student's ladder, where no scheduler yields that ladder.
+    """
+
+    scheduler: Any
+    times: tuple[float, ...]
+
+
+def deviation(found: Sequence[float], times: Sequence[float]) -> float:
+    """Largest difference between two ladders of the same length."""
+    return max(abs(a - b) for a, b in zip(found, times, strict=True))
+
+
+class Exporter:
+    """Conventions of diffusers and ComfyUI for a family's students; this base has none to offer.
+
+    Args:
+        config: the family's options.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
+
+    def stock_sampler(self, times: Sequence[float], kind: str) -> StockSampler:
+        """The scheduler with which stock diffusers comes closest to a student's ladder ``times``.
+
+        Args:
+            times: the ladder.
+            kind: the student's sampler, ``renoise`` or ``euler``.
+
+        Raises:
+            UserError: for a family without a diffusers pipeline, or a sampler that its schedulers do not have.
+        """
+        raise UserError(f"{type(self.config).__name__}: the family has no diffusers pipeline to export to")
+
+    def stock_latents(self, latents: Tensor) -> Tensor:
+        """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""
+        return latents
+
+    def comfy_layer(self, layer: str) -> str:
+        """ComfyUI's name of a layer of the network.
+
+        Raises:
+            UserError: for a layer or a family that has none.
+        """
+        raise UserError(f"{type(self.config).__name__}: ComfyUI has names of its own for Wan's layers alone")

@@ -1,0 +1,47 @@
+"""``load_exporter``: the exporter of a family, by the diffusers pipelines that it reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastvideo.distillation.adapters.analytic import AnalyticConfig
+from fastvideo.distillation.adapters.export.cogvideox import CogVideoXExporter
+from fastvideo.distillation.adapters.export.wan import WanExporter
+from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.registry import EXPORTERS, families, load_adapter, load_exporter
+from fastvideo.distillation.types import UserError
+
+
+class ImageConfig(AdapterConfig):
+    """A family that reads two pipelines, of which the second has an exporter."""
+
+    pipelines = ("SomeImagePipeline", "WanPipeline")
+
+
+def test_exporters_by_pipeline() -> None:
+    assert type(load_exporter(load_adapter("wan").Config())) is WanExporter
+    assert type(load_exporter(load_adapter("cogvideox").Config(path="tiny_cogvideox"))) is CogVideoXExporter
+    assert type(load_exporter(ImageConfig())) is WanExporter
+    assert set(EXPORTERS) <= set(families())
+
+
+def test_family_without_pipeline() -> None:
+    """Its exporter refuses, with the name of the family's config."""
+    exporter = load_exporter(AnalyticConfig())
+    with pytest.raises(UserError, match="AnalyticConfig: the family has no diffusers pipeline"):
+        exporter.stock_sampler((1.0, 0.5), "euler")
+    with pytest.raises(UserError, match="names of its own for Wan's layers alone"):
+        exporter.comfy_layer("blocks.0")
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        ("blocks.7.attn2.to_out.0", "diffusion_model.blocks.7.cross_attn.o"),
+        ("proj_out", "diffusion_model.head.head"),
+    ],
+)
+def test_comfy_layers_of_wan(layer: str, name: str) -> None:
+    assert load_exporter(load_adapter("wan").Config()).comfy_layer(layer) == name
+    with pytest.raises(UserError, match=r"no name for the layer blocks\.7\.norm"):
+        load_exporter(load_adapter("wan").Config()).comfy_layer("blocks.7.norm")
