@@ -24,7 +24,6 @@ from fastvideo.distillation.engine.parallel.context import check_context, contex
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.engine.parallel.sharding import (
-    ShardPolicy,
     gather_state,
     home_of,
     includes,
@@ -168,9 +167,9 @@ class Placement:
             self._shard(network, scaling, path)
 
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
-        policy = ShardPolicy(self.options.keep_gathered, self.options.offload, self.source.folder.compute_dtype)
-        shard_network(network, scaling.blocks(network), self._mesh, self.processes, policy)
-        load_shards(network, self.source.folder.files(path), home_of(network, policy, self.processes.device))
+        units, dtype = scaling.blocks(network), self.source.folder.compute_dtype
+        shard_network(network, units, self._mesh, self.processes, self.options, dtype)
+        load_shards(network, self.source.folder.files(path), home_of(network, self.options, self.processes.device))
 
 
 def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[str, int]:

@@ -16,12 +16,7 @@ from fastvideo.distillation.engine.checkpoint.restore import check_intact, newes
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.optional.startup import StartUp
 from fastvideo.distillation.engine.parallel.collective import check_agreement, naming_lost_ranks
-from fastvideo.distillation.engine.parallel.distributed import (
-    Processes,
-    barrier,
-    start_processes,
-    stop_processes,
-)
+from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.tracking import Tracker, check_installed
 from fastvideo.stopping import listening
 
@@ -58,9 +53,8 @@ class Session:
         start = StartUp(monotonic() if began is None else began)
         start.reached("imports")
         _set_up_process(config.trainer)
-        layout = config.parallel.model_dump(include={"shard", "replicate", "context", "timeout"})
         with listening(config.trainer.stop_signals):
-            processes = start_processes(config.device, **layout)
+            processes = start_processes(config.device, config.parallel)
             try:
                 with naming_lost_ranks():
                     yield Session(config, processes, start)

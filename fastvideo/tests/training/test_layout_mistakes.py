@@ -13,6 +13,7 @@ import fastvideo.training.distillation as entry
 from fastvideo.data.order import Bucket, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout, start_processes
 from fastvideo.distillation.registry import run_schema
@@ -46,7 +47,7 @@ def config_of(family: str, root: Path, **parallel: Any) -> Any:
 )
 def test_a_layout_that_the_processes_do_not_fit_is_refused(layout: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_layout(6, **({"shard": 1, "replicate": None, "context": 1} | layout))
+        check_layout(6, ParallelConfig(**layout))
 
 
 @pytest.mark.parametrize(

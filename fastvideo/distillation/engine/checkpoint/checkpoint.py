@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from fastvideo.distillation.config.sections import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.manifest import (
     MANIFEST,
@@ -30,21 +28,13 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
 from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful, split_state
 from fastvideo.distillation.engine.checkpoint.storage import (
     HostCopy,
-    Index,
     copy_to_host,
     index_text,
     safetensors_bytes,
 )
 from fastvideo.distillation.engine.parallel.distributed import Processes, barrier
 from fastvideo.errors import RunError
-from fastvideo.files import (
-    FileRecord,
-    make_folder,
-    remove_tree,
-    replace_file,
-    sync_folder,
-    write_file,
-)
+from fastvideo.files import FileRecord, make_folder, remove_tree, replace_file, sync_folder, write_file
 
 CONFIG, INDEX, SHARED = "config.yaml", "tensors.json", "shared.json"
 OTHERS_TIMEOUT = 3600.0
@@ -72,16 +62,6 @@ class Parts:
     def everywhere(self) -> dict[str, Stateful]:
         """Parts that all processes hold alike, or in shards."""
         return {**self.roles, **self.shared}
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """State at one step, in host memory: it does not change while it is written."""
-
-    step: int
-    tensors: Mapping[str, Tensor]
-    index: Index
-    texts: Mapping[str, str]
 
 
 class CheckpointHook:
@@ -137,7 +117,7 @@ class CheckpointHook:
                 os.mkdir(target)
                 sync_folder(self.folder)
         barrier()
-        write = partial(self._write, target, self._snapshot(step))
+        write = partial(self._write, target, step, *self._snapshot())
         if self._thread is None:
             write()
         else:
@@ -166,7 +146,8 @@ class CheckpointHook:
         if running is not None:
             running.result()
 
-    def _snapshot(self, step: int) -> _Snapshot:
+    def _snapshot(self) -> tuple[HostCopy, dict[str, str]]:
+        """Copy the state to host memory, where it does not change while it is written: tensors, and texts by file."""
         rank = f"process-{self.processes.rank}"
         own, own_rest = split_state({rank: {name: part.state_dict() for name, part in self.parts.own.items()}})
         shared, rest = split_state({name: part.state_dict() for name, part in self.parts.everywhere.items()})
@@ -175,22 +156,22 @@ class CheckpointHook:
         texts = {f"{rank}.json": json.dumps(own_rest[rank])}
         if self.processes.is_main:
             texts |= {SHARED: json.dumps(rest), CONFIG: self.facts.config}
-        return _Snapshot(step, copy.tensors, copy.index, texts)
+        return copy, texts
 
-    def _write(self, target: Path, snapshot: _Snapshot) -> None:
+    def _write(self, target: Path, step: int, copy: HostCopy, texts: Mapping[str, str]) -> None:
         with _as_run_error(target):
             rank = f"process-{self.processes.rank}"
             tensors = f"{rank}.safetensors"
-            files = {tensors: write_file(target / tensors, safetensors_bytes(snapshot.tensors))}
-            files |= {name: write_file(target / name, [text.encode()]) for name, text in snapshot.texts.items()}
+            files = {tensors: write_file(target / tensors, safetensors_bytes(copy.tensors))}
+            files |= {name: write_file(target / name, [text.encode()]) for name, text in texts.items()}
             if not self.processes.is_main:
                 replace_file(target / f"{rank}.files", json.dumps({n: asdict(r) for n, r in files.items()}))
                 return
-            files[INDEX] = write_file(target / INDEX, [index_text(snapshot.index).encode()])
+            files[INDEX] = write_file(target / INDEX, [index_text(copy.index).encode()])
             files |= self._written_by_others(target)
             sync_folder(target)
-            self._manifest(snapshot.step, files).write(target)
-            self._tidy(snapshot.step)
+            self._manifest(step, files).write(target)
+            self._tidy(step)
 
     def _written_by_others(self, target: Path) -> dict[str, FileRecord]:
         """File records of the other processes, read from files: no collective runs in a thread."""

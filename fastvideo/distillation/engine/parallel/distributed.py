@@ -13,11 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
 
-TIMEOUT = 600.0
-"""Seconds that a collective may wait: ranks that ran different forwards give an error instead of a hang."""
 BUCKET = 64 * 2**20
 """Most bytes of gradients that are reduced at once; a larger gradient travels alone."""
 
@@ -37,8 +36,8 @@ class Processes:
     context: int = 1
     memory: int | None = None
     """Bytes of this process's device, in all; ``None`` if unknown: then nothing is refused."""
-    timeout: float = TIMEOUT
-    """Seconds that a collective may wait."""
+    timeout: float = 600.0
+    """Seconds that a collective may wait: ranks that ran different forwards give an error instead of a hang."""
 
     @property
     def is_main(self) -> bool:
@@ -84,27 +83,19 @@ class Processes:
         return own.to(self.device)
 
 
-def start_processes(
-    device: str = "auto",
-    *,
-    shard: int = 1,
-    replicate: int | None = None,
-    context: int = 1,
-    timeout: float = TIMEOUT,
-) -> Processes:
+def start_processes(device: str = "auto", layout: ParallelConfig | None = None) -> Processes:
     """Join the process group that torchrun describes in the environment, or stand alone without one.
 
     Args:
         device: ``auto`` (CUDA if available), ``cpu`` or ``cuda``.
-        shard, replicate, context: the layout; ``replicate`` is derived, and checked if given.
-        timeout: seconds that a collective may wait.
 
     Raises:
         UserError: if CUDA is requested and absent, or the number of processes does not fit the layout.
     """
+    layout = layout or ParallelConfig()
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     local = _device(device, local_rank)
-    check_layout(world_size, shard=shard, replicate=replicate, context=context)
+    check_layout(world_size, layout)
     memory = total_memory(local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if "WORLD_SIZE" not in os.environ:
         return Processes(device=local, memory=memory)
@@ -112,8 +103,10 @@ def start_processes(
         torch.cuda.set_device(local)
     # gloo beside NCCL: gradients of offloaded networks are reduced on the host.
     backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Processes(dist.get_rank(), dist.get_world_size(), local, shard, context, memory, timeout)
+    dist.init_process_group(backend, timeout=timedelta(seconds=layout.timeout))
+    return Processes(
+        dist.get_rank(), dist.get_world_size(), local, layout.shard, layout.context, memory, layout.timeout
+    )
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
@@ -127,18 +120,19 @@ def _device(kind: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def check_layout(world_size: int, *, shard: int, replicate: int | None, context: int) -> None:
+def check_layout(world_size: int, layout: ParallelConfig) -> None:
     """Check that the layout fits the number of processes.
 
     Raises:
         UserError: with the possible values.
     """
-    for name, size in (("shard", shard), ("context", context)):
+    for name, size in (("shard", layout.shard), ("context", layout.context)):
         if world_size % size:
             legal = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
             raise UserError(
                 f"parallel.{name}: {size} does not divide the number of processes, {world_size}; possible: {legal}"
             )
+    shard, replicate = layout.shard, layout.replicate
     if replicate is not None and shard * replicate != world_size:
         raise UserError(
             f"parallel: shard {shard} x replicate {replicate} needs {shard * replicate} processes, there are "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,26 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients, make_mesh
 
 Which = Literal["none", "frozen", "all"]
 """Networks that an option applies to."""
-
-
-@dataclass(frozen=True)
-class ShardPolicy:
-    """Options of sharding.
-
-    Attributes:
-        keep_gathered: networks whose blocks stay gathered after their forward; trained ones are freed by backward and
-            by :func:`free_gathered`.
-        offload: networks that live in the host's memory and visit the device block by block.
-        compute_dtype: dtype of gathered parameters; gradients are always reduced in float32.
-    """
-
-    keep_gathered: Which = "none"
-    offload: Which = "none"
-    compute_dtype: torch.dtype = torch.float32
 
 
 def shard_mesh(processes: Processes) -> DeviceMesh:
@@ -50,22 +34,30 @@ def shard_mesh(processes: Processes) -> DeviceMesh:
 
 
 def shard_network(
-    network: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, processes: Processes, policy: ShardPolicy
+    network: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    processes: Processes,
+    layout: ParallelConfig,
+    compute_dtype: torch.dtype,
 ) -> None:
     """Shard ``network`` in place, to be gathered one of ``units`` at a time.
 
     Set ``requires_grad`` first: a network with no parameter that needs a gradient counts as frozen.
+
+    Args:
+        compute_dtype: dtype of gathered parameters; gradients are always reduced in float32.
     """
     trained = is_trained(network)
-    precise, offloaded = policy.compute_dtype == torch.float32, _is_offloaded(network, policy)
+    precise, offloaded = compute_dtype == torch.float32, includes(layout.offload, trained)
     options: dict[str, Any] = {
         # One dimension is plain FSDP, two are HSDP.
         "mesh": mesh["shard"] if mesh["replicate"].size() == 1 else mesh,
         # The outermost module too: parameters are sharded between steps, for clipping and averages.
-        "reshard_after_forward": not includes(policy.keep_gathered, trained),
+        "reshard_after_forward": not includes(layout.keep_gathered, trained),
         # Inputs are not cast: times are never bfloat16, and autocast casts the input of each layer.
         "mp_policy": MixedPrecisionPolicy(
-            None if precise else policy.compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
+            None if precise else compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
         ),
         "offload_policy": CPUOffloadPolicy(processes.device.type == "cuda") if offloaded else OffloadPolicy(),
     }
@@ -99,13 +91,9 @@ def is_trained(network: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
-def home_of(network: nn.Module, policy: ShardPolicy, device: torch.device) -> torch.device:
+def home_of(network: nn.Module, layout: ParallelConfig, device: torch.device) -> torch.device:
     """Device that a network's shards stay on between its calls."""
-    return torch.device("cpu") if _is_offloaded(network, policy) else device
-
-
-def _is_offloaded(network: nn.Module, policy: ShardPolicy) -> bool:
-    return includes(policy.offload, is_trained(network))
+    return torch.device("cpu") if includes(layout.offload, is_trained(network)) else device
 
 
 def _sum_over_context(network: nn.Module, data_size: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine import placement
 from fastvideo.distillation.engine.parallel import sharding
 from fastvideo.distillation.engine.parallel.context import context_mesh
@@ -266,7 +267,7 @@ def test_networks_in_host_memory_train_as_those_on_the_device(folders: Any, tmp_
 )
 def test_offloaded_networks_live_on_the_host(which: Any, trained: bool, home: str) -> None:
     network = torch.nn.Linear(2, 2).requires_grad_(trained)
-    assert sharding.home_of(network, sharding.ShardPolicy(offload=which), torch.device("cuda")).type == home
+    assert sharding.home_of(network, ParallelConfig(shard=2, offload=which), torch.device("cuda")).type == home
 
 
 def train_compiled(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
