@@ -84,15 +84,12 @@ class Subject:
 
     @cached_property
     def times(self) -> Tensor:
-        """Three different times, float32."""
         return torch.tensor([0.9, 0.3, 0.6], device=self.adapter.device)
 
     def noise(self, count: int, seed: int = 2) -> Tensor:
-        """Standard normal latents."""
         return normal((count, *self.adapter.codec.latent_shape), seeded(seed)).to(self.adapter.device)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """The adapter's velocity."""
         return self.adapter.velocity(self.network, x_t, t, condition or self.condition)
 
 

@@ -1,4 +1,4 @@
-"""The search for a guidance scale, on prompts and videos that no reported figure uses."""
+"""Search for a guidance scale, on prompts and videos that no reported figure uses."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ def sweep_guidance(
     batch_size: int = BATCH_SIZE,
     device: str = "cpu",
 ) -> dict[float, Estimate]:
-    """Frechet distance at each guidance scale, on training prompts against training videos.
-
-    The choice of a scale so made has seen neither the prompts nor the reference videos of any reported figure.
-    """
+    """Frechet distance at each guidance scale, on training prompts against training videos."""
     model = load_model(spec.folder, device=device)
     judge = Judge(prompts, seed, split="train")
     warm_up(model, judge.prompts)

@@ -140,7 +140,9 @@ def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
     if not model.adapter.conditioner.needs_frames or 1 in counts:
         return ()
     wanted = " or ".join(map(str, counts))
-    return (f"this student goes on from {wanted} frames, and stock diffusers gives it one image: it cannot sample it",)
+    return (
+        f"this student takes {wanted} conditioning frames, and stock diffusers gives one image: it cannot sample it",
+    )
 
 
 def _loader(model: LoadedModel) -> str:

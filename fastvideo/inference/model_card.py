@@ -106,7 +106,6 @@ def _head(facts: CardFacts) -> str:
 
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
-    """Arguments of the pipeline's call for this model."""
     model = facts.recipe.get("model", {})
     options = {"num_inference_steps": len(facts.spec.times), "guidance_scale": facts.spec.guidance}
     return options | {name: model[name] for name in CALL_OPTIONS if name in model}
