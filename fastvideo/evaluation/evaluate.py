@@ -139,14 +139,16 @@ def _sample_row(
     units = (len(judge.prompts) + len(again)) * (spec.network_calls + DECODE_UNITS)
     with PatientBar(label, units) as bar:
         frames = judge.first_frames(model.adapter.conditioner)
-        sampled = sample(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)
+        sampled = sample_videos(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)
         if frames is not None:
             frames = frames[judge.diversity_task.positions].repeat_interleave(DIVERSITY_SEEDS - 1, dim=0)
-        others = sample(model, spec, judge, again, judge.seed + 1, batch_size, 0, bar, frames=frames)  # fresh noise
+        others = sample_videos(
+            model, spec, judge, again, judge.seed + 1, batch_size, 0, bar, frames=frames
+        )  # fresh noise
     return sampled, others.seen
 
 
-def sample(
+def sample_videos(
     model: LoadedModel,
     spec: SamplerSpec,
     judge: Judge,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastvideo.evaluation.evaluate import sample, warm_up
+from fastvideo.evaluation.evaluate import sample_videos, warm_up
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate
@@ -32,6 +32,6 @@ def sweep_guidance(
     for scale in scales:
         sampler = replace(spec, guidance=scale).sampler(model)
         with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
-            sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
+            sampled = sample_videos(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
         found[scale] = judge.distances(sampled.seen)[0]
     return found
