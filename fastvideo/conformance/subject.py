@@ -87,9 +87,11 @@ class Subject:
         return torch.tensor([0.9, 0.3, 0.6], device=self.adapter.device)
 
     def noise(self, count: int, seed: int = 2) -> Tensor:
+        """Standard normal latents."""
         return normal((count, *self.adapter.codec.latent_shape), seeded(seed)).to(self.adapter.device)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The adapter's velocity."""
         return self.adapter.velocity(self.network, x_t, t, condition or self.condition)
 
 

@@ -45,7 +45,8 @@ def stock(folder: Path) -> np.ndarray:
     torch.manual_seed(7)
     return pipeline(
         PROMPTS, num_inference_steps=len(model.recipe["ladder"]), guidance_scale=1.0,
-        latents=noise_of(model).transpose(1, 2), output_type="np", **sizes,
+        latents=noise_of(model).transpose(1, 2),
+        output_type="np", **sizes,
     ).frames  # fmt: skip
 
 
