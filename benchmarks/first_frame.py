@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastvideo.evaluation.evaluate import sample, warm_up
+from fastvideo.evaluation.evaluate import sample_videos, warm_up
 from fastvideo.evaluation.judge import Judge
 from fastvideo.inference.loading import LoadedModel, load_model
 
@@ -48,7 +48,9 @@ def measured(model: LoadedModel, judge: Judge, real: Tensor, steps: int | None) 
     """One row of the table."""
     warm_up(model, judge.prompts[:2])
     spec, frames = model.sampler(steps), judge.first_frames(model.adapter.conditioner)
-    made = sample(model, spec, judge, judge.prompts, judge.seed, 64, len(real), lambda units: None, frames=frames)
+    made = sample_videos(
+        model, spec, judge, judge.prompts, judge.seed, 64, len(real), lambda units: None, frames=frames
+    )
     videos, found = made.videos, judge.accuracies(made.seen)
     limit = torch.cat(
         [model.adapter.codec.decode(model.adapter.codec.encode(part[:, :, :1])) for part in real.split(64)]

@@ -109,7 +109,6 @@ def redrawn(page: str, root: Path = ROOT, package: str = "fastvideo") -> str:
 
 
 def main() -> None:
-    """The command."""
     PAGE.write_text(redrawn(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

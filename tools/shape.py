@@ -54,7 +54,6 @@ def modules(root: Path = ROOT) -> dict[str, Module]:
 
 
 def library(code: dict[str, Module]) -> list[Module]:
-    """The package without its tests."""
     return [module for module in code.values() if not module.within("fastvideo.tests")]
 
 
@@ -110,7 +109,6 @@ def core(code: dict[str, Module]) -> list[Module]:
 
 
 def lines(files: Iterable[Module]) -> int:
-    """Lines of some files."""
     return sum(file.lines for file in files)
 
 
@@ -239,7 +237,6 @@ def length(function: Function) -> int:
 
 
 def longest_function(code: dict[str, Module]) -> int:
-    """Lines of the longest function of the package, tests included."""
     return max(length(function) for module in code.values() for function in functions(module))
 
 

@@ -12,7 +12,6 @@ FEATURES = "features(), blocks, feature_widths"
 
 
 def _taps(subject: Subject) -> tuple[int, ...]:
-    """All blocks."""
     if not subject.adapter.feature_widths:
         raise NotApplicable("the family declares no features, so methods with a discriminator refuse it")
     return tuple(range(len(subject.adapter.feature_widths)))

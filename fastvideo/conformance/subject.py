@@ -84,7 +84,6 @@ class Subject:
 
     @cached_property
     def times(self) -> Tensor:
-        """Three different times, float32."""
         return torch.tensor([0.9, 0.3, 0.6], device=self.adapter.device)
 
     def noise(self, count: int, seed: int = 2) -> Tensor:

@@ -65,7 +65,7 @@ class Faults:
         row = "" if fault.row is None or f"row {fault.row}" in fault.error else f", row {fault.row}"
         where = "" if fault.file in fault.error else f"{fault.file}{row}: "
         listed = f", see {self._list}" if self._list else ""
-        many = f" (after {self.bound} others that were left out, data.max_faults{listed})" if self.bound else ""
+        many = f" (after {self.bound} skipped before, data.max_faults{listed})" if self.bound else ""
         return f"{where}{fault.error}{many}"
 
     def attach(self, folder: Path, rank: int) -> None:

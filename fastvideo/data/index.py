@@ -47,7 +47,6 @@ class FileIndex:
 
     @property
     def rows(self) -> int:
-        """Rows of the file."""
         return sum(self.groups)
 
 

@@ -62,7 +62,6 @@ class Bucket:
         return len(self.rows) // shard.per_round
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
-        """Shuffled rows."""
         if self.blocks is None:
             return self.rows[torch.randperm(len(self.rows), generator=generator)]
         sizes = torch.unique_consecutive(self.blocks, return_counts=True)[1].tolist()
@@ -82,11 +81,9 @@ class Source(Protocol):
     @property
     def buckets(self) -> Sequence[Bucket]:
         """All samples by shape."""
-        ...
 
     def read(self, rows: Sequence[int]) -> RawBatch:
         """Samples by number, all of one bucket."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,6 @@ class SampleStream:
         return self
 
     def __next__(self) -> RawBatch:
-        """The next batch of this process."""
         while len(self._queue) <= self.ahead:
             self._queue.append(self._read(*next(self._upcoming)))
         batch = self._queue.popleft()()

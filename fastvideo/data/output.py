@@ -34,7 +34,6 @@ def sources_key(videos: Sequence[Video]) -> str:
 
 
 def shard_path(out: Path, number: int, stem: str = "videos") -> Path:
-    """The name of an output file."""
     return out / f"{stem}-{number:05d}.parquet"
 
 

@@ -69,8 +69,6 @@ class Job(FileJob):
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of a call."""
-
     out: Path
     clips: int
     videos: int

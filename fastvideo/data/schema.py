@@ -50,7 +50,6 @@ def dtype_name(written: str) -> str | None:
 
 
 def byte_count(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of a tensor."""
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 

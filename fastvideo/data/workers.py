@@ -54,7 +54,6 @@ class FileJob(ABC):
 
     @property
     def files(self) -> int:
-        """Number of output files."""
         return -(-len(self) // self.per_file)
 
     def part(self, number: int) -> range:

@@ -47,7 +47,6 @@ class Axis:
         return cls(low - margin, high + margin, start, end)
 
     def __call__(self, value: float) -> float:
-        """Pixel of a value."""
         scale: Callable[[float], float] = math.log if self.log else float
         share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
         return round(self.start + share * (self.end - self.start), 1)
@@ -68,7 +67,7 @@ class Axis:
 def line_chart(title: str, series: Series) -> str:
     """Curves over steps; logarithmic when positive values span more than a factor 30.
 
-    A series keeps its place's style even where others are absent: an empty one is skipped, not renumbered.
+    An empty series is skipped without changing the styles of the others.
     """
     points = [point for line in series.values() for point in line]
     values = [y for _, y in points]
@@ -93,7 +92,6 @@ def line_chart(title: str, series: Series) -> str:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """Colour and name of each series."""
     keys = "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in entries)
     return f'<span class="keys">{keys}</span>' if keys else ""
 
@@ -134,7 +132,6 @@ def grid(
 
 
 def svg(described: str, parts: Sequence[str], width: int = WIDTH, height: int = HEIGHT, style: str = "") -> str:
-    """An image with its description."""
     kind = f' class="{style}"' if style else ""
     head = f'<svg{kind} viewBox="0 0 {width} {height}" role="img" aria-label="{escape(described)}">'
     return head + "".join(parts) + "</svg>"
@@ -156,7 +153,7 @@ class Mark:
 def cost_chart(marks: Sequence[Mark], floor: float, label: str) -> str:
     """Distance over network calls, both logarithmic, with intervals and the floor: a wide and a narrow drawing.
 
-    The page shows one of the two; text of a wide drawing would be too small to read on a phone.
+    The page shows the narrow one on phones, where text of the wide one would be too small.
     """
     meanings = {mark.meaning: mark.style for mark in marks}
     keys = legend([(style, meaning) for meaning, style in meanings.items()])

@@ -1,11 +1,11 @@
-"""Measure models under samplers: every row of the comparison gets the same prompts and the same noise."""
+"""Measure models under samplers: every row of the comparison has the same prompts and noise."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -47,7 +47,7 @@ class Evaluation:
 class Sampled:
     """One pass over prompts: the judge's observations, the first videos, and seconds per video.
 
-    Seconds are the median over batches, which ignores a burst of other work on the machine.
+    Seconds are the median over batches, robust to other load on the machine.
     """
 
     seen: Observed
@@ -87,8 +87,8 @@ def evaluate_rows(
     videos: dict[str, Tensor] = {}
     for name, spec in rows.items():
         sampled, others = _sample_row(models[spec.folder], samplers[name], judge, batch_size, keep_videos, name)
-        row = _row(judge, samplers[name], sampled, others, floors, text_seconds[spec.folder], batch_size)
-        measured[name] = replace(row, kind=_kind(spec, models[spec.folder]))
+        kind, seconds = _kind(spec, models[spec.folder]), text_seconds[spec.folder]
+        measured[name] = _row(judge, samplers[name], sampled, others, floors, seconds, batch_size, kind)
         videos[name] = sampled.videos
     return Evaluation(measured, videos, judge.prompts[:keep_videos], _settings(judge, batch_size, device))
 
@@ -101,7 +101,7 @@ def _kind(spec: RowSpec, model: LoadedModel) -> str:
 
 
 def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
-    """Load the lazy parts, then return the seconds per prompt of encoding. Keeps first-use costs out of all timings."""
+    """Load the lazy parts, so that timings exclude first use; returns seconds per prompt of text encoding."""
     shape, conditioner = (2, *model.adapter.codec.latent_shape), model.adapter.conditioner
     conditioner.encode_prompts(["", ""])
     grey = torch.zeros(2, 3, max(conditioner.first_frames), SIZE, SIZE) if conditioner.needs_frames else None
@@ -114,10 +114,9 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
 
 
 def vae_floor(model: LoadedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
-    """Frechet distances of the prompts' own real videos after the VAE, a lower bound for all latent models.
+    """Frechet distances of the prompts' real videos after the VAE: the score of a perfect model of the latents.
 
-    Sample size and reference are those of the rows. A perfect model of the latents would score this value, not zero,
-    because the sample is finite and the VAE is lossy.
+    It is not zero, because the sample is finite and the VAE lossy.
     """
     real = judge.real_videos()
     parts = []
@@ -140,15 +139,16 @@ def _sample_row(
     units = (len(judge.prompts) + len(again)) * (spec.network_calls + DECODE_UNITS)
     with PatientBar(label, units) as bar:
         frames = judge.first_frames(model.adapter.conditioner)
-        sampled = sample(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)
-        # Another seed, so that no noise of the first run comes again.
+        sampled = sample_videos(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)
         if frames is not None:
             frames = frames[judge.diversity_task.positions].repeat_interleave(DIVERSITY_SEEDS - 1, dim=0)
-        others = sample(model, spec, judge, again, judge.seed + 1, batch_size, 0, bar, frames=frames)
+        others = sample_videos(
+            model, spec, judge, again, judge.seed + 1, batch_size, 0, bar, frames=frames
+        )  # fresh noise
     return sampled, others.seen
 
 
-def sample(
+def sample_videos(
     model: LoadedModel,
     spec: SamplerSpec,
     judge: Judge,
@@ -160,7 +160,7 @@ def sample(
     *,
     frames: Tensor | None = None,
 ) -> Sampled:
-    """Generate, decode and observe videos batch by batch; the judge's time is not counted."""
+    """Generate, decode and observe videos batch by batch; seconds exclude the judge."""
     parts: list[Observed] = []
     kept: list[Tensor] = []
     denoise: list[float] = []
@@ -185,6 +185,7 @@ def _row(
     floors: tuple[float, float],
     text_seconds: float,
     batch_size: int,
+    kind: str,
 ) -> Row:
     distance, pixel_distance = judge.distances(sampled.seen)
     return Row(
@@ -202,6 +203,7 @@ def _row(
         denoise_seconds_per_video=sampled.denoise_seconds,
         end_to_end_seconds_per_video=text_seconds + sampled.denoise_seconds + sampled.decode_seconds,
         batch_size=batch_size,
+        kind=kind,
     )
 
 

@@ -53,22 +53,22 @@ class Figure:
     percent: bool = False
     floor: str = ""
 
-    def shown(self, value: float) -> float:
-        """Round a value as far as it is printed, never to minus zero."""
+    def rounded(self, value: float) -> float:
+        """A value with the printed digits, never minus zero."""
         return round(value * (100 if self.percent else 1), self.digits) + 0.0
 
     def text(self, value: float | None, signed: bool = False) -> str:
         """Format a value; ``signed`` for differences, in percentage points where the figure is a percentage."""
         if value is None:
             return "n/a"
-        text = f"{self.shown(value):{'+' if signed else ''}.{self.digits}f}".replace("-", "\u2212")
+        text = f"{self.rounded(value):{'+' if signed else ''}.{self.digits}f}".replace("-", "\u2212")
         return f"{text}{SPACE}%" if self.percent and not signed else text
 
     def interval(self, low: float | None, high: float | None, signed: bool = False) -> str:
         """Format an interval, such as "8.4 to 9.9"."""
         return " to ".join(self.text(end, signed).removesuffix(f"{SPACE}%") for end in (low, high))
 
-    def estimate(self, row: Metrics) -> Cell:
+    def cell(self, row: Metrics) -> Cell:
         """The value with its interval below it."""
         value, (low, high), count = row[self.key], row["intervals"][self.key], row["counts"][self.key]
         if value is None:
@@ -97,15 +97,14 @@ class Difference(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def difference(row: Metrics, other: Metrics, key: str) -> Difference | None:
     """``row - other`` of a figure, from their two intervals; ``None`` if either is undefined.
 
-    The ends are combined as for independent samples (Zou and Donner 2008, MOVER). Rows share prompts and noise, which
-    makes their errors alike, so a paired interval would be narrower: a difference called sure here is sure.
+    Combines the ends as for independent samples (Zou and Donner 2008, MOVER). Rows share prompts and noise, so a paired
+    interval would be narrower: this one is conservative.
     """
     if row[key] is None or other[key] is None:
         return None
@@ -118,13 +117,13 @@ def difference(row: Metrics, other: Metrics, key: str) -> Difference | None:
 
 
 def kind_of(name: str, row: Metrics) -> str:
-    """``teacher``, ``untrained`` or ``student``; empty if neither row nor name say so."""
+    """``teacher``, ``untrained`` or ``student`` from the row or its name; empty if unknown."""
     kind = str(row.get("kind") or name.rsplit("_", 1)[0])
     return kind if kind in KINDS else ""
 
 
 def titles_of(metrics: Metrics) -> dict[str, str]:
-    """Titles of all rows, such as "Teacher, 50 steps, guided"; where two would be alike, the rows' own names."""
+    """Titles of all rows, such as "Teacher, 50 steps, guided"; rows with equal titles keep their names."""
     titles = {name: _title(name, metrics[name]) for name in row_names(metrics)}
     return {name: title if list(titles.values()).count(title) == 1 else name for name, title in titles.items()}
 
@@ -148,7 +147,7 @@ def of_kind(metrics: Metrics, kind: str) -> list[Metrics]:
 
 
 def pair(metrics: Metrics) -> tuple[Metrics, Metrics] | None:
-    """The teacher and the student to compare: of each the row with the most calls, if there is one such row."""
+    """Teacher and student with the most calls; ``None`` unless both are unique."""
     best = []
     for rows in (of_kind(metrics, "teacher"), of_kind(metrics, "student")):
         if not rows or sum(row["network_calls"] == rows[0]["network_calls"] for row in rows) > 1:
@@ -200,7 +199,7 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
         return []
     teacher, student = found
     items = [
-        ("Fréchet distance", FRECHET.text(student["frechet"]), f"{FRECHET.estimate(student).small}; lower is better"),
+        ("Fréchet distance", FRECHET.text(student["frechet"]), f"{FRECHET.cell(student).small}; lower is better"),
         ("Digit as asked", DIGIT.text(student["digit_accuracy"]), f"teacher {DIGIT.text(teacher['digit_accuracy'])}"),
         ("Denoising one video", time_of(student), f"teacher {time_of(teacher)}"),
     ]
@@ -228,7 +227,6 @@ def facts_of_runs(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds or minutes."""
     return f"{seconds:.0f}{SPACE}s" if seconds < 100 else f"{seconds / 60:.1f}{SPACE}min"
 
 
@@ -252,12 +250,10 @@ class Entry:
 
     @property
     def row(self) -> Metrics:
-        """Its figures."""
         return dict(self.run.metrics[self.name])
 
     @property
     def style(self) -> str:
-        """Its colour class."""
         return STYLES.get(kind_of(self.name, self.row), "teacher")
 
 
@@ -269,12 +265,10 @@ class Group:
 
     @property
     def metrics(self) -> Metrics:
-        """Figures of the first run."""
         return self.runs[0].metrics
 
     @property
     def first(self) -> Metrics:
-        """The first row of the first run."""
         return dict(self.metrics[row_names(self.metrics)[0]])
 
     def sections(self) -> list[list[Entry]]:
@@ -292,7 +286,6 @@ class Group:
         return [Entry(first.run, first.name, first.title, shared=True)] if same and whole else entries
 
     def entries(self) -> list[Entry]:
-        """All rows, section by section."""
         return [entry for section in self.sections() for entry in section]
 
 
@@ -346,12 +339,12 @@ def _figures_line(entry: Entry, section: Sequence[Entry], several: bool) -> Line
 
 def _figure_cell(entry: Entry, section: Sequence[Entry], figure: Figure) -> Cell:
     """A figure with its interval, marked if it is the best of its section."""
-    cell, value = figure.estimate(entry.row), entry.row[figure.key]
-    shown = [figure.shown(other.row[figure.key]) for other in section if other.row[figure.key] is not None]
-    if value is None or len(set(shown)) < 2:
+    cell, value = figure.cell(entry.row), entry.row[figure.key]
+    values = [figure.rounded(other.row[figure.key]) for other in section if other.row[figure.key] is not None]
+    if value is None or len(set(values)) < 2:
         return cell
-    best = min(shown) if figure.lower_is_better else max(shown)
-    return cell._replace(style="best") if figure.shown(value) == best else cell
+    best = min(values) if figure.lower_is_better else max(values)
+    return cell._replace(style="best") if figure.rounded(value) == best else cell
 
 
 def _difference_line(entry: Entry, first: Entry) -> Line:
@@ -390,7 +383,7 @@ def _alternatives(metrics: Metrics, student: str) -> list[str]:
 def _verdict_lines(metrics: Metrics, name: str) -> list[Line]:
     """The student's own line, then one line per alternative."""
     titles, student = titles_of(metrics), metrics[name]
-    own = [Cell(str(student["network_calls"])), FRECHET.estimate(student), Cell(), Cell()]
+    own = [Cell(str(student["network_calls"])), FRECHET.cell(student), Cell(), Cell()]
     others = [_verdict(student, titles[other], metrics[other]) for other in _alternatives(metrics, name)]
     return [Line(Cell(titles[name]), own, "student"), *others]
 
@@ -400,7 +393,7 @@ def _verdict(student: Metrics, title: str, other: Metrics) -> Line:
     assert found is not None, "a Frechet distance is always defined"
     word = "not told apart" if not found.sure else "closer to real videos" if found.value < 0 else "further away"
     delta = Cell(FRECHET.text(found.value, True), FRECHET.interval(found.low, found.high, True))
-    cells = [Cell(str(other["network_calls"])), FRECHET.estimate(other), delta]
+    cells = [Cell(str(other["network_calls"])), FRECHET.cell(other), delta]
     return Line(Cell(f"instead of {title}"), [*cells, Cell(word, style="verdict sure" if found.sure else "verdict")])
 
 

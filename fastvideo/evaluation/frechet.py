@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to two sets of features, and the pixel-space features it is checked with.
+"""Frechet distance between Gaussians fitted to two sets of features, and principal components of pixels as features.
 
 ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)`` (Heusel et al., arXiv 1706.08500), in float64. The root is
 taken of a symmetric matrix through its eigenvalues, so it is exact for singular covariances too.
@@ -6,7 +6,6 @@ taken of a symmetric matrix through its eigenvalues, so it is exact for singular
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +92,3 @@ class PixelPCA:
     def __call__(self, videos: Tensor) -> Tensor:
         """Coordinates ``[N, K]`` of videos."""
         return (videos.flatten(1).float() - self.mean) @ self.components
-
-    def all(self, batches: Iterable[Tensor]) -> Tensor:
-        """Coordinates of videos that come in batches."""
-        return torch.cat([self(batch) for batch in batches])

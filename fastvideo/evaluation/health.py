@@ -1,6 +1,6 @@
-"""Figures of videos that show a distillation going wrong where its loss does not.
+"""Figures of videos that show a failing distillation earlier than its loss.
 
-Motion and diversity are relative to contrast, so that a paler or more vivid student is not also called a still one.
+Motion and diversity are relative to contrast, so that a pale student does not also count as still.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ def measure(videos: Tensor, latents: Tensor | None = None, block: int = 8) -> di
         block: pixels between the borders at which a codec or a patch shows.
 
     Returns:
-        ``brightness`` and ``saturation`` (chroma, but for a common tint) in [0, 1]; ``contrast``, the spread of
-        luminance within a frame;
-        ``red``, ``green``, ``blue``: mean deviation from grey; ``motion`` and ``diversity``: difference between
-        neighbouring frames, and between seeds of a prompt, over contrast; ``grid``: how much steeper borders of blocks
-        are than the rest (1 = not); ``latent_mean``, ``latent_std``. Figures without a meaning here are absent.
+        ``brightness`` and ``saturation`` (chroma without a common tint) in [0, 1]; ``contrast``: spread of luminance
+        within a frame; ``red``, ``green``, ``blue``: mean deviation from grey; ``motion`` and ``diversity``: difference
+        between neighbouring frames, and between seeds of a prompt, over contrast; ``grid``: steepness of block borders
+        over the rest; ``latent_mean``, ``latent_std``. Undefined figures are absent.
     """
     x = (videos.float().clamp(-1, 1) + 1) / 2
     light = torch.einsum("pscthw,c->psthw", x, x.new_tensor(LUMINANCE))

@@ -1,4 +1,4 @@
-"""The tiny world as a judge: prompts with a known truth, real videos to compare with, two feature spaces."""
+"""The tiny world as a judge: prompts with known attributes, real reference videos, two feature spaces."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ REFERENCE_VIDEOS = 2048
 COMPONENTS = 48
 PCA_VIDEOS = 1024
 REFERENCE_SEED, PCA_SEED = 900_001, 900_002
-"""Streams of the world apart from those that prompts are drawn from."""
+"""Streams of the world apart from those of the prompts."""
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 32, 4
 FITTING_VIDEOS = 8
-"""Fewest real videos of a prompt whose spread is a reference."""
+"""Fewest real videos of a prompt for a reference spread."""
 BATCH = 256
 
 
@@ -60,7 +60,7 @@ class Diversity:
 
 @lru_cache(maxsize=1)
 def _instruments() -> tuple[TinyClassifier, PixelPCA]:
-    """The classifier and the pixel components: the same for every judge."""
+    """The classifier and the pixel components of every judge."""
     pca = PixelPCA.fit(TinyWorld("train").sample(PCA_VIDEOS, PCA_SEED).videos, COMPONENTS)
     return TinyClassifier.load(CLASSIFIER_FOLDER), pca
 
@@ -75,7 +75,7 @@ def observe(videos: Tensor) -> Observed:
 
 @lru_cache(maxsize=4)
 def observe_real(split: Split, count: int) -> tuple[Observed, Tensor]:
-    """``count`` observed real videos and the truth ``[count, 3]`` about them."""
+    """``count`` observed real videos and their attributes ``[count, 3]``."""
     seen, truth = [], []
     with PatientBar("real videos", count) as bar:
         for sample in TinyWorld(split).batches(count, REFERENCE_SEED, BATCH):
@@ -93,7 +93,7 @@ class Judge:
 
     Args:
         prompts: how many; at least 2.
-        split: ``heldout`` for figures; ``train`` for choices such as a guidance scale, made before any figure.
+        split: ``heldout`` for figures; ``train`` for earlier choices such as a guidance scale.
         reference: real videos behind the reference moments; fewer are faster.
 
     Raises:
@@ -112,7 +112,7 @@ class Judge:
         """Observe videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``.
 
         Raises:
-            UserError: for videos of another shape: only the tiny world has this judge.
+            UserError: for videos of another shape.
         """
         if tuple(videos.shape[1:]) != (3, FRAMES, SIZE, SIZE):
             raise UserError(
@@ -131,7 +131,7 @@ class Judge:
         return Moments.of(self._reference[0].features), Moments.of(self._reference[0].pixels)
 
     def first_frames(self, conditioner: Conditioner) -> Tensor | None:
-        """What the model goes on from, out of :meth:`real_videos`: ``[N, 3, T, 32, 32]``; ``None`` for text alone."""
+        """Conditioning frames ``[N, 3, T, 32, 32]`` out of :meth:`real_videos`; ``None`` for a model of text alone."""
         return self.real_videos()[:, :, : max(conditioner.first_frames)] if conditioner.needs_frames else None
 
     def real_videos(self) -> Tensor:
@@ -179,7 +179,7 @@ class Judge:
         return diversity(features, task.real, resample_counts(count, self.seed))
 
     def score(self, videos: Tensor) -> dict[str, float]:
-        """Quick figures without intervals for one video per prompt, as validation logs them while training."""
+        """Figures without intervals for one video per prompt, for validation while training."""
         seen = self.observe(videos)
         features, pixels = self.reference
         figures = {name: found.value for name, found in self.accuracies(seen).items()}

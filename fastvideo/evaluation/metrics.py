@@ -21,11 +21,11 @@ ATTRIBUTES = ("digit", "colour", "direction")
 class Row:
     """The figures of one model under one sampler.
 
-    Distances are squared, in squared units of their space. The floors are the distances of as many real held-out
-    videos after the VAE: what a perfect model of the latents would score. ``diversity`` is the spread of videos of one
-    prompt relative to that of real videos which fit the prompt: 1 as varied as the world, 0 always the same video.
-    Seconds are wall time per video, ``batch_size`` videos at a time, the median over batches. ``kind`` is ``teacher``,
-    ``student``, or ``untrained`` for a teacher's weights under a student's sampler.
+    Distances are squared, in squared units of their space. Floors are the distances of as many real held-out videos
+    after the VAE: the score of a perfect model of the latents. ``diversity``: spread of one prompt's videos relative to
+    that of fitting real videos (1 as varied as the world, 0 always the same video). Seconds: wall time per video, the
+    median over batches of ``batch_size``. ``kind``: ``teacher``, ``student``, or ``untrained`` for a teacher's weights
+    under a student's sampler.
     """
 
     digit_accuracy: Estimate
@@ -47,13 +47,13 @@ class Row:
     kind: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers under the keys above, then ``intervals`` and ``counts`` of the estimates, ready for JSON."""
+        """Numbers under the keys above, and ``intervals`` and ``counts`` of the estimates, for JSON."""
         values: dict[str, Any] = {}
         intervals: dict[str, list[float | None]] = {}
         counts: dict[str, int] = {}
         for name, value in vars(self).items():
             if isinstance(value, Estimate):
-                intervals[name] = [_rounded(end) for end in value.interval]
+                intervals[name] = [_rounded(end) for end in (value.low, value.high)]
                 counts[name] = value.count
                 values[name] = _rounded(value.value)
             else:
@@ -73,7 +73,7 @@ def named_attributes(captions: Sequence[str]) -> Tensor:
 
 
 def correctness(read: Tensor, named: Tensor) -> Tensor:
-    """Float64 ``[N, 3]``: 1 where the video shows what its caption names, 0 where not, NaN where it names nothing."""
+    """Float64 ``[N, 3]``: 1 for a named attribute that the video shows, 0 for a missed one, NaN for an open one."""
     return torch.where(named < 0, torch.nan, (read == named).double())
 
 
@@ -81,7 +81,7 @@ def accuracies(read: Tensor, named: Tensor, counts: Tensor) -> dict[str, Estimat
     """Accuracy of each attribute over the prompts that name it.
 
     Args:
-        read: int ``[N, 3]``, what the classifier sees.
+        read: int ``[N, 3]``, labels of the classifier.
         named: int ``[N, 3]`` of :func:`named_attributes`.
         counts: bootstrap counts ``[R, N]``.
     """
@@ -93,7 +93,7 @@ def accuracies(read: Tensor, named: Tensor, counts: Tensor) -> dict[str, Estimat
 
 
 def frechet_estimate(reference: Moments, features: Tensor, counts: Tensor) -> Estimate:
-    """Distance of ``[N, D]`` features from the reference, with the error of these features (the reference is held)."""
+    """Distance of ``[N, D]`` features from the reference, with their sampling error (the reference is fixed)."""
     value = float(frechet(reference, Moments.of(features)))
     return estimate(value, frechet(reference, Moments.weighted(features, counts)), len(features))
 

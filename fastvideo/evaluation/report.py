@@ -14,7 +14,7 @@ from fastvideo.errors import UserError
 from fastvideo.evaluation import figures as figure
 from fastvideo.evaluation.charts import cost_chart
 from fastvideo.evaluation.figures import Cell, Entry, Group, Line, Table, groups_of
-from fastvideo.evaluation.report_media import ModelVideos, Shown, gallery, validation_strips
+from fastvideo.evaluation.report_media import ModelVideos, PromptGrid, gallery, validation_strips
 from fastvideo.evaluation.report_run import Run, read_runs
 from fastvideo.evaluation.report_training import alarm_list, chart_groups, curves_of, health_table, once_table
 from fastvideo.files import replace_file
@@ -27,7 +27,7 @@ OWN_KEYS = ("output",)
 """Config keys that differ between any two runs."""
 
 
-class Head(NamedTuple):
+class Masthead(NamedTuple):
     """The top of a page."""
 
     title: str
@@ -45,7 +45,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         output: the page; by default ``RUN/report.html`` for one run, ``compare.html`` for several.
 
     Raises:
-        UserError: for no folder or too many, a folder that is no run, a damaged file, or an ``output`` that is no page.
+        UserError: for no folder or too many, a folder that is not a run, a damaged file, or an invalid ``output``.
     """
     if not runs:
         raise UserError("report: give one or several run folders")
@@ -61,12 +61,11 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The HTML of the page."""
     alone, groups = len(runs) == 1, groups_of(runs)
     charts, more = chart_groups(curves_of(runs))
     template = _environment().get_template("page.html.j2")
     return template.render(
-        head=_head_of_one(runs[0]) if alone else _head_of_several(runs, groups),
+        head=_masthead_of_one(runs[0]) if alone else _masthead_of_several(runs, groups),
         runs=runs,
         groups=groups,
         alone=alone,
@@ -97,25 +96,25 @@ def _environment() -> Environment:
     )
 
 
-def _head_of_one(run: Run) -> Head:
+def _masthead_of_one(run: Run) -> Masthead:
     eyebrow = run.recipe or "fastvideo"
     if not run.metrics:
-        return Head(run.name, eyebrow, "Trained, not measured yet. This adds figures and videos:")
+        return Masthead(run.name, eyebrow, "Trained, not measured yet. This adds figures and videos:")
     meta = f"{figure.measured_on(run.metrics)} \u00b7 the same for every row \u00b7 95 % intervals"
-    return Head(figure.headline(run.metrics), eyebrow, figure.lead(run.metrics), meta, figure.facts(run.metrics))
+    return Masthead(figure.headline(run.metrics), eyebrow, figure.lead(run.metrics), meta, figure.facts(run.metrics))
 
 
-def _head_of_several(runs: Sequence[Run], groups: Sequence[Group]) -> Head:
+def _masthead_of_several(runs: Sequence[Run], groups: Sequence[Group]) -> Masthead:
     recipes = sorted({run.recipe for run in runs if run.recipe})
     names = f"{', '.join(run.name for run in runs[:-1])} and {runs[-1].name}"
     title = names if len(names) <= 40 else f"{len(runs)} runs side by side"
     meta = f"{figure.measured_on(groups[0].metrics)} \u00b7 the same for every row" if len(groups) == 1 else ""
     lead = f"Configs, figures, videos and curves of {names}. What is the same in all of them appears once."
-    return Head(title, ", ".join(recipes) or "fastvideo", lead, meta, figure.facts_of_runs(runs))
+    return Masthead(title, ", ".join(recipes) or "fastvideo", lead, meta, figure.facts_of_runs(runs))
 
 
 def _missing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Names of the runs that lack something, by the text that says so."""
+    """Names of the runs that lack something, by the page's text about it."""
     unmeasured = [run for run in runs if not run.metrics]
     missing = {
         "not measured, so there are only curves and config": [r.name for r in unmeasured if not r.validation],
@@ -131,7 +130,7 @@ def _cost(runs: Sequence[Run], group: Group) -> str:
     return cost_chart(figure.marks(group, runs), group.first["frechet_floor"], "Fréchet distance")
 
 
-def _gallery(runs: Sequence[Run], groups: Sequence[Group]) -> Shown | None:
+def _gallery(runs: Sequence[Run], groups: Sequence[Group]) -> PromptGrid | None:
     """One gallery over the prompts that all runs with videos share, place by place."""
     kept = [run.gallery.prompts for run in runs if run.gallery is not None]
     places = [place for place, prompts in enumerate(zip(*kept, strict=False)) if len(set(prompts)) == 1]
@@ -160,7 +159,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, str, Table | None]]:
 
 
 def _differing(runs: Sequence[Run], values: Sequence[Mapping[str, str]]) -> Table | None:
-    """The keys whose values are not the same in all runs that have any."""
+    """Table of the keys with different values among the runs that have any; ``None`` without one."""
     present = [(run, found) for run, found in zip(runs, values, strict=True) if found]
     keys = dict.fromkeys(key for _, found in present for key in found)
     unlike = [key for key in keys if len({found.get(key) for _, found in present}) > 1]

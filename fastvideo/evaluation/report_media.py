@@ -16,7 +16,7 @@ MOST_VIDEO_BYTES = 3_000_000
 """Characters of embedded videos: a page with its curves and configs stays below 5 MB."""
 MOST_PROMPTS = 10
 MOST_ABREAST = 8
-"""Videos of one prompt in one line under common headings; more of them wrap, each with its caption."""
+"""Most videos of a prompt in one line under common headings; more wrap, each with its caption."""
 WIDEST_STILL = 1600
 """Pixels to which the still of a wide strip is reduced."""
 STRIPS = {
@@ -47,8 +47,8 @@ class ModelVideos:
     files: Sequence[VideoFile]
 
 
-class Shown(NamedTuple):
-    """A gallery: prompts down, models across; as many of the ``wanted`` prompts as fit the page."""
+class PromptGrid(NamedTuple):
+    """Videos of a gallery, prompts down and models across; fewer rows than ``wanted`` if the page is full."""
 
     models: Sequence[ModelVideos]
     rows: Sequence[tuple[str, Sequence[Picture]]]
@@ -58,13 +58,13 @@ class Shown(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """A validation video with its caption; without a picture if it does not fit the page."""
+    """A validation video with its caption; no picture if the page is full."""
 
     title: str
     picture: Picture | None
 
 
-def gallery(prompts: Sequence[str], models: Sequence[ModelVideos]) -> Shown:
+def gallery(prompts: Sequence[str], models: Sequence[ModelVideos]) -> PromptGrid:
     """As many of the first prompts as fit the page."""
     wanted = prompts[:MOST_PROMPTS]
     rows: list[tuple[str, list[Picture]]] = []
@@ -78,23 +78,23 @@ def gallery(prompts: Sequence[str], models: Sequence[ModelVideos]) -> Shown:
     width, height = _size(models[0].files[0])
     rendering = "pixelated" if height <= SMALL else "auto"
     look = f"--columns:{len(models)};--aspect:{width}/{height};--rendering:{rendering}"
-    return Shown(models, rows, len(wanted), look, len(models) > MOST_ABREAST)
+    return PromptGrid(models, rows, len(wanted), look, len(models) > MOST_ABREAST)
 
 
 def validation_strips(runs: Sequence[Run]) -> list[tuple[str, list[Strip]]]:
-    """The last validation's videos of each run without a gallery, under a title; equal videos appear once."""
-    left, shown = MOST_VIDEO_BYTES, set[bytes]()
+    """Videos of the last validation of each run without a gallery, by title; equal videos appear once."""
+    left, drawn = MOST_VIDEO_BYTES, set[bytes]()
     found = []
     for run in runs:
         if run.gallery is not None or run.validation is None:
             continue
         strips = []
         for name, file in sorted(run.validation.videos.items(), key=lambda item: [*STRIPS, item[0]].index(item[0])):
-            if file.data in shown:  # a teacher that the runs share
+            if file.data in drawn:  # a teacher that the runs share
                 continue
             strip = _strip(STRIPS.get(name, name), file, run, left)
             left -= _characters(strip.picture) if strip.picture else 0
-            shown.add(file.data)
+            drawn.add(file.data)
             strips.append(strip)
         name = f"{run.name}, validation" if len(runs) > 1 else "Validation"
         found.append((f"{name} at step {run.validation.step}", strips))
@@ -114,7 +114,6 @@ def picture(file: VideoFile, described: str) -> Picture:
 
 
 def middle_frame(file: VideoFile) -> bytes:
-    """The middle frame as a PNG file."""
     with av.open(io.BytesIO(file.data)) as container:
         frames = list(container.decode(video=0))
     frame = frames[len(frames) // 2]

@@ -31,7 +31,7 @@ ROW_KEYS = (
 )
 """Keys of every row of figures, see :class:`fastvideo.evaluation.metrics.Row`."""
 MEASURED_WITH = ("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256")
-"""Settings of an evaluation that two runs must share for their figures to be comparable."""
+"""Settings of an evaluation that runs with comparable figures share."""
 Point = tuple[float, float]
 """Step and value."""
 
@@ -114,7 +114,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     """Read a run's folder.
 
     Raises:
-        UserError: if it does not exist, is no run, or a file in it is damaged.
+        UserError: if it does not exist, is not a run, or holds a damaged file.
     """
     _check_is_run(folder)
     metrics = read_object(folder / METRICS)
@@ -134,7 +134,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs, named by the shortest ends of their paths that tell them apart.
+    """Read several runs, named by the shortest distinct ends of their paths.
 
     Raises:
         UserError: as :func:`read_run`, or if a folder is given twice.
@@ -184,7 +184,7 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     """Read ``(step, value)`` of every finite metric of a ``metrics.jsonl``; empty without one.
 
     Raises:
-        UserError: for a line that is no JSON object with a step, except for a last line cut short by a kill.
+        UserError: for a line that is not a JSON object with a step, except an incomplete last line.
     """
     curves: dict[str, list[Point]] = {}
     for record in _read_lines(path, required="step"):

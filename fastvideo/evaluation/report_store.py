@@ -1,4 +1,4 @@
-"""Keep a measured run so that its page can be made again: figures, and the first videos as files.
+"""Store a measured run for later pages: figures, and the first videos as files.
 
 ``RUN/metrics.json`` holds the figures, ``RUN/videos`` a folder per row with one file per prompt (lossless ``.apng`` for
 small videos, ``.mp4`` for large ones) and ``index.json``, which names prompts, frame rate and folders.
@@ -28,7 +28,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def check_unmeasured(run: Path) -> None:
-    """Refuse a place that cannot take figures, before time is spent on them.
+    """Refuse an output folder that cannot take figures.
 
     Raises:
         UserError: if ``run`` is a file, or holds figures already.
@@ -43,11 +43,11 @@ def check_unmeasured(run: Path) -> None:
 def _check_videos(folder: Path) -> None:
     """Refuse to replace a folder that no evaluation made."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise UserError(f"{folder} is in the way of the videos that are kept, and was not made by an evaluation")
+        raise UserError(f"{folder} holds something else than the videos of an evaluation: move it away")
 
 
 def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str, Any]:
-    """Keep an evaluation in ``run``, with further top-level keys of ``metrics.json``, which is written last.
+    """Store an evaluation in ``run``, with further top-level keys in ``metrics.json``, which is written last.
 
     Returns:
         The object in ``metrics.json``.

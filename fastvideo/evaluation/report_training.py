@@ -25,7 +25,7 @@ WORDS = {
     "diversity": "difference between seeds",
     "update_balance": "critic's movement over the student's",
 }
-"""Metric names that are more than their words."""
+"""Readable names of metrics."""
 BETTER = {"frechet": "lower", "frechet_pixel": "lower", "accuracy": "higher"}
 """Good direction of a metric, by the last part of its name or the last word of that."""
 
@@ -70,7 +70,7 @@ def _drawn(group: Curves) -> list[str]:
 
 
 def once_table(runs: Sequence[Run]) -> Table | None:
-    """Values logged once, so not drawn, each with its good direction; figures of the health table are not repeated."""
+    """Values logged once, with their good direction, except those of the health table."""
     names = sorted({name for run in runs for name in run.curves})
     single = [name for name in names if all(len(run.curves.get(name, ())) < 2 for run in runs)]
     lines = [_once_line(runs, name) for name in single if not name.startswith("health/")]
@@ -91,7 +91,7 @@ def _run_heads(runs: Sequence[Run], alone: str) -> list[Cell]:
 
 
 def alarm_list(runs: Sequence[Run]) -> list[tuple[str, dict[str, str]]]:
-    """For each run with validations a text, and its alarms: name and steps, in the words of the last one."""
+    """Per run with validations: a text, and its alarms with steps and the last one's sentence."""
     found = []
     for run in runs:
         if run.health:

@@ -19,7 +19,7 @@ class RowSpec:
         folder: a path or ``tiny``.
         steps: sampling steps.
         guidance: standard convention, 1 = none.
-        ladder: times to sample at as a student, also for a teacher or a student of another ladder.
+        ladder: times of the student's sampler, also for a teacher or a student of another ladder.
         kind: the sampler over ``ladder``.
     """
 
@@ -42,7 +42,7 @@ class RowSpec:
 
 
 def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict[str, RowSpec]:
-    """Rows that weigh a student with a ladder of ``K`` steps against its alternatives.
+    """Rows that compare a student with a ladder of ``K`` steps with its alternatives.
 
     ``teacher_50``, ``teacher_K``, ``teacher_1`` with the teacher's own guidance; ``untrained_K``, the teacher's weights
     under the student's sampler; ``student_K``, ``student_1``.

@@ -1,4 +1,4 @@
-"""Sampling error: bootstrap over prompts, drawn once and shared by every figure so that rows can be compared."""
+"""Sampling error: bootstrap over prompts, with the same resamples for every figure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,6 @@ class Estimate:
     low: float
     high: float
     count: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The interval's ends."""
-        return self.low, self.high
 
 
 def resample_counts(samples: int, seed: int, resamples: int = RESAMPLES) -> Tensor:

@@ -1,11 +1,11 @@
-"""The search for a guidance scale, on prompts and videos that no reported figure uses."""
+"""Search for a guidance scale, on prompts and videos that no reported figure uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastvideo.evaluation.evaluate import sample, warm_up
+from fastvideo.evaluation.evaluate import sample_videos, warm_up
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate
@@ -23,10 +23,7 @@ def sweep_guidance(
     batch_size: int = BATCH_SIZE,
     device: str = "cpu",
 ) -> dict[float, Estimate]:
-    """Frechet distance at each guidance scale, on training prompts against training videos.
-
-    The choice of a scale so made has seen neither the prompts nor the reference videos of any reported figure.
-    """
+    """Frechet distance at each guidance scale, on training prompts against training videos."""
     model = load_model(spec.folder, device=device)
     judge = Judge(prompts, seed, split="train")
     warm_up(model, judge.prompts)
@@ -35,6 +32,6 @@ def sweep_guidance(
     for scale in scales:
         sampler = replace(spec, guidance=scale).sampler(model)
         with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
-            sampled = sample(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
+            sampled = sample_videos(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
         found[scale] = judge.distances(sampled.seen)[0]
     return found

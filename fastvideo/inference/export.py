@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
@@ -21,7 +20,7 @@ from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import ExportSource, find_source, load_source
 from fastvideo.inference.loading import RECIPE, LoadedModel
-from fastvideo.inference.model_card import CardFacts, call_options, model_card, read_front_matter
+from fastvideo.inference.model_card import CardFacts, call_options, model_card
 from fastvideo.inference.recipe import Weights
 from fastvideo.wording import did_you_mean
 
@@ -80,7 +79,7 @@ def run_export(
     fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
     stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
-    facts = _facts(folder.name, found, model, spec, stock, dtype, warnings)
+    facts = CardFacts(folder.name, found, model, _recipe(model, spec, stock), spec, stock, dtype, warnings)
     _write(folder, model, facts)
     return Export(folder, _summary(out, found, facts), warnings)
 
@@ -140,15 +139,9 @@ def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
     if not model.adapter.conditioner.needs_frames or 1 in counts:
         return ()
     wanted = " or ".join(map(str, counts))
-    return (f"this student goes on from {wanted} frames, and stock diffusers gives it one image: it cannot sample it",)
-
-
-def _loader(model: LoadedModel) -> str:
-    """The pipeline class to sample with; an index may name the text-to-video one."""
-    name = pipeline_class(model.source)
-    if not model.adapter.conditioner.needs_frames or "ImageToVideo" in name:
-        return name
-    return name.replace("Pipeline", "ImageToVideoPipeline")
+    return (
+        f"this student takes {wanted} conditioning frames, and stock diffusers gives one image: it cannot sample it",
+    )
 
 
 def ladder_text(times: Sequence[float]) -> str:
@@ -157,42 +150,10 @@ def ladder_text(times: Sequence[float]) -> str:
     return " ".join(texts if len(texts) <= 8 else [*texts[:4], "...", *texts[-2:]])
 
 
-def _facts(
-    name: str,
-    source: ExportSource,
-    model: LoadedModel,
-    spec: SamplerSpec,
-    stock: StockSampler | None,
-    dtype: str | None,
-    warnings: tuple[str, ...],
-) -> CardFacts:
+def _recipe(model: LoadedModel, spec: SamplerSpec, stock: StockSampler | None) -> dict[str, Any]:
     recipe = {**model.recipe, "guidance": spec.guidance, "sampler": spec.kind, MARK: "diffusers"}
-    if stock is not None:
-        recipe["ladder"] = list(spec.times)  # of as many steps as the scheduler's
-    return CardFacts(
-        name=name,
-        pipeline=_loader(model),
-        image=model.adapter.conditioner.needs_frames,
-        recipe=recipe,
-        spec=spec,
-        stock=stock,
-        dtype=dtype,
-        warnings=warnings,
-        base_card=read_front_matter(Path(model.source)),
-        config=source.config,
-        environment=_json(source.run, "environment.json"),
-        metrics=_json(source.run, "metrics.json"),
-    )
-
-
-def _json(folder: Path | None, name: str) -> dict[str, Any]:
-    """JSON object in a run's file; empty if absent."""
-    file = folder / name if folder else None
-    try:
-        found = json.loads(file.read_text()) if file and file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    # The ladder is as long as the scheduler's.
+    return recipe if stock is None else recipe | {"ladder": list(spec.times)}
 
 
 def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:

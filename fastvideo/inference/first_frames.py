@@ -21,7 +21,7 @@ def first_frames(model: LoadedModel, image: Path | None) -> Tensor | None:
     if image is None:
         if model.adapter.conditioner.needs_frames:
             what = "an image" if count == 1 else f"a clip of {count} frames"
-            raise UserError(f"the model in {model.source} goes on from {what}: give it with --image")
+            raise UserError(f"the model in {model.source} needs {what}: give it with --image")
         return None
     if count == 0:
         raise UserError(f"--image {image}: the model in {model.source} generates from text alone")

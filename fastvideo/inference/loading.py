@@ -35,7 +35,6 @@ class LoadedModel:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The network with its family's conventions."""
         return Denoiser(self.adapter, self.network)
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import yaml
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
 from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.evaluation.report_run import read_object
+from fastvideo.inference.export_source import ExportSource
+from fastvideo.inference.loading import LoadedModel
 from fastvideo.wording import counted
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
@@ -33,22 +37,43 @@ UNKNOWN_LICENSE = {"license": "other", "license_name": "same-as-base-model"}
 class CardFacts:
     """Contents of a card.
 
-    ``name``: of the folder; ``pipeline``: diffusers class; ``image``: True for image-to-video; ``stock``: the exported
-    scheduler, ``None`` if the base model's was kept; ``base_card``: front matter of the base model's README.
+    ``name``: of the folder; ``recipe``: of the export; ``stock``: the exported scheduler, ``None`` if the base model's
+    was kept.
     """
 
     name: str
-    pipeline: str
+    source: ExportSource
+    model: LoadedModel
     recipe: Mapping[str, Any]
     spec: SamplerSpec
     stock: StockSampler | None
-    image: bool = False
-    dtype: str | None = None
-    warnings: Sequence[str] = ()
-    base_card: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None
+    warnings: Sequence[str]
+
+    @property
+    def image(self) -> bool:
+        """True for image-to-video."""
+        return self.model.adapter.conditioner.needs_frames
+
+    @property
+    def pipeline(self) -> str:
+        """Diffusers class to sample with; an index may name the text-to-video one."""
+        name = pipeline_class(self.model.source)
+        return name.replace("Pipeline", "ImageToVideoPipeline") if self.image and "ImageToVideo" not in name else name
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The run's config; empty without a run."""
+        return self.source.config
+
+    @cached_property
+    def base_card(self) -> Mapping[str, Any]:
+        """Front matter of the base model's README."""
+        return read_front_matter(Path(self.model.source))
+
+    def run_file(self, name: str) -> dict[str, Any]:
+        """JSON object in a file of the run; empty without one."""
+        return read_object(self.source.run / name) if self.source.run else {}
 
     @property
     def base(self) -> str:
@@ -66,7 +91,7 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """Text of ``README.md`` with the hub's front matter."""
     parts = [_front_matter(facts), _head(facts), _usage(facts), _ladder(facts), _recipe(facts)]
-    parts += [_figures(facts.metrics), _versions(facts), _license(facts)]
+    parts += [_figures(facts.run_file("metrics.json")), _versions(facts), _license(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -106,7 +131,6 @@ def _head(facts: CardFacts) -> str:
 
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
-    """Arguments of the pipeline's call for this model."""
     model = facts.recipe.get("model", {})
     options = {"num_inference_steps": len(facts.spec.times), "guidance_scale": facts.spec.guidance}
     return options | {name: model[name] for name in CALL_OPTIONS if name in model}
@@ -187,7 +211,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 
 
 def _versions(facts: CardFacts) -> str:
-    trained = ", ".join(f"{name} {version}" for name, version in facts.environment.items())
+    trained = ", ".join(f"{name} {version}" for name, version in facts.run_file("environment.json").items())
     with_ = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "torch", "transformers"))
     return "## Versions\n\n" + (f"* trained with: {trained}\n" if trained else "") + f"* exported with: {with_}"
 

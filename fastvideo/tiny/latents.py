@@ -34,11 +34,8 @@ class LatentCodec(Protocol):
     @property
     def latent_key(self) -> str:
         """Key of everything that the latents of a video depend on."""
-        ...
 
-    def encode(self, videos: torch.Tensor) -> torch.Tensor:
-        """Normalised latents of videos."""
-        ...
+    def encode(self, videos: torch.Tensor) -> torch.Tensor: ...
 
 
 def cached_latents(codec: LatentCodec, n: int, seed: int, folder: Path, split: Split = "train") -> LatentSet:

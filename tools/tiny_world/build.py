@@ -77,7 +77,6 @@ def _quality(vae: train_vae.Vae, out: Path, recipe: Recipe) -> dict[str, float]:
 
 
 def text_stage(encoder: Callable[[TextRecipe], PreTrainedModel]) -> Stage:
-    """Save tokenizer and text encoder."""
 
     def stage(out: Path, recipe: Recipe) -> dict[str, float]:
         build_tokenizer(recipe.text).save_pretrained(out / "pipeline" / "tokenizer")
@@ -140,7 +139,6 @@ def build(out: Path, stages: list[str], recipe: Recipe, family: TinyFamily = WAN
 
 
 def main() -> None:
-    """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.tiny_world",
         description=__doc__,

@@ -97,7 +97,6 @@ class Draws:
 
     @staticmethod
     def of(data: LatentSet, recipe: ImitationRecipe) -> Draws:
-        """Draws from latents and captions of the tiny world."""
         place = {caption: index for index, caption in enumerate(all_captions())}
         captions = torch.tensor([place[caption] for caption in data.captions])
         return Draws(data.latents, captions, recipe, torch.Generator().manual_seed(recipe.seed))

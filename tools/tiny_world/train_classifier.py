@@ -41,7 +41,6 @@ def augment(videos: torch.Tensor, noise: float, generator: torch.Generator) -> t
 
 
 def classification_loss(scores: Logits, sample: WorldSample, smoothing: float) -> torch.Tensor:
-    """Sum of the three cross-entropies."""
     truth = (sample.digit, sample.colour, sample.direction)
     losses = [F.cross_entropy(s, t, label_smoothing=smoothing) for s, t in zip(scores, truth, strict=True)]
     return torch.stack(losses).sum()

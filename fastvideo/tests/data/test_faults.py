@@ -117,7 +117,7 @@ def test_a_row_that_cannot_be_read_is_refused_or_replaced(folder: Path, spoil: C
 def test_the_bound_holds_and_the_message_says_so(folder: Path, tmp_path: Path) -> None:
     (folder / "0.parquet").write_bytes(b"")
     (folder / "1.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1\.parquet.*\(after 1 others that were left out, data\.max_faults\)"):
+    with pytest.raises(UserError, match=r"1\.parquet.*\(after 1 skipped before, data\.max_faults\)"):
         ParquetSource(str(folder), WANTED, Faults("skip", 1))
 
 

@@ -128,9 +128,9 @@ def test_a_bad_image_is_refused_before_anything_is_written(
 def test_a_model_and_an_image_that_do_not_go_together_are_refused(
     student: str, clip_student: str, video: Tensor, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="goes on from an image: give it with --image"):
+    with pytest.raises(UserError, match="needs an image: give it with --image"):
         run_generate(GenerateArguments(student, "a red three", output=tmp_path / "v.mp4"))
-    with pytest.raises(UserError, match="goes on from a clip of 5 frames: give it with --image"):
+    with pytest.raises(UserError, match="needs a clip of 5 frames: give it with --image"):
         run_generate(GenerateArguments(clip_student, "a red three", output=tmp_path / "v.mp4"))
     image = save_image(tmp_path / "first.png", video[:, 0])
     with pytest.raises(UserError, match="generates from text alone"):
