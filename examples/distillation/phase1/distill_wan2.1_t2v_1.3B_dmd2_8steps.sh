@@ -4,7 +4,7 @@
 #   bash examples/distillation/phase1/distill_wan2.1_t2v_1.3B_dmd2_8steps.sh [--SECTION.FIELD VALUE ...]
 #
 # Environment (each has a default):
-#   NUM_GPUS             processes on this machine (1)
+#   NUM_GPUS             processes on this machine (1); several split the networks with --parallel.shard NUM_GPUS
 #   MASTER_PORT          port where they meet (29504)
 #   CONFIG               recipe; what is set below overrides it (examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml)
 #   STUDENT_MODEL_PATH   diffusers folder or hub id of the student, its text encoder and its VAE
