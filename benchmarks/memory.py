@@ -23,7 +23,8 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.tracking import Tracker
-from fastvideo.planning.layout import role_bytes
+from fastvideo.planning.fake import fake_run
+from fastvideo.planning.layout import role_plans
 from fastvideo.planning.published import ARCHITECTURES, without_weights
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import build_trainer
@@ -69,7 +70,7 @@ def measured(kinds: tuple[str, ...] = ("full parameters", "adapters")) -> dict[s
             small = {"ema": {"enabled": False}, "roles": roles | {"teacher": {"trainable": False}}}
             file.write_text(yaml.safe_dump({**values, **small, "data": {"size": 1, "batch_size": 1}}))
             config = parse(["--config", str(file)])[1]
-            promised = sum(row.total for row in role_bytes(config, build_adapter(config)))
+            promised = sum(row.total for row in role_plans(fake_run(config)))
             rows[kind] = {"held_mib": held_after_a_step(config) / 2**20, "promised_mib": promised / 2**20}
             print(f"42 million parameters, {kind}: {rows[kind]}", flush=True)
     return {kind: {name: round(value, 2) for name, value in row.items()} for kind, row in rows.items()}
@@ -85,9 +86,9 @@ def main() -> None:
     for name, file, shard in LAYOUTS:
         flags = ["--model.path", hub_id, "--parallel.shard", str(shard)]
         config = without_weights(parse(["--config", file, *flags])[1])
-        roles = role_bytes(config, build_adapter(config))
+        roles = role_plans(fake_run(config, Processes(shard=shard)))
         base = BFLOAT16 * next(role.parameters for role in roles if role.name == "teacher")
-        held = sum(role.weights + role.gradients + role.optimizer for role in roles)
+        held = sum(role.weights + role.tables + role.gradients + role.optimizer for role in roles)
         ratios[f"{name}, shard {shard}"] = round(held / base, 3)
         copies = f"{held / base:.2f} copies of the base in bfloat16"
         print(f"{name}, shard {shard:<3} {held / 2**30:8.2f} GiB per process, {copies}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -16,8 +16,10 @@ from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch
+from fastvideo.distillation.engine.optional.footprint import check_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.placement import Placement
+from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
+from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -186,13 +188,31 @@ def build_method(
         UserError: if the roles or families are not what the method needs; nothing is loaded then.
     """
     processes = processes or Processes()
-    method, families = load_method(config.distill_method), build_families(config, adapter, processes)
+    return build_on(config, build_families(config, adapter, processes), processes, networks)
+
+
+def build_on(
+    config: Config,
+    families: Families,
+    processes: Processes,
+    networks: Mapping[str, nn.Module] | None = None,
+    rng: RandomStreams | None = None,
+) -> Method:
+    """:func:`build_method` on families whose networks come from their placements, such as ones without weights.
+
+    Args:
+        rng: replaces the run's random streams.
+
+    Raises:
+        UserError: as :func:`build_method`.
+    """
+    method = load_method(config.distill_method)
     optimizers = method.optimizers(config.method)
     check_run(config, families, processes, optimizers)
     with initialising(config.seed):
         heads = method.heads(config.method, families.by_role)
     _check_heads(config, heads)
-    _check_memory(config, families, heads)
+    _check_memory(config, families, processes, heads)
     bridges = build_bridges(method, families)
     for family in families.placements:
         family.ensure_negative_conditioning()
@@ -207,7 +227,7 @@ def build_method(
         if name in optimizers:
             attach_optimizer(handles[-1], optimizers[name], config.trainer.optimizer_states)
     rank, ranks = processes.data_rank, processes.data_size
-    rng = RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
+    rng = rng or RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
     built = method(config.method, ModelBundle(handles, bridges), Ladder(config.ladder.times), rng)
     built.notes = (*notes, *built.notes)
     return built
@@ -228,9 +248,9 @@ def check_run(
     check_needs(config)
     _check_needs_of_others(config, families)
     _check_averages(config, trainable)
-    for family, placement in families.placements.items():
+    for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
-        placement.check(paths, [family.codec.latent_shape])
+        check_tokens(family, processes, paths, [family.codec.latent_shape])
     _check_derivatives(config, processes)
     check_states(config.trainer.optimizer_states, optimizers)
 
@@ -254,10 +274,20 @@ def _check_heads(config: Config, heads: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _check_memory(config: Config, families: Families, heads: Mapping[str, nn.Module]) -> None:
-    for family, placement in families.placements.items():
-        roles = {name: config.roles[name] for name in families.roles_of(family) if name not in heads}
-        placement.check_memory(roles, config.trainer.optimizer_states)
+def _check_memory(config: Config, families: Families, processes: Processes, heads: Mapping[str, nn.Module]) -> None:
+    """Check that a device holds what the roles keep on it, on networks without weights; heads are not counted.
+
+    Raises:
+        UserError: with each role's need, and the ``parallel.shard`` that would fit.
+    """
+    if processes.memory is None or any(family.scaling is None for family in families.placements):
+        return
+    empty = replace(families, placements={f: EmptyPlacement.of(own) for f, own in families.placements.items()})
+    with initialising(config.seed):
+        switches = shared_networks(config, empty)
+        handles = [_handle(config, empty, name, {}, switches) for name in config.roles if name not in heads]
+    on_device = [handle for handle in handles if not includes(config.parallel.offload, is_trained(handle.network))]
+    check_memory(on_device, processes, config.trainer.optimizer_states)
 
 
 def _handle(
@@ -271,8 +301,7 @@ def _handle(
     trainable, family = config.roles[name].trainable, families.by_role[name]
     if name in switches and name not in made:
         switch = switches[name]
-        shared = switch.network.to(family.device)
-        return RoleHandle(name, family, shared, trainable, select=switch, trained=switch.parameters())
+        return RoleHandle(name, family, switch.network, trainable, select=switch, trained=switch.parameters())
     network = made[name].to(family.device) if name in made else load_role(config, families, name)
     return RoleHandle(name, family, network, trainable)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
 from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.sample import SamplerSpec

@@ -5,20 +5,29 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvideo.distillation.adapters.base import Conditioner
-from fastvideo.distillation.builder import Adapter, Config
+from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
+from fastvideo.distillation.bridge import same_space
+from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.types import Batch, Condition, RawBatch
+from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
 Shape = Sequence[int]
 
@@ -75,25 +84,137 @@ class WorstCase(RandomStreams):
     def shared_index(self, high: int) -> int:
         return high - 1 if self.longest else 0
 
+    def shared_choice(self, shares: Sequence[float]) -> int:
+        return self.shared_index(len(shares))
 
-def fake_network(network: nn.Module, trained: bool) -> nn.Module:
-    """``network``, from the meta device, with fake tensors for its own; called inside a ``FakeTensorMode``."""
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), trained)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    def places(self, count: int) -> Tensor:
+        return self.uniform(count)
+
+
+class FakePlacement(EmptyPlacement):
+    """Makes networks of fake tensors on the CPU.
+
+    Args:
+        real: the placement of the run.
+        mode: of the tensors.
+        depth: number of repeated blocks to keep; all without it.
+        gathered: trained parameters have the compute dtype, as those of a split network do while they are whole.
+    """
+
+    def __init__(self, real: Placement, mode: FakeTensorMode, depth: int | None, gathered: bool) -> None:
+        super().__init__(real.source, real.processes, real.options)
+        self.mode, self.depth, self.gathered, self.made = mode, depth, gathered, list[nn.Module]()
+
+    def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        network = super()._new(path, self.source.folder.compute_dtype if self.gathered else dtype)
+        if self.depth is not None:
+            del stack(network)[self.depth :]
+        return network
+
+    def _spread(self, network: nn.Module, path: str | None) -> None:
+        super()._spread(network, path)
+        self.made.append(fake_network(network, self.mode))
+
+
+def stack(network: nn.Module) -> nn.ModuleList:
+    """The list of a network's repeated blocks."""
+    return max((m for m in network.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def fake_network(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The network with fake tensors for its own."""
+    with mode:
+        for module in network.modules():
+            for name, p in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return network
 
 
-def drop_gradients(network: nn.Module) -> None:
-    """As reduce-scatter does: what stays of a gradient is counted with the role."""
+@dataclass(frozen=True)
+class FakeRun:
+    """A run's real method over fake tensors; use it inside :attr:`mode`."""
 
-    def drop(parameter: Tensor) -> None:
-        parameter.grad = None
+    config: Config
+    processes: Processes
+    families: Families
+    method: Method
+    mode: FakeTensorMode
 
-    for parameter in network.parameters():
-        parameter.register_post_accumulate_grad_hook(drop)
+    @property
+    def conditioners(self) -> dict[str, Conditioner]:
+        """One conditioner per kind of condition, the student's first."""
+        families = (self.families.main, *self.families.placements)
+        return {family.conditioner.key: family.conditioner for family in families}
+
+    def placement(self, handle: RoleHandle) -> FakePlacement | None:
+        """The placement that made a role's network; ``None`` for the method's own networks, which are never split."""
+        placement = self.families.placement(handle.name)
+        return placement if isinstance(placement, FakePlacement) and handle.network in placement.made else None
+
+    def bridged(self, role: str) -> bool:
+        """True for a role whose latent space is not the student's."""
+        return self.method.bundle.bridge("student", role) is not same_space
+
+    def batch(self) -> Batch:
+        """One micro-batch, with latents if the method trains on them."""
+        config, conditioners, shape = self.config, self.conditioners.values(), self.families.main.codec.latent_shape
+        latents = torch.empty(config.data.batch_size, *shape)
+        texts = [fake_text(each, len(latents)) for each in conditioners]
+        first = [_fake_first_frames(each, latents) for each in conditioners if each.needs_frames]
+        negative = [each.negative(len(latents)) for each in conditioners]
+        return Batch(
+            shape=tuple(latents.shape),
+            condition=reduce(or_, [*texts, *first]),
+            negative=reduce(or_, [*negative, *first]),
+            x0=latents if load_method(config.distill_method).uses_latents(config.method) else None,
+        )
+
+
+def fake_run(
+    config: Config, processes: Processes | None = None, *, depth: int | None = None, gathered: bool = False
+) -> FakeRun:
+    """Build a run over fake tensors; its model paths are folders with config files.
+
+    Args:
+        depth, gathered: as for :class:`FakePlacement`.
+
+    Raises:
+        UserError: as the builder does, and for a family whose networks are nothing without their weights.
+    """
+    processes, mode = processes or Processes(), FakeTensorMode(allow_non_fake_inputs=True)
+    real = build_families(config, build_adapter(config, processes), processes)
+    if any(family.scaling is None for family in real.placements):
+        raise UserError(f"plan: {config.distill_model} has no networks whose size is worth a plan")
+    placements = {family: FakePlacement(place, mode, depth, gathered) for family, place in real.placements.items()}
+    for family in placements:
+        if len(placements) > 1:
+            _fake_codec(family, mode)
+        with mode:
+            family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
+    families = replace(real, placements=placements)
+    method = build_on(_without_files(config), families, processes, rng=WorstCase(config.seed))
+    run = FakeRun(config, processes, families, method, mode)
+    for handle in method.bundle:
+        if run.placement(handle) is None:
+            fake_network(handle.network, mode)
+    return run
+
+
+def _without_files(config: Config) -> Config:
+    """The config without weights to start from, and without torchao, which is not needed to count its states."""
+    roles = {name: role.model_copy(update={"init_from": None}) for name, role in config.roles.items()}
+    trainer = config.trainer.model_copy(update={"optimizer_states": "float32"})
+    return config.model_copy(update={"roles": roles, "trainer": trainer})
+
+
+def _fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
+    """Give a family a VAE without weights, which a bridge between latent spaces runs; its config tells it apart."""
+    if isinstance(family.codec, DiffusersCodec):
+        vae: Any = family.folder.frozen_parts()["VAE"]
+        family.codec.vae = fake_network(vae.eval().requires_grad_(False), mode)
+        family.codec.latent_key = repr(sorted(vae.config.items()))
 
 
 def fake_text(conditioner: Conditioner, count: int) -> Condition:
@@ -103,22 +224,22 @@ def fake_text(conditioner: Conditioner, count: int) -> Condition:
     return conditioner.text_of(RawBatch(("",) * count, None, {"text_embedding": stored}))
 
 
-def fake_batch(config: Config, adapter: Adapter) -> Batch:
-    """One micro-batch, with latents if the method trains on them."""
-    count, with_latents = config.data.batch_size, load_method(config.distill_method).uses_latents(config.method)
-    conditioner, shape = adapter.conditioner, adapter.codec.latent_shape
-    latents = torch.empty(count, *shape)
-    first = Condition({})
-    if conditioner.needs_frames:
-        shapes = {name: [size or 1 for size in shape] for name, shape in conditioner.stored_shapes.items()}
-        extras = {name: torch.empty(count, *shape) for name, shape in shapes.items()}
-        first = conditioner.first_frames_of(RawBatch(("",) * count, latents, extras))
-    return Batch(
-        shape=(count, *shape),
-        condition=fake_text(conditioner, count) | first,
-        negative=conditioner.negative(count) | first,
-        x0=latents if with_latents else None,
-    )
+def _fake_first_frames(conditioner: Conditioner, latents: Tensor) -> Condition:
+    count = len(latents)
+    shapes = {name: [size or 1 for size in shape] for name, shape in conditioner.stored_shapes.items()}
+    extras = {name: torch.empty(count, *shape) for name, shape in shapes.items()}
+    return conditioner.first_frames_of(RawBatch(("",) * count, latents, extras))
+
+
+def drop_gradients(method: Method) -> None:
+    """Free each gradient at once, as reduce-scatter does: what stays of it is counted with its role."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for handle in method.bundle:
+        for parameter in handle.parameters():
+            parameter.register_post_accumulate_grad_hook(drop)
 
 
 @contextmanager

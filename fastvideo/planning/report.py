@@ -25,7 +25,7 @@ def table(plan: Plan) -> list[str]:
     rows = [("on each process", "parameters", "weights", "gradients", "optimizer", "average", "together")]
     for role in plan.roles:
         kind = f"{role.name} ({'trained' if role.trainable else 'frozen'})"
-        values = (role.weights, role.gradients, role.optimizer, role.average, role.total)
+        values = (role.weights + role.tables, role.gradients, role.optimizer, role.average, role.total)
         rows.append((kind, f"{role.parameters:,}", *map(gib, values)))
     others = {**plan.parts, "buffers of the layout": plan.buffers, "activations": plan.activations}
     rows += [(name, "", "", "", "", "", gib(value)) for name, value in others.items()]

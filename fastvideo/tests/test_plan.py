@@ -13,11 +13,12 @@ from fastvideo.cli import main
 from fastvideo.cli.plan import read_bytes
 from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.config.sections import ParallelConfig
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
-from fastvideo.planning.estimate import Planner, _gathers, check_layout
-from fastvideo.planning.fake import LiveBytes
-from fastvideo.planning.layout import gathered_bytes, role_bytes
+from fastvideo.planning.estimate import Planner, _gathers
+from fastvideo.planning.fake import LiveBytes, fake_run
+from fastvideo.planning.layout import gathered_bytes, role_plans
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.simulate import _train, simulate
 from fastvideo.tests.preparing import preparer
@@ -55,7 +56,7 @@ def test_an_unknown_model_asks_for_its_architecture() -> None:
 def test_bytes_of_the_large_recipe_are_exact(shard: int) -> None:
     """Float32 weights, gradients and two moments for what is trained; what is frozen in bfloat16."""
     config = config_of(LARGE, "--parallel.shard", str(shard))
-    roles = {role.name: role for role in role_bytes(config, build_adapter(config))}
+    roles = {role.name: role for role in role_plans(fake_run(config, Processes(shard=shard)))}
     count = PARAMETERS["wan2.1-t2v-1.3b"]
     student = roles["student"]
     assert student.parameters == count
@@ -71,7 +72,7 @@ def test_bytes_of_the_large_recipe_are_exact(shard: int) -> None:
 def test_roles_with_adapters_hold_their_network_once() -> None:
     """Rank 32 at four projections of both attentions, 30 blocks: 2 x 4 x 32 x (1536 + 1536) elements a block."""
     config = config_of("examples/distillation/wan2.1_t2v_1.3b_dmd2_lora.yaml", "--ema.no-enabled")
-    roles = {role.name: role for role in role_bytes(config, build_adapter(config))}
+    roles = {role.name: role for role in role_plans(fake_run(config))}
     options = config.roles["student"].lora
     assert options is not None
     base = 2 * PARAMETERS["wan2.1-t2v-1.3b"]
@@ -100,8 +101,7 @@ def test_live_bytes_are_those_of_tensors_that_live() -> None:
 def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
     """Four blocks are run as they are; fake and real tensors agree to the byte on what operators make."""
     config = config_of(TINY, "--parallel.activation-checkpointing", recompute, "--data.batch-size", "2")
-    adapter = build_adapter(config)
-    planned = simulate(config, adapter, split=False, leave=False)
+    planned = simulate(fake_run(config), split=False, leave=False)
     adapter = build_adapter(config)
     networks = {name: adapter.folder.load_network() for name in config.roles}
     from fastvideo.distillation.builder import build_method
@@ -126,11 +126,10 @@ def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
 
 @pytest.mark.slow
 def test_a_deep_network_goes_on_from_two_small_depths(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(TINY, "--data.batch-size", "2")
-    adapter = build_adapter(config)
-    whole = simulate(config, adapter, split=True, leave=True)
+    run = fake_run(config_of(TINY, "--data.batch-size", "2"))
+    whole = simulate(run, split=True, leave=True)
     monkeypatch.setattr("fastvideo.planning.simulate.DEPTHS", (2, 3))
-    shallow = simulate(config, adapter, split=True, leave=True)
+    shallow = simulate(run, split=True, leave=True)
     assert shallow.peak == pytest.approx(whole.peak, rel=0.01)
     assert shallow.flops == pytest.approx(whole.flops, rel=0.01)
 
@@ -146,7 +145,7 @@ def test_more_processes_hold_less_and_send_more() -> None:
 
 def test_networks_that_stay_gathered_are_counted_whole_and_sent_once() -> None:
     bare = config_of(TINY, "--parallel.shard", "2")
-    roles = role_bytes(bare, build_adapter(bare))
+    roles = role_plans(fake_run(bare, Processes(shard=2)))
     whole, teacher = roles[0].whole, next(role for role in roles if not role.trainable)
     held, gathers = {}, {}
     for kept in ("none", "frozen", "all"):
@@ -162,7 +161,7 @@ def test_a_network_under_three_roles_is_gathered_once_and_counts_as_trained(kept
     plain, config = (
         config_of(ADAPTERS, "--parallel.shard", "2", "--parallel.keep-gathered", which) for which in ("none", kept)
     )
-    roles = role_bytes(config, build_adapter(config))
+    roles = role_plans(fake_run(config, Processes(shard=2)))
     assert gathered_bytes(config, roles) - gathered_bytes(plain, roles) == copies * roles[0].whole
 
 
@@ -185,8 +184,8 @@ def test_advice_ends_as_soon_as_the_run_fits() -> None:
 
 
 def test_a_layout_must_divide_the_processes() -> None:
-    with pytest.raises(UserError, match=r"does not divide 6 processes: one of \[1, 2, 3, 6\]"):
-        check_layout(config_of(TINY, "--parallel.shard", "4"), 6)
+    with pytest.raises(UserError, match=r"4 does not divide the number of processes, 6; possible: 1, 2, 3, 6"):
+        Planner().plan(config_of(TINY, "--parallel.shard", "4"), 6)
 
 
 @pytest.mark.parametrize(("text", "count"), [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29)])

@@ -14,7 +14,7 @@ from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.placement import Placement
+from fastvideo.distillation.engine.placement import check_tokens
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 from fastvideo.tiny.captions import outside_note
@@ -90,8 +90,8 @@ def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: 
     used = [bucket.name for bucket in data.source.buckets if bucket.rounds(data.shard)]
     shapes = [tuple(map(int, name.split("x"))) for name in used] if config.data.buckets and "all" not in used else []
     if shapes:
-        paths = {name: role.path for name, role in config.roles.items()}
-        Placement(adapter, processes, config.parallel).check(paths, shapes)
+        paths = {name: role.path for name, role in config.roles.items() if role.model is None}
+        check_tokens(adapter, processes, paths, shapes)
 
 
 def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) -> tuple[Source, str]:

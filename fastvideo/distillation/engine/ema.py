@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.config.sections import EMAConfig
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
 from fastvideo.distillation.engine.training import training_of
 
@@ -37,6 +38,13 @@ class EMAHook:
             averages = training_of(handle).ema
             if handle.name in active and averages is not None:
                 _blend(averages, handle.tensors(), weight)
+
+
+def keep_averages(bundle: ModelBundle, options: EMAConfig | None) -> EMAHook:
+    """Begin the averages that a config asks for; of no role without one."""
+    if options is None or not options.enabled:
+        return EMAHook((), 0.0)
+    return EMAHook([bundle[role] for role in options.roles], options.decay, options.start_step)
 
 
 def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight: Tensor) -> None:

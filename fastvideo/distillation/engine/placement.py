@@ -15,23 +15,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig, RoleConfig
+from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, add_adapter, gather_adapter, merge, portable, switch_of
-from fastvideo.distillation.engine.optional.footprint import ResidentBytes, check_memory
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.engine.parallel.sharding import (
     gather_state,
     home_of,
-    includes,
     load_shards,
     shard_mesh,
     shard_network,
 )
-from fastvideo.distillation.engine.training import States
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
@@ -83,46 +80,6 @@ class Placement:
     def _context_mesh(self) -> DeviceMesh:
         return context_mesh(self.processes)
 
-    def check(self, roles: Mapping[str, str | None], shapes: Sequence[tuple[int, ...]]) -> None:
-        """Check the networks behind ``roles`` (name to path) against the layout, before any is loaded.
-
-        Args:
-            shapes: latents ``(C, F, H, W)`` of one sample, for each size in the data.
-
-        Raises:
-            UserError: if the processes of one sample cannot share its tokens and heads evenly.
-        """
-        scaling = self.source.scaling
-        if scaling is None or self.processes.context == 1:
-            return
-        for role, path in roles.items():
-            counts = {shape: scaling.context_counts(path, shape) for shape in shapes}
-            check_context(self.processes, joined_counts(counts), f"role {role!r}")
-
-    def check_memory(self, roles: Mapping[str, RoleConfig], states: States) -> None:
-        """Check that this process's device holds the resident bytes of these roles, before any network is loaded.
-
-        Adapters are not counted: they are small beside the network that they share.
-
-        Raises:
-            UserError: with each role's need, and the ``parallel.shard`` that would fit.
-        """
-        source, resident = self.source, dict[str, ResidentBytes]()
-        if source.scaling is None or self.processes.memory is None:
-            return
-        adapted = {role.path for role in roles.values() if role.lora is not None}
-        made: dict[tuple[str | None, torch.dtype], list[nn.Parameter]] = {}
-        for name, role in roles.items():
-            whole = role.trainable and role.lora is None
-            key = role.path, torch.float32 if whole else source.folder.compute_dtype
-            on_host = includes(self.options.offload, role.trainable)
-            if on_host or (not whole and role.path in adapted and key in made):  # one network under several roles
-                continue
-            if key not in made:
-                made[key] = list(source.folder.empty(*key).parameters())
-            resident[name] = ResidentBytes(made[key], whole)
-        check_memory(resident, self.processes, states)
-
     def load(self, path: str | None, *, trained: bool, change: Callable[[nn.Module], None] | None = None) -> nn.Module:
         """Load the network of one role; frozen weights are stored in the dtype that they are computed in.
 
@@ -159,17 +116,55 @@ class Placement:
         scaling = self.source.scaling
         if scaling is None:
             return
-        if self.options.activation_checkpointing != "none":
-            scaling.recompute(network, checkpointed(self.options.activation_checkpointing))
+        self._recompute(network, scaling)
         if self.processes.context > 1:  # before sharding, which gives every module a new class
             split_tokens(network, scaling, self._context_mesh)
         if self.processes.shard > 1:
             self._shard(network, scaling, path)
 
+    def _recompute(self, network: nn.Module, scaling: Scaling) -> None:
+        if self.options.activation_checkpointing != "none":
+            scaling.recompute(network, checkpointed(self.options.activation_checkpointing))
+
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
         units, dtype = scaling.blocks(network), self.source.folder.compute_dtype
         shard_network(network, units, self._mesh, self.processes, self.options, dtype)
         load_shards(network, self.source.folder.files(path), home_of(network, self.options, self.processes.device))
+
+
+class EmptyPlacement(Placement):
+    """Makes the same networks whole and without weights, on the meta device: a run is counted on them."""
+
+    @classmethod
+    def of(cls, real: Placement) -> EmptyPlacement:
+        """The networks of a placement."""
+        return cls(real.source, real.processes, real.options)
+
+    def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        return self.source.folder.empty(path, dtype)
+
+    def _spread(self, network: nn.Module, path: str | None) -> None:
+        if self.source.scaling is not None:
+            self._recompute(network, self.source.scaling)
+
+
+def check_tokens(
+    source: NetworkSource, processes: Processes, roles: Mapping[str, str | None], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Check that the processes of one sample can share the tokens and heads of networks evenly; nothing is loaded.
+
+    Args:
+        roles: path of each role's network.
+        shapes: latents ``(C, F, H, W)`` of one sample, each of which is trained on.
+
+    Raises:
+        UserError: naming the first role with which they cannot.
+    """
+    if source.scaling is None or processes.context == 1:
+        return
+    for role, path in roles.items():
+        counts = {shape: source.scaling.context_counts(path, shape) for shape in shapes}
+        check_context(processes, joined_counts(counts), f"role {role!r}")
 
 
 def joined_counts(counts: Mapping[tuple[int, ...], Mapping[str, int]]) -> dict[str, int]:

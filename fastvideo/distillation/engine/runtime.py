@@ -19,7 +19,7 @@ from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, 
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import ResumePoint, restore, set_aside
 from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful
-from fastvideo.distillation.engine.ema import EMAHook, has_average
+from fastvideo.distillation.engine.ema import has_average, keep_averages
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard, StepRecord, clip_gradient
 from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
@@ -72,8 +72,7 @@ class Runtime:
             raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
         if options.memory_snapshot and device.type != "cuda":
             raise UserError(f"trainer.memory_snapshot is of CUDA memory; this run is on {device}")
-        averaged = [self.bundle[role] for role in ema.roles] if ema is not None and ema.enabled else []
-        self.averages = EMAHook(averaged, ema.decay, ema.start_step) if ema is not None else EMAHook((), 0.0)
+        self.averages = keep_averages(self.bundle, ema)
         self.guard = NonFiniteGuard(options.non_finite, options.max_skips, folder / "non_finite", rank)
         self.metrics, self.agreement = Metrics(), Agreement()
         self.performance = Performance(self.bundle, self.processes, source, options.peak_flops)

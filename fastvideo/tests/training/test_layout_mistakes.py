@@ -18,7 +18,8 @@ from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout, start_processes
 from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import UserError
-from fastvideo.planning.layout import role_bytes
+from fastvideo.planning.fake import fake_run
+from fastvideo.planning.layout import role_plans
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.launch import TRAIN, config_file, ranks, torchrun, wait_until
 from fastvideo.training.data import check_buckets
@@ -93,12 +94,8 @@ def test_context_that_does_not_divide_every_size_of_the_data_is_refused(tiny_roo
 
 def need_of(config: Any) -> int:
     """Bytes of weights, gradients and optimizer of all roles on one process, as a plan has them (without tables)."""
-    adapter, found = build_adapter(config), 0
-    for role in role_bytes(config, adapter):
-        assert adapter.scaling is not None
-        tables = sum(b.numel() * b.element_size() for b in adapter.folder.empty(None, torch.float32).buffers())
-        found += role.weights + role.gradients + role.optimizer - tables
-    return found
+    roles = role_plans(fake_run(config))
+    return sum(role.weights + role.gradients + role.optimizer for role in roles)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +140,11 @@ def test_a_network_that_roles_share_counts_once(tiny_root: Path) -> None:
     adapter = build_adapter(config)
     assert adapter.scaling is not None
     once = sum(p.numel() * p.element_size() for p in adapter.folder.empty(None, torch.float32).parameters())
-    build_method(config, adapter, Processes(memory=once))
-    with pytest.raises(UserError, match=r"on each process \(student \d\.\d\d MiB\), which"):
-        build_method(config, adapter, Processes(memory=once - 1))
+    assert need_of(config) < 2 * once, "the adapters are small"
+    build_method(config, adapter, Processes(memory=need_of(config)))
+    roles = r"teacher \d\.\d\d MiB, student \d\.\d\d MiB, critic \d\.\d\d MiB"
+    with pytest.raises(UserError, match=rf"on each process \({roles}\), which"):
+        build_method(config, adapter, Processes(memory=need_of(config) - 1))
 
 
 def test_the_memory_of_this_machine_is_known() -> None:

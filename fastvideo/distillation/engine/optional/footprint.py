@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.optional.eight_bit import moment_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.training import States
@@ -35,38 +36,85 @@ def optimizer_bytes(parameters: Iterable[Tensor], shard: int, states: States) ->
 
 
 @dataclass(frozen=True)
-class ResidentBytes:
-    """Memory of a network that stays on the device, from its parameters (on the meta device)."""
+class RoleBytes:
+    """One role on the process that has the most of it.
 
-    parameters: Sequence[Tensor]
-    trained: bool
+    Attributes:
+        parameters: number of elements of the network's own parameters, all processes together.
+        weights: bytes of the parameters that are counted here, and of the adapter.
+        tables: bytes of buffers.
+    """
 
-    def of(self, shard: int, states: States) -> int:
-        """Bytes of weights, and of gradients and optimizer if trained, on the process that has the most."""
-        weights = sum(local_numel(p, shard) * p.element_size() for p in self.parameters)
-        if not self.trained:
-            return weights
-        gradients = sum(local_numel(p, shard) * FLOAT32 for p in self.parameters)
-        return weights + gradients + optimizer_bytes(self.parameters, shard, states)
+    name: str
+    trainable: bool
+    parameters: int
+    weights: int
+    tables: int
+    gradients: int
+    optimizer: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        """All that stays from step to step, and the gradients."""
+        return self.weights + self.tables + self.gradients + self.optimizer + self.average
 
 
-def check_memory(roles: Mapping[str, ResidentBytes], processes: Processes, states: States) -> None:
-    """Check that a device holds the resident bytes of the roles; activations and averages come on top.
+def holders(handles: Iterable[RoleHandle]) -> dict[nn.Module, str]:
+    """Name of the role that each network is counted for: of several roles over one, the first that is frozen."""
+    found: dict[nn.Module, str] = {}
+    for handle in sorted(handles, key=lambda handle: handle.trainable):
+        found.setdefault(handle.network, handle.name)
+    return found
+
+
+def own_parameters(handle: RoleHandle, module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a module of a role's network, without adapters."""
+    return [p for p in module.parameters() if not (handle.shares_network and p.requires_grad)]
+
+
+def role_bytes(handle: RoleHandle, shard: int, states: States, *, holds: bool = True) -> RoleBytes:
+    """Bytes of a role whose network is whole, or without weights, where ``shard`` processes hold it together.
+
+    Args:
+        holds: count the network itself, and not its adapter alone.
+    """
+    own, trained = own_parameters(handle, handle.network), handle.named_parameters()
+    kept = [*(own if holds else ()), *(trained.values() if handle.shares_network else ())]
+    averages = {} if handle.training is None else handle.training.ema or {}
+    return RoleBytes(
+        name=handle.name,
+        trainable=handle.trainable,
+        parameters=sum(p.numel() for p in own),
+        weights=sum(local_numel(p, shard) * p.element_size() for p in kept),
+        tables=sum(b.nbytes for b in handle.network.buffers()) * holds,
+        gradients=sum(local_numel(p, shard) * FLOAT32 for p in trained.values()),
+        optimizer=optimizer_bytes(trained.values(), shard, states),
+        average=sum(local_numel(a, shard if n in trained else 1) * a.element_size() for n, a in averages.items()),
+    )
+
+
+def check_memory(handles: Sequence[RoleHandle], processes: Processes, states: States) -> None:
+    """Check that a device holds the roles' weights, gradients and optimizers; tables and activations come on top.
+
+    Args:
+        handles: roles over networks without weights.
 
     Raises:
         UserError: with each role's need, and the ``shard`` that would fit.
     """
-    memory, shard = processes.memory, processes.shard
-    if memory is None:
-        return
+    memory, shard, counted_for = processes.memory, processes.shard, holders(handles)
+
+    def of_roles(degree: int) -> dict[str, int]:
+        rows = [role_bytes(h, degree, states, holds=counted_for[h.network] == h.name) for h in handles]
+        return {row.name: row.total - row.tables for row in rows}
 
     def needed(degree: int) -> int:
-        return sum(role.of(degree, states) for role in roles.values())
+        return sum(of_roles(degree).values())
 
-    if needed(shard) <= memory:
+    if memory is None or needed(shard) <= memory:
         return
-    of_roles = {name: role.of(shard, states) for name, role in roles.items()}
-    listed = ", ".join(f"{name} {gib(of_roles[name])}" for name in sorted(of_roles, key=lambda n: -of_roles[n]))
+    listed = ", ".join(f"{n} {gib(b)}" for n, b in sorted(of_roles(shard).items(), key=lambda row: -row[1]) if b)
     world = processes.world_size
     legal = [n for n in range(shard + 1, world + 1) if world % n == 0 and needed(n) <= memory]
     larger = [2**k for k in range(MOST_PROCESSES.bit_length()) if 2**k > world and needed(2**k) <= memory]
