@@ -31,6 +31,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_mesh,
     shard_network,
 )
+from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
@@ -142,7 +143,7 @@ class Placement:
         """
         network = self._new(path, self.source.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
-            add_adapter(network, role, options, seed + number)
+            add_adapter(network, role, options, stream_seed(seed, "adapter", number))
         self._spread(network, path)
         return network
 
