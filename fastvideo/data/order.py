@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvideo.data.faults import Faults
 from fastvideo.distillation.rng import seeded, stream_seed
 from fastvideo.distillation.types import RawBatch, UserError
-from fastvideo.wording import counted
+from fastvideo.errors import counted
 
 
 @dataclass(frozen=True)
