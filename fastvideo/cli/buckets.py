@@ -10,7 +10,7 @@ import tyro
 
 from fastvideo.cli.arguments import Count, parse
 from fastvideo.cli.console import console
-from fastvideo.wording import counted
+from fastvideo.errors import counted
 
 
 @dataclass(frozen=True)

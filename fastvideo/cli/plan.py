@@ -12,8 +12,7 @@ import tyro
 
 from fastvideo.cli.arguments import Count, Switch, check_counts
 from fastvideo.cli.console import patience
-from fastvideo.errors import UserError
-from fastvideo.wording import counted
+from fastvideo.errors import UserError, counted
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.faults import Faults
-from fastvideo.distillation.rng import seeded
+from fastvideo.distillation.rng import seeded, stream_seed
 from fastvideo.distillation.types import RawBatch, UserError
-from fastvideo.wording import counted
+from fastvideo.errors import counted
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class SampleStream:
 
     def _plan_of(self, epoch: int) -> list[Tensor]:
         """This process's rows at every step of an epoch."""
-        generator = seeded(self.seed * 1_000_003 + epoch)
+        generator = seeded(stream_seed(self.seed, "order", epoch))
         steps: list[Tensor] = []
         for bucket in self.source.buckets:
             used = bucket.rounds(self.shard) * self.shard.per_round

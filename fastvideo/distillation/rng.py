@@ -6,8 +6,10 @@ sharded forwards cannot hang. Checkpoints hold both.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,9 +21,28 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
+Purpose = Literal["noise", "noise of a resumed run", "decisions", "order", "heads", "adapter"]
+"""Uses of a run's seed: tensors of a data rank, shared decisions, the order of an epoch, first weights."""
+
+
+def stream_seed(seed: int, purpose: Purpose, *index: int) -> int:
+    """A 64-bit seed for one stream of a run: no two of (seed, purpose, index) have a stream in common.
+
+    Args:
+        seed: the run's.
+        purpose: use of the stream.
+        index: which of several: a rank, an epoch; as many numbers for each stream of a purpose.
+    """
+    return _mixed(zlib.crc32(purpose.encode()), *index, seed % 2**64)
+
+
 def sample_seed(seed: int, *indices: int) -> int:
-    """64-bit seed, unrelated for neighbouring (seed, indices)."""
-    return int(np.random.SeedSequence([seed, *indices]).generate_state(1, np.uint64)[0])
+    """64-bit seed for one generated sample, unrelated for neighbouring (seed, indices)."""
+    return _mixed(seed, *indices)
+
+
+def _mixed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def normal(
@@ -38,7 +59,7 @@ def normal(
 def initialising(seed: int) -> Iterator[None]:
     """Derive the first weights of networks made inside from ``seed``; torch's global state is restored."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(stream_seed(seed, "heads"))
         yield
 
 
@@ -46,10 +67,9 @@ class RandomStreams:
     """Streams of one process: of data rank ``rank`` (one for all context-parallel ranks) of ``ranks``."""
 
     def __init__(self, seed: int, *, rank: int = 0, ranks: int = 1, device: torch.device | str = "cpu") -> None:
-        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
-        # A large odd stride keeps the local streams of neighbouring seeds and ranks apart.
-        self.local = seeded(seed * 1_000_003 + rank + 1, self.device)
-        self.shared = seeded(seed)
+        self.seed, self.device, self.rank, self.ranks = seed, torch.device(device), rank, ranks
+        self.local = seeded(stream_seed(seed, "noise", rank), self.device)
+        self.shared = seeded(stream_seed(seed, "decisions"))
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal noise; differs per data rank, like every draw without ``shared`` in its name."""
@@ -109,5 +129,5 @@ class RandomStreams:
         The shared stream continues exactly. Local streams belong to ranks, so new ones begin.
         """
         self.shared.set_state(state["shared"])
-        self.local.manual_seed((self.local.initial_seed() + 7_919 * (step + 1)) % 2**63)
+        self.local.manual_seed(stream_seed(self.seed, "noise of a resumed run", self.rank, step))
         return "tensors are drawn from new local streams"

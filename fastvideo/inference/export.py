@@ -16,13 +16,13 @@ from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
+from fastvideo.errors import did_you_mean
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import ExportSource, find_source, load_source
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
 from fastvideo.inference.recipe import Weights
-from fastvideo.wording import did_you_mean
 
 FORMATS = ("diffusers", *LORA_FORMATS)
 MARK = "exported_to"

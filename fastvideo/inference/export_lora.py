@@ -15,10 +15,10 @@ from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
 from fastvideo.distillation.registry import families, load_exporter, load_method
 from fastvideo.distillation.types import UserError
+from fastvideo.errors import counted
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
 from fastvideo.inference.loading import RECIPE, load_recipe
-from fastvideo.wording import counted
 
 LORA_FORMATS = ("lora-diffusers", "lora-comfy")
 COMFY_FILE = "comfyui_lora.safetensors"

@@ -16,10 +16,10 @@ from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
 from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.loading import LoadedModel
-from fastvideo.wording import counted
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."

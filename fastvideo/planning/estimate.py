@@ -63,7 +63,7 @@ class Planner:
             UserError: if the layout does not divide the processes or what they share, or as the builder does.
         """
         layout = config.parallel
-        check_layout(world, shard=layout.shard, replicate=layout.replicate, context=layout.context)
+        check_layout(world, layout)
         run = fake_run(config, Processes(world_size=world, shard=layout.shard, context=layout.context))
         roles, split = role_plans(run), layout.shard > 1
         # Over a shared network the bytes of a step are taken as those of training it whole, which is a little more.

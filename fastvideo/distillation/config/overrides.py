@@ -10,8 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from fastvideo.distillation.config.base import Section
-from fastvideo.errors import UserError
-from fastvideo.wording import nearest
+from fastvideo.errors import UserError, nearest
 
 EMPTY = ("None", "none", "null")
 FIELDS_HELP = "`fastvideo distill --config FILE --help` lists all"

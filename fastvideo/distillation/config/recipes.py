@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastvideo.errors import UserError
-from fastvideo.wording import nearest
+from fastvideo.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parents[2]
 IN_WHEEL, IN_CLONE = PACKAGE / "recipes", PACKAGE.parent / "examples" / "distillation"

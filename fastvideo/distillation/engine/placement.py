@@ -29,6 +29,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_mesh,
     shard_network,
 )
+from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
@@ -102,7 +103,7 @@ class Placement:
         """
         network = self._new(path, self.source.folder.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
-            add_adapter(network, role, options, seed + number)
+            add_adapter(network, role, options, stream_seed(seed, "adapter", number))
         self._spread(network, path)
         return network
 

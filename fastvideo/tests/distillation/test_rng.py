@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rng import Purpose, RandomStreams, seeded, stream_seed
 
 
 def test_ranks_draw_different_tensors() -> None:
@@ -66,3 +68,32 @@ def test_streams_continue_bit_for_bit_from_their_state() -> None:
 
 def test_two_runs_with_one_seed_are_equal() -> None:
     assert torch.equal(RandomStreams(4, rank=1).normal((10,)), RandomStreams(4, rank=1).normal((10,)))
+
+
+def test_streams_of_a_run_all_differ() -> None:
+    """Every (purpose, rank or epoch) of a run, and of the runs with the seeds beside it, has a stream of its own."""
+    seeds = [
+        stream_seed(seed, purpose, *index)
+        for seed in (0, 1, 7, 2**40)
+        for purpose in get_args(Purpose)
+        for index in streams_of(purpose)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    firsts = [torch.randn(4, generator=seeded(seed)) for seed in seeds]
+    assert len({tuple(first.tolist()) for first in firsts}) == len(seeds)
+
+
+def streams_of(purpose: str) -> list[tuple[int, ...]]:
+    """The indices of a run's streams: 64 ranks or epochs, one stream of all ranks, 8 steps of 8 ranks."""
+    if purpose in ("decisions", "heads"):
+        return [()]
+    if purpose == "noise of a resumed run":
+        return [(rank, step) for rank in range(8) for step in range(8)]
+    return [(i,) for i in range(64)]
+
+
+def test_noise_is_not_the_order_of_an_epoch() -> None:
+    """The order of the samples of an epoch and the noise of a rank come from other generators, whatever the rank."""
+    orders = {torch.randn(2, generator=seeded(stream_seed(3, "order", epoch))) for epoch in range(32)}
+    noises = [RandomStreams(3, rank=rank).normal((2,)) for rank in range(32)]
+    assert not any(torch.equal(order, noise) for order in orders for noise in noises)

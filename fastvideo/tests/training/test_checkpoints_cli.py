@@ -36,7 +36,7 @@ def test_the_table_says_what_is_there_and_what_cannot_be_used(
     assert code == 0
     assert [row[0] for row in rows] == ["12", "8", "4"]
     assert rows[0][1] == "yes"
-    assert rows[0][3:6] == ["student, critic", "1 x cpu", run_facts(config)[1][:12]]
+    assert rows[0][3:6] == ["student, critic", "1 x cpu", run_facts(config).config_hash[:12]]
     assert rows[0][2].endswith("kB")
     assert rows[0][6].endswith(" s")
     assert rows[1][1] == "no: it has no manifest.json: its save was not finished"
