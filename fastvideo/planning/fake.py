@@ -20,9 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
-from fastvideo.distillation.bridge import same_space
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
-from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.bundle import RoleHandle, same_space
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.registry import load_method
