@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastvideo.distillation.engine.optional.footprint import gib
 from fastvideo.planning.advice import Advice
 from fastvideo.planning.estimate import Plan
+from fastvideo.wording import gib
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

@@ -9,11 +9,11 @@ import pytest
 
 from fastvideo.cli import main
 from fastvideo.cli.checkpoints import readable_age
-from fastvideo.cli.console import readable_size
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
 from fastvideo.training.resume import run_facts
 from fastvideo.training.run import run
+from fastvideo.wording import readable_size
 
 
 def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[list[str]]]:
