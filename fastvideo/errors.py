@@ -60,16 +60,3 @@ def counted(count: int, noun: str) -> str:
     """``1 process``, ``2 processes``, ``3 samples``."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count} {noun}{ending}"
-
-
-def readable_size(count: float) -> str:
-    """Size of a file: bytes in the decimal unit that suits them."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
-
-
-def gib(value: float) -> str:
-    """Size of memory: bytes in GiB, or in MiB below a tenth of one."""
-    return f"{value / 2**30:.2f} GiB" if value >= 0.1 * 2**30 else f"{value / 2**20:.2f} MiB"

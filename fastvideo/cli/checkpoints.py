@@ -12,7 +12,8 @@ import tyro
 
 from fastvideo.cli.arguments import Switch, parse
 from fastvideo.cli.console import console
-from fastvideo.errors import UserError, readable_size
+from fastvideo.errors import UserError
+from fastvideo.files import readable_size
 
 if TYPE_CHECKING:
     from rich.table import Table

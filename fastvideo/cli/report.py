@@ -11,7 +11,7 @@ import tyro
 
 from fastvideo.cli.arguments import OptionalFile, parse
 from fastvideo.cli.console import patience
-from fastvideo.errors import readable_size
+from fastvideo.files import readable_size
 
 
 @dataclass(frozen=True)

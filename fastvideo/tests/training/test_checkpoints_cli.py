@@ -11,7 +11,7 @@ from fastvideo.cli import main
 from fastvideo.cli.checkpoints import readable_age
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
-from fastvideo.errors import readable_size
+from fastvideo.files import readable_size
 from fastvideo.training.resume import run_facts
 from fastvideo.training.run import run
 

@@ -12,7 +12,8 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.optional.eight_bit import moment_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.training import States
-from fastvideo.errors import UserError, gib
+from fastvideo.errors import UserError
+from fastvideo.files import gib
 
 FLOAT32 = 4
 MOMENTS = 2
