@@ -159,3 +159,16 @@ def record_of(path: Path) -> FileRecord:
     """Measure a file: size and SHA-256."""
     with path.open("rb") as stream:
         return FileRecord(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def readable_size(count: float) -> str:
+    """Size of a file: bytes in the decimal unit that suits them."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def gib(value: float) -> str:
+    """Size of memory: bytes in GiB, or in MiB below a tenth of one."""
+    return f"{value / 2**30:.2f} GiB" if value >= 0.1 * 2**30 else f"{value / 2**20:.2f} MiB"

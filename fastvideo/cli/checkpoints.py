@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastvideo.cli.arguments import Switch, parse
-from fastvideo.cli.console import console, readable_size
+from fastvideo.cli.console import console
 from fastvideo.errors import UserError
+from fastvideo.files import readable_size
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -33,11 +33,3 @@ def patience(doing: str) -> Iterator[None]:
         return
     with err.status(f"{doing} ..."):
         yield
-
-
-def readable_size(count: float) -> str:
-    """Bytes in the decimal unit that suits them."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from fastvideo.cli.arguments import OptionalFile, parse
-from fastvideo.cli.console import patience, readable_size
+from fastvideo.cli.console import patience
+from fastvideo.files import readable_size
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Config
@@ -53,9 +55,15 @@ def config_folder(path: str, architecture: str | None = None) -> str:
 
 def without_weights(config: Config, architecture: str | None = None) -> Config:
     """The config with every model path replaced by one that has config files."""
-    model = config.model.model_copy(update={"path": config_folder(config.model.path, architecture)})
+
+    def named(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if section is None or section.get("path") is None:
+            return section and dict(section)
+        return {**section, "path": config_folder(section["path"], architecture)}
+
     roles = {
-        name: role.model_copy(update={"path": role.path and config_folder(role.path, architecture)})
+        name: role.model_copy(update={**(named({"path": role.path}) or {}), "model": named(role.model)})
         for name, role in config.roles.items()
     }
+    model = config.model.model_copy(update=named({"path": config.model.path}))
     return config.model_copy(update={"model": model, "roles": roles})

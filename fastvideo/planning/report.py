@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastvideo.distillation.engine.optional.footprint import gib
+from fastvideo.files import gib
 from fastvideo.planning.advice import Advice
 from fastvideo.planning.estimate import Plan
 

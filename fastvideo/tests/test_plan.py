@@ -18,7 +18,7 @@ from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.estimate import Planner, _gathers
 from fastvideo.planning.fake import LiveBytes, fake_run
-from fastvideo.planning.layout import gathered_bytes, role_plans
+from fastvideo.planning.layout import frozen_parts, gathered_bytes, role_plans
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.simulate import _train, simulate
 from fastvideo.tests.preparing import preparer
@@ -80,6 +80,26 @@ def test_roles_with_adapters_hold_their_network_once() -> None:
         assert roles["student"].gradients == roles["student"].weights == 4 * 30 * 2 * 4 * 32 * (1536 + 1536)
     held = sum(role.weights + role.gradients + role.optimizer for role in roles.values())
     assert base < held <= 1.5 * base
+
+
+def test_second_family_is_counted() -> None:
+    """Teacher and critic of another family bring their networks and text encoder, and the bridge both VAEs."""
+    config = config_of(TINY, "--validation.every", "0")
+    other = {"family": "cogvideox", "path": "tiny_cogvideox", "max_sequence_length": 8}
+    scoring = {name: config.roles[name].model_copy(update={"model": other}) for name in ("teacher", "critic")}
+    run = fake_run(config.model_copy(update={"roles": config.roles | scoring}))
+    own, alone = fake_run(config), fake_run(config_of("examples/distillation/tiny_cogvideox_dmd2.yaml"))
+    roles, counted = {role.name: role for role in role_plans(run)}, {role.name: role for role in role_plans(alone)}
+    assert roles["student"] == role_plans(own)[0]
+    assert (roles["teacher"], roles["critic"].weights) == (counted["teacher"], counted["critic"].weights)
+    assert [run.bridged(role) for role in ("student", "teacher", "critic")] == [False, True, True]
+    parts, theirs = frozen_parts(run), frozen_parts(alone)
+    assert parts == {
+        **{name: part for name, part in frozen_parts(own).items() if name != "VAE"},
+        "VAE": parts["VAE"],
+        **{f"{name} of teacher": part for name, part in theirs.items()},
+    }
+    assert "VAE" not in frozen_parts(own)
 
 
 def test_live_bytes_are_those_of_tensors_that_live() -> None:

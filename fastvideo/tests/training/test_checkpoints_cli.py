@@ -9,9 +9,9 @@ import pytest
 
 from fastvideo.cli import main
 from fastvideo.cli.checkpoints import readable_age
-from fastvideo.cli.console import readable_size
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
+from fastvideo.files import readable_size
 from fastvideo.training.resume import run_facts
 from fastvideo.training.run import run
 

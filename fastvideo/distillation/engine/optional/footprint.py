@@ -13,6 +13,7 @@ from fastvideo.distillation.engine.optional.eight_bit import moment_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.training import States
 from fastvideo.errors import UserError
+from fastvideo.files import gib
 
 FLOAT32 = 4
 MOMENTS = 2
@@ -128,8 +129,3 @@ def check_memory(handles: Sequence[RoleHandle], processes: Processes, states: St
         f"process ({listed}), which has {gib(memory)} on {processes.device}; {hint}. What else helps: fastvideo plan "
         f"--config CONFIG --gpus {world}"
     )
-
-
-def gib(value: float) -> str:
-    """Bytes in a readable unit."""
-    return f"{value / 2**30:.2f} GiB" if value >= 0.1 * 2**30 else f"{value / 2**20:.2f} MiB"
