@@ -232,13 +232,13 @@ def train_counting(folders: Any, case: Case, layout: str, rank: int, size: int) 
 
 
 GATHERS = [
-    # Three steps with five losses, two of the student's: once for each of 17 forwards and backwards.
-    ({}, "none", 17),
-    ({}, "frozen", 16),  # the teacher's second forward finds it whole
+    # Three steps with five losses, two of the student's: once for each of 16 forwards and backwards.
+    ({}, "none", 16),
+    ({}, "frozen", 15),  # the teacher's second forward finds it whole
     # The teacher once; student and critic for the student's losses; the critic for its own, once with a rollout.
     ({}, "all", 9),
-    (LORA, "none", 17),
-    (LORA, "frozen", 17),  # the one network has trained adapters
+    (LORA, "none", 16),
+    (LORA, "frozen", 16),  # the one network has trained adapters
     (LORA, "all", 5),  # once per loss
 ]
 """Roles, what stays gathered, and how often the first block is gathered in all."""
