@@ -83,12 +83,6 @@ class WorstCase(RandomStreams):
     def shared_index(self, high: int) -> int:
         return high - 1 if self.longest else 0
 
-    def shared_choice(self, shares: Sequence[float]) -> int:
-        return self.shared_index(len(shares))
-
-    def places(self, count: int) -> Tensor:
-        return self.uniform(count)
-
 
 class FakePlacement(EmptyPlacement):
     """Makes networks of fake tensors on the CPU.
