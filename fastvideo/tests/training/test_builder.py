@@ -130,7 +130,7 @@ def test_a_family_without_what_a_method_needs_is_refused_before_anything_is_load
 ) -> None:
     config = validate(run_schema("analytic", "dmd2"), analytic_values, "test")
     check_needs(config)
-    monkeypatch.setattr(DMD2Method, "needs", frozenset({"jvp", "features"}))
+    monkeypatch.setattr(DMD2Method, "needs_of", classmethod(lambda cls, config: frozenset({"jvp", "features"})))
     monkeypatch.setattr(AnalyticAdapter, "supports", frozenset({"features"}))
     monkeypatch.setattr(AnalyticFolder, "load_network", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError) as refusal:
@@ -145,6 +145,6 @@ def test_the_student_of_a_method_of_flow_maps_is_one_and_the_teacher_is_not(monk
     config = wan_config()
     families = build_families(config, build_adapter(config), Processes())
     assert "flow_map_head" not in dict(load_role(config, families, "student").named_children())
-    monkeypatch.setattr(DMD2Method, "needs", frozenset({"flow_map"}))
+    monkeypatch.setattr(DMD2Method, "needs_of", classmethod(lambda cls, config: frozenset({"flow_map"})))
     assert "flow_map_head" in dict(load_role(config, families, "student").named_children())
     assert "flow_map_head" not in dict(load_role(config, families, "teacher").named_children())

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.config.reading import validate
@@ -115,13 +117,43 @@ def test_cost_of_each_window(analytic_values: dict[str, Any]) -> None:
     assert "performance/flops_utilisation" not in found[0], "the steps before the count are not known"
 
 
+class Remembering(nn.Module):
+    """Two layers that keep weak references to what is computed between them, recomputed ones too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.seen: list[StorageWeakRef] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x).relu()
+        self.seen.append(StorageWeakRef(hidden.untyped_storage()))
+        return self.second(hidden)
+
+
+def test_counting_flops_keeps_no_recomputed_activations() -> None:
+    """The module hooks of torch's own counter keep each of them alive until the step ends."""
+    runtime = Runtime(toy_method("sft", spy()), TrainerConfig(peak_flops=1.0), Tracker(Path(), enabled=False))
+    alive = []
+    for _ in range(3):
+        blocks = [Remembering() for _ in range(4)]
+        with runtime.performance.step(("student",)):
+            x = torch.ones(8, 64, requires_grad=True)
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            x.sum().backward()
+            alive.append(sum(not seen.expired() for block in blocks for seen in block.seen))
+    assert [len(block.seen) for block in blocks] == [2] * 4
+    assert alive == [0, 0, 0]
+
+
 def test_flops_are_those_of_the_matrix_products() -> None:
     method = toy_method("sft", spy())
     runtime = Runtime(method, TrainerConfig(peak_flops=1.0), Tracker(Path(), enabled=False))
     for _ in range(3):
         with runtime.performance.step(("student",)):
             torch.ones(2, 3) @ torch.ones(3, 5)
-    assert runtime.performance._flops == {("student",): 2 * 2 * 3 * 5}
+    assert runtime.performance._counts == {("student",): [2 * 2 * 3 * 5] * 2}
 
 
 def test_profile_is_written(analytic_values: dict[str, Any]) -> None:

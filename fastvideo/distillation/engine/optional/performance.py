@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -55,11 +56,26 @@ class TokenSource(NetworkSource, Protocol):
     def codec(self) -> LatentCodec: ...
 
 
+class _NoModules(ModuleTracker):
+    """Counts for the whole step alone: the hooks of torch's own tracker keep all recomputed activations alive."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+COUNTED_STEPS = 8
+
+
 class Performance:
     """Measures windows of steps, by the host's clock; hooks do not count.
 
-    FLOPs are counted by torch's ``FlopCounterMode`` in the second step of each set of active roles, only where the peak
-    is known and no block is compiled. Matrix products, convolutions and attention count, recomputed ones too.
+    FLOPs are counted by torch's ``FlopCounterMode`` in ``COUNTED_STEPS`` steps of each set of active roles, after its
+    first, and stand with their mean for the steps that follow, because a step's network calls are a matter of draws.
+    They are counted only if the peak is known and no block is compiled. Matrix products, convolutions and attention
+    count, recomputed ones too.
 
     Args:
         source: family of the networks, for tokens per sample; tokens are not measured without it.
@@ -71,29 +87,32 @@ class Performance:
     ) -> None:
         self.processes, self.source, self.peak = processes, source, peak or peak_of(processes.device)
         self._countable = self.peak is not None and not any(_is_compiled(handle.network) for handle in bundle)
-        self._flops: dict[tuple[str, ...], int | None] = {}
+        self._counts: dict[tuple[str, ...], list[int]] = {}
         self._tokens_of = lru_cache(self._count_tokens)
         self._begin()
 
     def _begin(self) -> None:
-        self._since, self._steps, self._samples, self._tokens, self._done = monotonic(), 0, 0, 0, 0
+        self._since, self._steps, self._samples, self._tokens = monotonic(), 0, 0, 0
+        self._done = 0.0
         self._known = self._countable
 
     @contextmanager
     def step(self, active: tuple[str, ...]) -> Iterator[None]:
         """Surround the forward and backward passes of one step."""
-        if not self._countable or self._flops.get(active, 0) is not None:
-            seen = active in self._flops
-            self._flops.setdefault(active, None)
+        first = active not in self._counts
+        counts = self._counts.setdefault(active, [])
+        if first or not self._countable or len(counts) == COUNTED_STEPS:
             yield
+            flops = sum(counts) / max(len(counts), 1)
         else:
-            seen = True
-            with FlopCounterMode(display=False) as counter:
+            counter = FlopCounterMode(display=False)
+            counter.mod_tracker = _NoModules()
+            with counter:
                 yield
-            self._flops[active] = counter.get_total_flops()
-        flops = self._flops[active]
-        self._steps, self._done = self._steps + 1, self._done + (flops or 0)
-        self._known = self._known and seen and flops is not None
+            flops = counter.get_total_flops()
+            counts.append(flops)
+        self._steps, self._done = self._steps + 1, self._done + flops
+        self._known = self._known and bool(counts)
 
     def saw(self, raw: RawBatch) -> None:
         """Count a micro-batch of this process."""
