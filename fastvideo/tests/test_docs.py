@@ -184,3 +184,11 @@ def package_folders() -> list[Path]:
 def test_folder_has_readme(folder: Path) -> None:
     """Each says on one screen what is here, where to start and what may not come in."""
     assert 5 <= len((folder / "README.md").read_text(encoding="utf-8").splitlines()) <= 15
+
+
+@pytest.mark.parametrize("folder", package_folders(), ids=name_of)
+def test_readme_names_files_that_exist(folder: Path) -> None:
+    """A name in backticks that ends in .py or / is one of this folder, of the package or of the repository."""
+    for name in re.findall(r"`([\w./]+(?:\.py|/))`", (folder / "README.md").read_text(encoding="utf-8")):
+        beside = (folder / name).exists() or (ROOT / name).exists()
+        assert beside or list((ROOT / "fastvideo").rglob(name)), f"{name_of(folder)}/README.md names {name}"
