@@ -13,8 +13,8 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Adapter, Config
-from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import check_tokens
+from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 from fastvideo.tiny.captions import outside_note

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import add_noise

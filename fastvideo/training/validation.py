@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
