@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, nearest
 
 METRICS, VIDEOS, INDEX = "metrics.json", "videos", "index.json"
 CURVES, HEALTH, CONFIG, ENVIRONMENT = "metrics.jsonl", "health.jsonl", "config.yaml", "environment.json"
@@ -160,9 +159,8 @@ def _is_run(folder: Path) -> bool:
 
 def _check_is_run(folder: Path) -> None:
     if not folder.exists():
-        siblings = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        near = difflib.get_close_matches(folder.name, siblings, n=1)
-        hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
+        near = nearest(folder.name, sorted(path.name for path in folder.parent.glob("*") if path.is_dir()))
+        hint = f"; did you mean {folder.parent / near}?" if near else ""
         raise UserError(f"run folder {folder} does not exist{hint}")
     if not _is_run(folder):
         inside = next((parent for parent in folder.resolve().parents if _is_run(parent)), None)

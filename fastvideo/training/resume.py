@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fastvideo.data.order import SampleStream
+from fastvideo.distillation.adapters.diffusers.folder import RETIRED
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.base import RESUMABLE, Section
 from fastvideo.distillation.config.reading import read_yaml
@@ -70,6 +71,8 @@ def check_config(config: Config, checkpoint: Path) -> list[str]:
         UserError: listing those that would change the run silently.
     """
     before, now = flat(read_yaml(checkpoint / CONFIG)), flat(config.model_dump(mode="json"))
+    for key in RETIRED:
+        before.pop(f"model.{key}", None)
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
     started = {f"roles.{name}.init_from" for name, role in config.roles.items() if role.trainable}

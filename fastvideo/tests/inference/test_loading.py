@@ -156,6 +156,11 @@ def test_sizes_come_from_options_or_the_recipe(plain: Path) -> None:
     assert load_model(str(plain), {"num_frames": 13}).adapter.codec.latent_shape == (16, 4, 4, 4)
 
 
+def test_a_folder_of_an_earlier_version_loads(plain: Path) -> None:
+    (plain / "recipe.json").write_text(json.dumps({"model": MODEL | {"prompt_cache": 64}}))
+    assert load_model(str(plain)).adapter.codec.latent_shape == (16, 3, 4, 4)
+
+
 def test_wrong_option_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     (tmp_path / "recipe.json").write_text(json.dumps({"model": MODEL}))

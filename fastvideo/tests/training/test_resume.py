@@ -205,6 +205,16 @@ def test_every_field_is_marked_as_resumable_or_refused(analytic_values: dict, tm
                 check_config(config, tmp_path)
 
 
+def test_a_checkpoint_may_name_a_field_of_an_earlier_version(analytic_values: dict, tmp_path: Path) -> None:
+    config = config_of(analytic_values)
+    saved = config.model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**saved, "model": saved["model"] | {"prompt_cache": 64}}))
+    assert check_config(config, tmp_path) == []
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**saved, "model": saved["model"] | {"prompt_chest": 64}}))
+    with pytest.raises(UserError, match=r"model\.prompt_chest: 64 -> None"):
+        check_config(config, tmp_path)
+
+
 def field_tree(schema: type[Section]) -> dict[str, Any]:
     """Every field of a schema, nested as its sections are."""
     inner = {name: field.annotation for name, field in schema.model_fields.items()}

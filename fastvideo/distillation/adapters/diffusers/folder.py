@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import shutil
@@ -24,12 +23,14 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_component,
     load_config,
 )
-from fastvideo.distillation.types import UserError
+from fastvideo.errors import UserError, did_you_mean
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
 NATIVE = "native"
 """Torch's scaled dot product attention, which every network and device has."""
+RETIRED = frozenset({"prompt_cache"})
+"""Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
 
 class DiffusersFolder(ModelFolder, Generic[ConfigT]):
@@ -37,8 +38,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
         self.pipeline, self.config = pipeline, pipeline.config
-        self.parts = pipeline.spec.parts
-        (self._part,) = self.parts
+        (self._part,) = self.parts = pipeline.spec.parts
         self.published_guidance = pipeline.spec.published_guidance
         self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
         blocks = "compiled" if self.config.compile_blocks else "eager"
@@ -132,6 +132,8 @@ def read_recipe(source: str) -> dict[str, Any]:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
+    if isinstance(model := recipe.get("model"), dict):
+        recipe["model"] = {key: value for key, value in model.items() if key not in RETIRED}
     return recipe
 
 
@@ -147,8 +149,7 @@ def choose_attention(network: Any, name: str) -> None:
 
     known = sorted(backend.value for backend in AttentionBackendName)
     if name not in known:
-        hint = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, known, n=1))
-        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{hint}")
+        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
     processors = network.attn_processors.values() if name != NATIVE else ()
     if any("_attention_backend" not in dir(processor) for processor in processors):
         raise UserError(
@@ -166,12 +167,11 @@ def choose_attention(network: Any, name: str) -> None:
 def _without_warnings(logger_name: str) -> Iterator[None]:
     """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
     logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.disabled = True
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.disabled = False
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:

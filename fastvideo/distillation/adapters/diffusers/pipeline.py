@@ -13,13 +13,13 @@ from functools import cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
-from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
 from fastvideo.distillation.types import UserError
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
@@ -51,7 +51,7 @@ class PipelineConfig(AdapterConfig):
     package. It is printed at the start and never replaced by another."""
     compile_blocks: bool = False
     """Compile the network's repeated blocks (torch.compile): the first steps take a minute, the others less time."""
-    prompt_cache_mib: NonNegativeInt = 512
+    prompt_cache_mib: Annotated[NonNegativeInt, RESUMABLE] = 512
     """MiB of host memory for embeddings of prompts, least recently used first out."""
 
 
