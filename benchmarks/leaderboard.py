@@ -48,11 +48,13 @@ VALIDATIONS = 8
 """Points of a curve, about."""
 CPU_PER_STEP = 0.35
 """CPU seconds of a DMD2 step here: only to choose how often to validate."""
-CPU_PER_WALK = 0.22
-"""CPU seconds of one stored walk of the teacher (24 guided steps): half of a budget is spent on walks."""
-WALKS = "fastvideo.cli precompute-trajectories --config {recipe} --out {prepared} --count {count} --rows-per-file 64"
-WALKED = ("kd",)
-"""Methods that train on stored walks of the teacher."""
+CPU_PER_TRAJECTORY = 0.22
+"""CPU seconds of one stored trajectory of the teacher (24 guided steps): half of a budget is spent on them."""
+PRECOMPUTE = (
+    "fastvideo.cli precompute-trajectories --config {recipe} --out {prepared} --count {count} --rows-per-file 64"
+)
+FROM_TRAJECTORIES = ("kd",)
+"""Methods that train on stored trajectories of the teacher."""
 FIRST_STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tcm": ("cm", ("student", "cm_teacher")),
     "anyflow": ("anyflow_pretrain", ("student",)),
@@ -158,12 +160,12 @@ def as_words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def prepare(arguments: Arguments, method: str, folder: Path, log: Path) -> Preparation:
-    """Store walks of the teacher, or train the first stage, for a method that needs it."""
+    """Store trajectories of the teacher, or train the first stage, for a method that needs it."""
     shutil.rmtree(folder, ignore_errors=True)
     half = arguments.seconds / 2
-    if method in WALKED:
-        count = max(64, round(half / CPU_PER_WALK))
-        cost = measured_process(WALKS.format(recipe=recipe_of(method), prepared=folder, count=count).split(), log)
+    if method in FROM_TRAJECTORIES:
+        count = max(64, round(half / CPU_PER_TRAJECTORY))
+        cost = measured_process(PRECOMPUTE.format(recipe=recipe_of(method), prepared=folder, count=count).split(), log)
         return Preparation(cost["cpu_seconds"], cost["cpu_seconds"], cost["wall_seconds"], {"data.path": folder})
     if method in FIRST_STAGES:
         first, roles = FIRST_STAGES[method]
@@ -208,7 +210,7 @@ def train(arguments: Arguments, method: str, folder: Path) -> dict[str, Any]:
 
 
 def sub_ladder(times: Sequence[float], steps: int) -> tuple[float, ...]:
-    """``steps`` rungs out of a student's ladder, evenly; uniform times where it has fewer."""
+    """``steps`` times out of a student's ladder, evenly; uniform times where it has fewer."""
     if steps > len(times):
         return tuple(1 - i / steps for i in range(steps))
     return tuple(times[i * len(times) // steps] for i in range(steps))

@@ -45,13 +45,13 @@ Made by `python benchmarks/leaderboard.py --budget {budget}{options}` at revisio
 
 Every method distils the same teacher with the same compute: its process trains on one thread until it has spent
 **{budget} of CPU time** on training steps. CPU time and not wall time is the budget, because other work on the machine
-then costs a method nothing. What a recipe needs done beforehand comes out of it: half of it goes to stored walks of
-the teacher (`kd`) or to the first of two stages (`tcm` after `cm`, `anyflow` after `anyflow_pretrain`). `cpu seconds`
-is what the training used in all, with start and validations, and so is wall time; memory is of the last process.
-Each recipe is `examples/distillation/tiny_wan_METHOD.yaml`, so steps differ in size and in number.
+then costs a method nothing. What a recipe needs done beforehand comes out of it: half of it goes to stored
+trajectories of the teacher (`kd`) or to the first of two stages (`tcm` after `cm`, `anyflow` after `anyflow_pretrain`).
+`cpu seconds` is what the training used in all, with start and validations, and so is wall time; memory is of the
+last process. Each recipe is `examples/distillation/tiny_wan_METHOD.yaml`, so steps differ in size and in number.
 
 Then all models get the same {prompts} held-out prompts and the same noise, at 4, 2 and 1 steps. Two steps are the first
-and the third of a student's four rungs, a ladder that it was not trained for as such (`--ladder` of
+and the third of a student's four steps, a ladder that it was not trained for as such (`--ladder` of
 `fastvideo evaluate`); a model without a ladder (`sft`) is sampled like the teacher, with guidance. Distances are
 Frechet distances from 2048 other real held-out videos; as many real videos after the VAE, what a perfect model of the
 latents would score, are at {floor:.2f}.
