@@ -87,7 +87,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if self.prompts is not None and self.path != "tiny":
-            raise ValueError(f"give `path` ({self.path!r}) or `prompts` ({self.prompts!r}), not both")
+            raise ValueError(f"`path` {self.path!r} and `prompts` {self.prompts!r}: drop one (`--data.prompts None`)")
         return self
 
 

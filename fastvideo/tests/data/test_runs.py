@@ -153,7 +153,7 @@ def test_buckets_are_shown_with_what_is_left_out(
 
 def test_the_wrong_data_is_refused_before_a_step(job: MakeJob, values: dict[str, Any], tmp_path: Path) -> None:
     preprocess(job(), workers=1)
-    with pytest.raises(UserError, match=r"give `path` .* or `prompts` .*, not both"):
+    with pytest.raises(UserError, match=r"`path` .* and `prompts` .*: drop one \(`--data\.prompts None`\)"):
         config_of(values, data=values["data"] | {"prompts": "prompts.txt"})
     with pytest.raises(UserError, match=r"latents have shape \(4, 2, 2, 4\).*configured for \(4, 3, 2, 4\)"):
         run(config_of(values, model=values["model"] | {"num_frames": 9}))
