@@ -17,7 +17,7 @@ from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 
 STEPS, SEED = 4, 2
 TOLERANCE = 2 / 255
-"""Of a pixel in [0, 1]."""
+"""Largest difference of a pixel in [0, 1]."""
 
 
 @check("velocity(), codec.decode(), conditioner.encode_prompts(), Exporter.stock_sampler()")

@@ -42,7 +42,7 @@ def build_adapter(config: Config, processes: Processes | None = None) -> Adapter
 
 
 def lacks(config: MethodConfig, method: type[Method], family: type[Adapter]) -> list[Need]:
-    """What a method with these options needs of a model family and does not get, in alphabetic order."""
+    """Needs of a method with these options that a model family does not meet, in alphabetic order."""
     return sorted(method.needs_of(config) - family.supports)
 
 
@@ -82,7 +82,7 @@ class Families:
     placements: Mapping[Adapter, Placement]
 
     def placement(self, role: str) -> Placement:
-        """Where the networks of a role's family go."""
+        """Placement of the networks of a role's family."""
         return self.placements[self.by_role[role]]
 
     def roles_of(self, family: Adapter) -> list[str]:

@@ -80,7 +80,7 @@ class RoleHandle(Denoiser):
 
     @property
     def shares_network(self) -> bool:
-        """Whether other roles hold the same network, so that this one owns its adapter alone (or nothing)."""
+        """True if other roles hold the same network, so that this one owns its adapter alone (or nothing)."""
         return self._trained is not None
 
     def parameters(self) -> list[nn.Parameter]:
@@ -88,7 +88,7 @@ class RoleHandle(Denoiser):
         return list(self.named_parameters().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What training changes, without graph: the trained parameters, and the buffers of a network trained whole.
+        """Values that training changes, without graph: trained parameters, and the buffers of a network trained whole.
 
         They share memory with the network, and are what a checkpoint and an average hold of this role.
         """

@@ -1,1 +1,1 @@
-"""What a run will need, before it is started: bytes per role and process, arithmetic, traffic."""
+"""Forecast a run's needs before it is started: bytes per role and process, arithmetic, traffic."""

@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit, cheapest first."""
+"""Changes to a run that does not fit, cheapest first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Change = tuple[str, str, dict[str, dict[str, object]]]
 
 
 def sharding(parallel: ParallelConfig, world: int) -> Iterator[Change]:
-    """How networks are split."""
+    """Changes to how networks are split."""
     shards = [n for n in range(2, world + 1) if world % n == 0 and n > parallel.shard]
     for shard in shards:
         yield (

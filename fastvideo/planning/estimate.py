@@ -113,7 +113,7 @@ def _sent(run: FakeRun, roles: Sequence[RolePlan], step: StepCost) -> float:
 
 
 def _gathers(config: Config, role: RolePlan, forwards: float, backwards: float) -> float:
-    """How often a split network is put together in a step."""
+    """Count how often a split network is put together in a step."""
     if not role.stays_gathered(config):
         return forwards + backwards
     return min(forwards, config.trainer.grad_accumulation) if role.network_trained else 0.0

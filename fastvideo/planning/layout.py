@@ -35,7 +35,7 @@ class RolePlan(RoleBytes):
     whole: int
 
     def stays_gathered(self, config: Config) -> bool:
-        """Whether the network is split, and whole from its first use to its last (in a step, if it is trained)."""
+        """True if the network is split, and whole from its first use to its last (in a step, if it is trained)."""
         return self.block > 0 and includes(config.parallel.keep_gathered, self.network_trained)
 
 
@@ -67,7 +67,7 @@ def _numel(parameters: Iterable[Tensor]) -> int:
 
 
 def gathered_bytes(config: Config, roles: Sequence[RolePlan]) -> int:
-    """What sharding holds beside the parts: blocks that are whole while they compute, and their gradients."""
+    """Memory of sharding beside the parts: blocks that are whole while they compute, and their gradients."""
     if config.parallel.shard == 1:
         return 0
     whole = sum(role.whole for role in roles if role.holds and role.stays_gathered(config))
@@ -80,7 +80,7 @@ def gathered_bytes(config: Config, roles: Sequence[RolePlan]) -> int:
 
 
 def reduction_bytes(config: Config, roles: Sequence[RolePlan], world: int) -> int:
-    """What averaging whole gradients over processes holds: all of one role's, joined."""
+    """Memory of averaging whole gradients over processes: all of one role's, joined."""
     if config.parallel.shard > 1 or world == 1:
         return 0
     return max(role.gradients for role in roles)

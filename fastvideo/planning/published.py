@@ -32,7 +32,7 @@ def architecture_folder(name: str) -> Path:
 
 
 def config_folder(path: str, architecture: str | None = None) -> str:
-    """Where the config files of the model ``path`` are: its own folder, or those that ship with this package.
+    """Folder with the config files of the model ``path``: its own folder, or those that ship with this package.
 
     Args:
         path: as in a run's config.

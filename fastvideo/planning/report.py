@@ -53,14 +53,14 @@ def step_lines(plan: Plan, rates: Rates | None) -> list[str]:
 
 
 def verdict(plan: Plan, budget: int, reserve: int) -> str:
-    """Whether it fits."""
+    """The last line: the run fits, or does not."""
     need, room = plan.total + reserve, budget
     word = "FITS" if need <= room else "DOES NOT FIT"
     return f"{word}: {gib(plan.total)} + {gib(reserve)} reserve of {gib(room)} per process"
 
 
 def advice_lines(advice: Sequence[Advice], fits: bool, gpus: int | None) -> list[str]:
-    """What to change, each on top of the ones before."""
+    """Changes that help, each on top of the ones before."""
     lines = ["cheapest first, each on top of the ones before:"] if advice else []
     lines += [f"  {step.flags:<50} {gib(step.plan.total):>12}   {step.cost}" for step in advice]
     if fits:

@@ -37,7 +37,7 @@ LONGEST_PERIOD = 1000
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a process does and holds in a step, beyond parameters, optimizers and averages.
+    """Work and memory of a process in a step, beyond parameters, optimizers and averages.
 
     Attributes:
         peak: bytes alive at once, gradients among them.
@@ -106,7 +106,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Run:
-    """Of one step: bytes alive at once, operations of a forward of each role, operations of a backward."""
+    """Costs of one step: bytes alive at once, operations of a forward of each role, operations of a backward."""
 
     peak: int
     forward: Mapping[str, float]

@@ -135,7 +135,7 @@ class HealthCheck:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def _training(self, step: int) -> dict[str, float]:
-        """How far a step moves each role, relative to its weights, and the critic's over the student's."""
+        """Distance that a step moves each role, relative to its weights, and the critic's over the student's."""
         method = self.method
         ahead = [role for i in range(STEPS_AHEAD) for role in method.active_roles(step + i)]
         moved = {

@@ -29,7 +29,7 @@ class SharedSampler:
 
     @property
     def writes(self) -> bool:
-        """Whether this process gets the results."""
+        """True if this process gets the results."""
         return self.processes.is_main
 
     def from_main(self, latents: Tensor | None, count: int) -> Tensor:

@@ -248,7 +248,7 @@ class WanConditioner(DiffusersConditioner[WanConfig]):
         return self.inputs.text_width
 
     def _encode_text(self, prompt: str) -> Tensor:
-        """Of the prompt's own tokens: the network sees zeros beyond them, as in ``WanPipeline``."""
+        """Embeddings of the prompt's own tokens: the network sees zeros beyond them, as in ``WanPipeline``."""
         tokens = self._tokens(prompt)
         with torch.no_grad():
             hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
@@ -300,8 +300,8 @@ class WanConditioner(DiffusersConditioner[WanConfig]):
         return _as_given(latents, latents.shape[2], latent_frames)
 
     def first_frames_of(self, raw: RawBatch) -> Condition:
-        """Of the latents, at any size. For a checkpoint that reads its image beside the noise: of ``raw.extras``, or
-        else encoded from the decoded first latent frame."""
+        """Take them from the latents, at any size. A checkpoint that reads its image beside the noise takes them from
+        ``raw.extras``, or else encodes the decoded first latent frame."""
         shapes = self._image_shapes
         if raw.latents is not None and self.inputs.concatenated:
             shapes = {**shapes, FRAME: tuple(raw.latents.shape[1:])}

@@ -77,7 +77,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         return network.eval()
 
     def files(self, path: str | None) -> Mapping[str, Path]:
-        """Of one file, or of several with an index."""
+        """Files of the network's parameters: one for all, or several with an index."""
         folder = Path(self.pipeline.resolved(path)) / self._part
         if (folder / INDEX).is_file():
             found = json.loads((folder / INDEX).read_text())["weight_map"]
