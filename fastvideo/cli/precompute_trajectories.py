@@ -35,7 +35,7 @@ class TrajectoryArguments:
     batch_size: Count = 32
     """Trajectories that go through the network together."""
     device: str = "cpu"
-    """Device: cpu, or cuda (the processes are dealt to all GPUs)."""
+    """Device: cpu, or cuda (the processes share all GPUs)."""
     overwrite: Switch = False
     """Delete the results of an earlier call in the folder."""
 

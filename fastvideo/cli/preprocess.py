@@ -53,7 +53,7 @@ class PreprocessArguments:
     videos_per_file: Count = 64
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
-    """Device: cpu, or cuda (the processes are dealt to all GPUs)."""
+    """Device: cpu, or cuda (the processes share all GPUs)."""
     overwrite: Switch = False
     """Delete the results of an earlier call in the folder."""
 

@@ -199,7 +199,7 @@ class SampleStream:
         """Continue a run of another number of processes at the same sample of the epoch; returns the inexact part."""
         seen = int(state["round"]) * int(state["per_round"])
         self.load_state_dict({**state, "round": -(-seen // self.shard.per_round)})
-        return "the data go on at the same place of the epoch, dealt anew to the processes"
+        return "the data go on at the same place of the epoch, divided anew among the processes"
 
 
 def pinned(source: Source, rows: Sequence[int]) -> RawBatch:

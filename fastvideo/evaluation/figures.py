@@ -200,7 +200,7 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
     teacher, student = found
     items = [
         ("Fréchet distance", FRECHET.text(student["frechet"]), f"{FRECHET.cell(student).small}; lower is better"),
-        ("Digit as asked", DIGIT.text(student["digit_accuracy"]), f"teacher {DIGIT.text(teacher['digit_accuracy'])}"),
+        ("Right digit", DIGIT.text(student["digit_accuracy"]), f"teacher {DIGIT.text(teacher['digit_accuracy'])}"),
         ("Denoising one video", time_of(student), f"teacher {time_of(teacher)}"),
     ]
     run = metrics.get("distillation", {})
