@@ -28,8 +28,12 @@ class Motion:
     centres: torch.Tensor
 
     @classmethod
-    def draw(cls, u: torch.Tensor, unit: torch.Tensor, frames: int, size: int) -> Motion:
-        """Turn uniform numbers `u` [n, 6] and unit directions `unit` [n, 2] into motions that stay inside the frame."""
+    def draw(cls, u: torch.Tensor, unit: torch.Tensor, frames: int, size: int, wrap: bool = False) -> Motion:
+        """Turn uniform numbers `u` [n, 6] and unit directions `unit` [n, 2] into motions.
+
+        Args:
+            wrap: move over a torus, without end; otherwise the digits stay inside the frame.
+        """
         half = 0.5 * (MIN_SIDE + (MAX_SIDE - MIN_SIDE) * u[:, 0])
         angle = MAX_ROTATION * (2.0 * u[:, 1] - 1.0)
         shear = MAX_SHEAR * (2.0 * u[:, 2] - 1.0)
@@ -38,7 +42,7 @@ class Motion:
         forward = forward * half[:, None, None]
         # Half width and half height of the box around the digit image, with room for the fading edge of its ink.
         extent = forward.abs().sum(dim=2) * EDGE + 0.5
-        centres = _centres(u[:, 3:6], unit, extent, frames, size)
+        centres = torus_centres(u[:, 3:6], unit, frames, size) if wrap else _centres(u[:, 3:6], unit, extent, frames, size)
         return cls(torch.linalg.inv(forward), centres)
 
 
@@ -56,13 +60,26 @@ def _centres(u: torch.Tensor, unit: torch.Tensor, extent: torch.Tensor, frames: 
     return start[:, None, :] + time[None, :, None] * path[:, None, :]
 
 
-def render(images: torch.Tensor, rgb: torch.Tensor, motion: Motion, frames: int, size: int) -> torch.Tensor:
+def torus_centres(u: torch.Tensor, unit: torch.Tensor, frames: int, size: int) -> torch.Tensor:
+    """Centre per frame [n, frames, 2] of a digit that goes straight on, in pixels of the unrolled plane.
+
+    A longer video begins with the frames of a shorter one.
+    """
+    speed = MIN_SPEED + (MAX_SPEED - MIN_SPEED) * u[:, 0]
+    steps = torch.arange(frames, dtype=torch.float32)
+    return size * u[:, None, 1:] + steps[None, :, None] * (speed[:, None] * unit)[:, None, :]
+
+
+def render(
+    images: torch.Tensor, rgb: torch.Tensor, motion: Motion, frames: int, size: int, wrap: bool = False
+) -> torch.Tensor:
     """Draw videos.
 
     Args:
         images: [n, 8, 8] ink in [0, 1].
         rgb: [n, 3] colour in [0, 1].
         motion: affine maps and centres.
+        wrap: draw the nearest image of the digit on a torus: what leaves on the left comes back on the right.
 
     Returns:
         float32 [n, 3, frames, size, size] in [-1, 1], black background.
@@ -71,6 +88,8 @@ def render(images: torch.Tensor, rgb: torch.Tensor, motion: Motion, frames: int,
     pixel = torch.arange(size, dtype=torch.float32) + 0.5
     plane = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), dim=-1)  # [size, size, (x, y)]
     offset = plane - motion.centres[:, :, None, None, :]
+    if wrap:
+        offset = (offset + size / 2) % size - size / 2
     grid = torch.einsum("nij,nfhwj->nfhwi", motion.affine, offset)
     # One pixel of black around the image, so that ink at its edge fades out instead of ending in a step.
     padded = F.pad(images[:, None], (1, 1, 1, 1))

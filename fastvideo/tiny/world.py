@@ -6,6 +6,9 @@ blurs: there is something to distil.
 
 Everything is a pure function of (split, seed, n): the same arguments give the same bits, and the first k samples of a
 longer draw are the samples of a draw of length k.
+
+The streaming world (:func:`torus`) is the same world without edges: a digit that leaves on one side comes back on the
+other, so motion never ends, a caption stays true, and a video of any length begins with the frames of a shorter one.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ SIZE = 32  # pixels, height and width
 # sampling; captions mostly leave colour and direction open.
 OPEN_PROBABILITIES = (0.15, 0.8, 0.8)
 TRAIN_SHARE = 0.8
+STREAM_FRAMES = 33  # of a video of the streaming world that networks are trained on
+STREAM_OPEN_PROBABILITIES = (0.15, 0.4, 0.4)  # a prompt switch needs attributes that are named
 
 # Unit vectors in image coordinates (x to the right, y downwards), in the order of DIRECTIONS.
 _DIAGONAL = 2**-0.5
@@ -63,7 +68,7 @@ class WorldSample:
     """`n` videos with their attributes.
 
     Attributes:
-        videos: float32 [n, 3, 9, 32, 32] in [-1, 1].
+        videos: float32 [n, 3, frames, 32, 32] in [-1, 1].
         captions: n texts.
         digit: int64 [n], 0-9: the truth, also if the caption does not name it.
         colour: int64 [n], index into COLOURS.
@@ -96,12 +101,26 @@ def split_images(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TinyWorld:
-    """Draws videos and captions from the handwritten digits of a split."""
+    """Draws videos and captions from the handwritten digits of a split.
 
-    def __init__(self, split: Split) -> None:
+    Args:
+        frames: of each video.
+        wrap: digits move over a torus, without end.
+        open_probabilities: of digit, colour and direction, to be left out of a caption.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        frames: int = FRAMES,
+        wrap: bool = False,
+        open_probabilities: tuple[float, float, float] = OPEN_PROBABILITIES,
+    ) -> None:
         if split not in _SPLIT_ID:
             raise ValueError(f"unknown split {split!r}: expected one of {', '.join(_SPLIT_ID)}")
         self.split: Split = split
+        self.frames, self.wrap = frames, wrap
+        self.open_probabilities = np.array(open_probabilities)
         self.images, self.labels = split_images(split)
 
     def sample(self, n: int, seed: int) -> WorldSample:
@@ -128,7 +147,7 @@ class TinyWorld:
         image = torch.from_numpy((u[:, 0] * len(self.labels)).astype(np.int64))
         colour = torch.from_numpy((u[:, 1] * len(COLOURS)).astype(np.int64))
         direction = torch.from_numpy((u[:, 2] * len(DIRECTIONS)).astype(np.int64))
-        return image, colour, direction, torch.from_numpy(u[:, 3:6] >= np.array(OPEN_PROBABILITIES))
+        return image, colour, direction, torch.from_numpy(u[:, 3:6] >= self.open_probabilities)
 
     def _captions(self, u: npt.NDArray[np.float64]) -> list[str]:
         image, colour, direction, named = self._truth(u)
@@ -142,9 +161,15 @@ class TinyWorld:
         unit = torch.tensor([_VECTORS[name] for name in DIRECTIONS])[direction]
         rgb = torch.tensor([_RGB[name] for name in COLOURS])[colour]
         look = torch.from_numpy(u[:, 6:16]).float()
-        motion = Motion.draw(look[:, :6], unit, FRAMES, SIZE)
-        videos = render(self.images[image], jitter_colour(rgb, look[:, 6:]), motion, FRAMES, SIZE)
+        motion = Motion.draw(look[:, :6], unit, self.frames, SIZE, self.wrap)
+        rgb = jitter_colour(rgb, look[:, 6:])
+        videos = render(self.images[image], rgb, motion, self.frames, SIZE, self.wrap)
         return WorldSample(videos, self._captions(u), self.labels[image], colour, direction, named, look)
+
+
+def torus(split: Split, frames: int = STREAM_FRAMES) -> TinyWorld:
+    """The streaming world."""
+    return TinyWorld(split, frames, wrap=True, open_probabilities=STREAM_OPEN_PROBABILITIES)
 
 
 def jitter_colour(rgb: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Rebuild a tiny pipeline: Wan from scikit-learn's digits alone, CogVideoX from the shipped Wan too.
 
-    python -m tools.tiny_world --out FOLDER [--family wan|cogvideox]
+    python -m tools.tiny_world --out FOLDER [--family wan|cogvideox|stream]
                                [--stage classifier|vae|decoder|text|transformer|teacher]
 
 Stages and their wall times on one core, in order: `classifier` (the judge, 7 minutes), `vae` (13 minutes), `decoder`
@@ -25,16 +25,17 @@ from transformers import PreTrainedModel
 
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.world import TinyWorld
-from tools.tiny_world import cogvideox_pipeline, cogvideox_teacher, pipeline, teacher, train_vae
+from tools.tiny_world import cogvideox_pipeline, cogvideox_teacher, pipeline, stream, teacher, train_vae
 from tools.tiny_world.cogvideox_encoder import train_encoder
 from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe
 from tools.tiny_world.pipeline import save_half
 from tools.tiny_world.recipe import TextRecipe, TinyRecipe
 from tools.tiny_world.sharpen import sharpen_decoder
+from tools.tiny_world.stream import StreamRecipe
 from tools.tiny_world.text import build_t5, build_tokenizer, build_umt5
 from tools.tiny_world.train_classifier import accuracy, train_classifier
 
-Recipe = TinyRecipe | CogVideoXRecipe
+Recipe = TinyRecipe | CogVideoXRecipe | StreamRecipe
 Stage = Callable[[Path, Any], dict[str, float]]
 
 
@@ -64,7 +65,7 @@ def decoder_stage(kind: train_vae.VaeKind) -> Stage:
 
     def stage(out: Path, recipe: Recipe) -> dict[str, float]:
         vae = kind.load(out / "pipeline" / "vae")
-        sharpen_decoder(vae, recipe.sharpen, kind)
+        sharpen_decoder(vae, recipe.sharpen, TinyWorld("train"), kind)
         save_half(vae, out / "pipeline" / "vae")
         return _quality(vae, out, recipe)
 
@@ -126,7 +127,8 @@ COGVIDEOX = TinyFamily(
         "teacher": cogvideox_teacher.train_teacher,
     },
 )
-FAMILIES = {"wan": WAN, "cogvideox": COGVIDEOX}
+STREAM = TinyFamily(StreamRecipe(), {"vae": stream.vae_stage, "decoder": stream.decoder_stage})
+FAMILIES = {"wan": WAN, "cogvideox": COGVIDEOX, "stream": STREAM}
 
 
 def build(out: Path, stages: list[str], recipe: Recipe, family: TinyFamily = WAN) -> None:
@@ -153,6 +155,7 @@ def main() -> None:
     torch.set_flush_denormal(True)  # black pixels make denormals, which are a hundred times slower
     family = FAMILIES[arguments.family]
     wanted = [name for name in family.stages if name in (arguments.stage or family.stages)]
-    if wanted[0] in ("vae", "decoder") and not (arguments.out / "classifier").is_dir():
+    judged = "classifier" in family.stages and wanted[0] in ("vae", "decoder")
+    if judged and not (arguments.out / "classifier").is_dir():
         parser.error(f"{arguments.out} holds no classifier to judge the VAE by: run --stage classifier first")
     build(arguments.out, wanted, family.recipe, family)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world.cogvideox_recipe import CogVideoXVaeRecipe
 from tools.tiny_world.cogvideox_vae import build_vae, kernels
 from tools.tiny_world.train_vae import optimise, use_channels_last
@@ -30,7 +31,7 @@ def train_encoder(recipe: CogVideoXVaeRecipe) -> tuple[AutoencoderKLCogVideoX, f
         error, width = target.errors(vae, videos)
         return error + recipe.width_weight * width
 
-    optimise(vae, kernels(vae), recipe, "encoder", loss)
+    optimise(vae, kernels(vae), recipe, "encoder", loss, TinyWorld("train"))
     return vae.eval().requires_grad_(False), error.item()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world.recipe import SharpenRecipe
 from tools.tiny_world.train_vae import WAN, Vae, VaeKind, ink_error, optimise
 from tools.tiny_world.vae import encode_moments
@@ -14,15 +15,15 @@ from tools.tiny_world.vae import encode_moments
 DECODER = ("decoder.", "post_quant_conv.")
 
 
-def sharpen_decoder(vae: Vae, recipe: SharpenRecipe, kind: VaeKind = WAN) -> Vae:
-    """Train the decoder of ``vae`` in place on videos of the train split; frozen, in eval mode."""
+def sharpen_decoder(vae: Vae, recipe: SharpenRecipe, world: TinyWorld, kind: VaeKind = WAN) -> Vae:
+    """Train the decoder of ``vae`` in place on videos of ``world``; frozen, in eval mode."""
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name.startswith(DECODER))
 
     def loss(step: int, videos: torch.Tensor) -> torch.Tensor:
         return decoder_loss(vae, kind, videos, recipe, single=step < recipe.single_share * recipe.steps)
 
-    optimise(vae, kind.kernels(vae), recipe, "decoder", loss)
+    optimise(vae, kind.kernels(vae), recipe, "decoder", loss, world)
     return vae.eval().requires_grad_(False)
 
 

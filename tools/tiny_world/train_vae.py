@@ -51,7 +51,11 @@ COGVIDEOX = VaeKind(AutoencoderKLCogVideoX, cogvideox_vae.decode, cogvideox_vae.
 
 def train_vae(recipe: VaeRecipe) -> AutoencoderKLWan:
     """A Wan VAE trained on videos of the train split, with measured latent statistics; frozen, in eval mode."""
-    vae = wan_vae.build_vae(recipe)
+    return fit_vae(wan_vae.build_vae(recipe), recipe, TinyWorld("train"))
+
+
+def fit_vae(vae: AutoencoderKLWan, recipe: VaeRecipe, world: TinyWorld) -> AutoencoderKLWan:
+    """Train a Wan VAE in place on videos of ``world`` and measure its latent statistics; frozen, in eval mode."""
     use_channels_last(vae)
     generator = torch.Generator().manual_seed(recipe.seed)
 
@@ -59,8 +63,8 @@ def train_vae(recipe: VaeRecipe) -> AutoencoderKLWan:
         short = step < recipe.short_share * recipe.steps
         return vae_loss(vae, videos[:, :, : recipe.short_frames] if short else videos, recipe, generator)
 
-    optimise(vae, wan_vae.kernels(vae), recipe, "vae", loss)
-    mean, std = measure_statistics(vae, recipe)
+    optimise(vae, wan_vae.kernels(vae), recipe, "vae", loss, world)
+    mean, std = measure_statistics(vae, recipe, world)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae.eval().requires_grad_(False)
 
@@ -89,12 +93,13 @@ def optimise(
     recipe: VaeTraining,
     label: str,
     loss: Callable[[int, torch.Tensor], torch.Tensor],
+    world: TinyWorld,
 ) -> None:
     """Train the parameters of `vae` that require gradients, in place: `kernels` by Muon, the others by Adam.
 
     Args:
         label: of the progress bar.
-        loss: scalar, of a step's number and videos [B, 3, 9, 32, 32] of the train split.
+        loss: scalar, of a step's number and videos [B, 3, frames, 32, 32] of ``world``.
     """
     parameters, taken = [p for p in vae.parameters() if p.requires_grad], {id(p) for p in kernels}
     optimizers = [
@@ -103,7 +108,7 @@ def optimise(
     ]
     share = warmed_cosine(recipe.warm_up, recipe.steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
-    samples = TinyWorld("train").batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
+    samples = world.batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
     for step, sample in enumerate(tracked(samples, label, total=recipe.steps)):
         vae.zero_grad()
         loss(step, sample.videos).backward()  # type: ignore[no-untyped-call]
@@ -127,9 +132,9 @@ def use_channels_last(vae: Vae) -> None:
 
 
 @torch.no_grad()
-def measure_statistics(vae: Vae, recipe: VaeRecipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [16] per channel of the train split's latents, float64."""
-    batches = TinyWorld("train").batches(recipe.statistics_videos, recipe.seed + 1, 64)
+def measure_statistics(vae: Vae, recipe: VaeRecipe, world: TinyWorld) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [16] per channel of the latents of ``world``, float64."""
+    batches = world.batches(recipe.statistics_videos, recipe.seed + 1, 64)
     latents = torch.cat([encode_moments(vae, sample.videos)[0] for sample in batches])
     std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3, 4))
     return mean, std

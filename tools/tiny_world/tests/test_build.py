@@ -42,7 +42,7 @@ def test_a_sharper_decoder_leaves_the_latents_alone(small_vae: AutoencoderKLWan)
     videos = TinyWorld("heldout").sample(8, 0).videos
     recipe = replace(SHORT, steps=12, batch_size=8, warm_up=2)
     latents, before = encode_moments(small_vae, videos)[0], decoder_loss(small_vae, WAN, videos, recipe)
-    sharpen_decoder(small_vae, recipe)
+    sharpen_decoder(small_vae, recipe, TinyWorld("train"))
     assert torch.equal(encode_moments(small_vae, videos)[0], latents)
     assert decoder_loss(small_vae, WAN, videos, recipe) < 0.9 * before
     assert not any(p.requires_grad for p in small_vae.parameters())
