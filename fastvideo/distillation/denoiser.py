@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition
 
@@ -24,9 +25,20 @@ class Family(Protocol):
         ...
 
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]`` at ``t`` in ``[0, 1]``, or its mean down to ``r``."""
+        ...
+
+    def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        """The past after the chunk ``x0`` ``[B, C, c, H, W]``, seen at time ``t``."""
         ...
 
     def features(
@@ -52,28 +64,46 @@ class Denoiser:
     def __init__(self, adapter: Family, network: nn.Module, select: Callable[[], None] | None = None) -> None:
         self.adapter, self.network, self.select = adapter, network, select
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
         """Velocity ``E[noise - x0 | x_t]``, float32; with ``r`` a flow map's mean velocity from ``t`` down to ``r``.
+
+        With a ``context`` the call is causal: over all chunks (``Masked``), or over the next chunk alone (``Past``),
+        whose ``condition`` and ``t`` are those of its frames.
 
         The network sees conditioning frames clean, at time 0. Their known velocity ``(x_t - clean) / t`` replaces the
         prediction, so that formulas on velocities hold there, without gradient. Only flow maps take ``r``.
         """
         given = condition.given
         seen, times = self._network_input(x_t, t, condition)
-        if r is None:
-            u = self.adapter.velocity(self.network, seen, times, condition)
-        else:
-            down_to = r if given is None else given.times(r)
-            u = self.adapter.velocity(self.network, seen, times, condition, r=down_to)
+        down_to = r if r is None or given is None else given.times(r)
+        u = self.adapter.velocity(self.network, seen, times, condition, r=down_to, context=context)
         return u if given is None else x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
 
     def flow_map(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """Sample at times ``r``: ``x_t - (t - r) u(x_t, t, r)``."""
         return velocity_to_x0(x_t, self.velocity(x_t, t, condition, r=r), t - r)
 
-    def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition, *, context: Context | None = None) -> Tensor:
         """Estimated clean latents, float32; conditioning frames are exact."""
-        return _exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition), t), condition)
+        return _exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition, context=context), t), condition)
+
+    def commit(self, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        """The past after one more finished chunk ``[B, C, c, H, W]``, without gradient.
+
+        ``t`` above 0 is for a context with noise: ``x0`` is then the noisy chunk.
+        """
+        if self.select is not None:
+            self.select()
+        with torch.no_grad():
+            return self.adapter.commit(self.network, past, x0, condition, t)
 
     def guided_velocity(
         self,

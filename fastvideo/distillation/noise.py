@@ -20,6 +20,11 @@ T = TypeVar("T", float, Tensor)
 TIME_DTYPES = (torch.float32, torch.float64)
 
 
+def full_time(x: Tensor, t: float) -> Tensor:
+    """Float32 ``[B]`` filled with ``t``."""
+    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
+
+
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
     """Reshape ``t`` to broadcast against ``like`` ``[B, C, F, H, W]`` (or ``[B, ...]``); TypeError below float32."""
     if t.dtype not in TIME_DTYPES:

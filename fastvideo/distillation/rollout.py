@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.noise import add_noise, velocity_to_x0
+from fastvideo.distillation.noise import add_noise, full_time, velocity_to_x0
 
 NoiseLike = Callable[[Tensor], Tensor]
 SamplerKind = Literal["renoise", "euler", "flow_map"]
@@ -22,11 +22,6 @@ class Velocity(Protocol):
     """``u(x_t, t)``, or a flow map's mean velocity from ``t`` down to ``r``."""
 
     def __call__(self, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor: ...
-
-
-def full_time(x: Tensor, t: float) -> Tensor:
-    """Float32 ``[B]`` filled with ``t``."""
-    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
 
 
 def renoise(velocity: Velocity, x: Tensor, times: Sequence[float], noise_like: NoiseLike) -> Tensor:

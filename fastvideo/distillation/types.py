@@ -16,9 +16,9 @@ from fastvideo.errors import UserError as UserError
 
 STATES, STATE_TIMES = "trajectory", "trajectory_times"
 """Names of a teacher's trajectory among the extras of a :class:`RawBatch`."""
-Need = Literal["flow_map", "jvp", "features", "frame_times"]
+Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
-features inside the network, times per frame ``[B, F]``."""
+features inside the network, times per frame ``[B, F]``, causal calls on a past."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,19 @@ class Condition:
         """Part of the batch."""
         given = None if self.given is None else Given(self.given.mask[index], self.given.clean[index])
         return Condition(self.map(lambda value: value[index]).tensors, given)
+
+    def frames(self, start: int, end: int) -> Condition:
+        """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it."""
+        cut = self.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
+        given = self.given
+        if given is not None:
+            given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
+        return Condition(cut.tensors, given)
+
+    def repeated_frames(self) -> Condition:
+        """Condition of a video and the same video behind it, for calls that see both."""
+        twice = self.map(lambda value: torch.cat([value, value], dim=2) if value.ndim == 5 else value)
+        return Condition(twice.tensors)
 
     def __or__(self, other: Condition) -> Condition:
         """Union, such as of a text and an image, or of the texts of two families."""

@@ -42,7 +42,9 @@ class Motion:
         forward = forward * half[:, None, None]
         # Half width and half height of the box around the digit image, with room for the fading edge of its ink.
         extent = forward.abs().sum(dim=2) * EDGE + 0.5
-        centres = torus_centres(u[:, 3:6], unit, frames, size) if wrap else _centres(u[:, 3:6], unit, extent, frames, size)
+        centres = (
+            torus_centres(u[:, 3:6], unit, frames, size) if wrap else _centres(u[:, 3:6], unit, extent, frames, size)
+        )
         return cls(torch.linalg.inv(forward), centres)
 
 

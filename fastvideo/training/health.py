@@ -22,9 +22,8 @@ from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
-from fastvideo.distillation.noise import add_noise
+from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import full_time
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import Condition
 from fastvideo.evaluation.alarms import Figures, find_alarms

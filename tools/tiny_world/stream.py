@@ -1,7 +1,7 @@
 """The VAE of the streaming world: the shipped one, trained on until it holds for videos of any length.
 
-Causal convolutions that only saw nine frames never saw full caches: the shipped VAE reconstructs the ninth latent frame of a
-video as something else (colour right in a third of the cases). Videos of :func:`fastvideo.tiny.world.torus` teach it.
+Causal convolutions that only saw nine frames never saw full caches: the shipped VAE is at 20.7 dB on 129 frames, where
+it is at 36.1 dB on nine. Videos of :func:`fastvideo.tiny.world.torus` teach it.
 """
 
 from __future__ import annotations

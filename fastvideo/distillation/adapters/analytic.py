@@ -35,7 +35,9 @@ from fastvideo.distillation.adapters.base import (
     Taps,
     Tokens,
     check_taps,
+    refused_context,
 )
+from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
@@ -225,8 +227,17 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         return AnalyticFolder(self.config, self.device)
 
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
+        if context is not None:
+            raise refused_context(type(self).__name__)
         down_to = {} if r is None else {"r": r}
         return network(x_t, t, self._shift(condition), **down_to)  # type: ignore[no-any-return]
 

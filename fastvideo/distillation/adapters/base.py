@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
@@ -244,14 +245,25 @@ class DistillAdapter(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``; other predictions and schedules convert in here.
 
         ``t`` are rectified-flow times, float32 ``[B]`` or, for families that support ``frame_times``, ``[B, F]``. With
         ``r`` (shape of ``t``, ``r <= t``; families that support ``flow_map``) it is the mean velocity over ``[r, t]``:
-        ``x_r = x_t - (t - r) u``.
+        ``x_r = x_t - (t - r) u``. A ``context`` is for families that support ``chunks``.
         """
+
+    def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        """The past after the chunk ``x0`` ``[B, C, c, H, W]``, which the network sees at time ``t``."""
+        raise refused_context(type(self).__name__)
 
     @classmethod
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
@@ -276,6 +288,11 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         """
         check_taps(taps, self.feature_widths, type(self).__name__)
         raise NotImplementedError(f"{type(self).__name__}.feature_widths promises it")
+
+
+def refused_context(family: str) -> UserError:
+    """Error for a causal call of a family that has none."""
+    return UserError(f"{family} does not generate chunk by chunk: its networks see all frames of a video at once")
 
 
 def check_taps(taps: Taps, widths: Sequence[int], family: str) -> None:

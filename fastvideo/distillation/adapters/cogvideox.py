@@ -16,7 +16,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.adapters.base import Shape, refused_context
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import STORED, TEXT, DiffusersConditioner
@@ -28,6 +28,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     check_divisible,
     resolve_pipeline,
 )
+from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.types import Condition, UserError
 
 SPEC = PipelineSpec(
@@ -163,8 +164,17 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         return noise_grid(resolve_pipeline(config.path, config.pipelines)).timestep(t)
 
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
+        if context is not None:
+            raise refused_context(type(self).__name__)
         if t.ndim != 1:
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
         native = variance_preserving(t)

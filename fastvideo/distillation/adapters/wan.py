@@ -12,7 +12,7 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,9 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     check_divisible,
     load_config,
 )
-from fastvideo.distillation.noise import shift_time
+from fastvideo.distillation.adapters.diffusers.view import Grid, Part, View, seeing, view_of
+from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs
+from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 
 TIME_UNITS = 1000.0
@@ -86,7 +88,7 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
 
     Config = WanConfig
     summary = "Wan 2.1 and TI2V-5B, from text and images: rectified flow, UMT5 text"
-    supports = DiffusersAdapter.supports | {"frame_times"}
+    supports = DiffusersAdapter.supports | {"frame_times", "chunks"}
     _spec = SPEC
 
     @cached_property
@@ -106,7 +108,54 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
         return t * TIME_UNITS
 
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        if isinstance(context, Masked):
+            return self._masked(network, x_t, t, condition, context)
+        view = None if context is None else self._next_view(network, context, x_t)
+        return self._call(network, x_t, t, condition, view, r)
+
+    def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        taken: list[tuple[Tensor, ...]] = []
+        view = replace(self._next_view(network, past, x0), taken=taken)
+        self._call(network, x0, full_time(x0, t), condition, view)
+        return past.add(Piece(past.length, x0, tuple(taken)))
+
+    def _masked(self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, context: Masked) -> Tensor:
+        """All chunks at once, the noisy half of ``[clean, noisy]`` under teacher forcing."""
+        frames, clean = x_t.shape[2], context.clean
+        runs = masked_runs(frames, context.reach, clean is not None)
+        view = view_of(runs, Grid.of(network, x_t), x_t.device)
+        if clean is None:
+            return self._call(network, x_t, t, condition, view)
+        both = condition.repeated_frames()
+        times = torch.cat([torch.full_like(t, context.clean_time), t], dim=1)
+        return self._call(network, torch.cat([clean, x_t], dim=2), times, both, view)[:, :, frames:]
+
+    def _next_view(self, network: Any, past: Past, x: Tensor) -> View:
+        """View of the next chunk ``x`` on its past."""
+        past.check(x)
+        grid, frames = Grid.of(network, x), x.shape[2]
+        every = (0, past.frames + frames)
+        part = Part(grid.span((0, frames)), (grid.span(every),), None)
+        table = grid.table(past.positions(frames), x.device)
+        return View((part,), table, tuple(piece.layers for piece in past.pieces))
+
+    def _call(
+        self,
+        network: Any,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        view: View | None = None,
+        r: Tensor | None = None,
     ) -> Tensor:
         timestep, span = self.network_time(t, self.config), None if r is None else t - r
         if t.ndim == 2:
@@ -114,7 +163,7 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
             span = None if span is None else _per_token(span, x_t, network)
         own = condition.of(self.conditioner.key)
         x = torch.cat([x_t, own[IMAGE_LATENTS]], dim=1) if IMAGE_LATENTS in own else x_t
-        with self._autocast(x_t), self._reading(network, span):
+        with self._autocast(x_t), self._reading(network, span), seeing(network, view):
             (u,) = network(x, timestep, own[TEXT], own.get(IMAGE_EMBEDS), return_dict=False)
         return u.float()  # type: ignore[no-any-return]
 
@@ -128,6 +177,14 @@ def _per_token(times: Tensor, x_t: Tensor, network: Any) -> Tensor:
 
 class WanFolder(DiffusersFolder[WanConfig]):
     """A Wan pipeline."""
+
+    def _ready(self, network: Any, path: str | None) -> nn.Module:
+        """With self-attention that takes causal calls, and computes the others as the stock one does."""
+        from fastvideo.distillation.adapters.diffusers.view_attention import ViewAttention
+
+        for layer, block in enumerate(network.blocks):
+            block.attn1.set_processor(ViewAttention(layer))
+        return super()._ready(network, path)
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Uniform, then shifted once by the scheduler config's shift: the flow grid of Wan's own UniPC.

@@ -20,6 +20,7 @@ from fastvideo.distillation.adapters.analytic import (
     AnalyticConfig,
     AnalyticFolder,
 )
+from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.registry import ADAPTERS
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES
@@ -48,7 +49,14 @@ class Drifting(AnalyticAdapter):
     calls = 0
 
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         self.calls += 1
         return super().velocity(network, x_t, t, condition) + self.calls

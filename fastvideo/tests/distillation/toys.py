@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, initialising
@@ -47,9 +48,16 @@ class SpyAdapter(AnalyticAdapter):
         self.feature_calls: list[Call] = []
 
     def velocity(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
-        output = super().velocity(network, x_t, t, condition, r=r)
+        output = super().velocity(network, x_t, t, condition, r=r, context=context)
         if output.requires_grad:
             output.retain_grad()
         self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output, r))

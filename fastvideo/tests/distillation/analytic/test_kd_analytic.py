@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
+from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import euler, full_time, generate
+from fastvideo.distillation.rollout import euler, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Trajectory, UserError
 from fastvideo.tests.distillation.analytic.mixtures import learned_velocity, mode_shares, three_modes, wasserstein_1

@@ -1,0 +1,177 @@
+"""Causal calls of a bidirectional network: attention that reads a view of the past.
+
+A network asks once per call for its table of positions and hands it to every self-attention untouched. For a causal
+call that table is a :class:`View`: which tokens see which, and the remembered keys. It travels as an argument, so that
+nothing is kept on a module, and recomputation in backward sees what the forward saw.
+
+Every mask of streaming is "a run of queries sees a few runs of keys". So there is no mask, but one call of attention
+per run on slices of the keys, on any backend of diffusers, and on the same shapes as when chunks come one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.chunks import Run, Span
+
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines ``[1, L, 1, D]`` of the rotation of ``L`` tokens."""
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of queries, keys and values ``[B, L, heads, D]``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of queries and its keys, in tokens; keys count over ``[past, own]`` and end with the queries' own.
+
+    ``table`` is that of the keys; ``None`` if the view has one for all.
+    """
+
+    queries: Span
+    keys: tuple[Span, ...]
+    table: Table | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What self-attention reads in one call.
+
+    Attributes:
+        parts: runs of queries with their keys.
+        table: of all tokens ``[past, own]``, if every token has one position; rotated once instead of once per part.
+        past: remembered (keys, values) per layer of each piece, keys without rotation.
+        taken: receives (keys, values) of every layer, in order, during a commit.
+    """
+
+    parts: tuple[Part, ...]
+    table: Table | None = None
+    past: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
+    taken: list[tuple[Tensor, ...]] | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+        """Attention of one layer; all tensors ``[B, L, heads, D]``, keys not yet rotated."""
+        if self.taken is not None:
+            self.taken.append((key, value))
+        if self.past:
+            key = torch.cat([*(piece[layer][0] for piece in self.past), key], dim=1)
+            value = torch.cat([*(piece[layer][1] for piece in self.past), value], dim=1)
+        if self.table is not None:
+            query, key = rotate_last(query, self.table), rotate(key, self.table)
+        return torch.cat([self._attend(part, query, key, value, attention) for part in self.parts], dim=1)
+
+    def _attend(self, part: Part, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+        query = query[:, slice(*part.queries)]
+        key, value = (joined(tensor, part.keys) for tensor in (key, value))
+        if part.table is not None:
+            query, key = rotate_last(query, part.table), rotate(key, part.table)
+        return attention(query, key, value)
+
+
+def joined(x: Tensor, runs: Sequence[Span]) -> Tensor:
+    """Runs of tokens, one after the other."""
+    pieces = [x[:, slice(*run)] for run in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def rotate(x: Tensor, table: Table) -> Tensor:
+    """Rotary embedding of ``[B, L, heads, D]``, as diffusers' Wan computes it."""
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    cos, sin = table[0][..., 0::2], table[1][..., 1::2]
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def rotate_last(x: Tensor, table: Table) -> Tensor:
+    """:func:`rotate` with the last rows of a table."""
+    cos, sin = (half[:, -x.shape[1] :] for half in table)
+    return rotate(x, (cos, sin))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens of a frame, and the axes of the rotation of a Wan network."""
+
+    height: int
+    width: int
+    axes: tuple[int, int, int]
+    """Channels of a head that are rotated by frame, row and column."""
+
+    @classmethod
+    def of(cls, network: Any, x: Tensor) -> Grid:
+        """Grid of latents ``[B, C, F, H, W]``."""
+        _, height, width = network.config.patch_size
+        rope = network.rope
+        return cls(x.shape[3] // height, x.shape[4] // width, (rope.t_dim, rope.h_dim, rope.w_dim))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one frame."""
+        return self.height * self.width
+
+    def span(self, frames: Span) -> Span:
+        """Frames in tokens."""
+        return frames[0] * self.tokens, frames[1] * self.tokens
+
+    def table(self, positions: tuple[int, ...], device: torch.device) -> Table:
+        """Rotation of every token of frames at these positions: computed, so that no length ends it."""
+        sizes = (positions, tuple(range(self.height)), tuple(range(self.width)))
+        axes = [axis_table(dim, at) for dim, at in zip(self.axes, sizes, strict=True)]
+        return self._spread([cos for cos, _ in axes], device), self._spread([sin for _, sin in axes], device)
+
+    def _spread(self, axes: Sequence[Tensor], device: torch.device) -> Tensor:
+        frames, rows, columns = axes
+        shape = (len(frames), self.height, self.width, -1)
+        spread = [frames[:, None, None].expand(shape), rows[None, :, None].expand(shape)]
+        spread.append(columns[None, None].expand(shape))
+        return torch.cat(spread, dim=-1).reshape(1, len(frames) * self.tokens, 1, -1).to(device)
+
+
+@lru_cache(maxsize=256)
+def axis_table(dim: int, positions: tuple[int, ...]) -> Table:
+    """Cosines and sines float32 ``[len(positions), dim]`` along one axis, in diffusers' own way."""
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    at = torch.tensor(positions)
+    cos, sin = get_1d_rotary_pos_embed(dim, at, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64)
+    return cos, sin
+
+
+def view_of(runs: Sequence[Run], grid: Grid, device: torch.device) -> View:
+    """View of one call over all chunks."""
+    if whole := _one_position_each(runs):
+        parts = tuple(Part(grid.span(run.queries), tuple(map(grid.span, run.keys)), None) for run in runs)
+        return View(parts, grid.table(whole, device))
+    parts = tuple(
+        Part(grid.span(run.queries), tuple(map(grid.span, run.keys)), grid.table(run.positions, device)) for run in runs
+    )
+    return View(parts)
+
+
+def _one_position_each(runs: Sequence[Run]) -> tuple[int, ...] | None:
+    """Position of every frame, if all runs agree on it."""
+    found: dict[int, int] = {}
+    for run in runs:
+        frames = [frame for span in run.keys for frame in range(*span)]
+        for frame, position in zip(frames, run.positions, strict=True):
+            if found.setdefault(frame, position) != position:
+                return None
+    return tuple(found[frame] for frame in sorted(found))
+
+
+@contextmanager
+def seeing(network: nn.Module, view: View | None) -> Iterator[None]:
+    """Calls of the network inside read ``view`` instead of their table of positions; ``None`` changes nothing."""
+    if view is None:
+        yield
+        return
+    rope: nn.Module = network.get_submodule("rope")
+    # Its own table has an end, which a long video would run over before the hook behind it answers.
+    first = rope.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, :, :1],))
+    with first, rope.register_forward_hook(lambda module, inputs, output: view):
+        yield

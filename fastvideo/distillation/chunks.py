@@ -1,0 +1,196 @@
+"""Values of streaming: chunks of latent frames, their reach into the past, and the past itself.
+
+A *chunk* is a run of latent frames with one noise level that see each other; the *past* is what a network remembers of
+finished chunks. No network is causal: a call is, by its ``context``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastvideo.errors import UserError
+
+Span = tuple[int, int]
+"""Frames from the first number up to, and without, the second."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Frames that a chunk sees beside its own.
+
+    Attributes:
+        chunk: latent frames of a chunk.
+        window: latest past frames that are seen; ``None`` for all. A published window often counts the sink and the
+            current chunk too: :meth:`from_visible` converts it.
+        sink: first frames of a video that stay visible for ever (StreamingLLM, arXiv 2309.17453).
+        positions: ``window`` numbers the visible frames from 0, so that distances stay those of the training;
+            ``absolute`` numbers the frames of the video.
+
+    Raises:
+        UserError: for numbers that do not belong together.
+    """
+
+    chunk: int = 1
+    window: int | None = None
+    sink: int = 0
+    positions: Literal["window", "absolute"] = "window"
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise UserError(f"reach.chunk: at least 1 latent frame, got {self.chunk}")
+        if self.sink < 0 or self.sink % self.chunk:
+            raise UserError(f"reach.sink: 0 or a multiple of chunk {self.chunk}, got {self.sink}")
+        if self.window is None and self.sink:
+            raise UserError("reach.sink: a sink needs a window; without one the whole past is visible anyway")
+        if self.window is not None and (self.window < self.chunk or self.window % self.chunk):
+            raise UserError(f"reach.window: a positive multiple of chunk {self.chunk}, got {self.window}")
+
+    @classmethod
+    def from_visible(cls, chunk: int, visible: int, sink: int = 0) -> Reach:
+        """Reach of a published ``local_attn_size`` that counts sink, window and the current chunk."""
+        return cls(chunk, visible - sink - chunk, sink)
+
+    def sees(self, start: int, length: int) -> bool:
+        """True if a chunk that begins at frame ``length`` sees the earlier one that begins at ``start``."""
+        return self.window is None or start < self.sink or start >= length - self.window
+
+
+def spans(frames: int, chunk: int) -> tuple[Span, ...]:
+    """Chunks of a video; the first one takes the remainder, so that all others are equal.
+
+    Raises:
+        UserError: if a video is shorter than a chunk.
+    """
+    if frames < chunk:
+        raise UserError(f"reach.chunk: a video of {frames} latent frames has no chunk of {chunk}")
+    edges = [0, *range(chunk + frames % chunk, frames + 1, chunk)]
+    return tuple(itertools.pairwise(edges))
+
+
+def per_frame(values: Tensor, frames: int, chunk: int) -> Tensor:
+    """One value per chunk ``[B, n]`` as one per frame ``[B, frames]``."""
+    counts = torch.tensor([end - start for start, end in spans(frames, chunk)], device=values.device)
+    return values.repeat_interleave(counts, dim=1, output_size=frames)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Context of one call over all chunks of a video, each with a time of its own (``t`` is ``[B, F]``).
+
+    Without ``clean`` a chunk sees the noisy chunks before it (diffusion forcing, arXiv 2407.01392). With clean latents
+    ``[B, C, F, H, W]`` it sees those instead (teacher forcing), and the prediction is the noisy half's.
+    ``clean_time`` is the time of the clean latents, for a context with noise.
+    """
+
+    reach: Reach
+    clean: Tensor | None = None
+    clean_time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One finished chunk in a past.
+
+    Attributes:
+        start: number of its first frame in the video.
+        latents: ``[B, C, c, H, W]``, as the network saw them.
+        layers: what the family's network remembers of them; opaque to everybody else.
+    """
+
+    start: int
+    latents: Tensor
+    layers: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def frames(self) -> int:
+        return self.latents.shape[2]
+
+
+@dataclass(frozen=True)
+class Past:
+    """Finished chunks that the next one sees. Immutable: pasts share their pieces, and to keep one is a snapshot.
+
+    Attributes:
+        reach: of every chunk.
+        pieces: those that the next chunk sees, oldest first.
+        length: frames committed so far, seen or not.
+    """
+
+    reach: Reach
+    pieces: tuple[Piece, ...] = ()
+    length: int = 0
+
+    def add(self, piece: Piece) -> Past:
+        """The past after one more chunk; whole pieces beyond sink and window are dropped."""
+        length = self.length + piece.frames
+        kept = (old for old in (*self.pieces, piece) if self.reach.sees(old.start, length))
+        return Past(self.reach, tuple(kept), length)
+
+    @property
+    def frames(self) -> int:
+        """Frames that are kept."""
+        return sum(piece.frames for piece in self.pieces)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the network's part of all pieces."""
+        tensors = (tensor for piece in self.pieces for layer in piece.layers for tensor in layer)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def positions(self, frames: int) -> tuple[int, ...]:
+        """Positions of the kept frames and of the ``frames`` of the next chunk."""
+        absolute = [i for piece in self.pieces for i in range(piece.start, piece.start + piece.frames)]
+        absolute += range(self.length, self.length + frames)
+        return tuple(absolute) if self.reach.positions == "absolute" else tuple(range(len(absolute)))
+
+    def check(self, x: Tensor) -> None:
+        """Check that the next chunk ``[B, C, c, H, W]`` belongs to the same videos.
+
+        Raises:
+            UserError: if its batch, channels or size differ.
+        """
+        for piece in self.pieces[-1:]:
+            mine, theirs = (tuple(v.shape[:2]) + tuple(v.shape[3:]) for v in (x, piece.latents))
+            if mine != theirs:
+                raise UserError(f"a past of latents (B, C, H, W) = {theirs} cannot continue with a chunk of {mine}")
+
+
+Context = Masked | Past
+"""Context of a call; ``None`` is a bidirectional one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Frames of one query chunk, and those that it sees, in order; its own are the last.
+
+    ``positions`` number the seen frames. Frames of teacher forcing count on after the clean ones.
+    """
+
+    queries: Span
+    keys: tuple[Span, ...]
+    positions: tuple[int, ...]
+
+
+def masked_runs(frames: int, reach: Reach, forced: bool) -> tuple[Run, ...]:
+    """Runs of one :class:`Masked` call over ``frames`` frames, or twice as many (clean, then noisy) if ``forced``."""
+    chunks = spans(frames, reach.chunk)
+    runs = []
+    for offset in (0, frames) if forced else (0,):
+        for index, (start, end) in enumerate(chunks):
+            before = [span for span in chunks[:index] if reach.sees(span[0], start)]
+            own = (start + offset, end + offset)
+            runs.append(Run(own, (*before, own), _positions((*before, (start, end)), reach)))
+    return tuple(runs)
+
+
+def _positions(seen: Sequence[Span], reach: Reach) -> tuple[int, ...]:
+    absolute = tuple(itertools.chain.from_iterable(range(*span) for span in seen))
+    return absolute if reach.positions == "absolute" else tuple(range(len(absolute)))

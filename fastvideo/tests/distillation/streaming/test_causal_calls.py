@@ -1,0 +1,269 @@
+"""Causal calls of Wan: chunks that come one by one give what one call over all of them gives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastvideo.distillation.adapters.diffusers.view import Grid, rotate, view_of
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, per_frame, spans
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.types import Condition
+from fastvideo.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def adapter() -> WanAdapter:
+    return WanAdapter(WanConfig())
+
+
+@pytest.fixture(scope="module")
+def student(adapter: WanAdapter) -> Denoiser:
+    return Denoiser(adapter, adapter.folder.load_network())
+
+
+@pytest.fixture(scope="module")
+def condition(adapter: WanAdapter) -> Condition:
+    return adapter.conditioner.encode_prompts(["a red seven moving up", "a four"])
+
+
+def draw(frames: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(2, 16, frames, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def chunk_times(frames: int, chunk: int) -> Tensor:
+    """A time per chunk, the same for both samples, ``[2, F]``."""
+    count = len(spans(frames, chunk))
+    return per_frame(torch.linspace(0.2, 0.9, count).expand(2, count), frames, chunk)
+
+
+@torch.no_grad()
+def streamed(
+    student: Denoiser, x: Tensor, t: Tensor, condition: Condition, reach: Reach, clean: Tensor | None = None
+) -> Tensor:
+    """Predictions chunk by chunk, after commits of noisy chunks at their own times, or of clean ones at 0."""
+    past, found = Past(reach), []
+    for start, end in spans(x.shape[2], reach.chunk):
+        chunk = x[:, :, start:end]
+        found.append(student.velocity(chunk, t[:, start:end], condition, context=past))
+        seen, time = (chunk, float(t[0, start])) if clean is None else (clean[:, :, start:end], 0.0)
+        past = student.commit(past, seen, condition, time)
+    return torch.cat(found, dim=2)
+
+
+REACHES = [
+    Reach(1),
+    Reach(3),
+    Reach(4),
+    Reach(1, window=3),
+    Reach(1, window=2, sink=1),
+    Reach(3, window=3, sink=3, positions="absolute"),
+    Reach(2, window=4, sink=2),
+]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
+def precise(adapter: WanAdapter, request: pytest.FixtureRequest) -> tuple[Denoiser, torch.dtype]:
+    return Denoiser(adapter, adapter.folder.load_network().to(request.param)), request.param
+
+
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+@pytest.mark.parametrize("forced", [False, True], ids=["diffusion", "teacher"])
+def test_streaming_is_the_masked_call(
+    precise: tuple[Denoiser, torch.dtype], condition: Condition, reach: Reach, forced: bool
+) -> None:
+    """Equal to the bit in float64; in float32 a matrix product rounds otherwise for fewer rows."""
+    student, dtype = precise
+    condition, frames = condition.map(lambda value: value.to(dtype)), 9
+    x, t = draw(frames, dtype), chunk_times(frames, reach.chunk)
+    clean = draw(frames, dtype, seed=1) if forced else None
+    with torch.no_grad():
+        masked = student.velocity(x, t, condition, context=Masked(reach, clean))
+    error = (masked - streamed(student, x, t, condition, reach, clean)).abs().max()
+    assert error <= (0.0 if dtype == torch.float64 else 1e-5)
+
+
+def test_no_context_is_the_stock_network(adapter: WanAdapter, condition: Condition) -> None:
+    from diffusers import WanTransformer3DModel
+
+    from fastvideo.tiny.paths import PIPELINE_FOLDER
+
+    stock = WanTransformer3DModel.from_pretrained(PIPELINE_FOLDER, subfolder="transformer", torch_dtype=torch.float32)
+    x, t = draw(3), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        expected = adapter.velocity(stock.eval(), x, t, condition)
+        assert torch.equal(adapter.velocity(adapter.folder.load_network(), x, t, condition), expected)
+
+
+def test_a_chunk_of_all_frames_is_a_bidirectional_call(student: Denoiser, condition: Condition) -> None:
+    x, t = draw(3), torch.full((2, 3), 0.6)
+    with torch.no_grad():
+        assert torch.equal(
+            student.velocity(x, t, condition, context=Masked(Reach(3))), student.velocity(x, t, condition)
+        )
+
+
+def test_parts_against_a_mask(adapter: WanAdapter) -> None:
+    """An independent oracle: one call of attention with a mask of booleans."""
+    frames, reach = 7, Reach(2, window=2, sink=2, positions="absolute")
+    heads = [torch.randn(2, 4 * frames, 4, 48, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    grid = Grid(2, 2, (16, 16, 16))
+    view = view_of(masked_runs(frames, reach, False), grid, torch.device("cpu"))
+    found = view.attend(0, *heads, attention)
+    table = grid.table(tuple(range(frames)), torch.device("cpu"))
+    query, key = (rotate(x, table) for x in heads[:2])
+    chunks = spans(frames, reach.chunk)
+    of = [next(i for i, (a, b) in enumerate(chunks) if a <= frame < b) for frame in range(frames)]
+    seen = [
+        [
+            of[k] == of[q] or (k < q and (chunks[of[k]][0] < 2 or chunks[of[k]][0] >= chunks[of[q]][0] - 2))
+            for k in range(frames)
+        ]
+        for q in range(frames)
+    ]
+    mask = torch.tensor(seen).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    expected = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, heads[2])), mask)
+    assert (found - expected.transpose(1, 2)).abs().max() < 1e-5
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    heads = (x.transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+
+def test_the_future_is_not_seen(student: Denoiser, condition: Condition) -> None:
+    """A later chunk changes nothing before it; a chunk's own clean latents change only what comes after it."""
+    x, t, reach, clean = draw(6), chunk_times(6, 2), Reach(2), draw(6, seed=1)
+    other = draw(6, seed=2)
+    with torch.no_grad():
+        for changed in (Masked(reach), Masked(reach, clean)):
+            before = student.velocity(x, t, condition, context=changed)
+            later = torch.cat([x[:, :, :4], other[:, :, 4:]], dim=2)
+            assert torch.equal(student.velocity(later, t, condition, context=changed)[:, :, :4], before[:, :, :4])
+        swapped = torch.cat([clean[:, :, :2], other[:, :, 2:4], clean[:, :, 4:]], dim=2)
+        after = student.velocity(x, t, condition, context=Masked(reach, swapped))
+    assert torch.equal(after[:, :, :4], before[:, :, :4])
+    assert (after[:, :, 4:] - before[:, :, 4:]).abs().amin(dim=(1, 2, 3, 4)).ge(0).all()
+    assert (after[:, :, 4:] - before[:, :, 4:]).abs().max() > 0.01
+
+
+def test_a_longer_video_than_the_table(student: Denoiser, condition: Condition) -> None:
+    """The tiny network's table of positions ends at 32 latent frames; a stream does not."""
+    assert student.network.rope.max_seq_len == 32
+    x, t, reach = draw(36), torch.full((2, 36), 0.5), Reach(1, window=2, positions="absolute")
+    with torch.no_grad():
+        masked = student.velocity(x, t, condition, context=Masked(reach))
+        assert (masked - streamed(student, x, t, condition, reach)).abs().max() < 1e-5
+        window = streamed(student, x, t, condition, Reach(1, window=2))
+    assert (window - masked).abs().max() < 1e-4  # without a sink, distances are the same
+
+
+def test_a_past_is_a_value(student: Denoiser, condition: Condition) -> None:
+    """Two futures of one past do not disturb each other, and pieces are shared and not copied."""
+    first = student.commit(Past(Reach(1, window=2)), draw(1), condition)
+    one, two = (student.commit(first, draw(1, seed=s), condition) for s in (1, 2))
+    assert one.pieces[0] is two.pieces[0] is first.pieces[0]
+    kept = [value.clone() for layer in first.pieces[0].layers for value in layer]
+    student.commit(student.commit(one, draw(1, seed=3), condition), draw(1, seed=4), condition)
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept, [v for layer in first.pieces[0].layers for v in layer], strict=True)
+    )
+    assert (one.frames, one.length) == (2, 2)
+
+
+def test_memory_is_constant_in_a_full_window(student: Denoiser, condition: Condition) -> None:
+    past, sizes = Past(Reach(1, window=3, sink=1)), []
+    for index in range(8):
+        past = student.commit(past, draw(1, seed=index), condition)
+        sizes.append((past.frames, past.bytes))
+    assert [frames for frames, _ in sizes] == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert len({size for _, size in sizes[3:]}) == 1
+    assert [piece.start for piece in past.pieces] == [0, 5, 6, 7]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_reaches_the_chunk_and_not_the_past(
+    adapter: WanAdapter, condition: Condition, checkpointing: bool
+) -> None:
+    """Recomputation in backward sees the past of its own call, though a later one was committed meanwhile."""
+    network = adapter.folder.load_network()
+    if checkpointing:
+        network.train()
+        network.enable_gradient_checkpointing()
+    student = Denoiser(adapter, network.requires_grad_(True))
+    past = student.commit(Past(Reach(1)), draw(1), condition)
+    x = draw(1, seed=1).requires_grad_()
+    loss = student.velocity(x, torch.full((2,), 0.5), condition, context=past).square().mean()
+    student.commit(student.commit(past, draw(1, seed=2), condition), draw(1, seed=3), condition)
+    loss.backward()
+    assert not any(value.requires_grad for layer in past.pieces[0].layers for value in layer)
+    reference = Denoiser(adapter, adapter.folder.load_network().requires_grad_(True))
+    y = draw(1, seed=1).requires_grad_()
+    fresh = reference.commit(Past(Reach(1)), draw(1), condition)
+    reference.velocity(y, torch.full((2,), 0.5), condition, context=fresh).square().mean().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.equal(x.grad, y.grad)
+    for mine, theirs in zip(network.parameters(), reference.network.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("frames", "chunk"), [*itertools.product(range(1, 12), range(1, 5))])
+def test_pasts_keep_what_the_definition_keeps(frames: int, chunk: int) -> None:
+    """Window and sink in frames: pieces against the definition, for every layout."""
+    from fastvideo.distillation.chunks import Piece
+
+    if frames < chunk:
+        with pytest.raises(UserError, match=f"no chunk of {chunk}"):
+            spans(frames, chunk)
+        return
+    for reach in (Reach(chunk), Reach(chunk, chunk), Reach(chunk, 2 * chunk, chunk)):
+        past = Past(reach)
+        for index, (start, end) in enumerate(spans(frames, chunk)):
+            runs = masked_runs(frames, reach, False)[index]
+            assert sum(b - a for a, b in runs.keys[:-1]) == past.frames
+            assert runs.positions == past.positions(end - start)
+            past = past.add(Piece(start, torch.zeros(1, 1, end - start, 1, 1), ()))
+        assert past.length == frames
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "reach.chunk: at least 1"),
+        ({"chunk": 3, "window": 4}, "reach.window: a positive multiple of chunk 3"),
+        ({"chunk": 3, "window": 0}, "reach.window: a positive multiple"),
+        ({"chunk": 2, "window": 4, "sink": 1}, "reach.sink: 0 or a multiple"),
+        ({"chunk": 1, "sink": 1}, "a sink needs a window"),
+    ],
+)
+def test_a_reach_that_does_not_fit(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Reach(**options)
+
+
+def test_published_windows() -> None:
+    """LongLive's 12 visible frames with sink 3 and chunk 3; Reward Forcing's 9."""
+    assert Reach.from_visible(3, 12, 3) == Reach(3, window=6, sink=3)
+    assert Reach.from_visible(3, 9, 3) == Reach(3, window=3, sink=3)
+
+
+def test_a_past_of_other_videos_is_refused(student: Denoiser, condition: Condition) -> None:
+    past = student.commit(Past(Reach(1)), draw(1), condition)
+    with pytest.raises(UserError, match="cannot continue with a chunk"):
+        student.velocity(draw(1)[:1], torch.full((1,), 0.5), condition.rows(slice(0, 1)), context=past)
+
+
+def test_a_family_without_chunks_says_so() -> None:
+    from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+
+    family = AnalyticAdapter(AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 2, 1, 1)))
+    assert "chunks" not in family.supports
+    role = Denoiser(family, family.folder.load_network())
+    with pytest.raises(UserError, match="chunk by chunk"):
+        role.velocity(torch.zeros(1, 1, 2, 1, 1), torch.ones(1), Condition({}), context=Past(Reach(1)))
