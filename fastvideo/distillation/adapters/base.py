@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ Tokens = tuple[Tensor, ...]
 """Token features, one ``[B, L, D]`` per tap, in the order of the taps."""
 Shape = tuple[int | None, ...]
 """Shape of one stored sample; ``None`` fits any size."""
+
+
+class FrameDecoder(Protocol):
+    """Decoder of one stream of videos, with a state of its own."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the state."""
+        ...
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Frames ``[B, 3, n, H, W]`` of the next normalised latents ``[B, C, c, h, w]``, in ``[-1, 1]``."""
+        ...
 
 
 class Codec(ABC):
@@ -51,6 +64,14 @@ class Codec(ABC):
         """Videos of normalised latents; ``gradient`` keeps the graph."""
         with nullcontext() if gradient else torch.no_grad():
             return self._decode(latents)
+
+    def frame_decoder(self) -> FrameDecoder:
+        """A decoder for the chunks of one stream.
+
+        Raises:
+            UserError: for a family that decodes whole videos only.
+        """
+        raise UserError(f"{type(self).__name__} decodes whole videos: this family has no streams")
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise the VAE's raw latents, on any device: published datasets hold these.

@@ -288,6 +288,36 @@ class WanCodec(StatisticsCodec):
         frames, spatial = (config.num_frames - 1) // self.temporal + 1, vae["scale_factor_spatial"]
         return vae["z_dim"], frames, config.height // spatial, config.width // spatial
 
+    def frame_decoder(self) -> WanFrameDecoder:
+        return WanFrameDecoder(self)
+
+
+class WanFrameDecoder:
+    """``AutoencoderKLWan.decode``, one latent frame at a time, that owns the caches of the causal convolutions.
+
+    So streams do not disturb each other or a decode of whole videos, and there are no seams between chunks.
+    """
+
+    def __init__(self, codec: WanCodec) -> None:
+        self.codec, self._first = codec, True
+        self._cache: list[Any] = [None] * codec.vae._conv_num
+
+    @property
+    def bytes(self) -> int:
+        tensors = (value for value in self._cache if isinstance(value, Tensor))
+        return sum(value.numel() * value.element_size() for value in tensors)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        vae, pieces = self.codec.vae, []
+        for frame in vae.post_quant_conv(self.codec.denormalise(latents)).split(1, dim=2):
+            pieces.append(vae.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
+            self._first = False
+        video, patch = torch.cat(pieces, dim=2), vae.config.patch_size
+        return (video if patch is None else unpatchify(video, patch_size=patch)).clamp(-1.0, 1.0)
+
 
 class WanConditioner(DiffusersConditioner[WanConfig]):
     """UMT5 text, and conditioning frames beside the noise (with CLIP features) or in the latents."""

@@ -48,6 +48,10 @@ class StatisticsCodec(DiffusersCodec):
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The VAE's raw latents."""
         mean, std = self._statistics(latents)
-        return self._decoded(latents * std + mean)
+        return latents * std + mean
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._decoded(self.denormalise(latents))

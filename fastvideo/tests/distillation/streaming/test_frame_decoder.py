@@ -1,0 +1,54 @@
+"""Decoding chunk by chunk gives the frames of decoding the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvideo.distillation.adapters.analytic import AnalyticCodec, AnalyticConfig
+from fastvideo.distillation.adapters.wan import WanAdapter, WanCodec, WanConfig
+from fastvideo.errors import UserError
+
+FRAMES = 9
+
+
+@pytest.fixture(scope="module")
+def codec() -> WanCodec:
+    return WanAdapter(WanConfig()).codec
+
+
+@pytest.fixture(scope="module")
+def latents(codec: WanCodec) -> torch.Tensor:
+    return torch.randn(2, 16, FRAMES, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def whole(codec: WanCodec, latents: torch.Tensor) -> torch.Tensor:
+    return codec.decode(latents)
+
+
+@pytest.mark.parametrize("split", [[1] * 9, [3, 3, 3], [1, 4, 4], [5, 4], [9]], ids=str)
+def test_every_split(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor, split: list[int]) -> None:
+    decode = codec.frame_decoder()
+    pieces = [decode(chunk) for chunk in latents.split(split, dim=2)]
+    assert [piece.shape[2] for piece in pieces] == [4 * n - (index == 0) * 3 for index, n in enumerate(split)]
+    assert torch.equal(torch.cat(pieces, dim=2), whole)
+
+
+def test_streams_and_whole_videos_interleaved(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
+    one, two = codec.frame_decoder(), codec.frame_decoder()
+    mine, theirs, sizes = [], [], []
+    for chunk in latents.split(1, dim=2):
+        mine.append(one(chunk))
+        codec.decode(latents[:, :, :2])
+        theirs.append(two(-chunk))
+        sizes.append(one.bytes)
+    assert torch.equal(torch.cat(mine, dim=2), whole)
+    assert torch.equal(torch.cat(theirs, dim=2), codec.decode(-latents))
+    assert len(set(sizes[2:])) == 1  # the caches are full after two latent frames
+
+
+def test_a_family_without_streams() -> None:
+    codec = AnalyticCodec(AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 2, 1, 1)), "cpu")
+    with pytest.raises(UserError, match="no streams"):
+        codec.frame_decoder()
