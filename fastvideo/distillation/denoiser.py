@@ -14,6 +14,8 @@ from fastvideo.distillation.types import Condition
 
 Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
+Contexts = tuple[Context | None, Context | None]
+"""Contexts of a conditional and of an unconditional call."""
 
 
 class Family(Protocol):
@@ -114,12 +116,16 @@ class Denoiser:
         guidance: float,
         *,
         r: Tensor | None = None,
+        contexts: Contexts = (None, None),
     ) -> Tensor:
-        """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two."""
-        conditional = self.velocity(x_t, t, condition, r=r)
+        """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two.
+
+        ``contexts`` are those of the conditional and of the unconditional call: each has a past of its own.
+        """
+        conditional = self.velocity(x_t, t, condition, r=r, context=contexts[0])
         if guidance == 1.0:
             return conditional
-        return guide(self.velocity(x_t, t, negative, r=r), conditional, guidance)
+        return guide(self.velocity(x_t, t, negative, r=r, context=contexts[1]), conditional, guidance)
 
     def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""

@@ -7,13 +7,16 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.causal_rollout import roll
+from fastvideo.distillation.chunks import Past, Reach, spans
+from fastvideo.distillation.denoiser import Contexts, Denoiser
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import SamplerKind, generate
+from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
 
@@ -28,10 +31,12 @@ class SamplerSpec:
     times: tuple[float, ...]
     guidance: float
     kind: SamplerKind
+    reach: Reach | None = None
+    """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
 
     @property
     def network_calls(self) -> int:
-        """Forward passes per sample: guidance needs two per step."""
+        """Forward passes per sample, or per chunk without its commit: guidance needs two per step."""
         return len(self.times) * (1 if self.guidance == 1.0 else 2)
 
     @classmethod
@@ -97,14 +102,69 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
-    steps = itertools.count()
+    stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called)
+    chunks = torch.split(noise.draw(shape), stream.chunks(shape[1]), dim=2)
+    return torch.cat(list(roll(stream, stream.opened, chunks, partial(_solved, sampler, noise))), dim=2)
 
-    def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
-        if visit is not None:
-            visit(next(steps), x_t)
-        u = denoiser.guided_velocity(x_t, t, condition, negative or condition, sampler.guidance, r=r)
-        if called is not None:
-            called()
+
+def _solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+    return generate(sampler.kind, velocity, start, sampler.times, noise.like)
+
+
+class Stream:
+    """A denoiser with condition and guidance bound, for :func:`~fastvideo.distillation.causal_rollout.roll`.
+
+    Args:
+        denoiser, condition, negative, guidance: as for ``Denoiser.guided_velocity``, with conditions of whole videos.
+        reach: ``None`` for a network that sees all frames at once: its only chunk is the video.
+        visit, called: as for :func:`sample`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        negative: Condition,
+        guidance: float,
+        reach: Reach | None,
+        visit: Visit | None = None,
+        called: Callable[[], None] | None = None,
+    ) -> None:
+        self.denoiser, self.condition, self.negative, self.guidance = denoiser, condition, negative, guidance
+        self.reach, self._visit, self._called, self._steps = reach, visit, called, itertools.count()
+
+    @property
+    def opened(self) -> Contexts:
+        """The empty pasts of both predictions."""
+        return (None, None) if self.reach is None else (Past(self.reach), Past(self.reach))
+
+    def chunks(self, frames: int) -> list[int]:
+        """Frames of each chunk of a video."""
+        return [frames] if self.reach is None else [end - start for start, end in spans(frames, self.reach.chunk)]
+
+    def velocity(self, past: Contexts, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        """Guided velocity of the next chunk."""
+        if self._visit is not None:
+            self._visit(next(self._steps), x_t)
+        condition, negative = self._of_chunk(past, x_t)
+        u = self.denoiser.guided_velocity(x_t, t, condition, negative, self.guidance, r=r, contexts=past)
+        if self._called is not None:
+            self._called()
         return u
 
-    return generate(sampler.kind, predict, noise.draw(shape), sampler.times, noise.like)
+    def commit(self, past: Contexts, x0: Tensor) -> Contexts:
+        """Both pasts after a chunk; the unconditional one only if guidance reads it."""
+        conditional, unconditional = past
+        assert isinstance(conditional, Past)
+        assert isinstance(unconditional, Past)
+        condition, negative = self._of_chunk(past, x0)
+        after = self.denoiser.commit(conditional, x0, condition)
+        if self.guidance == 1.0:
+            return after, after
+        return after, self.denoiser.commit(unconditional, x0, negative)
+
+    def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
+        if not isinstance(past[0], Past):
+            return self.condition, self.negative
+        start, end = past[0].length, past[0].length + x.shape[2]
+        return self.condition.frames(start, end), self.negative.frames(start, end)

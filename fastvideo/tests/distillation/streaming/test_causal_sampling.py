@@ -1,0 +1,91 @@
+"""Sampling chunk by chunk through the one sampling function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.chunks import Masked, Past, Reach
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.noise import full_time, guide, velocity_to_x0
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
+from fastvideo.distillation.types import Condition
+
+SHAPE = (16, 5, 4, 4)
+TIMES = (1.0, 0.7, 0.4)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> WanAdapter:
+    return WanAdapter(WanConfig())
+
+
+@pytest.fixture(scope="module")
+def student(adapter: WanAdapter) -> Denoiser:
+    return Denoiser(adapter, adapter.folder.load_network())
+
+
+@pytest.fixture(scope="module")
+def conditions(adapter: WanAdapter) -> tuple[Condition, Condition]:
+    return adapter.conditioner.encode_prompts(["a red seven", "a four"]), adapter.conditioner.encode_prompts(["", ""])
+
+
+def spec(reach: Reach | None, kind: Literal["euler", "renoise"] = "euler", guidance: float = 1.5) -> SamplerSpec:
+    return SamplerSpec(TIMES, guidance, kind, reach)
+
+
+@pytest.mark.parametrize("kind", ["euler", "renoise"])
+def test_a_chunk_of_all_frames_is_a_whole_video(
+    student: Denoiser, conditions: tuple[Condition, Condition], kind: Literal["euler", "renoise"]
+) -> None:
+    whole = sample(student, SampleNoise([1, 2]), SHAPE, spec(None, kind), *conditions)
+    assert torch.equal(sample(student, SampleNoise([1, 2]), SHAPE, spec(Reach(5), kind), *conditions), whole)
+    chunked = sample(student, SampleNoise([1, 2]), SHAPE, spec(Reach(1), kind), *conditions)
+    assert (chunked - whole).abs().max() > 0.01
+
+
+def test_against_a_loop_by_hand(student: Denoiser, conditions: tuple[Condition, Condition]) -> None:
+    """Chunks of 2 (the first takes the remainder, 3), Euler, and a past of each kind for guidance."""
+    reach = Reach(2, window=2)
+    found = sample(student, SampleNoise([1, 2]), SHAPE, spec(reach), *conditions)
+    noise, pasts, chunks = SampleNoise([1, 2]).draw(SHAPE), [Past(reach), Past(reach)], []
+    with torch.no_grad():
+        for start, end in ((0, 3), (3, 5)):
+            x = noise[:, :, start:end]
+            for t, after in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
+                both = [
+                    student.velocity(x, full_time(x, t), c, context=p) for c, p in zip(conditions, pasts, strict=True)
+                ]
+                x = x - (t - after) * guide(both[1], both[0], 1.5)
+            pasts = [student.commit(p, x, c) for c, p in zip(conditions, pasts, strict=True)]
+            chunks.append(x)
+    assert torch.equal(found, torch.cat(chunks, dim=2))
+
+
+def test_without_guidance_each_chunk_costs_its_calls_and_one_commit(
+    student: Denoiser, conditions: tuple[Condition, Condition]
+) -> None:
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    with student.network.register_forward_hook(count):
+        sample(student, SampleNoise([1, 2]), SHAPE, spec(Reach(1), "renoise", 1.0), *conditions)
+    assert calls == 5 * len(TIMES) + 4  # the last chunk is never committed
+
+
+def test_teacher_forcing_is_what_sampling_sees(student: Denoiser, conditions: tuple[Condition, Condition]) -> None:
+    """The estimate of the last chunk in a sample is that of one masked call on the chunks before it."""
+    reach, condition = Reach(1), conditions[0]
+    one = SamplerSpec((0.9,), 1.0, "renoise", reach)
+    video = sample(student, SampleNoise([1, 2]), SHAPE, one, condition)
+    noise = SampleNoise([1, 2]).draw(SHAPE)
+    times = torch.full((2, SHAPE[1]), 0.9)
+    with torch.no_grad():
+        u = student.velocity(noise, times, condition, context=Masked(reach, video))
+    torch.testing.assert_close(velocity_to_x0(noise, u, times), video, rtol=1e-4, atol=1e-4)
