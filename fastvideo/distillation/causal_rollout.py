@@ -21,7 +21,7 @@ Solve = Callable[[Velocity, Tensor], Tensor]
 class Streaming(Protocol[PastT]):
     """A network that continues a past."""
 
-    def velocity(self, past: PastT, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+    def predict(self, past: PastT, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         """Velocity of the next chunk."""
         ...
 
@@ -46,7 +46,7 @@ def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve:
 def bound(stream: Streaming[PastT], past: PastT) -> Velocity:
     """The velocity of the chunk behind a past."""
 
-    def velocity(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
-        return stream.velocity(past, x_t, t, r=r)
+    def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        return stream.predict(past, x_t, t, r=r)
 
-    return velocity
+    return predict

@@ -165,6 +165,8 @@ class Past:
 
 Context = Masked | Past
 """Context of a call; ``None`` is a bidirectional one."""
+Contexts = tuple[Context | None, Context | None]
+"""Contexts of a conditional and of an unconditional call: each has a past of its own."""
 
 
 @dataclass(frozen=True)

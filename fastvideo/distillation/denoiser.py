@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition
 
+if TYPE_CHECKING:
+    from fastvideo.distillation.chunks import Context, Contexts, Past
+
 Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
-Contexts = tuple[Context | None, Context | None]
-"""Contexts of a conditional and of an unconditional call."""
 
 
 class Family(Protocol):

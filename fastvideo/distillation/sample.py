@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.causal_rollout import roll
-from fastvideo.distillation.chunks import Past, Reach, spans
-from fastvideo.distillation.denoiser import Contexts, Denoiser
+from fastvideo.distillation.chunks import Contexts, Past, Reach, spans
+from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
@@ -142,7 +142,7 @@ class Stream:
         """Frames of each chunk of a video."""
         return [frames] if self.reach is None else [end - start for start, end in spans(frames, self.reach.chunk)]
 
-    def velocity(self, past: Contexts, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+    def predict(self, past: Contexts, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         """Guided velocity of the next chunk."""
         if self._visit is not None:
             self._visit(next(self._steps), x_t)
