@@ -25,6 +25,7 @@ VERBS = {
     "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
     "evaluate": ("fastvideo.cli.evaluate", "measure prompt accuracy, Frechet distance, diversity and time"),
     "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
+    "merge": ("fastvideo.cli.merge", "merge LoRA files of any program into a model, or read its network from one file"),
     "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),
     "schedule": ("fastvideo.cli.schedule", "show a config's noise levels: the network's real input"),
     "conformance": ("fastvideo.cli.conformance", "check that a model family fulfils the adapter contract"),

@@ -29,8 +29,9 @@ class ExportArguments:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the model; must be new or empty."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
-    """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder; for a student that was trained
-    as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
+    """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder, or `comfy`, the network in one
+    file under its authors' names; for a student that was trained as an adapter also that adapter alone:
+    `lora-diffusers`, `lora-peft`, `lora-kohya`, `lora-comfy`, `lora-lightx2v`."""
     steps: OptionalInt = None
     """Network steps of the scheduler: all of the ladder (the default) or 1."""
     ema: KindSwitch = False

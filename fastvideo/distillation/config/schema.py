@@ -100,6 +100,18 @@ class LoRAConfig(Section):
     """Scale of the change, which is multiplied by alpha / rank; the rank if not given."""
     targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
     """Adapted linear layers, by the ends of their names."""
+    init_from: str | None = None
+    """Adapter to start from: a LoRA file of diffusers, peft, kohya (musubi-tuner), ComfyUI or LightX2V, or its folder.
+    A lower rank fits. A resumed run ignores it."""
+
+
+class MergedLoRA(Section):
+    """LoRA file that is merged into a network before training."""
+
+    path: str
+    """The file, of any program that `lora.init_from` reads, or its folder."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor on its change; 1 is the file's own strength."""
 
 
 class RoleConfig(Section):
@@ -119,6 +131,28 @@ class RoleConfig(Section):
     lora: LoRAConfig | None = None
     """Adapter to train over a frozen network, which all such roles and the frozen ones with the same `path` share;
     without it a trainable role trains all its weights."""
+
+    loras: tuple[MergedLoRA, ...] = ()
+    """LoRA files to merge into the network, such as a style that a teacher shall have. Roles that share a network for
+    their adapters name the same ones."""
+
+    @property
+    def lora_files(self) -> tuple[str, ...]:
+        """Paths of all LoRA files that the role reads."""
+        start = self.lora and self.lora.init_from
+        return (*([start] if start else []), *(lora.path for lora in self.loras))
+
+    def without_start(self) -> RoleConfig:
+        """The role without initial weights that training replaces."""
+        lora = self.lora and self.lora.model_copy(update={"init_from": None})
+        return self.model_copy(update={"init_from": None, "lora": lora})
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RoleConfig:
+        if self.init_from is not None and (self.loras or (self.lora and self.lora.init_from)):
+            both = "loras" if self.loras else "lora.init_from"
+            raise ValueError(f"`init_from` replaces the weights that `{both}` changes: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _adapter_is_trained(self) -> RoleConfig:

@@ -18,7 +18,15 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.ema import averaged, has_average
-from fastvideo.distillation.engine.lora import ADAPTER_FILE, add_adapter, gather_adapter, merge, portable, switch_of
+from fastvideo.distillation.engine.lora import (
+    ADAPTER_FILE,
+    add_adapter,
+    gather_adapter,
+    merge,
+    merge_file,
+    portable,
+    switch_of,
+)
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
@@ -95,8 +103,17 @@ class Placement:
         self._spread(network, path)
         return network
 
-    def load_shared(self, path: str | None, adapters: Mapping[str, LoRAConfig], seed: int) -> nn.Module:
+    def load_shared(
+        self,
+        path: str | None,
+        adapters: Mapping[str, LoRAConfig],
+        seed: int,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> nn.Module:
         """Load a frozen network with a trainable adapter per role, for those roles and for its teacher.
+
+        Args:
+            change: called with the network and its adapters before it is sharded.
 
         Raises:
             UserError: if an adapter does not fit the network.
@@ -104,6 +121,8 @@ class Placement:
         network = self._new(path, self.source.folder.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
             add_adapter(network, role, options, stream_seed(seed, "adapter", number))
+        if change is not None:
+            change(network)
         self._spread(network, path)
         return network
 
@@ -191,6 +210,8 @@ def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processe
         return None
     if switch:
         whole = read_whole(source.folder, switch.path)
+        for file, weight in switch.merged:
+            merge_file(whole, file, weight)
         merge(whole, state, switch.scaling)
         return whole
     whole = source.folder.empty(None, torch.float32)

@@ -23,6 +23,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_component,
     load_config,
 )
+from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
 from fastvideo.errors import UserError, did_you_mean
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
@@ -54,11 +55,18 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in eval mode (published ones have no dropout), with a flow map's head."""
+        if is_single_file(path):
+            network = self._skeleton(path, dtype)
+            load_single_file(network, str(path))
+            return self._ready(network, path).to(self.pipeline.device)
         network = load_component(self._class, self.pipeline.resolved(path), self._part, torch_dtype=dtype)
         return self._ready(network, path).to(self.pipeline.device)
 
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """Parameters on the meta device; buffers (tables of positions) and a flow map's head are real."""
+        return self._ready(self._skeleton(path, dtype), path)
+
+    def _skeleton(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
@@ -67,7 +75,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         for name, parameter in network.named_parameters():
             if not kept & set(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
-        return self._ready(network, path)
+        return network  # type: ignore[no-any-return]
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
         choose_attention(network, self.config.attention_backend)
@@ -78,6 +86,11 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def files(self, path: str | None) -> Mapping[str, Path]:
         """Files of the network's parameters: one for all, or several with an index."""
+        if is_single_file(path):
+            raise UserError(
+                f"{path} is one file in another layout, which is read whole; for parallel.shard make a folder of it: "
+                f"fastvideo merge {self.config.path} --network {path} --out FOLDER"
+            )
         folder = Path(self.pipeline.resolved(path)) / self._part
         if (folder / INDEX).is_file():
             found = json.loads((folder / INDEX).read_text())["weight_map"]

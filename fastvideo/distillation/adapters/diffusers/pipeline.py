@@ -19,6 +19,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
+from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
 from fastvideo.distillation.types import UserError
 
@@ -28,6 +29,7 @@ EXPECTED = (
     "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "
     f"or one of {sorted(EMBEDDED)} is expected"
 )
+ADAPTER_HINT = "it holds a LoRA, which goes into a role's `loras` or `lora.init_from`, or into `fastvideo merge`"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -104,8 +106,10 @@ class Pipeline(Generic[ConfigT]):
         self._read = cache(full_config)
 
     def resolved(self, path: str | None) -> str:
-        """The pipeline folder behind ``path``; ``None`` is the run's own."""
-        return self.source if path is None else resolve_pipeline(path, self.config.pipelines)
+        """The pipeline folder behind ``path``; ``None``, or a single file of weights, is the run's own."""
+        if path is None or is_single_file(path):
+            return self.source
+        return resolve_pipeline(path, self.config.pipelines)
 
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
@@ -138,7 +142,8 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
-        raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
+        lora = f"; {ADAPTER_HINT}" if folder.is_dir() and _holds_adapter(folder) else ""
+        raise UserError(f"model folder {path!r} {what}: {EXPECTED}{lora}")
     content = json.loads(index.read_text())
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
@@ -148,6 +153,10 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     if (content.get("transformer_2") or [None])[0] is not None:
         raise UserError(f"model {path!r} has two transformers (Wan 2.2): this family runs pipelines with one")
     return str(folder)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors"))
 
 
 def _from_hub(name: str) -> Path:
