@@ -31,6 +31,8 @@ NATIVE = "native"
 """Torch's scaled dot product attention, which every network and device has."""
 ATTENTION_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 """Modules that normalise queries and keys, by their names in diffusers' attention."""
+GRAPHS = 64
+"""Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
 RETIRED = frozenset({"prompt_cache"})
 """Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
@@ -201,7 +203,10 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
 def compile_blocks(network: nn.Module) -> None:
     """Compile every repeated block in place: one graph serves all of a kind, in seconds instead of minutes.
 
-    Names of parameters stay, and a copy of the network (its average, an export) is not compiled.
+    Names of parameters stay, and a copy of the network (its average, an export) is not compiled. Each role's adapter,
+    with and without gradient, at each size of a batch, has a graph of its own. torch stops at 8 of them and runs the
+    rest eagerly; :data:`GRAPHS` are enough for all that a run calls.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in repeated_blocks(network):
         block.compile()
