@@ -54,7 +54,7 @@ class RoleTraining:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _beside_parameters(self, skip: Tensor) -> Tensor:
-        """The flag on the parameters' device. For those on the host it waits: torch's own copy may be read too early."""
+        """The flag on the parameters' device. For those on the host it waits: torch's copy may be read too early."""
         return skip.to(self.optimizer.param_groups[0]["params"][0].device)
 
     def undo(self) -> None:
