@@ -1,7 +1,7 @@
 """What a process that fails or hangs leaves behind: its error for torchrun's report, and its last collectives.
 
 torch's flight recorder keeps the last collectives of every process: which one, of what shape, called from where, begun
-and done or not. ``torchfrtrace`` finds in the files of all ranks the collective that some of them never entered.
+and done or not. ``torchfrtrace`` compares the files of NCCL of all ranks.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def record_collectives(folder: Path) -> None:
 
 
 def write_collectives(folder: Path, rank: int) -> None:
-    """Write this process's last collectives, those of NCCL and of gloo apart, as ``torchfrtrace`` reads them."""
+    """Write this process's last collectives, those of NCCL and of gloo apart, each a pickled dictionary."""
     if not dist.is_initialized():
         return
-    kinds = {"gloo": torch._C._distributed_c10d._dump_fr_trace}
+    kinds = {"gloo": torch._C._distributed_c10d._dump_fr_trace}  # type: ignore[attr-defined]
     if "nccl" in str(dist.get_backend_config()):
-        kinds["nccl"] = torch._C._distributed_c10d._dump_nccl_trace
+        kinds["nccl"] = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]
     for kind, dump in kinds.items():
         (folder / f"{kind}-rank-{rank}").write_bytes(dump())
 
