@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -151,14 +152,30 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     return str(folder)
 
 
+@cache
 def _from_hub(name: str) -> Path:
+    """Folder of a model on the Hub in its local cache; of a machine's processes one downloads, the others wait."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        with _one_download(name):
+            return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         why = f"{_first_line(error)}; {EXPECTED}"
         raise UserError(f"model {name!r} is neither a local folder nor a model on the Hub: {why}") from error
+
+
+def _one_download(name: str) -> AbstractContextManager[object]:
+    """Lock of a model in the Hub's cache; none in a cache that is read-only, into which nothing is downloaded."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if cache.exists() and not os.access(cache, os.W_OK):
+        return nullcontext()
+    locks = cache / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return WeakFileLock(locks / f"{name.replace('/', '--')}.lock")
 
 
 def _first_line(error: Exception) -> str:
