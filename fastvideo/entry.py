@@ -16,7 +16,7 @@ def report_user_errors(action: Callable[[], int]) -> int:
     130 for one stopped by Ctrl-C.
     """
     try:
-        return action()
+        return _run(action)
     except (UserError, RunError) as error:
         if _is_first(str(error)):
             print(f"error: {error}", file=sys.stderr)
@@ -28,6 +28,15 @@ def report_user_errors(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _run(action: Callable[[], int]) -> int:
+    """Run ``action``; under torchrun, which then names this process's error in its report."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return action()
+    from fastvideo.distillation.engine.optional.recorder import recorded
+
+    return recorded(action)() or 0
 
 
 def _is_first(message: str) -> bool:

@@ -159,13 +159,16 @@ class ModelFolder(ABC):
     """Guidance that the family's authors sample with, for a model folder that names none."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the network's matrix products."""
-    kernels: str = "torch"
-    """Kernels that compute the network, in one line for the log."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         """``recipe.json`` of the folder; empty if it has none."""
         return {}
+
+    @cached_property
+    def kernels(self) -> str:
+        """Kernels that compute the network, in one line for the log."""
+        return "torch"
 
     @abstractmethod
     def teacher_times(self, steps: int) -> tuple[float, ...]:

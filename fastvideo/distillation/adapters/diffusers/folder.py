@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -15,6 +13,12 @@ import torch
 from torch import nn
 
 from fastvideo.distillation.adapters.base import ModelFolder
+from fastvideo.distillation.adapters.diffusers.attention import (
+    NATIVE,
+    choose_attention,
+    keep_dtype_of_attention,
+    native_kernel,
+)
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     ConfigT,
@@ -24,12 +28,12 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_config,
 )
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
-NATIVE = "native"
-"""Torch's scaled dot product attention, which every network and device has."""
+GRAPHS = 64
+"""Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
 RETIRED = frozenset({"prompt_cache"})
 """Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
@@ -42,12 +46,19 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         (self._part,) = self.parts = pipeline.spec.parts
         self.published_guidance = pipeline.spec.published_guidance
         self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-        blocks = "compiled" if self.config.compile_blocks else "eager"
-        self.kernels = f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         return read_recipe(self.pipeline.source)
+
+    @cached_property
+    def kernels(self) -> str:
+        """Attention kernel with torch's choice behind it, compiled or eager blocks, and precision."""
+        backend, blocks = self.config.attention_backend, "compiled" if self.config.compile_blocks else "eager"
+        if backend == NATIVE:
+            width = int(self.pipeline.network_config()["attention_head_dim"])
+            backend = f"{NATIVE} -> {native_kernel(width, self.compute_dtype, self.pipeline.device)}"
+        return f"attention {backend}, blocks {blocks}, {self.config.precision}"
 
     @cached_property
     def _class(self) -> Any:
@@ -79,6 +90,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
         choose_attention(network, self.config.attention_backend)
+        keep_dtype_of_attention(network)
         if self.config.compile_blocks:
             compile_blocks(network)
         load_head(network, self.pipeline.spec.time_embedding, Path(self.pipeline.resolved(path)))
@@ -150,43 +162,6 @@ def read_recipe(source: str) -> dict[str, Any]:
     return recipe
 
 
-def choose_attention(network: Any, name: str) -> None:
-    """Give a network the attention backend of that name in diffusers' dispatcher.
-
-    It is always set, so that neither a default nor the environment variable of diffusers decides instead.
-
-    Raises:
-        UserError: if there is no backend of that name, its package is missing, or the network cannot change its own.
-    """
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    known = sorted(backend.value for backend in AttentionBackendName)
-    if name not in known:
-        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
-    processors = network.attn_processors.values() if name != NATIVE else ()
-    if any("_attention_backend" not in dir(processor) for processor in processors):
-        raise UserError(
-            f"model.attention_backend: {type(network).__name__} computes attention by itself, so only "
-            f"{NATIVE!r} is possible, got {name!r}"
-        )
-    try:
-        with _without_warnings("diffusers.models.modeling_utils"):
-            network.set_attention_backend(name)
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"model.attention_backend {name!r}: {error}") from error
-
-
-@contextmanager
-def _without_warnings(logger_name: str) -> Iterator[None]:
-    """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
-    logger = logging.getLogger(logger_name)
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = False
-
-
 def repeated_blocks(network: Any) -> list[nn.Module]:
     """The repeated blocks of a diffusers network, which it lists as not to be split between devices."""
     names = set(network._no_split_modules or ())
@@ -196,7 +171,10 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
 def compile_blocks(network: nn.Module) -> None:
     """Compile every repeated block in place: one graph serves all of a kind, in seconds instead of minutes.
 
-    Names of parameters stay, and a copy of the network (its average, an export) is not compiled.
+    Names of parameters stay, and a copy of the network (its average, an export) is not compiled. Each role's adapter,
+    with and without gradient, at each size of a batch, has a graph of its own. torch stops at 8 of them and runs the
+    rest eagerly; :data:`GRAPHS` are enough for all that a run calls.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in repeated_blocks(network):
         block.compile()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -47,7 +48,8 @@ class PipelineConfig(AdapterConfig):
     prompt_for_negative: str = ""
     """The negative prompt, used wherever guidance is."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
+    """Dtype of the network's matrix products; trained weights, times, losses and differences stay float32. Frozen and
+    split networks hold bfloat16 matrices while they compute, whole trained ones are cast by autocast."""
     attention_backend: str = "native"
     """Attention kernel, by its name in diffusers' dispatcher: `native` is torch's own, `flash` or `sage` need a
     package. It is printed at the start and never replaced by another."""
@@ -159,14 +161,30 @@ def _holds_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors"))
 
 
+@cache
 def _from_hub(name: str) -> Path:
+    """Folder of a model on the Hub in its local cache; of a machine's processes one downloads, the others wait."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        with _one_download(name):
+            return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         why = f"{_first_line(error)}; {EXPECTED}"
         raise UserError(f"model {name!r} is neither a local folder nor a model on the Hub: {why}") from error
+
+
+def _one_download(name: str) -> AbstractContextManager[object]:
+    """Lock of a model in the Hub's cache; none in a cache that is read-only, into which nothing is downloaded."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if cache.exists() and not os.access(cache, os.W_OK):
+        return nullcontext()
+    locks = cache / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return WeakFileLock(locks / f"{name.replace('/', '--')}.lock")
 
 
 def _first_line(error: Exception) -> str:
