@@ -29,8 +29,10 @@ class PreprocessArguments:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the Parquet files."""
     captions: OptionalFile = None
-    """CSV (with a header) or JSONL file with file_name and caption. Default: captions.csv or captions.jsonl in the
-    folder, else a .txt file beside each video."""
+    """CSV or TSV (with a header), JSONL or JSON file with file_name and caption. Default: captions.*, metadata.* or
+    videos2caption.json in the folder, else a .txt file beside each video."""
+    caption_seed: int = 0
+    """Seed of the choice where a video has a list of captions."""
     workers: Count = 1
     """Processes, each with one thread; the rows do not depend on their number."""
     height: OptionalInt = None
@@ -72,9 +74,8 @@ def main(argv: Sequence[str]) -> int:
     own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
     sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
     policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip)
-    job = make_job(
-        arguments.folder, arguments.captions, choice, policy, arguments.out, arguments.videos_per_file, arguments.device
-    )
+    files = {"out": arguments.out, "per_file": arguments.videos_per_file, "device": arguments.device}
+    job = make_job(arguments.folder, arguments.captions, choice, policy, **files, seed=arguments.caption_seed)
     rate = "as they are" if policy.fps is None else f"at {policy.fps:g} fps"
     shown = ", ".join(map(str, sizes))
     print(f"{len(job.videos)} videos, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)

@@ -69,7 +69,7 @@ def dataset_files(path: str) -> list[Path]:
 
 
 def _check_finished(manifest: Path) -> None:
-    made = json.loads(manifest.read_text())
+    made = json.loads(manifest.read_text(encoding="utf-8"))
     expected, present = made["files"], len(list(manifest.parent.glob("*.parquet")))
     if present < expected:
         raise UserError(

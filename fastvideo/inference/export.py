@@ -111,7 +111,7 @@ def _check_apart(out: Path, folder: Path) -> None:
 
 def _is_export(folder: Path) -> bool:
     recipe = folder / RECIPE
-    return recipe.is_file() and f'"{MARK}"' in recipe.read_text()
+    return recipe.is_file() and f'"{MARK}"' in recipe.read_text(encoding="utf-8")
 
 
 def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
@@ -185,9 +185,9 @@ def _replace_scheduler(folder: Path, scheduler: Any) -> None:
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     scheduler.save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"
-    components = json.loads(index.read_text())
+    components = json.loads(index.read_text(encoding="utf-8"))
     components["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index.write_text(json.dumps(components, indent=2) + "\n")
+    index.write_text(json.dumps(components, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:

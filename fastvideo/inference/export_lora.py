@@ -42,7 +42,7 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
     recipe = (load_recipe(str(source.folder)) if source.folder else {}) | {mark: layout}
     with replacing_folder(out) as partial:
         save_file(tensors, partial / name, metadata={"format": "pt"})
-        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         scheduler = _save_scheduler(source, partial)
         (partial / "README.md").write_text(_read_me(source, base, name, out.name, scheduler), encoding="utf-8")
     return f"{out / name}: {len(tensors) // 2} layers, over the base model {base}; README.md beside it loads both"

@@ -202,7 +202,7 @@ class AnalyticFolder(ModelFolder):
         folder.mkdir(parents=True, exist_ok=True)
         kind = next(kind for kind, classes in CLASSES.items() if isinstance(network, classes))
         save_file(network.state_dict(), folder / WEIGHTS, metadata={"kind": kind})
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 class AnalyticAdapter(DistillAdapter[AnalyticConfig]):

@@ -147,8 +147,8 @@ class WanFolder(DiffusersFolder[WanConfig]):
         super().save(folder, network, recipe)
         if self.config.given_frames:
             file = folder / "model_index.json"
-            index = json.loads(file.read_text()) | {"expand_timesteps": True}
-            file.write_text(json.dumps(index, indent=2) + "\n")
+            index = json.loads(file.read_text(encoding="utf-8")) | {"expand_timesteps": True}
+            file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class NetworkInputs:
         source, config = pipeline.source, pipeline.network_config()
         if config["pos_embed_seq_len"] is not None:
             raise UserError(f"model {source!r} joins a first and a last frame: this family goes on from first frames")
-        index = json.loads((Path(source) / "model_index.json").read_text())
+        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
         return cls(
             text_width=config["text_dim"],
             concatenated=config["in_channels"] != config["out_channels"],

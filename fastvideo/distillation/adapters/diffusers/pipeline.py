@@ -139,7 +139,7 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     if not index.is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
         raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
             f"model folder {path!r} holds a {content.get('_class_name')}; "
