@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 class Resumable:
-    """Marker of a field or section that a resumed run may change, because it does not affect the training."""
+    """Marker of a field or section that a resumed run may change: it does not affect the steps that were taken."""
 
 
 RESUMABLE = Resumable()
@@ -53,8 +53,9 @@ class OptimizerOptions(Section):
     """Decoupled weight decay."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
-    decay_steps: NonNegativeInt = 0
-    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
+    decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
+    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant. A resumed run may
+    extend it: the rate goes on at the same update of the longer decay."""
 
     def optimizer_of(self, learning_rate: float, kind: OptimizerKind = "adamw") -> OptimizerConfig:
         """These options at a learning rate."""
