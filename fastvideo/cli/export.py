@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalInt, Switch, parse
+from fastvideo.cli.arguments import OptionalSteps, Switch, parse
 
 WhichWeights = tyro.conf.create_mutex_group(required=False, title="weights")
 KindSwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
@@ -31,7 +31,7 @@ class ExportArguments:
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
     """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder; for a student that was trained
     as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
-    steps: OptionalInt = None
+    steps: OptionalSteps = None
     """Network steps of the scheduler: all of the ladder (the default) or 1."""
     ema: KindSwitch = False
     """The averaged weights: the default, if the run keeps them; refused if it does not."""

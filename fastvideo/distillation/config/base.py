@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt
 
 
 class Section(BaseModel):
     """Base of every section: frozen; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     written_as: ClassVar[Mapping[str, Any]] = {}
     """Keys and types that a file or flag may hold instead of fields; a validator converts them."""
 
@@ -47,7 +49,7 @@ OptimizerKind = Literal["adamw", "radam"]
 class OptimizerOptions(Section):
     """Options of an optimizer besides its learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Momenta."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
@@ -66,7 +68,7 @@ class OptimizerOptions(Section):
 class OptimizerConfig(OptimizerOptions):
     """Optimizer of one role."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: LearningRate
     """Peak learning rate."""
     kind: OptimizerKind = "adamw"
     """`adamw`, or `radam` (arXiv 1908.03265), which warms its second moment up; consistency models use it."""
@@ -79,6 +81,8 @@ def ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+Band = Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(ordered)]
+"""Lowest and highest ratio."""
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
 """Lower and upper time in [0, 1]."""

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
 from fastvideo.distillation.types import UserError
+from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
 """Pipelines that ship inside the package, by the name that stands for their path."""
@@ -34,13 +34,13 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 class PipelineConfig(AdapterConfig):
     """Options of every family over a diffusers pipeline."""
 
-    height: PositiveInt = 32
+    height: Pixels = 32
     """Video height in pixels."""
-    width: PositiveInt = 32
+    width: Pixels = 32
     """Video width in pixels."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have."""
     prompt_for_negative: str = ""
     """The negative prompt, used wherever guidance is."""
