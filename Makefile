@@ -19,7 +19,7 @@ DOCS_READY := $(VENV)/.docs-installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-nightly test-eightbit lint format types contracts shape docs docs-check layers check demo tiny clean
+.PHONY: help venv test field-cases test-slow test-nightly test-eightbit lint format types contracts shape docs docs-check layers check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 test: $(READY) ## run the fast tests (one topic: make test PYTEST_ARGS="-k dmd2")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+field-cases: $(READY) ## run the kept cases of what people brought: odd captions, videos, weights, numbers, ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q fastvideo/tests/field_cases -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## run the tests marked slow: layouts against one process, torchrun, lost ranks, compilation, ...
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not nightly" -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)

@@ -9,6 +9,17 @@ from collections.abc import Callable
 from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError
 
 
+def speak_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode if the locale has another encoding.
+
+    Names of files and what is printed follow the locale, and there is no other way to change that (PEP 540): under
+    ``LC_ALL=C`` a folder named in a config could not be made. The process keeps its id and its files.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def report_user_errors(action: Callable[[], int]) -> int:
     """Run ``action``; turn errors for the user into one message on stderr and an exit code.
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fastvideo.entry import report_user_errors
+from fastvideo.entry import report_user_errors, speak_utf8
 from fastvideo.errors import EXIT_USER_ERROR, did_you_mean
 
 VERBS = {
@@ -53,6 +53,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a verb; returns the exit code."""
+    if argv is None:
+        speak_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalInt, Switch, parse
+from fastvideo.cli.arguments import OptionalSteps, Switch, parse
 
 WhichWeights = tyro.conf.create_mutex_group(required=False, title="weights")
 KindSwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
@@ -32,7 +32,7 @@ class ExportArguments:
     """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder, or `comfy`, the network in one
     file under its authors' names; for a student that was trained as an adapter also that adapter alone:
     `lora-diffusers`, `lora-peft`, `lora-kohya`, `lora-comfy`, `lora-lightx2v`."""
-    steps: OptionalInt = None
+    steps: OptionalSteps = None
     """Network steps of the scheduler: all of the ladder (the default) or 1."""
     ema: KindSwitch = False
     """The averaged weights: the default, if the run keeps them; refused if it does not."""

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import Count, OptionalFile, OptionalFloat, OptionalInt, Switch, parse
-from fastvideo.errors import UserError
+from fastvideo.cli.arguments import FLOAT, OptionalFile, OptionalFrames, OptionalPixels, OptionalTokens, Switch, parse
+from fastvideo.ranges import FrameRate, PositiveInt, Seed, Workers
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,30 @@ class PreprocessArguments:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the Parquet files."""
     captions: OptionalFile = None
-    """CSV (with a header) or JSONL file with file_name and caption. Default: captions.csv or captions.jsonl in the
-    folder, else a .txt file beside each video."""
-    workers: Count = 1
+    """CSV or TSV (with a header), JSONL or JSON file with file_name and caption. Default: captions.*, metadata.* or
+    videos2caption.json in the folder, else a .txt file beside each video."""
+    caption_seed: Seed = 0
+    """Seed of the choice where a video has a list of captions."""
+    workers: Workers = 1
     """Processes, each with one thread; the rows do not depend on their number."""
-    height: OptionalInt = None
+    height: OptionalPixels = None
     """Height in pixels. Default of all four sizes: the model's own."""
-    width: OptionalInt = None
+    width: OptionalPixels = None
     """Width in pixels."""
-    num_frames: OptionalInt = None
+    num_frames: OptionalFrames = None
     """Frames of a clip; a shorter video is skipped."""
-    max_sequence_length: OptionalInt = None
+    max_sequence_length: OptionalTokens = None
     """Tokens that a caption may have; a video with a longer one is skipped."""
     buckets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HxWxF ...", help_behavior_hint="")] = ()
     """Several sizes instead of one, such as 480x832x81 832x480x81: a video takes the nearest aspect ratio, and of those
     the longest that it fills."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """Fit for another aspect ratio: cut both sides, add black bars, or distort."""
-    fps: OptionalFloat = None
+    fps: Annotated[FrameRate | None, FLOAT] = None
     """Frame rate, by dropping or repeating frames; Wan is trained at 16. Default: every frame as it is."""
     every_clip: Switch = False
     """Cut the whole video into clips, instead of taking its beginning."""
-    videos_per_file: Count = 64
+    videos_per_file: PositiveInt = 64
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
     """Device: cpu, or cuda (the processes share all GPUs)."""
@@ -66,15 +68,12 @@ def main(argv: Sequence[str]) -> int:
     from fastvideo.data.model import SIZES, choose_model
     from fastvideo.data.preprocess import make_job, preprocess
 
-    if arguments.fps is not None and not arguments.fps > 0:
-        raise UserError(f"--fps must be above 0, got {arguments.fps}")
     choice = choose_model(arguments.model, {name: getattr(arguments, name) for name in SIZES})
     own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
     sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
     policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip)
-    job = make_job(
-        arguments.folder, arguments.captions, choice, policy, arguments.out, arguments.videos_per_file, arguments.device
-    )
+    files = {"out": arguments.out, "per_file": arguments.videos_per_file, "device": arguments.device}
+    job = make_job(arguments.folder, arguments.captions, choice, policy, **files, seed=arguments.caption_seed)
     rate = "as they are" if policy.fps is None else f"at {policy.fps:g} fps"
     shown = ", ".join(map(str, sizes))
     print(f"{len(job.videos)} videos, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)

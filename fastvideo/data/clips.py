@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -43,7 +44,7 @@ class Size:
             UserError: for anything else.
         """
         parts = text.lower().split("x")
-        if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        if len(parts) != 3 or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", part) for part in parts):
             raise UserError(f"--buckets: {text!r} is not HEIGHTxWIDTHxFRAMES, such as 480x832x81")
         return cls(*map(int, parts))
 

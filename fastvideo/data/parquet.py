@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from fastvideo.data.columns import plain
 from fastvideo.data.faults import UNREADABLE, Faults
 from fastvideo.data.fits import DataRequirements, check_fits, is_raw, sample_shape
 from fastvideo.data.index import FileIndex, check_bytes, dataset_files, index_file, iter_row_groups, latent_shape
@@ -103,7 +104,7 @@ class ParquetSource:
         """
         captions: list[str] = []
         for file in self.files:
-            column = pq.read_table(file.path, columns=["caption"], partitioning=None)["caption"]
+            column = plain(pq.read_table(file.path, columns=["caption"], partitioning=None))["caption"]
             for row, value in enumerate(column):
                 try:
                     caption = value.as_py()
@@ -189,7 +190,7 @@ class ParquetSource:
             file, group, *_ = self._groups[number]
             columns = ["caption", *(f"{name}_bytes" for name in self.names)]
             with pq.ParquetFile(self.files[file].path) as opened:
-                self._cache[number] = opened.read_row_group(group, columns=columns, use_threads=False)
+                self._cache[number] = plain(opened.read_row_group(group, columns=columns, use_threads=False))
             # Room first for every bucket's window; a single row group may be larger than the whole budget.
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)

@@ -18,7 +18,6 @@ from fastvideo.data.model import ModelChoice
 from fastvideo.data.output import SKIPPED, collect, open_output, shard_path, sources_key
 from fastvideo.data.shards import ShardWriter
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
-from fastvideo.distillation.types import UserError
 
 FORMAT = 1
 """Increase it when the same settings give other rows."""
@@ -92,8 +91,6 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
     if workers > 1:
         start_server(__name__)
     codec = job.choice.adapter(job.device).codec
-    if all(video.problem for video in job.videos):
-        raise UserError(f"none of {len(job.videos)} videos has a caption: {job.videos[0].problem}")
     manifest: dict[str, Any] = {"settings": job.settings(codec.latent_key), "sources": sources_key(job.videos)}
     manifest |= {"videos": len(job.videos), "files": job.files}
     missing = open_output(job.out, manifest, overwrite=overwrite)
@@ -105,9 +102,16 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
 
 
 def make_job(
-    folder: Path, captions: Path | None, choice: ModelChoice, policy: Policy, out: Path, per_file: int, device: str
+    folder: Path,
+    captions: Path | None,
+    choice: ModelChoice,
+    policy: Policy,
+    out: Path,
+    per_file: int,
+    device: str,
+    seed: int = 0,
 ) -> Job:
-    """The job for a folder of videos.
+    """The job for a folder of videos; ``seed`` chooses among several captions of a video.
 
     Raises:
         UserError: for a wrong folder, caption file or size.
@@ -116,4 +120,4 @@ def make_job(
         choice.sized(size.height, size.width, size.num_frames)
     first = policy.sizes[0]
     sized = choice.sized(first.height, first.width, first.num_frames)
-    return Job(out, per_file, device, sized, policy, find_videos(folder, captions), str(choice.fields["path"]))
+    return Job(out, per_file, device, sized, policy, find_videos(folder, captions, seed), str(choice.fields["path"]))

@@ -216,9 +216,9 @@ def _replace_scheduler(folder: Path, scheduler: Any) -> None:
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     scheduler.save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"
-    components = json.loads(index.read_text())
+    components = json.loads(index.read_text(encoding="utf-8"))
     components["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index.write_text(json.dumps(components, indent=2) + "\n")
+    index.write_text(json.dumps(components, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:

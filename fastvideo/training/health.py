@@ -90,7 +90,7 @@ class HealthCheck:
         """Figures of the teacher's videos, or of real ones of the tiny world; none where there is neither."""
         source = "teacher" if "teacher" in self.method.bundle else "real"
         file, key = self.folder / REFERENCE, self._key()
-        kept = json.loads(file.read_text()) if file.is_file() else {}
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not self.shared.processes.main_says(kept.get("key") == key):
             kept = {"key": key, "figures": self._make_reference(source)}
             if self.shared.writes:

@@ -30,7 +30,7 @@ def locked(output: Path) -> Iterator[None]:
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = _acquire(output)
-        (output / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        (output / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output folder {output} cannot be written: {error.strerror}") from error
     try:
@@ -68,7 +68,7 @@ def _acquire(output: Path) -> FileLock:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}; wait for it, stop it, or choose another --output"
     except (OSError, ValueError):
         return "it is just starting"

@@ -18,6 +18,7 @@ from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
 from fastvideo.training.lock import check_free, locked
+from fastvideo.training.notes import idle_notes
 from fastvideo.training.output import check_output, next_commands, prepare_output, resume_command
 from fastvideo.training.resume import (
     already_started,
@@ -104,7 +105,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
-    for note in (*prompt_notes(config), *method.notes):
+    for note in (*prompt_notes(config), *method.notes, *idle_notes(config, trainer, data)):
         tracker.say(note)
     try:
         validation.resume(trainer.step)

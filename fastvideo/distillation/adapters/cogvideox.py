@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Shape
@@ -29,6 +29,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     resolve_pipeline,
 )
 from fastvideo.distillation.types import Condition, UserError
+from fastvideo.ranges import Frames, Tokens
 
 SPEC = PipelineSpec(
     network="CogVideoXTransformer3DModel",
@@ -46,9 +47,9 @@ class CogVideoXConfig(PipelineConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
     path: str
     """A diffusers CogVideoX pipeline: a folder, a hub id, or `tiny_cogvideox` for the one that ships here."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames; one more than a multiple of 8, which is how many the VAE codes at a time."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have; the network sees this many (226 for the published checkpoints)."""
 
     @model_validator(mode="after")

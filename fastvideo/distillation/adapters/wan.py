@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import ftfy
 import torch
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Shape
@@ -36,6 +36,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
+from fastvideo.ranges import Frames, NonNegativeInt, Tokens
 
 TIME_UNITS = 1000.0
 """The time embedding's unit: diffusers passes this as ``timestep`` at ``t = 1``."""
@@ -61,13 +62,13 @@ class WanConfig(PipelineConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
     path: str = "tiny"
     """A diffusers Wan pipeline: a folder, a hub id, or `tiny` for the one that ships with this package."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames; one more than a multiple of the VAE's temporal factor."""
     given_frames: NonNegativeInt = 0
     """Latent frames at the start of a video that are given and not generated: 1 goes on from an image (Wan 2.2 TI2V-5B,
     or a text-to-video model that is tuned to), more from a clip. An image-to-video checkpoint (Wan 2.1 I2V) takes its
     image otherwise and keeps 0."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have; the network sees this many, zero-padded (512 for the published checkpoints)."""
 
     @model_validator(mode="after")
@@ -149,8 +150,8 @@ class WanFolder(DiffusersFolder[WanConfig]):
         super().save(folder, network, recipe)
         if self.config.given_frames:
             file = folder / "model_index.json"
-            index = json.loads(file.read_text()) | {"expand_timesteps": True}
-            file.write_text(json.dumps(index, indent=2) + "\n")
+            index = json.loads(file.read_text(encoding="utf-8")) | {"expand_timesteps": True}
+            file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class NetworkInputs:
         source, config = pipeline.source, pipeline.network_config()
         if config["pos_embed_seq_len"] is not None:
             raise UserError(f"model {source!r} joins a first and a last frame: this family goes on from first frames")
-        index = json.loads((Path(source) / "model_index.json").read_text())
+        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
         return cls(
             text_width=config["text_dim"],
             concatenated=config["in_channels"] != config["out_channels"],

@@ -7,17 +7,32 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
     Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, MethodConfig, Section
+from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, MethodConfig, Section
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
+from fastvideo.ranges import (
+    BatchSize,
+    HeldOut,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Repeats,
+    Samples,
+    Seed,
+    Steps,
+    Width,
+    WrittenRate,
+)
+
+MOST_SHIFT = 1000.0
+"""Largest shift of a ladder; published ones are below 20."""
 
 
 class LadderConfig(Section):
@@ -48,10 +63,12 @@ class LadderConfig(Section):
             )
         try:
             shift = float(value.get("shift", 1.0))
+            if not 0 < shift <= MOST_SHIFT:
+                raise UserError(f"shift must be above 0, up to {MOST_SHIFT}")
             if form == "count":
                 return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
             return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
-        except (TypeError, UserError) as error:
+        except (TypeError, ValueError, ArithmeticError, UserError) as error:
             raise ValueError(f"{error} (given: {dict(value)})") from error
 
     @field_validator("times")
@@ -73,7 +90,7 @@ class DataConfig(Section):
     """Text file with one prompt per line, instead of `path`."""
     buckets: bool = False
     """Take videos of every size in the dataset, one size per batch; otherwise all must have the model's."""
-    size: PositiveInt = 4096
+    size: Samples = 4096
     """Samples of the tiny world per epoch."""
     cache: Annotated[str, RESUMABLE] = "outputs/cache"
     """Folder for latents of the tiny world."""
@@ -81,7 +98,7 @@ class DataConfig(Section):
     """Reaction to an unreadable file or row of a dataset: stop with an error, or skip and list it."""
     max_faults: NonNegativeInt = 100
     """Faults per process that `skip` allows before the run stops."""
-    batch_size: PositiveInt = 32
+    batch_size: BatchSize = 32
     """Samples per process and micro-batch."""
 
     @model_validator(mode="after")
@@ -94,7 +111,7 @@ class DataConfig(Section):
 class LoRAConfig(Section):
     """LoRA adapter that is trained instead of a role's network."""
 
-    rank: PositiveInt = 32
+    rank: Width = 32
     """Rank of the change to each layer's weights."""
     alpha: PositiveFloat | None = None
     """Scale of the change, which is multiplied by alpha / rank; the rank if not given."""
@@ -110,7 +127,7 @@ class MergedLoRA(Section):
 
     path: str
     """The file, of any program that `lora.init_from` reads, or its folder."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    weight: Number = 1.0
     """Factor on its change; 1 is the file's own strength."""
 
 
@@ -172,14 +189,14 @@ class ValidationConfig(Section):
     """Prompts; the first eight are written as video."""
     images: tuple[str, ...] = ()
     """One image or clip per prompt, for an image-to-video model."""
-    world_prompts: NonNegativeInt = 0
+    world_prompts: HeldOut = 0
     """Number of prompts of the tiny world instead, scored by its classifier."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the noise; `fastvideo generate` with this seed and a prompt makes the same video."""
-    batch_size: PositiveInt | None = None
+    batch_size: BatchSize | None = None
     """Videos that a process samples and decodes at a time. The default is one for `prompts`, bit-equal to `fastvideo
     generate`, and `data.batch_size` for `world_prompts`."""
-    fps: PositiveInt = 8
+    fps: WrittenRate = 8
     """Frames per second of the files."""
 
     @model_validator(mode="after")
@@ -200,29 +217,29 @@ class HealthConfig(Section):
     """Run the checks."""
     prompts: PositiveInt = 8
     """Number of the validation's prompts that are checked."""
-    seeds: PositiveInt = 2
+    seeds: Repeats = 2
     """Videos per prompt, from different noise."""
-    teacher_steps: PositiveInt = 25
+    teacher_steps: Steps = 25
     """Steps of the teacher's videos, which are made once, at the first validation."""
-    contrast: tuple[float, float] = (0.5, 2.0)
+    contrast: Band = (0.5, 2.0)
     """Shares of the teacher's contrast; below the first the student is washed out."""
-    saturation: tuple[float, float] = (0.4, 1.8)
+    saturation: Band = (0.4, 1.8)
     """Shares of the teacher's saturation outside which the student is grey or over-saturated."""
-    motion: tuple[float, float] = (0.5, 2.5)
+    motion: Band = (0.5, 2.5)
     """Shares of the teacher's motion outside which the student freezes or flickers."""
-    brightness: float = 0.15
+    brightness: NonNegativeFloat = 0.15
     """Largest difference from the teacher's brightness, of 1."""
-    colour: float = 0.1
+    colour: NonNegativeFloat = 0.1
     """Largest difference of a colour channel's deviation from grey, of 1."""
-    grid: float = 1.6
+    grid: NonNegativeFloat = 1.6
     """Largest ratio to the teacher's steps at block borders."""
-    diversity: float = 0.4
+    diversity: NonNegativeFloat = 0.4
     """Smallest share of the teacher's difference between seeds."""
-    latent_std: float = 2.5
+    latent_std: NonNegativeFloat = 2.5
     """Largest ratio to the spread of the teacher's latents."""
-    update_balance: float = 0.5
+    update_balance: NonNegativeFloat = 0.5
     """Smallest ratio of the critic's movement per step to the student's."""
-    gradient: float = 3.0
+    gradient: NonNegativeFloat = 3.0
     """Largest RMS of the DMD gradient."""
 
 
@@ -250,7 +267,7 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """Algorithm; `fastvideo list` shows all."""
     output: Annotated[str, RESUMABLE]
     """Folder of the run; it must be new, unless the run resumes or overwrites it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random draw."""
     device: Annotated[Literal["auto", "cpu", "cuda"], RESUMABLE] = "auto"
     """Device of the run; `auto` takes CUDA if there is one."""

@@ -187,7 +187,7 @@ class NonFiniteGuard:
             "losses": [[name, value if math.isfinite(value) else str(value)] for name, value in shown],
             "captions": [list(batch.captions) for batch in record.batches],
         }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
 
     def state_dict(self) -> dict[str, int]:

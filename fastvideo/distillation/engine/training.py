@@ -66,6 +66,16 @@ class RoleTraining:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
+    def resume_schedule(self, state: Mapping[str, Any]) -> None:
+        """Continue at the schedule's update of ``state``, with the rate that this run's own schedule has there."""
+        if self.lr_scheduler is None:
+            return
+        self.lr_scheduler.load_state_dict(dict(state))
+        if isinstance(self.lr_scheduler, LambdaLR):
+            rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+            for group, (rate, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(self.lr_scheduler.last_epoch)
+
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""

@@ -105,7 +105,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
             )
         folder = Path(self.pipeline.resolved(path)) / self._part
         if (folder / INDEX).is_file():
-            found = json.loads((folder / INDEX).read_text())["weight_map"]
+            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return {name: folder / file for name, file in found.items()}
         if not (folder / WHOLE).is_file():
             raise UserError(f"{folder} has neither {WHOLE} nor {INDEX}: split networks are read from safetensors alone")
@@ -141,7 +141,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
             network.save_pretrained(folder / self._part)  # type: ignore[operator]
         if head is not None:
             save_head(head, folder)
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 def read_recipe(source: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def read_recipe(source: str) -> dict[str, Any]:
     """
     file = Path(source) / "recipe.json"
     try:
-        recipe = json.loads(file.read_text()) if file.is_file() else {}
+        recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(recipe, dict):

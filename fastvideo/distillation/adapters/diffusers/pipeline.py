@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
 from fastvideo.distillation.types import UserError
+from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
 """Pipelines that ship inside the package, by the name that stands for their path."""
@@ -37,13 +37,13 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 class PipelineConfig(AdapterConfig):
     """Options of every family over a diffusers pipeline."""
 
-    height: PositiveInt = 32
+    height: Pixels = 32
     """Video height in pixels."""
-    width: PositiveInt = 32
+    width: Pixels = 32
     """Video width in pixels."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have."""
     prompt_for_negative: str = ""
     """The negative prompt, used wherever guidance is."""
@@ -146,7 +146,7 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
         lora = f"; {ADAPTER_HINT}" if folder.is_dir() and _holds_adapter(folder) else ""
         raise UserError(f"model folder {path!r} {what}: {EXPECTED}{lora}")
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
             f"model folder {path!r} holds a {content.get('_class_name')}; "

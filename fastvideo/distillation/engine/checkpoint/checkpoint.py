@@ -184,7 +184,9 @@ class CheckpointHook:
                 if time.monotonic() > deadline:
                     raise RunError(f"checkpoint {target}: process {rank} has not written its part")
                 time.sleep(0.01)
-            files |= {name: FileRecord(**record) for name, record in json.loads(report.read_text()).items()}
+            files |= {
+                name: FileRecord(**record) for name, record in json.loads(report.read_text(encoding="utf-8")).items()
+            }
             os.unlink(report)
         return files
 

@@ -105,10 +105,10 @@ def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
         targets |= {f"{name}{JOINT}{key}": tensor for key, tensor in wanted.items()}
     targets |= {f"{source}{JOINT}{key}": t for key, t in _empty(under(index, f"{source}{JOINT}")).items()}
     read_into(targets, folder, index)
-    shared = json.loads((folder / SHARED).read_text())
+    shared = json.loads((folder / SHARED).read_text(encoding="utf-8"))
     for name, part in parts.everywhere.items():
         part.load_state_dict(join_state(under(targets, f"{name}{JOINT}"), shared[name]))
-    own = json.loads((folder / f"{source}.json").read_text())
+    own = json.loads((folder / f"{source}.json").read_text(encoding="utf-8"))
     states = {name: join_state(under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
     return ResumePoint(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
 

@@ -75,7 +75,7 @@ class Watchdog:
         behind = [rank for rank, done in enumerate(progress) if done == min(progress)]
         who = f", least far: rank {', '.join(map(str, behind))}" if len(progress) > 1 else ""
         message = f"rank {self.rank}: no process got on for {self.seconds:g} s (trainer.watchdog_seconds){who}"
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             file.write(f"{message}\n\n")  # beside the stacks, so that the file explains itself
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
