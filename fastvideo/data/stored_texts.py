@@ -100,7 +100,7 @@ def check_own_texts(path: str, made: Texts, conditioner: Conditioner, model: str
         )
         raise UserError(
             f"data.path: the text embeddings in {path} were made for another model ({closest.get('model')}): {wrong}. "
-            f"Make them again: fastvideo preprocess --prompts FILE --model {model} --out FOLDER"
+            f"Make them again with fastvideo preprocess --model {model}, or configure what they were made with"
         )
     return column
 

@@ -137,6 +137,8 @@ class Conditioner(ABC):
     def ensure_negative_conditioning(self, made: Condition | None = None) -> None:
         """Make the condition of the unguided prediction once; ``made`` (one row) replaces encoding the prompt."""
         if self._negative is None:
+            if made is None:
+                self.keep_texts([self.negative_prompt])
             self._negative = made or self.encode_prompts([self.negative_prompt])
 
     def negative(self, count: int) -> Condition:

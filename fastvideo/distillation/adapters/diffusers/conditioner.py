@@ -205,11 +205,10 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
 
     def texts_fit(self, prompts: Sequence[str]) -> bool:
         token = self.text_width * (2 if self.device.type == "cuda" else 4)
-        if len(prompts) * token > self._prompts.limit:
-            return False
-        length = self.config.max_sequence_length
-        tokens = len(prompts) * length if self.encodes_padding else sum(self.token_counts(prompts))
-        return tokens * token <= self._prompts.limit
+        if not prompts or len(prompts) * token > self._prompts.limit:
+            return not prompts
+        counts = [self.config.max_sequence_length] if self.encodes_padding else self.token_counts(prompts[:TOKENIZED])
+        return len(prompts) * sum(counts) / len(counts) * token <= self._prompts.limit
 
     @property
     def stored_shapes(self) -> Mapping[str, Shape]:
