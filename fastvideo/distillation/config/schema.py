@@ -79,7 +79,7 @@ class DataConfig(Section):
     size: PositiveInt = 4096
     """Samples of the tiny world per epoch."""
     cache: Annotated[str, RESUMABLE] = "outputs/cache"
-    """Folder for latents of the tiny world."""
+    """Folder for latents of the tiny world, and for counts of prompts that are too long."""
     faults: Literal["raise", "skip"] = "raise"
     """Reaction to an unreadable file or row of a dataset: stop with an error, or skip and list it."""
     max_faults: NonNegativeInt = 100
