@@ -16,7 +16,7 @@ from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import text_name
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.errors import UserError, counted
-from fastvideo.files import gib, make_folder, replace_file
+from fastvideo.files import gib, make_folder, replace_file, replacing
 from fastvideo.inference.progress import PatientBar
 
 LEFT_OUT = "prompts_left_out.jsonl"
@@ -118,7 +118,8 @@ def _checked_once(cache: Path, conditioner: Conditioner, prompts: Sequence[str])
         return {int(place): count for place, count in json.loads(stamp.read_text()).items()}
     found = too_long(conditioner, prompts)
     make_folder(cache)
-    replace_file(stamp, json.dumps(found))
+    with replacing(stamp) as temporary:  # several machines may check at once
+        temporary.write_text(json.dumps(found))
     return found
 
 

@@ -82,10 +82,8 @@ def to_host(row: Tensor) -> Tensor:
 
     From CUDA it does not wait: whatever the same stream reads from the pinned copy comes after it.
     """
-    if row.device.type != "cuda":
-        return row.cpu().clone()
-    host = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-    return host.copy_(row, non_blocking=True)
+    on_cuda = row.device.type == "cuda"
+    return torch.empty(row.shape, dtype=row.dtype, pin_memory=on_cuda).copy_(row, non_blocking=on_cuda)
 
 
 class DiffusersConditioner(Conditioner, Generic[ConfigT]):
