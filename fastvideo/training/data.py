@@ -119,7 +119,7 @@ def open_source(
     if method.needs_trajectories:
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
-        return _prompts(config, adapter, with_latents)
+        return _prompts(config, adapter, with_latents, others)
     if config.data.path != TINY:
         return _dataset(config, adapter, with_latents, faults, others)
     return _tiny_world(config, adapter, with_latents)
@@ -156,9 +156,9 @@ def _check_prompts_suffice(config: Config, adapter: Adapter, with_latents: bool)
         )
 
 
-def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+def _prompts(config: Config, adapter: Adapter, with_latents: bool, others: Sequence[Conditioner]) -> tuple[Source, str]:
     _check_prompts_suffice(config, adapter, with_latents)
-    prompts, note = usable_prompts(config, adapter.conditioner, read_prompts(str(config.data.prompts)))
+    prompts, note = usable_prompts(config, [adapter.conditioner, *others], read_prompts(str(config.data.prompts)))
     return MemorySource(prompts), f"{counted(len(prompts), 'prompt')} of {config.data.prompts}{note}"
 
 

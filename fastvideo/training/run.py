@@ -95,7 +95,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
         prepare_output(config, overwrite=mode.overwrite)
-        list_left_out(config, adapter.conditioner)
+        list_left_out(config, conditioners)
     session.wait_for_all()
     data.faults.attach(output, processes.rank)
     session.check_agreement("dataset", {"steps per epoch": data.rounds})

@@ -87,24 +87,28 @@ def _stays(config: Config, conditioner: Conditioner, count: int) -> str:
     )
 
 
-def usable_prompts(config: Config, conditioner: Conditioner, prompts: Sequence[str]) -> tuple[Sequence[str], str]:
-    """The prompts that the text encoder takes whole, and a note on those that it does not.
+def usable_prompts(
+    config: Config, conditioners: Sequence[Conditioner], prompts: Sequence[str]
+) -> tuple[Sequence[str], str]:
+    """The prompts that every text encoder takes whole, and a note on those that one does not.
 
     The check of a file is kept in ``data.cache``, for the other processes and for later runs.
 
     Raises:
         UserError: if ``data.long_prompts`` is ``raise`` and there is one, or if nothing is left.
     """
-    long = _checked_once(Path(config.data.cache), conditioner, prompts)
-    if config.data.long_prompts == "raise" or len(long) == len(prompts):
-        refuse_long(long, conditioner, prompts)
-    if not long:
+    found = {conditioner: _checked_once(Path(config.data.cache), conditioner, prompts) for conditioner in conditioners}
+    left_out = {place for long in found.values() for place in long}
+    if not left_out:
         return prompts, ""
+    for conditioner, long in found.items():
+        if config.data.long_prompts == "raise" or len(long) == len(prompts):
+            refuse_long(long, conditioner, prompts)
     note = (
-        f" ({len(long)} left out, with more tokens than the {conditioner.text_length} that the text encoder takes: "
-        f"listed in {Path(config.output) / LEFT_OUT})"
+        f" ({len(left_out)} left out, with more tokens than the text encoder takes: listed in "
+        f"{Path(config.output) / LEFT_OUT})"
     )
-    return [prompt for place, prompt in enumerate(prompts) if place not in long], note
+    return [prompt for place, prompt in enumerate(prompts) if place not in left_out], note
 
 
 def _checked_once(cache: Path, conditioner: Conditioner, prompts: Sequence[str]) -> dict[int, int]:
@@ -123,13 +127,16 @@ def _checked_once(cache: Path, conditioner: Conditioner, prompts: Sequence[str])
     return found
 
 
-def list_left_out(config: Config, conditioner: Conditioner) -> None:
+def list_left_out(config: Config, conditioners: Sequence[Conditioner]) -> None:
     """Write the prompts of ``data.prompts`` that are too long into the run's folder, if there are any."""
     if config.data.prompts is None:
         return
     prompts = read_prompts(config.data.prompts)
-    long = _checked_once(Path(config.data.cache), conditioner, prompts)
-    lines = [{"number": place + 1, "tokens": count, "prompt": prompts[place]} for place, count in sorted(long.items())]
+    lines = [
+        {"number": place + 1, "tokens": count, "possible": conditioner.text_length, "prompt": prompts[place]}
+        for conditioner in conditioners
+        for place, count in sorted(_checked_once(Path(config.data.cache), conditioner, prompts).items())
+    ]
     if lines:
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         replace_file(Path(config.output) / LEFT_OUT, content)

@@ -241,9 +241,9 @@ def test_long_prompts_of_a_file_are_left_out_once_or_refused(
     changed = values | {"data": data, "model": values["model"] | {"path": str(toy)}}
     run(config_of(changed, "test"))
     assert "training on 8 prompts of" in (shown := " ".join(capsys.readouterr().err.split()))
-    assert "(1 left out, with more tokens than the 8 that the text encoder takes: listed in" in shown
+    assert "(1 left out, with more tokens than the text encoder takes: listed in" in shown
     (listed,) = map(json.loads, (tmp_path / "run" / "prompts_left_out.jsonl").read_text().splitlines())
-    assert listed == {"number": 2, "tokens": 21, "prompt": ("a " * 20).strip()}
+    assert listed == {"number": 2, "tokens": 21, "possible": 8, "prompt": ("a " * 20).strip()}
     monkeypatch.setattr("fastvideo.training.texts.too_long", lambda *_: pytest.fail("checked twice"))
     refused = changed | {"data": data | {"long_prompts": "raise"}, "output": str(tmp_path / "refused")}
     with pytest.raises(UserError, match="1 of 9 prompts have more tokens"):
@@ -285,6 +285,19 @@ def test_one_folder_holds_the_texts_of_every_family_of_a_run(tmp_path: Path) -> 
     for path in paths.values():
         shutil.rmtree(path / "text_encoder")
     run(config_of(values, "test"))
+
+
+def test_a_prompt_that_is_too_long_for_a_second_family_is_left_out(
+    values: dict[str, Any], toy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("red\na red seven moving up\ngreen\n")
+    scoring = {"path": str(toy), **TOY, "max_sequence_length": 3}
+    roles = {name: {**role, "model": scoring} for name, role in values["roles"].items() if name != "student"}
+    data = {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 2, "cache": str(tmp_path / "cache")}
+    own = {"data": data, "model": values["model"] | {"path": str(toy)}, "roles": values["roles"] | roles}
+    run(config_of({**values, **own, "validation": {}}, "test"))
+    (listed,) = map(json.loads, (tmp_path / "run" / "prompts_left_out.jsonl").read_text().splitlines())
+    assert (listed["number"], listed["possible"]) == (2, 3)
 
 
 def test_options_of_the_other_kind_of_data_are_refused(tmp_path: Path, toy: Path) -> None:
