@@ -23,7 +23,8 @@ class PreprocessArguments:
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")]
-    """Folder of .mp4, .webm, .mov, .gif, .mkv, .avi or .m4v files; folders in it are searched too."""
+    """Folder of videos (.mp4, .webm, .mov, .gif, .mkv, .avi, .m4v) and images (.png, .jpg, .webp, .bmp, .tif, .avif),
+    which are videos of one frame; folders in it are searched too."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """The model to encode for: a diffusers pipeline folder, a hub id, or `tiny`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -47,9 +48,12 @@ class PreprocessArguments:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """Fit for another aspect ratio: cut both sides, add black bars, or distort."""
     fps: OptionalFloat = None
-    """Frame rate, by dropping or repeating frames; Wan is trained at 16. Default: every frame as it is."""
+    """Frame rate, by dropping or repeating frames as `ffmpeg -vf fps` does; Wan is trained at 16. Default: every frame
+    as it is."""
     every_clip: Switch = False
     """Cut the whole video into clips, instead of taking its beginning."""
+    background: str = "black"
+    """Colour behind transparent pixels: a name such as white, or #rrggbb."""
     videos_per_file: Count = 64
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
@@ -63,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(PreprocessArguments, argv, "preprocess")
 
     from fastvideo.data.clips import Policy, Size
+    from fastvideo.data.colours import parse_colour
     from fastvideo.data.model import SIZES, choose_model
     from fastvideo.data.preprocess import make_job, preprocess
 
@@ -71,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
     choice = choose_model(arguments.model, {name: getattr(arguments, name) for name in SIZES})
     own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
     sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
-    policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip)
+    background = parse_colour(arguments.background)
+    policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip, background)
     job = make_job(
         arguments.folder, arguments.captions, choice, policy, arguments.out, arguments.videos_per_file, arguments.device
     )

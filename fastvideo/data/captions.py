@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from fastvideo.data.stills import IMAGE_SUFFIXES
 from fastvideo.errors import UserError
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v", *IMAGE_SUFFIXES)
+"""Videos, and images, which are videos of one frame."""
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 """Default caption files, in the folder of videos."""
 NAME_KEYS, CAPTION_KEYS = ("file_name", "file", "video", "path"), ("caption", "text", "prompt")
