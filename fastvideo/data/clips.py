@@ -102,8 +102,10 @@ def read_clips(path: Path, policy: Policy) -> Iterator[Clip]:
     try:
         with open_footage(path) as footage:
             yield from _still(footage, policy) if footage.still else _clips_of(footage, policy)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"cannot be decoded: {str(error).splitlines()[0].removeprefix('[Errno ')}") from error
+    except av.error.FFmpegError as error:
+        raise VideoError(f"cannot be decoded: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise VideoError(f"cannot be decoded: {str(error).splitlines()[0]}") from error
 
 
 def _still(footage: Footage, policy: Policy) -> Iterator[Clip]:
@@ -118,7 +120,7 @@ def _still(footage: Footage, policy: Policy) -> Iterator[Clip]:
 
 def _clips_of(footage: Footage, policy: Policy) -> Iterator[Clip]:
     """Clips of each shot; those that are too short for one are left out if there is another."""
-    number, parts, longest = 0, 0, _TooShort(0, 0)
+    number, parts, longest = 0, 0, _TooShort(-1, 0)
     for shot in footage.shots:
         parts += 1
         try:
@@ -130,7 +132,7 @@ def _clips_of(footage: Footage, policy: Policy) -> Iterator[Clip]:
         except _TooShort as short:
             longest = max(longest, short, key=lambda one: one.frames)
     if not number:
-        raise VideoError(longest.text(parts, policy.fps))
+        raise VideoError(longest.text(parts, policy.fps) if parts else "no frame")
 
 
 class _TooShort(Exception):
@@ -139,8 +141,6 @@ class _TooShort(Exception):
         self.frames, self.needed = frames, needed
 
     def text(self, parts: int, fps: float | None) -> str:
-        if not self.frames:
-            return "no frame"
         rate = "" if fps is None else f" at {fps:g} fps"
         where = "" if parts == 1 else f" in the longest of {parts} parts between jumps of its clock"
         return f"too short: {self.frames} frames{rate}{where}, {self.needed} are needed"
@@ -152,7 +152,7 @@ def _runs(shot: Iterator[Any], footage: Footage, policy: Policy) -> Iterator[lis
     frames = iter(whole if policy.fps is None else resampled(whole, footage.tick, policy.fps))
     first = next(frames, None)
     if first is None:
-        raise _TooShort(0, 0)
+        raise _TooShort(0, min(size.num_frames for size in policy.sizes))
     sizes = nearest_sizes(policy.sizes, aspect_of(first, footage.pixel_aspect))
     fitted = ((fit_frame(f, sizes[0], policy, footage.pixel_aspect), f.pts) for f in chain([first], frames))
     run = list(islice(fitted, sizes[-1].num_frames))

@@ -163,11 +163,10 @@ class Clock:
         return max(GAP_SECONDS, GAP_FRAMES * usual)
 
     def _is_gap(self, interval: float) -> bool:
-        if abs(interval) > self._longest:
-            return True
+        gap = abs(interval) > self._longest
         if interval > 0:
-            self._intervals.append(interval)
-        return False
+            self._intervals.append(interval)  # a gap too: a file that shows every picture for seconds has none
+        return gap
 
     def _snapped(self, elapsed: Fraction) -> Fraction:
         nearest = round(elapsed * self.rate) / self.rate
