@@ -209,7 +209,8 @@ def _scaled(frame: Any, height: int, width: int, background: tuple[int, int, int
     opaque = over(frame, background) if has_alpha(frame.format.name) else frame
     wide = is_wide(frame)
     kind = "rgb48le" if wide else "rgb24"
-    pixels: Frames = opaque.reformat(width=width, height=height, format=kind, interpolation=RESIZE).to_ndarray()
+    scaled = opaque.reformat(width=width, height=height, format=kind, interpolation=RESIZE, threads=1)
+    pixels: Frames = scaled.to_ndarray()
     return to_bt709(pixels, frame) if wide else pixels  # type: ignore[arg-type]
 
 
@@ -220,4 +221,6 @@ def _cropped(image: Frames, size: Size) -> Frames:
 
 def _padded(image: Frames, size: Size) -> Frames:
     high, wide = size.height - image.shape[0], size.width - image.shape[1]
+    if not (high or wide):
+        return image
     return np.pad(image, ((high // 2, high - high // 2), (wide // 2, wide - wide // 2), (0, 0)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+FFMPEG = shutil.which("ffmpeg")
 Picture = npt.NDArray[np.uint8]
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx", ".avi": "mpeg4"}
 
@@ -76,3 +80,43 @@ def with_matrix(source: Path, path: Path, matrix: Sequence[float]) -> Path:
     data[at : at + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in values)
     path.write_bytes(data)
     return path
+
+
+@cache
+def chosen(count: int, rate: Fraction | int, fps: int, delay: int = 0) -> list[int]:
+    """Which of ``count`` frames libavfilter's ``fps`` takes from an exact clock that starts ``delay`` frames late."""
+    graph = av.filter.Graph()
+    tick = 1 / Fraction(rate)
+    source = graph.add("buffer", f"video_size=2x2:pix_fmt=gray16le:time_base={tick}:pixel_aspect=1/1")
+    graph.link_nodes(source, graph.add("fps", f"fps={fps}"), graph.add("buffersink")).configure()
+    taken = []
+    for number in [*range(count), None]:
+        frame = None
+        if number is not None:
+            frame = av.VideoFrame.from_ndarray(np.full((2, 2), number, np.uint16), format="gray16le")
+            frame.pts, frame.duration, frame.time_base = number + delay, 1, tick
+        graph.push(frame)
+        while True:
+            try:
+                taken.append(int(graph.pull().to_ndarray()[0, 0]))
+            except (av.error.BlockingIOError, av.error.EOFError):
+                break
+    return taken
+
+
+def greys_of_program(path: Path, fps: int) -> list[float]:
+    """Mean grey of each frame of ``ffmpeg -vf fps=R``."""
+    command = [
+        str(FFMPEG),
+        "-v",
+        "error",
+        "-i",
+        str(path),
+        "-vf",
+        f"fps={fps},scale=32:32:flags=area",
+        "-pix_fmt",
+        "gray",
+    ]
+    raw = subprocess.run([*command, "-f", "rawvideo", "-"], capture_output=True, check=True).stdout
+    means: list[float] = np.frombuffer(raw, np.uint8).reshape(-1, 32 * 32).mean(axis=1).tolist()
+    return means

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 
@@ -17,9 +14,17 @@ import pytest
 from fastvideo.data.clips import Clip, Policy, Size, read_clips
 from fastvideo.data.faults import VideoError
 from fastvideo.data.footage import open_footage, resampled
-from fastvideo.tests.data.footage_files import CODECS, corners, grey, with_matrix, write
+from fastvideo.tests.data.footage_files import (
+    CODECS,
+    FFMPEG,
+    chosen,
+    corners,
+    grey,
+    greys_of_program,
+    with_matrix,
+    write,
+)
 
-FFMPEG = shutil.which("ffmpeg")
 RATES = [(16, 16), (24, 16), (30, 16), (60, 16), (25, 24)]
 TIES = [(30, 15), (60, 30), (24, 30)]
 """Rates at which frames lie just between two; ``ffmpeg`` chooses by how the container rounded them."""
@@ -34,45 +39,18 @@ def levels(path: Path, fps: float | None) -> list[float]:
         return [float(frame.to_ndarray(format="gray").mean()) for frame in chain.from_iterable(shots)]
 
 
-@cache
-def chosen(rate: int, fps: int, delay: int) -> list[int]:
-    """Numbers of the frames that libavfilter's ``fps`` takes from an exact clock that starts ``delay`` frames late."""
-    graph = av.filter.Graph()
-    source = graph.add("buffer", f"video_size=2x2:pix_fmt=gray:time_base=1/{rate}:pixel_aspect=1/1")
-    graph.link_nodes(source, graph.add("fps", f"fps={fps}"), graph.add("buffersink")).configure()
-    taken = []
-    for number in [*range(COUNT), None]:
-        frame = None
-        if number is not None:
-            frame = av.VideoFrame.from_ndarray(np.full((2, 2), number, np.uint8), format="gray")
-            frame.pts, frame.duration, frame.time_base = number + delay, 1, Fraction(1, rate)
-        graph.push(frame)
-        while True:
-            try:
-                taken.append(int(graph.pull().to_ndarray()[0, 0]))
-            except (av.error.BlockingIOError, av.error.EOFError):
-                break
-    return taken
-
-
-def by_binary(path: Path, fps: int) -> list[float]:
-    """Mean grey of each frame of ``ffmpeg -vf fps=R``."""
-    command = [str(FFMPEG), "-v", "error", "-i", str(path), "-vf", f"fps={fps}", "-pix_fmt", "gray"]
-    raw = subprocess.run([*command, "-f", "rawvideo", "-"], capture_output=True, check=True).stdout
-    return np.frombuffer(raw, np.uint8).reshape(-1, 32 * 32).mean(axis=1).tolist()  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("b_frames", [0, 2])
 @pytest.mark.parametrize("suffix", CODECS)
 def test_frames_at_every_rate_are_those_of_ffmpeg(suffix: str, b_frames: int, tmp_path: Path) -> None:
     """AVI has one clock, that of decoding: with B-frames its first frame is shown one late, for ffmpeg too."""
+    delay = 1 if b_frames and suffix == ".avi" else 0
     for rate in sorted({rate for rate, _ in RATES + TIES}):
         path = numbered(tmp_path / f"{rate}{suffix}", rate, b_frames)
         own = levels(path, None)
         assert len(own) == COUNT
         assert (np.diff(own) > 0).all()
         for fps in [fps for source, fps in RATES + TIES if source == rate]:
-            expected = [own[number] for number in chosen(rate, fps, delay=bool(b_frames and suffix == ".avi"))]
+            expected = [own[number] for number in chosen(COUNT, rate, fps, delay)]
             assert levels(path, fps) == expected, (rate, fps)
 
 
@@ -83,7 +61,7 @@ def test_frames_at_every_rate_are_those_of_the_program(suffix: str, tmp_path: Pa
     for rate, fps in RATES:
         for b_frames in (0, 2):
             path = numbered(tmp_path / f"{rate}-{b_frames}{suffix}", rate, b_frames)
-            np.testing.assert_allclose(levels(path, fps), by_binary(path, fps), atol=1.5, err_msg=path.name)
+            np.testing.assert_allclose(levels(path, fps), greys_of_program(path, fps), atol=1.5, err_msg=path.name)
 
 
 def numbered(path: Path, rate: int, b_frames: int) -> Path:
