@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastvideo.cli.arguments import Count, OptionalFile, OptionalFloat, OptionalInt, Switch, parse
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     from fastvideo.data.colours import parse_colour
     from fastvideo.data.model import SIZES, choose_model
     from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.data.stills import is_image
 
     if arguments.fps is not None and not arguments.fps > 0:
         raise UserError(f"--fps must be above 0, got {arguments.fps}")
@@ -83,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
     )
     rate = "as they are" if policy.fps is None else f"at {policy.fps:g} fps"
     shown = ", ".join(map(str, sizes))
-    print(f"{len(job.videos)} videos, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
+    images = sum(is_image(video.path) for video in job.videos)
+    found = f"{len(job.videos) - images} videos" + (f" and {counted(images, 'image')}" if images else "")
+    print(f"{found}, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
     summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite)
     print(summary)
     return 1 if summary.skipped else 0

@@ -183,7 +183,7 @@ def nearest_sizes(sizes: Iterable[Size], aspect: float) -> list[Size]:
 
 def aspect_of(frame: Any, pixel_aspect: float) -> float:
     """Width / height on a player: with the pixels' aspect ratio and a phone's rotation."""
-    aspect = frame.width / frame.height * pixel_aspect
+    aspect: float = frame.width / frame.height * pixel_aspect
     return 1 / aspect if turn_of(frame).transposed else aspect
 
 

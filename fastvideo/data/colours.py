@@ -15,7 +15,7 @@ from PIL import ImageColor
 from fastvideo.data.faults import VideoError
 from fastvideo.errors import UserError
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 WHITE_NITS, HLG_PEAK_NITS = 203, 1000
 """Diffuse white of HDR (BT.2408), which becomes white; peak of the display that HLG is graded on (BT.2100)."""
 GAMMA = 2.4

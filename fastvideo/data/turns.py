@@ -26,7 +26,7 @@ class Turn:
 
     def upright(self, image: Image) -> Image:
         """A view of ``image`` ``[H, W, C]`` as it is shown."""
-        image = image.swapaxes(0, 1) if self.transposed else image  # type: ignore[assignment]
+        image = image.swapaxes(0, 1) if self.transposed else image
         return image[:: -1 if self.rows else 1, :: -1 if self.columns else 1]  # type: ignore[return-value]
 
 

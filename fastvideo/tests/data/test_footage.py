@@ -247,7 +247,7 @@ def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
         with av.open(str(plain)) as source, av.open(str(path), "w", format="mp4") as out:
             picture = out.add_stream("mjpeg", rate=24)
             picture.height, picture.width, picture.pix_fmt = 128, 192, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+            picture.disposition = av.stream.Disposition.attached_pic.value
             copied = out.add_stream_from_template(source.streams.video[0]) if with_video else None
             frame = av.VideoFrame.from_ndarray(np.zeros((128, 192, 3), np.uint8), format="rgb24")
             out.mux(picture.encode(frame))
