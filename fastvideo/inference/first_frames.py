@@ -42,5 +42,5 @@ def read_first_frames(path: Path, height: int, width: int, count: int) -> Tensor
     except VideoError as error:
         raise UserError(f"image {path}: {error}") from error
     if len(clip.frames) < count:
-        raise UserError(f"image {path}: an image is one frame, {count} are needed")
+        raise UserError(f"image {path}: too short: {len(clip.frames)} frames, {count} are needed")
     return clip.tensor[None]
