@@ -36,7 +36,8 @@ class PreprocessArguments:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the Parquet files."""
     folder: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS", help_behavior_hint="")] = None
-    """Folder of .mp4, .webm, .mov, .gif, .mkv, .avi or .m4v files; folders in it are searched too."""
+    """Folder of videos (.mp4, .webm, .mov, .gif, .mkv, .avi, .m4v) and images (.png, .jpg, .webp, .bmp, .tif, .avif),
+    which are videos of one frame; folders in it are searched too."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model to encode for: a diffusers pipeline folder, a hub id, or `tiny`."""
     prompts: OptionalFile = None
@@ -76,9 +77,12 @@ class PreprocessArguments:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """Fit for another aspect ratio: cut both sides, add black bars, or distort."""
     fps: Annotated[FrameRate | None, FLOAT] = None
-    """Frame rate, by dropping or repeating frames; Wan is trained at 16. Default: every frame as it is."""
+    """Frame rate, by dropping or repeating frames as `ffmpeg -vf fps` does; Wan is trained at 16. Default: every frame
+    as it is."""
     every_clip: Switch = False
     """Cut the whole video into clips, instead of taking its beginning."""
+    background: str = "black"
+    """Colour behind transparent pixels: a name such as white, or #rrggbb."""
     videos_per_file: PositiveInt = 64
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
@@ -88,7 +92,7 @@ class PreprocessArguments:
 
 
 PROMPTS_ALONE = ("negative_prompt", "validation_prompts", "prompts_per_file", "batch_size", "strict", "config")
-VIDEOS_ALONE = ("captions", "caption_seed", "buckets", "fit", "fps", "every_clip", "videos_per_file")
+VIDEOS_ALONE = ("captions", "caption_seed", "buckets", "fit", "fps", "every_clip", "background", "videos_per_file")
 """Options that mean nothing for the other kind of data."""
 
 
@@ -124,18 +128,23 @@ def _texts(arguments: PreprocessArguments) -> int:
 
 def _videos(arguments: PreprocessArguments, folder: Path, model: str) -> int:
     from fastvideo.data.clips import Policy, Size
+    from fastvideo.data.colours import parse_colour
     from fastvideo.data.model import SIZES, choose_model
     from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.data.stills import is_image
 
     choice = choose_model(model, {name: getattr(arguments, name) for name in SIZES})
     own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
     sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
-    policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip)
+    background = parse_colour(arguments.background)
+    policy = Policy(sizes, arguments.fit, arguments.fps, arguments.every_clip, background)
     files = {"out": arguments.out, "per_file": arguments.videos_per_file, "device": arguments.device}
     job = make_job(folder, arguments.captions, choice, policy, **files, seed=arguments.caption_seed)
     rate = "as they are" if policy.fps is None else f"at {policy.fps:g} fps"
     shown = ", ".join(map(str, sizes))
-    print(f"{len(job.videos)} videos, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
+    images = sum(is_image(video.path) for video in job.videos)
+    found = f"{len(job.videos) - images} videos" + (f" and {counted(images, 'image')}" if images else "")
+    print(f"{found}, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
     summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite)
     print(summary)
     return 1 if summary.skipped else 0

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fastvideo.data.caption_files import READERS, read_captions
+from fastvideo.data.stills import IMAGE_SUFFIXES
 from fastvideo.errors import UserError, did_you_mean
 from fastvideo.texts import read_text, same_name, shown_name
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v", *IMAGE_SUFFIXES)
+"""Videos, and images, which are videos of one frame."""
 CAPTION_FILES = (
     ("captions.csv", "captions.jsonl", "captions.json", "captions.tsv"),
     ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.tsv"),

@@ -21,6 +21,10 @@ UNREADABLE = (UserError, pa.ArrowException, OSError, UnicodeDecodeError)
 """Errors that reading a damaged row raises."""
 
 
+class VideoError(Exception):
+    """Reason to leave out a video or an image; it is listed."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A skipped file, or one skipped row of it."""

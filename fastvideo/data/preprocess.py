@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvideo.data.captions import Video, find_videos
-from fastvideo.data.clips import Policy
+from fastvideo.data.clips import Policy, Size
 from fastvideo.data.model import ModelChoice
 from fastvideo.data.output import SKIPPED, collect, open_output, shard_path, sources_key
 from fastvideo.data.shards import ShardWriter
+from fastvideo.data.stills import is_image
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 
-FORMAT = 1
+FORMAT = 2
 """Increase it when the same settings give other rows."""
 
 
@@ -120,4 +121,16 @@ def make_job(
         choice.sized(size.height, size.width, size.num_frames)
     first = policy.sizes[0]
     sized = choice.sized(first.height, first.width, first.num_frames)
-    return Job(out, per_file, device, sized, policy, find_videos(folder, captions, seed), str(choice.fields["path"]))
+    videos = find_videos(folder, captions, seed)
+    if reason := why_no_images(choice, first):
+        videos = [replace(video, problem=reason) if is_image(video.path) else video for video in videos]
+    return Job(out, per_file, device, sized, policy, videos, str(choice.fields["path"]))
+
+
+def why_no_images(choice: ModelChoice, size: Size) -> str:
+    """Reason why a model takes no video of one frame; empty if it does."""
+    try:
+        choice.sized(size.height, size.width, 1)
+    except UserError as error:
+        return f"an image is a video of one frame, which the model does not take: {error}"
+    return ""
