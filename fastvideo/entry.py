@@ -36,9 +36,22 @@ def report_user_errors(action: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0":  # all processes stop, one prints
             print(stop, file=sys.stderr)
         return stop.exit_code
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """True for what Python and torch, on a CPU or a GPU, raise when memory runs out."""
+    known = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in known)
 
 
 def _is_first(message: str) -> bool:

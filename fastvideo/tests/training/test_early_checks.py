@@ -36,9 +36,9 @@ def dataset(tmp_path: Path, rows: int) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read prompts from"),
+        (None, "No such file or directory"),
         (b"", "has no prompt; one per line"),
-        (b"\xff\xfe", "cannot read prompts from"),
+        (b"\xe9", "line 1: not UTF-8"),
         (
             b"a red three\n" * 3,
             r"3 samples are fewer than one batch of 4 on each of 1 process: set --data.batch-size to 3",
