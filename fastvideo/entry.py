@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError, see
 
 
 def speak_utf8() -> None:
@@ -39,9 +39,8 @@ def report_user_errors(action: Callable[[], int]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not _ran_out_of_memory(error):
             raise
-        print(
-            f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}", file=sys.stderr
-        )
+        what = str(error).splitlines()[0] if str(error) else "of this machine"
+        print(f"error: out of memory: {what}{see('memory-runs-out')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
