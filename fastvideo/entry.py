@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError, see
 
 
 def speak_utf8() -> None:
@@ -36,6 +36,12 @@ def report_user_errors(action: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0":  # all processes stop, one prints
             print(stop, file=sys.stderr)
         return stop.exit_code
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0] if str(error) else "of this machine"
+        print(f"error: out of memory: {what}{see('memory-runs-out')}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -48,6 +54,12 @@ def _run(action: Callable[[], int]) -> int:
     from fastvideo.distillation.engine.optional.recorder import recorded
 
     return recorded(action)() or 0
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """True for what Python and torch, on a CPU or a GPU, raise when memory runs out."""
+    known = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in known)
 
 
 def _is_first(message: str) -> bool:

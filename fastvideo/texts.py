@@ -8,7 +8,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
 
 ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -18,6 +18,9 @@ ENCODINGS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Encodings by the byte order mark that a file begins with; the longer marks first."""
+
+
+HELP = see("a-file-is-not-utf-8")
 
 
 def read_text(path: Path, name: str) -> str:
@@ -39,10 +42,10 @@ def read_text(path: Path, name: str) -> str:
     except UnicodeDecodeError as error:
         line = len(lines_of(data[: error.start].decode(encoding, "replace")))
         kind = encoding.removesuffix("-sig").upper()
-        raise UserError(f"{name}, line {line}: not {kind} (byte {error.start + 1}); save it as UTF-8") from error
+        raise UserError(f"{name}, line {line}: not {kind} (byte {error.start + 1}); save it as UTF-8{HELP}") from error
     if "\0" in text:
         line = len(lines_of(text[: text.index("\0")]))
-        raise UserError(f"{name}, line {line}: holds a NUL character, so it is not UTF-8 text; save it as UTF-8")
+        raise UserError(f"{name}, line {line}: holds a NUL character, so it is not UTF-8 text; save it as UTF-8{HELP}")
     return text
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import tyro
 from annotated_types import Interval
 
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
 from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens, holds, shown
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def check_number(name: str, value: float, hint: Any) -> None:
     """
     for interval in ranges_in(hint):
         if not holds(interval, value):
-            raise UserError(f"{name} must be {shown(interval)}, got {value}")
+            raise UserError(f"{name} must be {shown(interval)}, got {value}{see('a-number-is-out-of-range')}")
     if not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}")
 

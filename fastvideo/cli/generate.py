@@ -93,7 +93,7 @@ def run_generate(arguments: GenerateArguments) -> str:
     from fastvideo.inference.loading import load_model
     from fastvideo.tiny.captions import outside_note
 
-    video_format(arguments.output)
+    video_format(arguments.output, arguments.fps)
     sizes = ("height", "width", "num_frames", "max_sequence_length")
     options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
     model = load_model(arguments.folder, options, arguments.device)

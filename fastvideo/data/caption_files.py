@@ -12,7 +12,7 @@ from typing import Any
 from zlib import crc32
 
 from fastvideo.distillation.rng import sample_seed
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
 from fastvideo.texts import lines_of, read_text
 
 NAME_KEYS = (
@@ -123,6 +123,7 @@ def _parsed(label: str, lines: list[str], first: int, separator: str) -> Iterato
             except csv.Error as error:
                 raise UserError(
                     f"{label}, line {start}: {_quote_problem(error)}; a quote inside of quotes is written twice"
+                    f"{see('a-quote-is-not-closed')}"
                 ) from error
             if row is None:
                 return
@@ -157,7 +158,7 @@ def _check_swallowed(label: str, start: int, end: int, row: list[str], separator
             if len(cells) > 1 and "\n" in field and any(map(FILE_NAME.search, cells)):
                 raise UserError(
                     f"{label}, line {start}: a quote that opens in this row takes in a row of line {start + offset} or "
-                    f"after it; close it"
+                    f"after it; close it{see('a-quote-is-not-closed')}"
                 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from fastvideo.data.caption_files import READERS, read_captions
 from fastvideo.data.stills import IMAGE_SUFFIXES
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError, did_you_mean, see
 from fastvideo.texts import read_text, same_name, shown_name
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v", *IMAGE_SUFFIXES)
@@ -60,7 +60,8 @@ def find_videos(folder: Path, captions: Path | None = None, seed: int = 0) -> li
         texts = _by_video(source, seed, paths, folder)
         videos = [_captioned(paths[name], name, texts.get(name, ""), source) for name in sorted(paths)]
     if all(video.problem for video in videos):
-        raise UserError(f"none of {len(videos)} videos has a caption: {videos[0].problem}{_texts_found(folder, files)}")
+        found = f"{videos[0].problem}{_texts_found(folder, files)}"
+        raise UserError(f"none of {len(videos)} videos has a caption: {found}{see('no-video-has-a-caption')}")
     return videos
 
 
@@ -162,7 +163,8 @@ def _by_video(source: Path, seed: int, paths: dict[str, Path], folder: Path) -> 
         more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
         named = ", ".join(map(repr, absent[:SHOWN]))
         near = did_you_mean(absent[0], paths)
-        raise UserError(f"caption file {source}: {named}{more} not found in {folder} (names are relative to it{near})")
+        more += f" not found in {folder} (names are relative to it{near})"
+        raise UserError(f"caption file {source}: {named}{more}{see('a-video-of-the-caption-file-is-not-found')}")
     return captions
 
 

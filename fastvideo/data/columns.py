@@ -8,7 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 from pyarrow import types
 
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
 
 TEXT, BYTES, SHAPE = pa.large_string(), pa.large_binary(), pa.large_list(pa.int64())
 NAMES = {TEXT: "string", BYTES: "binary", SHAPE: "list of int64"}
@@ -30,7 +30,9 @@ def check_column(schema: pa.Schema, column: str) -> None:
         raise UserError(f"column {column!r} is missing; it has {', '.join(schema.names)}")
     found, wanted = schema.field(column).type, _wanted(column)
     if not (types.is_null(found) or _holds(_decoded(found), wanted)):
-        raise UserError(f"column {column!r} has type {found}, {NAMES[wanted]} is expected")
+        raise UserError(
+            f"column {column!r} has type {found}, {NAMES[wanted]} is expected{see('a-column-has-another-type')}"
+        )
 
 
 def _wanted(column: str) -> pa.DataType:

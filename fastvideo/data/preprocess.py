@@ -19,6 +19,7 @@ from fastvideo.data.output import SKIPPED, collect, open_output, shard_path, sou
 from fastvideo.data.shards import ShardWriter
 from fastvideo.data.stills import is_image
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
+from fastvideo.errors import UserError
 
 FORMAT = 2
 """Increase it when the same settings give other rows."""

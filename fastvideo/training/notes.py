@@ -11,7 +11,7 @@ from fastvideo.data.order import Bucket, SampleStream
 from fastvideo.distillation.builder import Config, Method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.trainer import DistillTrainer
-from fastvideo.errors import counted
+from fastvideo.errors import counted, see
 
 MANY = 1000
 """Steps after which a role that each of them trained counts as one that all train."""
@@ -27,7 +27,7 @@ def idle_notes(config: Config, trainer: DistillTrainer, data: SampleStream) -> I
     if not left:
         yield (
             f"all {config.trainer.max_steps} steps are done: nothing is trained; --trainer.max-steps extends the run, "
-            f"and --method.decay-steps its schedule, if it has one"
+            f"and --method.decay-steps its schedule, if it has one{see('nothing-is-left-to-train')}"
         )
         return
     for handle in trainer.method.bundle:
@@ -45,7 +45,7 @@ def left_out(data: SampleStream) -> Iterator[str]:
     sizes = ", ".join(f"{len(bucket.rows)} of {bucket.name}" for bucket in small)
     takes = f"{shard.per_round} of one size ({shard.batch_size} on each of {counted(shard.world_size, 'process')})"
     which = f"{lost} of {counted(total, 'video')} {'is' if lost == 1 else 'are'} in no batch and never trained on"
-    yield f"{which}: {sizes}; a step takes {takes}. {_remedy(small, shard.world_size)}"
+    yield f"{which}: {sizes}; a step takes {takes}. {_remedy(small, shard.world_size)}{see('videos-are-in-no-batch')}"
 
 
 def _remedy(small: Sequence[Bucket], processes: int) -> str:
@@ -62,7 +62,7 @@ def _role_notes(config: Config, method: Method, handle: RoleHandle, left: range)
         lower = ", or lower method.generator_update_interval" if often else ""
         yield (
             f"{handle.name} is not trained by any of the steps {left.start + 1} to {left.stop}: raise "
-            f"--trainer.max-steps{lower}"
+            f"--trainer.max-steps{lower}{see('a-role-is-not-trained')}"
         )
     elif isinstance(schedule := handle.training.lr_scheduler, LambdaLR):
         yield from _rate_notes(handle.name, schedule, steps)
@@ -87,10 +87,10 @@ def _rate_notes(role: str, schedule: LambdaLR, steps: Sequence[int]) -> Iterator
         yield (
             f"the learning rate of {role} is 0 from step {first} on, its decay of {decay} updates is over: nothing "
             f"changes up to step {steps[-1] + 1}. --method.decay-steps {total - warmup} ends it with the run, also "
-            f"when the run is resumed; 0 keeps the rate"
+            f"when the run is resumed; 0 keeps the rate{see('the-learning-rate-is-0')}"
         )
     elif warmup >= total:
         yield (
             f"the learning rate of {role} reaches {factor(total - 1):.0%} of its value: its warm-up of {warmup} "
-            f"updates is not over after the last of {total}; lower method.warmup_steps"
+            f"updates is not over after the last of {total}; lower method.warmup_steps{see('a-warm-up-is-not-over')}"
         )

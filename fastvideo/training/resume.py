@@ -21,6 +21,7 @@ from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
+from fastvideo.errors import see
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 
@@ -82,6 +83,7 @@ def check_config(config: Config, checkpoint: Path) -> list[str]:
         raise UserError(
             f"--resume: this config is not that of {checkpoint}, and would change the run silently:\n  "
             + "\n  ".join(refused)
+            + f"\n {see('a-resumed-run-is-refused')}"
         )
     return list(lines.values())
 
