@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from fastvideo.errors import EXIT_STALLED
-from fastvideo.stopping import units
+from fastvideo.stopping import leave_word, units
 
 OTHERS_DUMP = 3.0
 """Seconds between dump and exit, in which the others write their stacks before they lose this process."""
@@ -81,4 +81,5 @@ class Watchdog:
         print(f"error: {message}; stacks: {path}", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(sys.__stderr__.fileno() if sys.__stderr__ else 2, all_threads=True)
         time.sleep(OTHERS_DUMP)
+        leave_word(EXIT_STALLED)
         os._exit(EXIT_STALLED)
