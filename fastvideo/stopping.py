@@ -22,7 +22,7 @@ from importlib.metadata import version
 from fastvideo.errors import Stopped
 
 GRACE_VARIABLE, DEFAULT_GRACE, GRACE_SINCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30, (2, 12)
-"""Environment variable with torchrun's seconds between a signal and SIGKILL, its default, and the torch that reads it."""
+"""Variable with torchrun's seconds between a signal and SIGKILL; its default; the first torch that reads it."""
 EXIT_CODES = "FASTVIDEO_EXIT_CODES"
 """Environment variable with the file to which every process of a launch appends its exit code, unless it is 0."""
 

@@ -1,4 +1,4 @@
-"""The launch files under real signals: exit codes arrive, the grace is passed on, what follows ends in the same bits."""
+"""The launch files under real signals: exit codes arrive, a grace is passed on, resumed runs end in the same bits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_long_step_is_waited_for_and_the_exit_code_arrives(
 
 
 def test_the_grace_is_passed_on_and_said(values: dict[str, Any], tmp_path: Path) -> None:
-    """A process that needs longer than the grace is killed, with nothing to go on from: so it is the grace that acts."""
+    """A process that needs longer is killed, with nothing to go on from: so it is the grace that acts."""
     launched = nodes(1, environment(values, tmp_path, slowed=f"{CRITIC} 5 60", GPUS=1, GRACE=2))
     assert stopped(launched) == [1]
     assert "within the 2 s that torchrun leaves" in launched[0].text
