@@ -151,6 +151,6 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
             return
         recipe = result_recipe(config, adapter.folder, weights, trainer.step)
         with replacing_folder(folder) as partial_folder:  # an interrupted save must not look like a result
-            adapter.folder.save(partial_folder, network, recipe)
+            adapter.folder.save(partial_folder, network, recipe, slim=config.trainer.slim_result)
             for name, tensors in files.items():
                 save_file(tensors, partial_folder / name, metadata={"format": "pt"})
