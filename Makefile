@@ -70,11 +70,12 @@ $(VENV)/%/.installed: constraints/%.txt pyproject.toml $(READY)
 	@$(BIN)/uv pip install --quiet --python $(VENV)/$*/bin/python --constraint constraints/$*.txt --editable '.[dev]'
 	@touch $@
 
-constraints: $(READY) ## compile constraints/lowest.txt and newest.txt anew from the ranges in pyproject.toml
+constraints: $(READY) ## compile constraints/lowest.txt, newest.txt and gpu.txt anew from the ranges in pyproject.toml
 	$(COMPILE) --resolution lowest-direct --python-version 3.11 pyproject.toml > $(VENV)/lowest.txt
 	$(COMPILE) --python-version 3.11 pyproject.toml > $(VENV)/newest.txt
-	for end in lowest newest; do \
-		{ head -n 2 constraints/$$end.txt; cat $(VENV)/$$end.txt; } > $(VENV)/$$end.new && mv $(VENV)/$$end.new constraints/$$end.txt; \
+	$(filter-out --extra dev,$(COMPILE)) --constraint $(CONSTRAINTS) --python-version 3.11 pyproject.toml > $(VENV)/gpu.txt
+	for set in lowest newest gpu; do \
+		{ grep '^#' constraints/$$set.txt; cat $(VENV)/$$set.txt; } > $(VENV)/$$set.new && mv $(VENV)/$$set.new constraints/$$set.txt; \
 	done
 
 lint: $(READY) ## ruff: rules and format
