@@ -60,9 +60,14 @@ test-eightbit: $(READY) ## run the tests of 8-bit optimizer states, with torchao
 
 test-versions: test-lowest test-newest ## test both ends of the ranges of versions (about 7 GB of packages each)
 
-test-lowest test-newest: test-%: $(VENV)/%/.installed ## test the lowest or the newest versions that are allowed
-	OMP_NUM_THREADS=1 $(VENV)/$*/bin/python -m pytest -q -o filterwarnings=ignore -p no:cacheprovider \
-		-m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(VERSION_TESTS)
+test-lowest: $(VENV)/lowest/.installed ## test the lowest versions that are allowed
+	$(call test-with,lowest)
+
+test-newest: $(VENV)/newest/.installed ## test the newest versions that are allowed
+	$(call test-with,newest)
+
+test-with = OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -o filterwarnings=ignore -p no:cacheprovider \
+	-m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(VERSION_TESTS)
 
 $(VENV)/%/.installed: constraints/%.txt pyproject.toml $(READY)
 	@echo "setting up $(VENV)/$* (a few minutes, once)"
