@@ -14,7 +14,7 @@ import importlib
 import json
 from collections.abc import Mapping
 
-SECTIONS: Mapping[str, str] = {"prompts": "prompts_start"}
+SECTIONS: Mapping[str, str] = {"prompts": "prompts_start", "sigterm": "sigterm_stops"}
 """Section -> its module."""
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError, see
+from fastvideo.stopping import leave_word
 
 
 def speak_utf8() -> None:
@@ -24,8 +25,21 @@ def report_user_errors(action: Callable[[], int]) -> int:
     """Run ``action``; turn errors for the user into one message on stderr and an exit code.
 
     2 for a mistake in the user's input, 1 for a run that cannot go on, 75 for a run stopped by a scheduler's signal,
-    130 for one stopped by Ctrl-C.
+    130 for one stopped by Ctrl-C. The launch script learns the code too, which torchrun would keep to itself.
     """
+    code = 1  # of an exception that ends in a traceback
+    try:
+        code = _code_of(action)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        leave_word(code)
+    return code
+
+
+def _code_of(action: Callable[[], int]) -> int:
+    """Exit code of an action, with the message of an error for the user printed."""
     try:
         return _run(action)
     except (UserError, RunError) as error:

@@ -14,6 +14,7 @@ VERBS = {
         "fastvideo.training.distillation",
         "train a student (or, with the method sft, a teacher) from a config",
     ),
+    "doctor": ("fastvideo.cli.doctor", "check driver, packages, disks and output folder, before a run costs"),
     "plan": ("fastvideo.cli.plan", "predict what a run needs on every device, before it is started"),
     "checkpoints": ("fastvideo.cli.checkpoints", "list a run's checkpoints, and verify them"),
     "preprocess": ("fastvideo.cli.preprocess", "encode a folder of videos and captions once, to train on"),

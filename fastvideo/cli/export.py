@@ -40,6 +40,8 @@ class ExportArguments:
     """The weights of the last step."""
     dtype: OptionalPrecision = None
     """Precision of the network's weights in the file. Default: as trained."""
+    slim: Switch = False
+    """Link text encoder and VAE to the base model's folder instead of storing them again (23 GB for Wan2.1)."""
     overwrite: Switch = False
     """Replace an earlier export in that folder."""
 

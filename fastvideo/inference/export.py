@@ -50,6 +50,7 @@ def run_export(
     steps: int | None = None,
     weights: Weights | None = None,
     dtype: str | None = None,
+    slim: bool = False,
     overwrite: bool = False,
 ) -> Export:
     """Find the weights, fit the scheduler, write the folder.
@@ -61,6 +62,7 @@ def run_export(
         steps: steps of the scheduler; the whole ladder by default.
         weights: averaged or live; prefers the averaged ones by default.
         dtype: precision of the network's weights, such as ``bfloat16``; as trained by default.
+        slim: link text encoder and VAE instead of storing them again.
         overwrite: replace an earlier export in ``out``.
 
     Raises:
@@ -68,6 +70,8 @@ def run_export(
             student was not trained for; writes nothing then.
     """
     _check_format(to)
+    if slim and to in LORA_FORMATS:
+        raise UserError(f"--slim: {to} holds the adapter alone already")
     found = find_source(source, weights)
     folder = Path(os.path.abspath(out))
     check_new_folder(folder, found.folder, overwrite, MARK)
@@ -84,8 +88,8 @@ def run_export(
     stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = CardFacts(folder.name, found, model, _recipe(model, spec, stock), spec, stock, dtype, warnings)
-    _write(folder, model, facts)
-    return Export(folder, _summary(out, found, facts), warnings)
+    _write(folder, model, facts, slim=slim)
+    return Export(folder, _summary(out, found, facts), (*warnings, *_slim_warnings(folder, model, slim)))
 
 
 def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int | None) -> str:
@@ -187,13 +191,22 @@ def _recipe(model: LoadedModel, spec: SamplerSpec, stock: StockSampler | None) -
     return recipe if stock is None else recipe | {"ladder": list(spec.times)}
 
 
-def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
+def _slim_warnings(folder: Path, model: LoadedModel, slim: bool) -> tuple[str, ...]:
+    if not slim:
+        return ()
+    return (
+        f"{folder} links to text encoder and VAE in {Path(model.source).resolve()}: it is whole on this machine "
+        f"alone. To move it: cp -rL or rsync -aL, which follow the links",
+    )
+
+
+def _write(out: Path, model: LoadedModel, facts: CardFacts, *, slim: bool) -> None:
     """Write the folder whole or not at all."""
     network = _in_precision(model.network, facts.dtype)
     network.register_to_config(_name_or_path="")  # otherwise a folder of this machine
     try:
         with replacing_folder(out) as partial:
-            model.adapter.folder.save(partial, network, facts.recipe)
+            model.adapter.folder.save(partial, network, facts.recipe, slim=slim)
             if facts.stock is not None:
                 _replace_scheduler(partial, facts.stock.scheduler)
             (partial / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fastvideo.errors import UserError
+from fastvideo.mount import check_folder
 
 LOCK = ".lock"
 PATIENCE = 0.2
@@ -25,9 +26,11 @@ def locked(output: Path) -> Iterator[None]:
     The lock is the kernel's (``flock``): it ends with its process, so none is ever stale.
 
     Raises:
-        UserError: naming the process and machine that hold it, or the reason why it cannot be written.
+        UserError: naming the process and machine that hold it, the reason why it cannot be written, or what its file
+            system lacks.
     """
     try:
+        check_folder(output)
         output.mkdir(parents=True, exist_ok=True)
         lock = _acquire(output)
         (output / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")

@@ -18,6 +18,7 @@ from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
+from fastvideo.stopping import time_taken
 from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.notes import idle_notes
@@ -106,7 +107,9 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     tracker.rewind(trainer.step)
     checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
     trainer.hooks = (start.report_to(tracker), validation, checkpoints)
-    trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
+    trainer.on_stop = lambda step: (
+        f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"
+    )
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
     for note in (
@@ -167,6 +170,6 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
             return
         recipe = result_recipe(config, adapter.folder, weights, trainer.step)
         with replacing_folder(folder) as partial_folder:  # an interrupted save must not look like a result
-            adapter.folder.save(partial_folder, network, recipe)
+            adapter.folder.save(partial_folder, network, recipe, slim=config.trainer.slim_result)
             for name, tensors in files.items():
                 save_file(tensors, partial_folder / name, metadata={"format": "pt"})

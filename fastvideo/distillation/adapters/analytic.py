@@ -203,7 +203,7 @@ class AnalyticFolder(ModelFolder):
                 "the analytic family's flow maps are 'mean_velocity' and 'mlp': roles.student.path names one of them"
             )
 
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
         """``network.safetensors`` (read back by :meth:`load_network`) and ``recipe.json``."""
         from safetensors.torch import save_file
 

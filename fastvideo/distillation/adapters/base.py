@@ -234,8 +234,11 @@ class ModelFolder(ABC):
         raise UserError(f"{type(self).__name__} has no flow maps: its networks take one time, not two")
 
     @abstractmethod
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
+        """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``.
+
+        ``slim``: what is not changed is a link to where it is, instead of stored again.
+        """
 
     def frozen_parts(self) -> Mapping[str, nn.Module]:
         """Networks beside the trained one on the meta device: ``text encoder`` and ``VAE``, those that there are."""

@@ -144,10 +144,10 @@ class WanFolder(DiffusersFolder[WanConfig]):
         shift = float(config.get("flow_shift", config.get("shift", 1.0)))
         return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
 
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
         """As every pipeline. With ``given_frames`` the index notes times per token, as TI2V-5B's does: stock
         ``WanImageToVideoPipeline`` then keeps the first frame clean."""
-        super().save(folder, network, recipe)
+        super().save(folder, network, recipe, slim=slim)
         if self.config.given_frames:
             file = folder / "model_index.json"
             index = json.loads(file.read_text(encoding="utf-8")) | {"expand_timesteps": True}

@@ -58,6 +58,9 @@ class TrainerConfig(Section):
     """Peak FLOP/s of one device, for the utilisation among the metrics; some devices are known without it."""
     profile: Annotated[ProfileConfig | None, RESUMABLE] = None
     """Steps whose trace is written into the run's folder (`profile/`)."""
+    slim_result: Annotated[bool, RESUMABLE] = False
+    """Link the result's text encoder and VAE to the base model's folder instead of storing them again; only for this
+    machine, see `docs/export.md`."""
     memory_snapshot: Annotated[bool, RESUMABLE] = False
     """Write a snapshot of all CUDA allocations into the run's folder when memory runs out."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.data.captions import find_videos
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_text_file_that_is_missing_empty_or_not_text_concerns_its_video_alone(
     assert [video.problem for video in find_videos(folder)] == [
         "no caption: a.txt does not exist",
         None,
-        "caption b.txt, line 1: not UTF-8 (byte 4); save it as UTF-8",
+        f"caption b.txt, line 1: not UTF-8 (byte 4); save it as UTF-8{see('a-file-is-not-utf-8')}",
     ]
     (folder / "sub" / "b.txt").write_text(" \n")
     assert find_videos(folder)[2].problem == "no caption: b.txt is empty"

@@ -192,4 +192,4 @@ def test_if_no_video_has_a_caption_the_message_names_the_text_files(tmp_path: Pa
 
 def test_prompts_end_at_line_ends_alone(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("\ufeffa cat\u2028walks\r\n\rdog\x85\n".encode())
-    assert read_prompts(str(tmp_path / "p.txt")) == ["a cat\u2028walks", "dog"]
+    assert list(read_prompts(str(tmp_path / "p.txt"))) == ["a cat\u2028walks", "dog"]

@@ -181,7 +181,13 @@ RESUMABLE_FIELDS = {
     *("trainer.max_steps", "trainer.max_cpu_seconds", "trainer.log_every", "trainer.threads"),
     *("trainer.keep_freed_memory", "trainer.non_finite", "trainer.max_skips", "trainer.stop_signals"),
     "method.decay_steps",
-    *("trainer.watchdog_seconds", "trainer.profile", "trainer.memory_snapshot", "trainer.peak_flops"),
+    *(
+        "trainer.watchdog_seconds",
+        "trainer.profile",
+        "trainer.memory_snapshot",
+        "trainer.peak_flops",
+        "trainer.slim_result",
+    ),
 }
 """A decision: a field is named here on purpose, because a run may then go on with another value of it."""
 

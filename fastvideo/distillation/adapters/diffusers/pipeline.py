@@ -141,6 +141,7 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     folder = Path(path)
     if not folder.exists() and HUB_ID.fullmatch(path):
         folder = _from_hub(path)
+    _check_links(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
@@ -155,6 +156,17 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     if (content.get("transformer_2") or [None])[0] is not None:
         raise UserError(f"model {path!r} has two transformers (Wan 2.2): this family runs pipelines with one")
     return str(folder)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a slim folder whose links lead nowhere, as on another machine than that which made it."""
+    for item in folder.iterdir() if folder.is_dir() else ():
+        if item.is_symlink() and not item.exists():
+            raise UserError(
+                f"model folder {folder}: {item.name} is a link to {item.readlink()}, which is not there. The folder "
+                f"was saved slim, without what training does not change: copy it with its links followed (`cp -rL`, "
+                f"`rsync -aL`) from where it was made, or let {item.name} link to the same folder of its base model"
+            )
 
 
 def _holds_adapter(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fastvideo.distillation.engine.optional.recorder import write_collectives
 from fastvideo.errors import EXIT_STALLED
-from fastvideo.stopping import units
+from fastvideo.stopping import leave_word, units
 
 OTHERS_DUMP = 3.0
 """Seconds between dump and exit, in which the others write their stacks before they lose this process."""
@@ -84,4 +84,5 @@ class Watchdog:
         # In a thread: whatever becomes of it, this process ends.
         threading.Thread(target=write_collectives, args=(self.folder, self.rank), daemon=True).start()
         time.sleep(OTHERS_DUMP)
+        leave_word(EXIT_STALLED)
         os._exit(EXIT_STALLED)

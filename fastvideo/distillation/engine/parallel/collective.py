@@ -11,9 +11,9 @@ from functools import lru_cache
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
+from fastvideo.distillation.engine.parallel.distributed import largest_signal
 from fastvideo.errors import RunError, Stopped, UserError
 from fastvideo.stopping import received, step_done
 
@@ -48,11 +48,7 @@ class Agreement:
 
     def stop_signal(self) -> int:
         """Largest number of a signal that asked any rank to stop; 0 if none was asked."""
-        if self._group is None:
-            return received()
-        shared = torch.tensor(received())
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
-        return int(shared)
+        return received() if self._group is None else largest_signal(self._group)
 
     def wait(self) -> None:
         """Wait for all ranks, however long one of them validates, reads or hashes."""

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
+from fastvideo.stopping import received
 
 BUCKET = 64 * 2**20
 """Most bytes of gradients that are reduced at once; a larger gradient travels alone."""
@@ -62,6 +63,10 @@ class Processes:
     def main_says(self, answer: bool) -> bool:
         """Share the main process's answer with all processes."""
         return bool(from_main(int(answer), self))
+
+    def stop_signal(self) -> int:
+        """Largest number of a signal that asked any process to stop; 0 if none was asked. All take part."""
+        return largest_signal()
 
     def gather_to_main(self, values: Tensor) -> Tensor | None:
         """Gather parts ``[n, ...]`` of all data ranks to the host of the main process, as ``[data_size, n, ...]``.
@@ -171,6 +176,15 @@ def from_main(value: int, processes: Processes) -> int:
         return value
     shared = torch.tensor(value, dtype=torch.int64, device=processes.device)
     dist.broadcast(shared, src=0)
+    return int(shared)
+
+
+def largest_signal(group: dist.ProcessGroup | None = None) -> int:
+    """Largest number of a signal that asked any process of a group (default: all) to stop; 0 if none was asked."""
+    if not dist.is_initialized():
+        return received()
+    shared = torch.tensor(received())
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
     return int(shared)
 
 
