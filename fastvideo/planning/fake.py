@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -82,6 +82,35 @@ class WorstCase(RandomStreams):
 
     def shared_index(self, high: int) -> int:
         return high - 1 if self.longest else 0
+
+    def shared_choice(self, shares: Sequence[float]) -> int:
+        return self.shared_index(len(shares))
+
+    def positions(self, count: int) -> Tensor:
+        return torch.empty(count, device=self.device)
+
+
+class FakeMode(FakeTensorMode):
+    """Fake tensors of one device, in forward-mode derivatives too.
+
+    There torch makes tensors on the meta device, to get at their shapes or because C++ sees the meta tensor inside a fake
+    one, and mixes them with the others.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._device = torch.device(device)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(torch.device, self._here, (args, kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, FakeTensor):
+                tensor.fake_device = self._here(tensor.fake_device)
+        return out
+
+    def _here(self, device: torch.device) -> torch.device:
+        return self._device if device.type == "meta" else device
 
 
 class FakePlacement(EmptyPlacement):
@@ -176,7 +205,7 @@ def fake_run(
     Raises:
         UserError: as the builder does, and for a family whose networks are nothing without their weights.
     """
-    processes, mode = processes or Processes(), FakeTensorMode(allow_non_fake_inputs=True)
+    processes, mode = processes or Processes(), FakeMode()
     real = build_families(config, build_adapter(config, processes), processes)
     if any(family.scaling is None for family in real.placements):
         raise UserError(f"plan: {config.distill_model} has no networks whose size is worth a plan")
