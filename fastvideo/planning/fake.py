@@ -93,8 +93,8 @@ class WorstCase(RandomStreams):
 class FakeMode(FakeTensorMode):
     """Fake tensors of one device, in forward-mode derivatives too.
 
-    There torch makes tensors on the meta device, to get at their shapes or because C++ sees the meta tensor inside a fake
-    one, and mixes them with the others.
+    There torch makes tensors on the meta device, to get at their shapes or because C++ sees the meta tensor inside a
+    fake one, and mixes them with the others.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -212,7 +212,7 @@ def fake_run(
     placements = {family: FakePlacement(place, mode, depth, gathered) for family, place in real.placements.items()}
     for family in placements:
         if len(placements) > 1:
-            _fake_codec(family, mode)
+            fake_codec(family, mode)
         with mode:
             family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
     families = replace(real, placements=placements)
@@ -231,7 +231,7 @@ def _without_files(config: Config) -> Config:
     return config.model_copy(update={"roles": roles, "trainer": trainer})
 
 
-def _fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
+def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
     """Give a family a VAE without weights, which a bridge between latent spaces runs; its config tells it apart."""
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]

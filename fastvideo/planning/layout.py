@@ -11,9 +11,16 @@ from fastvideo.distillation.builder import Config
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, RoleBytes, holders, own_parameters, role_bytes
+from fastvideo.distillation.engine.parallel.distributed import BUCKET
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.planning.fake import FakeRun
 
+BUCKETS_UNDER_WAY = 2
+"""Buckets of gradients that are averaged at a time."""
+CUDA_CONTEXT = int(0.75 * 2**30)
+"""Memory of a process on an H200 beside what torch reserved (docs/log.md, 2026-11-27)."""
+NCCL = 2**30
+"""Buffers of NCCL's communicators, an allowance: it depends on the machine, and was not measured."""
 GATHERED_BLOCKS = 2
 """Blocks of a split network that are whole at a time: the one that computes, and the next on its way."""
 
@@ -80,10 +87,17 @@ def gathered_bytes(config: Config, roles: Sequence[RolePlan]) -> int:
 
 
 def reduction_bytes(config: Config, roles: Sequence[RolePlan], world: int) -> int:
-    """Memory of averaging whole gradients over processes: all of one role's, joined."""
+    """Memory of averaging whole gradients over processes: the buckets under way."""
     if config.parallel.shard > 1 or world == 1:
         return 0
-    return max(role.gradients for role in roles)
+    return min(BUCKETS_UNDER_WAY * BUCKET, max(role.gradients for role in roles))
+
+
+def device_bytes(config: Config, world: int) -> Mapping[str, int]:
+    """Memory of a CUDA device that torch's allocator does not hand out."""
+    if config.device != "cuda":
+        return {}
+    return {"CUDA context": CUDA_CONTEXT, **({"NCCL": NCCL} if world > 1 else {})}
 
 
 def frozen_parts(run: FakeRun) -> Mapping[str, int]:

@@ -145,6 +145,8 @@ class ValidationConfig(Section):
     batch_size: PositiveInt | None = None
     """Videos that a process samples and decodes at a time. The default is one for `prompts`, bit-equal to `fastvideo
     generate`, and `data.batch_size` for `world_prompts`."""
+    weights: Literal["both", "live", "ema"] = "both"
+    """Weights of the student that are shown: the trained ones, their average, or (where there is one) both."""
     fps: PositiveInt = 8
     """Frames per second of the files."""
 
@@ -170,6 +172,9 @@ class HealthConfig(Section):
     """Videos per prompt, from different noise."""
     teacher_steps: PositiveInt = 25
     """Steps of the teacher's videos, which are made once, at the first validation."""
+    panels: bool | None = None
+    """Write what student, critic and teacher make of a noisy video; the default is to do so for small videos alone,
+    since each panel is four decodings."""
     contrast: tuple[float, float] = (0.5, 2.0)
     """Shares of the teacher's contrast; below the first the student is washed out."""
     saturation: tuple[float, float] = (0.4, 1.8)
@@ -244,3 +249,19 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """External trackers."""
     checkpoint: Annotated[CheckpointConfig, RESUMABLE] = CheckpointConfig()
     """Checkpoints."""
+
+    @property
+    def validation_batch(self) -> int:
+        """Videos that a process samples and decodes at a time in a validation."""
+        options = self.validation
+        return options.batch_size or (self.data.batch_size if options.world_prompts else 1)
+
+    @model_validator(mode="after")
+    def _validated_weights_exist(self) -> RunConfig[AdapterT, MethodT]:
+        if self.validation.every and self.validation.weights == "ema" and not self._averages_student:
+            raise ValueError("validation.weights: ema shows the student's average; enable `ema` for it, or show live")
+        return self
+
+    @property
+    def _averages_student(self) -> bool:
+        return self.ema.enabled and "student" in self.ema.roles
