@@ -139,8 +139,9 @@ class FakePlacement(EmptyPlacement):
 
 
 def stack(network: nn.Module) -> nn.ModuleList:
-    """The list of a network's repeated blocks."""
-    return max((m for m in network.modules() if isinstance(m, nn.ModuleList)), key=len)
+    """The list of a network's repeated blocks, the one with most of its parameters."""
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 def fake_network(network: nn.Module, mode: FakeTensorMode) -> nn.Module:

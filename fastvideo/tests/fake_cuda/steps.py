@@ -1,0 +1,145 @@
+"""Steps of a recipe over fake tensors of the CUDA device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastvideo.distillation.builder import Config, Method, build_adapter, build_families, build_on
+from fastvideo.distillation.engine.non_finite import FiniteCheck
+from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.parallel.sharding import shard_network
+from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
+from fastvideo.distillation.engine.tracking import Tracker
+from fastvideo.distillation.rng import RandomStreams, seeded
+from fastvideo.distillation.scaling import Scaling
+from fastvideo.distillation.types import RawBatch
+from fastvideo.planning.estimate import Plan, Planner
+from fastvideo.planning.fake import FakeMode, LiveBytes, fake_text
+from fastvideo.planning.published import without_weights
+from fastvideo.tests.fake_cuda.device import CALLS
+from fastvideo.training.distillation import parse
+from fastvideo.training.run import build_trainer
+
+CUDA = torch.device("cuda", 0)
+
+
+class Streams(RandomStreams):
+    """Draws of fake tensors; decisions take the longest of their choices."""
+
+    def __init__(self) -> None:
+        self.seed, self.device, self.rank, self.ranks, self.shared = 0, CUDA, 0, 1, seeded(0)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, device=CUDA, dtype=dtype)
+
+    def uniform(self, count: int) -> Tensor:
+        return torch.empty(count, device=CUDA)
+
+    def shared_index(self, high: int) -> int:
+        return high - 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+
+class CudaPlacement(EmptyPlacement):
+    """Networks of fake tensors on the device, split as a run splits them."""
+
+    def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        with _disable_current_modes():  # the meta device is none for fake tensors
+            return super()._new(path, dtype)
+
+    def _spread(self, network: nn.Module, path: str | None) -> None:
+        Placement._spread(self, network, path)
+        _fill(network)
+
+    def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
+        dtype = self.source.folder.compute_dtype
+        shard_network(network, scaling.blocks(network), self._mesh, self.processes, self.options, dtype)
+
+
+def _fill(network: nn.Module) -> None:
+    """Give every parameter and buffer of a network memory on the device, as loading does."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+    state = {name: _filled(parameter) for name, parameter in network.named_parameters()}
+    network.load_state_dict(state, strict=False, assign=True)
+
+
+def _filled(parameter: nn.Parameter) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
+    local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=CUDA)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def shortened(config: Config, folder: Path, blocks: int) -> Config:
+    """The config over copies of its model folders whose networks have ``blocks`` blocks."""
+    config = without_weights(config)
+    shutil.copytree(config.model.path, folder / "model")
+    file = folder / "model" / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": blocks}))
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder / "model")})})
+
+
+def measured(recipe: str, flags: list[str], world: int, blocks: int, steps: int) -> dict[str, Any]:
+    """See :func:`fastvideo.tests.fake_cuda.take_steps`."""
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        config = shortened(parse(["--config", recipe, *flags])[1], Path(folder), blocks)
+        live = _train(config, world, steps, Path(folder))
+        dist.destroy_process_group()
+        planned = Planner().plan(config, world)
+    return {"live": live, "plan": _of_step(planned), "attention": dict(CALLS)}
+
+
+def _of_step(plan: Plan) -> int:
+    """What a plan says of roles and step alone."""
+    return plan.stays - sum(plan.parts.values()) + plan.training
+
+
+def _train(config: Config, world: int, steps: int, folder: Path) -> int:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    processes = Processes(0, world, CUDA, config.parallel.shard, config.parallel.context)
+    FiniteCheck._read = lambda self: [0.0] * (2 + len(self.names))  # type: ignore[method-assign]
+    with FakeMode(CUDA), LiveBytes() as memory:
+        method = _method(config, processes)
+        tracker = Tracker(folder, enabled=False)
+        trainer = build_trainer(config, method.bundle["student"].adapter, method, tracker, processes)
+        data = iter([_raw(config, method)] * (steps * config.trainer.grad_accumulation))
+        for _ in range(steps):
+            trainer.train_step(data)
+    return memory.peak
+
+
+def _raw(config: Config, method: Method) -> RawBatch:
+    """Prompts with stored embeddings, on the host."""
+    conditioner, count = method.bundle["student"].adapter.conditioner, config.data.batch_size
+    width = conditioner.stored_shapes["text_embedding"][-1] or 1
+    text = torch.empty(count, conditioner.text_length or 1, width)
+    return RawBatch(("a",) * count, None, {"text_embedding": text})
+
+
+def _method(config: Config, processes: Processes) -> Method:
+    families = build_families(config, build_adapter(config, processes), processes)
+    placements = {family: CudaPlacement(p.source, processes, p.options) for family, p in families.placements.items()}
+    for family in placements:
+        family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
+    return build_on(config, replace(families, placements=placements), processes, rng=Streams())
