@@ -88,3 +88,4 @@ def pretend() -> None:
     torch.amp.autocast_mode.amp_definitely_not_available = lambda: False  # type: ignore[attr-defined]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.nn.functional.scaled_dot_product_attention = attention
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the host, then moved

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvideo.distillation.builder import Config, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.engine.non_finite import FiniteCheck
+from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import shard_network
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
@@ -57,35 +56,28 @@ class Streams(RandomStreams):
 class CudaPlacement(EmptyPlacement):
     """Networks of fake tensors on the device, split as a run splits them."""
 
-    def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
-        with _disable_current_modes():  # the meta device is none for fake tensors
-            return super()._new(path, dtype)
+    def __init__(self, real: Placement, mode: FakeMode, memory: LiveBytes) -> None:
+        super().__init__(real.source, real.processes, real.options)
+        self.mode, self.memory = mode, memory
 
     def _spread(self, network: nn.Module, path: str | None) -> None:
-        Placement._spread(self, network, path)
-        _fill(network)
+        meshes = [self._mesh] if self.processes.shard > 1 else []
+        meshes += [self._context_mesh] if self.processes.context > 1 else []  # made of real numbers of ranks
+        with self.mode, self.memory:
+            for module in network.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    module._parameters[name] = nn.Parameter(_like(p), p.requires_grad)
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = _like(buffer)
+            Placement._spread(self, network, path)
 
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
         dtype = self.source.folder.compute_dtype
         shard_network(network, scaling.blocks(network), self._mesh, self.processes, self.options, dtype)
 
 
-def _fill(network: nn.Module) -> None:
-    """Give every parameter and buffer of a network memory on the device, as loading does."""
-    for module in network.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
-    state = {name: _filled(parameter) for name, parameter in network.named_parameters()}
-    network.load_state_dict(state, strict=False, assign=True)
-
-
-def _filled(parameter: nn.Parameter) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
-    local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=CUDA)
-    return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
 
 
 def shortened(config: Config, folder: Path, blocks: int) -> Config:
@@ -119,8 +111,11 @@ def _train(config: Config, world: int, steps: int, folder: Path) -> int:
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     processes = Processes(0, world, CUDA, config.parallel.shard, config.parallel.context)
     FiniteCheck._read = lambda self: [0.0] * (2 + len(self.names))  # type: ignore[method-assign]
-    with FakeMode(CUDA), LiveBytes() as memory:
-        method = _method(config, processes)
+    Agreement.__init__ = lambda self: setattr(self, "_group", None)  # type: ignore[method-assign]
+    mode, memory = FakeMode(CUDA), LiveBytes()
+    method = _method(config, processes, mode, memory)
+    with mode, memory:
+        memory.peak = memory.live  # networks were whole before they were split
         tracker = Tracker(folder, enabled=False)
         trainer = build_trainer(config, method.bundle["student"].adapter, method, tracker, processes)
         data = iter([_raw(config, method)] * (steps * config.trainer.grad_accumulation))
@@ -137,9 +132,10 @@ def _raw(config: Config, method: Method) -> RawBatch:
     return RawBatch(("a",) * count, None, {"text_embedding": text})
 
 
-def _method(config: Config, processes: Processes) -> Method:
+def _method(config: Config, processes: Processes, mode: FakeMode, memory: LiveBytes) -> Method:
     families = build_families(config, build_adapter(config, processes), processes)
-    placements = {family: CudaPlacement(p.source, processes, p.options) for family, p in families.placements.items()}
-    for family in placements:
-        family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
+    placements = {family: CudaPlacement(place, mode, memory) for family, place in families.placements.items()}
+    with mode:
+        for family in placements:
+            family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
     return build_on(config, replace(families, placements=placements), processes, rng=Streams())
