@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
@@ -251,7 +252,7 @@ def check_run(
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
-    _check_derivatives(config, processes)
+    _check_derivatives(config, families.main, processes)
     check_states(config.trainer.optimizer_states, optimizers)
 
 
@@ -306,12 +307,26 @@ def _handle(
     return RoleHandle(name, family, network, trainable)
 
 
-def _check_derivatives(config: Config, processes: Processes) -> None:
-    if processes.context > 1 and "jvp" in load_method(config.distill_method).needs_of(config.method):
+def _check_derivatives(config: Config, family: Adapter, processes: Processes) -> None:
+    if "jvp" not in load_method(config.distill_method).needs_of(config.method):
+        return
+    if family.folder.compute_dtype != torch.float32 and (reason := _rounded_student(config, processes)):
+        raise UserError(
+            f"model.precision: {config.distill_method} takes derivatives of the student in float32, and with {reason} "
+            f"its weights are {config.model.precision}; set model.precision: float32, or method.jvp: central_difference"
+        )
+    if processes.context > 1:
         raise UserError(
             f"parallel.context: {config.distill_method} takes forward-mode derivatives, which attention over several "
             f"processes does not have; set method.jvp: central_difference, or parallel.context: 1"
         )
+
+
+def _rounded_student(config: Config, processes: Processes) -> str | None:
+    """The option by which a student computes with weights of the run's precision, if it is not with float32 ones."""
+    if processes.shard > 1:
+        return f"parallel.shard {processes.shard}"
+    return "roles.student.lora" if config.roles["student"].lora is not None else None
 
 
 def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:

@@ -6,6 +6,7 @@ override them, and every other field has a flag of its own (``--method.student-l
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,17 @@ def guarded(argv: Sequence[str] | None = None, model: str | None = None) -> int:
     """:func:`main`, with a user's mistake as one message on stderr and exit code 2."""
     from fastvideo.entry import report_user_errors
 
-    return report_user_errors(lambda: main(argv, model))
+    return report_user_errors(lambda: _recorded(argv, model))
+
+
+def _recorded(argv: Sequence[str] | None, model: str | None) -> int:
+    """:func:`main`; under torchrun an error of this process is named in torchrun's report."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main(argv, model)
+
+    from fastvideo.distillation.engine.optional.recorder import recorded
+
+    return recorded(lambda: main(argv, model))() or 0
 
 
 if __name__ == "__main__":

@@ -168,11 +168,11 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         if t.ndim != 1:
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
         native = variance_preserving(t)
-        x = native.from_flow(x_t)
-        with self._autocast(x_t), self._reading(network, None if r is None else t - r):
+        x = self._input(network, native.from_flow(x_t))
+        with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):
             (v,) = network(
                 hidden_states=x.transpose(1, 2),
-                encoder_hidden_states=condition.of(self.conditioner.key)[TEXT],
+                encoder_hidden_states=self._input(network, condition.of(self.conditioner.key)[TEXT]),
                 timestep=self.folder.grid.timestep(t),
                 image_rotary_emb=_rotary(network, x),
                 return_dict=False,

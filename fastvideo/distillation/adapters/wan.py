@@ -114,8 +114,10 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
             span = None if span is None else _per_token(span, x_t, network)
         own = condition.of(self.conditioner.key)
         x = torch.cat([x_t, own[IMAGE_LATENTS]], dim=1) if IMAGE_LATENTS in own else x_t
-        with self._autocast(x_t), self._reading(network, span):
-            (u,) = network(x, timestep, own[TEXT], own.get(IMAGE_EMBEDS), return_dict=False)
+        x, text = self._input(network, x), self._input(network, own[TEXT])
+        image = self._input(network, own[IMAGE_EMBEDS]) if IMAGE_EMBEDS in own else None
+        with self._autocast(network, x_t), self._reading(network, span):
+            (u,) = network(x, timestep, text, image, return_dict=False)
         return u.float()  # type: ignore[no-any-return]
 
 

@@ -45,6 +45,8 @@ def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -
         inject_adapter_in_model(config, network, name)
     generator = seeded(seed)
     for layer in adapted_layers(network):
+        # Autocast casts the input to the compute dtype in any case: peft's float32 copy of it only takes memory.
+        layer.cast_input_dtype_enabled = False
         if name in layer.lora_A:
             _initialise(layer, name, generator)
     for key, parameter in network.named_parameters():

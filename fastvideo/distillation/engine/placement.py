@@ -93,6 +93,7 @@ class Placement:
             change(network)
         network.requires_grad_(trained)
         self._spread(network, path)
+        self._choose_precision(network, alike=not trained)
         return network
 
     def load_shared(self, path: str | None, adapters: Mapping[str, LoRAConfig], seed: int) -> nn.Module:
@@ -105,7 +106,17 @@ class Placement:
         for number, (role, options) in enumerate(adapters.items()):
             add_adapter(network, role, options, stream_seed(seed, "adapter", number))
         self._spread(network, path)
+        self._choose_precision(network, alike=False)
         return network
+
+    def _choose_precision(self, network: nn.Module, *, alike: bool) -> None:
+        """Leave autocast to whole networks with float32 matrices or adapters: FSDP gathers all in the compute dtype.
+
+        Args:
+            alike: all matrices of the whole network have that dtype too.
+        """
+        if self.source.scaling is not None and (alike or self.processes.shard > 1):
+            self.source.scaling.compute_directly(network)
 
     def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         scaling = self.source.scaling

@@ -29,6 +29,10 @@ INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pyto
 """Index of weights in several files, and the file of weights that are in one."""
 NATIVE = "native"
 """Torch's scaled dot product attention, which every network and device has."""
+ATTENTION_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+"""Modules that normalise queries and keys, by their names in diffusers' attention."""
+GRAPHS = 64
+"""Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
 RETIRED = frozenset({"prompt_cache"})
 """Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
@@ -71,6 +75,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
         choose_attention(network, self.config.attention_backend)
+        keep_dtype_of_attention(network)
         if self.config.compile_blocks:
             compile_blocks(network)
         load_head(network, self.pipeline.spec.time_embedding, Path(self.pipeline.resolved(path)))
@@ -163,6 +168,21 @@ def choose_attention(network: Any, name: str) -> None:
         raise UserError(f"model.attention_backend {name!r}: {error}") from error
 
 
+def keep_dtype_of_attention(network: nn.Module) -> None:
+    """Let the norms of queries and keys answer in the dtype of their input, which is that of the values.
+
+    Autocast on CUDA computes norms in float32 and leaves their output so (``rms_norm`` since torch 2.12). Attention
+    over several processes computes once more in backward, where no autocast makes them one; kernels take bfloat16.
+    """
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in ATTENTION_NORMS:
+            module.register_forward_hook(_in_dtype_of_input)
+
+
+def _in_dtype_of_input(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(inputs[0].dtype)
+
+
 @contextmanager
 def _without_warnings(logger_name: str) -> Iterator[None]:
     """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
@@ -183,7 +203,10 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
 def compile_blocks(network: nn.Module) -> None:
     """Compile every repeated block in place: one graph serves all of a kind, in seconds instead of minutes.
 
-    Names of parameters stay, and a copy of the network (its average, an export) is not compiled.
+    Names of parameters stay, and a copy of the network (its average, an export) is not compiled. Each role's adapter,
+    with and without gradient, at each size of a batch, has a graph of its own. torch stops at 8 of them and runs the
+    rest eagerly; :data:`GRAPHS` are enough for all that a run calls.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in repeated_blocks(network):
         block.compile()

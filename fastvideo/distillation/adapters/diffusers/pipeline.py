@@ -45,7 +45,8 @@ class PipelineConfig(AdapterConfig):
     prompt_for_negative: str = ""
     """The negative prompt, used wherever guidance is."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
+    """Dtype of the network's matrix products; trained weights, times, losses and differences stay float32. Frozen and
+    split networks hold bfloat16 matrices while they compute, whole trained ones are cast by autocast."""
     attention_backend: str = "native"
     """Attention kernel, by its name in diffusers' dispatcher: `native` is torch's own, `flash` or `sage` need a
     package. It is printed at the start and never replaced by another."""

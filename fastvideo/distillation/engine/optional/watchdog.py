@@ -1,4 +1,4 @@
-"""Dump all stacks and exit when no step finishes in time."""
+"""Dump all stacks and the last collectives, and exit when no step finishes in time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fastvideo.distillation.engine.optional.recorder import write_collectives
 from fastvideo.errors import EXIT_STALLED
 from fastvideo.stopping import units
 
@@ -28,7 +29,7 @@ class Watchdog:
 
     Args:
         seconds: longest time without progress; 0 waits for ever.
-        folder: parent of ``rank-N.txt``.
+        folder: parent of ``rank-N.txt``, ``gloo-rank-N`` and ``nccl-rank-N``.
         rank: of this process.
     """
 
@@ -80,5 +81,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         print(f"error: {message}; stacks: {path}", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(sys.__stderr__.fileno() if sys.__stderr__ else 2, all_threads=True)
+        # In a thread: whatever becomes of it, this process ends.
+        threading.Thread(target=write_collectives, args=(self.folder, self.rank), daemon=True).start()
         time.sleep(OTHERS_DUMP)
         os._exit(EXIT_STALLED)

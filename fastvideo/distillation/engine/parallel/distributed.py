@@ -150,8 +150,13 @@ def make_mesh(processes: Processes, shape: tuple[int, ...], names: tuple[str, ..
     """A mesh of all processes whose groups have the process group's timeout, instead of torch's default."""
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
     for name in names:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh[name].get_group())
+        limit_waits(mesh[name], processes)
     return mesh
+
+
+def limit_waits(mesh: DeviceMesh, processes: Processes) -> None:
+    """Give the group of a mesh of one dimension the process group's timeout."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh.get_group())
 
 
 def barrier() -> None:
