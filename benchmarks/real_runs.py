@@ -14,7 +14,10 @@ import importlib
 import json
 from collections.abc import Mapping
 
-SECTIONS: Mapping[str, str] = {}
+SECTIONS: Mapping[str, str] = {
+    "plan": "real_plan",
+    "validation": "real_validation",
+}
 """Section -> its module."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
@@ -47,32 +47,52 @@ CPU_ATTENTION = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still alive, and the most there were at once."""
+    """Bytes of the storages that operators made and that are still alive, and the most there were at once.
 
-    def __init__(self) -> None:
+    Args:
+        device: type of the devices that count; all by default.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.live = self.peak = 0
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {id(tensor.untyped_storage()) for tensor in _held((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
+        for tensor in _held(out):
+            if id(tensor.untyped_storage()) not in given and self._device in (None, tensor.device.type):
                 self._add(tensor.untyped_storage())
         return out
 
     def _add(self, storage: Any) -> None:
         if storage in self._known:
             return
-        size = int(storage.nbytes())
-        self._known[storage] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._known[storage] = size = [0]
         weakref.finalize(storage, self._drop, size)
+        self.resized(storage)
 
-    def _drop(self, size: int) -> None:
-        self.live -= size
+    def resized(self, storage: Any) -> None:
+        """Count a known storage anew, whose size was changed in place, which no operator tells."""
+        if (size := self._known.get(storage)) is not None:
+            now = int(storage.nbytes())
+            self.live += now - size[0]
+            size[0] = now
+            self.peak = max(self.peak, self.live)
+
+    def _drop(self, size: Sequence[int]) -> None:
+        self.live -= size[0]
+
+
+def _held(values: Any) -> Iterator[Tensor]:
+    """Tensors with memory of their own: of a split one, this process's part."""
+    for value in tree_leaves(values):
+        if is_traceable_wrapper_subclass(value):
+            yield from _held([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif isinstance(value, Tensor):
+            yield value
 
 
 class WorstCase(RandomStreams):

@@ -1,7 +1,7 @@
 """Training steps of a recipe on ``device="cuda"`` without a GPU: fake tensors over a guard that stands for the device.
 
-The networks keep their widths and tokens and lose most of their blocks. Everything else is a run's own: roles, sharding,
-recomputation, autocast, losses, clipping, fused optimizers, averages. So a mistake of device or dtype fails here, and
+The networks keep their widths and tokens and lose most of their blocks. Everything else is a run's own: roles,
+sharding, recomputation, autocast, losses, clipping, fused optimizers, averages. So a mistake of device or dtype fails here, and
 what is alive at the same time can be held against ``fastvideo plan``.
 """
 
@@ -51,7 +51,8 @@ def build_guard() -> Path:
 
 def _compile(compiler: str, built: Path) -> None:
     found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
+    assert found is not None
+    assert found.origin is not None
     torch_folder = Path(found.origin).parent
     built.parent.mkdir(parents=True, exist_ok=True)
     partial = built.with_suffix(f".{os.getpid()}")
@@ -80,10 +81,28 @@ def take_steps(recipe: str, *flags: str, world: int = 1, blocks: int = 2, steps:
         NoGuard: as :func:`build_guard`.
         RuntimeError: with the traceback of a step that failed.
     """
-    asked = {"recipe": recipe, "flags": flags, "world": world, "blocks": blocks, "steps": steps}
+    return _asked("steps", recipe=recipe, flags=flags, world=world, blocks=blocks, steps=steps)
+
+
+def validate(recipe: str, prompts: int, frames: int) -> Mapping[str, Any]:
+    """Sample and decode prompts as a recipe's validation does, on fake CUDA tensors, with networks of two blocks.
+
+    Args:
+        frames: of the videos; what decoding holds hardly depends on it.
+
+    Returns:
+        ``peak``: bytes on the device at once, beside what stays; ``decode``: those of decoding one video alone.
+
+    Raises:
+        NoGuard, RuntimeError: as :func:`take_steps`.
+    """
+    return _asked("validation", recipe=recipe, prompts=prompts, frames=frames)
+
+
+def _asked(what: str, **asked: Any) -> Mapping[str, Any]:
     environment = {**os.environ, "FAKE_CUDA_GUARD": str(build_guard()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fastvideo.tests.fake_cuda", json.dumps(asked)]
+    command = [sys.executable, "-m", "fastvideo.tests.fake_cuda", what, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{recipe} {' '.join(flags)} on fake CUDA:\n{done.stderr}")
+        raise RuntimeError(f"{what} of {asked} on fake CUDA:\n{done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -11,6 +11,7 @@ from fastvideo.tests.fake_cuda.device import pretend  # noqa: E402
 
 pretend()
 
-from fastvideo.tests.fake_cuda.steps import measured  # noqa: E402
+from fastvideo.tests.fake_cuda import steps  # noqa: E402
 
-print(json.dumps(measured(**json.loads(sys.argv[1]))))
+what = {"steps": steps.measured, "validation": steps.validated}[sys.argv[1]]
+print(json.dumps(what(**json.loads(sys.argv[2]))))

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from fastvideo.distillation.builder import Config, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.engine.non_finite import FiniteCheck
@@ -22,14 +24,17 @@ from fastvideo.distillation.engine.parallel.sharding import shard_network
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.rng import RandomStreams, seeded
+from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import RawBatch
+from fastvideo.inference.sampler import Sampling
 from fastvideo.planning.estimate import Plan, Planner
-from fastvideo.planning.fake import FakeMode, LiveBytes, fake_text
+from fastvideo.planning.fake import FakeMode, LiveBytes, fake_codec, fake_text
 from fastvideo.planning.published import without_weights
 from fastvideo.tests.fake_cuda.device import CALLS
 from fastvideo.training.distillation import parse
 from fastvideo.training.run import build_trainer
+from fastvideo.training.shared_sampling import SharedSampler
 
 CUDA = torch.device("cuda", 0)
 
@@ -100,6 +105,36 @@ def measured(recipe: str, flags: list[str], world: int, blocks: int, steps: int)
     return {"live": live, "plan": _of_step(planned), "attention": dict(CALLS)}
 
 
+def validated(recipe: str, prompts: int, frames: int) -> dict[str, int]:
+    """See :func:`fastvideo.tests.fake_cuda.validate`."""
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--model.num-frames", str(frames), "--parallel.shard", "1"]
+        config = shortened(parse(["--config", recipe, *flags])[1], Path(folder), blocks=2)
+        processes, mode, memory = Processes(device=CUDA), FakeMode(CUDA), LiveBytes("cuda")
+        method = _method(config, processes, mode, memory)
+    family = method.bundle["student"].adapter
+    fake_codec(family, mode)
+    _to_device(family.codec.vae, mode)
+    family.conditioner.encode_prompts = lambda texts: fake_text(family.conditioner, len(texts))  # type: ignore
+    wanted = Sampling([f"prompt {i}" for i in range(prompts)], SamplerSpec.student(method.ladder), 0, 1)
+    found = dict[str, int]()
+    with mode, memory, torch.no_grad():
+        before = memory.peak = memory.live
+        family.codec.decode(torch.empty(1, *family.codec.latent_shape, device=CUDA))
+        found["decode"], memory.peak = memory.peak - before, memory.live
+        SharedSampler(family, processes).videos(method.bundle["student"], wanted)
+        found["peak"] = memory.peak - before
+    return found
+
+
+def _to_device(module: nn.Module, mode: FakeMode) -> None:
+    with mode:
+        for part in module.modules():
+            for name, p in part.named_parameters(recurse=False):
+                part._parameters[name] = nn.Parameter(_like(p), False)
+
+
 def _of_step(plan: Plan) -> int:
     """What a plan says of roles and step alone."""
     return plan.stays - sum(plan.parts.values()) + plan.training
@@ -112,7 +147,8 @@ def _train(config: Config, world: int, steps: int, folder: Path) -> int:
     processes = Processes(0, world, CUDA, config.parallel.shard, config.parallel.context)
     FiniteCheck._read = lambda self: [0.0] * (2 + len(self.names))  # type: ignore[method-assign]
     Agreement.__init__ = lambda self: setattr(self, "_group", None)  # type: ignore[method-assign]
-    mode, memory = FakeMode(CUDA), LiveBytes()
+    mode, memory = FakeMode(CUDA), LiveBytes("cuda")
+    _watch_resizing(memory)
     method = _method(config, processes, mode, memory)
     with mode, memory:
         memory.peak = memory.live  # networks were whole before they were split
@@ -122,6 +158,18 @@ def _train(config: Config, world: int, steps: int, folder: Path) -> int:
         for _ in range(steps):
             trainer.train_step(data)
     return memory.peak
+
+
+def _watch_resizing(memory: LiveBytes) -> None:
+    """Count what FSDP frees and allocates in place."""
+    for name in ("alloc_storage", "free_storage"):
+        plain = getattr(_fsdp_param, name)
+
+        def resize(tensor: Tensor, plain: Callable[[Tensor], None] = plain) -> None:
+            plain(tensor)
+            memory.resized(tensor.untyped_storage())
+
+        setattr(_fsdp_param, name, resize)
 
 
 def _raw(config: Config, method: Method) -> RawBatch:
