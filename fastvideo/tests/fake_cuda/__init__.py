@@ -1,8 +1,8 @@
 """Training steps of a recipe on ``device="cuda"`` without a GPU: fake tensors over a guard that stands for the device.
 
 The networks keep their widths and tokens and lose most of their blocks. Everything else is a run's own: roles,
-sharding, recomputation, autocast, losses, clipping, fused optimizers, averages. So a mistake of device or dtype fails here, and
-what is alive at the same time can be held against ``fastvideo plan``.
+sharding, recomputation, autocast, losses, clipping, fused optimizers, averages. So a mistake of device or
+dtype fails here, and what is alive at the same time can be held against ``fastvideo plan``.
 """
 
 from __future__ import annotations
