@@ -113,8 +113,8 @@ def validated(recipe: str, prompts: int, frames: int) -> dict[str, int]:
         config = shortened(parse(["--config", recipe, *flags])[1], Path(folder), blocks=2)
         processes, mode, memory = Processes(device=CUDA), FakeMode(CUDA), LiveBytes("cuda")
         method = _method(config, processes, mode, memory)
-    family = method.bundle["student"].adapter
-    fake_codec(family, mode)
+        family = method.bundle["student"].adapter
+        fake_codec(family, mode)
     _to_device(family.codec.vae, mode)
     family.conditioner.encode_prompts = lambda texts: fake_text(family.conditioner, len(texts))  # type: ignore
     wanted = Sampling([f"prompt {i}" for i in range(prompts)], SamplerSpec.student(method.ladder), 0, 1)
