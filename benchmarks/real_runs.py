@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 SECTIONS: Mapping[str, str] = {
     "plan": "real_plan",
+    "prompts": "prompts_start",
     "validation": "real_validation",
 }
 """Section -> its module."""

@@ -77,15 +77,15 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def collect(out: Path, files: int) -> tuple[int, list[dict[str, str]]]:
-    """Rows in all files, and the skipped videos, which are also written to :data:`SKIPPED`.
+def collect(out: Path, files: int, stem: str = "videos") -> tuple[int, list[dict[str, str]]]:
+    """Rows in all files, and the skipped videos or prompts, which are also written to :data:`SKIPPED`.
 
     Raises:
         UserError: if a file is damaged.
     """
     rows, skipped = 0, []
     for number in range(files):
-        path = shard_path(out, number)
+        path = shard_path(out, number, stem)
         try:
             footer = pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Sequence
+from functools import lru_cache
 
+from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.errors import UserError
 
+COUNTED = 8192
+"""Prompts whose tokens are counted at once."""
 
-def read_prompts(path: str) -> list[str]:
-    """The non-empty lines of a UTF-8 text file.
+
+def read_prompts(path: str) -> Sequence[str]:
+    """The non-empty lines of a UTF-8 text file, read once while it does not change.
 
     Raises:
         UserError: for an unreadable file or one without a prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        prompts = _read(path, os.stat(path).st_mtime_ns)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.prompts: cannot read prompts from {path!r}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"data.prompts: {path!r} has no prompt; one per line is expected")
     return prompts
+
+
+@lru_cache(maxsize=1)
+def _read(path: str, changed: int) -> tuple[str, ...]:
+    """Lines end at \\n, \\r\\n or \\r alone; a byte order mark is dropped."""
+    with open(path, encoding="utf-8-sig") as lines:
+        return tuple(prompt for line in lines if (prompt := line.strip()))
+
+
+def too_long(conditioner: Conditioner, prompts: Sequence[str]) -> dict[int, int]:
+    """Tokens of the prompts that have more than the text encoder takes, by their place."""
+    found: dict[int, int] = {}
+    for start in range(0, len(prompts), COUNTED):
+        counts = conditioner.token_counts(prompts[start : start + COUNTED])
+        limit = conditioner.text_length
+        found |= {start + i: count for i, count in enumerate(counts) if limit is not None and count > limit}
+    return found

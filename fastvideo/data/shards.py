@@ -107,7 +107,9 @@ class ShardWriter:
                     skipped.append({"file": video.name, "reason": str(error)})
                 done(count)
             groups.close()
-            made = {**self.made, "skipped": skipped}
+            text = self.conditioner.text_settings
+            texts = {TEXT: {**text, "dtype": "float32", "model": self.made["model"]}} if text else {}
+            made = {**self.made, "texts": texts, "skipped": skipped}
             file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(made)})
 
 

@@ -13,6 +13,7 @@ from fastvideo.planning.fake import FakeRun, fake_run
 from fastvideo.planning.layout import (
     RolePlan,
     device_bytes,
+    encoders,
     frozen_parts,
     gathered_bytes,
     reduction_bytes,
@@ -35,6 +36,7 @@ class Plan:
         buffers: what sharding or averaging gradients holds for a moment.
         activations: what forward keeps for backward at its most, by the role whose loss it is.
         validation: what a validation holds beside weights, optimizers, averages and parts; gradients are freed then.
+        encoding: text encoders that are there until all texts are encoded, before the first step.
         step: arithmetic of one micro-batch on one process.
         sent: bytes that one process sends per step.
     """
@@ -46,6 +48,7 @@ class Plan:
     buffers: int
     activations: Mapping[str, int]
     validation: int
+    encoding: int
     step: StepCost
     sent: int
 
@@ -61,8 +64,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes that one process holds at its most, in a step or in a validation."""
-        return self.stays + max(self.training, self.validation)
+        """Bytes that one process holds at its most: in a step, in a validation, or before the first step."""
+        return self.stays + max(self.training, self.validation, self.encoding)
 
     @property
     def flops(self) -> float:
@@ -97,10 +100,11 @@ class Planner:
             config=config,
             world=world,
             roles=roles,
-            parts={**frozen_parts(run), **device_bytes(config, world)},
+            parts={**(parts := frozen_parts(run)), **device_bytes(config, world)},
             buffers=gathered + max(reduction - max(activations.values()), 0),
             activations=activations,
             validation=self._validation(run, gathered),
+            encoding=sum(size for name, size in encoders(run).items() if name not in parts) if encodes(config) else 0,
             step=step,
             sent=int(_sent(run, roles, step)),
         )
@@ -119,6 +123,11 @@ class Planner:
         if key not in self._validations:
             self._validations[key] = validation_bytes(run.config, run.processes, gathered)
         return self._validations[key]
+
+
+def encodes(config: Config) -> bool:
+    """True if a run encodes prompts itself; a dataset is taken to hold its texts."""
+    return config.data.prompts is not None or config.data.path == "tiny"
 
 
 def _sent(run: FakeRun, roles: Sequence[RolePlan], step: StepCost) -> float:

@@ -60,6 +60,8 @@ def memory_line(plan: Plan) -> str:
     peaks = {f"{role}'s loss": kept + gradients for role, kept in plan.activations.items()}
     if plan.validation:
         peaks["a validation"] = plan.validation
+    if plan.encoding:
+        peaks["encoding prompts before the first step"] = plan.encoding
     return ", ".join(f"{name} {gib(size)}" for name, size in peaks.items())
 
 

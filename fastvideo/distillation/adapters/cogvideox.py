@@ -89,6 +89,8 @@ class CogVideoXCodec(DiffusersCodec):
 class CogVideoXConditioner(DiffusersConditioner[CogVideoXConfig]):
     """T5 text; padding is encoded like words, without a mask, as in ``CogVideoXPipeline``."""
 
+    encodes_padding = True
+
     @property
     def text_width(self) -> int:
         return int(self.pipeline.network_config()["text_embed_dim"])
@@ -97,16 +99,12 @@ class CogVideoXConditioner(DiffusersConditioner[CogVideoXConfig]):
     def stored_shapes(self) -> dict[str, Shape]:
         return {STORED: (self.config.max_sequence_length, self.text_width)}
 
-    def _encode_text(self, prompt: str) -> Tensor:
-        with torch.no_grad():
-            return self.text_encoder(self._tokens(prompt).input_ids)[0][0]  # type: ignore[no-any-return]
-
     def _fitted(self, embedding: Tensor) -> Tensor:
         """Every position counts, padding too, so an embedding has to have all of them."""
         found, wanted = tuple(embedding.shape[1:]), self.stored_shapes[STORED]
         if found != wanted:
             raise UserError(f"data: text_embedding has shape {found}, the model expects {wanted} (tokens, channels)")
-        return embedding.float()
+        return embedding.to(self.device, non_blocking=True).float()
 
 
 class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):

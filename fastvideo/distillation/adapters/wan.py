@@ -235,7 +235,10 @@ class WanCodec(StatisticsCodec):
 
 
 class WanConditioner(DiffusersConditioner[WanConfig]):
-    """UMT5 text, and conditioning frames beside the noise (with CLIP features) or in the latents."""
+    """UMT5 text, and conditioning frames beside the noise (with CLIP features) or in the latents.
+
+    The network sees zeros beyond a prompt's own tokens, as in ``WanPipeline``.
+    """
 
     def __init__(self, pipeline: Pipeline[WanConfig], codec: WanCodec) -> None:
         super().__init__(pipeline)
@@ -249,15 +252,10 @@ class WanConditioner(DiffusersConditioner[WanConfig]):
     def text_width(self) -> int:
         return self.inputs.text_width
 
-    def _encode_text(self, prompt: str) -> Tensor:
-        """Embeddings of the prompt's own tokens: the network sees zeros beyond them, as in ``WanPipeline``."""
-        tokens = self._tokens(prompt)
-        with torch.no_grad():
-            hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return hidden[0, : int(tokens.attention_mask.sum())]  # type: ignore[no-any-return]
-
     def clean_prompt(self, prompt: str) -> str:
         """As ``WanPipeline`` does, without the seconds that importing it takes."""
+        if prompt.isascii() and prompt.isprintable() and "&" not in prompt:  # ftfy and html have nothing to mend
+            return " ".join(prompt.split())
         text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
         return re.sub(r"\s+", " ", text).strip()
 

@@ -71,12 +71,15 @@ class DataConfig(Section):
     `fastvideo preprocess` writes it. A method that needs no videos reads captions and text embeddings alone."""
     prompts: str | None = None
     """Text file with one prompt per line, instead of `path`."""
+    long_prompts: Annotated[Literal["skip", "raise"], RESUMABLE] = "skip"
+    """Reaction to prompts of `prompts` with more tokens than the text encoder takes: leave them out and list them in
+    the run's folder, or stop with an error."""
     buckets: bool = False
     """Take videos of every size in the dataset, one size per batch; otherwise all must have the model's."""
     size: PositiveInt = 4096
     """Samples of the tiny world per epoch."""
     cache: Annotated[str, RESUMABLE] = "outputs/cache"
-    """Folder for latents of the tiny world."""
+    """Folder for latents of the tiny world, and for counts of prompts that are too long."""
     faults: Literal["raise", "skip"] = "raise"
     """Reaction to an unreadable file or row of a dataset: stop with an error, or skip and list it."""
     max_faults: NonNegativeInt = 100

@@ -157,7 +157,7 @@ def test_the_wrong_data_is_refused_before_a_step(job: MakeJob, values: dict[str,
         config_of(values, data=values["data"] | {"prompts": "prompts.txt"})
     with pytest.raises(UserError, match=r"latents have shape \(4, 2, 2, 4\).*configured for \(4, 3, 2, 4\)"):
         run(config_of(values, model=values["model"] | {"num_frames": 9}))
-    with pytest.raises(UserError, match="has 6 tokens, the model takes 5"):
+    with pytest.raises(UserError, match=r"another model .*: model\.max_sequence_length 8, the model's is 5"):
         run(config_of(values, model=values["model"] | {"max_sequence_length": 5}))
     with pytest.raises(UserError, match="another VAE"):
         run(config_of(values, model=values["model"] | {"path": str(_other_vae(values, tmp_path))}))

@@ -23,7 +23,7 @@ from fastvideo.training.run import run
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that is loaded is a failure of the test."""
-    monkeypatch.setattr(run_module, "build_method", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(run_module, "build_on", lambda *_: pytest.fail("a network was loaded"))
 
 
 def dataset(tmp_path: Path, rows: int) -> str:
@@ -97,8 +97,8 @@ def test_only_the_embedded_models_have_such_a_world(tmp_path: Path) -> None:
         "method": {},
     }
     values["data"] = {"prompts": str(tmp_path / "p.txt")}
-    assert len(prompt_notes(config_of(values, "test"))) == 1
-    assert prompt_notes(config_of(values | {"model": model | {"path": "my/model"}}, "test")) == []
+    assert len(prompt_notes(config_of(values, "test"), Processes())) == 1
+    assert prompt_notes(config_of(values | {"model": model | {"path": "my/model"}}, "test"), Processes()) == []
 
 
 def test_the_last_lines_are_commands(analytic_values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

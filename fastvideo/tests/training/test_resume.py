@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(analytic_va
 
 
 RESUMABLE_FIELDS = {
-    *("output", "device", "data.cache"),
+    *("output", "device", "data.cache", "data.long_prompts"),
     *(f"parallel.{name}" for name in ParallelConfig.model_fields),
     *(f"validation.{name}" for name in ValidationConfig.model_fields),
     *(f"health.{name}" for name in HealthConfig.model_fields),
