@@ -66,9 +66,3 @@ def test_a_command_fits_its_plan(recipe: str, world: int, flags: tuple[str, ...]
     config = without_weights(read_config(Path(recipe), read_flags(list(flags))))
     plan = planner().plan(config, world)
     assert plan.total + RESERVE <= CARD, plan
-
-
-@pytest.mark.slow
-def test_whole_networks_on_eight_cards_do_not_fit() -> None:
-    config = without_weights(read_config(Path("wan2.1_t2v_1.3b_dmd2"), read_flags(["--parallel.shard", "1"])))
-    assert planner().plan(config, 8).total + RESERVE > CARD
