@@ -149,7 +149,8 @@ class ValidationConfig(Section):
     """Videos that a process samples and decodes at a time. The default is one for `prompts`, bit-equal to `fastvideo
     generate`, and `data.batch_size` for `world_prompts`."""
     weights: Literal["both", "live", "ema"] = "both"
-    """Weights of the student that are shown: the trained ones, their average, or (where there is one) both."""
+    """Weights of the student that are shown: the trained ones, their average or both; without an average, the
+    trained ones."""
     fps: PositiveInt = 8
     """Frames per second of the files."""
 
@@ -258,13 +259,3 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
         """Videos that a process samples and decodes at a time in a validation."""
         options = self.validation
         return options.batch_size or (self.data.batch_size if options.world_prompts else 1)
-
-    @model_validator(mode="after")
-    def _validated_weights_exist(self) -> RunConfig[AdapterT, MethodT]:
-        if self.validation.every and self.validation.weights == "ema" and not self._averages_student:
-            raise ValueError("validation.weights: ema shows the student's average; enable `ema` for it, or show live")
-        return self
-
-    @property
-    def _averages_student(self) -> bool:
-        return self.ema.enabled and "student" in self.ema.roles

@@ -77,7 +77,7 @@ class ValidationHook:
         if self.sample is None or self.sinks is None:
             return
         scores = dict[str, float]()
-        if self.weights != "ema":
+        if self.weights != "ema" or not has_average(self.handle):
             scores |= self._show("student", self.sample(self.handle), step, self.sinks)
         if self.weights != "live" and has_average(self.handle):
             with averaged(self.handle):
