@@ -84,8 +84,8 @@ def gathered_bytes(config: Config, roles: Sequence[RolePlan]) -> int:
         return 0
     whole = sum(role.whole for role in roles if role.holds and role.stays_gathered(config))
     trained = [role for role in roles if role.trainable]
-    # In the compute dtype, and in float32 while they are reduced.
-    unreduced = 3 * max(role.block for role in trained)
+    # In float32 while they are reduced; before that, in the compute dtype, they take the place of their activations.
+    unreduced = 2 * max(role.block for role in trained)
     if config.trainer.grad_accumulation > 1 and not config.parallel.sync_every_micro_batch:
         unreduced = sum(role.whole for role in trained)
     return whole + GATHERED_BLOCKS * max(role.block for role in roles) + unreduced
