@@ -14,7 +14,12 @@ import importlib
 import json
 from collections.abc import Mapping
 
-SECTIONS: Mapping[str, str] = {"prompts": "prompts_start", "sigterm": "sigterm_stops"}
+SECTIONS: Mapping[str, str] = {
+    "plan": "real_plan",
+    "prompts": "prompts_start",
+    "sigterm": "sigterm_stops",
+    "validation": "real_validation",
+}
 """Section -> its module."""
 
 
