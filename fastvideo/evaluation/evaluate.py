@@ -16,9 +16,9 @@ from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.environment import environment
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
-from fastvideo.evaluation.metrics import Row
+from fastvideo.evaluation.metrics import Row, SampledRow
 from fastvideo.evaluation.rows import RowSpec
-from fastvideo.inference.loading import LoadedModel, load_model
+from fastvideo.inference.loading import LoadedModel, OpenedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, Sampling, sample_batches, sample_latents
 from fastvideo.tiny.classifier import WEIGHTS_NAME
@@ -33,7 +33,7 @@ DECODE_UNITS = 2
 class Evaluation:
     """Rows by name, with the first videos ``[V, 3, T, H, W]`` of each row for the same ``prompts``."""
 
-    rows: Mapping[str, Row]
+    rows: Mapping[str, SampledRow]
     videos: Mapping[str, Tensor]
     prompts: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -87,14 +87,14 @@ def evaluate_rows(
     videos: dict[str, Tensor] = {}
     for name, spec in rows.items():
         sampled, others = _sample_row(models[spec.folder], samplers[name], judge, batch_size, keep_videos, name)
-        kind, seconds = _kind(spec, models[spec.folder]), text_seconds[spec.folder]
+        kind, seconds = kind_of_row(spec, models[spec.folder]), text_seconds[spec.folder]
         measured[name] = _row(judge, samplers[name], sampled, others, floors, seconds, batch_size, kind)
         videos[name] = sampled.videos
     return Evaluation(measured, videos, judge.prompts[:keep_videos], _settings(judge, batch_size, device))
 
 
-def _kind(spec: RowSpec, model: LoadedModel) -> str:
-    """The kind of a row, see :class:`Row`."""
+def kind_of_row(spec: RowSpec, model: OpenedModel) -> str:
+    """The kind of a row, see :class:`SampledRow`."""
     if spec.ladder is not None and not model.is_student:
         return "untrained"
     return "student" if model.is_student else "teacher"

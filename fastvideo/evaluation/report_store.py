@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvideo.data.video_io import FPS, video_bytes
 from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation
-from fastvideo.evaluation.report_run import INDEX, METRICS, SMALL, VIDEOS
+from fastvideo.evaluation.report_run import INDEX, METRICS, SMALL, VIDEOS, read_object
 from fastvideo.files import replace_file, replacing_folder
 
 
@@ -38,6 +38,16 @@ def check_unmeasured(run: Path) -> None:
     if (run / METRICS).exists():
         raise UserError(f"--out {run} holds figures already ({METRICS}): choose another folder, or delete that file")
     _check_videos(run / VIDEOS)
+
+
+def check_measurable(run: Path) -> None:
+    """Refuse an output folder that cannot take figures against a teacher; earlier ones of that kind are replaced.
+
+    Raises:
+        UserError: if ``run`` is a file, or holds figures of another kind.
+    """
+    if "teacher" not in read_object(run / METRICS).get("evaluation", {}):
+        check_unmeasured(run)
 
 
 def _check_videos(folder: Path) -> None:
