@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fastvideo.evaluation.metrics import SampledRow
 
 
+FEW = 64
+"""Prompts below which intervals are too wide to tell most models apart."""
+
+
 class Prompts(NamedTuple):
     """Prompts of a measurement, and the tiny world's judge if they are its own."""
 
@@ -37,6 +41,7 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     from fastvideo.evaluation.choice import absent, choose, external_metrics
     from fastvideo.evaluation.measure import measure, open_rows, sample_rows
     from fastvideo.evaluation.report_store import check_measurable
+    from fastvideo.evaluation.user_data import check_data
 
     choice = choose(arguments.metrics, arguments.clip, arguments.fvd_extractor)
     out, share = _out(arguments), _share(arguments.share)
@@ -44,6 +49,8 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     prompts = read_task_prompts(arguments)
     task = make_task(arguments, out, prompts)
     rows = open_rows(task)
+    if arguments.data is not None:
+        check_data(arguments.data, rows[task.teacher].model)
     external = [] if arguments.share else external_metrics(choice, task.device)
     count = sample_rows(task, rows, share)
     console.print(f"{counted(count, 'video')} sampled into {out}/samples, {_reused(rows, count, share)} reused")
@@ -55,6 +62,8 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
         settings |= {"split": "heldout", "reference_videos": prompts.judge.reference_videos}
     evaluation = measure(task, rows, [*metrics, *external], KEPT_VIDEOS, settings)
     console.print(table(evaluation, arguments.teacher or ""))
+    if len(prompts.texts) < FEW:
+        console.print(f"[dim]{len(prompts.texts)} prompts are few for distances and shares: take {FEW} or more[/dim]")
     for name, remedy in absent(choice):
         console.print(f"[dim]not measured: {name}: {remedy}[/dim]", highlight=False)
     console.print(write_out(out, evaluation), highlight=False)

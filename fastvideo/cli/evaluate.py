@@ -90,7 +90,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     from fastvideo.evaluation.report_store import check_unmeasured
 
     console = console or standard_output()
-    if not arguments.folders:
+    if not arguments.folders and arguments.teacher is None:
         raise UserError("evaluate: give at least one model folder, or `tiny`")
     if arguments.sweep_guidance is not None:
         run_sweep(arguments, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def choose(wanted: Sequence[str], clip: str | None, fvd_extractor: Path | None) 
         if wanted.count(name) > 1:
             raise UserError(f"--metrics: {name} is given twice")
     given = [name for name, weights in (("clip_score", clip), ("fvd", fvd_extractor)) if weights is not None]
+    if (vbench := set(VBENCH) & set(wanted)) and importlib.util.find_spec("vbench") is None:
+        raise UserError(f"--metrics {min(vbench)}: the package vbench is missing: {VBENCH_INSTALL}")
     choice = Choice(tuple(dict.fromkeys((*(wanted or OWN), *given))), clip, fvd_extractor)
     for name, remedy in absent(choice):
         if name in wanted:

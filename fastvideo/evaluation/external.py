@@ -7,7 +7,6 @@ others, with the way to get them.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import tempfile
@@ -41,10 +40,11 @@ class ClipScore(Metric):
     """
 
     def __init__(self, path: str, device: str) -> None:
-        from transformers import AutoProcessor, CLIPModel
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(path)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.images: Any = AutoImageProcessor.from_pretrained(path)
             self.model = CLIPModel.from_pretrained(path).to(device).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"--clip {path}: a CLIP model of transformers is expected: {error}") from error
@@ -55,16 +55,12 @@ class ClipScore(Metric):
         count = batch.videos.shape[2]
         places = torch.linspace(0, count - 1, min(CLIP_FRAMES, count)).round().long()
         frames = ((batch.videos[:, :, places] + 1) * 127.5).round().byte().transpose(1, 2)
-        inputs = self.processor(
-            text=list(batch.prompts),
-            images=list(frames.flatten(0, 1)),
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-        ).to(self.device)
-        out = self.model(**inputs)
-        images = out.image_embeds.unflatten(0, (len(frames), -1))
-        return {"score": 100 * torch.einsum("bfd,bd->bf", images, out.text_embeds).mean(1).double().cpu()}
+        pictures = list(frames.flatten(0, 1).numpy())
+        pixels = self.images(images=pictures, return_tensors="pt", input_data_format="channels_first")
+        text = self.tokenizer(list(batch.prompts), padding=True, truncation=True, return_tensors="pt")
+        out = self.model(**text.to(self.device), pixel_values=pixels["pixel_values"].to(self.device))
+        embedded = out.image_embeds.unflatten(0, (len(frames), -1))
+        return {"score": 100 * torch.einsum("bfd,bd->bf", embedded, out.text_embeds).mean(1).double().cpu()}
 
     def figures(self, seen: Seen, teacher: Seen, counts: Tensor) -> Figures:
         value, resampled = weighted_mean(seen["score"], counts)
@@ -110,14 +106,9 @@ class VBench(Metric):
     """Dimensions of VBench (arXiv 2311.17982) through its package, each as ``vbench_DIMENSION``.
 
     Its weights are fetched by the package on first use.
-
-    Raises:
-        UserError: if the package is not installed.
     """
 
     def __init__(self, dimensions: Sequence[str], device: str, fps: int) -> None:
-        if importlib.util.find_spec("vbench") is None:
-            raise UserError(f"--metrics vbench_{dimensions[0]}: the package vbench is missing: {VBENCH_INSTALL}")
         self.dimensions, self.device, self.fps = dimensions, device, fps
         self._videos = tempfile.TemporaryDirectory(prefix="fastvideo-vbench-")
         self._count = 0

@@ -24,7 +24,7 @@ def components_for(videos: int) -> int:
 
 @dataclass(frozen=True)
 class FeatureSpaces:
-    """A linear map of each of ``S`` spaces onto principal components of the teacher's videos, in their own spread.
+    """A linear map of each of ``S`` spaces onto principal components of the teacher's videos, each of unit variance.
 
     Attributes:
         mean: ``[S, 1, D]``.
@@ -42,9 +42,10 @@ class FeatureSpaces:
         by_space = features.double().transpose(0, 1)
         mean, scale = by_space.mean(1, keepdim=True), by_space.std(1, keepdim=True).clamp_min(1e-6)
         standard = (by_space - mean) / scale
-        _, _, directions = torch.linalg.svd(standard, full_matrices=False)
-        components = directions[:, : components_for(len(features))].mT
-        return cls(mean, scale, components)
+        _, lengths, directions = torch.linalg.svd(standard, full_matrices=False)
+        kept = components_for(len(features))
+        spread = (lengths[:, :kept] / len(features) ** 0.5).clamp_min(1e-6)
+        return cls(mean, scale, directions[:, :kept].mT / spread[:, None])
 
     def __call__(self, features: Tensor) -> Tensor:
         """Coordinates ``[S, N, K]`` of features ``[N, S, D]``."""

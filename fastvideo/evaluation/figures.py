@@ -110,7 +110,7 @@ def lead(metrics: Metrics) -> str:
     """The price of the headline, in one sentence."""
     found = pair(metrics)
     if found is None:
-        return "Each model on the same held-out prompts and noise."
+        return "Each model on the same prompts and noise."
     teacher, student = found
     if "frechet" not in student:
         return _lead_of_teacher(teacher, student)
@@ -284,7 +284,7 @@ def _figures_table(groups: Sequence[Group], several: bool, kind: Sequence[Figure
     counted = [Cell(figure.head, f"n = {first['counts'][figure.key]}" if single else "") for figure in figures]
     heads = [Cell("model"), Cell("calls"), *counted, Cell("denoising"), Cell("end to end")]
     lines = [[*([] if single else [_basis(group)]), *_group_lines(group, figures, several)] for group in groups]
-    return Table("figures", heads, lines)
+    return Table("figures" if len(figures) <= len(WORLD) else "figures dense", heads, lines)
 
 
 def _basis(group: Group) -> Line:

@@ -18,9 +18,9 @@ from fastvideo.distillation.sample import SampleNoise
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import LoadedModel
 
-FEATURE_TIMES = (0.1, 0.4)
+FEATURE_TIMES = (0.1, 0.3)
 """Noise levels of the features: detail and layout."""
-MATCH_TIMES = (0.5, 0.7, 0.9)
+MATCH_TIMES = (0.5, 0.7)
 """Noise levels at which prompts are told apart: content is decided there."""
 DISTRACTORS = 4
 """Other prompts that a video's own prompt competes with."""
@@ -52,7 +52,7 @@ class Instrument:
 
     @torch.no_grad()
     def features(self, latents: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Mean and spread over the tokens of each tap at each time, without a prompt: float32 ``[B, S, 2 D]``.
+        """Mean over the tokens of each tap at each time, without a prompt: float32 ``[B, S, D]``.
 
         ``S`` spaces: one per time and tap.
         """
@@ -62,7 +62,7 @@ class Instrument:
         for time in FEATURE_TIMES:
             t = torch.full((len(latents),), time, device=latents.device)
             tokens = self.denoiser.features(add_noise(latents, noise, t), t, empty, self.taps)
-            found += [torch.cat([one.float().mean(1), one.float().std(1)], 1) for one in tokens]
+            found += [one.float().mean(1) for one in tokens]
         return torch.stack(found, 1).cpu()
 
     @torch.no_grad()

@@ -166,7 +166,7 @@ def measure(
     seconds = _text_seconds(teacher, task.prompts)
     theirs = looked[task.teacher]
     measured = {
-        name: _row(task, row, _figures(task, metrics, looked[name], theirs), looked[name], seconds)
+        name: judged_row(task, row, judged_figures(task, metrics, looked[name], theirs), looked[name], seconds)
         for name, row in rows.items()
     }
     about = {
@@ -224,7 +224,7 @@ def _text_seconds(teacher: OpenedModel, prompts: Sequence[str]) -> float:
     return (time.perf_counter() - begin) / len(few)
 
 
-def _figures(task: Task, metrics: Sequence[Metric], ours: Looked, theirs: Looked) -> Figures:
+def judged_figures(task: Task, metrics: Sequence[Metric], ours: Looked, theirs: Looked) -> Figures:
     """The figures of all metrics."""
     once, several = (resample_counts(count, task.seed) for count in (len(task.prompts), len(task.several)))
     found: Figures = {}
@@ -233,7 +233,7 @@ def _figures(task: Task, metrics: Sequence[Metric], ours: Looked, theirs: Looked
     return found
 
 
-def _row(task: Task, row: Opened, figures: Figures, looked: Looked, text_seconds: float) -> JudgedRow:
+def judged_row(task: Task, row: Opened, figures: Figures, looked: Looked, text_seconds: float) -> JudgedRow:
     """Figures with the sampler that made the videos, and seconds per video."""
     denoise = median(row.samples.seconds(range(len(task.prompts))))
     return JudgedRow(

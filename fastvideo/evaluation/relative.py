@@ -80,7 +80,7 @@ class Looks(Metric):
         self.names = names
 
     def observe(self, batch: Batch) -> Seen:
-        return looks(batch.latents, batch.videos)
+        return looks(batch.videos)
 
     def figures(self, seen: Seen, teacher: Seen, counts: Tensor) -> Figures:
         found: Figures = {name: ratio(seen[name], teacher[name], counts) for name in self.names}

@@ -133,7 +133,8 @@ def _cost(runs: Sequence[Run], group: Group) -> str | None:
     if not distance.floor:
         return None
     label = "Fréchet distance" if distance.key == "frechet" else distance.head.capitalize()
-    return cost_chart(figure.marks(group, runs), group.first[distance.floor], label)
+    note = "a perfect model (floor)" if distance.key == "frechet" else "the teacher, from itself (floor)"
+    return cost_chart(figure.marks(group, runs), group.first[distance.floor], label, note)
 
 
 def _gallery(runs: Sequence[Run], groups: Sequence[Group]) -> PromptGrid | None:

@@ -45,17 +45,36 @@ def data_features(path: Path, model: OpenedModel, instrument: Instrument, most: 
     return torch.cat(found)
 
 
-def _latents(path: Path, model: OpenedModel, most: int, batch_size: int) -> Part:
+def check_data(path: Path, model: OpenedModel) -> None:
+    """Check that the data is there and fits the model, before anything is sampled.
+
+    Raises:
+        UserError: for data that cannot be read or does not fit.
+    """
     if not path.exists():
         raise UserError(f"--data {path} does not exist")
-    is_dataset = path.is_file() or any(path.rglob("*.parquet"))
-    return _of_dataset(path, model, most, batch_size) if is_dataset else _of_videos(path, model, most, batch_size)
+    if _is_dataset(path):
+        _source(path, model)
+    else:
+        find_videos(path)
+
+
+def _is_dataset(path: Path) -> bool:
+    return path.is_file() or any(path.rglob("*.parquet"))
+
+
+def _latents(path: Path, model: OpenedModel, most: int, batch_size: int) -> Part:
+    return (_of_dataset if _is_dataset(path) else _of_videos)(path, model, most, batch_size)
+
+
+def _source(path: Path, model: OpenedModel) -> ParquetSource:
+    codec = model.adapter.codec
+    wanted = DataRequirements(codec.latent_shape, normalise=codec.normalise, codec_key=codec.latent_key)
+    return ParquetSource(str(path), wanted)
 
 
 def _of_dataset(path: Path, model: OpenedModel, most: int, batch_size: int) -> Part:
-    codec = model.adapter.codec
-    wanted = DataRequirements(codec.latent_shape, normalise=codec.normalise, codec_key=codec.latent_key)
-    source = ParquetSource(str(path), wanted)
+    source = _source(path, model)
     count = min(most, len(source))
     rows = [place * len(source) // count for place in range(count)]
     for start in range(0, count, batch_size):
