@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +13,14 @@ from fastvideo.errors import UserError, counted
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from torch import Tensor
 
     from fastvideo.evaluation.choice import Choice
     from fastvideo.evaluation.evaluate import Evaluation
     from fastvideo.evaluation.judge import Judge
     from fastvideo.evaluation.measure import Opened, Task
     from fastvideo.evaluation.metric import Metric
-    from fastvideo.evaluation.metrics import SampledRow
+    from fastvideo.evaluation.metrics import JudgedRow
 
 
 FEW = 64
@@ -38,10 +40,9 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     Raises:
         UserError: for a mistake in the call, before anything is sampled.
     """
-    from fastvideo.evaluation.choice import absent, choose, external_metrics
-    from fastvideo.evaluation.measure import measure, open_rows, sample_rows
+    from fastvideo.evaluation.choice import absent, check_teacher, choose, external_metrics
+    from fastvideo.evaluation.measure import batch_size_for, measure, open_rows, sample_rows
     from fastvideo.evaluation.report_store import check_measurable
-    from fastvideo.evaluation.user_data import check_data
 
     choice = choose(arguments.metrics, arguments.clip, arguments.fvd_extractor)
     out, share = _out(arguments), _share(arguments.share)
@@ -49,21 +50,19 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     prompts = read_task_prompts(arguments)
     task = make_task(arguments, out, prompts)
     rows = open_rows(task)
-    if arguments.data is not None:
-        check_data(arguments.data, rows[task.teacher].model)
+    shape = rows[task.teacher].model.adapter.codec.latent_shape
+    task = replace(task, batch_size=arguments.batch_size or batch_size_for(shape))
+    check_teacher(choice, rows[task.teacher].model, task.prompts, arguments.data)
     external = [] if arguments.share else external_metrics(choice, task.device)
     count = sample_rows(task, rows, share)
     console.print(f"{counted(count, 'video')} sampled into {out}/samples, {_reused(rows, count, share)} reused")
     if arguments.share:
         return
-    metrics, data = build(task, rows, choice, prompts.judge, arguments.data)
-    settings = {"metrics": ", ".join(choice.names), **data}
-    if prompts.judge is not None:
-        settings |= {"split": "heldout", "reference_videos": prompts.judge.reference_videos}
-    evaluation = measure(task, rows, [*metrics, *external], KEPT_VIDEOS, settings)
-    console.print(table(evaluation, arguments.teacher or ""))
-    if len(prompts.texts) < FEW:
-        console.print(f"[dim]{len(prompts.texts)} prompts are few for distances and shares: take {FEW} or more[/dim]")
+    metrics, notes = build(task, rows, choice, prompts.judge, arguments.data)
+    evaluation = measure(task, rows, [*metrics, *external], KEPT_VIDEOS, notes)
+    console.print(table(evaluation, task.teacher))
+    if len(task.prompts) < FEW:
+        console.print(f"[dim]{len(task.prompts)} prompts are few for distances and shares: take {FEW} or more[/dim]")
     for name, remedy in absent(choice):
         console.print(f"[dim]not measured: {name}: {remedy}[/dim]", highlight=False)
     console.print(write_out(out, evaluation), highlight=False)
@@ -125,9 +124,7 @@ def make_task(arguments: EvaluateArguments, out: Path, prompts: Prompts) -> Task
     repeated = () if prompts.judge is None else tuple(prompts.judge.diversity_task.positions.tolist())
     options = {} if arguments.precision is None else {"precision": arguments.precision}
     rows = {**row_specs([teacher]), **students}
-    return Task(
-        rows, teacher, prompts.texts, arguments.seed, out, repeated, arguments.batch_size, arguments.device, options
-    )
+    return Task(rows, teacher, prompts.texts, arguments.seed, out, repeated, device=arguments.device, options=options)
 
 
 def build(
@@ -144,17 +141,19 @@ def build(
 
     teacher = rows[task.teacher].model
     instrument = Instrument(with_network(teacher)) if choice.needs_network else None
-    features, notes = None, dict[str, Any]()
+    features: Tensor | None = None
+    notes: dict[str, Any] = {"metrics": ", ".join(choice.names)}
     if data is not None and instrument is not None:
         features = data_features(data, teacher, instrument, len(task.prompts), task.batch_size)
-        notes = {"data": str(data), "data_videos": len(features)}
+        notes |= {"data": str(data), "data_videos": len(features)}
     metrics = teacher_metrics(choice, instrument, task.prompts, features, SEEDS)
     if judge is not None:
         metrics += [WorldTruth(judge, vae_floor(teacher, judge, task.batch_size)), WorldDiversity(judge)]
+        notes |= {"split": judge.world.split, "reference_videos": judge.reference_videos}
     return metrics, notes
 
 
-def table(evaluation: Evaluation, teacher: str) -> Table:
+def table(evaluation: Evaluation[JudgedRow], teacher: str) -> Table:
     """All rows with their intervals, a figure per line."""
     from rich.table import Table
 
@@ -177,5 +176,5 @@ def table(evaluation: Evaluation, teacher: str) -> Table:
     return out
 
 
-def _label(head: str, floor: str, first: SampledRow) -> str:
+def _label(head: str, floor: str, first: JudgedRow) -> str:
     return f"{head}\n[dim]floor {first.values[floor]:.3g}[/dim]" if floor in first.values else head

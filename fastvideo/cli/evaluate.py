@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalFile, OptionalFloat, OptionalPath, OptionalText, parse
+from fastvideo.cli.arguments import OptionalFile, OptionalFloat, OptionalInt, OptionalPath, OptionalText, parse
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
 
@@ -60,8 +60,9 @@ class EvaluateArguments:
     """A TorchScript network, such as i3d_torchscript.pt, for fvd."""
     out: OptionalPath = None
     """Folder (which may be a run's) for figures, the first videos and a page; a name ending in .json: figures alone."""
-    batch_size: int = 64
-    """Videos that are denoised together; the speed depends on it."""
+    batch_size: OptionalInt = None
+    """Videos that are denoised together; the speed and the memory depend on it. Default: 64 small ones, 1 of 81 frames
+    at 480x832."""
     device: str = "cpu"
     """Device: cpu, cuda, cuda:1, mps."""
     precision: Annotated[
@@ -88,6 +89,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     """
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report_store import check_unmeasured
+    from fastvideo.inference.sampler import BATCH_SIZE
 
     console = console or standard_output()
     if not arguments.folders and arguments.teacher is None:
@@ -109,7 +111,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
         rows,
         prompts=world_prompts(arguments),
         seed=arguments.seed,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or BATCH_SIZE,
         keep_videos=1 if alone or arguments.out is None else KEPT_VIDEOS,
         device=arguments.device,
     )
@@ -163,7 +165,7 @@ def row_specs(
     return rows
 
 
-def write_out(out: Path, evaluation: Evaluation) -> str:
+def write_out(out: Path, evaluation: Evaluation[Any]) -> str:
     """Write figures to a ``.json`` file, or figures, first videos and page to a folder; returns a message."""
     from fastvideo.evaluation.report import write_report
     from fastvideo.evaluation.report_store import save_measured, write_json
@@ -215,6 +217,7 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
     from rich.table import Table
 
     from fastvideo.evaluation.sweep import sweep_guidance
+    from fastvideo.inference.sampler import BATCH_SIZE
 
     try:
         scales = [float(scale) for scale in (arguments.sweep_guidance or "").split(",")]
@@ -226,7 +229,7 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
             scales,
             prompts=world_prompts(arguments),
             seed=arguments.seed,
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_size or BATCH_SIZE,
             device=arguments.device,
         )
         best = min(found, key=lambda scale: found[scale].value)

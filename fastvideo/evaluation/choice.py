@@ -13,10 +13,12 @@ from fastvideo.data.video_io import FPS
 from fastvideo.errors import UserError, did_you_mean
 from fastvideo.evaluation.catalogue import VBENCH_DIMENSIONS
 from fastvideo.evaluation.external import VBENCH_INSTALL, ClipScore, VBench, VideoDistance
-from fastvideo.evaluation.instrument import Instrument
+from fastvideo.evaluation.instrument import Instrument, distractors, taps_of
 from fastvideo.evaluation.looks import LOOKS
 from fastvideo.evaluation.metric import Metric
 from fastvideo.evaluation.relative import Looks, PromptMatch, SeedDiversity, TeacherDistance
+from fastvideo.evaluation.user_data import check_data
+from fastvideo.inference.loading import OpenedModel
 
 OWN = ("fd_teacher", "prompt_match", *LOOKS, "seed_diversity")
 """Metrics that need the teacher alone."""
@@ -75,6 +77,20 @@ def absent(choice: Choice) -> list[tuple[str, str]]:
     if not set(VBENCH) & set(choice.names):
         remedies.append(("vbench", f"{VBENCH_INSTALL}, then --metrics {VBENCH[0]} ..."))
     return remedies
+
+
+def check_teacher(choice: Choice, teacher: OpenedModel, prompts: Sequence[str], data: Path | None) -> None:
+    """Check that the teacher, the prompts and the user's data can give the chosen metrics, before anything is sampled.
+
+    Raises:
+        UserError: if they cannot.
+    """
+    if choice.needs_network:
+        taps_of(teacher.adapter)
+    if "prompt_match" in choice.names:
+        distractors(prompts)
+    if data is not None:
+        check_data(data, teacher)
 
 
 def teacher_metrics(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,16 @@ from fastvideo.tiny.classifier import WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import SIZE
 
+RowT = TypeVar("RowT", bound=SampledRow)
 DECODE_UNITS = 2
 """Weight of decoding one video on the progress bar, in network calls."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Generic[RowT]):
     """Rows by name, with the first videos ``[V, 3, T, H, W]`` of each row for the same ``prompts``."""
 
-    rows: Mapping[str, SampledRow]
+    rows: Mapping[str, RowT]
     videos: Mapping[str, Tensor]
     prompts: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -65,7 +66,7 @@ def evaluate_rows(
     keep_videos: int = 12,
     device: str = "cpu",
     judge: Judge | None = None,
-) -> Evaluation:
+) -> Evaluation[Row]:
     """Measure every row on the same prompts and noise; the floor is that of the first row's VAE.
 
     Args:
@@ -113,7 +114,7 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
     return (time.perf_counter() - begin) / len(prompts)
 
 
-def vae_floor(model: LoadedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
+def vae_floor(model: OpenedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
     """Frechet distances of the prompts' real videos after the VAE: the score of a perfect model of the latents.
 
     It is not zero, because the sample is finite and the VAE lossy.

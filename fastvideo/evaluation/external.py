@@ -7,6 +7,7 @@ others, with the way to get them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import tempfile
@@ -134,8 +135,7 @@ class VBench(Metric):
 
     def _scores(self, dimension: str, files: Sequence[Path]) -> Tensor:
         """VBench's result of each file, float64 ``[N]``."""
-        import vbench
-
+        vbench = importlib.import_module("vbench")
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             videos = Path(folder) / "videos"
             videos.mkdir()

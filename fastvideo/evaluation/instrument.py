@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import sample_seed
 from fastvideo.distillation.sample import SampleNoise
@@ -40,10 +42,7 @@ class Instrument:
 
     def __init__(self, model: LoadedModel) -> None:
         self.adapter, self.denoiser = model.adapter, model.denoiser
-        blocks = len(self.adapter.feature_widths)
-        if not blocks:
-            raise UserError(f"{type(self.adapter).__name__} has no features of its blocks: it cannot judge videos")
-        self.taps = sorted({blocks // 2, blocks - 1})
+        self.taps = taps_of(model.adapter)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Noise ``[B, C, F, H, W]`` of each sample."""
@@ -78,6 +77,18 @@ class Instrument:
         return torch.stack(errors, 1).mean(1).cpu()
 
 
+def taps_of(adapter: DistillAdapter[Any]) -> list[int]:
+    """The middle and the last block of a family's network.
+
+    Raises:
+        UserError: for a family without features.
+    """
+    blocks = len(adapter.feature_widths)
+    if not blocks:
+        raise UserError(f"{type(adapter).__name__} has no features of its blocks: it cannot judge videos")
+    return sorted({blocks // 2, blocks - 1})
+
+
 def distractors(prompts: Sequence[str], most: int = DISTRACTORS) -> list[list[str]]:
     """Other prompts to tell each prompt from, drawn by its text: fewer than ``most`` where there are fewer.
 
@@ -86,7 +97,7 @@ def distractors(prompts: Sequence[str], most: int = DISTRACTORS) -> list[list[st
     """
     distinct = sorted(set(prompts))
     if len(distinct) < 2:
-        raise UserError("prompt_match needs at least two different prompts to tell apart")
+        raise UserError("prompt_match tells different prompts apart: give two or more, or leave it out of --metrics")
     return [_others(distinct, prompt, min(most, len(distinct) - 1)) for prompt in prompts]
 
 

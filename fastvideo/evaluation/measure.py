@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +25,16 @@ from fastvideo.evaluation.metrics import JudgedRow
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.samples import ALL, FOLDER, Clips, Samples, Share, fill, sample_key
 from fastvideo.evaluation.statistics import resample_counts
-from fastvideo.inference.loading import OpenedModel, load_recipe, open_model, with_network
+from fastvideo.inference.loading import OpenedModel, load_recipe, open_model, unloaded, with_network
 from fastvideo.inference.progress import PatientBar
+from fastvideo.inference.sampler import BATCH_SIZE
 
 SEEDS = 4
 """Videos of one prompt, where several seeds are compared."""
 SEED_PROMPTS = 16
 """Prompts of which several seeds are compared."""
+POSITIONS = 21 * 60 * 104
+"""Latent positions (frames, rows, columns) of a batch, by default."""
 TIMED_PROMPTS = 16
 """Prompts whose encoding is timed."""
 
@@ -101,6 +105,8 @@ def open_rows(task: Task) -> dict[str, Opened]:
         raise UserError(f"evaluation needs at least 2 prompts, got {len(task.prompts)}")
     models = _open_models(task)
     teacher = models[task.rows[task.teacher].folder]
+    for model in models.values():
+        model.adapter.conditioner.check_prompts(task.prompts)
     for name, spec in task.rows.items():
         _check_alike(name, models[spec.folder], task.teacher, teacher)
     clips = task.clips
@@ -140,12 +146,18 @@ def _check_alike(name: str, model: OpenedModel, teacher_name: str, teacher: Open
 
 
 def sample_rows(task: Task, rows: Mapping[str, Opened], share: Share = ALL) -> int:
-    """Sample all that is missing of a ``share``, one network in memory at a time; returns the number of videos."""
+    """Sample all that is missing of a ``share``, one model in memory at a time; returns the number of videos."""
     count = 0
     for name, row in rows.items():
         if row.samples.missing(share):
-            count += fill(row.samples, with_network(row.model), row.sampler, task.batch_size, name, share)
+            model = with_network(unloaded(row.model))
+            count += fill(row.samples, model, row.sampler, task.batch_size, name, share)
     return count
+
+
+def batch_size_for(latent_shape: Sequence[int]) -> int:
+    """Videos at once whose latents have about as many positions as one of 81 frames at 480 x 832."""
+    return max(1, min(BATCH_SIZE, POSITIONS // math.prod(latent_shape[1:])))
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,7 @@ class Looked:
 
 def measure(
     task: Task, rows: Mapping[str, Opened], metrics: Sequence[Metric], keep_videos: int, settings: Mapping[str, Any]
-) -> Evaluation:
+) -> Evaluation[JudgedRow]:
     """Observe every row's videos and compare them with the teacher's."""
     teacher = rows[task.teacher].model
     looked = {name: look(task, row.samples, metrics, teacher, keep_videos, name) for name, row in rows.items()}

@@ -56,7 +56,7 @@ def _check_videos(folder: Path) -> None:
         raise UserError(f"{folder} holds something else than the videos of an evaluation: move it away")
 
 
-def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str, Any]:
+def save_measured(run: Path, evaluation: Evaluation[Any], **more: object) -> dict[str, Any]:
     """Store an evaluation in ``run``, with further top-level keys in ``metrics.json``, which is written last.
 
     Returns:
@@ -68,7 +68,7 @@ def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str
     return figures
 
 
-def _save_videos(folder: Path, evaluation: Evaluation) -> None:
+def _save_videos(folder: Path, evaluation: Evaluation[Any]) -> None:
     _check_videos(folder)
     names = {name: f"{i:02}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-60:]}" for i, name in enumerate(evaluation.videos)}
     with replacing_folder(folder) as part:

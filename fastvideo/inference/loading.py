@@ -104,6 +104,12 @@ def load_model(folder: str, options: Mapping[str, Any] | None = None, device: st
     return with_network(open_model(folder, options, device))
 
 
+def unloaded(model: OpenedModel) -> OpenedModel:
+    """The same model without text encoder and VAE, which ``model`` may have loaded and keeps."""
+    adapter = model.adapter
+    return OpenedModel(model.source, type(adapter)(adapter.config, adapter.device), model.recipe)
+
+
 def with_network(model: OpenedModel) -> LoadedModel:
     """Load the network of an opened model."""
     network = model.adapter.folder.load_network().requires_grad_(False)

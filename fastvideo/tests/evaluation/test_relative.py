@@ -97,7 +97,7 @@ def test_distractors_are_other_prompts_and_depend_on_the_prompt_alone() -> None:
     drawn = distractors(["a", "b", "c", "a"], 4)
     assert drawn[0] == drawn[3]
     assert sorted(drawn[1]) == ["a", "c"]
-    with pytest.raises(UserError, match="two different prompts"):
+    with pytest.raises(UserError, match="tells different prompts apart"):
         distractors(["a", "a"])
 
 
