@@ -48,7 +48,7 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     out, share = _out(arguments), _share(arguments.share)
     check_measurable(out)
     prompts = read_task_prompts(arguments)
-    task = make_task(arguments, out, prompts)
+    task = make_task(arguments, out, prompts, choice)
     rows = open_rows(task)
     shape = rows[task.teacher].model.adapter.codec.latent_shape
     task = replace(task, batch_size=arguments.batch_size or batch_size_for(shape))
@@ -111,7 +111,7 @@ def read_task_prompts(arguments: EvaluateArguments) -> Prompts:
     return Prompts(judge.prompts, judge)
 
 
-def make_task(arguments: EvaluateArguments, out: Path, prompts: Prompts) -> Task:
+def make_task(arguments: EvaluateArguments, out: Path, prompts: Prompts, choice: Choice) -> Task:
     """The measurement that the arguments ask for.
 
     Raises:
@@ -121,7 +121,9 @@ def make_task(arguments: EvaluateArguments, out: Path, prompts: Prompts) -> Task
 
     teacher = arguments.teacher or ""
     students = row_specs(arguments.folders, arguments.guidance, arguments.ladder)
-    repeated = () if prompts.judge is None else tuple(prompts.judge.diversity_task.positions.tolist())
+    repeated = None if "seed_diversity" in choice.names else ()
+    if prompts.judge is not None:
+        repeated = tuple(prompts.judge.diversity_task.positions.tolist())
     options = {} if arguments.precision is None else {"precision": arguments.precision}
     rows = {**row_specs([teacher]), **students}
     return Task(rows, teacher, prompts.texts, arguments.seed, out, repeated, device=arguments.device, options=options)

@@ -46,10 +46,10 @@ class Task:
     Attributes:
         rows: models with their samplers by name, the teacher's among them.
         teacher: name of the teacher's row.
-        prompts: one video each; the first prompts of ``repeated`` get :data:`SEEDS`.
+        prompts: one video each; those of ``repeated`` get :data:`SEEDS`.
         seed: of the noise.
         out: folder that keeps the samples.
-        repeated: numbers of the prompts of which several seeds are compared; by default the first.
+        repeated: numbers of the prompts of which several seeds are compared; by default the first, empty for none.
         batch_size: videos that are denoised and decoded together.
         device: cpu, cuda, cuda:1, mps.
         options: fields of the families' configs that replace those of the models' recipes, such as ``precision``.
@@ -60,7 +60,7 @@ class Task:
     prompts: tuple[str, ...]
     seed: int
     out: Path
-    repeated: tuple[int, ...] = ()
+    repeated: tuple[int, ...] | None = None
     batch_size: int = 8
     device: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,8 @@ class Task:
     @property
     def several(self) -> tuple[int, ...]:
         """Numbers of the prompts of which several seeds are compared."""
-        return self.repeated or tuple(range(min(SEED_PROMPTS, len(self.prompts))))
+        first = tuple(range(min(SEED_PROMPTS, len(self.prompts))))
+        return first if self.repeated is None else self.repeated
 
     @property
     def clips(self) -> Clips:
@@ -238,10 +239,10 @@ def _text_seconds(teacher: OpenedModel, prompts: Sequence[str]) -> float:
 
 def judged_figures(task: Task, metrics: Sequence[Metric], ours: Looked, theirs: Looked) -> Figures:
     """The figures of all metrics."""
-    once, several = (resample_counts(count, task.seed) for count in (len(task.prompts), len(task.several)))
     found: Figures = {}
     for metric in metrics:
-        found |= metric.figures(ours.seen[metric], theirs.seen[metric], several if metric.of_seeds else once)
+        counts = resample_counts(len(task.several if metric.of_seeds else task.prompts), task.seed)
+        found |= metric.figures(ours.seen[metric], theirs.seen[metric], counts)
     return found
 
 
