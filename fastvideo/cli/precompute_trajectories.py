@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastvideo.cli.arguments import Count, OptionalFile, Switch, parse
+from fastvideo.cli.arguments import OptionalFile, Switch, parse
+from fastvideo.ranges import BatchSize, PositiveInt, Workers
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class TrajectoryArguments:
     """Folder for the Parquet files; the run's data.path."""
     prompts: OptionalFile = None
     """Text file, one prompt per line. Default: captions of the embedded tiny world."""
-    count: Count = 4096
+    count: PositiveInt = 4096
     """Number of trajectories; fewer prompts are repeated."""
-    workers: Count = 1
+    workers: Workers = 1
     """Processes, each with one thread; the rows do not depend on their number."""
-    rows_per_file: Count = 256
+    rows_per_file: PositiveInt = 256
     """Trajectories per Parquet file; an interruption loses at most this many per process."""
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     """Trajectories that go through the network together."""
     device: str = "cpu"
     """Device: cpu, or cuda (the processes share all GPUs)."""

@@ -28,7 +28,7 @@ def sources_key(videos: Sequence[Video]) -> str:
     """SHA-256 of the videos' names, sizes and captions, in order."""
     digest = hashlib.sha256()
     for video in videos:
-        entry = [video.name, video.path.stat().st_size, video.caption, video.problem]
+        entry = [video.name, video.path.stat().st_size if video.path.exists() else None, video.caption, video.problem]
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
@@ -46,7 +46,7 @@ def open_output(out: Path, manifest: Mapping[str, Any], *, overwrite: bool, stem
     if overwrite and (out / MANIFEST).is_file():
         shutil.rmtree(out)
     if (out / MANIFEST).is_file():
-        _check_same(out, json.loads((out / MANIFEST).read_text()), json.loads(json.dumps(manifest)))
+        _check_same(out, json.loads((out / MANIFEST).read_text(encoding="utf-8")), json.loads(json.dumps(manifest)))
     elif out.exists() and (not out.is_dir() or any(not _is_leftover(item) for item in out.iterdir())):
         command = manifest.get("command", "fastvideo preprocess")
         raise UserError(f"--out: {out} exists and was not made by {command}; choose another")
@@ -77,15 +77,15 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def collect(out: Path, files: int) -> tuple[int, list[dict[str, str]]]:
-    """Rows in all files, and the skipped videos, which are also written to :data:`SKIPPED`.
+def collect(out: Path, files: int, stem: str = "videos") -> tuple[int, list[dict[str, str]]]:
+    """Rows in all files, and the skipped videos or prompts, which are also written to :data:`SKIPPED`.
 
     Raises:
         UserError: if a file is damaged.
     """
     rows, skipped = 0, []
     for number in range(files):
-        path = shard_path(out, number)
+        path = shard_path(out, number, stem)
         try:
             footer = pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from fastvideo.data.columns import plain
 from fastvideo.data.faults import UNREADABLE, Faults
 from fastvideo.data.fits import DataRequirements, check_fits, is_raw, sample_shape
 from fastvideo.data.index import FileIndex, check_bytes, dataset_files, index_file, iter_row_groups, latent_shape
 from fastvideo.data.order import Bucket
-from fastvideo.data.schema import LATENT, TEXT, Floats, byte_count, floats
+from fastvideo.data.schema import LATENT, TEXT, Floats, byte_count, floats, is_text
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.stopping import unit_done
 
@@ -52,20 +53,19 @@ class ParquetSource:
     def __init__(self, path: str, wanted: DataRequirements, faults: Faults | None = None) -> None:
         self.wanted, self.faults = wanted, Faults() if faults is None else faults
         self.files = list(self._usable(path))
-        self.names = [*wanted.required, *([TEXT] if self._has_text() else [])]
+        self.names = [*wanted.required, *filter(self._is_stored, self._text_columns)]
         self._groups = list(iter_row_groups(self.files))
         self._starts = np.cumsum([0, *(rows for *_, rows in self._groups)])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 
     def _usable(self, path: str) -> Iterator[FileIndex]:
         """Readable files that fit."""
-        optional = [TEXT] if TEXT in self.wanted.extras else []
         first: UserError | None = None
         count = 0
         for file in dataset_files(path):
             unit_done()
             try:
-                indexed = index_file(file, self.wanted.required, optional)
+                indexed = index_file(file, self.wanted.required, self._text_columns)
                 check_fits(indexed, self.wanted)
             except UserError as error:
                 first = first or error
@@ -76,11 +76,13 @@ class ParquetSource:
         if not count:
             raise UserError(f"data.path: no file of {path} can be used; the first: {first}")
 
-    def _has_text(self) -> bool:
-        """True if every row has a text embedding; refuses a dataset in which only some have one."""
-        if TEXT not in self.wanted.extras:
-            return False
-        missing = [(file, file.tensors[TEXT].missing if TEXT in file.tensors else file.rows) for file in self.files]
+    @property
+    def _text_columns(self) -> list[str]:
+        return [name for name in self.wanted.extras if is_text(name)]
+
+    def _is_stored(self, column: str) -> bool:
+        """True if every row has that text; refuses a dataset in which only some have one."""
+        missing = [(file, file.tensors[column].missing if column in file.tensors else file.rows) for file in self.files]
         total = sum(count for _, count in missing)
         if total in (0, len(self)):
             return total == 0
@@ -92,8 +94,13 @@ class ParquetSource:
 
     @property
     def has_text(self) -> bool:
-        """True if stored text embeddings replace encoded captions."""
-        return TEXT in self.names
+        """True if stored text embeddings replace encoded captions of the model's own."""
+        return TEXT in self.texts
+
+    @property
+    def texts(self) -> list[str]:
+        """Names in a batch of the stored texts."""
+        return [self.wanted.named(name) for name in self.names if is_text(name)]
 
     def captions(self) -> list[str]:
         """All readable captions.
@@ -103,7 +110,7 @@ class ParquetSource:
         """
         captions: list[str] = []
         for file in self.files:
-            column = pq.read_table(file.path, columns=["caption"], partitioning=None)["caption"]
+            column = plain(pq.read_table(file.path, columns=["caption"], partitioning=None))["caption"]
             for row, value in enumerate(column):
                 try:
                     caption = value.as_py()
@@ -162,7 +169,7 @@ class ParquetSource:
             raise UserError(f"{self.files[0].path.parent}: no row of a batch can be read")
         spare = cycle(good)
         samples = [next(spare) if row is None else row for row in found]
-        extras = {name: self._stacked(name, samples) for name in self.names if name != LATENT}
+        extras = {self.wanted.named(name): self._stacked(name, samples) for name in self.names if name != LATENT}
         latents = self._latents(samples) if self.wanted.latents else None
         return RawBatch(tuple(row.caption for row in samples), latents, extras)
 
@@ -189,7 +196,7 @@ class ParquetSource:
             file, group, *_ = self._groups[number]
             columns = ["caption", *(f"{name}_bytes" for name in self.names)]
             with pq.ParquetFile(self.files[file].path) as opened:
-                self._cache[number] = opened.read_row_group(group, columns=columns, use_threads=False)
+                self._cache[number] = plain(opened.read_row_group(group, columns=columns, use_threads=False))
             # Room first for every bucket's window; a single row group may be larger than the whole budget.
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)
@@ -199,7 +206,7 @@ class ParquetSource:
     def _stacked(self, name: str, rows: Sequence[Sample]) -> Tensor:
         """One tensor of all rows; text embeddings are zero-padded to the longest."""
         arrays = [row.arrays[name] for row in rows]
-        if name != TEXT:
+        if not is_text(name):
             return torch.from_numpy(np.stack(arrays))
         longest = max(len(array) for array in arrays)
         padded = np.zeros((len(arrays), longest, arrays[0].shape[1]), dtype=np.float32)

@@ -14,6 +14,7 @@ from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.checkpoint.restore import check_intact, newest
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
+from fastvideo.distillation.engine.optional.recorder import STACKS, record_collectives
 from fastvideo.distillation.engine.optional.startup import StartUp
 from fastvideo.distillation.engine.parallel.collective import check_agreement, naming_lost_ranks
 from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, start_processes, stop_processes
@@ -53,6 +54,7 @@ class Session:
         start = StartUp(monotonic() if began is None else began)
         start.reached("imports")
         _set_up_process(config.trainer)
+        record_collectives(Path(config.output) / STACKS)
         with listening(config.trainer.stop_signals):
             processes = start_processes(config.device, config.parallel)
             try:

@@ -12,21 +12,18 @@ from torch import Tensor
 
 from fastvideo.distillation.engine.checkpoint.checkpoint import INDEX, SHARED, Parts
 from fastvideo.distillation.engine.checkpoint.manifest import (
-    PREFIX,
     DamagedError,
     Manifest,
     checkpoints_in,
     complete_checkpoints,
-    newest_intact,
     step_of,
-    verified,
 )
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, RoleState, join_state
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
-from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, from_main
+from fastvideo.distillation.engine.parallel.collective import Agreement
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 
-NONE, LOST = -1, -2
 T = TypeVar("T")
 
 
@@ -49,18 +46,19 @@ def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Pa
     Raises:
         UserError: if every complete one is damaged.
     """
+    names = [path.name for path in reversed(checkpoints_in(folder))]
+    names, complete = Agreement().from_main((names, bool(complete_checkpoints(folder))))
     skipped: list[str] = []
-    step = NONE
-    if processes.is_main:
-        found = newest_intact(checkpoints_in(folder), skipped)
-        step = found[1].step if found else LOST if complete_checkpoints(folder) else NONE
-    step = from_main(step, processes)
-    for line in skipped:
-        say(f"passed over {line}")
-    if step == LOST:
+    for path in (folder / name for name in names):
+        problem = damage(path, processes)
+        if problem is None:
+            return path
+        skipped.append(f"{path}: {problem}")
+        say(f"passed over {skipped[-1]}")
+    if complete:
         listed = "".join(f"\n  {line}" for line in skipped)
         raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
-    return None if step == NONE else folder / f"{PREFIX}{step}"
+    return None
 
 
 def check_intact(folder: Path, processes: Processes) -> None:
@@ -69,14 +67,19 @@ def check_intact(folder: Path, processes: Processes) -> None:
     Raises:
         UserError: with the reason, if it is damaged.
     """
+    if problem := damage(folder, processes):
+        raise UserError(f"checkpoint {folder} cannot be used: {problem}")
+
+
+def damage(folder: Path, processes: Processes) -> str | None:
+    """Damage of a checkpoint, the same text on all processes; each verifies a part of its files."""
     problem = ""
-    if processes.is_main:
-        try:
-            verified(folder)
-        except DamagedError as error:
-            problem = str(error)
-    if from_main(int(bool(problem)), processes):
-        raise UserError(f"checkpoint {folder} cannot be used: {problem or 'see the main process'}")
+    try:
+        Manifest.read(folder).check_files(folder, processes.rank, processes.world_size)
+    except DamagedError as error:
+        problem = str(error)
+    found = dict.fromkeys(filter(None, Agreement().from_all(problem)))
+    return "; ".join(found) or None
 
 
 def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
@@ -102,10 +105,10 @@ def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
         targets |= {f"{name}{JOINT}{key}": tensor for key, tensor in wanted.items()}
     targets |= {f"{source}{JOINT}{key}": t for key, t in _empty(under(index, f"{source}{JOINT}")).items()}
     read_into(targets, folder, index)
-    shared = json.loads((folder / SHARED).read_text())
+    shared = json.loads((folder / SHARED).read_text(encoding="utf-8"))
     for name, part in parts.everywhere.items():
         part.load_state_dict(join_state(under(targets, f"{name}{JOINT}"), shared[name]))
-    own = json.loads((folder / f"{source}.json").read_text())
+    own = json.loads((folder / f"{source}.json").read_text(encoding="utf-8"))
     states = {name: join_state(under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
     return ResumePoint(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
 
@@ -151,7 +154,7 @@ def set_aside(checkpoint: Path, processes: Processes) -> list[str]:
             target = _free_name(folder / f"abandoned-{path.name}")
             path.rename(target)
             moved.append(f"{path.name} is later than the one asked for: kept as {target.name}")
-    barrier()
+    Agreement().wait()
     return moved
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
+from fastvideo.stopping import received
 
 BUCKET = 64 * 2**20
 """Most bytes of gradients that are reduced at once; a larger gradient travels alone."""
@@ -62,6 +63,10 @@ class Processes:
     def main_says(self, answer: bool) -> bool:
         """Share the main process's answer with all processes."""
         return bool(from_main(int(answer), self))
+
+    def stop_signal(self) -> int:
+        """Largest number of a signal that asked any process to stop; 0 if none was asked. All take part."""
+        return largest_signal()
 
     def gather_to_main(self, values: Tensor) -> Tensor | None:
         """Gather parts ``[n, ...]`` of all data ranks to the host of the main process, as ``[data_size, n, ...]``.
@@ -150,8 +155,13 @@ def make_mesh(processes: Processes, shape: tuple[int, ...], names: tuple[str, ..
     """A mesh of all processes whose groups have the process group's timeout, instead of torch's default."""
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
     for name in names:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh[name].get_group())
+        limit_waits(mesh[name], processes)
     return mesh
+
+
+def limit_waits(mesh: DeviceMesh, processes: Processes) -> None:
+    """Give the group of a mesh of one dimension the process group's timeout."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh.get_group())
 
 
 def barrier() -> None:
@@ -166,6 +176,15 @@ def from_main(value: int, processes: Processes) -> int:
         return value
     shared = torch.tensor(value, dtype=torch.int64, device=processes.device)
     dist.broadcast(shared, src=0)
+    return int(shared)
+
+
+def largest_signal(group: dist.ProcessGroup | None = None) -> int:
+    """Largest number of a signal that asked any process of a group (default: all) to stop; 0 if none was asked."""
+    if not dist.is_initialized():
+        return received()
+    shared = torch.tensor(received())
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
     return int(shared)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
@@ -19,6 +18,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.tangent import mean_velocity_target
 from fastvideo.distillation.types import Batch, mean_over_generated
+from fastvideo.ranges import Fraction, PositiveFloat
 
 
 class FlowMapLossConfig(DerivativeConfig):
@@ -28,15 +28,15 @@ class FlowMapLossConfig(DerivativeConfig):
     """`central_difference`, as published, or `autodiff`."""
     jvp_step: PositiveFloat = 5e-3
     """Step of the central difference, in time."""
-    velocity_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    velocity_share: Fraction = 0.5
     """Share of the global batch with `r = t`, which regresses the velocity."""
-    consistency_share: float = Field(default=0.25, ge=0.0, le=1.0)
+    consistency_share: Fraction = 0.25
     """Share with `r = 0`; the rest draws both times."""
     flow_time_shift: PositiveFloat = 5.0
     """Shift of both times."""
     fused_guidance: Guidance = 3.0
     """Guidance that is built into the network; 1 is none."""
-    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    caption_dropout: Fraction = 0.1
     """Share of samples that train the negative prediction."""
     balance: bool = True
     """Weight samples with `r < t` to the mean loss of those with `r = t` (within a process's micro-batch)."""
@@ -91,6 +91,10 @@ def beta_weight(t: Tensor) -> Tensor:
 
 
 def balanced(losses: Tensor, equal: Tensor, eps: float = 1e-5) -> Tensor:
-    """Losses ``[B]``, the others scaled to the mean of those with ``equal`` (or of all, if there are none)."""
-    level = (losses[equal] if bool(equal.any()) else losses).detach().mean()
+    """Losses ``[B]``, the others scaled to the mean of those with ``equal`` (or of all, if there are none).
+
+    The device decides, so the host need not wait for it.
+    """
+    chosen = torch.where(equal.any(), equal, True)
+    level = losses.detach().where(chosen, 0.0).sum() / chosen.sum()
     return torch.where(equal, losses, losses * level / (losses.detach() + eps))
