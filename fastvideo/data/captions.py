@@ -47,12 +47,7 @@ def find_videos(folder: Path, captions: Path | None = None, seed: int = 0) -> li
         UserError: if there is no video, none has a caption, or the caption file is not readable, names a video twice or
             an absent one.
     """
-    if not folder.is_dir():
-        raise UserError(f"video folder {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}")
-    files = sorted(_files_below(folder))
-    paths = {shown_name(str(PurePosixPath(path.relative_to(folder)))): path for path in files if _is_video(path)}
-    if not paths:
-        raise UserError(f"no video in {str(folder)!r}; files named {', '.join('*' + s for s in VIDEO_SUFFIXES)} count")
+    paths, files = video_files(folder)
     source = captions or _caption_file(folder)
     if source is None:
         videos = _with_sidecars(paths, files)
@@ -63,6 +58,21 @@ def find_videos(folder: Path, captions: Path | None = None, seed: int = 0) -> li
         found = f"{videos[0].problem}{_texts_found(folder, files)}"
         raise UserError(f"none of {len(videos)} videos has a caption: {found}{see('no-video-has-a-caption')}")
     return videos
+
+
+def video_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Videos in ``folder`` and below, by name, and all files there.
+
+    Raises:
+        UserError: if there is no such folder, or no video in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"video folder {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}")
+    files = sorted(_files_below(folder))
+    paths = {shown_name(str(PurePosixPath(path.relative_to(folder)))): path for path in files if _is_video(path)}
+    if not paths:
+        raise UserError(f"no video in {str(folder)!r}; files named {', '.join('*' + s for s in VIDEO_SUFFIXES)} count")
+    return paths, files
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

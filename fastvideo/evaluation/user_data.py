@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastvideo.data.captions import find_videos
+from fastvideo.data.captions import video_files
 from fastvideo.data.clips import Policy, Size, VideoError, read_clips
 from fastvideo.data.fits import DataRequirements
 from fastvideo.data.parquet import ParquetSource
@@ -56,7 +57,7 @@ def check_data(path: Path, model: OpenedModel) -> None:
     if _is_dataset(path):
         _source(path, model)
     else:
-        find_videos(path)
+        video_files(path)
 
 
 def _is_dataset(path: Path) -> bool:
@@ -88,11 +89,11 @@ def _of_videos(folder: Path, model: OpenedModel, most: int, batch_size: int) -> 
     values = model.adapter.config.model_dump()
     policy = Policy((Size(values["height"], values["width"], values["num_frames"]),))
     waiting: list[Tensor] = []
-    for video in find_videos(folder)[:most]:
+    for path in itertools.islice(video_files(folder)[0].values(), most):
         try:
-            waiting.append(next(read_clips(video.path, policy)).tensor)
+            waiting.append(next(read_clips(path, policy)).tensor)
         except VideoError as error:
-            raise UserError(f"--data: {video.path} {error}: take it out of the folder") from error
+            raise UserError(f"--data: {path} {error}: take it out of the folder") from error
         if len(waiting) == batch_size:
             yield model.adapter.codec.encode(torch.stack(waiting)).float()
             waiting = []

@@ -174,7 +174,7 @@ def test_another_latent_shape_is_one_message_before_anything_is_sampled(prompts:
         ({"out": Path("a.json")}, "needs --out FOLDER"),
         ({"share": "0/4"}, "--share 0/4: I/N is expected"),
         ({"share": "5/4"}, "--share 5/4: I/N is expected"),
-        ({"prompts": Path("/nowhere.txt")}, "cannot read prompts"),
+        ({"prompts": Path("/nowhere.txt")}, "No such file or directory"),
         ({"prompts": 1}, "at least 2 prompts"),
         ({"teacher": "tiny:many"}, "'many' is not a number"),
         ({"data": Path("/nowhere")}, "--data /nowhere does not exist"),

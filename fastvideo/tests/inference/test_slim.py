@@ -1,20 +1,16 @@
-"""Results share what training does not change with their base model: large files by link, all of it when slim."""
+"""Results copy what training does not change, or link it when they are slim."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from fastvideo import files
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.errors import UserError
-from fastvideo.files import LINKED_FROM, link_or_copy, replacing_folder
 from fastvideo.inference.generate import generate_video
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.inference.exporting import PROMPTS, export
@@ -22,31 +18,12 @@ from fastvideo.tests.inference.test_export import stock
 from fastvideo.training.run import run
 
 
-def test_large_files_are_linked_and_small_ones_copied(tmp_path: Path) -> None:
-    """Through the links of the hub's cache, and with the permissions of the file that was there first."""
-    blob, config = tmp_path / "blob", tmp_path / "config.json"
-    blob.write_bytes(bytes(LINKED_FROM))
-    blob.chmod(0o444)
-    config.write_text("{}")
-    (tmp_path / "weights").symlink_to(blob)
-    with replacing_folder(tmp_path / "result") as partial:
-        link_or_copy(str(tmp_path / "weights"), str(partial / "weights"))
-        link_or_copy(str(config), str(partial / "config.json"))
-    assert (tmp_path / "result" / "weights").samefile(blob)
-    assert not (tmp_path / "result" / "weights").is_symlink()
-    assert not (tmp_path / "result" / "config.json").samefile(config)
-    assert stat.S_IMODE(blob.stat().st_mode) == 0o444
-
-
-def test_another_disk_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*paths: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    (tmp_path / "weights").write_bytes(b"w" * LINKED_FROM)
-    monkeypatch.setattr(files.os, "link", refuse)
-    link_or_copy(str(tmp_path / "weights"), str(tmp_path / "copy"))
-    assert (tmp_path / "copy").read_bytes() == (tmp_path / "weights").read_bytes()
-    assert os.stat(tmp_path / "copy").st_nlink == 1
+def test_a_result_is_a_copy(distilled: Path, tmp_path: Path) -> None:
+    """Whoever writes into a result, such as an editor or another tool, must not change the base model."""
+    export(distilled, tmp_path / "whole")
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        assert not file.is_symlink()
+        assert file.stat().st_nlink == 1
 
 
 def test_a_slim_export_makes_the_same_video_and_stores_its_own_weights_alone(

@@ -48,7 +48,7 @@ def test_the_wheel_puts_the_examples_where_they_are_looked_for(tmp_path: Path, m
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     places = {PACKAGE.parent / source: PACKAGE.parent / target for source, target in included.items()}
-    assert places == {IN_CLONE: IN_WHEEL}
+    assert places[IN_CLONE] == IN_WHEEL
     shutil.copytree(IN_CLONE, tmp_path / "recipes")
     monkeypatch.setattr(module, "IN_WHEEL", tmp_path / "recipes")
     monkeypatch.setattr(module, "IN_CLONE", tmp_path / "nowhere")
@@ -73,4 +73,4 @@ def test_the_verb_lists_each_with_method_family_hardware(capsys: pytest.CaptureF
     assert sorted(named) == NAMES
     assert named["tiny_wan_dmd2"][:3] == ["dmd2", "wan", "CPU"]
     assert named["tiny_wan_dmd2"][3].startswith("Distils the tiny world")
-    assert [named[name][2] for name in NAMES[-3:]] == ["from 1 GPU", "from 1 GPU", "from 64 GPUs"]
+    assert [named[name][2] for name in NAMES[-3:]] == ["from 8 GPUs", "from 1 GPU", "from 64 GPUs"]

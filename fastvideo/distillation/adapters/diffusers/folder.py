@@ -29,7 +29,6 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
 from fastvideo.errors import UserError
-from fastvideo.files import link_or_copy
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
@@ -128,8 +127,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
     def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
         """A folder that the pipeline's ``from_pretrained`` loads, with everything of the source but its network.
 
-        Large files are hard links to the source's where the disk is the same, else copies; with ``slim`` the text
-        encoder, its tokenizer and the VAE are symbolic links to the source's folders.
+        With ``slim`` the text encoder, its tokenizer and the VAE are symbolic links to the source's folders.
 
         A flow map's head is written beside the network and not into it, which stock diffusers goes on to load.
         """
@@ -140,7 +138,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
             if item.is_dir() and slim and item.name != "scheduler":
                 (folder / item.name).symlink_to(item.resolve(), target_is_directory=True)
             elif item.is_dir():
-                shutil.copytree(item, folder / item.name, copy_function=link_or_copy, dirs_exist_ok=True)
+                shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
             else:
                 shutil.copy2(item, folder / item.name)
         with without_head(network) as head:
