@@ -10,13 +10,20 @@ from itertools import cycle
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from fastvideo.data.faults import UNREADABLE, Faults
 from fastvideo.data.fits import DataRequirements, check_fits, is_raw, sample_shape
-from fastvideo.data.index import FileIndex, check_bytes, dataset_files, index_file, iter_row_groups, latent_shape
+from fastvideo.data.index import (
+    FileIndex,
+    check_bytes,
+    dataset_files,
+    index_file,
+    iter_row_groups,
+    latent_shape,
+    open_parquet,
+)
 from fastvideo.data.order import Bucket
 from fastvideo.data.schema import LATENT, TEXT, Floats, byte_count, floats
 from fastvideo.distillation.types import RawBatch, UserError
@@ -41,7 +48,7 @@ class ParquetSource:
     Reads the required columns only, a row group at a time; a tensor's bytes are copied once, into its batch.
 
     Args:
-        path: a Parquet file, or a folder with Parquet files in it or below.
+        path: a Parquet file, or a folder with Parquet files in it or below, local or a URL.
         wanted: tensors to read.
         faults: bound on skipped files and rows; none may be skipped by default.
 
@@ -103,7 +110,8 @@ class ParquetSource:
         """
         captions: list[str] = []
         for file in self.files:
-            column = pq.read_table(file.path, columns=["caption"], partitioning=None)["caption"]
+            with open_parquet(file.path) as opened:
+                column = opened.read(columns=["caption"])["caption"]
             for row, value in enumerate(column):
                 try:
                     caption = value.as_py()
@@ -188,7 +196,7 @@ class ParquetSource:
         if number not in self._cache:
             file, group, *_ = self._groups[number]
             columns = ["caption", *(f"{name}_bytes" for name in self.names)]
-            with pq.ParquetFile(self.files[file].path) as opened:
+            with open_parquet(self.files[file].path) as opened:
                 self._cache[number] = opened.read_row_group(group, columns=columns, use_threads=False)
             # Room first for every bucket's window; a single row group may be larger than the whole budget.
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastvideo.errors import UserError
+from fastvideo.storage import read_bytes
 
 
 def read_prompts(path: str) -> list[str]:
-    """The non-empty lines of a UTF-8 text file.
+    """The non-empty lines of a UTF-8 text file, local or at a URL.
 
     Raises:
         UserError: for an unreadable file or one without a prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.prompts: cannot read prompts from {path!r}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]

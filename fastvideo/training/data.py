@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fastvideo.data.faults import Faults
-from fastvideo.data.index import dataset_files
+from fastvideo.data.index import dataset_files, open_parquet
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
@@ -64,7 +63,8 @@ def _rows(path: str, enough: int) -> int:
     count = 0
     for file in dataset_files(path):
         try:
-            count += pq.read_metadata(file).num_rows
+            with open_parquet(file) as opened:
+                count += opened.metadata.num_rows
         except (pa.ArrowException, OSError):
             return enough
         if count >= enough:
