@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -39,15 +39,20 @@ class StorageError(UserError):
 
 @dataclass(frozen=True)
 class Remote:
-    """A file or folder by its URL."""
+    """A file or folder by its URL.
+
+    Attributes:
+        patience: seconds for which a failure that may pass is tried again; ``None`` for :data:`PATIENCE`.
+    """
 
     url: str
+    patience: float | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.url
 
     def __truediv__(self, name: str) -> Remote:
-        return Remote(f"{self.url.rstrip('/')}/{name}")
+        return Remote(f"{self.url.rstrip('/')}/{name}", self.patience)
 
     @property
     def name(self) -> str:
@@ -59,7 +64,7 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        return Remote(self.url.rstrip("/").rpartition("/")[0])
+        return Remote(self.url.rstrip("/").rpartition("/")[0], self.patience)
 
     @property
     def system(self) -> Any:
@@ -78,7 +83,11 @@ class Remote:
             StorageError: for a failure that lasts.
             RunError: for one that did not pass.
         """
-        return patiently(self.url, lambda: getattr(self.system, name)(self.path, *arguments, **options))
+        return patiently(self.url, lambda: getattr(self.system, name)(self.path, *arguments, **options), self.patience)
+
+    def upload(self, file: Path) -> None:
+        """Copy a local file here."""
+        patiently(self.url, lambda: self.system.put_file(str(file), self.path), self.patience)
 
     def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes from ``start`` to before ``end``, or all."""

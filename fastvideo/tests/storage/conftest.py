@@ -25,6 +25,7 @@ def server(running_server: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for key, value in {**environment(running_server), "FASTVIDEO_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(key, value)
     storage._system.cache_clear()
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)  # its own patience is not under test
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield running_server
     if running_server.dead.is_set():

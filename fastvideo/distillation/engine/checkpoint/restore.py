@@ -23,8 +23,10 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
 )
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, RoleState, join_state
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
-from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, from_main
+from fastvideo.distillation.engine.optional.mirror import checkpoints_at, fetch, fetch_newest
+from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, from_main, on_main
 from fastvideo.distillation.types import UserError
+from fastvideo.storage import Remote
 
 NONE, LOST = -1, -2
 T = TypeVar("T")
@@ -41,26 +43,65 @@ class ResumePoint:
     moved: tuple[str, ...] = ()
 
 
-def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
+def newest(folder: Path, processes: Processes, say: Callable[[str], None], mirror: str | None = None) -> Path | None:
     """Find the newest intact checkpoint of a run, the same on all processes; skipped ones are logged.
 
     ``None`` if no save was ever finished: the run stopped before its first checkpoint.
 
+    Args:
+        folder: of the checkpoints.
+        mirror: URL with copies of them, from which a newer one is downloaded.
+
     Raises:
-        UserError: if every complete one is damaged.
+        UserError: if every complete one is damaged, or the mirror cannot be read.
+        RunError: if the mirror cannot be reached.
     """
     skipped: list[str] = []
-    step = NONE
-    if processes.is_main:
-        found = newest_intact(checkpoints_in(folder), skipped)
-        step = found[1].step if found else LOST if complete_checkpoints(folder) else NONE
-    step = from_main(step, processes)
+    step = on_main(processes, lambda: _newest(folder, mirror, skipped))
     for line in skipped:
         say(f"passed over {line}")
     if step == LOST:
         listed = "".join(f"\n  {line}" for line in skipped)
         raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
     return None if step == NONE else folder / f"{PREFIX}{step}"
+
+
+def _newest(folder: Path, mirror: str | None, skipped: list[str]) -> int:
+    """Step of the newest intact checkpoint, :data:`NONE` or :data:`LOST`."""
+    found = newest_intact(checkpoints_in(folder), skipped)
+    step = found[1].step if found else LOST if complete_checkpoints(folder) else NONE
+    later = fetch_newest(checkpoints_at(mirror), folder, max(step, NONE), skipped) if mirror else None
+    return step if later is None else later
+
+
+def fetched(source: Remote, folder: Path, processes: Processes, say: Callable[[str], None]) -> Path:
+    """Download a checkpoint, or the newest of a run, that was given by its URL.
+
+    Raises:
+        UserError: if there is none, it is damaged, or cannot be read.
+        RunError: if it cannot be reached.
+    """
+    skipped: list[str] = []
+    step = on_main(processes, lambda: _fetch(source, folder, skipped))
+    for line in skipped:
+        say(f"passed over {line}")
+    return folder / f"{PREFIX}{step}"
+
+
+def _fetch(source: Remote, folder: Path, skipped: list[str]) -> int:
+    step = step_of(Path(source.name))
+    try:
+        if step is not None:
+            fetch(source.parent, step, folder)
+            return step
+    except DamagedError as error:
+        raise UserError(f"checkpoint {source} cannot be used: {error}") from error
+    roots = (source, checkpoints_at(source.url))
+    found = next((step for root in roots if (step := fetch_newest(root, folder, NONE, skipped)) is not None), None)
+    if found is None:
+        listed = "".join(f"\n  {line}" for line in skipped)
+        raise UserError(f"--resume-from: no intact checkpoint at {source}{listed}")
+    return found
 
 
 def check_intact(folder: Path, processes: Processes) -> None:

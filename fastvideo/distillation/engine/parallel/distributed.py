@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
-from fastvideo.errors import UserError
+from fastvideo.errors import RunError, UserError
 
 BUCKET = 64 * 2**20
 """Most bytes of gradients that are reduced at once; a larger gradient travels alone."""
@@ -167,6 +168,24 @@ def from_main(value: int, processes: Processes) -> int:
     shared = torch.tensor(value, dtype=torch.int64, device=processes.device)
     dist.broadcast(shared, src=0)
     return int(shared)
+
+
+def on_main(processes: Processes, action: Callable[[], int]) -> int:
+    """Call ``action`` on the main process; the others wait for it, and get its result.
+
+    Raises:
+        UserError: on all processes, if the call raised it; so for ``RunError``.
+    """
+    shared: list[Any] = [0, None]
+    try:
+        shared[0] = action() if processes.is_main else 0
+    except (UserError, RunError) as error:
+        shared[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0, device=processes.device)
+    if shared[1] is not None:
+        raise shared[1]
+    return int(shared[0])
 
 
 def average(values: Tensor) -> Tensor:
