@@ -54,6 +54,9 @@ class PreprocessArguments:
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
     """Device: cpu, or cuda (the processes share all GPUs)."""
+    shard: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
+    """Share of this machine, if N machines write into one folder: each starts with the same flags and its own I, from
+    1 to N. The result is that of one machine; the last to finish completes it."""
     overwrite: Switch = False
     """Delete the results of an earlier call in the folder."""
 
@@ -65,9 +68,15 @@ def main(argv: Sequence[str]) -> int:
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.model import SIZES, choose_model
     from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.data.workers import Share
 
     if arguments.fps is not None and not arguments.fps > 0:
         raise UserError(f"--fps must be above 0, got {arguments.fps}")
+    share = Share.parse(arguments.shard)
+    if arguments.overwrite and share.count > 1:
+        raise UserError(
+            f"--overwrite with --shard {share} would delete what the others write; delete the folder yourself"
+        )
     choice = choose_model(arguments.model, {name: getattr(arguments, name) for name in SIZES})
     own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
     sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
@@ -78,6 +87,6 @@ def main(argv: Sequence[str]) -> int:
     rate = "as they are" if policy.fps is None else f"at {policy.fps:g} fps"
     shown = ", ".join(map(str, sizes))
     print(f"{len(job.videos)} videos, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
-    summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite)
+    summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite, share=share)
     print(summary)
     return 1 if summary.skipped else 0
