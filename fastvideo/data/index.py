@@ -21,6 +21,7 @@ from fastvideo.storage import Place, RangeFile, Remote, files_below, is_file, pl
 
 MANIFEST = "preprocess.json"
 """First file that ``fastvideo preprocess`` writes; it marks a folder as its output."""
+TAR = ".tar"
 Kind = tuple[tuple[int, ...], str]
 """Shape and dtype of a stored tensor."""
 
@@ -70,6 +71,14 @@ def dataset_files(path: str) -> list[Place]:
     for manifest in (file for file in files_below(root, MANIFEST) if file.name == MANIFEST):
         _check_finished(manifest, sum(str(file.parent) == str(manifest.parent) for file in found))
     return found
+
+
+def has_tars(path: str) -> bool:
+    """True for a tar shard, or a folder with such and no Parquet file."""
+    root = place(path)
+    if is_file(root):
+        return root.suffix == TAR
+    return bool(files_below(root, TAR)) and not files_below(root, ".parquet")
 
 
 def _check_finished(manifest: Place, present: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from fastvideo.data.faults import Faults
-from fastvideo.data.index import dataset_files, open_parquet
+from fastvideo.data.index import dataset_files, has_tars, open_parquet
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
@@ -60,6 +60,8 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
 
 def _rows(path: str, enough: int) -> int:
     """Count the rows of a dataset until there are enough; the run itself reports unreadable files."""
+    if has_tars(path):
+        return enough
     count = 0
     for file in dataset_files(path):
         try:
@@ -160,6 +162,7 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
 def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None) -> tuple[Source, str]:
     from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
+    from fastvideo.data.tars import TarSource
 
     wanted = DataRequirements(
         latents=adapter.codec.latent_shape if with_latents else None,
@@ -168,8 +171,10 @@ def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Fault
         text_length=adapter.conditioner.text_length,
         normalise=adapter.codec.normalise,
         codec_key=adapter.codec.latent_key if with_latents else None,
+        unmarked=config.data.latents,
     )
-    source = ParquetSource(config.data.path, wanted, faults)
+    kind = TarSource if has_tars(config.data.path) else ParquetSource
+    source = kind(config.data.path, wanted, faults)
     text = "stored text embeddings" if source.has_text else "captions"
     files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
     if not source.has_text:

@@ -68,9 +68,12 @@ class DataConfig(Section):
 
     path: str = "tiny"
     """`tiny` (the embedded world of moving digits), or a Parquet file or folder in FastVideo's public schema, as
-    `fastvideo preprocess` writes it. A method that needs no videos reads captions and text embeddings alone."""
+    `fastvideo preprocess` writes it, or WebDataset's tar shards; local or a URL (`s3://bucket/folder`). A method that
+    needs no videos reads captions and text embeddings alone. See `docs/storage.md`."""
+    latents: Literal["raw", "normalised"] = "raw"
+    """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None
-    """Text file with one prompt per line, instead of `path`."""
+    """Text file with one prompt per line, instead of `path`; local or a URL."""
     buckets: bool = False
     """Take videos of every size in the dataset, one size per batch; otherwise all must have the model's."""
     size: PositiveInt = 4096

@@ -13,14 +13,16 @@ import torch
 from fastvideo import storage
 from fastvideo.data.faults import Faults
 from fastvideo.data.fits import DataRequirements
-from fastvideo.data.index import dataset_files
+from fastvideo.data.index import dataset_files, has_tars
 from fastvideo.data.order import SampleStream, Shard
 from fastvideo.data.parquet import ParquetSource
 from fastvideo.data.prompts import read_prompts
+from fastvideo.data.tars import TarSource
 from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
 from fastvideo.errors import RunError, UserError
 from fastvideo.storage import Remote
 from fastvideo.tests.data.test_parquet import SHAPE, row_of, write
+from fastvideo.tests.data.test_tars import pack, sample
 from fastvideo.tests.storage.server import Proxy
 
 WANTED = DataRequirements(SHAPE, normalise=lambda x: x)
@@ -57,6 +59,17 @@ def test_a_dataset_in_a_bucket_gives_the_same_batches_and_resumes_exactly(datase
     resumed = SampleStream(ParquetSource(url, WANTED), 3, Shard(2))
     resumed.load_state_dict(streams[0].state_dict())
     assert next(resumed).captions == next(streams[0]).captions
+
+
+def test_tar_shards_in_a_bucket_give_the_same_batches(bucket: str, tmp_path: Path, server: Proxy) -> None:
+    for number in range(2):
+        files = {name: data for i in range(4) for name, data in sample(4 * number + i).items()}
+        pack(tmp_path / "tars" / f"{number}.tar", files)
+    url = upload(tmp_path / "tars", f"{bucket}/tars")
+    assert has_tars(url)
+    streams = [SampleStream(TarSource(path, WANTED), 3, Shard(2)) for path in (str(tmp_path / "tars"), url)]
+    pairs = [tuple(map(next, streams)) for _ in range(8)]
+    assert all(a.captions == b.captions and torch.equal(a.latents, b.latents) for a, b in pairs)
 
 
 def test_one_row_group_is_read_without_the_others(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
