@@ -26,10 +26,13 @@ class Proxy:
 
     Attributes:
         upload_limit: bytes from clients after which it cuts itself; ``None`` for no limit.
+        uploaded: bytes from clients so far.
+        deaths: number of cuts.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
-        self.target, self.upload_limit, self.uploaded = target, None, 0
+        self.target, self.uploaded, self.deaths = target, 0, 0
+        self.upload_limit: int | None = None
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -65,6 +68,7 @@ class Proxy:
 
     def cut(self) -> None:
         """Break every connection and accept no more."""
+        self.deaths += 1
         self.dead.set()
         self.upload_limit = None
         for end in (self._listener, *list(self._open)):

@@ -96,6 +96,13 @@ def test_later_checkpoints_of_a_mirror_are_set_aside(values: dict, capsys) -> No
     assert f"abandoned-step-6/{MANIFEST}" in names
 
 
+def test_a_mirror_with_half_a_checkpoint_alone_lets_the_run_start_anew(values: dict, capsys) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{values['checkpoint']['mirror']}/checkpoints/step-2/shared.json", b"{}")
+    run(config_of(values), resume=True)
+    assert "no complete checkpoint: starting at step 0" in capsys.readouterr().err
+    assert steps_at(values) == [10, 12]
+
+
 def test_a_mirror_that_cannot_be_used_is_refused_before_the_run_begins(values: dict, bucket: str) -> None:
     run(config_of(values | {"trainer": values["trainer"] | {"max_steps": 2}}))
     for url, message in (

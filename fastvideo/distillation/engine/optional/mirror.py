@@ -87,7 +87,7 @@ def set_aside(root: Remote, after: int | None, say: Callable[[str], None]) -> in
     probe.call("pipe_file", b"")
     probe.call("rm_file")
     listing = listed(root)
-    if after is None and listing:
+    if after is None and complete(listing):
         raise UserError(
             f"checkpoint.mirror: {root} holds checkpoints of another run: go on from them with --resume, or choose "
             f"another URL"
