@@ -62,25 +62,29 @@ def student(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "student" / "network.safetensors")
 
 
-def come_back(proxy: Proxy, pause: float) -> None:
-    """Start the server again, ``pause`` seconds after it was killed."""
-    if proxy.dead.wait(20):
-        time.sleep(pause)
-        proxy.mend()
+def come_back(proxy: Proxy, ended: threading.Event) -> None:
+    """Start the server again soon after it was killed, if that happens before the run has ended."""
+    while not ended.is_set():
+        if proxy.dead.wait(0.1):
+            time.sleep(0.2)
+            proxy.mend()
+            return
 
 
 def killed_run(folder: Path, url: str, proxy: Proxy, after: int, soon: bool) -> bool:
     """Train while the server dies after that many uploaded bytes; true if the run reached its end."""
     options = {"every": 2, "mirror": url, "mirror_wait": 10.0 if soon else 0.5}
     proxy.uploaded, proxy.upload_limit = 0, after
-    helper = threading.Thread(target=come_back, args=(proxy, 0.2), daemon=True)
+    ended = threading.Event()
+    helper = threading.Thread(target=come_back, args=(proxy, ended))
     if soon:
         helper.start()
     run(training(folder, STEPS, options))
     proxy.upload_limit = None
+    ended.set()
     if soon:
-        helper.join(60)
-    elif proxy.dead.is_set():
+        helper.join()
+    if proxy.dead.is_set():
         proxy.mend()
     return (folder / "student").is_dir()
 
