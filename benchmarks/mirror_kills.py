@@ -113,7 +113,7 @@ def measured(kills: int = KILLS, seed: int = 0) -> dict[str, int]:
         size = sum(file.stat().st_size for file in (whole / "checkpoints" / f"step-{WHOLE}").iterdir())
         while found["mirror_kills"] < kills:
             folder, url = Path(name) / "run", f"s3://runs/{draw.randrange(10**9)}"
-            after, soon = draw.randrange(2000, 3 * size), draw.random() < 0.5
+            after, soon = draw.randrange(8000, 3 * size), draw.random() < 0.5
             deaths = proxy.deaths
             went_on = killed_run(folder, url, proxy, after, soon)
             if proxy.deaths == deaths:  # all was uploaded before

@@ -33,6 +33,7 @@ class Proxy:
     def __init__(self, target: tuple[str, int]) -> None:
         self.target, self.uploaded, self.deaths = target, 0, 0
         self.upload_limit: int | None = None
+        self._counting = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -51,14 +52,21 @@ class Proxy:
     def _forward(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(4096):
-                if upwards:
-                    self.uploaded += len(data)
-                    if self.upload_limit is not None and self.uploaded > self.upload_limit:
-                        self.cut()
-                        return
+                if upwards and self._reached_limit(len(data)):
+                    self.cut()
+                    return
                 sink.sendall(data)
         for end in (source, sink):
             self._close(end)
+
+    def _reached_limit(self, more: int) -> bool:
+        """Count bytes from clients; true once, for the one connection that reaches the limit."""
+        with self._counting:
+            self.uploaded += more
+            reached = self.upload_limit is not None and self.uploaded > self.upload_limit
+            if reached:
+                self.upload_limit = None
+            return reached
 
     def _close(self, end: socket.socket) -> None:
         self._open.discard(end)
@@ -70,7 +78,6 @@ class Proxy:
         """Break every connection and accept no more."""
         self.deaths += 1
         self.dead.set()
-        self.upload_limit = None
         for end in (self._listener, *list(self._open)):
             self._close(end)
 
