@@ -18,8 +18,18 @@ READY := $(VENV)/.installed
 DOCS_READY := $(VENV)/.docs-installed
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
+# The ends of the ranges in pyproject.toml. What is tested there is what depends on other packages: every method on every
+# family (torch, diffusers, transformers), adapters (peft), stock pipelines, videos and Parquet (av, pyarrow), configs and
+# flags (pydantic, tyro), whole runs, checkpoints, locks (filelock), the metrics (scikit-learn). Older and newer packages
+# warn of more than the pinned ones, so warnings are no errors there.
+VERSION_TESTS := $(addprefix fastvideo/tests/, distillation/test_golden_losses.py distillation/test_lora.py \
+	distillation/test_wan_parity.py distillation/test_exact_resume.py inference/test_export.py data/test_clips.py \
+	data/test_parquet.py training/test_config.py training/test_flags.py training/test_run.py evaluation/test_metrics.py \
+	distillation/test_text_encoder.py test_doctor.py test_mount.py)
+COMPILE := $(VENV)/bin/uv pip compile --quiet --no-annotate --no-header --extra dev --python-platform x86_64-manylinux_2_28
+
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-nightly test-eightbit lint format types contracts shape docs docs-check layers check demo tiny clean
+.PHONY: help venv test field-cases test-slow test-nightly test-eightbit test-lowest test-newest test-versions constraints lint format types contracts shape docs docs-check layers check demo tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +48,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 test: $(READY) ## run the fast tests (one topic: make test PYTEST_ARGS="-k dmd2")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+field-cases: $(READY) ## run the kept cases of what people brought: odd captions, videos, weights, numbers, ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q fastvideo/tests/field_cases -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
 test-slow: $(READY) ## run the tests marked slow: layouts against one process, torchrun, lost ranks, compilation, ...
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not nightly" -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
@@ -47,6 +60,31 @@ test-nightly: $(READY) ## run the tests marked nightly: every training to the tr
 test-eightbit: $(READY) ## run the tests of 8-bit optimizer states, with torchao beside the other packages
 	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/eightbit torchao
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/eightbit $(BIN)/python -m pytest -q fastvideo/tests/distillation/test_eight_bit.py
+
+test-versions: test-lowest test-newest ## test both ends of the ranges of versions (about 7 GB of packages each)
+
+test-lowest: $(VENV)/lowest/.installed ## test the lowest versions that are allowed
+	$(call test-with,lowest)
+
+test-newest: $(VENV)/newest/.installed ## test the newest versions that are allowed
+	$(call test-with,newest)
+
+test-with = OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -o filterwarnings=ignore -p no:cacheprovider \
+	-m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(VERSION_TESTS)
+
+$(VENV)/%/.installed: constraints/%.txt pyproject.toml $(READY)
+	@echo "setting up $(VENV)/$* (a few minutes, once)"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/$*
+	@$(BIN)/uv pip install --quiet --python $(VENV)/$*/bin/python --constraint constraints/$*.txt --editable '.[dev]'
+	@touch $@
+
+constraints: $(READY) ## compile constraints/lowest.txt, newest.txt and gpu.txt anew from the ranges in pyproject.toml
+	$(COMPILE) --resolution lowest-direct --python-version 3.11 pyproject.toml > $(VENV)/lowest.txt
+	$(COMPILE) --python-version 3.11 pyproject.toml > $(VENV)/newest.txt
+	$(filter-out --extra dev,$(COMPILE)) --constraint $(CONSTRAINTS) --python-version 3.11 pyproject.toml > $(VENV)/gpu.txt
+	for set in lowest newest gpu; do \
+		{ grep '^#' constraints/$$set.txt; cat $(VENV)/$$set.txt; } > $(VENV)/$$set.new && mv $(VENV)/$$set.new constraints/$$set.txt; \
+	done
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

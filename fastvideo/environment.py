@@ -8,7 +8,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "pydantic")
+PACKAGES = ("diffusers", "transformers", "numpy", "safetensors", "pydantic")
 
 
 def environment() -> dict[str, str]:
@@ -19,6 +19,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "revision": revision(),
+        "torch": torch.__version__,  # with the build, such as +cu130
         **{package: importlib.metadata.version(package) for package in PACKAGES},
     }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
+PACKAGE, PAGE = Path(__file__).parent, "troubleshooting.md"
 EXIT_USER_ERROR, EXIT_STALLED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 70, 75, 130
 """70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits.h: schedulers can restart a job after 75."""
 
@@ -34,6 +36,12 @@ class Stopped(Exception):
     def exit_code(self) -> int:
         """130 for Ctrl-C, 75 for a scheduler's signal."""
         return EXIT_INTERRUPTED if self.number == signal.SIGINT else EXIT_PREEMPTED
+
+
+def see(anchor: str) -> str:
+    """The end of a message that has an entry in the page on troubleshooting, which a wheel carries too."""
+    clone = PACKAGE.parent / "docs" / PAGE
+    return f" (see {f'docs/{PAGE}' if clone.is_file() else PACKAGE / PAGE}#{anchor})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 CHUNK = 8 * 2**20
 """Bytes that are hashed and written at once."""
+LINKED_FROM = 2**20
+"""Bytes from which a file is linked instead of copied: weights are, configs are not."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in filter(Path.is_file, partial.rglob("*")):
+        for file in filter(_is_own, partial.rglob("*")):
             _make_readable(file)
         if folder.is_dir():
             shutil.rmtree(folder)
@@ -116,9 +118,25 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Give a large file a second name, or copy it: a small one, which may be edited, and one of another disk."""
+    real = os.path.realpath(source)  # the hub's cache holds links
+    if os.path.getsize(real) >= LINKED_FROM:
+        with contextlib.suppress(OSError):
+            os.link(real, target)
+            return
+    shutil.copy2(source, target)
+
+
 def _make_readable(file: Path) -> None:
     """Set the permissions of the user's umask; safetensors writes files for the owner alone."""
     file.chmod(0o666 & ~_umask())
+
+
+def _is_own(path: Path) -> bool:
+    """True for a file that has no other name: a linked one keeps the permissions of its first."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 @cache

@@ -2,6 +2,9 @@
 
 The flag is process-wide, because signal handlers are. A thread watches for signals, so that a second one ends the
 process even while the main thread is inside a library's call.
+
+torchrun kills its processes some time after it has passed a signal on (:func:`grace`), and ends with 1 whatever they
+ended with; :func:`leave_word` tells the script around it (``examples/launch/torchrun.sh``) their own exit code.
 """
 
 from __future__ import annotations
@@ -11,19 +14,57 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 
 from fastvideo.errors import Stopped
 
+GRACE_VARIABLE, DEFAULT_GRACE, GRACE_SINCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30, (2, 12)
+"""Variable with torchrun's seconds between a signal and SIGKILL; its default; the first torch that reads it."""
+EXIT_CODES = "FASTVIDEO_EXIT_CODES"
+"""Environment variable with the file to which every process of a launch appends its exit code, unless it is 0."""
+
 _SHOW_CURSOR = b"\x1b[?25h"
 _received: list[int] = []
+_received_at: list[float] = []
+_saved: list[bool] = []
 _units = [0]
 
 
 def received() -> int:
     """Number of the signal that asked this process to stop; 0 for none."""
     return _received[0] if _received else 0
+
+
+def grace() -> int | None:
+    """Seconds that torchrun leaves between a signal and SIGKILL; ``None`` for a process that it did not start."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    told = os.environ.get(GRACE_VARIABLE, "")
+    reads = tuple(map(int, version("torch").split(".")[:2])) >= GRACE_SINCE
+    return int(told) if told.isdecimal() and reads else DEFAULT_GRACE
+
+
+def time_taken() -> str:
+    """Time since this process was asked to stop beside the :func:`grace`, for a message; empty without either."""
+    allowed = grace()
+    if allowed is None or not _received_at:
+        return ""
+    return f" {time.monotonic() - _received_at[0]:.0f} s after the signal, of the {allowed} s that torchrun leaves"
+
+
+def all_saved() -> None:
+    """Ignore further signals: this process only has to end, and torchrun signals those that end later than others."""
+    _saved.append(True)
+
+
+def leave_word(code: int) -> None:
+    """Append an exit code other than 0 to the file that the launch script reads, if there is one."""
+    if code and (file := os.environ.get(EXIT_CODES)):
+        with suppress(OSError), open(file, "a") as words:  # the process ends: there is nobody to tell
+            words.write(f"{code}\n")
 
 
 def unit_done() -> None:
@@ -70,6 +111,8 @@ def listening(names: Sequence[str]) -> Iterator[None]:
             signal.signal(number, handler)
         writing.close()
         _received.clear()
+        _received_at.clear()
+        _saved.clear()
 
 
 def _nothing(number: int, frame: object) -> None:
@@ -81,16 +124,23 @@ def _watch(source: socket.socket, wanted: frozenset[int]) -> None:
     with source:
         while data := source.recv(64):
             for number in filter(wanted.__contains__, data):
+                if _saved:
+                    continue
                 if _received:
                     _leave(number)
                 _received.append(number)
-                _say(f"{signal.Signals(number).name}: stopping at the next safe point; once more stops at once")
+                _received_at.append(time.monotonic())
+                allowed = grace()
+                within = "" if allowed is None else f", within the {allowed} s that torchrun leaves"
+                name = signal.Signals(number).name
+                _say(f"{name}: stopping at the next safe point{within}; once more stops at once")
 
 
 def _leave(number: int) -> None:
     if sys.stderr.isatty():
         os.write(2, _SHOW_CURSOR)
     _say(f"{signal.Signals(number).name} again: stopped at once, nothing was saved")
+    leave_word(128 + number)
     os._exit(128 + number)
 
 

@@ -12,10 +12,12 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from fastvideo.errors import RunError, UserError
@@ -221,6 +223,34 @@ def read_bytes(path: str | Place) -> bytes:
         StorageError: for a remote one; see :func:`patiently`.
     """
     return (place(path) if isinstance(path, str) else path).read_bytes()
+
+
+def state_of(file: Place) -> str:
+    """Text that differs for another file, and for the same one after a change.
+
+    Raises:
+        OSError: for a local file that cannot be read.
+        StorageError: for a remote one; see :func:`patiently`.
+    """
+    if isinstance(file, Path):
+        facts = file.stat()
+        return repr([str(file.resolve()), facts.st_size, facts.st_mtime_ns])
+    return repr([file.url, fingerprint({"": file.call("info")})])
+
+
+@contextmanager
+def at_hand(file: Place) -> Iterator[Path]:
+    """A local path of a file; of a remote one, a copy that goes with the context.
+
+    Raises:
+        StorageError: for a remote one; see :func:`patiently`.
+    """
+    if isinstance(file, Path):
+        yield file
+        return
+    with TemporaryDirectory() as folder:
+        download(file.parent, [file.name], Path(folder))
+        yield Path(folder) / file.name
 
 
 def files_below(folder: Place, suffix: str) -> list[Place]:

@@ -48,7 +48,7 @@ def modules(root: Path = ROOT) -> dict[str, Module]:
     found = {}
     for path in sorted((root / "fastvideo").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        name, text = ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path.read_text()
+        name, text = ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path.read_text(encoding="utf-8")
         found[name] = Module(name, path, len(text.splitlines()), ast.parse(text))
     return found
 

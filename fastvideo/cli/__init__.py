@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fastvideo.entry import report_user_errors
+from fastvideo.entry import report_user_errors, speak_utf8
 from fastvideo.errors import EXIT_USER_ERROR, did_you_mean
 
 VERBS = {
@@ -14,6 +14,7 @@ VERBS = {
         "fastvideo.training.distillation",
         "train a student (or, with the method sft, a teacher) from a config",
     ),
+    "doctor": ("fastvideo.cli.doctor", "check driver, packages, disks and output folder, before a run costs"),
     "plan": ("fastvideo.cli.plan", "predict what a run needs on every device, before it is started"),
     "checkpoints": ("fastvideo.cli.checkpoints", "list a run's checkpoints, and verify them"),
     "preprocess": ("fastvideo.cli.preprocess", "encode a folder of videos and captions once, to train on"),
@@ -25,6 +26,7 @@ VERBS = {
     "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
     "evaluate": ("fastvideo.cli.evaluate", "measure prompt accuracy, Frechet distance, diversity and time"),
     "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
+    "merge": ("fastvideo.cli.merge", "merge LoRA files of any program into a model, or read its network from one file"),
     "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),
     "schedule": ("fastvideo.cli.schedule", "show a config's noise levels: the network's real input"),
     "conformance": ("fastvideo.cli.conformance", "check that a model family fulfils the adapter contract"),
@@ -52,6 +54,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a verb; returns the exit code."""
+    if argv is None:
+        speak_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
+from annotated_types import Interval
 
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
+from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens, holds, shown
 
 T = TypeVar("T")
 
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+INT = tyro.conf.arg(metavar="INT", help_behavior_hint="")
+FLOAT = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
+OptionalPixels = Annotated[Pixels | None, INT]
+OptionalFrames = Annotated[Frames | None, INT]
+OptionalTokens = Annotated[Tokens | None, INT]
+OptionalSteps = Annotated[Steps | None, INT]
+OptionalGuidance = Annotated[GuidanceScale | None, FLOAT]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+OptionalPlace = Annotated[str | None, tyro.conf.arg(metavar="FILE|URL", help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
-class _AtLeastOne:
-    """Marks a number that :func:`parse` checks."""
-
-
-AT_LEAST_ONE = _AtLeastOne()
-Count = Annotated[int, AT_LEAST_ONE]
 
 
 def parse(arguments: type[T], argv: Sequence[str], verb: str) -> T:
     """Parse the arguments of a verb.
 
     Raises:
-        UserError: for a :data:`Count` below 1.
+        UserError: for a number outside of its range.
         SystemExit: after ``--help``, or for arguments that do not exist.
     """
     parsed = tyro.cli(arguments, args=list(argv), prog=f"fastvideo {verb}")
-    check_counts(parsed)
+    check_ranges(parsed)
     return parsed
 
 
-def check_counts(parsed: object) -> None:
-    """Check every :data:`Count`.
+def check_ranges(parsed: object) -> None:
+    """Check every number against the range of its type.
 
     Raises:
-        UserError: for one below 1.
+        UserError: for one outside of it, with the flag and the range.
     """
     for name, hint in get_type_hints(type(parsed), include_extras=True).items():
-        if AT_LEAST_ONE in getattr(hint, "__metadata__", ()) and vars(parsed)[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {vars(parsed)[name]}")
+        found = vars(parsed)[name]
+        for value in found if isinstance(found, tuple) else (found,):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(f"--{name.replace('_', '-')}", value, hint)
+
+
+def check_number(name: str, value: float, hint: Any) -> None:
+    """Check a number against the range of its type.
+
+    Raises:
+        UserError: naming the number and the range, if it is outside or not finite.
+    """
+    for interval in ranges_in(hint):
+        if not holds(interval, value):
+            raise UserError(f"{name} must be {shown(interval)}, got {value}{see('a-number-is-out-of-range')}")
+    if not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value}")
+
+
+def ranges_in(hint: Any) -> Iterator[Interval]:
+    """Ranges in a type, at any depth."""
+    yield from (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Interval))
+    for inner in get_args(hint):
+        yield from ranges_in(inner)

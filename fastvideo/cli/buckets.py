@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import Count, parse
+from fastvideo.cli.arguments import parse
 from fastvideo.cli.console import console
 from fastvideo.errors import counted
+from fastvideo.ranges import BatchSize, Processes
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class BucketsArguments:
     """Action: show."""
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A Parquet file or a folder of them."""
-    batch_size: Count = 1
+    batch_size: BatchSize = 1
     """Samples per process and batch."""
-    ranks: Count = 1
+    ranks: Processes = 1
     """Processes of the run."""
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show_buckets(path: str, batch_size: Count, ranks: int) -> None:
+def show_buckets(path: str, batch_size: int, ranks: int) -> None:
     """Print the table.
 
     Raises:

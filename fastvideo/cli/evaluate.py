@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalFloat, OptionalPath, OptionalText, parse
+from fastvideo.cli.arguments import OptionalGuidance, OptionalPath, OptionalText, check_number, parse
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
+from fastvideo.ranges import BatchSize, GuidanceScale, Samples, Seed, Steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,11 +35,11 @@ class EvaluateArguments:
     folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...", help_behavior_hint="")]
     """Model folders, or `tiny` or `tiny_cogvideox` for a shipped teacher; FOLDER:STEPS sets the steps, as in
     `tiny:50 out/student:1`."""
-    prompts: int = 512
+    prompts: Samples = 512
     """Held-out prompts; all models get the same ones, and the same noise."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts and noise."""
-    guidance: OptionalFloat = None
+    guidance: OptionalGuidance = None
     """Guidance scale for all models; default: each model's own."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
     """Run students down these times instead of their own, such as `1.0 0.5` for two of the ladder steps 1, 0.75, 0.5,
@@ -46,7 +48,7 @@ class EvaluateArguments:
     """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
     out: OptionalPath = None
     """Folder (which may be a run's) for figures, the first videos and a page; a name ending in .json: figures alone."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Videos that are denoised together; the speed depends on it."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
@@ -104,12 +106,14 @@ def row_specs(
     rows: dict[str, RowSpec] = {}
     for text in folders:
         folder, colon, steps = text.rpartition(":")
-        if colon and not steps.isdigit():
+        if colon and not re.fullmatch(r"\d{1,9}", steps, re.ASCII):
             raise UserError(f"{text!r}: FOLDER or FOLDER:STEPS is expected, and {steps!r} is not a number of steps")
         if text in rows:
             raise UserError(f"{text!r} is given twice")
         if colon and ladder:
             raise UserError(f"{text!r}: --ladder says how many steps there are; leave out the colon")
+        if colon:
+            check_number(f"{text!r}: the steps", int(steps), Steps)
         one = RowSpec(folder, int(steps), guidance) if colon else RowSpec(text, guidance=guidance)
         rows[text] = replace(one, ladder=ladder) if ladder else one
     return rows
@@ -172,6 +176,8 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
         scales = [float(scale) for scale in (arguments.sweep_guidance or "").split(",")]
     except ValueError as error:
         raise UserError(f"--sweep-guidance takes numbers such as 1,1.25,1.5,2: {error}") from error
+    for scale in scales:
+        check_number("--sweep-guidance", scale, GuidanceScale)
     for name, spec in row_specs(arguments.folders).items():
         found = sweep_guidance(
             spec,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalInt, Switch, parse
+from fastvideo.cli.arguments import OptionalSteps, Switch, parse
 
 WhichWeights = tyro.conf.create_mutex_group(required=False, title="weights")
 KindSwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
@@ -29,9 +29,10 @@ class ExportArguments:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the model; must be new or empty."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
-    """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder; for a student that was trained
-    as an adapter also `lora-diffusers` or `lora-comfy`, that adapter alone."""
-    steps: OptionalInt = None
+    """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder, or `comfy`, the network in one
+    file under its authors' names; for a student that was trained as an adapter also that adapter alone:
+    `lora-diffusers`, `lora-peft`, `lora-kohya`, `lora-comfy`, `lora-lightx2v`."""
+    steps: OptionalSteps = None
     """Network steps of the scheduler: all of the ladder (the default) or 1."""
     ema: KindSwitch = False
     """The averaged weights: the default, if the run keeps them; refused if it does not."""
@@ -39,6 +40,8 @@ class ExportArguments:
     """The weights of the last step."""
     dtype: OptionalPrecision = None
     """Precision of the network's weights in the file. Default: as trained."""
+    slim: Switch = False
+    """Link text encoder and VAE to the base model's folder instead of storing them again (23 GB for Wan2.1)."""
     overwrite: Switch = False
     """Replace an earlier export in that folder."""
 

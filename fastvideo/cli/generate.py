@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalFloat, OptionalInt, OptionalPath, OptionalText, parse
+from fastvideo.cli.arguments import (
+    INT,
+    OptionalFrames,
+    OptionalGuidance,
+    OptionalPath,
+    OptionalPixels,
+    OptionalSteps,
+    OptionalText,
+    OptionalTokens,
+    parse,
+)
+from fastvideo.ranges import Scale, Seed, WrittenRate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,28 +46,28 @@ class GenerateArguments:
     """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
     output: Path = Path("video.mp4")
     """Video file; .mp4, .gif, .webp or .apng."""
-    steps: OptionalInt = None
+    steps: OptionalSteps = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
     """Run a student down these times instead of its own, such as `1.0 0.5` for two of the steps 1, 0.75, 0.5, 0.25."""
-    guidance: OptionalFloat = None
+    guidance: OptionalGuidance = None
     """Guidance scale, 1 = none. Default: the one the folder names, else 1 for a student and the family's published
     one for a teacher (Wan 5, CogVideoX 6)."""
     negative_prompt: OptionalText = None
     """Prompt that guidance leads away from; default: the model's own."""
-    seed: int = 0
+    seed: Seed = 0
     """Same seed, same video."""
-    fps: int = 8
+    fps: WrittenRate = 8
     """Frames per second of the file."""
-    scale: OptionalInt = None
+    scale: Annotated[Scale | None, INT] = None
     """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
-    height: OptionalInt = None
+    height: OptionalPixels = None
     """Video height in pixels. Default of all four sizes: those in the recipe; a folder without one needs them given."""
-    width: OptionalInt = None
+    width: OptionalPixels = None
     """Video width in pixels."""
-    num_frames: OptionalInt = None
+    num_frames: OptionalFrames = None
     """Frames of the video."""
-    max_sequence_length: OptionalInt = None
+    max_sequence_length: OptionalTokens = None
     """Tokens of a prompt that the model sees."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
@@ -82,7 +93,7 @@ def run_generate(arguments: GenerateArguments) -> str:
     from fastvideo.inference.loading import load_model
     from fastvideo.tiny.captions import outside_note
 
-    video_format(arguments.output)
+    video_format(arguments.output, arguments.fps)
     sizes = ("height", "width", "num_frames", "max_sequence_length")
     options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
     model = load_model(arguments.folder, options, arguments.device)

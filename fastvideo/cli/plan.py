@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import Count, Switch, check_counts
+from fastvideo.cli.arguments import FLOAT, Switch, check_ranges
 from fastvideo.cli.console import patience
 from fastvideo.errors import UserError, counted
+from fastvideo.ranges import Bytes, Flops, Processes
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class PlanArguments:
 
     config: Path
     """The run's YAML file, or a recipe's name."""
-    gpus: Count = 1
+    gpus: Processes = 1
     """Processes, one per device."""
     gpu_memory: str = "80GiB"
     """Memory of one device: 80GiB, 24GB."""
@@ -32,9 +34,9 @@ class PlanArguments:
     """Memory left free for the driver, communication and fragmentation, which are not predicted."""
     architecture: str | None = None
     """Published architecture for a model path that is neither a folder nor a known hub id."""
-    flops: float | None = None
+    flops: Annotated[Flops | None, FLOAT] = None
     """FLOP/s that one device reaches, for an estimate of the time (about 4e14 on an H100 in bfloat16)."""
-    bandwidth: float = 1e11
+    bandwidth: Bytes = 1e11
     """Bytes per second that one device sends."""
     calibrate: Switch = False
     """Measure this machine's FLOP/s for two seconds, instead of `--flops`."""
@@ -48,8 +50,8 @@ def read_bytes(text: str, flag: str) -> int:
     """
     from fastvideo.planning.report import UNITS
 
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{0,9})?|\.\d{1,9})\s*([A-Za-z]*)\s*", text, re.ASCII)
+    if found is None or found[2].upper() not in UNITS:
         raise UserError(f"{flag} {text!r} is no size: 80GiB or 24GB is expected")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
@@ -57,8 +59,8 @@ def read_bytes(text: str, flag: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; returns 0 if the run fits, else 1."""
     options, rest = tyro.cli(PlanArguments, args=argv, prog="fastvideo plan", return_unknown_args=True)
+    check_ranges(options)
     budget, reserve = read_bytes(options.gpu_memory, "--gpu-memory"), read_bytes(options.reserve, "--reserve")
-    check_counts(options)
 
     from fastvideo.distillation.config.overrides import read_flags
     from fastvideo.distillation.config.reading import read_config

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import parse
+from fastvideo.cli.arguments import OptionalSteps, parse
 from fastvideo.cli.console import console
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ScheduleArguments:
     """show: a table of the noise levels. stock: the nearest ladder that stock diffusers samples exactly, as YAML."""
     config: Annotated[Path, tyro.conf.Positional]
     """A run's YAML file, such as the config.yaml that a run saved, or a recipe's name."""
-    steps: int | None = None
+    steps: OptionalSteps = None
     """With stock: the number of steps, instead of those of the config's ladder."""
 
 
@@ -83,10 +83,7 @@ def stock_ladder(config: Config, steps: int | None) -> str:
     """
     from fastvideo.distillation.registry import load_exporter, load_method
     from fastvideo.distillation.schedule import Ladder
-    from fastvideo.errors import UserError
 
-    if steps is not None and steps < 1:
-        raise UserError(f"--steps must be at least 1, got {steps}")
     wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
     sampler = load_exporter(config.model).stock_sampler(wanted, load_method(config.distill_method).sampler)
     return f"ladder:  # {type(sampler.scheduler).__name__}\n  times: {list(sampler.times)}"

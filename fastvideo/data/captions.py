@@ -1,19 +1,25 @@
-"""A folder of videos and their captions: from a CSV or JSONL file, or from a ``.txt`` beside each video."""
+"""A folder of videos and their captions: from one file, or from a ``.txt`` beside each video."""
 
 from __future__ import annotations
 
-import csv
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fastvideo.errors import UserError
+from fastvideo.data.caption_files import READERS, read_captions
+from fastvideo.data.stills import IMAGE_SUFFIXES
+from fastvideo.errors import UserError, did_you_mean, see
+from fastvideo.texts import read_text, same_name, shown_name
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v")
-CAPTION_FILES = ("captions.csv", "captions.jsonl")
-"""Default caption files, in the folder of videos."""
-NAME_KEYS, CAPTION_KEYS = ("file_name", "file", "video", "path"), ("caption", "text", "prompt")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v", *IMAGE_SUFFIXES)
+"""Videos, and images, which are videos of one frame."""
+CAPTION_FILES = (
+    ("captions.csv", "captions.jsonl", "captions.json", "captions.tsv"),
+    ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.tsv"),
+    ("videos2caption.json",),
+)
+"""Default caption files, in the folder of videos; the first group that is there counts."""
 SHOWN = 3
 """Most wrong entries in a message."""
 
@@ -28,123 +34,166 @@ class Video:
     problem: str | None = None
 
 
-def find_videos(folder: Path, captions: Path | None = None) -> list[Video]:
+def find_videos(folder: Path, captions: Path | None = None, seed: int = 0) -> list[Video]:
     """All videos in ``folder`` and below, by name, each with its caption.
 
     Args:
-        folder: searched with its subfolders.
-        captions: a CSV file with a header or a JSONL file. Default: one of :data:`CAPTION_FILES` in the folder, else a
+        folder: searched with its subfolders, and with the folders that links lead to.
+        captions: a file that :data:`READERS` knows. Default: one of :data:`CAPTION_FILES` in the folder, else a
             ``.txt`` beside each video.
+        seed: of the choice among several captions of a video.
 
     Raises:
-        UserError: if there is no video, or the caption file is not readable, names a video twice or an absent one.
+        UserError: if there is no video, none has a caption, or the caption file is not readable, names a video twice or
+            an absent one.
     """
     if not folder.is_dir():
         raise UserError(f"video folder {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}")
-    paths = {str(PurePosixPath(path.relative_to(folder))): path for path in folder.rglob("*") if _is_video(path)}
+    files = sorted(_files_below(folder))
+    paths = {shown_name(str(PurePosixPath(path.relative_to(folder)))): path for path in files if _is_video(path)}
     if not paths:
         raise UserError(f"no video in {str(folder)!r}; files named {', '.join('*' + s for s in VIDEO_SUFFIXES)} count")
     source = captions or _caption_file(folder)
     if source is None:
-        return [_with_sidecar(paths[name], name) for name in sorted(paths)]
-    texts = read_captions(source)
-    _check_names(source, texts, paths, folder)
-    missing = f"no caption in {source.name}"
-    return [Video(paths[n], n, texts.get(n, ""), None if texts.get(n) else missing) for n in sorted(paths)]
+        videos = _with_sidecars(paths, files)
+    else:
+        texts = _by_video(source, seed, paths, folder)
+        videos = [_captioned(paths[name], name, texts.get(name, ""), source) for name in sorted(paths)]
+    if all(video.problem for video in videos):
+        found = f"{videos[0].problem}{_texts_found(folder, files)}"
+        raise UserError(f"none of {len(videos)} videos has a caption: {found}{see('no-video-has-a-caption')}")
+    return videos
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below, each real folder once: linked ones after those that are really there."""
+    waiting, seen = [folder], set()
+    while waiting:
+        start = waiting.pop(0)
+        for parent, folders, names in os.walk(start, onerror=_refuse_unreadable):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()
+            waiting += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+            yield from (Path(parent, name) for name in names)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise UserError(f"video folder {error.filename!r}: {error.strerror}") from error
 
 
 def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and path.name[0] != "." and path.is_file()
+    return path.suffix.lower() in VIDEO_SUFFIXES and path.name[0] != "." and (path.is_file() or path.is_symlink())
 
 
 def _caption_file(folder: Path) -> Path | None:
-    found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
-    if len(found) > 1:
-        raise UserError(f"{folder} has {' and '.join(CAPTION_FILES)}: name one of them with --captions")
-    return found[0] if found else None
+    for group in CAPTION_FILES:
+        found = [name for name in group if (folder / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{folder} has {' and '.join(found)}: name one of them with --captions")
+        if found:
+            return folder / found[0]
+    return None
 
 
-def _with_sidecar(path: Path, name: str) -> Video:
-    text = path.with_suffix(".txt")
+def _texts_found(folder: Path, files: list[Path]) -> str:
+    """End of a message: files in the folder that may hold captions."""
+    kinds = (".txt", *READERS)
+    texts = [shown_name(str(path.relative_to(folder))) for path in files if path.suffix.lower() in kinds]
+    if not texts:
+        return ""
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return f". The folder has {', '.join(texts[:SHOWN])}{more}: a file with all captions is given with --captions"
+
+
+def _with_sidecars(paths: dict[str, Path], files: list[Path]) -> list[Video]:
+    """Videos with the captions of the text files beside them, whose names may spell accents in another way."""
+    texts = {same_name(str(path)): path for path in files if path.suffix.lower() == ".txt"}
+    videos = []
+    for name, path in sorted(paths.items()):
+        wanted = path.with_suffix(".txt")
+        text = wanted if wanted.is_file() else texts.get(same_name(str(wanted)), wanted)
+        videos.append(_with_sidecar(path, name, text))
+    return videos
+
+
+def _with_sidecar(path: Path, name: str, text: Path) -> Video:
+    if problem := _lost(path):
+        return Video(path, name, problem=problem)
     if not text.is_file():
-        return Video(path, name, problem=f"no caption: {text.name} does not exist")
+        return Video(path, name, problem=f"no caption: {shown_name(text.name)} does not exist")
     try:
-        caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        return Video(path, name, problem=f"caption {text.name} is not UTF-8 (byte {error.start})")
-    return Video(path, name, caption, None if caption else f"no caption: {text.name} is empty")
+        caption = " ".join(read_text(text, f"caption {shown_name(text.name)}").split())
+    except UserError as error:
+        return Video(path, name, problem=str(error))
+    return Video(path, name, caption, None if caption else f"no caption: {shown_name(text.name)} is empty")
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by file name.
+def _lost(path: Path) -> str | None:
+    return None if path.exists() else f"a link to {os.readlink(path)}, which does not exist"
+
+
+def _captioned(path: Path, name: str, caption: str, source: Path) -> Video:
+    problem = _lost(path) or (None if caption else f"no caption in {source.name}")
+    return Video(path, name, caption, problem)
+
+
+def _by_video(source: Path, seed: int, paths: dict[str, Path], folder: Path) -> dict[str, str]:
+    """Captions by the videos' names.
 
     Raises:
-        UserError: naming the line, if the file is not readable, not UTF-8, neither CSV nor JSONL with the right keys,
-            or names a video twice.
+        UserError: if the file names absent videos, or a video by two names.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"caption file {str(path)!r}: a name that ends in .csv or .jsonl is expected")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"caption file {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"caption file {path}, line {line}: not UTF-8; save it as UTF-8") from error
+    places = _Places(paths, folder, source)
+    written: dict[str, str] = {}
     captions: dict[str, str] = {}
-    lines: dict[str, int] = {}
-    for line, name, caption in readers[path.suffix.lower()](path, text):
-        name = str(PurePosixPath(name))
-        if name in lines:
-            raise UserError(f"caption file {path}: {name!r} is named twice, in lines {lines[name]} and {line}")
-        lines[name] = line
-        captions[name] = " ".join(caption.split())
-    return captions
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    reader = csv.DictReader(text.splitlines())
-    header = reader.fieldnames or ()
-    name = next((key for key in NAME_KEYS if key in header), None)
-    caption = next((key for key in CAPTION_KEYS if key in header), None)
-    if name is None or caption is None:
-        raise UserError(
-            f"caption file {path}: its first line must name the columns, one of {', '.join(NAME_KEYS)} and one of "
-            f"{', '.join(CAPTION_KEYS)}; found {', '.join(header) or 'nothing'}"
-        )
-    for row in reader:
-        if row[name] is None or row[caption] is None or None in row:
-            raise UserError(
-                f"caption file {path}, line {reader.line_num}: {len(header)} columns are expected; put a caption with "
-                f"commas in double quotes"
-            )
-        yield reader.line_num, row[name], row[caption]
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"caption file {path}, line {number}: not JSON ({error.msg})") from error
-        keys = row if isinstance(row, dict) else {}
-        name = next((keys[key] for key in NAME_KEYS if key in keys), None)
-        caption = next((keys[key] for key in CAPTION_KEYS if key in keys), None)
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise UserError(
-                f"caption file {path}, line {number}: an object with one of {', '.join(NAME_KEYS)} and one of "
-                f"{', '.join(CAPTION_KEYS)} is expected, both texts"
-            )
-        yield number, name, caption
-
-
-def _check_names(source: Path, texts: dict[str, str], paths: dict[str, Path], folder: Path) -> None:
-    """Refuse a caption file that names absent videos."""
-    absent = [name for name in texts if name not in paths]
+    absent = []
+    for name, caption in read_captions(source, seed).items():
+        video = places.find(name)
+        if video is None:
+            absent.append(name)
+        elif video in written:
+            raise UserError(f"caption file {source}: {written[video]!r} and {name!r} are the same video, {video}")
+        else:
+            written[video], captions[video] = name, caption
     if absent:
         more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
         named = ", ".join(map(repr, absent[:SHOWN]))
-        raise UserError(f"caption file {source}: {named}{more} not found in {folder} (names are relative to it)")
+        near = did_you_mean(absent[0], paths)
+        more += f" not found in {folder} (names are relative to it{near})"
+        raise UserError(f"caption file {source}: {named}{more}{see('a-video-of-the-caption-file-is-not-found')}")
+    return captions
+
+
+class _Places:
+    """Finds the video that a caption file means: its names come from other systems and start at other folders."""
+
+    def __init__(self, paths: dict[str, Path], folder: Path, source: Path) -> None:
+        self.names = {same_name(name): name for name in paths} | {name: name for name in paths}
+        self.bases = [str(base.absolute()) for base in (folder, source.parent, Path())]
+        self.absolute: dict[str, str] = {}
+        self.ends: dict[str, list[str]] = {}
+        for name, path in paths.items():
+            for place in (os.path.realpath(path), os.path.abspath(path)):
+                self.absolute[same_name(place)] = name
+            self.ends.setdefault(same_name(path.name), []).append(name)
+
+    def find(self, written: str) -> str | None:
+        r"""Name of the video, as written or with ``/`` for ``\``; ``None`` if there is none."""
+        for name in (written, written.replace("\\", "/")):
+            if found := self.names.get(name) or self._normal(same_name(os.path.normpath(name))):
+                return found
+        return None
+
+    def _normal(self, name: str) -> str | None:
+        """The video at a path below the folder, the caption file or the working folder, or with that end."""
+        for base in self.bases:
+            place = os.path.normpath(os.path.join(base, name))
+            if found := self.absolute.get(place) or self.absolute.get(same_name(os.path.realpath(place))):
+                return found
+        ends = self.ends.get(name.rpartition("/")[2], ())
+        found = [end for end in ends if same_name(f"/{end}").endswith(f"/{name}")]
+        return found[0] if len(found) == 1 else None

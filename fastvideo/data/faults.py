@@ -22,6 +22,10 @@ UNREADABLE = (UserError, pa.ArrowException, OSError, UnicodeDecodeError)
 """Errors that reading a damaged row raises."""
 
 
+class VideoError(Exception):
+    """Reason to leave out a video or an image; it is listed."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A skipped file, or one skipped row of it."""
@@ -74,7 +78,7 @@ class Faults:
     def attach(self, folder: Path, rank: int) -> None:
         """Append to the list in a run's folder from now on; entries from before a resume stay."""
         path, self._main = folder / LIST, rank == 0
-        before = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        before = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
         self._listed = {(line["file"], line["row"]) for line in before}
         self._list = path
         for fault in self._found.values():
@@ -84,5 +88,5 @@ class Faults:
         """Every process lists its own rows; the main one alone lists files, which all processes skip."""
         mine = (self._main or fault.row is not None) and (fault.file, fault.row) not in self._listed
         if self._list is not None and mine:
-            with self._list.open("a") as file:
+            with self._list.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(fault)) + "\n")

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from fastvideo.data.index import FileIndex, Kind, latent_shape
-from fastvideo.data.schema import LATENT, TEXT
+from fastvideo.data.schema import LATENT, TEXT, is_text
+from fastvideo.data.stored_texts import Texts, check_same_texts
 from fastvideo.distillation.types import UserError
 
 
@@ -21,8 +22,10 @@ class DataRequirements:
     Attributes:
         latents: ``(C, F, H, W)``, or ``None`` to leave latents on disk.
         any_size: take latents of every size that has those channels.
-        extras: shape of one sample by name (``Conditioner.stored_shapes``); ``text_embedding`` may be absent.
-        text_length: most tokens of a text embedding.
+        extras: shape of one sample by name (``Conditioner.stored_shapes``); texts may be absent.
+        names: name in a batch of each text column that has another; the model's own is ``text_embedding``.
+        text_length: most tokens of the model's own text.
+        texts: settings of the text columns that every file shares.
         normalise: raw latents of the codec to normalised ones.
         codec_key: of the model's codec.
         unmarked: scale of latents in files that do not say it.
@@ -31,7 +34,9 @@ class DataRequirements:
     latents: tuple[int, ...] | None = None
     any_size: bool = False
     extras: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     text_length: int | None = None
+    texts: Texts = field(default_factory=dict)
     normalise: Callable[[Tensor], Tensor] | None = None
     codec_key: str | None = None
     unmarked: Literal["raw", "normalised"] = "raw"
@@ -39,7 +44,11 @@ class DataRequirements:
     @property
     def required(self) -> list[str]:
         """Tensors that every row must have."""
-        return ([LATENT] if self.latents else []) + [name for name in self.extras if name != TEXT]
+        return ([LATENT] if self.latents else []) + [name for name in self.extras if not is_text(name)]
+
+    def named(self, column: str) -> str:
+        """Name in a batch of what a column holds."""
+        return self.names.get(column, column)
 
 
 def is_raw(made: Mapping[str, Any]) -> bool:
@@ -67,17 +76,25 @@ def check_fits(file: FileIndex, wanted: DataRequirements) -> None:
             raise UserError(f"{file.path}, row {row}: no {name}, which the model needs")
     if wanted.latents:
         _check_latents(file, wanted.latents, wanted)
+    check_same_texts(file.path, file.made.get("texts", {}), wanted.texts)
     for name, expected in wanted.extras.items():
         for kind in file.tensors[name].kinds if name in file.tensors else ():
             found = sample_shape(name, kind, wanted)
             if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
                 shown = ["any" if e is None else e for e in expected]
                 raise UserError(f"{file.path}: {name} has shape {list(found)}, the model takes {shown}")
-            if name == TEXT and wanted.text_length is not None and found[0] > wanted.text_length:
+            if wanted.named(name) == TEXT and wanted.text_length is not None and found[0] > wanted.text_length:
                 raise UserError(
                     f"{file.path}: a text embedding has {found[0]} tokens, the model takes {wanted.text_length} "
                     f"(model.max_sequence_length)"
                 )
+            _check_dtype(file, name, kind[1])
+
+
+def _check_dtype(file: FileIndex, name: str, dtype: str) -> None:
+    said = file.made.get("texts", {}).get(name, {}).get("dtype", dtype)
+    if dtype != said:
+        raise UserError(f"{file.path}: {name} holds {dtype}, and the file says that it was written in {said}")
 
 
 def _check_latents(file: FileIndex, expected: tuple[int, ...], wanted: DataRequirements) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastvideo.data.columns import check_column, plain
 from fastvideo.data.schema import DTYPES, LATENT, byte_count, dtype_name, metadata_of
 from fastvideo.errors import UserError
 from fastvideo.storage import Place, RangeFile, Remote, files_below, is_file, place, read_bytes
@@ -127,20 +128,15 @@ def index_file(path: Place, required: Sequence[str] = (), optional: Sequence[str
 
 
 def _check_columns(path: Place, schema: pa.Schema, tensors: Sequence[str]) -> None:
-    kinds = {"caption": pa.types.is_string}
-    for name in tensors:
-        kinds |= {f"{name}_bytes": pa.types.is_binary, f"{name}_shape": pa.types.is_list}
-        kinds |= {f"{name}_dtype": pa.types.is_string}
-    for column, fits in kinds.items():
-        if column not in schema.names:
-            raise UserError(f"{path}: column {column!r} is missing; it has {', '.join(schema.names)}")
-        found = schema.field(column).type
-        if not (fits(found) or getattr(pa.types, fits.__name__.replace("is_", "is_large_"))(found)):
-            raise UserError(f"{path}: column {column!r} has type {found}, {fits.__name__[3:]} is expected")
+    for column in ("caption", *(f"{name}_{part}" for name in tensors for part in ("bytes", "shape", "dtype"))):
+        try:
+            check_column(schema, column)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def _index_tensor(file: pq.ParquetFile, path: Place, name: str) -> TensorIndex:
-    table = file.read(columns=[f"{name}_shape", f"{name}_dtype"], use_threads=False)
+    table = plain(file.read(columns=[f"{name}_shape", f"{name}_dtype"], use_threads=False))
     kinds: dict[Kind, int] = {}
     pairs = zip(table[f"{name}_shape"].to_pylist(), table[f"{name}_dtype"].to_pylist(), strict=True)
     codes = np.empty(len(table), dtype=np.int64)
@@ -151,6 +147,8 @@ def _index_tensor(file: pq.ParquetFile, path: Place, name: str) -> TensorIndex:
         dtype = dtype_name(written or "")
         if dtype is None:
             raise UserError(f"{path}, row {row}: {name}_dtype is {written!r}, one of {', '.join(DTYPES)} is expected")
+        if not all(size is not None and size > 0 for size in shape):
+            raise UserError(f"{path}, row {row}: {name}_shape is {shape}, sizes above 0 are expected")
         codes[row] = kinds.setdefault((tuple(shape), dtype), len(kinds))
     return TensorIndex(tuple(kinds), codes)
 
@@ -160,7 +158,7 @@ def _check_first_row(file: pq.ParquetFile, path: Place, tensors: dict[str, Tenso
     if not tensors or not len(next(iter(tensors.values())).codes):
         return
     columns = [f"{name}_bytes" for name in tensors]
-    first = next(file.iter_batches(batch_size=1, columns=columns, use_threads=False))
+    first = plain(pa.table(next(file.iter_batches(batch_size=1, columns=columns, use_threads=False))))
     for name, index in tensors.items():
         if index.codes[0] >= 0:
             check_bytes(path, 0, name, first[f"{name}_bytes"][0].as_buffer(), index.kinds[index.codes[0]])

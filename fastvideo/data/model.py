@@ -70,7 +70,7 @@ def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
 
 def pipeline_class(source: str) -> str:
     """``_class_name`` of a pipeline folder that :func:`resolve_pipeline` has checked."""
-    return str(json.loads((Path(source) / "model_index.json").read_text())["_class_name"])
+    return str(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
 
 
 def check_sizes(path: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:

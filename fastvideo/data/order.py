@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -188,6 +189,14 @@ class SampleStream:
     def state_dict(self) -> dict[str, int]:
         """Position of the next batch, and samples per step of all processes."""
         return {"epoch": self.epoch, "round": self.round, "per_round": self.shard.per_round}
+
+    def rows_ahead(self, batches: int) -> list[int]:
+        """The distinct samples of this process's next batches."""
+        ahead = islice(self._positions(self.epoch, self.round), batches)
+        rows: dict[int, None] = {}
+        for epoch, step in ahead:
+            rows |= dict.fromkeys(self._plan(epoch)[step].tolist())
+        return list(rows)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at the position of :meth:`state_dict`."""

@@ -30,7 +30,7 @@ def sources_key(videos: Sequence[Video]) -> str:
     """SHA-256 of the videos' names, sizes and captions, in order."""
     digest = hashlib.sha256()
     for video in videos:
-        entry = [video.name, video.path.stat().st_size, video.caption, video.problem]
+        entry = [video.name, video.path.stat().st_size if video.path.exists() else None, video.caption, video.problem]
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
@@ -52,7 +52,7 @@ def open_output(
     if overwrite and (out / MANIFEST).is_file():
         shutil.rmtree(out)
     if (out / MANIFEST).is_file():
-        _check_same(out, json.loads((out / MANIFEST).read_text()), json.loads(json.dumps(manifest)))
+        _check_same(out, json.loads((out / MANIFEST).read_text(encoding="utf-8")), json.loads(json.dumps(manifest)))
     elif out.exists() and (not out.is_dir() or any(not _is_ours(item) for item in out.iterdir())):
         command = manifest.get("command", "fastvideo preprocess")
         raise UserError(f"--out: {out} exists and was not made by {command}; choose another")
@@ -91,20 +91,20 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def unfinished(out: Path, files: int) -> list[int]:
+def unfinished(out: Path, files: int, stem: str = "videos") -> list[int]:
     """Numbers of the files that no machine has written yet."""
-    return [number for number in range(files) if not shard_path(out, number).is_file()]
+    return [number for number in range(files) if not shard_path(out, number, stem).is_file()]
 
 
-def collect(out: Path, files: Sequence[int]) -> tuple[int, list[dict[str, str]]]:
-    """Rows in the given files, and the skipped videos, which are also written to :data:`SKIPPED`.
+def collect(out: Path, files: Sequence[int], stem: str = "videos") -> tuple[int, list[dict[str, str]]]:
+    """Rows in the given files, and the skipped videos or prompts, which are also written to :data:`SKIPPED`.
 
     Raises:
         UserError: if a file is damaged.
     """
     rows, skipped = 0, []
     for number in files:
-        path = shard_path(out, number)
+        path = shard_path(out, number, stem)
         try:
             footer = pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fastvideo.data.columns import plain
 from fastvideo.data.faults import UNREADABLE, Faults
 from fastvideo.data.fits import DataRequirements, sample_shape
 from fastvideo.data.index import (
@@ -50,7 +51,7 @@ class ParquetSource(StoredSource):
         captions: list[str] = []
         for file in self.files:
             with open_parquet(file.path) as opened:
-                column = opened.read(columns=["caption"])["caption"]
+                column = plain(opened.read(columns=["caption"]))["caption"]
             for row, value in enumerate(column):
                 try:
                     caption = value.as_py()
@@ -97,7 +98,7 @@ class ParquetSource(StoredSource):
             file, group, *_ = self._groups[number]
             columns = ["caption", *(f"{name}_bytes" for name in self.names)]
             with open_parquet(self.files[file].path) as opened:
-                self._cache[number] = opened.read_row_group(group, columns=columns, use_threads=False)
+                self._cache[number] = plain(opened.read_row_group(group, columns=columns, use_threads=False))
             # Room first for every bucket's window; a single row group may be larger than the whole budget.
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)

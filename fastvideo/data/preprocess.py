@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvideo.data.captions import Video, find_videos
-from fastvideo.data.clips import Policy
+from fastvideo.data.clips import Policy, Size
 from fastvideo.data.model import ModelChoice
 from fastvideo.data.output import ALONE, SKIPPED, collect, open_output, shard_path, sources_key, unfinished
 from fastvideo.data.shards import ShardWriter
+from fastvideo.data.stills import is_image
 from fastvideo.data.workers import FileJob, Share, WriteFile, progress, start_server, write_files
-from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
+from fastvideo.errors import UserError, counted
 
-FORMAT = 1
+FORMAT = 2
 """Increase it when the same settings give other rows."""
 
 
@@ -102,27 +102,29 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False, share: Share 
     if workers > 1:
         start_server(__name__)
     codec = job.choice.adapter(job.device).codec
-    if all(video.problem for video in job.videos):
-        raise UserError(f"none of {len(job.videos)} videos has a caption: {job.videos[0].problem}")
     manifest: dict[str, Any] = {"settings": job.settings(codec.latent_key), "sources": sources_key(job.videos)}
     manifest |= {"videos": len(job.videos), "files": job.files}
     missing = open_output(job.out, manifest, overwrite=overwrite, share=share)
-    begin, encoded = time.monotonic(), sum(len(job.part(number)) for number in missing)
-    own = [number for number in range(job.files) if number in share]
-    total = sum(len(job.part(number)) for number in own)
+    begin, encoded, total = time.monotonic(), job.count(missing), job.count(job.own(share))
     with progress("encoding videos", total, total - encoded) as show:
         write_files(job, missing, workers, show)
     left = unfinished(job.out, job.files)
-    finished = own if left else range(job.files)
+    finished = job.own(share if left else ALONE)
     clips, skipped = collect(job.out, finished)
-    videos = sum(len(job.part(number)) for number in finished)
-    return Summary(job.out, clips, videos, skipped, time.monotonic() - begin, encoded, len(left))
+    return Summary(job.out, clips, job.count(finished), skipped, time.monotonic() - begin, encoded, len(left))
 
 
 def make_job(
-    folder: Path, captions: Path | None, choice: ModelChoice, policy: Policy, out: Path, per_file: int, device: str
+    folder: Path,
+    captions: Path | None,
+    choice: ModelChoice,
+    policy: Policy,
+    out: Path,
+    per_file: int,
+    device: str,
+    seed: int = 0,
 ) -> Job:
-    """The job for a folder of videos.
+    """The job for a folder of videos; ``seed`` chooses among several captions of a video.
 
     Raises:
         UserError: for a wrong folder, caption file or size.
@@ -131,4 +133,16 @@ def make_job(
         choice.sized(size.height, size.width, size.num_frames)
     first = policy.sizes[0]
     sized = choice.sized(first.height, first.width, first.num_frames)
-    return Job(out, per_file, device, sized, policy, find_videos(folder, captions), str(choice.fields["path"]))
+    videos = find_videos(folder, captions, seed)
+    if reason := why_no_images(choice, first):
+        videos = [replace(video, problem=reason) if is_image(video.path) else video for video in videos]
+    return Job(out, per_file, device, sized, policy, videos, str(choice.fields["path"]))
+
+
+def why_no_images(choice: ModelChoice, size: Size) -> str:
+    """Reason why a model takes no video of one frame; empty if it does."""
+    try:
+        choice.sized(size.height, size.width, 1)
+    except UserError as error:
+        return f"an image is a video of one frame, which the model does not take: {error}"
+    return ""

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 LATENT, TEXT = "vae_latent", "text_embedding"
 METADATA_KEY = b"fastvideo.preprocess"
@@ -41,6 +43,31 @@ def tensor_columns(name: str, value: Floats) -> dict[str, Any]:
     """One tensor of one row, float32."""
     data = np.ascontiguousarray(value, dtype="<f4")
     return {f"{name}_bytes": data.tobytes(), f"{name}_shape": list(data.shape), f"{name}_dtype": "float32"}
+
+
+def text_column(number: int) -> str:
+    """Column of the text of a run's families, the first of which is the student's."""
+    return TEXT if number == 0 else f"{TEXT}_{number + 1}"
+
+
+def is_text(name: str) -> bool:
+    """True for a text column of any family."""
+    return name == TEXT or (name.startswith(f"{TEXT}_") and name.removeprefix(f"{TEXT}_").isdecimal())
+
+
+def text_schema(families: int) -> pa.Schema:
+    """The columns of a dataset of prompts: FastVideo's, and further texts for further families."""
+    fields = [pa.field("id", pa.string())]
+    for name in map(text_column, range(families)):
+        types = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
+        fields += [pa.field(f"{name}_{part}", kind) for part, kind in types.items()]
+    return pa.schema([*fields, pa.field("caption", pa.string())])
+
+
+def bfloat16_columns(name: str, value: Tensor) -> dict[str, Any]:
+    """One tensor of one row, by the bits of its bfloat16 numbers."""
+    data = value.bfloat16().contiguous().view(torch.int16).numpy().astype("<i2", copy=False)
+    return {f"{name}_bytes": data.tobytes(), f"{name}_shape": list(value.shape), f"{name}_dtype": "bfloat16"}
 
 
 def dtype_name(written: str) -> str | None:

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from fastvideo.data.captions import Video
-from fastvideo.data.clips import Clip, Policy, VideoError, read_clips
+from fastvideo.data.clips import Clip, Policy, read_clips
+from fastvideo.data.faults import VideoError
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
 from fastvideo.distillation.adapters.base import Codec, Conditioner
 from fastvideo.distillation.types import UserError
+from fastvideo.errors import counted
 from fastvideo.files import replacing
 
 GROUP_BYTES = 32 * 2**20
@@ -36,11 +38,11 @@ def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner
     return {name: value[0].float().cpu() for name, value in tensors.items()}
 
 
-def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy) -> list[Row]:
-    """The rows of one video.
+def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy) -> Iterator[Row]:
+    """The rows of one video, one clip after another.
 
     Raises:
-        VideoError: with the reason to skip it.
+        VideoError: with the reason to skip it, or its rest.
     """
     if video.problem:
         raise VideoError(video.problem)
@@ -48,8 +50,10 @@ def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy
         conditioner.check_prompts([video.caption])
     except UserError as error:
         raise VideoError(f"caption: {error}") from error
-    clips = read_clips(video.path, policy)
-    return [_row(clip, video, encode_clip(clip, video, codec, conditioner), policy) for clip in clips]
+    for clip in read_clips(video.path, policy):
+        if clip.still and conditioner.needs_frames:
+            raise VideoError("an image has no frames that go on from its first: the model needs videos")
+        yield _row(clip, video, encode_clip(clip, video, codec, conditioner), policy)
 
 
 def _row(clip: Clip, video: Video, tensors: Mapping[str, Tensor], policy: Policy) -> Row:
@@ -58,7 +62,7 @@ def _row(clip: Clip, video: Video, tensors: Mapping[str, Tensor], policy: Policy
         "id": f"{video.name}#{clip.number}" if policy.every_clip else video.name,
         "file_name": video.name,
         "caption": video.caption,
-        "media_type": "video",
+        "media_type": "image" if clip.still else "video",
         "width": width,
         "height": height,
         "num_frames": frames,
@@ -100,14 +104,19 @@ class ShardWriter:
         with whole_file(path, schema) as file:
             groups = _Groups(file, schema)
             for count, video in enumerate(videos, start=1):
+                added = 0
                 try:
                     for row in rows_of(video, self.codec, self.conditioner, self.policy):
                         groups.add(row)
+                        added += 1
                 except VideoError as error:
-                    skipped.append({"file": video.name, "reason": str(error)})
+                    before = f"after {counted(added, 'clip')} that are in: " if added else ""
+                    skipped.append({"file": video.name, "reason": f"{before}{error}"})
                 done(count)
             groups.close()
-            made = {**self.made, "skipped": skipped}
+            text = self.conditioner.text_settings
+            texts = {TEXT: {**text, "dtype": "float32", "model": self.made["model"]}} if text else {}
+            made = {**self.made, "texts": texts, "skipped": skipped}
             file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(made)})
 
 

@@ -16,7 +16,7 @@ from fastvideo.data.faults import UNREADABLE, Faults
 from fastvideo.data.fits import DataRequirements, check_fits, is_raw
 from fastvideo.data.index import FileIndex, latent_shape
 from fastvideo.data.order import Bucket
-from fastvideo.data.schema import LATENT, TEXT, Floats
+from fastvideo.data.schema import LATENT, TEXT, Floats, is_text
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.stopping import unit_done
 from fastvideo.storage import Place
@@ -46,7 +46,7 @@ class StoredSource(ABC):
     def __init__(self, path: str, wanted: DataRequirements, faults: Faults | None = None) -> None:
         self.wanted, self.faults = wanted, Faults() if faults is None else faults
         self.files = list(self._usable(path))
-        self.names = [*wanted.required, *([TEXT] if self._has_text() else [])]
+        self.names = [*wanted.required, *filter(self._is_stored, self._text_columns)]
         self._file_starts = np.cumsum([0, *(file.rows for file in self.files)])
 
     @abstractmethod
@@ -75,13 +75,12 @@ class StoredSource(ABC):
 
     def _usable(self, path: str) -> Iterator[FileIndex]:
         """Readable files that fit."""
-        optional = [TEXT] if TEXT in self.wanted.extras else []
         first: UserError | None = None
         count = 0
         for file in self._paths(path):
             unit_done()
             try:
-                indexed = self._index(file, optional)
+                indexed = self._index(file, self._text_columns)
                 check_fits(indexed, self.wanted)
             except UserError as error:
                 first = first or error
@@ -92,11 +91,13 @@ class StoredSource(ABC):
         if not count:
             raise UserError(f"data.path: no file of {path} can be used; the first: {first}")
 
-    def _has_text(self) -> bool:
-        """True if every row has a text embedding; refuses a dataset in which only some have one."""
-        if TEXT not in self.wanted.extras:
-            return False
-        missing = [(file, file.tensors[TEXT].missing if TEXT in file.tensors else file.rows) for file in self.files]
+    @property
+    def _text_columns(self) -> list[str]:
+        return [name for name in self.wanted.extras if is_text(name)]
+
+    def _is_stored(self, column: str) -> bool:
+        """True if every row has that text; refuses a dataset in which only some have one."""
+        missing = [(file, file.tensors[column].missing if column in file.tensors else file.rows) for file in self.files]
         total = sum(count for _, count in missing)
         if total in (0, len(self)):
             return total == 0
@@ -108,8 +109,13 @@ class StoredSource(ABC):
 
     @property
     def has_text(self) -> bool:
-        """True if stored text embeddings replace encoded captions."""
-        return TEXT in self.names
+        """True if stored text embeddings replace encoded captions of the model's own."""
+        return TEXT in self.texts
+
+    @property
+    def texts(self) -> list[str]:
+        """Names in a batch of the stored texts."""
+        return [self.wanted.named(name) for name in self.names if is_text(name)]
 
     @cached_property
     def buckets(self) -> Sequence[Bucket]:
@@ -144,7 +150,7 @@ class StoredSource(ABC):
             raise UserError(f"{self.files[0].path.parent}: no row of a batch can be read")
         spare = cycle(good)
         samples = [next(spare) if row is None else row for row in found]
-        extras = {name: self._stacked(name, samples) for name in self.names if name != LATENT}
+        extras = {self.wanted.named(name): self._stacked(name, samples) for name in self.names if name != LATENT}
         latents = self._latents(samples) if self.wanted.latents else None
         return RawBatch(tuple(row.caption for row in samples), latents, extras)
 
@@ -165,7 +171,7 @@ class StoredSource(ABC):
     def _stacked(self, name: str, rows: Sequence[Sample]) -> Tensor:
         """One tensor of all rows; text embeddings are zero-padded to the longest."""
         arrays = [row.arrays[name] for row in rows]
-        if name != TEXT:
+        if not is_text(name):
             return torch.from_numpy(np.stack(arrays))
         longest = max(len(array) for array in arrays)
         padded = np.zeros((len(arrays), longest, arrays[0].shape[1]), dtype=np.float32)

@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvideo.data.captions import CAPTION_KEYS
+from fastvideo.data.caption_files import CAPTION_KEYS
 from fastvideo.data.fits import sample_shape
 from fastvideo.data.index import TAR, FileIndex, Kind, TensorIndex
 from fastvideo.data.schema import DTYPES, LATENT, TEXT, Floats, floats
 from fastvideo.data.stored import Sample, StoredSource
 from fastvideo.errors import UserError
 from fastvideo.files import make_folder, replacing
-from fastvideo.storage import Place, RangeFile, Remote, cache_folder, files_below, fingerprint, is_file, place
+from fastvideo.storage import Place, RangeFile, Remote, cache_folder, files_below, is_file, place, state_of
+from fastvideo.texts import decoded
 
 FORMAT = 1
 """Increase it when an index of the same shard changes."""
@@ -175,7 +176,8 @@ def indexed(file: Place) -> tuple[TarSample, ...]:
     Raises:
         UserError: with shard and key, if the shard is cut off, a key has two files of one kind, or one is damaged.
     """
-    kept = cache_folder() / "tars" / f"{_identity(file)}.json"
+    key = hashlib.sha256(f"{FORMAT} {state_of(file)}".encode()).hexdigest()
+    kept = cache_folder() / "tars" / f"{key}.json"
     if kept.is_file():
         return tuple(map(_sample_of, json.loads(kept.read_bytes())))
     with _opened(file) as stream:
@@ -184,14 +186,6 @@ def indexed(file: Place) -> tuple[TarSample, ...]:
     with replacing(kept) as temporary:
         temporary.write_text(json.dumps([_json_of(sample) for sample in samples]), encoding="utf-8")
     return tuple(samples)
-
-
-def _identity(file: Place) -> str:
-    if isinstance(file, Path):
-        facts: Any = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-    else:
-        facts = [file.url, fingerprint({"": file.call("info")})]
-    return hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()
 
 
 def _opened(file: Place) -> IO[bytes]:
@@ -302,9 +296,10 @@ def _caption(file: Place, key: str, files: Mapping[str, tuple[int, int]], stream
     try:
         for extension in TEXTS:
             if extension in files:
-                return " ".join(_at(stream, *files[extension]).decode("utf-8-sig").split())
+                text = decoded(_at(stream, *files[extension]), f"{file}, key {key!r}: .{extension}")
+                return " ".join(text.split())
         if "json" in files:
-            values = json.loads(_at(stream, *files["json"]))
+            values = json.loads(decoded(_at(stream, *files["json"]), f"{file}, key {key!r}: .json"))
             return next((str(values[name]) for name in CAPTION_KEYS if name in values), None)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}, key {key!r}: its caption cannot be read ({error})") from error

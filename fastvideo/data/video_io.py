@@ -30,26 +30,31 @@ class VideoFormat:
     mime: str
     codec_options: dict[str, str] = field(default_factory=dict)
     container_options: dict[str, str] = field(default_factory=dict)
+    fastest: int = 1000
+    """Most frames per second."""
 
 
 FORMATS = {
     ".mp4": VideoFormat("mp4", "libx264", "yuv420p", "video/mp4", {"crf": "16"}),
-    ".gif": VideoFormat("gif", "gif", "pal8", "image/gif", {}, {"loop": "0"}),
+    ".gif": VideoFormat("gif", "gif", "pal8", "image/gif", {}, {"loop": "0"}, fastest=100),
     ".webp": VideoFormat("webp", "libwebp_anim", "bgra", "image/webp", {"lossless": "1"}, {"loop": "0"}),
     ".apng": VideoFormat("apng", "apng", "rgb24", "image/apng", {"pred": "mixed"}, {"plays": "0"}),
 }
 """Formats by suffix. Animated images loop for ever; WebP and APNG are lossless."""
 
 
-def video_format(path: Path | str) -> VideoFormat:
+def video_format(path: Path | str, fps: int = FPS) -> VideoFormat:
     """The format that the suffix of ``path`` names.
 
     Raises:
-        UserError: for any other suffix; callers check before they spend time on a video.
+        UserError: for any other suffix, or a frame rate that it cannot hold; callers check before they spend time on a
+            video.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"cannot write a video to {str(path)!r}: its name must end in one of {', '.join(FORMATS)}")
+    if fps > FORMATS[suffix].fastest:
+        raise UserError(f"a {suffix} file holds up to {FORMATS[suffix].fastest} frames per second, got {fps}")
     return FORMATS[suffix]
 
 
@@ -61,9 +66,9 @@ def write_video(path: Path | str, video: Tensor, fps: int = FPS, scale: int = 1)
         scale: every pixel becomes a square of this side (nearest neighbour), so that a tiny video can be watched.
 
     Raises:
-        UserError: for a suffix that is not in :data:`FORMATS`.
+        UserError: for a suffix that is not in :data:`FORMATS`, or more frames per second than its format holds.
     """
-    video_format(path)
+    video_format(path, fps)
     path = Path(path)
     data = video_bytes(video, path.suffix, fps, scale)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -86,6 +86,14 @@ class FileJob(ABC):
     def part(self, number: int) -> range:
         """Items of one output file."""
         return range(number * self.per_file, min((number + 1) * self.per_file, len(self)))
+
+    def own(self, share: Share) -> list[int]:
+        """Numbers of the files of one machine."""
+        return [number for number in range(self.files) if number in share]
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """Items of some of the files."""
+        return sum(len(self.part(number)) for number in numbers)
 
     @abstractmethod
     def writer(self, device: str) -> WriteFile:

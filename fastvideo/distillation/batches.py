@@ -37,7 +37,7 @@ class BatchPreparer:
         """
         x0, count = self._latents(raw), len(raw.captions)
         texts = [
-            each.text_of(raw if number == 0 else _captions_of(raw)) for number, each in enumerate(self.conditioners)
+            each.text_of(raw if number == 0 else _text_for(each, raw)) for number, each in enumerate(self.conditioners)
         ]
         shape = self.codec.latent_shape if x0 is None else x0.shape[1:]
         first = _joined([each.first_frames_of(raw) for each in self.conditioners if each.needs_frames])
@@ -58,12 +58,19 @@ class BatchPreparer:
         return raw.latents.to(self.codec.device, torch.float32, non_blocking=True)
 
 
-def _captions_of(raw: RawBatch) -> RawBatch:
-    """The captions alone, for a family whose text embeddings the data does not hold.
+def text_name(conditioner: Conditioner) -> str:
+    """Name in a raw batch of the stored text of a family that is not the student's."""
+    return f"text_embedding/{conditioner.key}"
+
+
+def _text_for(conditioner: Conditioner, raw: RawBatch) -> RawBatch:
+    """The stored text of a family that is not the student's, or else the captions.
 
     Raises:
         UserError: for a caption that is missing, where an embedding stands for it.
     """
+    if (name := text_name(conditioner)) in raw.extras:
+        return RawBatch(raw.captions, extras={"text_embedding": raw.extras[name]})
     if "text_embedding" in raw.extras and not all(raw.captions):
         raise UserError(
             "data: a second model family must encode the captions, and a sample has none: its text embedding is the "

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.diffusers.single_file import is_quantised
+from fastvideo.distillation.adapters.export.lora import read_lora
 from fastvideo.distillation.bridge import bridge_between
 from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
-from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
-from fastvideo.distillation.engine.lora import AdapterSwitch
+from fastvideo.distillation.engine.lora import AdapterSwitch, Merge, merge_file, parameter_shapes, start_adapter
 from fastvideo.distillation.engine.optional.footprint import check_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
+from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
-from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
+from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_exporter, load_method
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Need, UserError
@@ -147,7 +152,35 @@ def load_role(config: Config, families: Families, role: str) -> nn.Module:
     options, needs = config.roles[role], load_method(config.distill_method).needs_of(config.method)
     flow_map = role == "student" and "flow_map" in needs
     change = families.by_role[role].folder.add_flow_map if flow_map else None
-    return families.placement(role).load(options.path, trained=options.trainable, change=change)
+    if options.trainable and is_quantised(options.path):
+        raise UserError(
+            f"roles.{role}.path: {options.path} holds fp8 weights, which are read for frozen roles and as the base of "
+            f"adapters; give the weights in full precision to train them, or add `lora`"
+        )
+    network = families.placement(role).load(options.path, trained=options.trainable, change=change)
+    for file, weight in merges_of(config, families, role, network):
+        merge_file(network, file, weight)
+    return network
+
+
+def merges_of(config: Config, families: Families, role: str, network: nn.Module) -> tuple[Merge, ...]:
+    """Files that are merged into a role's network, with their weights.
+
+    Raises:
+        UserError: for one that cannot be read or does not fit.
+    """
+    found = []
+    for index, lora in enumerate(config.roles[role].loras):
+        file = _read_lora(f"roles.{role}.loras[{index}].path", lora.path, families.by_role[role], network)
+        found.append((file, lora.weight))
+    return tuple(found)
+
+
+def _read_lora(key: str, path: str, family: Adapter, network: nn.Module) -> LoRAFile:
+    try:
+        return read_lora(Path(path), parameter_shapes(network), load_exporter(family.config).original_name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwitch]:
@@ -160,14 +193,38 @@ def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwit
     adapted = {name: role.lora for name, role in config.roles.items() if role.lora is not None}
     if "student" in adapted and "flow_map" in method.needs_of(config.method):
         raise UserError(f"roles.student.lora: {config.distill_method} adds a part to the student and trains it whole")
-    for family, path in dict.fromkeys((families.by_role[name], config.roles[name].path) for name in adapted):
-        sharing = [name for name in families.roles_of(family) if config.roles[name].path == path]
+    for base in dict.fromkeys(_base_of(config, families, name) for name in adapted):
+        sharing = [name for name in families.roles_of(base[0]) if _base_of(config, families, name) == base]
         adapters = {name: lora for name, lora in adapted.items() if name in sharing}
-        base = families.placements[family].load_shared(path, adapters, config.seed)
-        for name in sharing:
-            if name in adapters or not config.roles[name].trainable:
-                switches[name] = AdapterSwitch(base, name if name in adapters else None, path)
+        switches |= _share(config, families, sharing, adapters)
     return switches
+
+
+def _base_of(config: Config, families: Families, role: str) -> tuple[Adapter, str | None, tuple[MergedLoRA, ...]]:
+    """Equal for roles whose networks have the same weights."""
+    options = config.roles[role]
+    return families.by_role[role], options.path, options.loras
+
+
+def _share(
+    config: Config, families: Families, sharing: Sequence[str], adapters: Mapping[str, LoRAConfig]
+) -> dict[str, AdapterSwitch]:
+    """Switches of the roles over one network, with the adapters of those that train one."""
+    first = next(iter(adapters))
+    family, path = families.by_role[first], config.roles[first].path
+
+    def start(network: nn.Module) -> None:
+        for role, lora in adapters.items():
+            if lora.init_from is not None:
+                key = f"roles.{role}.lora.init_from"
+                start_adapter(network, role, _read_lora(key, lora.init_from, family, network))
+
+    network = families.placements[family].load_shared(path, adapters, config.seed, start)
+    merged = merges_of(config, families, first, network)
+    for file, weight in merged:
+        merge_file(network, file, weight)
+    own = [name for name in sharing if name in adapters or not config.roles[name].trainable]
+    return {name: AdapterSwitch(network, name if name in adapters else None, path, merged) for name in own}
 
 
 def build_method(
@@ -251,7 +308,7 @@ def check_run(
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
-    _check_derivatives(config, processes)
+    _check_derivatives(config, families.main, processes)
     check_states(config.trainer.optimizer_states, optimizers)
 
 
@@ -306,12 +363,26 @@ def _handle(
     return RoleHandle(name, family, network, trainable)
 
 
-def _check_derivatives(config: Config, processes: Processes) -> None:
-    if processes.context > 1 and "jvp" in load_method(config.distill_method).needs_of(config.method):
+def _check_derivatives(config: Config, family: Adapter, processes: Processes) -> None:
+    if "jvp" not in load_method(config.distill_method).needs_of(config.method):
+        return
+    if family.folder.compute_dtype != torch.float32 and (reason := _rounded_student(config, processes)):
+        raise UserError(
+            f"model.precision: {config.distill_method} takes derivatives of the student in float32, and with {reason} "
+            f"its weights are {config.model.precision}; set model.precision: float32, or method.jvp: central_difference"
+        )
+    if processes.context > 1:
         raise UserError(
             f"parallel.context: {config.distill_method} takes forward-mode derivatives, which attention over several "
             f"processes does not have; set method.jvp: central_difference, or parallel.context: 1"
         )
+
+
+def _rounded_student(config: Config, processes: Processes) -> str | None:
+    """The option by which a student computes with weights of the run's precision, if it is not with float32 ones."""
+    if processes.shard > 1:
+        return f"parallel.shard {processes.shard}"
+    return "roles.student.lora" if config.roles["student"].lora is not None else None
 
 
 def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -35,6 +35,10 @@ class Training(Protocol):
 
     def undo(self) -> None:
         """Undo the schedule's part of a skipped step."""
+        ...
+
+    def resume_schedule(self, state: Mapping[str, Any]) -> None:
+        """Continue the schedule at the update of ``state``."""
         ...
 
     @property

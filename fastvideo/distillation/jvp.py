@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
-from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Need, UserError
+from fastvideo.ranges import PositiveFloat
 
 JVPMode = Literal["autodiff", "central_difference"]
 Field = Callable[[Tensor, Tensor], Tensor]

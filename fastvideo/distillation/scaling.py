@@ -26,6 +26,10 @@ class Scaling(Protocol):
         """
         ...
 
+    def compute_directly(self, network: nn.Module) -> None:
+        """Compute a network, all of whose matrices have the compute dtype when it is called, without autocast."""
+        ...
+
     def split_tokens(self, network: nn.Module, mesh: Any) -> None:
         """Give each process of the mesh (dimensions ``ring`` and ``ulysses``) its part of every sample's tokens."""
         ...

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import UserError
+from fastvideo.ranges import GuidanceScale
 
 TRAIN_STEPS = 1000
 """Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
@@ -107,5 +108,5 @@ def standard_guidance(value: object) -> object:
     return float(number) + known[convention]
 
 
-Guidance = Annotated[float, BeforeValidator(standard_guidance), Field(ge=0.0)]
+Guidance = Annotated[GuidanceScale, BeforeValidator(standard_guidance)]
 """Guidance scale as a config field: standard convention, 1 = conditional only."""

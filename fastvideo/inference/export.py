@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.registry import load_exporter
@@ -24,9 +25,10 @@ from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
 from fastvideo.inference.recipe import Weights
 
-FORMATS = ("diffusers", *LORA_FORMATS)
+FORMATS = ("diffusers", "comfy", *LORA_FORMATS)
 MARK = "exported_to"
 """Key in the recipe of an export; only exports may be overwritten."""
+ONE_FILE = "diffusion_model.safetensors"
 CLOSE = 1.001e-3
 """Tolerance per time between a stock ladder and the student's; a bit more than from 0.999 to 1."""
 
@@ -48,6 +50,7 @@ def run_export(
     steps: int | None = None,
     weights: Weights | None = None,
     dtype: str | None = None,
+    slim: bool = False,
     overwrite: bool = False,
 ) -> Export:
     """Find the weights, fit the scheduler, write the folder.
@@ -59,6 +62,7 @@ def run_export(
         steps: steps of the scheduler; the whole ladder by default.
         weights: averaged or live; prefers the averaged ones by default.
         dtype: precision of the network's weights, such as ``bfloat16``; as trained by default.
+        slim: link text encoder and VAE instead of storing them again.
         overwrite: replace an earlier export in ``out``.
 
     Raises:
@@ -66,12 +70,16 @@ def run_export(
             student was not trained for; writes nothing then.
     """
     _check_format(to)
+    if slim and to in LORA_FORMATS:
+        raise UserError(f"--slim: {to} holds the adapter alone already")
     found = find_source(source, weights)
     folder = Path(os.path.abspath(out))
-    _check_out(folder, found, overwrite)
+    check_new_folder(folder, found.folder, overwrite, MARK)
     if to in LORA_FORMATS:
         return Export(folder, write_adapter(found, folder, to, MARK), ())
     model = load_source(found)
+    if to == "comfy":
+        return Export(folder, write_one_file(model, folder, dtype, steps), ())
     _check_apart(folder, Path(model.source))
     spec = model.sampler(steps)
     # A teacher has no ladder: it keeps its own scheduler unless the caller asks for steps.
@@ -80,8 +88,27 @@ def run_export(
     stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
     warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
     facts = CardFacts(folder.name, found, model, _recipe(model, spec, stock), spec, stock, dtype, warnings)
-    _write(folder, model, facts)
-    return Export(folder, _summary(out, found, facts), warnings)
+    _write(folder, model, facts, slim=slim)
+    return Export(folder, _summary(out, found, facts), (*warnings, *_slim_warnings(folder, model, slim)))
+
+
+def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int | None) -> str:
+    """Write the network alone, in one file under the authors' names, as ComfyUI and LightX2V load it.
+
+    Raises:
+        UserError: for a flow map, whose head other programs do not know.
+    """
+    spec, exporter = model.sampler(steps), load_exporter(model.adapter.config)
+    if spec.kind == "flow_map":
+        raise UserError("--to comfy: this student is a flow map, whose second time only `fastvideo generate` passes on")
+    network = _in_precision(model.network, dtype)
+    tensors = {exporter.original_name(name): value.contiguous() for name, value in network.state_dict().items()}
+    sampling = {"sigmas": json.dumps([*spec.times, 0.0]), "sampler": spec.kind, "guidance": str(spec.guidance)}
+    recipe = {**model.recipe, MARK: "comfy"}
+    with replacing_folder(out) as partial:
+        save_file(tensors, partial / ONE_FILE, metadata={"format": "pt", "steps": str(len(spec.times)), **sampling})
+        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    return f"{out / ONE_FILE}: {len(tensors)} tensors under the authors' names; sigmas {ladder_text(spec.times)} 0"
 
 
 def _check_format(name: str) -> None:
@@ -90,17 +117,25 @@ def _check_format(name: str) -> None:
         raise UserError(f"--to {name!r}: unknown format, one of {', '.join(FORMATS)} is expected{hint}")
 
 
-def _check_out(out: Path, source: ExportSource, overwrite: bool) -> None:
+def check_new_folder(out: Path, source: Path | None, overwrite: bool, mark: str) -> None:
+    """Check that a folder can be written: new, empty, or an earlier result with ``mark`` in its recipe.
+
+    Args:
+        source: folder that is read, which must be apart.
+
+    Raises:
+        UserError: if it cannot.
+    """
     if out.is_file():
         raise UserError(f"--out {out} is a file; a new folder is expected")
-    if source.folder:
-        _check_apart(out, source.folder)
+    if source:
+        _check_apart(out, source)
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"output folder {out} is in use: choose another with --out, or replace an export: --overwrite")
-    if not _is_export(out):
-        raise UserError(f"--overwrite: {out} is no earlier export; delete it yourself")
+        raise UserError(f"output folder {out} is in use: choose another with --out, or replace it: --overwrite")
+    if not _is_marked(out, mark):
+        raise UserError(f"--overwrite: {out} is no earlier {'export' if mark == MARK else 'merge'}; delete it yourself")
 
 
 def _check_apart(out: Path, folder: Path) -> None:
@@ -109,9 +144,9 @@ def _check_apart(out: Path, folder: Path) -> None:
         raise UserError(f"--out {out}: it and the source folder ({folder}) must not contain each other")
 
 
-def _is_export(folder: Path) -> bool:
+def _is_marked(folder: Path, mark: str) -> bool:
     recipe = folder / RECIPE
-    return recipe.is_file() and f'"{MARK}"' in recipe.read_text()
+    return recipe.is_file() and f'"{mark}"' in recipe.read_text(encoding="utf-8")
 
 
 def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
@@ -156,13 +191,22 @@ def _recipe(model: LoadedModel, spec: SamplerSpec, stock: StockSampler | None) -
     return recipe if stock is None else recipe | {"ladder": list(spec.times)}
 
 
-def _write(out: Path, model: LoadedModel, facts: CardFacts) -> None:
+def _slim_warnings(folder: Path, model: LoadedModel, slim: bool) -> tuple[str, ...]:
+    if not slim:
+        return ()
+    return (
+        f"{folder} links to text encoder and VAE in {Path(model.source).resolve()}: it is whole on this machine "
+        f"alone. To move it: cp -rL or rsync -aL, which follow the links",
+    )
+
+
+def _write(out: Path, model: LoadedModel, facts: CardFacts, *, slim: bool) -> None:
     """Write the folder whole or not at all."""
     network = _in_precision(model.network, facts.dtype)
     network.register_to_config(_name_or_path="")  # otherwise a folder of this machine
     try:
         with replacing_folder(out) as partial:
-            model.adapter.folder.save(partial, network, facts.recipe)
+            model.adapter.folder.save(partial, network, facts.recipe, slim=slim)
             if facts.stock is not None:
                 _replace_scheduler(partial, facts.stock.scheduler)
             (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -185,9 +229,9 @@ def _replace_scheduler(folder: Path, scheduler: Any) -> None:
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     scheduler.save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"
-    components = json.loads(index.read_text())
+    components = json.loads(index.read_text(encoding="utf-8"))
     components["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index.write_text(json.dumps(components, indent=2) + "\n")
+    index.write_text(json.dumps(components, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:

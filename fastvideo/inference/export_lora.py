@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
-from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID, resolve_pipeline
+from fastvideo.distillation.adapters.export.lora import FILES, LAYOUTS, PEFT_CONFIG
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
 from fastvideo.distillation.registry import families, load_exporter, load_method
@@ -19,9 +23,66 @@ from fastvideo.errors import counted
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
 from fastvideo.inference.loading import RECIPE, load_recipe
+from fastvideo.inference.model_card import CALL_OPTIONS, read_front_matter
 
-LORA_FORMATS = ("lora-diffusers", "lora-comfy")
-COMFY_FILE = "comfyui_lora.safetensors"
+LORA_FORMATS = tuple(f"lora-{name}" for name in LAYOUTS)
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""``A`` and ``B`` of each layer, under diffusers' names."""
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """Everything that the files beside an adapter say of it."""
+
+    source: ExportSource
+    layout: str
+    factors: Factors
+    name: str
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The run's config."""
+        return self.source.config
+
+    @cached_property
+    def base_path(self) -> str:
+        """Base model, as the run names it."""
+        return str(self.config["roles"]["student"].get("path") or self.config["model"]["path"])
+
+    @cached_property
+    def base(self) -> str:
+        """Public name of the base model; a local folder's is what its card names, else its own without the path."""
+        if self.base_path in EMBEDDED or HUB_ID.fullmatch(self.base_path):
+            return self.base_path
+        named = read_front_matter(Path(self.base_path)).get("base_model")
+        return named if isinstance(named, str) else Path(self.base_path).name
+
+    @property
+    def times(self) -> Sequence[float]:
+        """The student's ladder."""
+        return self.config["ladder"]["times"]  # type: ignore[no-any-return]
+
+    @property
+    def kind(self) -> str:
+        """The student's sampler."""
+        return load_method(self.config["distill_method"]).sampler
+
+    @property
+    def rank(self) -> int:
+        return max(down.shape[0] for down, _ in self.factors.values())
+
+    @property
+    def file(self) -> str:
+        return LAYOUTS[self.layout].file
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Metadata of the safetensors file: what a player needs to sample as trained."""
+        sampling = {"steps": len(self.times), "sigmas": [*self.times, 0.0], "sampler": self.kind, "guidance": 1.0}
+        named = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in sampling.items()}
+        origin = {"base_model": self.base, "rank": str(self.rank), "method": self.config["distill_method"]}
+        licence = read_front_matter(Path(self.base_path)).get("license")
+        return {"format": "pt", **origin, **named, **({"license": str(licence)} if licence else {})}
 
 
 def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> str:
@@ -32,55 +93,100 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
     Raises:
         UserError: if the student was trained whole, or the layout has no names for its layers.
     """
-    tensors = read_adapter(source)
-    config = source.config
-    if layout == "lora-comfy":
-        tensors, name = in_comfy(tensors, load_exporter(source.run_config.model).comfy_layer), COMFY_FILE
-    else:
-        name = ADAPTER_FILE
-    base = config["roles"]["student"].get("path") or config["model"]["path"]
+    facts = AdapterFacts(source, layout.removeprefix("lora-"), read_adapter(source), out.name)
+    tensors = LAYOUTS[facts.layout].write(facts.factors, load_exporter(source.run_config.model).original_name)
     recipe = (load_recipe(str(source.folder)) if source.folder else {}) | {mark: layout}
     with replacing_folder(out) as partial:
-        save_file(tensors, partial / name, metadata={"format": "pt"})
-        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
-        scheduler = _save_scheduler(source, partial)
-        (partial / "README.md").write_text(_read_me(source, base, name, out.name, scheduler), encoding="utf-8")
-    return f"{out / name}: {len(tensors) // 2} layers, over the base model {base}; README.md beside it loads both"
+        save_file(tensors, partial / facts.file, metadata=facts.header)
+        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        if facts.file == FILES[1]:
+            (partial / PEFT_CONFIG).write_text(json.dumps(_peft_config(facts), indent=2) + "\n", encoding="utf-8")
+        scheduler = _save_scheduler(facts, partial)
+        (partial / "README.md").write_text(_read_me(facts, scheduler), encoding="utf-8")
+    layers = counted(len(facts.factors), "layer")
+    return f"{out / facts.file}: {layers} of rank {facts.rank}, over the base model {facts.base}; README.md loads both"
 
 
-def _save_scheduler(source: ExportSource, folder: Path) -> str | None:
+def _peft_config(facts: AdapterFacts) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": facts.base,
+        "r": facts.rank,
+        "lora_alpha": facts.rank,  # alpha / rank is in the weights
+        "target_modules": sorted(facts.factors),
+        "inference_mode": True,
+    }
+
+
+def _save_scheduler(facts: AdapterFacts, folder: Path) -> str | None:
     """Write the stock scheduler of the student's ladder; returns its class name, ``None`` for a flow map."""
-    config = source.run_config
-    kind = load_method(config.distill_method).sampler
-    if kind == "flow_map":
+    if facts.kind == "flow_map":
         return None
-    scheduler = load_exporter(config.model).stock_sampler(config.ladder.times, kind).scheduler
+    config = facts.source.run_config
+    scheduler = load_exporter(config.model).stock_sampler(config.ladder.times, facts.kind).scheduler
     scheduler.save_pretrained(folder / "scheduler")
     return type(scheduler).__name__
 
 
-def _read_me(source: ExportSource, base: str, file: str, name: str, scheduler: str | None) -> str:
-    """README with the lines that load the adapter into its stock pipeline."""
-    model = source.config["model"]
-    folder = source.folder or resolve_pipeline(model["path"], tuple(families()))
+def _read_me(facts: AdapterFacts, scheduler: str | None) -> str:
+    """README of the folder: how the program that reads this layout takes it."""
+    steps = counted(len(facts.times), "step")
+    head = f"# {facts.name}\n\nAn adapter (LoRA) over `{facts.base}`: with it that model samples in {steps}."
+    usage = {"comfy": _comfy, "kohya": _comfy, "lightx2v": _lightx2v, "peft": _peft}.get(facts.layout)
+    return "\n".join([head, "", *(usage(facts) if usage else _diffusers(facts, scheduler)), ""])
+
+
+def _diffusers(facts: AdapterFacts, scheduler: str | None) -> list[str]:
+    """Lines that load the adapter into its stock pipeline."""
+    model = facts.config["model"]
+    folder = facts.source.folder or resolve_pipeline(model["path"], tuple(families()))
     pipeline = pipeline_class(str(folder))
-    imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({base!r})"
-    if base in EMBEDDED:  # no name that diffusers knows
+    imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({facts.base!r})"
+    if facts.base in EMBEDDED:  # no name that diffusers knows
         imports.append("from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline")
-        load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({base!r}, ({pipeline!r},)))"
-    lines = [load, f"pipe.load_lora_weights({name!r}, weight_name={file!r})"]
+        load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({facts.base!r}, ({pipeline!r},)))"
+    lines = [load, f"pipe.load_lora_weights({facts.name!r}, weight_name={facts.file!r})"]
     if scheduler:
         imports.insert(0, f"from diffusers import {scheduler}")
-        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({name!r}, subfolder='scheduler')")
-    steps = len(source.config["ladder"]["times"])
-    sizes = "".join(f", {key}={model[key]}" for key in ("height", "width", "num_frames") if key in model)
-    lines.append(f"video = pipe(prompt, num_inference_steps={steps}, guidance_scale=1.0{sizes})")
-    head = f"# {name}\n\nAn adapter (LoRA) over `{base}`: with it that model samples in {counted(steps, 'step')}."
-    return "\n".join([head, "", "```python", *imports, "", *lines, "```", ""])
+        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({facts.name!r}, subfolder='scheduler')")
+    options = "".join(f", {key}={model[key]}" for key in CALL_OPTIONS if key in model)
+    lines.append(f"video = pipe(prompt, num_inference_steps={len(facts.times)}, guidance_scale=1.0{options})")
+    return ["```python", *imports, "", *lines, "```"]
 
 
-def read_adapter(source: ExportSource) -> dict[str, Tensor]:
-    """The adapter in diffusers' layout.
+def _peft(facts: AdapterFacts) -> list[str]:
+    base = json.dumps(facts.base)
+    lines = ["from peft import PeftModel", "", "network = ...  # the transformer of the pipeline of " + base]
+    return ["```python", *lines, f"network = PeftModel.from_pretrained(network, {facts.name!r})", "```"]
+
+
+def _comfy(facts: AdapterFacts) -> list[str]:
+    sampler = "lcm" if facts.kind == "renoise" else "euler"
+    sigmas = ", ".join(f"{time:g}" for time in (*facts.times, 0.0))
+    rows = {
+        "LoRA": f"`{facts.file}`, strength 1",
+        "steps": len(facts.times),
+        "cfg": "1 (no negative prompt)",
+        "sampler": sampler,
+        "sigmas": f"{sigmas} (ManualSigmas)",
+    }
+    return ["| ComfyUI | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _lightx2v(facts: AdapterFacts) -> list[str]:
+    config = {
+        "infer_steps": len(facts.times),
+        "denoising_step_list": [round(1000 * time) for time in facts.times],
+        "sample_shift": 1,  # the times are the shifted ones already
+        "sample_guide_scale": 1,
+        "enable_cfg": False,
+        "lora_configs": [{"path": facts.file, "strength": 1.0}],
+    }
+    return ["In LightX2V's config:", "", "```json", json.dumps(config, indent=2), "```"]
+
+
+def read_adapter(source: ExportSource) -> Factors:
+    """The adapter, with ``alpha / rank`` in ``B``.
 
     Raises:
         UserError: if the student was trained whole.
@@ -89,21 +195,12 @@ def read_adapter(source: ExportSource) -> dict[str, Tensor]:
         file = (source.folder or Path()) / ADAPTER_FILE
         if not file.is_file():
             raise UserError(f"export: {source.folder} has no adapter ({ADAPTER_FILE}): the student was trained whole")
-        return load_file(file)
-    state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
-    if not is_adapter(state):
-        raise UserError(f"export: {source.checkpoint} has no adapter: the student is trained whole")
-    return portable(state, adapter_scaling(source))
-
-
-def in_comfy(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The adapter under ComfyUI's names; ``rename`` maps a layer.
-
-    Raises:
-        UserError: for a family or a layer without such names.
-    """
-    renamed = {}
-    for name, tensor in tensors.items():
-        layer, kind, weight = name.removeprefix(DIFFUSERS_PREFIX).rsplit(".", 2)
-        renamed[f"{rename(layer)}.{kind}.{weight}"] = tensor
-    return renamed
+        tensors = load_file(file)
+    else:
+        state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
+        if not is_adapter(state):
+            raise UserError(f"export: {source.checkpoint} has no adapter: the student is trained whole")
+        tensors = portable(state, adapter_scaling(source))
+    downs = [name for name in tensors if name.endswith(".lora_A.weight")]
+    layers = {name: name.removeprefix(DIFFUSERS_PREFIX).removesuffix(".lora_A.weight") for name in downs}
+    return {layer: (tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]) for name, layer in layers.items()}

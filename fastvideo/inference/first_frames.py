@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastvideo.data.clips import Policy, Size, VideoError, read_clips
+from fastvideo.data.clips import Policy, Size, read_clips
+from fastvideo.data.faults import VideoError
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel
 
@@ -40,4 +41,6 @@ def read_first_frames(path: Path, height: int, width: int, count: int) -> Tensor
         clip = next(read_clips(path, Policy((Size(height, width, count),))))
     except VideoError as error:
         raise UserError(f"image {path}: {error}") from error
+    if len(clip.frames) < count:
+        raise UserError(f"image {path}: too short: {len(clip.frames)} frames, {count} are needed")
     return clip.tensor[None]

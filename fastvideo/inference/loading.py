@@ -69,11 +69,14 @@ class LoadedModel:
         return SamplerSpec.student(own.first(steps or len(own)), guidance, kind)
 
 
-def load_model(folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu") -> LoadedModel:
+def load_model(
+    folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu", *, sized: bool = True
+) -> LoadedModel:
     """Load the network in ``folder`` (a path, a hub id or ``tiny``); text encoder and VAE follow on first use.
 
     Args:
         options: fields of the family's config that override the recipe's.
+        sized: the size of its videos has to be known; false for those who need the network alone.
 
     Raises:
         UserError: if the folder is not a diffusers pipeline of a known family, its recipe is not readable, a size is
@@ -83,7 +86,8 @@ def load_model(folder: str, options: Mapping[str, Any] | None = None, device: st
     recipe = read_recipe(source)
     family = load_adapter(families()[pipeline_class(source)])
     fields = {**recipe.get("model", {}), **(options or {}), "path": source}
-    check_sizes(folder, fields, family.Config.model_fields)
+    if sized:
+        check_sizes(folder, fields, family.Config.model_fields)
     config = validate(family.Config, fields, f"of the model in {folder!r}")
     adapter = family(config, device)
     return LoadedModel(source, adapter, adapter.folder.load_network().requires_grad_(False), recipe)

@@ -197,7 +197,7 @@ def fake_run(
 
 def _without_files(config: Config) -> Config:
     """The config without weights to start from, and without torchao, which is not needed to count its states."""
-    roles = {name: role.model_copy(update={"init_from": None}) for name, role in config.roles.items()}
+    roles = {name: role.without_start().model_copy(update={"loras": ()}) for name, role in config.roles.items()}
     trainer = config.trainer.model_copy(update={"optimizer_states": "float32"})
     return config.model_copy(update={"roles": roles, "trainer": trainer})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -106,3 +107,21 @@ def loaded_after(statement: str) -> set[str]:
 def test_methods_and_registries_do_not_load_diffusers() -> None:
     loaded = loaded_after("import fastvideo.distillation.methods, fastvideo.distillation.builder")
     assert not loaded & set(METHODS_NEVER)
+
+
+def unencoded(source: Path) -> Iterator[int]:
+    """Lines of calls that read or write a file as text and do not name its encoding."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        call = ast.unparse(node)
+        as_text = re.search(r"(^|(?<!\bav)\.)open\(.*'[rwax][+t]*'", call)
+        if re.search(r"\.(read|write)_text\([^()]*\)$", call) or as_text:
+            yield node.lineno
+
+
+def test_text_files_name_their_encoding() -> None:
+    """Without it Python takes the locale's, and trains on other letters than the file has."""
+    sources = [source for source in [*SOURCES, *sorted(TOOLS.rglob("*.py"))] if "tests" not in source.parts]
+    assert not {f"{source.relative_to(ROOT)}:{line}" for source in sources for line in unencoded(source)}
+    assert list(unencoded(Path(__file__)))

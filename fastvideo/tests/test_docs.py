@@ -16,6 +16,7 @@ import torch
 
 from fastvideo.cli import VERBS, main
 from fastvideo.distillation.registry import ADAPTERS, METHODS
+from fastvideo.errors import see
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -165,6 +166,26 @@ def test_links_resolve(page: Path) -> None:
         linked = (page.parent / file).resolve() if file else page
         assert linked.exists(), f"{name_of(page)} links to {target}"
         assert not anchor or anchor in anchors(linked), f"{name_of(page)} links to {target}"
+
+
+def named_entries() -> dict[str, list[str]]:
+    """Entries of the page on troubleshooting that messages name, with the files of those messages."""
+    found: dict[str, list[str]] = {}
+    for source in sorted((ROOT / "fastvideo").rglob("*.py")):
+        if "tests" not in source.parts:
+            for anchor in re.findall(r"\bsee\(['\"]([\w-]+)['\"]\)", source.read_text(encoding="utf-8")):
+                found.setdefault(anchor, []).append(name_of(source))
+    return found
+
+
+def test_messages_name_entries_of_troubleshooting_that_exist() -> None:
+    """And every entry about a message is named by one."""
+    page = ROOT / "docs" / "troubleshooting.md"
+    entries = {
+        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^### (.+)$", prose(page), re.M)
+    }
+    assert set(named_entries()) == entries
+    assert see("a-quote-is-not-closed") == " (see docs/troubleshooting.md#a-quote-is-not-closed)"
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -10,27 +12,40 @@ from fastvideo.data.faults import Faults
 from fastvideo.data.index import dataset_files, has_tars, open_parquet
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
+from fastvideo.data.schema import TEXT
+from fastvideo.data.stored_texts import check_own_texts, column_of, texts_made
+from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+from fastvideo.distillation.batches import text_name
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.placement import check_tokens
 from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
+from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
+from fastvideo.training.texts import usable_prompts
+
+if TYPE_CHECKING:
+    from fastvideo.data.fits import DataRequirements
 
 TINY = "tiny"
 READ_AHEAD = 2
 """Batches that a thread reads, and pins for CUDA, while the networks are busy."""
 
 
-def build_data(config: Config, adapter: Adapter, processes: Processes) -> tuple[SampleStream, str]:
+def build_data(
+    config: Config, adapter: Adapter, processes: Processes, others: Sequence[Conditioner] = ()
+) -> tuple[SampleStream, str]:
     """Build the stream of this process, and a one-line description.
+
+    ``others`` are the conditioners of further families, whose stored texts are read too.
 
     Raises:
         UserError: if the data cannot be read, does not fit the model, or lacks videos that the method needs.
     """
     faults = Faults(config.data.faults, config.data.max_faults)
-    source, description = open_source(config, adapter, faults)
+    source, description = open_source(config, adapter, faults, others)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     on_disk = not isinstance(source, MemorySource)
     on_cuda = processes.device.type == "cuda"
@@ -51,6 +66,7 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
         _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)
         count = len(read_prompts(config.data.prompts))
     elif config.data.path != TINY:
+        check_own_texts(config.data.path, texts_made(config.data.path), adapter.conditioner, config.model.path)
         count = _rows(config.data.path, enough=shard.per_round)
     else:
         count = config.data.size
@@ -74,9 +90,9 @@ def _rows(path: str, enough: int) -> int:
     return count
 
 
-def prompt_notes(config: Config) -> list[str]:
-    """Warn about prompts that are unknown to the world of an embedded model."""
-    if config.model.path not in EMBEDDED:
+def prompt_notes(config: Config, processes: Processes) -> list[str]:
+    """Warnings of the main process about prompts that are unknown to the world of an embedded model."""
+    if config.model.path not in EMBEDDED or not processes.is_main:
         return []
     prompts = [*(read_prompts(config.data.prompts) if config.data.prompts else ()), *config.validation.prompts]
     note = outside_note(prompts)
@@ -96,16 +112,18 @@ def check_buckets(config: Config, adapter: Adapter, processes: Processes, data: 
         check_tokens(adapter, processes, paths, shapes)
 
 
-def open_source(config: Config, adapter: Adapter, faults: Faults | None = None) -> tuple[Source, str]:
+def open_source(
+    config: Config, adapter: Adapter, faults: Faults | None = None, others: Sequence[Conditioner] = ()
+) -> tuple[Source, str]:
     """Open the samples; latents are read, or (once) computed, only for a method that trains on them."""
     method = load_method(config.distill_method)
     with_latents = method.uses_latents(config.method) or adapter.conditioner.needs_frames
     if method.needs_trajectories:
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
-        return _prompts(config, adapter, with_latents)
+        return _prompts(config, adapter, with_latents, others)
     if config.data.path != TINY:
-        return _dataset(config, adapter, with_latents, faults)
+        return _dataset(config, adapter, with_latents, faults, others)
     return _tiny_world(config, adapter, with_latents)
 
 
@@ -140,11 +158,10 @@ def _check_prompts_suffice(config: Config, adapter: Adapter, with_latents: bool)
         )
 
 
-def _prompts(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
+def _prompts(config: Config, adapter: Adapter, with_latents: bool, others: Sequence[Conditioner]) -> tuple[Source, str]:
     _check_prompts_suffice(config, adapter, with_latents)
-    prompts = read_prompts(str(config.data.prompts))
-    adapter.conditioner.check_prompts(prompts)
-    return MemorySource(prompts), f"{len(prompts)} prompts of {config.data.prompts}"
+    prompts, note = usable_prompts(config, [adapter.conditioner, *others], read_prompts(str(config.data.prompts)))
+    return MemorySource(prompts), f"{counted(len(prompts), 'prompt')} of {config.data.prompts}{note}"
 
 
 def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
@@ -159,22 +176,40 @@ def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[S
     return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the tiny world"
 
 
-def _dataset(config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None) -> tuple[Source, str]:
+def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequence[Conditioner]) -> DataRequirements:
+    """Tensors of a dataset that the run reads: those of its own family, and the texts of the others."""
     from fastvideo.data.fits import DataRequirements
-    from fastvideo.data.parquet import ParquetSource
-    from fastvideo.data.tars import TarSource
 
-    wanted = DataRequirements(
+    path, made = config.data.path, texts_made(config.data.path)
+    shapes, names = dict(adapter.conditioner.stored_shapes), dict[str, str]()
+    if (text := shapes.pop(TEXT, None)) is not None:
+        own = check_own_texts(path, made, adapter.conditioner, config.model.path)
+        shapes[own], names[own] = text, TEXT
+    for other in others:
+        column = column_of(made, other)
+        if column is not None and column not in shapes:
+            shapes[column], names[column] = other.stored_shapes[TEXT], text_name(other)
+    return DataRequirements(
         latents=adapter.codec.latent_shape if with_latents else None,
         any_size=config.data.buckets,
-        extras=adapter.conditioner.stored_shapes,
+        extras=shapes,
+        names=names,
         text_length=adapter.conditioner.text_length,
+        texts=made,
         normalise=adapter.codec.normalise,
         codec_key=adapter.codec.latent_key if with_latents else None,
         unmarked=config.data.latents,
     )
+
+
+def _dataset(
+    config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None, others: Sequence[Conditioner]
+) -> tuple[Source, str]:
+    from fastvideo.data.parquet import ParquetSource
+    from fastvideo.data.tars import TarSource
+
     kind = TarSource if has_tars(config.data.path) else ParquetSource
-    source = kind(config.data.path, wanted, faults)
+    source = kind(config.data.path, _wanted(config, adapter, with_latents, others), faults)
     text = "stored text embeddings" if source.has_text else "captions"
     files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
     if not source.has_text:

@@ -100,8 +100,10 @@ def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
 
 def guarded(argv: Sequence[str] | None = None, model: str | None = None) -> int:
     """:func:`main`, with a user's mistake as one message on stderr and exit code 2."""
-    from fastvideo.entry import report_user_errors
+    from fastvideo.entry import report_user_errors, speak_utf8
 
+    if argv is None:
+        speak_utf8()
     return report_user_errors(lambda: main(argv, model))
 
 

@@ -27,6 +27,7 @@ from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import full_time
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import Condition
+from fastvideo.errors import see
 from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
 from fastvideo.files import replace_file
@@ -75,7 +76,7 @@ class HealthCheck:
             return {}
         alarms = find_alarms(live, reference or None, training, self.options)
         for alarm in alarms:
-            self.tracker.say(f"health, step {step}: {alarm.text}")
+            self.tracker.say(f"health, step {step}: {alarm.text}{see('a-health-alarm')}")
         line = {"step": step, "alarms": [asdict(alarm) for alarm in alarms], "student": _finite(live)}
         self.tracker.write_line("health.jsonl", {**line, "training": training, source: dict(reference)})
         logged = {f"health/{name}": value for name, value in {**live, **training}.items() if math.isfinite(value)}
@@ -90,7 +91,7 @@ class HealthCheck:
         """Figures of the teacher's videos, or of real ones of the tiny world; none where there is neither."""
         source = "teacher" if "teacher" in self.method.bundle else "real"
         file, key = self.folder / REFERENCE, self._key()
-        kept = json.loads(file.read_text()) if file.is_file() else {}
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not self.shared.processes.main_says(kept.get("key") == key):
             kept = {"key": key, "figures": self._make_reference(source)}
             if self.shared.writes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fastvideo.errors import UserError
+from fastvideo.mount import check_folder
 
 LOCK = ".lock"
 PATIENCE = 0.2
@@ -25,12 +26,14 @@ def locked(output: Path) -> Iterator[None]:
     The lock is the kernel's (``flock``): it ends with its process, so none is ever stale.
 
     Raises:
-        UserError: naming the process and machine that hold it, or the reason why it cannot be written.
+        UserError: naming the process and machine that hold it, the reason why it cannot be written, or what its file
+            system lacks.
     """
     try:
+        check_folder(output)
         output.mkdir(parents=True, exist_ok=True)
         lock = _acquire(output)
-        (output / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        (output / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output folder {output} cannot be written: {error.strerror}") from error
     try:
@@ -68,7 +71,7 @@ def _acquire(output: Path) -> FileLock:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}; wait for it, stop it, or choose another --output"
     except (OSError, ValueError):
         return "it is just starting"

@@ -63,6 +63,7 @@ def _check_overwrite(config: Config, output: Path) -> None:
         )
     sources = [config.model.path, config.data.path, config.data.prompts, *(r.path for r in config.roles.values())]
     sources += [str(parse_origin(r.init_from).folder) for r in config.roles.values() if r.init_from]
+    sources += [file for role in config.roles.values() for file in role.lora_files]
     for source in filter(None, sources):
         if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
             raise UserError(f"--overwrite would delete {source}, which this run reads; choose another --output")

@@ -21,6 +21,7 @@ from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
+from fastvideo.errors import see
 from fastvideo.storage import Place
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
@@ -76,22 +77,21 @@ def check_config(config: Config, checkpoint: Path) -> list[str]:
         before.pop(f"model.{key}", None)
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
-    started = {f"roles.{name}.init_from" for name, role in config.roles.items() if role.trainable}
+    trained = [name for name, role in config.roles.items() if role.trainable]
+    started = {f"roles.{name}.{key}" for name in trained for key in ("init_from", "lora.init_from")}
     refused = [line for key, line in lines.items() if not is_resumable(type(config), key) and key not in started]
     if refused:
         raise UserError(
             f"--resume: this config is not that of {checkpoint}, and would change the run silently:\n  "
             + "\n  ".join(refused)
+            + f"\n {see('a-resumed-run-is-refused')}"
         )
     return list(lines.values())
 
 
 def already_started(config: Config) -> Config:
     """The config of a resumed run: trained roles do not read their initial weights again."""
-    roles = {
-        name: role.model_copy(update={"init_from": None}) if role.trainable else role
-        for name, role in config.roles.items()
-    }
+    roles = {name: role.without_start() if role.trainable else role for name, role in config.roles.items()}
     return config.model_copy(update={"roles": roles})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +10,19 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from fastvideo.data.order import SampleStream
+from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import BatchPreparer
-from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_method
+from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.engine.runtime import Processes, Runtime, Tracker
 from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
+from fastvideo.stopping import time_taken
 from fastvideo.storage import Place
 from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
 from fastvideo.training.lock import check_free, locked
+from fastvideo.training.notes import idle_notes
 from fastvideo.training.output import check_output, next_commands, prepare_output, resume_command
 from fastvideo.training.resume import (
     already_started,
@@ -29,6 +33,7 @@ from fastvideo.training.resume import (
     run_facts,
     survivors,
 )
+from fastvideo.training.texts import conditioners_of, encode_ahead, list_left_out, take_stored_texts
 from fastvideo.training.validation import build_validation
 
 
@@ -86,15 +91,16 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     session.prepare_mirror(config.checkpoint.mirror, source)
     adapter = build_adapter(config, processes)
     check_data(config, adapter, processes)
-    method = build_method(already_started(config) if source else config, adapter, processes)
+    method, conditioners = _build_method(already_started(config) if source else config, adapter, processes)
     start.reached("models")
-    data, description = _build_data_once(config, adapter, session)
+    data, description = _build_data_once(config, adapter, session, conditioners[1:])
     check_buckets(config, adapter, processes, data)
     start.reached("data")
     validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
         prepare_output(config, overwrite=mode.overwrite)
+        list_left_out(config, conditioners)
     session.wait_for_all()
     data.faults.attach(output, processes.rank)
     session.check_agreement("dataset", {"steps per epoch": data.rounds})
@@ -104,10 +110,17 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     tracker.rewind(trainer.step)
     checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
     trainer.hooks = (start.report_to(tracker), validation, checkpoints)
-    trainer.on_stop = lambda step: f"{checkpoints.save_for_stop(step)}, go on with: {resume_command(config)}"
+    trainer.on_stop = lambda step: (
+        f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"
+    )
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
     tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
-    for note in (*prompt_notes(config), *method.notes):
+    for note in (
+        *prompt_notes(config, processes),
+        *method.notes,
+        *idle_notes(config, trainer, data),
+        *encode_ahead(config, conditioners, data, trainer.step),
+    ):
         tracker.say(note)
     with checkpoints.closing():
         validation.resume(trainer.step)
@@ -119,13 +132,23 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     return output / "student"
 
 
-def _build_data_once(config: Config, adapter: Adapter, session: Session) -> tuple[SampleStream, str]:
+def _build_method(config: Config, adapter: Adapter, processes: Processes) -> tuple[Method, list[Conditioner]]:
+    """Build the method, with the conditioners of its families: the run's own first, and stored texts in all of them."""
+    families = build_families(config, adapter, processes)
+    conditioners = conditioners_of([adapter, *families.placements])
+    take_stored_texts(config, conditioners)
+    return build_on(config, families, processes), conditioners
+
+
+def _build_data_once(
+    config: Config, adapter: Adapter, session: Session, others: Sequence[Conditioner]
+) -> tuple[SampleStream, str]:
     """Build the data on the main process first; the others read its cache."""
     processes = session.processes
     if processes.is_main:
-        data = build_data(config, adapter, processes)
+        data = build_data(config, adapter, processes, others)
     session.wait_for_all()
-    return data if processes.is_main else build_data(config, adapter, processes)
+    return data if processes.is_main else build_data(config, adapter, processes, others)
 
 
 def build_trainer(
@@ -136,8 +159,7 @@ def build_trainer(
         method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema, source=adapter
     )
     families = [adapter, *(handle.adapter for handle in method.bundle)]
-    conditioners = {family.conditioner.key: family.conditioner for family in families}
-    prepare = BatchPreparer(adapter.codec, list(conditioners.values()), any_size=config.data.buckets)
+    prepare = BatchPreparer(adapter.codec, conditioners_of(families), any_size=config.data.buckets)
     return DistillTrainer(method, prepare, config.trainer, runtime)
 
 
@@ -149,6 +171,6 @@ def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folde
             return
         recipe = result_recipe(config, adapter.folder, weights, trainer.step)
         with replacing_folder(folder) as partial_folder:  # an interrupted save must not look like a result
-            adapter.folder.save(partial_folder, network, recipe)
+            adapter.folder.save(partial_folder, network, recipe, slim=config.trainer.slim_result)
             for name, tensors in files.items():
                 save_file(tensors, partial_folder / name, metadata={"format": "pt"})

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes
+from fastvideo.errors import Stopped
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import Sampling, sample_latents
-from fastvideo.stopping import step_done, unit_done
+from fastvideo.stopping import step_done
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,26 @@ class SharedSampler:
 
     def videos(self, denoiser: Denoiser, wanted: Sampling) -> Tensor | None:
         """Videos ``[N, 3, T, H, W]`` of all prompts on the main process; ``None`` on the others."""
-        return self._joined(self.decode(self._own(denoiser, wanted), wanted.batch_size), len(wanted.prompts))
+        return self._joined(
+            self.decode(self._own(denoiser, wanted), wanted.batch_size, together=True), len(wanted.prompts)
+        )
 
     def latents_and_videos(self, denoiser: Denoiser, wanted: Sampling, label: str) -> tuple[Tensor, Tensor] | None:
         """Latents ``[N, C, F, H, W]`` and videos of all prompts on the main process; ``None`` on the others."""
         own, count = self._own(denoiser, wanted, label), len(wanted.prompts)
-        videos = self._joined(self.decode(own, wanted.batch_size), count)
+        videos = self._joined(self.decode(own, wanted.batch_size, together=True), count)
         latents = self._joined(own, count)
         return None if latents is None or videos is None else (latents, videos)
 
     def unit_done(self) -> None:
-        """Count a unit of work; a lone process may stop there, several agree on stops between steps."""
-        step_done() if self.processes.world_size > 1 else unit_done()
+        """Count a unit of work that all processes do together, and stop there if a signal asked any of them to.
+
+        Raises:
+            Stopped: on all processes at the same unit.
+        """
+        step_done()
+        if number := self.processes.stop_signal():
+            raise Stopped(number)
 
     def _own(self, denoiser: Denoiser, wanted: Sampling, label: str | None = None) -> Tensor:
         mine = replace(wanted, rows=self.rows(len(wanted.prompts)))
@@ -65,11 +74,16 @@ class SharedSampler:
         with PatientBar(label, calls) as bar:
             return sample_latents(self.family, denoiser, mine, bar)
 
-    def decode(self, latents: Tensor, batch_size: int) -> Tensor:
-        """Videos ``[B, 3, T, H, W]`` of latents on this process alone, float32 on the host."""
+    def decode(self, latents: Tensor, batch_size: int, *, together: bool = False) -> Tensor:
+        """Videos ``[B, 3, T, H, W]`` of this process's latents, float32 on the host.
+
+        Args:
+            together: all processes decode equally many, so that they may stop in between.
+        """
+        done = self.unit_done if together or self.processes.world_size == 1 else step_done
         parts = []
         for part in latents.split(batch_size):
-            self.unit_done()
+            done()
             parts.append(self.family.codec.decode(part.to(self.family.device)).float().cpu())
         return torch.cat(parts)
 

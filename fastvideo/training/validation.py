@@ -16,6 +16,7 @@ from fastvideo.distillation.types import UserError
 from fastvideo.inference.sampler import Sampling
 from fastvideo.training.health import HealthCheck
 from fastvideo.training.shared_sampling import SharedSampler
+from fastvideo.training.texts import conditioners_of
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -47,6 +48,8 @@ def build_validation(
         frames, size = judge.first_frames(adapter.conditioner), options.batch_size or config.data.batch_size
     else:
         frames = _image_frames(config, adapter)
+    for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
+        conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
     wanted = Sampling(prompts, sampler, options.seed, size, frames=frames)
     shared = SharedSampler(adapter, processes)

@@ -35,7 +35,7 @@ def train_teacher(out: Path) -> dict[str, float]:
     for before, run in itertools.pairwise(runs):
         distil(CONFIG, out / "pipeline", run, {**FURTHER, "--roles.student.path": str(before / "student")})
     install(runs[-1] / "student", out / "pipeline")
-    last = (runs[-1] / "metrics.jsonl").read_text().splitlines()[-1]
+    last = (runs[-1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return {"loss": json.loads(last)["student/loss"]}
 
 

@@ -8,13 +8,14 @@ means (the empty caption shifts by 0), so guidance has a closed form too. Formul
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic_networks import (
@@ -39,8 +40,13 @@ from fastvideo.distillation.adapters.base import (
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
+from fastvideo.ranges import Number, PositiveFloat, PositiveInt
 
 WEIGHTS = "network.safetensors"
+
+
+MOST_NUMBERS = 2**26
+"""Most numbers of one sample."""
 
 
 class AnalyticConfig(AdapterConfig):
@@ -50,7 +56,7 @@ class AnalyticConfig(AdapterConfig):
     """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow), `mean_velocity` (the exact
     flow map; one component only), `mlp` (a small network with random weights, to learn any of them), or a folder that a
     run of this family wrote."""
-    means: tuple[float, ...] = (0.7,)
+    means: tuple[Number, ...] = (0.7,)
     """Means of the components."""
     stds: tuple[PositiveFloat, ...] = (0.4,)
     """Standard deviations of the components."""
@@ -61,7 +67,7 @@ class AnalyticConfig(AdapterConfig):
     correlation: float = Field(default=0.0, gt=-1.0, lt=1.0)
     """Correlation `a` of neighbouring frames, `a^2` of the next ones: AR(1); one component only."""
 
-    pixels: tuple[tuple[float, ...], ...] = ()
+    pixels: tuple[tuple[Number, ...], ...] = ()
     """Matrix `A` ``[P, C]`` from latent channels to pixel channels: `decode` multiplies with it, `encode` with its
     pseudo-inverse. Families with different ones have different latent spaces; without it latents are pixels."""
 
@@ -69,6 +75,8 @@ class AnalyticConfig(AdapterConfig):
     def _same_length(self) -> AnalyticConfig:
         if self.pixels and any(len(row) != self.shape[0] for row in self.pixels):
             raise ValueError(f"pixels: every row has one number per latent channel ({self.shape[0]})")
+        if math.prod(self.shape) > MOST_NUMBERS:
+            raise ValueError(f"shape: a sample has {math.prod(self.shape)} numbers, up to {MOST_NUMBERS} are expected")
         if self.correlation and len(self.means) > 1:
             raise ValueError(f"correlated frames have one component, not {len(self.means)}")
         if not len(self.means) == len(self.stds) == len(self.weights):
@@ -195,14 +203,14 @@ class AnalyticFolder(ModelFolder):
                 "the analytic family's flow maps are 'mean_velocity' and 'mlp': roles.student.path names one of them"
             )
 
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
         """``network.safetensors`` (read back by :meth:`load_network`) and ``recipe.json``."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         kind = next(kind for kind, classes in CLASSES.items() if isinstance(network, classes))
         save_file(network.state_dict(), folder / WEIGHTS, metadata={"kind": kind})
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 class AnalyticAdapter(DistillAdapter[AnalyticConfig]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -93,9 +93,52 @@ class Conditioner(ABC):
         """Refuse prompts that :meth:`encode_prompts` would, before a run starts on them."""
         return None
 
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, of which :attr:`text_length` are possible; empty for a family without a limit."""
+        return []
+
+    @property
+    def text_settings(self) -> Mapping[str, Any]:
+        """Values that a stored text depends on besides its prompt; empty for a family whose texts are not stored."""
+        return {}
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text ``[L, D]`` of each prompt as a dataset stores it, on the host in the encoder's dtype, without padding.
+
+        The prompts go through the encoder together.
+        """
+        raise UserError(f"{type(self).__name__} has no text encoder whose embeddings could be stored")
+
+    def missing_texts(self, prompts: Iterable[str]) -> list[str]:
+        """The distinct prompts that only a text encoder could encode."""
+        return []
+
+    def hold_texts(self, texts: Mapping[str, Tensor]) -> None:
+        """Take texts of :meth:`encode_texts` by prompt: :meth:`encode_prompts` uses them from now on."""
+        return None
+
+    def keep_texts(self, prompts: Iterable[str]) -> None:
+        """Encode prompts now, and hold them."""
+        return None
+
+    def texts_fit(self, prompts: Sequence[str]) -> bool:
+        """True if the family's cache has room for all of these prompts."""
+        return True
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Bytes of the text encoder in memory; 0 if there is none, or it is not loaded."""
+        return 0
+
+    def release_encoder(self) -> None:
+        """Free the text encoder, which is loaded again only for a prompt that is not held."""
+        return None
+
     def ensure_negative_conditioning(self, made: Condition | None = None) -> None:
         """Make the condition of the unguided prediction once; ``made`` (one row) replaces encoding the prompt."""
         if self._negative is None:
+            if made is None:
+                self.keep_texts([self.negative_prompt])
             self._negative = made or self.encode_prompts([self.negative_prompt])
 
     def negative(self, count: int) -> Condition:
@@ -159,13 +202,16 @@ class ModelFolder(ABC):
     """Guidance that the family's authors sample with, for a model folder that names none."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the network's matrix products."""
-    kernels: str = "torch"
-    """Kernels that compute the network, in one line for the log."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         """``recipe.json`` of the folder; empty if it has none."""
         return {}
+
+    @cached_property
+    def kernels(self) -> str:
+        """Kernels that compute the network, in one line for the log."""
+        return "torch"
 
     @abstractmethod
     def teacher_times(self, steps: int) -> tuple[float, ...]:
@@ -188,8 +234,11 @@ class ModelFolder(ABC):
         raise UserError(f"{type(self).__name__} has no flow maps: its networks take one time, not two")
 
     @abstractmethod
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``."""
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
+        """Write a complete model folder with ``network`` in it and ``recipe`` beside it as ``recipe.json``.
+
+        ``slim``: what is not changed is a link to where it is, instead of stored again.
+        """
 
     def frozen_parts(self) -> Mapping[str, nn.Module]:
         """Networks beside the trained one on the meta device: ``text encoder`` and ``VAE``, those that there are."""

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Shape
@@ -29,6 +29,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     resolve_pipeline,
 )
 from fastvideo.distillation.types import Condition, UserError
+from fastvideo.ranges import Frames, Tokens
 
 SPEC = PipelineSpec(
     network="CogVideoXTransformer3DModel",
@@ -46,9 +47,9 @@ class CogVideoXConfig(PipelineConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
     path: str
     """A diffusers CogVideoX pipeline: a folder, a hub id, or `tiny_cogvideox` for the one that ships here."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames; one more than a multiple of 8, which is how many the VAE codes at a time."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have; the network sees this many (226 for the published checkpoints)."""
 
     @model_validator(mode="after")
@@ -89,6 +90,8 @@ class CogVideoXCodec(DiffusersCodec):
 class CogVideoXConditioner(DiffusersConditioner[CogVideoXConfig]):
     """T5 text; padding is encoded like words, without a mask, as in ``CogVideoXPipeline``."""
 
+    encodes_padding = True
+
     @property
     def text_width(self) -> int:
         return int(self.pipeline.network_config()["text_embed_dim"])
@@ -97,16 +100,12 @@ class CogVideoXConditioner(DiffusersConditioner[CogVideoXConfig]):
     def stored_shapes(self) -> dict[str, Shape]:
         return {STORED: (self.config.max_sequence_length, self.text_width)}
 
-    def _encode_text(self, prompt: str) -> Tensor:
-        with torch.no_grad():
-            return self.text_encoder(self._tokens(prompt).input_ids)[0][0]  # type: ignore[no-any-return]
-
     def _fitted(self, embedding: Tensor) -> Tensor:
         """Every position counts, padding too, so an embedding has to have all of them."""
         found, wanted = tuple(embedding.shape[1:]), self.stored_shapes[STORED]
         if found != wanted:
             raise UserError(f"data: text_embedding has shape {found}, the model expects {wanted} (tokens, channels)")
-        return embedding.float()
+        return embedding.to(self.device, non_blocking=True).float()
 
 
 class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
@@ -168,11 +167,11 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         if t.ndim != 1:
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
         native = variance_preserving(t)
-        x = native.from_flow(x_t)
-        with self._autocast(x_t), self._reading(network, None if r is None else t - r):
+        x = self._input(network, native.from_flow(x_t))
+        with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):
             (v,) = network(
                 hidden_states=x.transpose(1, 2),
-                encoder_hidden_states=condition.of(self.conditioner.key)[TEXT],
+                encoder_hidden_states=self._input(network, condition.of(self.conditioner.key)[TEXT]),
                 timestep=self.folder.grid.timestep(t),
                 image_rotary_emb=_rotary(network, x),
                 return_dict=False,

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import ftfy
 import torch
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Shape
@@ -36,6 +36,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
+from fastvideo.ranges import Frames, NonNegativeInt, Tokens
 
 TIME_UNITS = 1000.0
 """The time embedding's unit: diffusers passes this as ``timestep`` at ``t = 1``."""
@@ -61,13 +62,13 @@ class WanConfig(PipelineConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
     path: str = "tiny"
     """A diffusers Wan pipeline: a folder, a hub id, or `tiny` for the one that ships with this package."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames; one more than a multiple of the VAE's temporal factor."""
     given_frames: NonNegativeInt = 0
     """Latent frames at the start of a video that are given and not generated: 1 goes on from an image (Wan 2.2 TI2V-5B,
     or a text-to-video model that is tuned to), more from a clip. An image-to-video checkpoint (Wan 2.1 I2V) takes its
     image otherwise and keeps 0."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have; the network sees this many, zero-padded (512 for the published checkpoints)."""
 
     @model_validator(mode="after")
@@ -114,8 +115,10 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
             span = None if span is None else _per_token(span, x_t, network)
         own = condition.of(self.conditioner.key)
         x = torch.cat([x_t, own[IMAGE_LATENTS]], dim=1) if IMAGE_LATENTS in own else x_t
-        with self._autocast(x_t), self._reading(network, span):
-            (u,) = network(x, timestep, own[TEXT], own.get(IMAGE_EMBEDS), return_dict=False)
+        x, text = self._input(network, x), self._input(network, own[TEXT])
+        image = self._input(network, own[IMAGE_EMBEDS]) if IMAGE_EMBEDS in own else None
+        with self._autocast(network, x_t), self._reading(network, span):
+            (u,) = network(x, timestep, text, image, return_dict=False)
         return u.float()  # type: ignore[no-any-return]
 
 
@@ -141,14 +144,14 @@ class WanFolder(DiffusersFolder[WanConfig]):
         shift = float(config.get("flow_shift", config.get("shift", 1.0)))
         return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
 
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
         """As every pipeline. With ``given_frames`` the index notes times per token, as TI2V-5B's does: stock
         ``WanImageToVideoPipeline`` then keeps the first frame clean."""
-        super().save(folder, network, recipe)
+        super().save(folder, network, recipe, slim=slim)
         if self.config.given_frames:
             file = folder / "model_index.json"
-            index = json.loads(file.read_text()) | {"expand_timesteps": True}
-            file.write_text(json.dumps(index, indent=2) + "\n")
+            index = json.loads(file.read_text(encoding="utf-8")) | {"expand_timesteps": True}
+            file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class NetworkInputs:
         source, config = pipeline.source, pipeline.network_config()
         if config["pos_embed_seq_len"] is not None:
             raise UserError(f"model {source!r} joins a first and a last frame: this family goes on from first frames")
-        index = json.loads((Path(source) / "model_index.json").read_text())
+        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
         return cls(
             text_width=config["text_dim"],
             concatenated=config["in_channels"] != config["out_channels"],
@@ -233,7 +236,10 @@ class WanCodec(StatisticsCodec):
 
 
 class WanConditioner(DiffusersConditioner[WanConfig]):
-    """UMT5 text, and conditioning frames beside the noise (with CLIP features) or in the latents."""
+    """UMT5 text, and conditioning frames beside the noise (with CLIP features) or in the latents.
+
+    The network sees zeros beyond a prompt's own tokens, as in ``WanPipeline``.
+    """
 
     def __init__(self, pipeline: Pipeline[WanConfig], codec: WanCodec) -> None:
         super().__init__(pipeline)
@@ -247,15 +253,10 @@ class WanConditioner(DiffusersConditioner[WanConfig]):
     def text_width(self) -> int:
         return self.inputs.text_width
 
-    def _encode_text(self, prompt: str) -> Tensor:
-        """Embeddings of the prompt's own tokens: the network sees zeros beyond them, as in ``WanPipeline``."""
-        tokens = self._tokens(prompt)
-        with torch.no_grad():
-            hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return hidden[0, : int(tokens.attention_mask.sum())]  # type: ignore[no-any-return]
-
     def clean_prompt(self, prompt: str) -> str:
         """As ``WanPipeline`` does, without the seconds that importing it takes."""
+        if prompt.isascii() and prompt.isprintable() and "&" not in prompt:  # ftfy and html have nothing to mend
+            return " ".join(prompt.split())
         text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
         return re.sub(r"\s+", " ", text).strip()
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt
 
 
 class Section(BaseModel):
     """Base of every section: frozen; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     written_as: ClassVar[Mapping[str, Any]] = {}
     """Keys and types that a file or flag may hold instead of fields; a validator converts them."""
 
@@ -22,7 +24,7 @@ class Section(BaseModel):
 
 
 class Resumable:
-    """Marker of a field or section that a resumed run may change, because it does not affect the training."""
+    """Marker of a field or section that a resumed run may change: it does not affect the steps that were taken."""
 
 
 RESUMABLE = Resumable()
@@ -47,14 +49,15 @@ OptimizerKind = Literal["adamw", "radam"]
 class OptimizerOptions(Section):
     """Options of an optimizer besides its learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Momenta."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
-    decay_steps: NonNegativeInt = 0
-    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant."""
+    decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
+    """Optimizer steps of the cosine decay to zero after the warm-up; 0 keeps the rate constant. A resumed run may
+    extend it: the rate goes on at the same update of the longer decay."""
 
     def optimizer_of(self, learning_rate: float, kind: OptimizerKind = "adamw") -> OptimizerConfig:
         """These options at a learning rate."""
@@ -65,7 +68,7 @@ class OptimizerOptions(Section):
 class OptimizerConfig(OptimizerOptions):
     """Optimizer of one role."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: LearningRate
     """Peak learning rate."""
     kind: OptimizerKind = "adamw"
     """`adamw`, or `radam` (arXiv 1908.03265), which warms its second moment up; consistency models use it."""
@@ -78,6 +81,8 @@ def ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+Band = Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(ordered)]
+"""Lowest and highest ratio."""
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
 """Lower and upper time in [0, 1]."""

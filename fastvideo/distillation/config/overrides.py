@@ -12,6 +12,8 @@ import yaml
 from fastvideo.distillation.config.base import Section
 from fastvideo.errors import UserError, nearest
 
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""Errors of PyYAML; for a scalar that is not what it looks like, such as 2026-02-30, it lets Python's own through."""
 EMPTY = ("None", "none", "null")
 FIELDS_HELP = "`fastvideo distill --config FILE --help` lists all"
 Overrides = Mapping[str, Sequence[str]]
@@ -158,5 +160,5 @@ def _word(found: set[Any], word: str) -> Any:
         return word
     try:
         return yaml.safe_load(word)
-    except yaml.YAMLError:
+    except NOT_YAML:
         return word

@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastvideo.distillation.config.base import AdapterConfig
-from fastvideo.distillation.config.overrides import with_overrides
+from fastvideo.distillation.config.overrides import NOT_YAML, with_overrides
 from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.registry import load_adapter, run_schema
 from fastvideo.errors import UserError, did_you_mean, nearest
+from fastvideo.texts import read_text
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 NAMES = ("distill_model", "distill_method")
@@ -96,13 +97,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is missing, not YAML, or holds something else.
     """
+    text = read_text(Path(path), f"config {path}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(text)
+    except NOT_YAML as error:
         raise UserError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path}: a mapping of keys is expected, found {type(content).__name__}")

@@ -7,17 +7,32 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
     Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, MethodConfig, Section
+from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, MethodConfig, Section
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
+from fastvideo.ranges import (
+    BatchSize,
+    HeldOut,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Repeats,
+    Samples,
+    Seed,
+    Steps,
+    Width,
+    WrittenRate,
+)
+
+MOST_SHIFT = 1000.0
+"""Largest shift of a ladder; published ones are below 20."""
 
 
 class LadderConfig(Section):
@@ -48,10 +63,12 @@ class LadderConfig(Section):
             )
         try:
             shift = float(value.get("shift", 1.0))
+            if not 0 < shift <= MOST_SHIFT:
+                raise UserError(f"shift must be above 0, up to {MOST_SHIFT}")
             if form == "count":
                 return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
             return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
-        except (TypeError, UserError) as error:
+        except (TypeError, ValueError, ArithmeticError, UserError) as error:
             raise ValueError(f"{error} (given: {dict(value)})") from error
 
     @field_validator("times")
@@ -74,17 +91,20 @@ class DataConfig(Section):
     """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None
     """Text file with one prompt per line, instead of `path`; local or a URL."""
+    long_prompts: Annotated[Literal["skip", "raise"], RESUMABLE] = "skip"
+    """Reaction to prompts of `prompts` with more tokens than the text encoder takes: leave them out and list them in
+    the run's folder, or stop with an error."""
     buckets: bool = False
     """Take videos of every size in the dataset, one size per batch; otherwise all must have the model's."""
-    size: PositiveInt = 4096
+    size: Samples = 4096
     """Samples of the tiny world per epoch."""
     cache: Annotated[str, RESUMABLE] = "outputs/cache"
-    """Folder for latents of the tiny world."""
+    """Folder for latents of the tiny world, and for counts of prompts that are too long."""
     faults: Literal["raise", "skip"] = "raise"
     """Reaction to an unreadable file or row of a dataset: stop with an error, or skip and list it."""
     max_faults: NonNegativeInt = 100
     """Faults per process that `skip` allows before the run stops."""
-    batch_size: PositiveInt = 32
+    batch_size: BatchSize = 32
     """Samples per process and micro-batch."""
 
     @model_validator(mode="after")
@@ -97,12 +117,24 @@ class DataConfig(Section):
 class LoRAConfig(Section):
     """LoRA adapter that is trained instead of a role's network."""
 
-    rank: PositiveInt = 32
+    rank: Width = 32
     """Rank of the change to each layer's weights."""
     alpha: PositiveFloat | None = None
     """Scale of the change, which is multiplied by alpha / rank; the rank if not given."""
     targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
     """Adapted linear layers, by the ends of their names."""
+    init_from: str | None = None
+    """Adapter to start from: a LoRA file of diffusers, peft, kohya (musubi-tuner), ComfyUI or LightX2V, or its folder.
+    A lower rank fits. A resumed run ignores it."""
+
+
+class MergedLoRA(Section):
+    """LoRA file that is merged into a network before training."""
+
+    path: str
+    """The file, of any program that `lora.init_from` reads, or its folder."""
+    weight: Number = 1.0
+    """Factor on its change; 1 is the file's own strength."""
 
 
 class RoleConfig(Section):
@@ -123,6 +155,28 @@ class RoleConfig(Section):
     """Adapter to train over a frozen network, which all such roles and the frozen ones with the same `path` share;
     without it a trainable role trains all its weights."""
 
+    loras: tuple[MergedLoRA, ...] = ()
+    """LoRA files to merge into the network, such as a style that a teacher shall have. Roles that share a network for
+    their adapters name the same ones."""
+
+    @property
+    def lora_files(self) -> tuple[str, ...]:
+        """Paths of all LoRA files that the role reads."""
+        start = self.lora and self.lora.init_from
+        return (*([start] if start else []), *(lora.path for lora in self.loras))
+
+    def without_start(self) -> RoleConfig:
+        """The role without initial weights that training replaces."""
+        lora = self.lora and self.lora.model_copy(update={"init_from": None})
+        return self.model_copy(update={"init_from": None, "lora": lora})
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RoleConfig:
+        if self.init_from is not None and (self.loras or (self.lora and self.lora.init_from)):
+            both = "loras" if self.loras else "lora.init_from"
+            raise ValueError(f"`init_from` replaces the weights that `{both}` changes: give one of them")
+        return self
+
     @model_validator(mode="after")
     def _adapter_is_trained(self) -> RoleConfig:
         if self.lora is not None and not self.trainable:
@@ -141,14 +195,14 @@ class ValidationConfig(Section):
     """Prompts; the first eight are written as video."""
     images: tuple[str, ...] = ()
     """One image or clip per prompt, for an image-to-video model."""
-    world_prompts: NonNegativeInt = 0
+    world_prompts: HeldOut = 0
     """Number of prompts of the tiny world instead, scored by its classifier."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the noise; `fastvideo generate` with this seed and a prompt makes the same video."""
-    batch_size: PositiveInt | None = None
+    batch_size: BatchSize | None = None
     """Videos that a process samples and decodes at a time. The default is one for `prompts`, bit-equal to `fastvideo
     generate`, and `data.batch_size` for `world_prompts`."""
-    fps: PositiveInt = 8
+    fps: WrittenRate = 8
     """Frames per second of the files."""
 
     @model_validator(mode="after")
@@ -169,29 +223,29 @@ class HealthConfig(Section):
     """Run the checks."""
     prompts: PositiveInt = 8
     """Number of the validation's prompts that are checked."""
-    seeds: PositiveInt = 2
+    seeds: Repeats = 2
     """Videos per prompt, from different noise."""
-    teacher_steps: PositiveInt = 25
+    teacher_steps: Steps = 25
     """Steps of the teacher's videos, which are made once, at the first validation."""
-    contrast: tuple[float, float] = (0.5, 2.0)
+    contrast: Band = (0.5, 2.0)
     """Shares of the teacher's contrast; below the first the student is washed out."""
-    saturation: tuple[float, float] = (0.4, 1.8)
+    saturation: Band = (0.4, 1.8)
     """Shares of the teacher's saturation outside which the student is grey or over-saturated."""
-    motion: tuple[float, float] = (0.5, 2.5)
+    motion: Band = (0.5, 2.5)
     """Shares of the teacher's motion outside which the student freezes or flickers."""
-    brightness: float = 0.15
+    brightness: NonNegativeFloat = 0.15
     """Largest difference from the teacher's brightness, of 1."""
-    colour: float = 0.1
+    colour: NonNegativeFloat = 0.1
     """Largest difference of a colour channel's deviation from grey, of 1."""
-    grid: float = 1.6
+    grid: NonNegativeFloat = 1.6
     """Largest ratio to the teacher's steps at block borders."""
-    diversity: float = 0.4
+    diversity: NonNegativeFloat = 0.4
     """Smallest share of the teacher's difference between seeds."""
-    latent_std: float = 2.5
+    latent_std: NonNegativeFloat = 2.5
     """Largest ratio to the spread of the teacher's latents."""
-    update_balance: float = 0.5
+    update_balance: NonNegativeFloat = 0.5
     """Smallest ratio of the critic's movement per step to the student's."""
-    gradient: float = 3.0
+    gradient: NonNegativeFloat = 3.0
     """Largest RMS of the DMD gradient."""
 
 
@@ -219,7 +273,7 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """Algorithm; `fastvideo list` shows all."""
     output: Annotated[str, RESUMABLE]
     """Folder of the run; it must be new, unless the run resumes or overwrites it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random draw."""
     device: Annotated[Literal["auto", "cpu", "cuda"], RESUMABLE] = "auto"
     """Device of the run; `auto` takes CUDA if there is one."""

@@ -7,15 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
 from fastvideo.distillation.config.base import RESUMABLE, Section
+from fastvideo.ranges import Beta, Flops, NonNegativeInt, PositiveFloat, PositiveInt, Processes, Seconds, Threads
 
 
 class ProfileConfig(Section):
@@ -32,7 +29,7 @@ class TrainerConfig(Section):
 
     max_steps: Annotated[PositiveInt, RESUMABLE] = 1000
     """Steps of the run; in DMD2 each one updates the critic."""
-    max_cpu_seconds: Annotated[NonNegativeFloat, RESUMABLE] = 0.0
+    max_cpu_seconds: Annotated[Seconds, RESUMABLE] = 0.0
     """CPU time of this process for steps, without validation and checkpoints, after which the run ends early; 0 sets no
     limit. Other work on the machine does not count."""
     grad_accumulation: PositiveInt = 1
@@ -48,19 +45,22 @@ class TrainerConfig(Section):
     """Consecutive non-finite steps that `skip` allows before the run stops."""
     stop_signals: Annotated[tuple[str, ...], RESUMABLE] = ("SIGTERM", "SIGINT", "SIGUSR1")
     """Signals that stop the run at the next safe point, with a checkpoint; a second one stops it at once."""
-    watchdog_seconds: Annotated[NonNegativeFloat, RESUMABLE] = 1800.0
+    watchdog_seconds: Annotated[Seconds, RESUMABLE] = 1800.0
     """Seconds without a finished step, or network call of a validation, on any process, after which the run ends and
     leaves the stacks of all processes in its folder; 0 waits for ever."""
     log_every: Annotated[PositiveInt, RESUMABLE] = 10
     """Steps per line of metrics."""
-    threads: Annotated[NonNegativeInt, RESUMABLE] = 0
+    threads: Annotated[Threads, RESUMABLE] = 0
     """CPU threads of torch; 0 is torch's default."""
     keep_freed_memory: Annotated[bool, RESUMABLE] = False
     """Keep freed tensor memory in the process for reuse (CPU, Linux): faster, but the process stays at its peak."""
-    peak_flops: Annotated[PositiveFloat | None, RESUMABLE] = None
+    peak_flops: Annotated[Flops | None, RESUMABLE] = None
     """Peak FLOP/s of one device, for the utilisation among the metrics; some devices are known without it."""
     profile: Annotated[ProfileConfig | None, RESUMABLE] = None
     """Steps whose trace is written into the run's folder (`profile/`)."""
+    slim_result: Annotated[bool, RESUMABLE] = False
+    """Link the result's text encoder and VAE to the base model's folder instead of storing them again; only for this
+    machine, see `docs/export.md`."""
     memory_snapshot: Annotated[bool, RESUMABLE] = False
     """Write a snapshot of all CUDA allocations into the run's folder when memory runs out."""
 
@@ -85,11 +85,11 @@ class TrainerConfig(Section):
 class ParallelConfig(Section):
     """Layout of the run over processes; see `docs/scaling.md`."""
 
-    shard: PositiveInt = 1
+    shard: Processes = 1
     """Processes that share one copy of every network (FSDP2); it divides the number of processes."""
-    replicate: PositiveInt | None = None
+    replicate: Processes | None = None
     """Copies of the networks; processes / shard if not given, and checked otherwise."""
-    context: PositiveInt = 1
+    context: Processes = 1
     """Processes that share one sample, each with a part of its tokens (Ulysses); it divides the number of processes."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute activations in backward: `full` keeps only the inputs of blocks, `selective` also the results of
@@ -101,7 +101,7 @@ class ParallelConfig(Section):
     permanently, `all` also the trained ones until the end of the next backward pass."""
     offload: Literal["none", "frozen", "all"] = "none"
     """Networks in host memory that are moved to the device block by block; needs `shard` above 1."""
-    timeout: PositiveFloat = 600.0
+    timeout: Seconds = Field(default=600.0, gt=0)
     """Seconds a process waits for others before the run ends with an error."""
 
     @model_validator(mode="after")
@@ -123,7 +123,7 @@ class EMAConfig(Section):
     """Keep averages."""
     roles: tuple[str, ...] = ("student",)
     """Trained roles that have an average."""
-    decay: float = Field(default=0.98, ge=0.0, lt=1.0)
+    decay: Beta = 0.98
     """Decay per update of the role."""
     start_step: NonNegativeInt = 0
     """Step up to which the average copies the live weights."""
@@ -143,5 +143,5 @@ class CheckpointConfig(Section):
     mirror: str | None = None
     """URL (`s3://bucket/run`) to which each complete checkpoint is uploaded in the background; `--resume` takes the
     newest of there and here. See `docs/storage.md`."""
-    mirror_wait: NonNegativeFloat = 300.0
+    mirror_wait: Seconds = 300.0
     """Most seconds that the end of the run waits for uploads."""

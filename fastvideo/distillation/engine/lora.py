@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.engine.parallel.sharding import full
+from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """File name that diffusers' ``load_lora_weights`` expects in a folder."""
 DIFFUSERS_PREFIX = "transformer."
+Merge = tuple[LoRAFile, float]
+"""A LoRA file and the factor with which it is added to a network."""
 
 
 def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -> None:
@@ -45,6 +49,8 @@ def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -
         inject_adapter_in_model(config, network, name)
     generator = seeded(seed)
     for layer in adapted_layers(network):
+        # Autocast casts the input to the compute dtype in any case: peft's float32 copy of it only takes memory.
+        layer.cast_input_dtype_enabled = False
         if name in layer.lora_A:
             _initialise(layer, name, generator)
     for key, parameter in network.named_parameters():
@@ -94,10 +100,11 @@ class AdapterSwitch:
         network: the shared network, with all its adapters in it.
         adapter: the role's own, by name; ``None`` turns all off.
         path: source of the network's own weights.
+        merged: files that were merged into them.
     """
 
-    def __init__(self, network: nn.Module, adapter: str | None, path: str | None) -> None:
-        self.network, self.adapter, self.path = network, adapter, path
+    def __init__(self, network: nn.Module, adapter: str | None, path: str | None, merged: Sequence[Merge] = ()) -> None:
+        self.network, self.adapter, self.path, self.merged = network, adapter, path, merged
         self._layers = adapted_layers(network)
 
     def __call__(self) -> None:
@@ -141,12 +148,78 @@ def gather_adapter(handle: RoleHandle) -> dict[str, Tensor]:
     return {name: full(tensor).cpu() for name, tensor in handle.tensors().items()}
 
 
-@torch.no_grad()
 def merge(network: nn.Module, adapter: Mapping[str, Tensor], scaling: float) -> None:
-    """Add an adapter to the weights of a network without adapters: ``W + scaling B A``, computed in float32."""
+    """Add an adapter to the weights of a network: ``W + scaling B A``, computed in float32."""
     for name in adapter:
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
-            weight = network.get_parameter(f"{layer}.weight")
             change = adapter[f"{layer}.lora_B.weight"].float() @ adapter[name].float() * scaling
-            weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
+            add_to(own_parameter(network, f"{layer}.weight"), change)
+
+
+def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Whole shape of each parameter of a network, its adapters aside."""
+    own = ((name, p) for name, p in network.named_parameters() if ".lora_A." not in name and ".lora_B." not in name)
+    return {name.replace(".base_layer.", "."): tuple(parameter.shape) for name, parameter in own}
+
+
+def merge_file(network: nn.Module, file: LoRAFile, weight: float) -> None:
+    """Add ``weight`` times everything that a LoRA file changes; other roles' adapters in the network stay apart.
+
+    A network on the meta device, which only counts, stays as it is.
+    """
+    merge(network, file.tensors(), weight)
+    for name, change in file.differences.items():
+        add_to(own_parameter(network, name), change.float() * weight)
+
+
+def own_parameter(network: nn.Module, name: str) -> nn.Parameter:
+    """A parameter of a network by its name without adapters."""
+    layer, _, kind = name.rpartition(".")
+    module: Any = network.get_submodule(layer)
+    owner: nn.Module = module.get_base_layer() if "base_layer" in dict(module.named_children()) else module
+    return owner.get_parameter(kind)
+
+
+@torch.no_grad()
+def add_to(parameter: nn.Parameter, change: Tensor) -> None:
+    """Add a whole tensor to a parameter that may be split between processes, in float32."""
+    if parameter.is_meta:
+        return
+    change = change.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        change = distribute_tensor(change, parameter.device_mesh, parameter.placements)
+    parameter.copy_((parameter.float() + change).to(parameter.dtype))
+
+
+@torch.no_grad()
+def start_adapter(network: nn.Module, role: str, file: LoRAFile) -> None:
+    """Give a role's new adapter, not yet split between processes, the change that a LoRA file makes.
+
+    A file of a lower rank fills the first rows and leaves the others as drawn, with zeros in B: the change is the same.
+
+    Raises:
+        UserError: if the file changes what the adapter does not, or its rank is higher.
+    """
+    where = f"roles.{role}.lora.init_from: {file.source}"
+    if file.differences:
+        raise UserError(
+            f"{where} changes whole parameters as well ({', '.join(sorted(file.differences)[:3])}), which an adapter "
+            f"cannot: put it into roles.{role}.loras, which merges it before training"
+        )
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Module) and _adapts(m, role)}
+    outside = sorted({layer.split(".", 2)[-1] for layer in file.factors if layer not in layers})
+    if outside:
+        raise UserError(f"{where} changes layers that are not adapted; add to roles.{role}.lora.targets: {outside}")
+    for layer, (down, up) in file.factors.items():
+        own: Any = layers[layer]
+        rank = own.r[role]
+        if down.shape[0] > rank:
+            raise UserError(f"{where} has rank {down.shape[0]}; set roles.{role}.lora.rank to it or more, not {rank}")
+        own.lora_A[role].weight[: down.shape[0]] = down.to(own.lora_A[role].weight)
+        own.lora_B[role].weight[:, : down.shape[0]] = up.to(own.lora_B[role].weight) / own.scaling[role]
+
+
+def _adapts(module: nn.Module, role: str) -> bool:
+    children = dict(module.named_children())
+    return "lora_A" in children and role in dict(children["lora_A"].named_children())

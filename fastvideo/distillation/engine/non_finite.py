@@ -21,7 +21,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.distributed import any_rank
 from fastvideo.distillation.engine.parallel.sharding import local, norms_of
 from fastvideo.distillation.types import RawBatch, RoleLoss
-from fastvideo.errors import RunError
+from fastvideo.errors import RunError, see
 from fastvideo.stopping import received
 
 
@@ -167,7 +167,7 @@ class NonFiniteGuard:
         if self.in_a_row > self.bound:
             row = f", nor were the {self.bound} before it (trainer.max_skips: {self.bound})" if self.bound else ""
             advice = "Lower its learning rate or the guidance, or look at the batch"
-            raise NonFiniteError(f"{message}{row}. {advice}.{where}")
+            raise NonFiniteError(f"{message}{row}. {advice}.{where}{see('a-loss-is-not-finite')}")
         return f"{message}: skipped, {self.in_a_row} in a row of at most {self.bound}.{where}"
 
     def _snapshot(self, record: StepRecord, bad: Sequence[str]) -> Path | None:
@@ -187,7 +187,7 @@ class NonFiniteGuard:
             "losses": [[name, value if math.isfinite(value) else str(value)] for name, value in shown],
             "captions": [list(batch.captions) for batch in record.batches],
         }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
 
     def state_dict(self) -> dict[str, int]:

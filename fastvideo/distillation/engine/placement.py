@@ -18,7 +18,15 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.ema import averaged, has_average
-from fastvideo.distillation.engine.lora import ADAPTER_FILE, add_adapter, gather_adapter, merge, portable, switch_of
+from fastvideo.distillation.engine.lora import (
+    ADAPTER_FILE,
+    add_adapter,
+    gather_adapter,
+    merge,
+    merge_file,
+    portable,
+    switch_of,
+)
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
@@ -93,10 +101,20 @@ class Placement:
             change(network)
         network.requires_grad_(trained)
         self._spread(network, path)
+        self._choose_precision(network, alike=not trained)
         return network
 
-    def load_shared(self, path: str | None, adapters: Mapping[str, LoRAConfig], seed: int) -> nn.Module:
+    def load_shared(
+        self,
+        path: str | None,
+        adapters: Mapping[str, LoRAConfig],
+        seed: int,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> nn.Module:
         """Load a frozen network with a trainable adapter per role, for those roles and for its teacher.
+
+        Args:
+            change: called with the network and its adapters before it is sharded.
 
         Raises:
             UserError: if an adapter does not fit the network.
@@ -104,8 +122,20 @@ class Placement:
         network = self._new(path, self.source.folder.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
             add_adapter(network, role, options, stream_seed(seed, "adapter", number))
+        if change is not None:
+            change(network)
         self._spread(network, path)
+        self._choose_precision(network, alike=False)
         return network
+
+    def _choose_precision(self, network: nn.Module, *, alike: bool) -> None:
+        """Leave autocast to whole networks with float32 matrices or adapters: FSDP gathers all in the compute dtype.
+
+        Args:
+            alike: all matrices of the whole network have that dtype too.
+        """
+        if self.source.scaling is not None and (alike or self.processes.shard > 1):
+            self.source.scaling.compute_directly(network)
 
     def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         scaling = self.source.scaling
@@ -191,6 +221,8 @@ def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processe
         return None
     if switch:
         whole = read_whole(source.folder, switch.path)
+        for file, weight in switch.merged:
+            merge_file(whole, file, weight)
         merge(whole, state, switch.scaling)
         return whole
     whole = source.folder.empty(None, torch.float32)

@@ -24,6 +24,7 @@ from fastvideo.distillation.engine.non_finite import NonFiniteGuard, StepRecord,
 from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
 from fastvideo.distillation.engine.optional.mirror import Mirror, checkpoints_at
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
+from fastvideo.distillation.engine.optional.recorder import STACKS
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
 from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.context import has_split_tokens
@@ -89,9 +90,11 @@ class Runtime:
         """Show a bar and watch for stalls while the loop runs."""
         rank, folder = self.processes.rank, self.tracker.folder
         snapshot = folder / f"memory-rank-{rank}.pickle" if self.options.memory_snapshot else None
+        if self.processes.device.type == "cuda":  # NCCL's own watchdog makes no folder
+            (folder / STACKS).mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(self.tracker.progress(total, done))
-            stack.enter_context(Watchdog(self.options.watchdog_seconds, folder / "stacks", rank).watching())
+            stack.enter_context(Watchdog(self.options.watchdog_seconds, folder / STACKS, rank).watching())
             stack.enter_context(explaining_memory(snapshot))
             yield
 

@@ -16,15 +16,10 @@ from fastvideo.distillation.engine.checkpoint.manifest import step_of
 from fastvideo.distillation.engine.checkpoint.restore import check_intact, fetched, newest
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.optional.mirror import checkpoints_at, set_aside
+from fastvideo.distillation.engine.optional.recorder import STACKS, record_collectives
 from fastvideo.distillation.engine.optional.startup import StartUp
-from fastvideo.distillation.engine.parallel.collective import check_agreement, naming_lost_ranks
-from fastvideo.distillation.engine.parallel.distributed import (
-    Processes,
-    barrier,
-    on_main,
-    start_processes,
-    stop_processes,
-)
+from fastvideo.distillation.engine.parallel.collective import Agreement, check_agreement, naming_lost_ranks
+from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.tracking import Tracker, check_installed
 from fastvideo.stopping import listening
 from fastvideo.storage import Place, Remote
@@ -62,6 +57,7 @@ class Session:
         start = StartUp(monotonic() if began is None else began)
         start.reached("imports")
         _set_up_process(config.trainer)
+        record_collectives(Path(config.output) / STACKS)
         with listening(config.trainer.stop_signals):
             processes = start_processes(config.device, config.parallel)
             try:
@@ -79,7 +75,7 @@ class Session:
             UserError: if ``wanted``, or every complete checkpoint, is damaged.
         """
         if isinstance(wanted, Remote):
-            return fetched(wanted, folder, self.processes, self.tracker.say)
+            return fetched(wanted, folder, self.tracker.say)
         if wanted is not None:
             check_intact(wanted, self.processes)
         return wanted or newest(folder, self.processes, self.tracker.say, mirror)
@@ -94,7 +90,7 @@ class Session:
         if url is None:
             return
         root, step = checkpoints_at(url), None if resumed is None else step_of(resumed)
-        on_main(self.processes, lambda: set_aside(root, step, self.tracker.say))
+        Agreement().on_main(lambda: set_aside(root, step, self.tracker.say))
 
 
 def _set_up_process(options: TrainerConfig) -> None:

@@ -145,7 +145,7 @@ class Tracker:
     def write_line(self, name: str, line: Mapping[str, object]) -> None:
         """Append an object with a ``step`` to a file of the run folder; resuming rewinds those of :data:`LOGS`."""
         if self.enabled:
-            with (self.folder / name).open("a") as file:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _opened(self, name: str) -> Open:
@@ -158,7 +158,9 @@ class Tracker:
         for file in (self.folder / name for name in LOGS):
             if self.enabled and file.is_file():
                 # A run that was killed may have left half a line at the end.
-                lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                lines = [
+                    line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+                ]
                 replace_file(file, "".join(line for line in lines if _stays(json.loads(line), step)))
                 self._rewound_to = step
 

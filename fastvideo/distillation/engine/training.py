@@ -44,7 +44,7 @@ class RoleTraining:
                 so the schedule moves anyway, and :meth:`undo` moves it back.
         """
         if skip is None or self.optimizer.defaults.get("fused"):  # fused kernels read the flag on the device
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+            self.optimizer.found_inf = None if skip is None else self._beside_parameters(skip)  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not bool(skip):  # waits for the device
             self.optimizer.step()
@@ -52,6 +52,10 @@ class RoleTraining:
             self._schedule_before = self.lr_scheduler.state_dict(), [g["lr"] for g in self.optimizer.param_groups]
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _beside_parameters(self, skip: Tensor) -> Tensor:
+        """The flag on the parameters' device. For those on the host it waits: torch's copy may be read too early."""
+        return skip.to(self.optimizer.param_groups[0]["params"][0].device)
 
     def undo(self) -> None:
         """Undo the schedule's part of a :meth:`step` that the optimizer skipped."""
@@ -61,6 +65,16 @@ class RoleTraining:
         self.lr_scheduler.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+    def resume_schedule(self, state: Mapping[str, Any]) -> None:
+        """Continue at the schedule's update of ``state``, with the rate that this run's own schedule has there."""
+        if self.lr_scheduler is None:
+            return
+        self.lr_scheduler.load_state_dict(dict(state))
+        if isinstance(self.lr_scheduler, LambdaLR):
+            rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+            for group, (rate, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(self.lr_scheduler.last_epoch)
 
     @property
     def learning_rate(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.data.captions import find_videos
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, see
 
 
 @pytest.fixture
@@ -41,13 +41,16 @@ def test_a_caption_file_in_the_folder_is_found(folder: Path) -> None:
 
 
 def test_a_text_file_that_is_missing_empty_or_not_text_concerns_its_video_alone(folder: Path) -> None:
+    for name in ("good.gif", "good.txt"):
+        (folder / name).write_text("words")
     (folder / "sub" / "b.txt").write_bytes(b"caf\xe9")
     assert [video.problem for video in find_videos(folder)] == [
         "no caption: a.txt does not exist",
-        "caption b.txt is not UTF-8 (byte 3)",
+        None,
+        f"caption b.txt, line 1: not UTF-8 (byte 4); save it as UTF-8{see('a-file-is-not-utf-8')}",
     ]
     (folder / "sub" / "b.txt").write_text(" \n")
-    assert find_videos(folder)[1].problem == "no caption: b.txt is empty"
+    assert find_videos(folder)[2].problem == "no caption: b.txt is empty"
 
 
 @pytest.mark.parametrize(
@@ -55,18 +58,22 @@ def test_a_text_file_that_is_missing_empty_or_not_text_concerns_its_video_alone(
     [
         ("c.csv", b"", "found nothing"),
         ("c.csv", b"name,words\na.mp4,x\n", "its first line must name the columns.*found name, words"),
-        ("c.csv", b"file_name,caption\na.mp4,one, two\n", "line 2: 2 columns are expected; put a caption with commas"),
+        (
+            "c.csv",
+            b"file_name,caption\na.mp4,one, two\n",
+            "line 2: 2 columns are expected, found 3; put a caption with commas",
+        ),
         ("c.csv", b"file_name,caption\na.mp4\n", "line 2: 2 columns are expected"),
-        ("c.csv", b"file_name,caption\na.mp4,x\na.mp4,y\n", "'a.mp4' is named twice, in lines 2 and 3"),
-        ("c.csv", b"file_name,caption\na.mp4,x\n./a.mp4,y\n", "'a.mp4' is named twice, in lines 2 and 3"),
+        ("c.csv", b"file_name,caption\na.mp4,x\na.mp4,y\n", "'a.mp4' is named twice, in line 2 and line 3"),
+        ("c.csv", b"file_name,caption\na.mp4,x\n./a.mp4,y\n", "'a.mp4' is named twice, in line 2 and line 3"),
         ("c.csv", b"file_name,caption\nz.mp4,x\n", "'z.mp4' not found in"),
         ("c.csv", b"file_name,caption\n" + b"".join(b"%d.mp4,x\n" % i for i in range(9)), "and 6 more not found in"),
         ("c.csv", b"file_name,caption\na.mp4,caf\xe9\n", "line 2: not UTF-8"),
         ("c.jsonl", b'{"file": "a.mp4"\n', "line 1: not JSON"),
         ("c.jsonl", b'{"file": "a.mp4", "caption": 3}\n', "line 1: an object with one of file_name"),
         ("c.jsonl", b'{"file": "a.mp4"}\n', "line 1: an object with one of file_name"),
-        ("c.jsonl", b"[]\n", "line 1: an object with one of file_name"),
-        ("c.txt", b"", "a name that ends in .csv or .jsonl is expected"),
+        ("c.jsonl", b"[]\n", r"no caption in c\.jsonl"),
+        ("c.txt", b"", r"a name that ends in \.csv, \.tsv, \.jsonl, \.json is expected"),
     ],
 )
 def test_a_wrong_caption_file_is_refused_with_its_line(name: str, content: bytes, message: str, folder: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvideo.data.clips import Clip, Policy, Size, VideoError, nearest_sizes, read_clips, resampled
+from fastvideo.data.clips import Clip, Policy, Size, nearest_sizes, read_clips
+from fastvideo.data.faults import VideoError
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import CODECS, write_clip
 
@@ -74,11 +75,6 @@ def test_a_lower_frame_rate_drops_frames_and_a_higher_one_repeats_them(tmp_path:
     assert (half.fps, double.fps) == (4.0, 16.0)
     np.testing.assert_array_equal(half.frames[:2], native[[0, 2]])
     np.testing.assert_array_equal(double.frames, native[[0, 0, 1, 1, 2]])
-
-
-def test_resampling_follows_the_clock_and_not_the_frame_number() -> None:
-    times = [("a", 1.0), ("b", 1.1), ("c", 1.9)]
-    assert "".join(resampled(times, 10.0, 0.2)) == "abbbbbbbbcc"
 
 
 def test_every_clip_cuts_the_whole_video_into_whole_clips(tmp_path: Path) -> None:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastvideo.cli import main
+from fastvideo.data.captions import Video
 from fastvideo.data.clips import Policy, Size, read_clips
-from fastvideo.data.preprocess import Job, preprocess
+from fastvideo.data.faults import VideoError
+from fastvideo.data.model import ModelChoice, choose_model
+from fastvideo.data.preprocess import Job, make_job, preprocess
 from fastvideo.data.schema import LATENT, TEXT, floats, metadata_of, schema_with
+from fastvideo.data.shards import rows_of
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import TOY, MakeJob, write_clip
+from fastvideo.tests.distillation.tiny_images import i2v_folder
 
 SIZES = [part for name in TOY for part in (f"--{name.replace('_', '-')}", str(TOY[name]))]
 
@@ -163,6 +171,78 @@ def test_bad_files_are_counted_and_listed_and_the_rest_goes_on(job: MakeJob, vid
         assert reason in entry["reason"]
 
 
+def add_image(folder: Path, name: str = "photo.png", caption: str | None = "red three") -> Path:
+    path = folder / name
+    Image.new("RGB", (96, 48), (200, 40, 40)).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def test_an_image_is_a_video_of_one_frame(job: MakeJob, videos: Path) -> None:
+    path = add_image(videos)
+    work = job()
+    summary = preprocess(work, workers=1)
+    assert (summary.clips, summary.skipped) == (10, [])
+    row = next(row for row in stored(work.out) if row["file_name"] == "photo.png")
+    assert (row["media_type"], row["num_frames"], row["vae_latent_shape"]) == ("image", 1, [4, 1, 2, 4])
+    (clip,) = read_clips(path, work.policy)
+    assert torch.equal(tensor(row, LATENT), work.choice.adapter("cpu").codec.encode(clip.tensor[None])[0])
+
+
+def test_an_image_without_a_caption_is_listed(job: MakeJob, videos: Path) -> None:
+    add_image(videos, caption=None)
+    assert preprocess(job(), workers=1).skipped == [
+        {"file": "photo.png", "reason": "no caption: photo.txt does not exist"}
+    ]
+
+
+def test_a_model_that_starts_from_frames_leaves_images_out(videos: Path, tmp_path: Path) -> None:
+    image = add_image(videos)
+    folder = i2v_folder(tmp_path, clip=False)
+    video = Video(image, image.name, "red three")
+    adapter = choose_model(str(folder), TOY).adapter("cpu")
+    with pytest.raises(VideoError, match="the model needs videos"):
+        list(rows_of(video, adapter.codec, adapter.conditioner, Policy((Size(16, 32, 5),))))
+
+
+def test_a_model_that_takes_no_single_frame_leaves_images_out(videos: Path, tmp_path: Path, toy: Path) -> None:
+    class Picky(ModelChoice):
+        def sized(self, height: int, width: int, num_frames: int) -> ModelChoice:
+            if num_frames < 5:
+                raise UserError("num_frames must be at least 5")
+            return super().sized(height, width, num_frames)
+
+    add_image(videos)
+    known = choose_model(str(toy), TOY)
+    choice = Picky(known.family, known.fields)
+    work = make_job(videos, None, choice, Policy((Size(16, 32, 5),)), tmp_path / "out", 20, "cpu")
+    (skipped,) = preprocess(work, workers=1).skipped
+    assert skipped["file"] == "photo.png"
+    assert "num_frames must be at least 5" in skipped["reason"]
+
+
+def test_clips_before_a_damaged_part_stay_and_the_rest_is_listed(job: MakeJob, videos: Path) -> None:
+    """The end of an MP4 file that begins with its index is missing, as after a broken download."""
+    shutil.rmtree(videos)
+    whole, path = write_clip(videos / "whole.mp4", frames=60), videos / "a.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as out:
+        copied = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = copied
+                out.mux(packet)
+    whole.unlink()
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.9)])
+    path.with_suffix(".txt").write_text("red three")
+    work = job(policy=Policy((Size(16, 32, 5),), every_clip=True))
+    summary = preprocess(work, workers=1)
+    assert 0 < summary.clips < 12
+    assert [row["id"] for row in stored(work.out)] == [f"a.mp4#{number}" for number in range(summary.clips)]
+    ((_, reason),) = (entry.values() for entry in summary.skipped)
+    assert reason.startswith(f"after {summary.clips} clips that are in: cannot be decoded: Invalid data")
+
+
 def test_the_command_says_what_it_did_and_how_it_went(
     videos: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,7 +262,7 @@ def test_the_command_says_what_it_did_and_how_it_went(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "0"], "--workers must be from 1 to 1024, got 0"),
         (["--fps", "-1"], "--fps must be above 0"),
         (["--buckets", "16x16"], "is not HEIGHTxWIDTHxFRAMES"),
         (["--buckets", "16x20x5"], "width must be a multiple of 16"),

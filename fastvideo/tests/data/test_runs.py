@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from fastvideo.cli import main
@@ -60,6 +61,39 @@ def test_videos_train(job: MakeJob, values: dict[str, Any], capsys: pytest.Captu
     assert "(5 files) with stored text embeddings, latents: 9 of 4x2x2x4 (CxFxHxW), in batches of 2" in shown
     lines = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
     assert all(line["student/loss"] > 0 for line in lines)
+
+
+def add_images(videos: Path, count: int = 4) -> None:
+    """Images beside the videos, with captions of their own."""
+    for number in range(count):
+        path = videos / f"photo{number}.png"
+        Image.new("RGB", (96, 48), (40 * number, 80, 120)).save(path)
+        path.with_suffix(".txt").write_text("red three")
+
+
+def test_images_train_among_videos_in_a_bucket_of_their_own(
+    job: MakeJob, videos: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_images(videos)
+    preprocess(job(), workers=1)
+    with pytest.raises(UserError, match=r"data\.buckets: true"):
+        run(config_of(values))
+    data = values["data"] | {"buckets": True}
+    folder = run(config_of(values, data=data, trainer=values["trainer"] | {"max_steps": 6}))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "latents: 4 of 4x1x2x4, 9 of 4x2x2x4 (CxFxHxW)" in shown
+    lines = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert all(line["student/loss"] > 0 for line in lines)
+
+
+def test_a_model_of_images_trains_on_images_alone(job: MakeJob, videos: Path, values: dict[str, Any]) -> None:
+    shutil.rmtree(videos)
+    videos.mkdir()
+    add_images(videos)
+    preprocess(job(), workers=1)
+    model = values["model"] | {"num_frames": 1}
+    assert run(config_of(values, model=model)).is_dir()
 
 
 def test_a_batch_from_disk_is_the_batch_that_is_encoded_now(job: MakeJob, values: dict[str, Any]) -> None:
@@ -157,7 +191,7 @@ def test_the_wrong_data_is_refused_before_a_step(job: MakeJob, values: dict[str,
         config_of(values, data=values["data"] | {"prompts": "prompts.txt"})
     with pytest.raises(UserError, match=r"latents have shape \(4, 2, 2, 4\).*configured for \(4, 3, 2, 4\)"):
         run(config_of(values, model=values["model"] | {"num_frames": 9}))
-    with pytest.raises(UserError, match="has 6 tokens, the model takes 5"):
+    with pytest.raises(UserError, match=r"another model .*: model\.max_sequence_length 8, the model's is 5"):
         run(config_of(values, model=values["model"] | {"max_sequence_length": 5}))
     with pytest.raises(UserError, match="another VAE"):
         run(config_of(values, model=values["model"] | {"path": str(_other_vae(values, tmp_path))}))

@@ -30,18 +30,18 @@ def test_family_without_pipeline() -> None:
     exporter = load_exporter(AnalyticConfig())
     with pytest.raises(UserError, match="AnalyticConfig: the family has no diffusers pipeline"):
         exporter.stock_sampler((1.0, 0.5), "euler")
-    with pytest.raises(UserError, match="names of its own for Wan's layers alone"):
-        exporter.comfy_layer("blocks.0")
 
 
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
-        ("blocks.7.attn2.to_out.0", "diffusion_model.blocks.7.cross_attn.o"),
-        ("proj_out", "diffusion_model.head.head"),
+        ("blocks.7.attn2.to_out.0", "blocks.7.cross_attn.o"),
+        ("proj_out", "head.head"),
+        ("blocks.7.scale_shift_table", "blocks.7.modulation"),
+        ("blocks.7.norm2.bias", "blocks.7.norm3.bias"),
     ],
 )
-def test_comfy_layers_of_wan(layer: str, name: str) -> None:
-    assert load_exporter(load_adapter("wan").Config()).comfy_layer(layer) == name
-    with pytest.raises(UserError, match=r"no name for the layer blocks\.7\.norm"):
-        load_exporter(load_adapter("wan").Config()).comfy_layer("blocks.7.norm")
+def test_original_names_of_wan(layer: str, name: str) -> None:
+    assert load_exporter(load_adapter("wan").Config()).original_name(layer) == name
+    with pytest.raises(UserError, match=r"blocks\.7\.norm: the authors' code of Wan has no such layer"):
+        load_exporter(load_adapter("wan").Config()).original_name("blocks.7.norm")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
@@ -25,6 +27,39 @@ def backends(network: Any) -> set[str]:
 def test_the_backend_is_the_one_that_is_named(tiny_wan: Path) -> None:
     for name in ("native", "_native_math"):
         assert backends(WanAdapter(wan_config(tiny_wan, attention_backend=name)).folder.load_network()) == {name}
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # autocast on a CPU leaves norms alone
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_log_names_the_kernel_that_runs(tiny_wan: Path, precision: str) -> None:
+    adapter = WanAdapter(wan_config(tiny_wan, precision=precision))
+    assert adapter.folder.kernels == f"attention native -> flash (CPU), blocks eager, {precision}"
+    network, prompts = adapter.folder.load_network(), adapter.conditioner.encode_prompts(["a green seven"])
+    with Called() as called:
+        adapter.velocity(network, torch.randn(1, *adapter.codec.latent_shape), torch.ones(1), prompts)
+    assert {name for name in called.names if "attention" in name} == {
+        "aten::_scaled_dot_product_flash_attention_for_cpu"
+    }
+
+
+def test_the_log_follows_what_torch_is_allowed(tiny_wan: Path) -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        kernels = WanAdapter(wan_config(tiny_wan)).folder.kernels
+    assert kernels.startswith("attention native -> math (CPU)")
+    named = WanAdapter(wan_config(tiny_wan, attention_backend="_native_math")).folder.kernels
+    assert named.startswith("attention _native_math, ")
 
 
 def test_attention_is_the_same_on_another_backend(tiny_wan: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
@@ -23,7 +24,7 @@ PROMPTS = ("a green seven", "red three moving up")
 FOLDERS = {"wan": (wan_folder, 5), "cogvideox": (cogvideox_folder, 9)}
 
 
-def method_of(family: str, root: Path, recompute: str = "none", **student: Any) -> Any:
+def method_of(family: str, root: Path, recompute: str = "none", model: Any = None, **student: Any) -> Any:
     """DMD2 with an adapter for student and critic."""
     folder, frames = FOLDERS[family]
     values = {
@@ -32,6 +33,7 @@ def method_of(family: str, root: Path, recompute: str = "none", **student: Any) 
         "output": "unused",
         "model": {
             "path": str(folder(root)), "height": 16, "width": 32, "num_frames": frames, "max_sequence_length": 8,
+            **(model or {}),
         },
         "roles": {
             "student": {"trainable": True, "lora": {"rank": 4, **student}},
@@ -44,6 +46,21 @@ def method_of(family: str, root: Path, recompute: str = "none", **student: Any) 
     }  # fmt: skip
     config = validate(run_schema(family, "dmd2"), values, "test")
     return build_method(config, build_adapter(config))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks, and warns itself
+def test_compiled_blocks_have_a_graph_for_every_role(tmp_path: Path, monkeypatch: Any) -> None:
+    counter, compile_ = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_(block, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # torch's own is 8, which a run exceeds
+    torch._dynamo.reset()
+    method = method_of("wan", tmp_path, model={"compile_blocks": True}, targets=["to_q"])
+    x_t, t, condition = inputs(method)
+    for handle in method.bundle:
+        with torch.no_grad():
+            handle.velocity(x_t, t, condition)
+    assert counter.frame_count == 3
 
 
 def inputs(method: Any) -> tuple[Tensor, Tensor, Any]:

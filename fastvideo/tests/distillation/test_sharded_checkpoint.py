@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,15 +22,19 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import CheckpointConfig
+from fastvideo.distillation.engine.checkpoint import manifest
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.initial import start_from
-from fastvideo.distillation.engine.checkpoint.restore import restore, role_weights
+from fastvideo.distillation.engine.checkpoint.manifest import Manifest
+from fastvideo.distillation.engine.checkpoint.restore import damage, restore, role_weights
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
 from fastvideo.distillation.engine.ema import EMAHook, averaged
 from fastvideo.distillation.engine.lora import AdapterSwitch, add_adapter
+from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.distillation.rng import RandomStreams
+from fastvideo.files import record_of
 from fastvideo.tests.distillation.resuming import differences
 from fastvideo.tests.launch import in_world
 
@@ -189,3 +197,42 @@ def test_what_one_process_saved_loads_into_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", [False, True])
 def test_averages_are_exchanged_shard_by_shard(adapter: bool, tmp_path: Path) -> None:
     assert world(2, exchanged, tmp_path / "unused", tmp_path, adapter=adapter) == [True, True]
+
+
+def save_after_waiting(rank: int, size: int, folder: Path) -> bool:
+    """Save where this process comes later than a collective may take, as after a validation."""
+    run = Run(rank, size, folder)
+    Agreement()  # a run makes its group at the start
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    if rank == 0:
+        time.sleep(2)
+    return (run.hook.save(1) / "manifest.json").is_file() or rank > 0
+
+
+def test_a_save_waits_for_a_process_that_validates(tmp_path: Path) -> None:
+    assert in_world(2, partial(save_after_waiting, folder=tmp_path / "run"), tmp_path / "world") == [True, True]
+
+
+def verify(rank: int, size: int, checkpoint: Path, hashed: Path) -> str | None:
+    """Damage of a checkpoint as this process sees it; names of files that it hashed go to a file of its own."""
+    names = list[str]()
+    with patch.object(manifest, "record_of", lambda file: names.append(file.name) or record_of(file)):
+        found = damage(checkpoint, Processes(rank, size))
+    (hashed / str(rank)).write_text(" ".join(sorted(names)))
+    return found
+
+
+def test_every_process_verifies_a_part_of_a_checkpoint(tmp_path: Path) -> None:
+    in_world(2, partial(save_after_waiting, folder=tmp_path / "run"), tmp_path / "saving")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    look = partial(verify, checkpoint=checkpoint, hashed=tmp_path)
+    assert in_world(2, look, tmp_path / "intact") == [None, None]
+    own = [set((tmp_path / str(rank)).read_text().split()) for rank in range(2)]
+    assert own[0] | own[1] == set(Manifest.read(checkpoint).files)
+    assert own[1] == {"process-1.json", "process-1.safetensors"}
+    assert not own[0] & own[1]
+    for name in ("process-1.safetensors", "shared.json"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    both = "shared.json is damaged; process-1.safetensors is damaged"
+    assert in_world(2, look, tmp_path / "damaged") == [both, both]

@@ -242,7 +242,9 @@ def test_the_prompt_cache_is_bounded_in_bytes() -> None:
 @torch.no_grad()
 def test_cached_prompts_are_cut_to_their_tokens_and_padded_to_the_bit(adapter: WanAdapter) -> None:
     conditioner, (prompt, _) = adapter.conditioner, PROMPTS
-    tokens = conditioner._tokens(prompt)
+    tokens = conditioner.tokenizer(
+        [prompt], padding="max_length", max_length=conditioner.text_length, return_tensors="pt"
+    )
     hidden = conditioner.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     found = conditioner.encode_prompts([prompt]).of(conditioner.key)["prompt_embeds"]
     assert torch.equal(found, hidden * tokens.attention_mask.unsqueeze(-1))

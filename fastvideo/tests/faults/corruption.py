@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
+from fastvideo.distillation.engine.checkpoint.restore import newest
+from fastvideo.distillation.engine.parallel.distributed import Processes
 
 KINDS = ("bit flip", "truncation", "missing", "grown", "zeroed")
 
@@ -45,11 +46,11 @@ def damages(checkpoint: Path, count: int, seed: int = 0) -> Iterator[Damage]:
 
 def is_detected(damage: Damage) -> bool:
     """Whether the damaged checkpoint is passed over, by name, for an intact older one; the damage is undone again."""
-    before, newest = damage.file.read_bytes(), damage.file.parent
+    before, damaged = damage.file.read_bytes(), damage.file.parent
     content, passed_over = damage.content(before), list[str]()
     damage.file.unlink()
     if content is not None:
         damage.file.write_bytes(content)
-    found = newest_intact(checkpoints_in(newest.parent), passed_over)
+    found = newest(damaged.parent, Processes(), passed_over.append)
     damage.file.write_bytes(before)
-    return found is not None and found[0] != newest and len(passed_over) == 1 and str(newest) in passed_over[0]
+    return found not in (None, damaged) and len(passed_over) == 1 and str(damaged) in passed_over[0]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
+from fastvideo.distillation.engine.checkpoint.restore import newest
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.tests.distillation.resuming import ToyRun, toy_run
 from fastvideo.tests.faults.disk import Fault, faulty, interposed, kill, kill_half_way
 from fastvideo.tests.launch import in_child
@@ -77,7 +78,8 @@ def cut_off(run: ToyRun, folder: Path, number: int, fault: Fault) -> int:
 
 def check_newest(before: Before, folder: Path, at: str) -> int:
     """Check that the newest intact checkpoint is the older or the new one, as it must be; its step."""
-    found = newest_intact(checkpoints_in(folder / "checkpoints"), [])
+    found = newest(folder / "checkpoints", Processes(), print)
     assert found is not None, f"no loadable checkpoint is left after {at}"
-    assert state_files(found[0]) == before.contents[found[1].step], f"another state after {at}"
-    return found[1].step
+    step = int(found.name.removeprefix("step-"))
+    assert state_files(found) == before.contents[step], f"another state after {at}"
+    return step

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in, newest_intact
-from fastvideo.errors import RunError
+from fastvideo.distillation.engine.checkpoint.manifest import checkpoints_in
+from fastvideo.distillation.engine.checkpoint.restore import newest
+from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.errors import RunError, UserError
 from fastvideo.tests.distillation.resuming import STEPS, toy_run
 from fastvideo.tests.faults.disk import Platter, faulty, interposed, kill, refuse
 from fastvideo.tests.faults.saving import (
@@ -137,7 +139,8 @@ def test_a_save_flushes_each_file_and_folder_before_its_manifest_has_a_name(
     left = folder.with_name("left")
     left.mkdir()
     disk.materialise(left)
-    assert newest_intact(checkpoints_in(left / "checkpoints"), []) is None
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        newest(left / "checkpoints", Processes(), print)
 
 
 def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +150,6 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path, monkeypatch: py
     toy_run("dmd2", tmp_path, every=1, keep=2).train()
     names = [path.name for path in checkpoints_in(tmp_path / "checkpoints")]
     assert names == [f"step-{STEPS - 1}", f"step-{STEPS}"]
-    found = newest_intact(checkpoints_in(tmp_path / "checkpoints"), [])
+    found = newest(tmp_path / "checkpoints", Processes(), print)
     assert found is not None
-    assert found[1].step == STEPS
+    assert found.name == f"step-{STEPS}"

@@ -123,8 +123,11 @@ def test_the_folder_names_its_base_and_loads_as_its_readme_says(
     """The lines of README.md run as they are, and sample with the student's own noise levels."""
     run_export(str(trained), tmp_path / "out", to="lora-diffusers")
     text = (tmp_path / "out" / "README.md").read_text()
-    base = json.loads((trained / "student" / "recipe.json").read_text())["model"]["path"]
-    assert f"over `{base}`" in text
+    base = Path(json.loads((trained / "student" / "recipe.json").read_text())["model"]["path"])
+    assert f"over `{base.name}`" in text
+    assert str(base.parent) not in text  # a path of this machine helps nobody
+    assert "num_frames=5, max_sequence_length=8)" in text
+    (tmp_path / base.name).symlink_to(base)
     code = text.split("```python\n")[1].split("```")[0].rpartition("video = ")[0]
     names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)

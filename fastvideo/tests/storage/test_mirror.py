@@ -151,9 +151,9 @@ def test_killed_at_any_byte_of_an_upload_the_mirror_is_complete_or_absent(
         time.sleep(0.1)
         server.mend()
         for step in complete(listed(root)):
-            assert fetch_newest(root, tmp_path / f"copy-{round_}", step - 1, []) is not None
+            assert fetch_newest(root, tmp_path / f"copy-{round_}", step - 1)[0] is not None
         mirror.close(30)
         assert complete(listed(root)) == [2, 4]
         shutil.rmtree(tmp_path / f"copy-{round_}", ignore_errors=True)
-        assert fetch_newest(root, tmp_path / f"copy-{round_}", -1, []) == 4
+        assert fetch_newest(root, tmp_path / f"copy-{round_}", -1) == (4, [])
     assert len(complete_checkpoints(checkpoints(values))) == 2

@@ -90,9 +90,9 @@ def test_one_row_group_is_read_without_the_others(bucket: str, tmp_path: Path, m
 
 
 def test_prompts_and_a_model_folder_are_read_from_a_bucket(bucket: str, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "prompts.txt").write_text("one\n\nzwölf\n")
+    (tmp_path / "prompts.txt").write_text("one\n\nzwölf\n", encoding="utf-8")
     upload(tmp_path / "prompts.txt", f"{bucket}/prompts.txt")
-    assert read_prompts(f"{bucket}/prompts.txt") == ["one", "zwölf"]
+    assert read_prompts(f"{bucket}/prompts.txt") == ("one", "zwölf")
     url = upload(model_folder(tmp_path / "tiny"), f"{bucket}/model")
     folder = Path(resolve_pipeline(url, ("WanPipeline",)))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"

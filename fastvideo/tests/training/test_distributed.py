@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 
 import fastvideo.training.distillation as entry
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.engine.parallel.context import context_mesh
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.parallel.sharding import shard_mesh
 from fastvideo.distillation.registry import run_schema
-from fastvideo.tests.launch import config_file, ranks, torchrun
+from fastvideo.tests.launch import config_file, in_world, ranks, torchrun
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data
 
@@ -88,3 +92,20 @@ def test_the_ranks_draw_different_tensors_and_take_the_same_decisions(values: di
     first, second = (build_method(config, build_adapter(config), Processes(rank, 2)).rng for rank in (0, 1))
     assert not torch.equal(first.normal((4,)), second.normal((4,)))
     assert [first.shared_index(4) for _ in range(20)] == [second.shared_index(4) for _ in range(20)]
+
+
+def waits(rank: int, size: int) -> set[float]:
+    """Timeouts of all groups, in seconds, once networks are split and diffusers has made its meshes."""
+    processes = Processes(rank, size, torch.device("cpu"), shard=2, context=2, timeout=7.0)
+    mesh = context_mesh(processes)
+    shard_mesh(processes)
+    diffusers = ContextParallelConfig(ulysses_degree=2, mesh=mesh)
+    diffusers.setup(rank, size, torch.device("cpu"), mesh)
+    groups = dist.distributed_c10d._world.pg_map
+    assert diffusers._flattened_mesh.get_group() in groups
+    own = [group for group in groups if group is not dist.group.WORLD]
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in own}
+
+
+def test_every_group_waits_as_long_as_the_config_says(tmp_path: Path) -> None:
+    assert in_world(4, waits, tmp_path) == [{7.0}] * 4

@@ -23,7 +23,7 @@ from fastvideo.training.run import run
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that is loaded is a failure of the test."""
-    monkeypatch.setattr(run_module, "build_method", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(run_module, "build_on", lambda *_: pytest.fail("a network was loaded"))
 
 
 def dataset(tmp_path: Path, rows: int) -> str:
@@ -36,9 +36,9 @@ def dataset(tmp_path: Path, rows: int) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read prompts from"),
+        (None, "No such file or directory"),
         (b"", "has no prompt; one per line"),
-        (b"\xff\xfe", "cannot read prompts from"),
+        (b"\xe9", "line 1: not UTF-8"),
         (
             b"a red three\n" * 3,
             r"3 samples are fewer than one batch of 4 on each of 1 process: set --data.batch-size to 3",
@@ -97,8 +97,8 @@ def test_only_the_embedded_models_have_such_a_world(tmp_path: Path) -> None:
         "method": {},
     }
     values["data"] = {"prompts": str(tmp_path / "p.txt")}
-    assert len(prompt_notes(config_of(values, "test"))) == 1
-    assert prompt_notes(config_of(values | {"model": model | {"path": "my/model"}}, "test")) == []
+    assert len(prompt_notes(config_of(values, "test"), Processes())) == 1
+    assert prompt_notes(config_of(values | {"model": model | {"path": "my/model"}}, "test"), Processes()) == []
 
 
 def test_the_last_lines_are_commands(analytic_values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

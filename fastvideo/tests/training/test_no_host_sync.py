@@ -115,6 +115,21 @@ def test_no_step_reads_a_value_back(options: dict[str, Any], tmp_path: Path) -> 
     assert not found
 
 
+def test_of_prompts_that_are_not_kept_the_encoder_alone_reads(tmp_path: Path) -> None:
+    """transformers asks if a mask has padding; the copies to the host and back do not wait."""
+    trainer, data = trainer_of(tmp_path)
+    trainer.train_step(data)
+    (conditioner,) = trainer.prepare.conditioners
+    conditioner._prompts.limit = 0
+    for trainer.step in (1, 2):
+        trainer.train_step(data)
+    assert not len(conditioner._prompts)
+    with reads() as found:
+        for trainer.step in (3, 4):
+            trainer.train_step(data)
+    assert {line.split(" ", 1)[1].split("(")[0] for line in found} == {"hidden = self.text_encoder"}
+
+
 def test_a_read_is_found(tmp_path: Path) -> None:
     """The mode sees every way to read a value, through a method that does it."""
     trainer, data = trainer_of(tmp_path)

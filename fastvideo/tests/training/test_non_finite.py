@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvideo.data.order import SampleStream
 from fastvideo.distillation.builder import build_adapter, build_method
@@ -194,3 +195,12 @@ def test_an_optimizer_that_cannot_leave_out_a_step_is_not_called(analytic_values
     trainer.train_step(data)
     trainer.settle()
     assert equal(before, state_of(trainer))
+
+
+def test_parameters_in_host_memory_get_the_verdict_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would copy it from the device without waiting, and the kernel on the host would read it at once."""
+    optimizer, seen = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=True), list[str]()
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append(optimizer.found_inf.device.type))  # type: ignore[attr-defined]
+    with FakeTensorMode():
+        RoleTraining(optimizer).step(torch.zeros((), device="cuda"))
+    assert seen == ["cpu"]

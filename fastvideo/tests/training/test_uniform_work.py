@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -82,3 +83,6 @@ def test_a_rank_that_stalls_ends_the_run_with_the_stacks_of_all(values: dict[str
     assert "no process got on for 4 s (trainer.watchdog_seconds)" in stacks[0]
     assert "paused.py" in stacks[0], "the stack shows where rank 0 waits"
     assert "train_step" in stacks[1]
+    recorded = [pickle.loads((Path(values["output"]) / "stacks" / f"gloo-rank-{rank}").read_bytes()) for rank in (0, 1)]
+    called = [recorded[rank]["entries"][-1]["collective_seq_id"] for rank in (0, 1)]
+    assert called[0] < called[1], "rank 0 never entered what rank 1 waits in"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,18 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
         """Calls inside read ``span`` = ``t - r`` beside their times."""
         return reading(network, self._spec.time_embedding, span)
 
-    def _autocast(self, x_t: Tensor) -> torch.autocast:
-        """Autocast as configured, but for a derivative: bfloat16 would leave mostly noise of it (arXiv 2410.11081)."""
+    def _autocast(self, network: nn.Module, x_t: Tensor) -> torch.autocast:
+        """Autocast of a network of float32 matrices or adapters in a bfloat16 run; one of bfloat16 matrices needs none.
+
+        Not for a derivative: bfloat16 would leave mostly noise of it (arXiv 2410.11081).
+        """
         derived = unpack_dual(x_t).tangent is not None  # type: ignore[no-untyped-call]
-        enabled = self.config.precision == "bfloat16" and not derived
+        enabled = self.config.precision == "bfloat16" and not derived and not self.scaling.computes_directly(network)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _input(self, network: nn.Module, value: Tensor) -> Tensor:
+        """An input of a network in the dtype of its matrices; times are never cast, and autocast casts by itself."""
+        return value.to(torch.bfloat16) if self.scaling.computes_directly(network) else value
 
 
 class _Reached(Exception):
@@ -109,6 +117,16 @@ class DiffusersScaling:
 
     def __init__(self, pipeline: Pipeline[Any]) -> None:
         self.pipeline = pipeline
+        self._direct: WeakSet[nn.Module] = WeakSet()
+
+    def compute_directly(self, network: nn.Module) -> None:
+        """As diffusers' own pipelines compute in bfloat16; nothing to do in float32."""
+        if self.pipeline.config.precision == "bfloat16":
+            self._direct.add(network)
+
+    def computes_directly(self, network: nn.Module) -> bool:
+        """True for a network of bfloat16 matrices, which is called without autocast and on bfloat16 inputs."""
+        return network in self._direct
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return repeated_blocks(network)

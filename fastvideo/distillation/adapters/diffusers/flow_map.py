@@ -45,7 +45,8 @@ class FlowMapHead(nn.Module):
     def forward(self, span: Tensor) -> Tensor:
         """Addition to the time embedding, ``[..., width]``, for spans ``t - r`` of shape ``[...]``."""
         phase = span[..., None] * (math.pi / 8 * 2 ** torch.arange(FREQUENCIES, device=span.device))
-        hidden = self.first(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        # A split network's weights are gathered in its compute dtype; spans themselves are float32.
+        hidden = self.first(torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.first.weight.dtype))
         return span[..., None] * self.last(nn.functional.silu(hidden))  # type: ignore[no-any-return]
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -15,6 +13,12 @@ import torch
 from torch import nn
 
 from fastvideo.distillation.adapters.base import ModelFolder
+from fastvideo.distillation.adapters.diffusers.attention import (
+    NATIVE,
+    choose_attention,
+    keep_dtype_of_attention,
+    native_kernel,
+)
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     ConfigT,
@@ -23,12 +27,14 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_component,
     load_config,
 )
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
+from fastvideo.errors import UserError
+from fastvideo.files import link_or_copy
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
-NATIVE = "native"
-"""Torch's scaled dot product attention, which every network and device has."""
+GRAPHS = 64
+"""Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
 RETIRED = frozenset({"prompt_cache"})
 """Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
@@ -41,12 +47,19 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         (self._part,) = self.parts = pipeline.spec.parts
         self.published_guidance = pipeline.spec.published_guidance
         self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-        blocks = "compiled" if self.config.compile_blocks else "eager"
-        self.kernels = f"attention {self.config.attention_backend}, blocks {blocks}, {self.config.precision}"
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         return read_recipe(self.pipeline.source)
+
+    @cached_property
+    def kernels(self) -> str:
+        """Attention kernel with torch's choice behind it, compiled or eager blocks, and precision."""
+        backend, blocks = self.config.attention_backend, "compiled" if self.config.compile_blocks else "eager"
+        if backend == NATIVE:
+            width = int(self.pipeline.network_config()["attention_head_dim"])
+            backend = f"{NATIVE} -> {native_kernel(width, self.compute_dtype, self.pipeline.device)}"
+        return f"attention {backend}, blocks {blocks}, {self.config.precision}"
 
     @cached_property
     def _class(self) -> Any:
@@ -54,11 +67,18 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in eval mode (published ones have no dropout), with a flow map's head."""
+        if is_single_file(path):
+            network = self._skeleton(path, dtype)
+            load_single_file(network, str(path))
+            return self._ready(network, path).to(self.pipeline.device)
         network = load_component(self._class, self.pipeline.resolved(path), self._part, torch_dtype=dtype)
         return self._ready(network, path).to(self.pipeline.device)
 
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """Parameters on the meta device; buffers (tables of positions) and a flow map's head are real."""
+        return self._ready(self._skeleton(path, dtype), path)
+
+    def _skeleton(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
@@ -67,10 +87,11 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         for name, parameter in network.named_parameters():
             if not kept & set(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
-        return self._ready(network, path)
+        return network  # type: ignore[no-any-return]
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
         choose_attention(network, self.config.attention_backend)
+        keep_dtype_of_attention(network)
         if self.config.compile_blocks:
             compile_blocks(network)
         load_head(network, self.pipeline.spec.time_embedding, Path(self.pipeline.resolved(path)))
@@ -78,9 +99,14 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def files(self, path: str | None) -> Mapping[str, Path]:
         """Files of the network's parameters: one for all, or several with an index."""
+        if is_single_file(path):
+            raise UserError(
+                f"{path} is one file in another layout, which is read whole; for parallel.shard make a folder of it: "
+                f"fastvideo merge {self.config.path} --network {path} --out FOLDER"
+            )
         folder = Path(self.pipeline.resolved(path)) / self._part
         if (folder / INDEX).is_file():
-            found = json.loads((folder / INDEX).read_text())["weight_map"]
+            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return {name: folder / file for name, file in found.items()}
         if not (folder / WHOLE).is_file():
             raise UserError(f"{folder} has neither {WHOLE} nor {INDEX}: split networks are read from safetensors alone")
@@ -99,8 +125,11 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
             text = encoder(encoder.config_class.from_pretrained(Path(source) / "text_encoder"))
             return {"text encoder": text, "VAE": vae.from_config(load_config(vae, source, "vae"))}
 
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any]) -> None:
-        """A folder that the pipeline's ``from_pretrained`` loads; everything but the network is copied.
+    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
+        """A folder that the pipeline's ``from_pretrained`` loads, with everything of the source but its network.
+
+        Large files are hard links to the source's where the disk is the same, else copies; with ``slim`` the text
+        encoder, its tokenizer and the VAE are symbolic links to the source's folders.
 
         A flow map's head is written beside the network and not into it, which stock diffusers goes on to load.
         """
@@ -108,15 +137,17 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         for item in Path(self.pipeline.source).iterdir():
             if item.name in (*self.parts, "recipe.json", HEAD_FILE):
                 continue
-            if item.is_dir():
-                shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
+            if item.is_dir() and slim and item.name != "scheduler":
+                (folder / item.name).symlink_to(item.resolve(), target_is_directory=True)
+            elif item.is_dir():
+                shutil.copytree(item, folder / item.name, copy_function=link_or_copy, dirs_exist_ok=True)
             else:
                 shutil.copy2(item, folder / item.name)
         with without_head(network) as head:
             network.save_pretrained(folder / self._part)  # type: ignore[operator]
         if head is not None:
             save_head(head, folder)
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 def read_recipe(source: str) -> dict[str, Any]:
@@ -127,7 +158,7 @@ def read_recipe(source: str) -> dict[str, Any]:
     """
     file = Path(source) / "recipe.json"
     try:
-        recipe = json.loads(file.read_text()) if file.is_file() else {}
+        recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(recipe, dict):
@@ -135,43 +166,6 @@ def read_recipe(source: str) -> dict[str, Any]:
     if isinstance(model := recipe.get("model"), dict):
         recipe["model"] = {key: value for key, value in model.items() if key not in RETIRED}
     return recipe
-
-
-def choose_attention(network: Any, name: str) -> None:
-    """Give a network the attention backend of that name in diffusers' dispatcher.
-
-    It is always set, so that neither a default nor the environment variable of diffusers decides instead.
-
-    Raises:
-        UserError: if there is no backend of that name, its package is missing, or the network cannot change its own.
-    """
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    known = sorted(backend.value for backend in AttentionBackendName)
-    if name not in known:
-        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
-    processors = network.attn_processors.values() if name != NATIVE else ()
-    if any("_attention_backend" not in dir(processor) for processor in processors):
-        raise UserError(
-            f"model.attention_backend: {type(network).__name__} computes attention by itself, so only "
-            f"{NATIVE!r} is possible, got {name!r}"
-        )
-    try:
-        with _without_warnings("diffusers.models.modeling_utils"):
-            network.set_attention_backend(name)
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"model.attention_backend {name!r}: {error}") from error
-
-
-@contextmanager
-def _without_warnings(logger_name: str) -> Iterator[None]:
-    """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
-    logger = logging.getLogger(logger_name)
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = False
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:
@@ -183,7 +177,10 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
 def compile_blocks(network: nn.Module) -> None:
     """Compile every repeated block in place: one graph serves all of a kind, in seconds instead of minutes.
 
-    Names of parameters stay, and a copy of the network (its average, an export) is not compiled.
+    Names of parameters stay, and a copy of the network (its average, an export) is not compiled. Each role's adapter,
+    with and without gradient, at each size of a batch, has a graph of its own. torch stops at 8 of them and runs the
+    rest eagerly; :data:`GRAPHS` are enough for all that a run calls.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in repeated_blocks(network):
         block.compile()

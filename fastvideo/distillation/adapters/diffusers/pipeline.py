@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
+from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
 from fastvideo.distillation.types import UserError
+from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
 from fastvideo.storage import is_remote, local_folder
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
@@ -29,24 +31,26 @@ EXPECTED = (
     "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "
     f"or one of {sorted(EMBEDDED)} is expected"
 )
+ADAPTER_HINT = "it holds a LoRA, which goes into a role's `loras` or `lora.init_from`, or into `fastvideo merge`"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class PipelineConfig(AdapterConfig):
     """Options of every family over a diffusers pipeline."""
 
-    height: PositiveInt = 32
+    height: Pixels = 32
     """Video height in pixels."""
-    width: PositiveInt = 32
+    width: Pixels = 32
     """Video width in pixels."""
-    num_frames: PositiveInt = 9
+    num_frames: Frames = 9
     """Video frames."""
-    max_sequence_length: PositiveInt = 16
+    max_sequence_length: Tokens = 16
     """Tokens that a prompt may have."""
     prompt_for_negative: str = ""
     """The negative prompt, used wherever guidance is."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the network's forward; weights, times, losses and differences stay float32."""
+    """Dtype of the network's matrix products; trained weights, times, losses and differences stay float32. Frozen and
+    split networks hold bfloat16 matrices while they compute, whole trained ones are cast by autocast."""
     attention_backend: str = "native"
     """Attention kernel, by its name in diffusers' dispatcher: `native` is torch's own, `flash` or `sage` need a
     package. It is printed at the start and never replaced by another."""
@@ -105,8 +109,10 @@ class Pipeline(Generic[ConfigT]):
         self._read = cache(full_config)
 
     def resolved(self, path: str | None) -> str:
-        """The pipeline folder behind ``path``; ``None`` is the run's own."""
-        return self.source if path is None else resolve_pipeline(path, self.config.pipelines)
+        """The pipeline folder behind ``path``; ``None``, or a single file of weights, is the run's own."""
+        if path is None or is_single_file(path):
+            return self.source
+        return resolve_pipeline(path, self.config.pipelines)
 
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
@@ -137,11 +143,13 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     folder = local_folder(path) if is_remote(path) else Path(path)
     if not folder.exists() and HUB_ID.fullmatch(path):
         folder = _from_hub(path)
+    _check_links(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
-        raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
-    content = json.loads(index.read_text())
+        lora = f"; {ADAPTER_HINT}" if folder.is_dir() and _holds_adapter(folder) else ""
+        raise UserError(f"model folder {path!r} {what}: {EXPECTED}{lora}")
+    content = json.loads(index.read_text(encoding="utf-8"))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
             f"model folder {path!r} holds a {content.get('_class_name')}; "
@@ -152,14 +160,45 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     return str(folder)
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse a slim folder whose links lead nowhere, as on another machine than that which made it."""
+    for item in folder.iterdir() if folder.is_dir() else ():
+        if item.is_symlink() and not item.exists():
+            raise UserError(
+                f"model folder {folder}: {item.name} is a link to {item.readlink()}, which is not there. The folder "
+                f"was saved slim, without what training does not change: copy it with its links followed (`cp -rL`, "
+                f"`rsync -aL`) from where it was made, or let {item.name} link to the same folder of its base model"
+            )
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors"))
+
+
+@cache
 def _from_hub(name: str) -> Path:
+    """Folder of a model on the Hub in its local cache; of a machine's processes one downloads, the others wait."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        with _one_download(name):
+            return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         why = f"{_first_line(error)}; {EXPECTED}"
         raise UserError(f"model {name!r} is neither a local folder nor a model on the Hub: {why}") from error
+
+
+def _one_download(name: str) -> AbstractContextManager[object]:
+    """Lock of a model in the Hub's cache; none in a cache that is read-only, into which nothing is downloaded."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if cache.exists() and not os.access(cache, os.W_OK):
+        return nullcontext()
+    locks = cache / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return WeakFileLock(locks / f"{name.replace('/', '--')}.lock")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""Conventions of diffusers (schedulers, layouts) and ComfyUI (names) for students. No family imports this."""
+"""Conventions of other programs: schedulers, layouts of latents, names of weights. No family imports this."""

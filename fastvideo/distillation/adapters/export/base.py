@@ -55,10 +55,10 @@ class Exporter:
         """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""
         return latents
 
-    def comfy_layer(self, layer: str) -> str:
-        """ComfyUI's name of a layer of the network.
+    def original_name(self, name: str) -> str:
+        """Name of a module or parameter in the authors' own code, which ComfyUI and LightX2V use too.
 
         Raises:
-            UserError: for a layer or a family that has none.
+            UserError: for one that their code does not have.
         """
-        raise UserError(f"{type(self.config).__name__}: ComfyUI has names of its own for Wan's layers alone")
+        return name

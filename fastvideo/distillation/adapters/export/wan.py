@@ -1,4 +1,4 @@
-"""Wan students in stock diffusers, and in ComfyUI, whose names of layers are those of the authors' own code."""
+"""Wan students in stock diffusers, and under the names of the authors' own code, which ComfyUI and LightX2V read."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ IN_A_BLOCK = {
     "attn2.add_v_proj": "cross_attn.v_img",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
+    "attn1.norm_q": "self_attn.norm_q",
+    "attn1.norm_k": "self_attn.norm_k",
+    "attn2.norm_q": "cross_attn.norm_q",
+    "attn2.norm_k": "cross_attn.norm_k",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
 }
 OUTSIDE = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -27,17 +34,23 @@ OUTSIDE = {
     "condition_embedder.time_proj": "time_projection.1",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "patch_embedding": "patch_embedding",
     "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
 }
 
 
 class WanExporter(FlowMatchExporter):
-    """``FlowMatchEulerDiscreteScheduler``, and ComfyUI's names."""
+    """``FlowMatchEulerDiscreteScheduler``, and the authors' names."""
 
-    def comfy_layer(self, layer: str) -> str:
-        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
-        if found and found[2] in IN_A_BLOCK:
-            return f"diffusion_model.blocks.{found[1]}.{IN_A_BLOCK[found[2]]}"
-        if layer in OUTSIDE:
-            return f"diffusion_model.{OUTSIDE[layer]}"
-        raise UserError(f"ComfyUI has no name for the layer {layer} of Wan")
+    def original_name(self, name: str) -> str:
+        found = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name)
+        assert found is not None
+        names = IN_A_BLOCK if found[1] else OUTSIDE
+        if found[2] not in names:
+            raise UserError(f"{name}: the authors' code of Wan has no such layer")
+        return f"{found[1] or ''}{names[found[2]]}{found[3] or ''}"

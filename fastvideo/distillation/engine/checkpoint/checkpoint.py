@@ -34,7 +34,8 @@ from fastvideo.distillation.engine.checkpoint.storage import (
     safetensors_bytes,
 )
 from fastvideo.distillation.engine.optional.mirror import HURRY, Mirror
-from fastvideo.distillation.engine.parallel.distributed import Processes, barrier
+from fastvideo.distillation.engine.parallel.collective import Agreement
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.errors import RunError
 from fastvideo.files import FileRecord, make_folder, remove_tree, replace_file, sync_folder, write_file
 
@@ -121,7 +122,7 @@ class CheckpointHook:
                 remove_tree(target, first=[MANIFEST])
                 os.mkdir(target)
                 sync_folder(self.folder)
-        barrier()
+        Agreement().wait()  # another process may be in a long validation still
         write = partial(self._write, target, step, *self._snapshot())
         if self._thread is None:
             write()
@@ -204,7 +205,9 @@ class CheckpointHook:
                 if time.monotonic() > deadline:
                     raise RunError(f"checkpoint {target}: process {rank} has not written its part")
                 time.sleep(0.01)
-            files |= {name: FileRecord(**record) for name, record in json.loads(report.read_text()).items()}
+            files |= {
+                name: FileRecord(**record) for name, record in json.loads(report.read_text(encoding="utf-8")).items()
+            }
             os.unlink(report)
         return files
 

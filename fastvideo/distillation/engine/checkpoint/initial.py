@@ -45,6 +45,11 @@ def parse_origin(text: str) -> Origin:
         head, _, tail = str(path).rpartition(":")
         path, suffix = Path(head), [tail, *suffix]
     role, kind = [*suffix, None, None][:2]
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(
+            f"{text!r} is one file: a LoRA goes into the role's lora.init_from (to train it on) or loras (to merge "
+            "it), a whole network into its path"
+        )
     if not path.is_dir() or (kind is not None and kind not in KINDS):
         raise UserError(f"{text!r} is no folder: {FORM} is expected")
     return Origin(path, role, kind)

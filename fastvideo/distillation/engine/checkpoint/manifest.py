@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,14 +88,17 @@ class Manifest:
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         return cls(**{**values, "roles": tuple(values["roles"])}, files=files)
 
-    def check_files(self, folder: Path) -> None:
-        """Compare every file with its record.
+    def check_files(self, folder: Path, rank: int = 0, processes: int = 1) -> None:
+        """Compare every file with its record, or those that fall to one of several processes.
+
+        A process has what it wrote itself, which it reads next: on its machine, what is read once is in memory.
 
         Raises:
             DamagedError: naming each file that is missing or differs.
         """
+        own = [name for name in self.files if (writer_of(name) or 0) % processes == rank]
         with ThreadPoolExecutor(4, "verify") as pool:
-            found = pool.map(lambda name: self._problem(folder, name), self.files)
+            found = pool.map(lambda name: self._problem(folder, name), own)
         if problems := list(filter(None, found)):
             raise DamagedError("; ".join(problems))
 
@@ -106,6 +109,12 @@ class Manifest:
         if (size := file.stat().st_size) != expected.size:
             return f"{name} has {size} bytes instead of {expected.size}"
         return None if record_of(file) == expected else f"{name} is damaged"
+
+
+def writer_of(file: str) -> int | None:
+    """Number of the process that writes a file of a checkpoint; ``None`` for those that the main process writes."""
+    number = file.partition(".")[0].removeprefix("process-")
+    return int(number) if number.isdecimal() else None
 
 
 def verified(folder: Path) -> Manifest:
@@ -140,13 +149,3 @@ def step_of(folder: Path) -> int | None:
     """Step in a checkpoint's name; ``None`` for another folder."""
     number = folder.name.removeprefix(PREFIX)
     return int(number) if folder.name.startswith(PREFIX) and number.isdecimal() else None
-
-
-def newest_intact(candidates: Iterable[Path], skipped: list[str]) -> tuple[Path, Manifest] | None:
-    """Find the newest checkpoint whose every byte is right; appends the skipped ones, with the reason."""
-    for folder in sorted(candidates, key=lambda path: step_of(path) or 0, reverse=True):
-        try:
-            return folder, verified(folder)
-        except DamagedError as error:
-            skipped.append(f"{folder}: {error}")
-    return None

@@ -17,18 +17,16 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
     Manifest,
     checkpoints_in,
     complete_checkpoints,
-    newest_intact,
     step_of,
-    verified,
 )
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, RoleState, join_state
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
 from fastvideo.distillation.engine.optional.mirror import checkpoints_at, fetch, fetch_newest
-from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, from_main, on_main
+from fastvideo.distillation.engine.parallel.collective import Agreement
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 from fastvideo.storage import Remote
 
-NONE, LOST = -1, -2
 T = TypeVar("T")
 
 
@@ -57,51 +55,70 @@ def newest(folder: Path, processes: Processes, say: Callable[[str], None], mirro
         RunError: if the mirror cannot be reached.
     """
     skipped: list[str] = []
-    step = on_main(processes, lambda: _newest(folder, mirror, skipped))
-    for line in skipped:
+
+    def pass_over(line: str) -> None:
+        skipped.append(line)
         say(f"passed over {line}")
-    if step == LOST:
+
+    complete = Agreement().from_main(bool(complete_checkpoints(folder)))
+    found = _newest_here(folder, processes, pass_over)
+    if mirror:
+        found = _newer_there(mirror, folder, found, pass_over) or found
+    if found is None and complete:
         listed = "".join(f"\n  {line}" for line in skipped)
         raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
-    return None if step == NONE else folder / f"{PREFIX}{step}"
+    return found
 
 
-def _newest(folder: Path, mirror: str | None, skipped: list[str]) -> int:
-    """Step of the newest intact checkpoint, :data:`NONE` or :data:`LOST`."""
-    found = newest_intact(checkpoints_in(folder), skipped)
-    step = found[1].step if found else LOST if complete_checkpoints(folder) else NONE
-    later = fetch_newest(checkpoints_at(mirror), folder, max(step, NONE), skipped) if mirror else None
-    return step if later is None else later
+def _newest_here(folder: Path, processes: Processes, pass_over: Callable[[str], None]) -> Path | None:
+    """Newest intact checkpoint in a folder."""
+    for name in Agreement().from_main([path.name for path in reversed(checkpoints_in(folder))]):
+        problem = damage(folder / name, processes)
+        if problem is None:
+            return folder / name
+        pass_over(f"{folder / name}: {problem}")
+    return None
 
 
-def fetched(source: Remote, folder: Path, processes: Processes, say: Callable[[str], None]) -> Path:
+def _newer_there(mirror: str, folder: Path, here: Path | None, pass_over: Callable[[str], None]) -> Path | None:
+    """Download the newest intact checkpoint at a mirror, if it is later than the one ``here``."""
+    after = None if here is None else step_of(here)
+    step, skipped = Agreement().on_main(lambda: fetch_newest(checkpoints_at(mirror), folder, after))
+    for line in skipped:
+        pass_over(line)
+    return None if step is None else folder / f"{PREFIX}{step}"
+
+
+def fetched(source: Remote, folder: Path, say: Callable[[str], None]) -> Path:
     """Download a checkpoint, or the newest of a run, that was given by its URL.
 
     Raises:
         UserError: if there is none, it is damaged, or cannot be read.
         RunError: if it cannot be reached.
     """
-    skipped: list[str] = []
-    step = on_main(processes, lambda: _fetch(source, folder, skipped))
+    step, skipped = Agreement().on_main(lambda: _fetch(source, folder))
     for line in skipped:
         say(f"passed over {line}")
     return folder / f"{PREFIX}{step}"
 
 
-def _fetch(source: Remote, folder: Path, skipped: list[str]) -> int:
+def _fetch(source: Remote, folder: Path) -> tuple[int, list[str]]:
+    """Step of the downloaded checkpoint, and the damaged later ones."""
     step = step_of(Path(source.name))
     try:
         if step is not None:
             fetch(source.parent, step, folder)
-            return step
+            return step, []
     except DamagedError as error:
         raise UserError(f"checkpoint {source} cannot be used: {error}") from error
-    roots = (source, checkpoints_at(source.url))
-    found = next((step for root in roots if (step := fetch_newest(root, folder, NONE, skipped)) is not None), None)
-    if found is None:
-        listed = "".join(f"\n  {line}" for line in skipped)
-        raise UserError(f"--resume-from: no intact checkpoint at {source}{listed}")
-    return found
+    skipped: list[str] = []
+    for root in (source, checkpoints_at(source.url)):
+        found, damaged = fetch_newest(root, folder)
+        skipped += damaged
+        if found is not None:
+            return found, skipped
+    listed = "".join(f"\n  {line}" for line in skipped)
+    raise UserError(f"--resume-from: no intact checkpoint at {source}{listed}")
 
 
 def check_intact(folder: Path, processes: Processes) -> None:
@@ -110,14 +127,19 @@ def check_intact(folder: Path, processes: Processes) -> None:
     Raises:
         UserError: with the reason, if it is damaged.
     """
+    if problem := damage(folder, processes):
+        raise UserError(f"checkpoint {folder} cannot be used: {problem}")
+
+
+def damage(folder: Path, processes: Processes) -> str | None:
+    """Damage of a checkpoint, the same text on all processes; each verifies a part of its files."""
     problem = ""
-    if processes.is_main:
-        try:
-            verified(folder)
-        except DamagedError as error:
-            problem = str(error)
-    if from_main(int(bool(problem)), processes):
-        raise UserError(f"checkpoint {folder} cannot be used: {problem or 'see the main process'}")
+    try:
+        Manifest.read(folder).check_files(folder, processes.rank, processes.world_size)
+    except DamagedError as error:
+        problem = str(error)
+    found = dict.fromkeys(filter(None, Agreement().from_all(problem)))
+    return "; ".join(found) or None
 
 
 def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
@@ -143,10 +165,10 @@ def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
         targets |= {f"{name}{JOINT}{key}": tensor for key, tensor in wanted.items()}
     targets |= {f"{source}{JOINT}{key}": t for key, t in _empty(under(index, f"{source}{JOINT}")).items()}
     read_into(targets, folder, index)
-    shared = json.loads((folder / SHARED).read_text())
+    shared = json.loads((folder / SHARED).read_text(encoding="utf-8"))
     for name, part in parts.everywhere.items():
         part.load_state_dict(join_state(under(targets, f"{name}{JOINT}"), shared[name]))
-    own = json.loads((folder / f"{source}.json").read_text())
+    own = json.loads((folder / f"{source}.json").read_text(encoding="utf-8"))
     states = {name: join_state(under(targets, f"{source}{JOINT}{name}{JOINT}"), own[name]) for name in parts.own}
     return ResumePoint(folder, manifest.step, manifest.roles, _load_own(parts, states, manifest, processes, foreign))
 
@@ -192,7 +214,7 @@ def set_aside(checkpoint: Path, processes: Processes) -> list[str]:
             target = _free_name(folder / f"abandoned-{path.name}")
             path.rename(target)
             moved.append(f"{path.name} is later than the one asked for: kept as {target.name}")
-    barrier()
+    Agreement().wait()
     return moved
 
 

@@ -142,7 +142,7 @@ class RoleState:
             fill(training.ema, state.get(EMA, state[NETWORK]))
         self._load_optimizer(training.optimizer, state[OPTIMIZER])
         if training.lr_scheduler is not None:
-            training.lr_scheduler.load_state_dict(state[SCHEDULE])
+            training.resume_schedule(state[SCHEDULE])
 
     def _load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         parameters = self.handle.named_parameters()

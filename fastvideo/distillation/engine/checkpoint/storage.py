@@ -84,7 +84,7 @@ def index_text(index: Index) -> str:
 
 def read_index(file: Path) -> dict[str, Stored]:
     """Inverse of :func:`index_text`."""
-    return {name: _stored(**entry) for name, entry in json.loads(file.read_text()).items()}
+    return {name: _stored(**entry) for name, entry in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def _stored(dtype: str, shape: Sequence[int], pieces: Iterable[Mapping[str, Any]]) -> Stored:

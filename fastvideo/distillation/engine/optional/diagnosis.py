@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastvideo.distillation.config.sections import ProfileConfig
-from fastvideo.errors import RunError
+from fastvideo.errors import RunError, see
 
 ENTRIES = 100_000
 """Allocations in a snapshot."""
@@ -70,7 +70,9 @@ def explaining_memory(snapshot: Path | None) -> Iterator[None]:
         if snapshot is not None:
             torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
             where = f" A snapshot is in {snapshot}."
-        raise RunError(f"out of memory: {str(error).splitlines()[0]} What helps: {REMEDY}.{where}") from error
+        raise RunError(
+            f"out of memory: {str(error).splitlines()[0]} What helps: {REMEDY}.{where}{see('memory-runs-out')}"
+        ) from error
     finally:
         if snapshot is not None:
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -29,7 +29,7 @@ def total_memory(device: torch.device, sharing: int = 1) -> int | None:
     if sys.platform == "win32" or device.type != "cpu":
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = LIMIT.read_text().strip() if LIMIT.is_file() else "max"
+    limit = LIMIT.read_text(encoding="utf-8").strip() if LIMIT.is_file() else "max"
     return min(total, int(limit) if limit.isdigit() else total) // sharing
 
 

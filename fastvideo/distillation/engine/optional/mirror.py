@@ -102,23 +102,24 @@ def set_aside(root: Remote, after: int | None, say: Callable[[str], None]) -> in
     return len(later)
 
 
-def fetch_newest(root: Remote, folder: Path, after: int, skipped: list[str]) -> int | None:
-    """Download the newest checkpoint at a mirror that is intact and later than ``after``; returns its step, if any.
+def fetch_newest(root: Remote, folder: Path, after: int | None = None) -> tuple[int | None, list[str]]:
+    """Download the newest checkpoint at a mirror that is intact and later than ``after``.
 
-    Appends to ``skipped`` those that are damaged.
+    Returns its step, if there is one, and a line for each damaged one.
 
     Raises:
         UserError: if the bucket cannot be read.
         RunError: if it cannot be reached.
     """
-    for step in reversed([step for step in complete(listed(root)) if step > after]):
+    skipped: list[str] = []
+    for step in reversed([step for step in complete(listed(root)) if after is None or step > after]):
         try:
             fetch(root, step, folder)
         except DamagedError as error:
             skipped.append(f"{root / f'{PREFIX}{step}'}: {error}")
         else:
-            return step
-    return None
+            return step, skipped
+    return None, skipped
 
 
 def fetch(root: Remote, step: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Dump all stacks and exit when no step finishes in time."""
+"""Dump all stacks and the last collectives, and exit when no step finishes in time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fastvideo.distillation.engine.optional.recorder import write_collectives
 from fastvideo.errors import EXIT_STALLED
-from fastvideo.stopping import units
+from fastvideo.stopping import leave_word, units
 
 OTHERS_DUMP = 3.0
 """Seconds between dump and exit, in which the others write their stacks before they lose this process."""
@@ -28,7 +29,7 @@ class Watchdog:
 
     Args:
         seconds: longest time without progress; 0 waits for ever.
-        folder: parent of ``rank-N.txt``.
+        folder: parent of ``rank-N.txt``, ``gloo-rank-N`` and ``nccl-rank-N``.
         rank: of this process.
     """
 
@@ -74,11 +75,14 @@ class Watchdog:
         behind = [rank for rank, done in enumerate(progress) if done == min(progress)]
         who = f", least far: rank {', '.join(map(str, behind))}" if len(progress) > 1 else ""
         message = f"rank {self.rank}: no process got on for {self.seconds:g} s (trainer.watchdog_seconds){who}"
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             file.write(f"{message}\n\n")  # beside the stacks, so that the file explains itself
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         print(f"error: {message}; stacks: {path}", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(sys.__stderr__.fileno() if sys.__stderr__ else 2, all_threads=True)
+        # In a thread: whatever becomes of it, this process ends.
+        threading.Thread(target=write_collectives, args=(self.folder, self.rank), daemon=True).start()
         time.sleep(OTHERS_DUMP)
+        leave_word(EXIT_STALLED)
         os._exit(EXIT_STALLED)

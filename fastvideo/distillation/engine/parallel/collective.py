@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 
+from fastvideo.distillation.engine.parallel.distributed import largest_signal
 from fastvideo.errors import RunError, Stopped, UserError
 from fastvideo.stopping import received, step_done
 
+T = TypeVar("T")
 PROBE_SECONDS = 5.0
 """Seconds in which living ranks answer, once one of them is missed."""
 TIMEOUT = timedelta(days=1)
 """Longest wait for a rank that does other work, such as the main process in a validation."""
 
 
+@lru_cache(maxsize=1)
+def _patient_group(_: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group beside the default one, for waits that are as long as another rank's work takes."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return group
+
+
 class Agreement:
-    """Decides alike on all ranks on the host, over a gloo group of its own, so that nothing waits for a device."""
+    """Decides alike on all ranks on the host, over a gloo group of its own, so that nothing waits for a device.
+
+    Its waits last up to :data:`TIMEOUT`; a rank that dies ends them at once.
+    """
 
     def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if several else None
+        self._group = _patient_group(dist.distributed_c10d._get_default_group()) if several else None
 
     @property
     def alone(self) -> bool:
@@ -36,11 +48,45 @@ class Agreement:
 
     def stop_signal(self) -> int:
         """Largest number of a signal that asked any rank to stop; 0 if none was asked."""
+        return received() if self._group is None else largest_signal(self._group)
+
+    def wait(self) -> None:
+        """Wait for all ranks, however long one of them validates, reads or hashes."""
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def from_main(self, value: T) -> T:
+        """Share the main process's value; those of the others are dropped."""
         if self._group is None:
-            return received()
-        shared = torch.tensor(received())
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
-        return int(shared)
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, group=self._group)
+        return shared[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Call ``action`` on the main process; the others wait for it, however long it takes, and get its result.
+
+        Raises:
+            UserError: on all processes, if the call raised it; so for ``RunError``.
+        """
+        outcome: tuple[T | None, UserError | RunError | None] = (None, None)
+        try:
+            if self._group is None or dist.get_rank() == 0:
+                outcome = (action(), None)
+        except (UserError, RunError) as error:
+            outcome = (None, error)
+        result, failure = self.from_main(outcome)
+        if failure is not None:
+            raise failure
+        return cast(T, result)
+
+    def from_all(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def step_done(self) -> None:
         """Tell the watchdog that this rank is alive."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastvideo.distillation.engine.parallel.distributed import Processes, make_mesh
+from fastvideo.distillation.engine.parallel.distributed import Processes, limit_waits, make_mesh
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.errors import UserError
 
@@ -40,8 +40,9 @@ def check_context(processes: Processes, counts: Mapping[str, int], where: str) -
 def context_mesh(processes: Processes) -> DeviceMesh:
     """The dimensions ``ring`` (1) and ``ulysses`` of this process's group."""
     shape = (processes.data_size, 1, processes.context)
-    mesh = make_mesh(processes, shape, ("data", "ring", "ulysses"))
-    return mesh["ring", "ulysses"]
+    mesh = make_mesh(processes, shape, ("data", "ring", "ulysses"))["ring", "ulysses"]
+    limit_waits(mesh._flatten(), processes)  # the mesh that diffusers splits and gathers tokens over
+    return mesh
 
 
 def split_tokens(network: nn.Module, scaling: Scaling, mesh: DeviceMesh) -> None:

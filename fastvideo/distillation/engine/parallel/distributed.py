@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
-from fastvideo.errors import RunError, UserError
+from fastvideo.errors import UserError
+from fastvideo.stopping import received
 
 BUCKET = 64 * 2**20
 """Most bytes of gradients that are reduced at once; a larger gradient travels alone."""
@@ -63,6 +63,10 @@ class Processes:
     def main_says(self, answer: bool) -> bool:
         """Share the main process's answer with all processes."""
         return bool(from_main(int(answer), self))
+
+    def stop_signal(self) -> int:
+        """Largest number of a signal that asked any process to stop; 0 if none was asked. All take part."""
+        return largest_signal()
 
     def gather_to_main(self, values: Tensor) -> Tensor | None:
         """Gather parts ``[n, ...]`` of all data ranks to the host of the main process, as ``[data_size, n, ...]``.
@@ -151,8 +155,13 @@ def make_mesh(processes: Processes, shape: tuple[int, ...], names: tuple[str, ..
     """A mesh of all processes whose groups have the process group's timeout, instead of torch's default."""
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
     for name in names:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh[name].get_group())
+        limit_waits(mesh[name], processes)
     return mesh
+
+
+def limit_waits(mesh: DeviceMesh, processes: Processes) -> None:
+    """Give the group of a mesh of one dimension the process group's timeout."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=processes.timeout), mesh.get_group())
 
 
 def barrier() -> None:
@@ -170,22 +179,13 @@ def from_main(value: int, processes: Processes) -> int:
     return int(shared)
 
 
-def on_main(processes: Processes, action: Callable[[], int]) -> int:
-    """Call ``action`` on the main process; the others wait for it, and get its result.
-
-    Raises:
-        UserError: on all processes, if the call raised it; so for ``RunError``.
-    """
-    shared: list[Any] = [0, None]
-    try:
-        shared[0] = action() if processes.is_main else 0
-    except (UserError, RunError) as error:
-        shared[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=0, device=processes.device)
-    if shared[1] is not None:
-        raise shared[1]
-    return int(shared[0])
+def largest_signal(group: dist.ProcessGroup | None = None) -> int:
+    """Largest number of a signal that asked any process of a group (default: all) to stop; 0 if none was asked."""
+    if not dist.is_initialized():
+        return received()
+    shared = torch.tensor(received())
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+    return int(shared)
 
 
 def average(values: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def shard_network(
         "mesh": mesh["shard"] if mesh["replicate"].size() == 1 else mesh,
         # The outermost module too: parameters are sharded between steps, for clipping and averages.
         "reshard_after_forward": not includes(layout.keep_gathered, trained),
-        # Inputs are not cast: times are never bfloat16, and autocast casts the input of each layer.
+        # Inputs are not cast: times are never bfloat16, and the family casts the others.
         "mp_policy": MixedPrecisionPolicy(
             None if precise else compute_dtype, None if precise else torch.float32, cast_forward_inputs=False
         ),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -28,12 +28,13 @@ from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, Condition, RoleLoss
+from fastvideo.ranges import LearningRate, Number, PositiveFloat, PositiveInt
 
 
 class CMConfig(MethodConfig, OptimizerOptions):
     """Options of consistency models; noise levels are EDM's sigma = t / (1 - t)."""
 
-    log_sigma_mean: float = -1.1
+    log_sigma_mean: Number = -1.1
     """Mean of ln(sigma) = logit(t) of the training noise levels."""
     log_sigma_std: PositiveFloat = 2.0
     """Standard deviation of ln(sigma)."""
@@ -60,7 +61,7 @@ class CMConfig(MethodConfig, OptimizerOptions):
     """Guidance of the teacher, if there is one, in the standard convention."""
     optimizer: OptimizerKind = "radam"
     """Optimizer of the student."""
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: LearningRate = 1e-4
     """Learning rate."""
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -23,6 +23,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.tangent import mean_velocity_target, unit_rms
 from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, mean_over_generated
+from fastvideo.ranges import Beta, Fraction, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat
 
 
 class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
@@ -32,18 +33,18 @@ class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
     """Step of the central difference, in time; `autodiff` has none."""
     teacher_guidance: Guidance = 3.0
     """Guidance of the teacher's velocity, standard convention; without a teacher see `mixture`."""
-    logit_mean: float = -0.4
+    logit_mean: Number = -0.4
     """Mean of the logit of both times (-0.8 in FastGen's recipe for Wan); the later one is `t`."""
     logit_std: PositiveFloat = 1.0
     """Standard deviation of their logits (1.6 in that recipe)."""
-    equal_times: float = Field(default=0.75, ge=0.0, le=1.0)
+    equal_times: Fraction = 0.75
     """Share of samples with `r = t`, which regress the velocity itself (0 in that recipe)."""
-    mixture: tuple[float, float] = (1.0, 0.0)
+    mixture: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 0.0)
     """Guidance without a teacher, `(w, k)`: the velocity is `w (noise - x0) + k u(c) + (1 - w - k) u(negative)`, which
     is guidance `w / (1 - k)`; `(1, 0)` is none."""
     mixture_range: TimeRange = (0.0, 1.0)
     """Times of the mixture; the plain velocity is used elsewhere."""
-    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    caption_dropout: Fraction = 0.1
     """Share of samples that train the negative prediction, with the plain velocity; without a teacher only."""
     loss: Literal["adaptive", "unit_error"] = "adaptive"
     """`adaptive` weights a sample by `(error + c)^-p`; `unit_error` divides the error by its rms plus c."""
@@ -53,9 +54,9 @@ class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
     """The c of both (`unit_error`: 10 in FastGen, with sums)."""
     tangent_warmup_steps: NonNegativeInt = 0
     """Steps over which the derivative is faded in; 2000 in FastGen's recipe for Wan."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: LearningRate = 1e-5
     """AdamW learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """AdamW momenta."""
 
     @model_validator(mode="after")

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -25,6 +24,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.tangent import consistency_error, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 
 LOSS_WEIGHT = "loss_weight"
 FREQUENCIES = 4
@@ -35,7 +35,7 @@ class SCMConfig(DerivativeConfig, OptimizerOptions):
 
     teacher_guidance: Guidance = 5.0
     """Guidance of the teacher's flow, standard convention; without a teacher there is none."""
-    log_sigma_mean: float = -1.0
+    log_sigma_mean: Number = -1.0
     """Training times: `tan(angle)` is log-normal with this mean of its logarithm; 0.7 for Wan 1.3B (rCM)."""
     log_sigma_std: PositiveFloat = 1.4
     """Standard deviation of that logarithm; 1.6 for Wan 1.3B."""
@@ -43,11 +43,11 @@ class SCMConfig(DerivativeConfig, OptimizerOptions):
     """Steps over which the tangent's unstable terms are faded in, from pure regression of the flow."""
     tangent_constant: NonNegativeFloat = 0.1
     """Constant added to the tangent's root mean square in its normalisation."""
-    learning_rate: PositiveFloat = 7e-5
+    learning_rate: LearningRate = 7e-5
     """AdamW learning rate of the student."""
-    loss_weight_learning_rate: PositiveFloat = 1e-3
+    loss_weight_learning_rate: LearningRate = 1e-3
     """AdamW learning rate of the loss weight."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """AdamW momenta of both; the other options of the optimizer are the student's."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -19,6 +19,7 @@ from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition, UserError
+from fastvideo.ranges import LearningRate, NonNegativeFloat, Number, PositiveFloat
 
 TABLE = 4097
 """Points of the quadrature behind the noise levels."""
@@ -29,7 +30,7 @@ class TCMConfig(CMConfig):
 
     transition_sigma: PositiveFloat = 1.0
     """Noise level below which the first stage answers; 1 is t = 0.5."""
-    log_sigma_mean: float = 0.0
+    log_sigma_mean: Number = 0.0
     """Location of ln(sigma), a Student t cut to levels above the transition."""
     log_sigma_std: PositiveFloat = 0.2
     """Scale of ln(sigma)."""
@@ -39,7 +40,7 @@ class TCMConfig(CMConfig):
     """Share of a batch at exactly the transition."""
     boundary_weight: NonNegativeFloat = 0.1
     """Weight of those samples' mean beside that of the others."""
-    learning_rate: PositiveFloat = 5e-5
+    learning_rate: LearningRate = 5e-5
     """Learning rate."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -23,14 +23,15 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import full_time
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Steps
 
 
 class AnyFlowPretrainConfig(FlowMapLossConfig, OptimizerOptions):
     """Options of the first stage."""
 
-    learning_rate: PositiveFloat = 5e-5
+    learning_rate: LearningRate = 5e-5
     """AdamW learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW momenta."""
     warmup_steps: NonNegativeInt = 1000
     """Optimizer steps of linear warm-up."""
@@ -66,7 +67,7 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
 
     rollout: Literal["simulate"] = "simulate"
     """Input of the student: its own jumps from noise."""
-    rollout_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 4, 8, 16, 50)
+    rollout_steps: Annotated[tuple[Steps, ...], Field(min_length=1)] = (2, 4, 8, 16, 50)
     """Step counts; one is drawn, then one of its steps. The times before and after that step take one jump each."""
     flow_map_weight: NonNegativeFloat = 0.5
     """Weight of the flow-map loss beside DMD2's, whose mean has a factor of one half (published without: 1)."""
@@ -78,7 +79,7 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
     """Shift of the noise levels of both: uniform for the comparison, logit-normal for the critic."""
     score_and_train: Annotated[bool, refused("its critic learns at noise levels of another distribution")] = False
     """Not possible here."""
-    critic_learning_rate: PositiveFloat = 2e-6
+    critic_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the critic."""
 
 

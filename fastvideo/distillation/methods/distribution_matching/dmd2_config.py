@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator
 
 from fastvideo.distillation.config.base import MethodConfig, TimeRange
 from fastvideo.distillation.schedule import Guidance
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 def refused(reason: str) -> AfterValidator:
@@ -39,13 +40,13 @@ class DMD2Config(MethodConfig):
     score_and_train: bool = False
     """On a student step, take the critic's estimate for the student and the critic's own loss from one forward at one
     noise level. It saves a call of the critic and keeps the critic's graph alive during the student's backward."""
-    student_learning_rate: PositiveFloat = 2e-6
+    student_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the student."""
-    critic_learning_rate: PositiveFloat = 8e-6
+    critic_learning_rate: LearningRate = 8e-6
     """AdamW learning rate of the critic; usually the higher one, because the critic must follow the student."""
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: tuple[Beta, Beta] = (0.0, 0.999)
     """AdamW momenta of both."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay of both."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""

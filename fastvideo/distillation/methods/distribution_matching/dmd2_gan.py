@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -23,6 +22,7 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.ranges import NonNegativeFloat
 
 
 class DMD2GANConfig(AdversaryConfig, DMD2Config):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -19,6 +18,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_gan import DMD2GA
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
+from fastvideo.ranges import Beta, NonNegativeFloat, PositiveInt
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"
@@ -45,7 +45,7 @@ class FDistillConfig(DMD2GANConfig):
     """Objective. `forward_kl` and `jeffreys` cover modes, `reverse_kl` (plain DMD2) seeks them."""
     ratio_bins: PositiveInt = 10
     """Bins of the noise level, each with its own mean ratio."""
-    ratio_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
+    ratio_decay: Beta = 0.9
     """Decay per student step of a bin's mean ratio (over this process's samples). At 0 it is the batch's own mean, and
     a sample alone in its bin always weighs 1."""
     gan_weight: NonNegativeFloat = 0.001

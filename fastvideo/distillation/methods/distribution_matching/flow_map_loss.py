@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
@@ -19,6 +18,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.tangent import mean_velocity_target
 from fastvideo.distillation.types import Batch, mean_over_generated
+from fastvideo.ranges import Fraction, PositiveFloat
 
 
 class FlowMapLossConfig(DerivativeConfig):
@@ -28,15 +28,15 @@ class FlowMapLossConfig(DerivativeConfig):
     """`central_difference`, as published, or `autodiff`."""
     jvp_step: PositiveFloat = 5e-3
     """Step of the central difference, in time."""
-    velocity_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    velocity_share: Fraction = 0.5
     """Share of the global batch with `r = t`, which regresses the velocity."""
-    consistency_share: float = Field(default=0.25, ge=0.0, le=1.0)
+    consistency_share: Fraction = 0.25
     """Share with `r = 0`; the rest draws both times."""
     flow_time_shift: PositiveFloat = 5.0
     """Shift of both times."""
     fused_guidance: Guidance = 3.0
     """Guidance that is built into the network; 1 is none."""
-    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    caption_dropout: Fraction = 0.1
     """Share of samples that train the negative prediction."""
     balance: bool = True
     """Weight samples with `r < t` to the mean loss of those with `r = t` (within a process's micro-batch)."""

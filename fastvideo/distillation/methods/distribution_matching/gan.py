@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +21,7 @@ from fastvideo.distillation.methods.distribution_matching.discriminator import D
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Condition, RoleLoss
+from fastvideo.ranges import LearningRate, NonNegativeFloat, PositiveFloat, Width
 
 GanLoss = Literal["softplus", "hinge"]
 Depth = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -55,9 +56,9 @@ class AdversaryConfig(MethodConfig):
     """Standard deviation of the noise that the penalty adds to the discriminator's input."""
     feature_depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (0.5, 0.75, 1.0)
     """Depths of the feature taps, relative to the network's: 1 is after its last block."""
-    head_width: PositiveInt = 64
+    head_width: Width = 64
     """Hidden width of each head."""
-    discriminator_learning_rate: PositiveFloat = 1e-5
+    discriminator_learning_rate: LearningRate = 1e-5
     """AdamW learning rate of the discriminator."""
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -26,6 +26,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import euler, few_step
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
 class LADDConfig(RungConfig, AdversaryConfig):
@@ -33,7 +34,7 @@ class LADDConfig(RungConfig, AdversaryConfig):
 
     real_samples: Literal["data", "teacher"] = "data"
     """Real samples: latents of the `data`, or samples of the guided `teacher` for the batch's prompts."""
-    teacher_steps: PositiveInt = 16
+    teacher_steps: Steps = 16
     """Euler steps of the teacher, for `real_samples: teacher`."""
     teacher_shift: PositiveFloat = 3.0
     """Shift of those steps' uniform times."""
@@ -44,21 +45,21 @@ class LADDConfig(RungConfig, AdversaryConfig):
     step of the ladder."""
     generator_update_interval: int = Field(default=2, ge=2)
     """Steps per update of the student; the discriminator is updated on all others."""
-    renoise_mean: float = 1.0
+    renoise_mean: Number = 1.0
     """Mean of the logit-normal noise level of the discriminator: high noise shows structure, low noise detail."""
     renoise_scale: PositiveFloat = 1.0
     """Scale of that distribution."""
     renoise_range: TimeRange = (0.001, 0.999)
     """Range to which noise levels are clamped."""
-    student_learning_rate: PositiveFloat = 2e-6
+    student_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the student."""
-    discriminator_learning_rate: PositiveFloat = 4e-6
+    discriminator_learning_rate: LearningRate = 4e-6
     """AdamW learning rate of the discriminator."""
-    betas: tuple[float, float] = (0.0, 0.99)
+    betas: tuple[Beta, Beta] = (0.0, 0.99)
     """AdamW momenta of both."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay of both."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -24,6 +23,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
 class RCMConfig(DMD2Config, DerivativeConfig):
@@ -31,7 +31,7 @@ class RCMConfig(DMD2Config, DerivativeConfig):
 
     rollout: Literal["simulate"] = "simulate"
     """Input of the student: its own steps from noise, at random times."""
-    rollout_steps: PositiveInt = 4
+    rollout_steps: Steps = 4
     """Largest number of those steps: the n-th distribution-matching update takes `n mod rollout_steps + 1`."""
     teacher_guidance: Guidance = 5.0
     """Guidance of the teacher in both terms, standard convention."""
@@ -43,7 +43,7 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     """First steps, on consistency alone; 0 for a student that is a consistency model already."""
     consistency_weight: PositiveFloat = 0.035
     """Weight of the consistency loss beside that of DMD2 (both are means: 100 to 1 in sums at Wan's size)."""
-    log_sigma_mean: float = 0.7
+    log_sigma_mean: Number = 0.7
     """Times of consistency and rollout: `tan(angle)` is log-normal with this mean of its logarithm; 1.5 for Wan 14B."""
     log_sigma_std: PositiveFloat = 1.6
     """Standard deviation of that logarithm."""

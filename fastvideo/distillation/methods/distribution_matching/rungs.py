@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt
 
 
 class RungConfig(MethodConfig):

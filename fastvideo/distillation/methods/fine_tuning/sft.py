@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions, TimeRange
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.types import Batch, Condition, RoleLoss
+from fastvideo.ranges import Fraction, LearningRate, NonNegativeFloat, Number, PositiveFloat
 
 
 class SFTConfig(MethodConfig, OptimizerOptions):
@@ -25,7 +26,7 @@ class SFTConfig(MethodConfig, OptimizerOptions):
     time_density: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
     """Density of the training times before the shift; `mode` is heavier in the middle and does not vanish at the ends
     (Stable Diffusion 3, eq. 20)."""
-    logit_mean: float = 0.0
+    logit_mean: Number = 0.0
     """Mean of `logit(t)` for `logit_normal`; above 0 favours noise, below 0 data. A shift S adds ln S to it."""
     logit_std: PositiveFloat = 1.0
     """Standard deviation of `logit(t)` for `logit_normal`."""
@@ -40,9 +41,9 @@ class SFTConfig(MethodConfig, OptimizerOptions):
     t sqrt(1 - t) (AnyFlow); both have mean 1 over uniform times. `min_snr`: the loss in x0 weighted min(SNR, gamma)."""
     min_snr_gamma: PositiveFloat = 5.0
     """The gamma of `min_snr`."""
-    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    caption_dropout: Fraction = 0.1
     """Share of samples whose caption is replaced by the negative prompt, which guidance needs."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: LearningRate = 1e-5
     """AdamW learning rate."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay."""

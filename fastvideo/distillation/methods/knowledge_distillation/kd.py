@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.types import Batch, RoleLoss, Trajectory, UserError
+from fastvideo.ranges import LearningRate, Steps
 
 TOLERANCE = 1e-6
 """Largest difference of a stored state's time from the ladder's: float32 rounding."""
@@ -28,9 +28,9 @@ class KDConfig(MethodConfig, OptimizerOptions):
     """Weights of the teacher; the model's own path if not given."""
     teacher_guidance: Guidance = 6.0
     """Guidance of the teacher's trajectory in the standard convention; the student learns it in."""
-    teacher_steps: PositiveInt = 48
+    teacher_steps: Steps = 48
     """Euler steps of the teacher's trajectory, at the times of the family's sampler; the ladder's times are added."""
-    learning_rate: PositiveFloat = 7e-5
+    learning_rate: LearningRate = 7e-5
     """AdamW learning rate."""
 
 

@@ -1,0 +1,76 @@
+"""``fastvideo doctor``: tell what will not work on this machine, before it costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastvideo.cli.arguments import OptionalFile, OptionalPath, Switch, parse
+
+if TYPE_CHECKING:
+    from fastvideo.doctor.checks import Finding, Wishes
+
+MARKS = {"ok": "ok     ", "warning": "warning", "error": "error  "}
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Check driver, torch, packages, disks and output folder; exit code 1 if something will not work."""
+
+    config: OptionalFile = None
+    """A run's YAML file, or a recipe's name: check also what it asks for (CUDA, compiled blocks, its model)."""
+    out: OptionalPath = None
+    """Folder that a run will write to. Default: the config's, else `outputs`."""
+    json: Switch = False
+    """Print one JSON object instead of lines."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the findings; returns 1 if one is an error, else 0."""
+    arguments = parse(DoctorArguments, argv, "doctor")
+
+    from fastvideo.doctor.checks import examine
+    from fastvideo.doctor.facts import gather
+
+    findings = examine(gather(), wishes_of(arguments.config, arguments.out))
+    wrong = sum(finding.level == "error" for finding in findings)
+    if arguments.json:
+        print(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        print("\n".join(lines(findings)))
+    return 1 if wrong else 0
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """A line per finding with its mend below, and a summary."""
+    width = max(len(finding.subject) for finding in findings)
+    shown = []
+    for finding in findings:
+        shown.append(f"{MARKS[finding.level]}  {finding.subject:<{width}}  {finding.text}")
+        if finding.mend:
+            shown.append(f"{'':<9}{'':<{width}}  -> {finding.mend}")
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    return [*shown, "", f"{counts['error']} errors, {counts['warning']} warnings"]
+
+
+def wishes_of(config: Path | None, out: Path | None) -> Wishes:
+    """Wishes of a config, or of no run in particular.
+
+    Raises:
+        UserError: for a config that is not valid.
+    """
+    from fastvideo.doctor.checks import Wishes
+
+    if config is None:
+        return Wishes(out or Path("outputs"))
+
+    from fastvideo.distillation.config.reading import read_config
+
+    wanted = read_config(config, {})
+    model = wanted.model.model_dump()
+    path = str(model.get("path", ""))
+    hub = path if path.count("/") == 1 and not Path(path).exists() else None
+    return Wishes(out or Path(wanted.output), wanted.device == "cuda", bool(model.get("compile_blocks")), hub)

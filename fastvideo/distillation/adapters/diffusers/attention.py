@@ -1,0 +1,88 @@
+"""Attention of diffusers networks: the backend by its name, torch's kernel behind its own backend, and the dtype."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from fastvideo.errors import UserError, did_you_mean
+
+NATIVE = "native"
+"""Torch's scaled dot product attention, which every network and device has."""
+ATTENTION_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+"""Modules that normalise queries and keys, by their names in diffusers' attention."""
+KERNELS = {
+    SDPBackend.MATH: "math",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.OVERRIDEABLE: "the device's own",
+}
+"""Kernels of torch's scaled dot product attention, for people."""
+TOKENS = 1024
+"""Tokens of the call that torch is asked about: a video has thousands."""
+
+
+def native_kernel(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Name of the kernel that torch chooses on a device for training with heads of this width; nothing is computed."""
+    query = torch.empty(1, 2, TOKENS, width, dtype=dtype, device=device, requires_grad=True)
+    choice: int = torch._fused_sdp_choice(query, query, query)
+    return KERNELS[SDPBackend(choice)] + (" (CPU)" if device.type == "cpu" else "")
+
+
+def choose_attention(network: Any, name: str) -> None:
+    """Give a network the attention backend of that name in diffusers' dispatcher.
+
+    It is always set, so that neither a default nor the environment variable of diffusers decides instead.
+
+    Raises:
+        UserError: if there is no backend of that name, its package is missing, or the network cannot change its own.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted(backend.value for backend in AttentionBackendName)
+    if name not in known:
+        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
+    processors = network.attn_processors.values() if name != NATIVE else ()
+    if any("_attention_backend" not in dir(processor) for processor in processors):
+        raise UserError(
+            f"model.attention_backend: {type(network).__name__} computes attention by itself, so only "
+            f"{NATIVE!r} is possible, got {name!r}"
+        )
+    try:
+        with _without_warnings("diffusers.models.modeling_utils"):
+            network.set_attention_backend(name)
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention_backend {name!r}: {error}") from error
+
+
+def keep_dtype_of_attention(network: nn.Module) -> None:
+    """Let the norms of queries and keys answer in the dtype of their input, which is that of the values.
+
+    Autocast on CUDA computes norms in float32 and leaves their output so (``rms_norm`` since torch 2.12). Attention
+    over several processes computes once more in backward, where no autocast makes them one; kernels take bfloat16.
+    """
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in ATTENTION_NORMS:
+            module.register_forward_hook(_in_dtype_of_input)
+
+
+def _in_dtype_of_input(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(inputs[0].dtype)
+
+
+@contextmanager
+def _without_warnings(logger_name: str) -> Iterator[None]:
+    """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
+    logger = logging.getLogger(logger_name)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False

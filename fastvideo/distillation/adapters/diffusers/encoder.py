@@ -1,0 +1,129 @@
+"""The text encoder of a pipeline: read whole or refused, and known by what its embeddings depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, library_class, load_component
+from fastvideo.distillation.types import UserError
+
+FOLDER = "text_encoder"
+VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
+"""Files that hold a tokenizer's vocabulary; the first that there is tells tokenizers apart."""
+VOLATILE = {"transformers_version", "dtype", "torch_dtype", "architectures"}
+"""Entries of an encoder's config that say who wrote it, not what it computes."""
+SAMPLE = 2**16
+"""Bytes at the beginning, middle and end of a weights file that tell it from others: a whole one has gigabytes."""
+
+
+def load_text_encoder(pipeline: Pipeline[Any]) -> nn.Module:
+    """The frozen text encoder on the pipeline's device: bfloat16 on CUDA, float32 elsewhere.
+
+    On CUDA the weights go from the mapped file to the device, so that the processes of a machine share one reading.
+
+    Raises:
+        UserError: if it cannot be read, or lacks weights that it needs.
+    """
+    on_cuda = pipeline.device.type == "cuda"
+    options: dict[str, Any] = {"device_map": {"": pipeline.device}} if on_cuda else {}
+    options["dtype"] = torch.bfloat16 if on_cuda else torch.float32
+    cls = library_class("transformers", pipeline.spec.text_encoder)
+    encoder, info = load_component(cls, pipeline.source, FOLDER, output_loading_info=True, **options)
+    check_whole(encoder, info["missing_keys"], pipeline.source)
+    module: nn.Module = encoder.to(pipeline.device).eval().requires_grad_(False)
+    return module
+
+
+def check_whole(encoder: Any, missing: Iterable[str], source: str) -> None:
+    """Refuse an encoder with weights that no file gave it: its embeddings would say nothing of the prompt.
+
+    Published Wan checkpoints store ``shared.weight`` alone and say ``tie_word_embeddings: false``; some versions of
+    transformers then leave the encoder's own table of words unset.
+
+    Raises:
+        UserError: naming the weights and the versions that are known for it.
+    """
+    lacking = sorted({*missing, *_untied(encoder, source)})
+    if lacking:
+        import transformers
+
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise UserError(
+            f"the text encoder of {source!r} was loaded without {shown}, so every prompt would mean the same. "
+            f"transformers {transformers.__version__} read it; 5.0, 5.1 and 5.2 are known to leave the word embeddings "
+            f"of such a checkpoint unset: install transformers>=5.3 or <5, or else get the folder text_encoder again"
+        )
+
+
+def _untied(encoder: Any, source: str) -> list[str]:
+    """Tables of words, by name, that are neither the encoder's shared one nor in its files."""
+    shared = encoder.get_input_embeddings().weight
+    tables = [
+        (f"{name}.weight", module.weight)
+        for name, module in encoder.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.weight.shape == shared.shape
+    ]
+    apart = [name for name, table in tables if table is not shared and not torch.equal(table, shared)]
+    return [name for name in apart if name not in _stored_names(source)]
+
+
+def _stored_names(source: str) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in sorted((Path(source) / FOLDER).glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            names |= set(stored.keys())
+    return names
+
+
+def encoder_settings(pipeline: Pipeline[Any]) -> Mapping[str, Any]:
+    """Values that an embedding depends on besides its prompt, as JSON; ``None`` for what the folder does not hold.
+
+    They are those of the files, not of their place: a copied or moved model is the same one.
+    """
+    folder = Path(pipeline.source)
+    return {
+        "encoder": pipeline.spec.text_encoder,
+        "encoder_config": _config_hash(folder / FOLDER / "config.json"),
+        "encoder_weights": _weights_hash(folder / FOLDER),
+        "tokenizer": _vocabulary_hash(folder / "tokenizer"),
+        "max_sequence_length": pipeline.config.max_sequence_length,
+    }
+
+
+def _config_hash(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key[0] != "_" and key not in VOLATILE}
+    return _short(json.dumps(kept, sort_keys=True).encode())
+
+
+def _weights_hash(folder: Path) -> str | None:
+    """Hash of the sizes of the weights' files and of samples of their bytes."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for place in (0, size // 2, max(0, size - SAMPLE)):
+                stream.seek(place)
+                digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:12] if files else None
+
+
+def _vocabulary_hash(folder: Path) -> str | None:
+    found = next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
+    return None if found is None else _short(found.read_bytes())
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

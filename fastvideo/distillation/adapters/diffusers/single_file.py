@@ -1,0 +1,104 @@
+"""Networks in one file: the authors' own layout, ComfyUI's, and its fp8 weights with scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.types import UserError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+SCALES = (".scale_weight", ".weight_scale")
+"""Suffixes of the scale beside an fp8 weight, in ComfyUI's earlier and present files."""
+INPUT_SCALES = (".scale_input", ".input_scale")
+"""Scales of activations, which float computation does not need."""
+MARKS = ("scaled_fp8", ".comfy_quant")
+"""Tensors that only say that a file is quantised."""
+ROOT = "model.diffusion_model."
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def is_single_file(path: str | None) -> bool:
+    """True for a path that names a file of weights and not a folder."""
+    return path is not None and path.endswith(SUFFIXES) and Path(path).is_file()
+
+
+def is_quantised(path: str | None) -> bool:
+    """True for a single file that holds fp8 weights."""
+    if not is_single_file(path) or not str(path).endswith(".safetensors"):
+        return False
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return any(file.get_slice(name).get_dtype().startswith("F8") for name in file.keys())  # noqa: SIM118
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file; a pickle is read as tensors alone.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        if file.suffix != ".safetensors":
+            return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read as a file of weights: {first}") from error
+
+
+def load_single_file(network: nn.Module, path: str) -> None:
+    """Put the weights of a single file into a network of the right size, which may be on the meta device.
+
+    Raises:
+        UserError: if the file cannot be read, or names or shapes differ after the conversion to diffusers' names.
+    """
+    state = in_diffusers(type(network).__name__, dequantised(load_tensors(Path(path))[0]))
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        lists = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in
+                 (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
+        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}")
+    wrong = [name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{path}: {len(wrong)} tensors do not fit this network, the first of them {name} with "
+            f"{tuple(state[name].shape)} where {tuple(own[name].shape)} is expected"
+        )
+    network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
+
+
+def in_diffusers(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under diffusers' names, by diffusers' own converter of that class where it has one."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    stripped = {name.removeprefix(ROOT).removeprefix("diffusion_model."): tensor for name, tensor in state.items()}
+    if network not in SINGLE_FILE_LOADABLE_CLASSES or any(".attn1." in name for name in stripped):
+        return stripped
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[network]["checkpoint_mapping_fn"]
+    return dict(convert(checkpoint=stripped))
+
+
+def dequantised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 weights of fp8 ones times their scales; other tensors as they are."""
+    scales = {name.removesuffix(s): value for name, value in state.items() for s in SCALES if name.endswith(s)}
+    dropped = (*SCALES, *INPUT_SCALES, *MARKS)
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith(dropped):
+            continue
+        layer = name.removesuffix(".weight")
+        if tensor.dtype in FLOAT8:
+            tensor = tensor.float() * scales[layer].float() if layer in scales else tensor.float()
+        found[name] = tensor
+    return found

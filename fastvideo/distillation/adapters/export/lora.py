@@ -1,0 +1,273 @@
+"""LoRA files of other programs: their names, and which layers of a network they change.
+
+Five layouts are read and written. Which one a file has is not asked: every layer of the network is looked up under all
+of its spellings, and a name that none of them explains is an error.
+
+| layout | prefix | layer | factors | alpha |
+|---|---|---|---|---|
+| diffusers | ``transformer.`` | diffusers' | ``lora_A``, ``lora_B`` | multiplied in |
+| peft | ``base_model.model.`` | diffusers' | ``lora_A``, ``lora_B`` | in ``adapter_config.json`` |
+| kohya (musubi-tuner) | ``lora_unet_`` | authors', dots as underscores | ``lora_down``, ``lora_up`` | in the file |
+| comfy | ``diffusion_model.`` | authors' | ``lora_A``, ``lora_B`` | multiplied in |
+| lightx2v | ``diffusion_model.`` | authors' | ``lora_down``, ``lora_up`` | multiplied in |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.adapters.diffusers.single_file import load_tensors
+from fastvideo.distillation.lora_file import LoRAFile
+from fastvideo.distillation.types import UserError
+from fastvideo.errors import did_you_mean
+
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "unet.", "")
+DOWN = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight")
+UP = (".lora_B.weight", ".lora_up.weight", ".lora_B.default.weight", ".lora.up.weight")
+ALPHA = ".alpha"
+DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ""}
+"""Suffixes of whole changes of a parameter, beside those of low rank."""
+OTHER_KINDS = {"dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "LoCon", "lora_magnitude": "DoRA"}
+"""Parts of names that only other kinds of adapters have."""
+PEFT_CONFIG, PEFT_METADATA = "adapter_config.json", "lora_adapter_metadata"
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""File names of an adapter in a folder, of diffusers and of peft."""
+Name = Callable[[str], str]
+"""From diffusers' name of a module or parameter to the authors'."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Factor on ``B A`` that a file states outside of its tensors: ``alpha`` per layer, over the rank or its root."""
+
+    alpha: Callable[[str], float | None]
+    rank_stabilised: bool = False
+
+    def of(self, layer: str, rank: int, stored: float | None) -> float:
+        """The factor of a layer; ``stored`` is the alpha among the tensors."""
+        alpha = self.alpha(layer) if stored is None else stored
+        if alpha is None:
+            return 1.0
+        return alpha / (rank**0.5 if self.rank_stabilised else rank)
+
+
+NO_SCALE = Scale(lambda layer: None)
+
+
+def find_file(path: Path) -> Path:
+    """The file of an adapter behind a path: itself, or the one in a folder.
+
+    Raises:
+        UserError: if there is none, or several and no usual name among them.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; a LoRA's .safetensors file, or a folder with one, is expected")
+    usual = [path / name for name in FILES if (path / name).is_file()]
+    found = usual or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        held = ", ".join(file.name for file in found) or "none"
+        raise UserError(f"{path} holds several .safetensors files, or none: name one of them (found: {held})")
+    return found[0]
+
+
+def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name) -> LoRAFile:
+    """Read an adapter of any layout for a network.
+
+    Args:
+        path: its file, or a folder that holds it.
+        shapes: shape of every parameter of the network, by diffusers' name.
+        original: the family's ``Exporter.original_name``.
+
+    Raises:
+        UserError: if the file cannot be read, holds another kind of adapter or a name that no layer of the network has,
+            or does not fit.
+    """
+    file = find_file(path)
+    tensors, metadata = load_tensors(file)
+    _check_kind(file, tensors)
+    parts = _sorted_parts(file, tensors, spellings(shapes, original), shapes)
+    scale = _scale_beside(file, metadata)
+    factors = {layer: _factors(file, layer, found, shapes, scale) for layer, found in parts.low_rank.items()}
+    for name, change in parts.differences.items():
+        _check_shape(file, name, change, shapes[name])
+    if not factors and not parts.differences:
+        raise UserError(f"{file} holds no adapter: it has no low-rank factors (lora_A, lora_down) at all")
+    return LoRAFile(file, factors, parts.differences)
+
+
+def _check_kind(file: Path, tensors: Iterable[str]) -> None:
+    for name in tensors:
+        for part, kind in OTHER_KINDS.items():
+            if part in name:
+                raise UserError(f"{file} is a {kind} ({name}); plain LoRA files are read alone")
+
+
+def spellings(parameters: Iterable[str], original: Name) -> dict[str, str]:
+    """Every spelling of a module or parameter, without prefix and suffix, to diffusers' name."""
+    found: dict[str, str] = {}
+    for parameter in parameters:
+        own = parameter.removesuffix(".weight").removesuffix(".bias")
+        for name in {own, _or_same(original, own)}:
+            found[name] = found[name.replace(".", "_")] = own
+            if name.endswith("modulation"):  # LightX2V writes `blocks.0.diff_m`
+                found[name.rpartition(".")[0]] = own
+    return found
+
+
+def _or_same(original: Name, name: str) -> str:
+    try:
+        return original(name)
+    except UserError:
+        return name
+
+
+@dataclass
+class _Parts:
+    """Tensors of a file, by diffusers' name of their layer or parameter."""
+
+    low_rank: dict[str, dict[str, Tensor]]
+    differences: dict[str, Tensor]
+
+
+def _sorted_parts(
+    file: Path, tensors: Mapping[str, Tensor], known: Mapping[str, str], parameters: Container[str]
+) -> _Parts:
+    parts, unknown = _Parts({}, {}), []
+    for name, tensor in tensors.items():
+        stem, kind = _split(name)
+        layer = next((known[s] for s in _stems(stem) if s in known), None)
+        changed = f"{layer}{DIFFERENCES.get(kind or '', '.weight')}"
+        if kind is None or layer is None or changed not in parameters:
+            unknown.append(name)
+        elif kind in DIFFERENCES:
+            parts.differences[changed] = tensor
+        else:
+            parts.low_rank.setdefault(layer, {})[kind] = tensor
+    if unknown:
+        hint = did_you_mean(_stems(_split(unknown[0])[0])[0], list(known))
+        raise UserError(
+            f"{file}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this network, the first of them "
+            f"{', '.join(sorted(unknown)[:5])}{hint}"
+        )
+    return parts
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """Name of a layer with its prefix, and the kind of tensor: ``down``, ``up``, ``alpha`` or a difference's suffix."""
+    for kind, suffixes in (("down", DOWN), ("up", UP), ("alpha", (ALPHA,))):
+        for suffix in suffixes:
+            if name.endswith(suffix):
+                return name.removesuffix(suffix), kind
+    for suffix in DIFFERENCES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), suffix
+    return name, None
+
+
+def _stems(stem: str) -> list[str]:
+    """Readings of a name, with each prefix taken off that it has."""
+    return [stem.removeprefix(prefix) for prefix in PREFIXES if stem.startswith(prefix)]
+
+
+def _factors(
+    file: Path, layer: str, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], scale: Scale
+) -> tuple[Tensor, Tensor]:
+    if "down" not in found or "up" not in found:
+        lacking = "A (down)" if "up" in found else "B (up)"
+        raise UserError(f"{file}: the layer {layer} has no factor {lacking}")
+    down, up = found["down"].flatten(1), found["up"].flatten(1)
+    shape = shapes.get(f"{layer}.weight", ())
+    rank = down.shape[0]
+    wanted = (shape[0], rank), (rank, torch.Size(shape[1:]).numel()) if shape else ()
+    if not shape or (tuple(up.shape), tuple(down.shape)) != wanted:
+        raise UserError(
+            f"{file}: the layer {layer} is {tuple(shape)} in this network; B {tuple(up.shape)} and A "
+            f"{tuple(down.shape)} do not fit it"
+        )
+    stored = float(found["alpha"]) if "alpha" in found else None
+    factor = scale.of(layer, rank, stored)
+    return down, up if factor == 1.0 else up.float() * factor
+
+
+def _check_shape(file: Path, name: str, change: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(change.shape) != tuple(shape):
+        raise UserError(f"{file}: the change of {name} is {tuple(change.shape)}, the parameter {tuple(shape)}")
+
+
+def _scale_beside(file: Path, metadata: Mapping[str, str]) -> Scale:
+    """Scale from peft's ``adapter_config.json`` beside the file, or from the header that diffusers writes."""
+    beside = file.parent / PEFT_CONFIG
+    if beside.is_file() and file.name == FILES[1]:
+        return _peft_scale(json.loads(beside.read_text(encoding="utf-8")), file)
+    if PEFT_METADATA in metadata:
+        own = json.loads(metadata[PEFT_METADATA])
+        return _peft_scale({key.removeprefix("transformer."): value for key, value in own.items()}, file)
+    return NO_SCALE
+
+
+def _peft_scale(config: Mapping[str, Any], file: Path) -> Scale:
+    if config.get("use_dora"):
+        raise UserError(f"{file} is a DoRA (its config says so); plain LoRA files are read alone")
+    patterns = config.get("alpha_pattern") or {}
+
+    def alpha(layer: str) -> float | None:
+        named = [value for pattern, value in patterns.items() if f".{layer}".endswith(f".{pattern}")]
+        value = named[0] if named else config.get("lora_alpha")
+        return None if value is None else float(value)
+
+    return Scale(alpha, bool(config.get("use_rslora")))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of one program.
+
+    Attributes:
+        file: name of the file.
+        prefix, down, up: of every layer, and of its factors.
+        original: the authors' names of layers instead of diffusers'.
+        underscores: dots in a layer's name are written so.
+        alpha: readers want an ``alpha`` per layer; it is the rank, so that strength 1 is right everywhere.
+    """
+
+    file: str
+    prefix: str
+    down: str = ".lora_A.weight"
+    up: str = ".lora_B.weight"
+    original: bool = False
+    underscores: bool = False
+    alpha: bool = False
+
+    def write(self, factors: Mapping[str, tuple[Tensor, Tensor]], original: Name) -> dict[str, Tensor]:
+        """The adapter under this program's names.
+
+        Raises:
+            UserError: for a layer that it has no name for.
+        """
+        named: dict[str, Tensor] = {}
+        for layer, (down, up) in factors.items():
+            name = original(layer) if self.original else layer
+            name = self.prefix + (name.replace(".", "_") if self.underscores else name)
+            named |= {f"{name}{self.down}": down.contiguous(), f"{name}{self.up}": up.contiguous()}
+            if self.alpha:
+                named[f"{name}{ALPHA}"] = torch.tensor(float(down.shape[0]))
+        return named
+
+
+LAYOUTS = {
+    "diffusers": Layout(FILES[0], "transformer."),
+    "peft": Layout(FILES[1], "base_model.model."),
+    "kohya": Layout("kohya_lora.safetensors", "lora_unet_", DOWN[1], UP[1], True, underscores=True, alpha=True),
+    "comfy": Layout("comfyui_lora.safetensors", "diffusion_model.", original=True),
+    "lightx2v": Layout("lightx2v_lora.safetensors", "diffusion_model.", DOWN[1], UP[1], original=True),
+}
+"""Layouts, by name."""
