@@ -14,7 +14,13 @@ import importlib
 import json
 from collections.abc import Mapping
 
-SECTIONS: Mapping[str, str] = {"prompts": "prompts_start", "sigterm": "sigterm_stops", "mirror": "mirror_kills"}
+SECTIONS: Mapping[str, str] = {
+    "mirror": "mirror_kills",
+    "plan": "real_plan",
+    "prompts": "prompts_start",
+    "sigterm": "sigterm_stops",
+    "validation": "real_validation",
+}
 """Section -> its module."""
 
 

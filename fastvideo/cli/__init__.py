@@ -24,7 +24,7 @@ VERBS = {
     ),
     "buckets": ("fastvideo.cli.buckets", "show the sizes in a dataset, and the batches that they give"),
     "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
-    "evaluate": ("fastvideo.cli.evaluate", "measure prompt accuracy, Frechet distance, diversity and time"),
+    "evaluate": ("fastvideo.cli.evaluate", "measure how good a student is, against its teacher or a known truth"),
     "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
     "merge": ("fastvideo.cli.merge", "merge LoRA files of any program into a model, or read its network from one file"),
     "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),

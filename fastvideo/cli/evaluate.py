@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalGuidance, OptionalPath, OptionalText, check_number, parse
+from fastvideo.cli.arguments import INT, OptionalFile, OptionalGuidance, OptionalPath, OptionalText, check_number, parse
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
 from fastvideo.ranges import BatchSize, GuidanceScale, Samples, Seed, Steps
@@ -30,28 +30,50 @@ KEPT_VIDEOS = 12
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Measure models of the tiny world: prompt accuracy, distance from real videos, diversity, speed."""
+    """Measure models: against their teacher on any prompts (--teacher), or on the tiny world, whose truth is known."""
 
     folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...", help_behavior_hint="")]
-    """Model folders, or `tiny` or `tiny_cogvideox` for a shipped teacher; FOLDER:STEPS sets the steps, as in
+    """Model folders, hub ids, or `tiny` or `tiny_cogvideox` for a shipped teacher; FOLDER:STEPS sets the steps, as in
     `tiny:50 out/student:1`."""
-    prompts: Samples = 512
-    """Held-out prompts; all models get the same ones, and the same noise."""
+    teacher: OptionalText = None
+    """The teacher that judges the models, FOLDER or FOLDER:STEPS: distance from its videos, prompts found, motion and
+    looks, all relative to its own. Needs --out, which keeps all samples: the same call again continues."""
+    prompts: Annotated[Samples | Path, tyro.conf.arg(metavar="FILE|INT", help_behavior_hint="")] = 512
+    """Text file with a prompt per line, for --teacher; or how many held-out prompts of the tiny world. All models get
+    the same ones, and the same noise."""
     seed: Seed = 0
     """Seed of prompts and noise."""
     guidance: OptionalGuidance = None
-    """Guidance scale for all models; default: each model's own."""
+    """Guidance scale for all models but the --teacher; default: each model's own."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
     """Run students down these times instead of their own, such as `1.0 0.5` for two of the ladder steps 1, 0.75, 0.5,
     0.25. Without it a student takes all steps of its ladder, or the first alone (FOLDER:1)."""
     sweep_guidance: OptionalText = None
     """Compare guidance scales instead, such as 1,1.25,1.5,2, on training prompts that no reported figure uses."""
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """With --teacher, what to measure; default: all that need no download. Also clip_score, fvd and vbench_DIMENSION,
+    which need weights of others."""
+    data: OptionalPath = None
+    """With --teacher: your own videos, a folder of files or of preprocessed Parquet, to measure the distance from
+    too."""
+    clip: OptionalText = None
+    """A CLIP model of transformers (folder or hub id), for clip_score."""
+    fvd_extractor: OptionalFile = None
+    """A TorchScript network, such as i3d_torchscript.pt, for fvd."""
     out: OptionalPath = None
     """Folder (which may be a run's) for figures, the first videos and a page; a name ending in .json: figures alone."""
-    batch_size: BatchSize = 64
-    """Videos that are denoised together; the speed depends on it."""
+    batch_size: Annotated[BatchSize | None, INT] = None
+    """Videos that are denoised together; the speed and the memory depend on it. Default: 64 small ones, 1 of 81 frames
+    at 480x832."""
     device: str = "cpu"
-    """Device: cpu, cuda, mps."""
+    """Device: cpu, cuda, cuda:1, mps."""
+    precision: Annotated[
+        Literal["float32", "bfloat16"] | None, tyro.conf.arg(metavar="float32|bfloat16", help_behavior_hint="")
+    ] = None
+    """Precision of all networks, with --teacher; default: each model's own."""
+    share: OptionalText = None
+    """I/N: sample only the I-th of N shares of the videos into --out and stop, such as one per GPU: 1/8 to 8/8, each
+    with its --device. The call without it then measures."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,28 +91,56 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     """
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report_store import check_unmeasured
+    from fastvideo.inference.sampler import BATCH_SIZE
 
     console = console or standard_output()
-    if not arguments.folders:
+    if not arguments.folders and arguments.teacher is None:
         raise UserError("evaluate: give at least one model folder, or `tiny`")
     if arguments.sweep_guidance is not None:
         run_sweep(arguments, console)
         return
+    if arguments.teacher is not None:
+        from fastvideo.cli.against_teacher import run_against_teacher
+
+        run_against_teacher(arguments, console)
+        return
+    _check_without_teacher(arguments)
     rows = row_specs(arguments.folders, arguments.guidance, arguments.ladder)
     alone = arguments.out is not None and arguments.out.suffix == ".json"
     if arguments.out is not None and not alone:
         check_unmeasured(arguments.out)
     evaluation = evaluate_rows(
         rows,
-        prompts=arguments.prompts,
+        prompts=world_prompts(arguments),
         seed=arguments.seed,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or BATCH_SIZE,
         keep_videos=1 if alone or arguments.out is None else KEPT_VIDEOS,
         device=arguments.device,
     )
     console.print(table(evaluation.rows))
     if arguments.out is not None:
         console.print(write_out(arguments.out, evaluation), highlight=False)
+
+
+def world_prompts(arguments: EvaluateArguments) -> int:
+    """The number of the tiny world's prompts.
+
+    Raises:
+        UserError: for a prompts file: only a teacher can judge videos of any prompts.
+    """
+    if isinstance(arguments.prompts, int):
+        return arguments.prompts
+    raise UserError(
+        f"--prompts {arguments.prompts}: without --teacher the tiny world measures its own models on prompts of its "
+        f"own; add --teacher FOLDER:STEPS, or give a number of prompts"
+    )
+
+
+def _check_without_teacher(arguments: EvaluateArguments) -> None:
+    """Refuse options that need a teacher."""
+    for name in ("metrics", "data", "clip", "fvd_extractor", "precision", "share"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --teacher FOLDER:STEPS, which judges the models")
 
 
 def row_specs(
@@ -119,7 +169,7 @@ def row_specs(
     return rows
 
 
-def write_out(out: Path, evaluation: Evaluation) -> str:
+def write_out(out: Path, evaluation: Evaluation[Any]) -> str:
     """Write figures to a ``.json`` file, or figures, first videos and page to a folder; returns a message."""
     from fastvideo.evaluation.report import write_report
     from fastvideo.evaluation.report_store import save_measured, write_json
@@ -171,6 +221,7 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
     from rich.table import Table
 
     from fastvideo.evaluation.sweep import sweep_guidance
+    from fastvideo.inference.sampler import BATCH_SIZE
 
     try:
         scales = [float(scale) for scale in (arguments.sweep_guidance or "").split(",")]
@@ -182,9 +233,9 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
         found = sweep_guidance(
             spec,
             scales,
-            prompts=arguments.prompts,
+            prompts=world_prompts(arguments),
             seed=arguments.seed,
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_size or BATCH_SIZE,
             device=arguments.device,
         )
         best = min(found, key=lambda scale: found[scale].value)

@@ -28,8 +28,8 @@ class PlanArguments:
     """The run's YAML file, or a recipe's name."""
     gpus: Processes = 1
     """Processes, one per device."""
-    gpu_memory: str = "80GiB"
-    """Memory of one device: 80GiB, 24GB."""
+    gpu_memory: str = "79GiB"
+    """Memory of one device as nvidia-smi prints its total: 79GiB for a card of 80 GB."""
     reserve: str = "2GiB"
     """Memory left free for the driver, communication and fragmentation, which are not predicted."""
     architecture: str | None = None

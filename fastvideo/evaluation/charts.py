@@ -150,25 +150,26 @@ class Mark:
     meaning: str
 
 
-def cost_chart(marks: Sequence[Mark], floor: float, label: str) -> str:
+def cost_chart(marks: Sequence[Mark], floor: float, label: str, note: str = "a perfect model (floor)") -> str:
     """Distance over network calls, both logarithmic, with intervals and the floor: a wide and a narrow drawing.
 
     The page shows the narrow one on phones, where text of the wide one would be too small.
     """
     meanings = {mark.meaning: mark.style for mark in marks}
     keys = legend([(style, meaning) for meaning, style in meanings.items()])
-    wide, narrow = _drawing(marks, floor, label, 860, 330, "wide"), _drawing(marks, floor, label, 340, 300, "narrow")
+    named = (marks, (floor, note), label)
+    wide, narrow = _drawing(*named, 860, 330, "wide"), _drawing(*named, 340, 300, "narrow")
     title = f"<span>{escape(label)} <small>by network calls, both logarithmic; bars: 95 % intervals</small></span>"
     return f'<figure class="cost"><figcaption>{title}{keys}</figcaption>{wide}{narrow}</figure>'
 
 
-def _drawing(marks: Sequence[Mark], floor: float, label: str, width: int, height: int, style: str) -> str:
+def _drawing(marks: Sequence[Mark], line: tuple[float, str], label: str, width: int, height: int, style: str) -> str:
+    floor, note = line
     x = Axis.over([mark.calls for mark in marks], 48, width - 24, True)
     lows = [max(mark.low, mark.value / 10) for mark in marks]  # a logarithmic axis has no zero
     y = Axis.over([floor, *lows, *(mark.high for mark in marks)], height - 42, 12, True)
     parts = grid(x, y, width, x_ticks=_apart(x, sorted({float(mark.calls) for mark in marks})))
     parts.append(f'<line class="floor" x1="{x.start}" x2="{width - 12}" y1="{y(floor)}" y2="{y(floor)}"/>')
-    note = "a perfect model (floor)"
     taken = [(x(mark.calls) - 8, x(mark.calls) + 8, y(mark.value) + 4) for mark in marks]
     taken.append((x.start, x.start + LETTER * len(note), y(floor) + 13))
     parts.append(f'<text class="note" x="{x.start + 4}" y="{y(floor) + 13}">{note}</text>')

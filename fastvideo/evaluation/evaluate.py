@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,24 +16,25 @@ from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.environment import environment
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
-from fastvideo.evaluation.metrics import Row
+from fastvideo.evaluation.metrics import Row, SampledRow
 from fastvideo.evaluation.rows import RowSpec
-from fastvideo.inference.loading import LoadedModel, load_model
+from fastvideo.inference.loading import LoadedModel, OpenedModel, load_model
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE, ProgressFn, Sampling, sample_batches, sample_latents
 from fastvideo.tiny.classifier import WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.world import SIZE
 
+RowT = TypeVar("RowT", bound=SampledRow)
 DECODE_UNITS = 2
 """Weight of decoding one video on the progress bar, in network calls."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Generic[RowT]):
     """Rows by name, with the first videos ``[V, 3, T, H, W]`` of each row for the same ``prompts``."""
 
-    rows: Mapping[str, Row]
+    rows: Mapping[str, RowT]
     videos: Mapping[str, Tensor]
     prompts: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -65,7 +66,7 @@ def evaluate_rows(
     keep_videos: int = 12,
     device: str = "cpu",
     judge: Judge | None = None,
-) -> Evaluation:
+) -> Evaluation[Row]:
     """Measure every row on the same prompts and noise; the floor is that of the first row's VAE.
 
     Args:
@@ -87,14 +88,14 @@ def evaluate_rows(
     videos: dict[str, Tensor] = {}
     for name, spec in rows.items():
         sampled, others = _sample_row(models[spec.folder], samplers[name], judge, batch_size, keep_videos, name)
-        kind, seconds = _kind(spec, models[spec.folder]), text_seconds[spec.folder]
+        kind, seconds = kind_of_row(spec, models[spec.folder]), text_seconds[spec.folder]
         measured[name] = _row(judge, samplers[name], sampled, others, floors, seconds, batch_size, kind)
         videos[name] = sampled.videos
     return Evaluation(measured, videos, judge.prompts[:keep_videos], _settings(judge, batch_size, device))
 
 
-def _kind(spec: RowSpec, model: LoadedModel) -> str:
-    """The kind of a row, see :class:`Row`."""
+def kind_of_row(spec: RowSpec, model: OpenedModel) -> str:
+    """The kind of a row, see :class:`SampledRow`."""
     if spec.ladder is not None and not model.is_student:
         return "untrained"
     return "student" if model.is_student else "teacher"
@@ -113,7 +114,7 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
     return (time.perf_counter() - begin) / len(prompts)
 
 
-def vae_floor(model: LoadedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
+def vae_floor(model: OpenedModel, judge: Judge, batch_size: int = BATCH_SIZE) -> tuple[float, float]:
     """Frechet distances of the prompts' real videos after the VAE: the score of a perfect model of the latents.
 
     It is not zero, because the sample is finite and the VAE lossy.

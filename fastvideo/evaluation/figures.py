@@ -3,89 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fastvideo.evaluation.catalogue import (
+    DIGIT,
+    FRECHET,
+    RELATIVE,
+    SPACE,
+    WORLD,
+    Figure,
+    Metrics,
+    distance_of,
+    present,
+)
 from fastvideo.evaluation.charts import Mark, series_class
 from fastvideo.evaluation.report_run import Run, row_names
+from fastvideo.evaluation.tables import Cell, Line, Table
 
-Metrics = Mapping[str, Any]
 KINDS = {"teacher": "Teacher", "untrained": "Student before training", "student": "Student"}
-SPACE = "\u00a0"
-"""Between a number and its unit: no line breaks there."""
 STYLES = {"student": "student", "untrained": "baseline"}
-
-
-class Cell(NamedTuple):
-    """A cell of a table: text, small print below it, and the class of the text."""
-
-    text: str = ""
-    small: str = ""
-    style: str = ""
-
-
-class Line(NamedTuple):
-    """A row of a table; without cells, its title spans the table."""
-
-    title: Cell
-    cells: Sequence[Cell] = ()
-    style: str = ""
-
-
-class Table(NamedTuple):
-    """A table: its class, its headings (the first one over the titles), and lines by group."""
-
-    kind: str
-    heads: Sequence[Cell]
-    groups: Sequence[Sequence[Line]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured quantity: its key, its heading, its digits, and which way is better."""
-
-    key: str
-    head: str
-    digits: int
-    lower_is_better: bool = False
-    percent: bool = False
-    floor: str = ""
-
-    def rounded(self, value: float) -> float:
-        """A value with the printed digits, never minus zero."""
-        return round(value * (100 if self.percent else 1), self.digits) + 0.0
-
-    def text(self, value: float | None, signed: bool = False) -> str:
-        """Format a value; ``signed`` for differences, in percentage points where the figure is a percentage."""
-        if value is None:
-            return "n/a"
-        text = f"{self.rounded(value):{'+' if signed else ''}.{self.digits}f}".replace("-", "\u2212")
-        return f"{text}{SPACE}%" if self.percent and not signed else text
-
-    def interval(self, low: float | None, high: float | None, signed: bool = False) -> str:
-        """Format an interval, such as "8.4 to 9.9"."""
-        return " to ".join(self.text(end, signed).removesuffix(f"{SPACE}%") for end in (low, high))
-
-    def cell(self, row: Metrics) -> Cell:
-        """The value with its interval below it."""
-        value, (low, high), count = row[self.key], row["intervals"][self.key], row["counts"][self.key]
-        if value is None:
-            return Cell("n/a")
-        all_right = self.percent and value == low == high == 1.0
-        return Cell(self.text(value), f"{count} of {count}" if all_right else self.interval(low, high))
-
-
-FIGURES = (
-    Figure("digit_accuracy", "digit", 1, percent=True),
-    Figure("colour_accuracy", "colour", 1, percent=True),
-    Figure("direction_accuracy", "direction", 1, percent=True),
-    Figure("frechet", "Fréchet", 1, lower_is_better=True, floor="frechet_floor"),
-    Figure("frechet_pixel", "pixel distance", 0, lower_is_better=True, floor="frechet_pixel_floor"),
-    Figure("diversity", "diversity", 2),
-)
-DIGIT, FRECHET = FIGURES[0], FIGURES[3]
 
 
 class Difference(NamedTuple):
@@ -171,8 +110,10 @@ def lead(metrics: Metrics) -> str:
     """The price of the headline, in one sentence."""
     found = pair(metrics)
     if found is None:
-        return "Each model on the same held-out prompts and noise."
+        return "Each model on the same prompts and noise."
     teacher, student = found
+    if "frechet" not in student:
+        return _lead_of_teacher(teacher, student)
     few = [row for row in of_kind(metrics, "teacher") if row["steps"] == student["steps"] and row is not teacher]
     in_few = f" and at {FRECHET.text(few[0]['frechet'])} with {steps_of(few[0])}" if few else ""
     guided = "" if teacher["guidance"] == 1.0 else " guided"
@@ -181,6 +122,24 @@ def lead(metrics: Metrics) -> str:
         f"teacher's at {FRECHET.text(teacher['frechet'])} with {teacher['steps']}{guided} steps{in_few}; a perfect "
         f"model would score {FRECHET.text(student['frechet_floor'])}."
     )
+
+
+def _lead_of_teacher(teacher: Metrics, student: Metrics) -> str:
+    """The main figures of a measurement without known truth."""
+    said = {figure.key: figure for figure in present(student, RELATIVE)}
+    parts = []
+    if distance := said.get("fd_teacher"):
+        floor = distance.text(student["fd_teacher_floor"])
+        parts.append(
+            f"The student's videos lie at a distance of {distance.text(student['fd_teacher'])} from its teacher's; "
+            f"the teacher's own lie at {floor} from each other."
+        )
+    if match := said.get("prompt_match"):
+        parts.append(
+            f"The teacher finds the right prompt in {match.text(student['prompt_match'])} of the student's videos and "
+            f"in {match.text(teacher['prompt_match'])} of its own."
+        )
+    return " ".join(parts) or "Figures of the student, relative to its teacher's."
 
 
 def measured_on(metrics: Metrics) -> str:
@@ -198,11 +157,13 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
     if found is None:
         return []
     teacher, student = found
-    items = [
-        ("Fréchet distance", FRECHET.text(student["frechet"]), f"{FRECHET.cell(student).small}; lower is better"),
-        ("Right digit", DIGIT.text(student["digit_accuracy"]), f"teacher {DIGIT.text(teacher['digit_accuracy'])}"),
-        ("Denoising one video", time_of(student), f"teacher {time_of(teacher)}"),
-    ]
+    distance = distance_of(student)
+    name = "Fréchet distance" if distance is FRECHET else distance.head.capitalize()
+    items = [(name, distance.text(student[distance.key]), _direction(distance, distance.cell(student).small))]
+    for key, title in (("digit_accuracy", "Right digit"), ("prompt_match", "Right prompt")):
+        if key in student:
+            items.append((title, DIGIT.text(student[key]), f"teacher {DIGIT.text(teacher[key])}"))
+    items.append(("Denoising one video", time_of(student), f"teacher {time_of(teacher)}"))
     run = metrics.get("distillation", {})
     if "wall_seconds" in run:
         updates = f"{run['student_updates']} student updates" if "student_updates" in run else ""
@@ -210,19 +171,25 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
     return items
 
 
+def _direction(figure: Figure, interval: str) -> str:
+    better = "nearer to 1" if figure.target else "lower" if figure.lower_is_better else "higher"
+    return f"{interval}; {better} is better"
+
+
 def facts_of_runs(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """Name, Fréchet distance and note of each run's student with the most calls."""
+    """Name, distance and note of each run's student with the most calls."""
     items = []
     first = of_kind(runs[0].metrics, "student")
     for run in runs:
         students = of_kind(run.metrics, "student")
         if not students:
             continue
-        note = f"Fréchet, {steps_of(students[0])}"
+        distance = distance_of(students[0])
+        note = f"{distance.head}, {steps_of(students[0])}"
         if first and run is not runs[0] and run.measurement == runs[0].measurement:
-            delta = _delta(students[0], first[0], FRECHET)
+            delta = _delta(students[0], first[0], distance)
             note += f"; {delta.text} ({delta.small})" if delta.text else "; the same"
-        items.append((run.name, FRECHET.text(students[0]["frechet"]), note))
+        items.append((run.name, distance.text(students[0][distance.key]), note))
     return items
 
 
@@ -281,7 +248,8 @@ class Group:
 
     def _merged(self, entries: list[Entry]) -> list[Entry]:
         first = entries[0]
-        same = all(entry.row[figure.key] == first.row[figure.key] for entry in entries for figure in FIGURES)
+        figures = present(first.row)
+        same = all(entry.row.get(figure.key) == first.row[figure.key] for entry in entries for figure in figures)
         whole = len(entries) == len(self.runs) > 1
         return [Entry(first.run, first.name, first.title, shared=True)] if same and whole else entries
 
@@ -298,13 +266,25 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     return [Group(tuple(members)) for members in found.values()]
 
 
-def figures_table(groups: Sequence[Group], several: bool) -> Table:
-    """All rows of all groups, with the differences between ``several`` runs."""
+def figures_tables(groups: Sequence[Group], several: bool) -> dict[str, Table]:
+    """All rows of all groups, with the differences between ``several`` runs: by kind, ``world`` and ``relative``."""
+    kinds = {"world": WORLD, "relative": RELATIVE}
+    found = {kind: _figures_table(groups, several, figures) for kind, figures in kinds.items()}
+    return {kind: table for kind, table in found.items() if table is not None}
+
+
+def _figures_table(groups: Sequence[Group], several: bool, kind: Sequence[Figure]) -> Table | None:
+    """The rows of the groups that hold any of a kind's figures; ``None`` if none does."""
+    groups = [group for group in groups if present(group.first, kind)]
+    if not groups:
+        return None
+    held = {figure.key for group in groups for figure in present(group.first, kind)}
+    figures = [figure for figure in kind if figure.key in held]
     single, first = len(groups) == 1, groups[0].first
-    counted = [Cell(figure.head, f"n = {first['counts'][figure.key]}" if single else "") for figure in FIGURES]
+    counted = [Cell(figure.head, f"n = {first['counts'][figure.key]}" if single else "") for figure in figures]
     heads = [Cell("model"), Cell("calls"), *counted, Cell("denoising"), Cell("end to end")]
-    lines = [[*([] if single else [_basis(group)]), *_group_lines(group, several)] for group in groups]
-    return Table("figures", heads, lines)
+    lines = [[*([] if single else [_basis(group)]), *_group_lines(group, figures, several)] for group in groups]
+    return Table("figures" if len(figures) <= len(WORLD) else "figures dense", heads, lines)
 
 
 def _basis(group: Group) -> Line:
@@ -312,26 +292,28 @@ def _basis(group: Group) -> Line:
     return Line(Cell(f"Measured on {measured_on(group.metrics)}: {names}"), (), "group")
 
 
-def _group_lines(group: Group, several: bool) -> list[Line]:
+def _group_lines(group: Group, figures: Sequence[Figure], several: bool) -> list[Line]:
     lines = []
     for section in group.sections():
         for entry in section:
-            lines.append(_figures_line(entry, section, several))
+            lines.append(_figures_line(entry, section, figures, several))
             if entry is not section[0]:
-                lines.append(_difference_line(entry, section[0]))
-    floors = [Cell(figure.text(group.first[figure.floor]) if figure.floor else "") for figure in FIGURES]
+                lines.append(_difference_line(entry, section[0], figures))
+    floors = [Cell(f.text(group.first[f.floor]) if f.floor in group.first else "") for f in figures]
     title = Cell("Real videos through the VAE", "floor: a perfect model, same sample size")
+    if figures[0] in RELATIVE:
+        title = Cell("Floor or chance", "the teacher from half to half of the prompts; a blind guess")
     return [*lines, Line(title, [Cell(), *floors, Cell(), Cell()], "floor-row")]
 
 
-def _figures_line(entry: Entry, section: Sequence[Entry], several: bool) -> Line:
+def _figures_line(entry: Entry, section: Sequence[Entry], figures: Sequence[Figure], several: bool) -> Line:
     row = entry.row
     who = ("all runs; " if entry.shared else f"{entry.run.name}; ") if several else ""
     guidance = "no guidance" if row["guidance"] == 1.0 else f"guidance {row['guidance']:g}"
     calls = [other.row["network_calls"] for other in section]
     fewest = len(set(calls)) > 1 and row["network_calls"] == min(calls)
     cells = [Cell(str(row["network_calls"]), style="best" if fewest else "")]
-    cells += [_figure_cell(entry, section, figure) for figure in FIGURES]
+    cells += [_figure_cell(entry, section, figure) for figure in figures]
     cells += [Cell(time_of(row)), Cell(time_of(row, "end_to_end_seconds_per_video"))]
     style = f"{entry.style}{' group-first' if several and entry is section[0] else ''}"
     return Line(Cell(entry.title, f"{who}{guidance}, {row['sampler']}"), cells, style)
@@ -339,16 +321,18 @@ def _figures_line(entry: Entry, section: Sequence[Entry], several: bool) -> Line
 
 def _figure_cell(entry: Entry, section: Sequence[Entry], figure: Figure) -> Cell:
     """A figure with its interval, marked if it is the best of its section."""
+    if figure.key not in entry.row:
+        return Cell()
     cell, value = figure.cell(entry.row), entry.row[figure.key]
     values = [figure.rounded(other.row[figure.key]) for other in section if other.row[figure.key] is not None]
     if value is None or len(set(values)) < 2:
         return cell
-    best = min(values) if figure.lower_is_better else max(values)
+    best = min(values, key=figure.badness)
     return cell._replace(style="best") if figure.rounded(value) == best else cell
 
 
-def _difference_line(entry: Entry, first: Entry) -> Line:
-    cells = [_delta(entry.row, first.row, figure) for figure in FIGURES]
+def _difference_line(entry: Entry, first: Entry, figures: Sequence[Figure]) -> Line:
+    cells = [_delta(entry.row, first.row, figure) for figure in figures]
     return Line(Cell("", f"{entry.run.name} minus {first.run.name}"), [Cell(), *cells, Cell(), Cell()], "difference")
 
 
@@ -365,8 +349,11 @@ def _delta(row: Metrics, first: Metrics, figure: Figure) -> Cell:
 def verdicts(metrics: Metrics) -> Table | None:
     """Each student against its alternatives; ``None`` without any."""
     groups = [_verdict_lines(metrics, name) for name in row_names(metrics) if _alternatives(metrics, name)]
-    heads = [Cell(head) for head in ("model", "calls", "Fréchet", "difference", "the student is")]
-    return Table("verdicts", heads, groups) if groups else None
+    if not groups:
+        return None
+    distance = distance_of(metrics[row_names(metrics)[0]]).head
+    heads = [Cell(head) for head in ("model", "calls", distance, "difference", "the student is")]
+    return Table("verdicts", heads, groups)
 
 
 def _alternatives(metrics: Metrics, student: str) -> list[str]:
@@ -383,17 +370,21 @@ def _alternatives(metrics: Metrics, student: str) -> list[str]:
 def _verdict_lines(metrics: Metrics, name: str) -> list[Line]:
     """The student's own line, then one line per alternative."""
     titles, student = titles_of(metrics), metrics[name]
-    own = [Cell(str(student["network_calls"])), FRECHET.cell(student), Cell(), Cell()]
+    own = [Cell(str(student["network_calls"])), distance_of(student).cell(student), Cell(), Cell()]
     others = [_verdict(student, titles[other], metrics[other]) for other in _alternatives(metrics, name)]
     return [Line(Cell(titles[name]), own, "student"), *others]
 
 
 def _verdict(student: Metrics, title: str, other: Metrics) -> Line:
-    found = difference(student, other, "frechet")
-    assert found is not None, "a Frechet distance is always defined"
-    word = "not told apart" if not found.sure else "closer to real videos" if found.value < 0 else "further away"
-    delta = Cell(FRECHET.text(found.value, True), FRECHET.interval(found.low, found.high, True))
-    cells = [Cell(str(other["network_calls"])), FRECHET.cell(other), delta]
+    distance = distance_of(student)
+    found = difference(student, other, distance.key)
+    assert found is not None, "a distance is always defined"
+    better = "closer to real videos" if distance is FRECHET else "better"
+    worse = "further away" if distance is FRECHET else "worse"
+    sign = distance.badness(student[distance.key]) - distance.badness(other[distance.key])
+    word = "not told apart" if not found.sure else better if sign < 0 else worse
+    delta = Cell(distance.text(found.value, True), distance.interval(found.low, found.high, True))
+    cells = [Cell(str(other["network_calls"])), distance.cell(other), delta]
     return Line(Cell(f"instead of {title}"), [*cells, Cell(word, style="verdict sure" if found.sure else "verdict")])
 
 
@@ -409,6 +400,7 @@ def marks(group: Group, runs: Sequence[Run]) -> list[Mark]:
             style = "teacher" if entry.shared else series_class(runs.index(entry.run))
             meaning = "the same in all runs" if entry.shared else entry.run.name
             label = steps_of(row)
-        low, high = row["intervals"]["frechet"]
-        result.append(Mark(label, row["network_calls"], row["frechet"], low, high, style, meaning))
+        distance = distance_of(row)
+        low, high = row["intervals"][distance.key]
+        result.append(Mark(label, row["network_calls"], row[distance.key], low, high, style, meaning))
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +17,14 @@ from fastvideo.tiny.captions import parse_caption
 ATTRIBUTES = ("digit", "colour", "direction")
 
 
-@dataclass(frozen=True)
-class Row:
-    """The figures of one model under one sampler.
+@dataclass(frozen=True, kw_only=True)
+class SampledRow:
+    """One model under one sampler: how its videos were made.
 
-    Distances are squared, in squared units of their space. Floors are the distances of as many real held-out videos
-    after the VAE: the score of a perfect model of the latents. ``diversity``: spread of one prompt's videos relative to
-    that of fitting real videos (1 as varied as the world, 0 always the same video). Seconds: wall time per video, the
-    median over batches of ``batch_size``. ``kind``: ``teacher``, ``student``, or ``untrained`` for a teacher's weights
-    under a student's sampler.
+    Seconds: wall time per video, the median over batches of ``batch_size``. ``kind``: ``teacher``, ``student``, or
+    ``untrained`` for a teacher's weights under a student's sampler.
     """
 
-    digit_accuracy: Estimate
-    colour_accuracy: Estimate
-    direction_accuracy: Estimate
-    frechet: Estimate
-    frechet_pixel: Estimate
-    frechet_floor: float
-    frechet_pixel_floor: float
-    diversity: Estimate
     samples: int
     network_calls: int
     steps: int
@@ -46,12 +35,17 @@ class Row:
     batch_size: int
     kind: str = ""
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """All figures and facts by name."""
+        return dict(vars(self))
+
     def to_dict(self) -> dict[str, Any]:
-        """Numbers under the keys above, and ``intervals`` and ``counts`` of the estimates, for JSON."""
+        """Numbers by name, and ``intervals`` and ``counts`` of the estimates, for JSON."""
         values: dict[str, Any] = {}
         intervals: dict[str, list[float | None]] = {}
         counts: dict[str, int] = {}
-        for name, value in vars(self).items():
+        for name, value in self.values.items():
             if isinstance(value, Estimate):
                 intervals[name] = [_rounded(end) for end in (value.low, value.high)]
                 counts[name] = value.count
@@ -59,6 +53,37 @@ class Row:
             else:
                 values[name] = _rounded(value) if isinstance(value, float) else value
         return {**values, "intervals": intervals, "counts": counts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(SampledRow):
+    """The figures of a model of the tiny world.
+
+    Distances are squared, in squared units of their space. Floors are the distances of as many real held-out videos
+    after the VAE: the score of a perfect model of the latents. ``diversity``: spread of one prompt's videos relative to
+    that of fitting real videos (1 as varied as the world, 0 always the same video).
+    """
+
+    digit_accuracy: Estimate
+    colour_accuracy: Estimate
+    direction_accuracy: Estimate
+    frechet: Estimate
+    frechet_pixel: Estimate
+    frechet_floor: float
+    frechet_pixel_floor: float
+    diversity: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRow(SampledRow):
+    """The figures that the chosen metrics gave a model, by name."""
+
+    figures: Mapping[str, Estimate | float]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        own = dict(vars(self))
+        return {**own.pop("figures"), **own}
 
 
 def _rounded(value: float) -> float | None:

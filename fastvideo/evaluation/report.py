@@ -12,11 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastvideo.errors import UserError
 from fastvideo.evaluation import figures as figure
+from fastvideo.evaluation.catalogue import distance_of
 from fastvideo.evaluation.charts import cost_chart
-from fastvideo.evaluation.figures import Cell, Entry, Group, Line, Table, groups_of
+from fastvideo.evaluation.figures import Entry, Group, groups_of
 from fastvideo.evaluation.report_media import ModelVideos, PromptGrid, gallery, validation_strips
 from fastvideo.evaluation.report_run import Run, read_runs
 from fastvideo.evaluation.report_training import alarm_list, chart_groups, curves_of, health_table, once_table
+from fastvideo.evaluation.tables import Cell, Line, Table
 from fastvideo.files import replace_file
 
 MOST_RUNS = 12
@@ -74,7 +76,7 @@ def render(runs: Sequence[Run]) -> str:
         gallery=_gallery(runs, groups),
         validations=validation_strips(runs),
         worth=figure.verdicts(runs[0].metrics) if alone else None,
-        figures=figure.figures_table(groups, not alone) if groups else None,
+        figures=figure.figures_tables(groups, not alone),
         cost=_cost(runs, groups[0]) if len(groups) == 1 else None,
         alarms=alarm_list(runs),
         health=health_table(runs),
@@ -126,8 +128,13 @@ def _missing(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {text: names for text, names in missing.items() if names}
 
 
-def _cost(runs: Sequence[Run], group: Group) -> str:
-    return cost_chart(figure.marks(group, runs), group.first["frechet_floor"], "Fréchet distance")
+def _cost(runs: Sequence[Run], group: Group) -> str | None:
+    distance = distance_of(group.first)
+    if not distance.floor:
+        return None
+    label = "Fréchet distance" if distance.key == "frechet" else distance.head.capitalize()
+    note = "a perfect model (floor)" if distance.key == "frechet" else "the teacher, from itself (floor)"
+    return cost_chart(figure.marks(group, runs), group.first[distance.floor], label, note)
 
 
 def _gallery(runs: Sequence[Run], groups: Sequence[Group]) -> PromptGrid | None:

@@ -24,12 +24,16 @@ MIME = {".apng": "image/apng", ".mp4": "video/mp4"}
 SMALL = 128
 """Pixels of height up to which videos are kept losslessly; the page enlarges them without smoothing."""
 ROW_KEYS = (
-    *("digit_accuracy", "colour_accuracy", "direction_accuracy", "frechet", "frechet_pixel", "diversity"),
     *("intervals", "counts", "samples", "network_calls", "steps", "guidance", "sampler", "batch_size"),
-    *("frechet_floor", "frechet_pixel_floor", "denoise_seconds_per_video", "end_to_end_seconds_per_video"),
+    *("denoise_seconds_per_video", "end_to_end_seconds_per_video"),
 )
-"""Keys of every row of figures, see :class:`fastvideo.evaluation.metrics.Row`."""
-MEASURED_WITH = ("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256")
+"""Keys of every row besides its figures, see :class:`fastvideo.evaluation.metrics.SampledRow`."""
+NOTES = ("evaluation", "distillation")
+"""Keys of ``metrics.json`` that are no rows."""
+MEASURED_WITH = (
+    *("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256"),
+    *("teacher_key", "metrics", "data", "data_videos"),
+)
 """Settings of an evaluation that runs with comparable figures share."""
 Point = tuple[float, float]
 """Step and value."""
@@ -106,7 +110,7 @@ class Run:
 
 def row_names(metrics: Mapping[str, Any]) -> list[str]:
     """The keys of ``metrics.json`` that are rows, in order."""
-    return [name for name, value in metrics.items() if isinstance(value, Mapping) and "frechet" in value]
+    return [name for name, value in metrics.items() if isinstance(value, Mapping) and name not in NOTES]
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:

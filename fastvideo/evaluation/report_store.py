@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvideo.data.video_io import FPS, video_bytes
 from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation
-from fastvideo.evaluation.report_run import INDEX, METRICS, SMALL, VIDEOS
+from fastvideo.evaluation.report_run import INDEX, METRICS, SMALL, VIDEOS, read_object
 from fastvideo.files import replace_file, replacing_folder
 
 
@@ -40,13 +40,23 @@ def check_unmeasured(run: Path) -> None:
     _check_videos(run / VIDEOS)
 
 
+def check_measurable(run: Path) -> None:
+    """Refuse an output folder that cannot take figures against a teacher; earlier ones of that kind are replaced.
+
+    Raises:
+        UserError: if ``run`` is a file, or holds figures of another kind.
+    """
+    if "teacher" not in read_object(run / METRICS).get("evaluation", {}):
+        check_unmeasured(run)
+
+
 def _check_videos(folder: Path) -> None:
     """Refuse to replace a folder that no evaluation made."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
         raise UserError(f"{folder} holds something else than the videos of an evaluation: move it away")
 
 
-def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str, Any]:
+def save_measured(run: Path, evaluation: Evaluation[Any], **more: object) -> dict[str, Any]:
     """Store an evaluation in ``run``, with further top-level keys in ``metrics.json``, which is written last.
 
     Returns:
@@ -58,7 +68,7 @@ def save_measured(run: Path, evaluation: Evaluation, **more: object) -> dict[str
     return figures
 
 
-def _save_videos(folder: Path, evaluation: Evaluation) -> None:
+def _save_videos(folder: Path, evaluation: Evaluation[Any]) -> None:
     _check_videos(folder)
     names = {name: f"{i:02}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-60:]}" for i, name in enumerate(evaluation.videos)}
     with replacing_folder(folder) as part:

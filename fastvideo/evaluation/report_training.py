@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from fastvideo.evaluation.alarms import DIFFERENCES, Band, bands, compare
 from fastvideo.evaluation.charts import Series, line_chart
-from fastvideo.evaluation.figures import Cell, Line, Table
 from fastvideo.evaluation.report_run import Point, Run
+from fastvideo.evaluation.tables import Cell, Line, Table
 
 Curves = Mapping[str, Series]
 """Points by series, by metric name."""

@@ -8,7 +8,7 @@ from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.loading import LoadedModel, load_recipe, student_sampler
+from fastvideo.inference.loading import OpenedModel, load_recipe, student_sampler
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RowSpec:
     ladder: tuple[float, ...] | None = None
     kind: SamplerKind | None = None
 
-    def sampler(self, model: LoadedModel) -> SamplerSpec:
+    def sampler(self, model: OpenedModel) -> SamplerSpec:
         """The sampler of this row.
 
         Raises:

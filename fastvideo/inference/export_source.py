@@ -143,4 +143,4 @@ def _unfinished(source: ExportSource) -> LoadedModel:
     adapter = build_adapter(config)
     network = load_role(config, build_families(config, adapter, Processes()), "student").requires_grad_(False)
     recipe = result_recipe(config, adapter.folder, source.weights, source.step)  # type: ignore[arg-type]
-    return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, network, recipe)
+    return LoadedModel(resolve_pipeline(config.model.path, tuple(families())), adapter, recipe, network)

@@ -25,17 +25,12 @@ TEACHER_STEPS = 50
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """One network with its family and its recipe (empty for a plain diffusers pipeline)."""
+class OpenedModel:
+    """A model folder without its weights: its family and its recipe (empty for a plain diffusers pipeline)."""
 
     source: str
     adapter: DistillAdapter[Any]
-    network: nn.Module
     recipe: Mapping[str, Any]
-
-    @property
-    def denoiser(self) -> Denoiser:
-        return Denoiser(self.adapter, self.network)
 
     @property
     def is_student(self) -> bool:
@@ -69,10 +64,21 @@ class LoadedModel:
         return SamplerSpec.student(own.first(steps or len(own)), guidance, kind)
 
 
-def load_model(
+@dataclass(frozen=True)
+class LoadedModel(OpenedModel):
+    """A model folder with its network."""
+
+    network: nn.Module
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.adapter, self.network)
+
+
+def open_model(
     folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu", *, sized: bool = True
-) -> LoadedModel:
-    """Load the network in ``folder`` (a path, a hub id or ``tiny``); text encoder and VAE follow on first use.
+) -> OpenedModel:
+    """Read ``folder`` (a path, a hub id or ``tiny``) but for the weights of its parts.
 
     Args:
         options: fields of the family's config that override the recipe's.
@@ -90,7 +96,30 @@ def load_model(
         check_sizes(folder, fields, family.Config.model_fields)
     config = validate(family.Config, fields, f"of the model in {folder!r}")
     adapter = family(config, device)
-    return LoadedModel(source, adapter, adapter.folder.load_network().requires_grad_(False), recipe)
+    return OpenedModel(source, adapter, recipe)
+
+
+def load_model(
+    folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu", *, sized: bool = True
+) -> LoadedModel:
+    """Load the network in ``folder``; text encoder and VAE follow on first use.
+
+    Raises:
+        UserError: as :func:`open_model`.
+    """
+    return with_network(open_model(folder, options, device, sized=sized))
+
+
+def unloaded(model: OpenedModel) -> OpenedModel:
+    """The same model without text encoder and VAE, which ``model`` may have loaded and keeps."""
+    adapter = model.adapter
+    return OpenedModel(model.source, type(adapter)(adapter.config, adapter.device), model.recipe)
+
+
+def with_network(model: OpenedModel) -> LoadedModel:
+    """Load the network of an opened model."""
+    network = model.adapter.folder.load_network().requires_grad_(False)
+    return LoadedModel(model.source, model.adapter, model.recipe, network)
 
 
 def load_recipe(folder: str) -> dict[str, Any]:

@@ -10,8 +10,17 @@ import torch
 from fastvideo.distillation.builder import Config, build_adapter
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout
 from fastvideo.planning.fake import FakeRun, fake_run
-from fastvideo.planning.layout import RolePlan, frozen_parts, gathered_bytes, reduction_bytes, role_plans
+from fastvideo.planning.layout import (
+    RolePlan,
+    device_bytes,
+    encoders,
+    frozen_parts,
+    gathered_bytes,
+    reduction_bytes,
+    role_plans,
+)
 from fastvideo.planning.simulate import StepCost, simulate
+from fastvideo.planning.validating import validation_bytes
 
 ALL_TO_ALL = 4
 """Tensors that context parallelism exchanges per attention: queries, keys, values and the answer."""
@@ -23,9 +32,11 @@ class Plan:
 
     Attributes:
         roles: bytes of each role on one process.
-        parts: text encoder and VAE, by name.
+        parts: text encoder, VAE and what the device itself takes, by name.
         buffers: what sharding or averaging gradients holds for a moment.
-        activations: what forward keeps for backward, at its most.
+        activations: what forward keeps for backward at its most, by the role whose loss it is.
+        validation: what a validation holds beside weights, optimizers, averages and parts; gradients are freed then.
+        encoding: text encoders that are there until all texts are encoded, before the first step.
         step: arithmetic of one micro-batch on one process.
         sent: bytes that one process sends per step.
     """
@@ -35,14 +46,26 @@ class Plan:
     roles: Sequence[RolePlan]
     parts: Mapping[str, int]
     buffers: int
-    activations: int
+    activations: Mapping[str, int]
+    validation: int
+    encoding: int
     step: StepCost
     sent: int
 
     @property
+    def stays(self) -> int:
+        """Bytes that one process holds between steps."""
+        return sum(role.total - role.gradients for role in self.roles) + sum(self.parts.values())
+
+    @property
+    def training(self) -> int:
+        """Bytes beside those that stay at the most of a step."""
+        return sum(role.gradients for role in self.roles) + self.buffers + max(self.activations.values())
+
+    @property
     def total(self) -> int:
-        """Bytes that one process holds at its most."""
-        return sum(r.total for r in self.roles) + sum(self.parts.values()) + self.buffers + self.activations
+        """Bytes that one process holds at its most: in a step, in a validation, or before the first step."""
+        return self.stays + max(self.training, self.validation, self.encoding)
 
     @property
     def flops(self) -> float:
@@ -55,6 +78,7 @@ class Planner:
 
     def __init__(self) -> None:
         self._steps: dict[str, StepCost] = {}
+        self._validations: dict[str, int] = {}
 
     def plan(self, config: Config, world: int) -> Plan:
         """The estimate of ``config`` on ``world`` processes.
@@ -66,21 +90,21 @@ class Planner:
         check_layout(world, layout)
         run = fake_run(config, Processes(world_size=world, shard=layout.shard, context=layout.context))
         roles, split = role_plans(run), layout.shard > 1
-        # Over a shared network the bytes of a step are taken as those of training it whole, which is a little more.
-        shared = any(role.lora is not None for role in config.roles.values())
-        leave = split or shared or config.trainer.grad_accumulation > 1
-        step = self._step(run, split or shared, leave)
-        gradients = sum(role.gradients for role in roles)
+        leave = split or config.trainer.grad_accumulation > 1
+        step = self._step(run, split, leave)
         # Gradients that stay are among what a step holds; they grow while activations go.
-        activations = (step.peak if leave else max(step.peak - gradients, 0)) // layout.context
-        reduction = reduction_bytes(config, roles, world)
+        gradients = 0 if leave else sum(role.gradients for role in roles)
+        activations = {role: max(peak - gradients, 0) // layout.context for role, peak in step.peaks.items()}
+        gathered, reduction = gathered_bytes(config, roles), reduction_bytes(config, roles, world)
         return Plan(
             config=config,
             world=world,
             roles=roles,
-            parts=frozen_parts(run),
-            buffers=gathered_bytes(config, roles) + max(reduction - activations, 0),
+            parts={**(parts := frozen_parts(run)), **device_bytes(config, world)},
+            buffers=gathered + max(reduction - max(activations.values()), 0),
             activations=activations,
+            validation=self._validation(run, gathered),
+            encoding=sum(size for name, size in encoders(run).items() if name not in parts) if encodes(config) else 0,
             step=step,
             sent=int(_sent(run, roles, step)),
         )
@@ -93,6 +117,17 @@ class Planner:
         if key not in self._steps:
             self._steps[key] = simulate(run, split=split, leave=leave)
         return self._steps[key]
+
+    def _validation(self, run: FakeRun, gathered: int) -> int:
+        key = repr((run.config.model_dump(include={"model", "validation", "data"}), run.processes.context, gathered))
+        if key not in self._validations:
+            self._validations[key] = validation_bytes(run.config, run.processes, gathered)
+        return self._validations[key]
+
+
+def encodes(config: Config) -> bool:
+    """True if a run encodes prompts itself; a dataset is taken to hold its texts."""
+    return config.data.prompts is not None or config.data.path == "tiny"
 
 
 def _sent(run: FakeRun, roles: Sequence[RolePlan], step: StepCost) -> float:

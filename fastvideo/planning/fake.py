@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -47,32 +47,52 @@ CPU_ATTENTION = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still alive, and the most there were at once."""
+    """Bytes of the storages that operators made and that are still alive, and the most there were at once.
 
-    def __init__(self) -> None:
+    Args:
+        device: type of the devices that count; all by default.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.live = self.peak = 0
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {id(tensor.untyped_storage()) for tensor in _held((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
+        for tensor in _held(out):
+            if id(tensor.untyped_storage()) not in given and self._device in (None, tensor.device.type):
                 self._add(tensor.untyped_storage())
         return out
 
     def _add(self, storage: Any) -> None:
         if storage in self._known:
             return
-        size = int(storage.nbytes())
-        self._known[storage] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._known[storage] = size = [0]
         weakref.finalize(storage, self._drop, size)
+        self.resized(storage)
 
-    def _drop(self, size: int) -> None:
-        self.live -= size
+    def resized(self, storage: Any) -> None:
+        """Count a known storage anew, whose size was changed in place, which no operator tells."""
+        if (size := self._known.get(storage)) is not None:
+            now = int(storage.nbytes())
+            self.live += now - size[0]
+            size[0] = now
+            self.peak = max(self.peak, self.live)
+
+    def _drop(self, size: Sequence[int]) -> None:
+        self.live -= size[0]
+
+
+def _held(values: Any) -> Iterator[Tensor]:
+    """Tensors with memory of their own: of a split one, this process's part."""
+    for value in tree_leaves(values):
+        if is_traceable_wrapper_subclass(value):
+            yield from _held([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif isinstance(value, Tensor):
+            yield value
 
 
 class WorstCase(RandomStreams):
@@ -82,6 +102,35 @@ class WorstCase(RandomStreams):
 
     def shared_index(self, high: int) -> int:
         return high - 1 if self.longest else 0
+
+    def shared_choice(self, shares: Sequence[float]) -> int:
+        return self.shared_index(len(shares))
+
+    def positions(self, count: int) -> Tensor:
+        return torch.empty(count, device=self.device)
+
+
+class FakeMode(FakeTensorMode):
+    """Fake tensors of one device, in forward-mode derivatives too.
+
+    There torch makes tensors on the meta device, to get at their shapes or because C++ sees the meta tensor inside a
+    fake one, and mixes them with the others.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._device = torch.device(device)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(torch.device, self._here, (args, kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, FakeTensor):
+                tensor.fake_device = self._here(tensor.fake_device)
+        return out
+
+    def _here(self, device: torch.device) -> torch.device:
+        return self._device if device.type == "meta" else device
 
 
 class FakePlacement(EmptyPlacement):
@@ -110,8 +159,9 @@ class FakePlacement(EmptyPlacement):
 
 
 def stack(network: nn.Module) -> nn.ModuleList:
-    """The list of a network's repeated blocks."""
-    return max((m for m in network.modules() if isinstance(m, nn.ModuleList)), key=len)
+    """The list of a network's repeated blocks, the one with most of its parameters."""
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 def fake_network(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -176,14 +226,14 @@ def fake_run(
     Raises:
         UserError: as the builder does, and for a family whose networks are nothing without their weights.
     """
-    processes, mode = processes or Processes(), FakeTensorMode(allow_non_fake_inputs=True)
+    processes, mode = processes or Processes(), FakeMode()
     real = build_families(config, build_adapter(config, processes), processes)
     if any(family.scaling is None for family in real.placements):
         raise UserError(f"plan: {config.distill_model} has no networks whose size is worth a plan")
     placements = {family: FakePlacement(place, mode, depth, gathered) for family, place in real.placements.items()}
     for family in placements:
         if len(placements) > 1:
-            _fake_codec(family, mode)
+            fake_codec(family, mode)
         with mode:
             family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
     families = replace(real, placements=placements)
@@ -202,7 +252,7 @@ def _without_files(config: Config) -> Config:
     return config.model_copy(update={"roles": roles, "trainer": trainer})
 
 
-def _fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
+def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
     """Give a family a VAE without weights, which a bridge between latent spaces runs; its config tells it apart."""
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]

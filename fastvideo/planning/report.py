@@ -27,17 +27,19 @@ def table(plan: Plan) -> list[str]:
         kind = f"{role.name} ({'trained' if role.trainable else 'frozen'})"
         values = (role.weights + role.tables, role.gradients, role.optimizer, role.average, role.total)
         rows.append((kind, f"{role.parameters:,}", *map(gib, values)))
-    others = {**plan.parts, "buffers of the layout": plan.buffers, "activations": plan.activations}
+    most = max(plan.activations.values())
+    others = {**plan.parts, "buffers of the layout": plan.buffers, "activations": most}
     rows += [(name, "", "", "", "", "", gib(value)) for name, value in others.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def step_lines(plan: Plan, rates: Rates | None) -> list[str]:
-    """Arithmetic, traffic and, with rates, time of a step."""
+    """Memory by kind of loss and of a validation, arithmetic, traffic and, with rates, time of a step."""
     calls = ", ".join(f"{role} {count:.3g}" for role, count in plan.step.calls.items())
     backwards = sum(plan.step.backwards.values())
     lines = [
+        "memory beyond what stays from step to step: " + memory_line(plan),
         f"a step, on average: {plan.flops / 1e12:.4g} TFLOP per process; forwards per micro-batch: {calls}; "
         f"backwards {backwards:.3g}",
         f"traffic: each process sends {gib(plan.sent)} per step",
@@ -50,6 +52,17 @@ def step_lines(plan: Plan, rates: Rates | None) -> list[str]:
             f"{rates.bandwidth:.3g} B/s: {low:.3g} to {high:.3g} s per step, as they overlap"
         )
     return lines
+
+
+def memory_line(plan: Plan) -> str:
+    """The peaks of a step's losses and of a validation, which share one place."""
+    gradients = sum(role.gradients for role in plan.roles) + plan.buffers
+    peaks = {f"{role}'s loss": kept + gradients for role, kept in plan.activations.items()}
+    if plan.validation:
+        peaks["a validation"] = plan.validation
+    if plan.encoding:
+        peaks["encoding prompts before the first step"] = plan.encoding
+    return ", ".join(f"{name} {gib(size)}" for name, size in peaks.items())
 
 
 def verdict(plan: Plan, budget: int, reserve: int) -> str:

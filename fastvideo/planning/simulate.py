@@ -30,7 +30,9 @@ from fastvideo.planning.fake import (
 )
 
 DEPTHS = (2, 4)
-"""Blocks of the networks that are run in place of deep ones."""
+"""Blocks of the networks that are run in place of deep ones, for memory."""
+FEWER = (1, 2)
+"""Blocks that are run to count operations, which take longer and are exactly linear."""
 LONGEST_PERIOD = 1000
 """Steps after which the roles that train must have come round."""
 
@@ -40,13 +42,13 @@ class StepCost:
     """Work and memory of a process in a step, beyond parameters, optimizers and averages.
 
     Attributes:
-        peak: bytes alive at once, gradients among them.
+        peaks: bytes alive at once while the loss of a role is made and differentiated, gradients among them.
         flops: floating point operations of matrix products and attention, a mean over steps and choices.
         calls: forwards of each role's network, likewise.
         backwards: backward passes of each role's network, likewise.
     """
 
-    peak: int
+    peaks: Mapping[str, int]
     flops: float
     calls: Mapping[str, float]
     backwards: Mapping[str, float]
@@ -63,18 +65,19 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
         split: parameters have the compute dtype, as those of sharded networks do.
         leave: gradients are counted elsewhere, and leave at once.
     """
-    config, kind = _whole(run.config), Kind(run.processes, split, leave)
+    config, whole_roles, kind = run.config, _whole(run.config), Kind(run.processes, split, leave)
     depths = {handle.name: len(stack(handle.network)) for handle in run.method.bundle if run.placement(handle)}
     taps = "features" in load_method(config.distill_method).needs_of(config.method)
     whole = taps or max(depths.values()) <= DEPTHS[1]
     with one_thread():
-        runs = [_measure(config, kind, depth) for depth in ((None,) if whole else DEPTHS)]
-        calls, backwards = _counts(config, kind, None if whole else 1)
+        peaks = [_peaks(config, kind, depth) for depth in ((None,) if whole else DEPTHS)]
+        runs = [_operations(whole_roles, kind, depth) for depth in ((None,) if whole else FEWER)]
+        calls, backwards = _counts(whole_roles, kind, None if whole else 1)
     trained = max(depths.get(name, 1) for name, role in config.roles.items() if role.trainable)
-    forward = {role: _at(depths.get(role, DEPTHS[0]), [run.forward[role] for run in runs]) for role in calls}
-    backward = _at(trained, [run.backward for run in runs])
+    forward = {role: at_depth(depths.get(role, FEWER[0]), FEWER, [run.forward[role] for run in runs]) for role in calls}
+    backward = at_depth(trained, FEWER, [run.backward for run in runs])
     return StepCost(
-        peak=int(_at(trained, [run.peak for run in runs])),
+        peaks={role: int(at_depth(trained, DEPTHS, [found[role] for found in peaks])) for role in peaks[0]},
         flops=sum(calls[role] * forward[role] for role in calls) + sum(backwards.values()) * backward,
         calls=calls,
         backwards=backwards,
@@ -82,17 +85,17 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
 
 
 def _whole(config: Config) -> Config:
-    """The config without adapters: a step over a shared network takes a little less than one that trains it whole."""
+    """The config without adapters, whose arithmetic is small: hooks on a network count for one role, not for all."""
     roles = {name: role.model_copy(update={"lora": None}) for name, role in config.roles.items()}
     return config.model_copy(update={"roles": roles})
 
 
-def _at(depth: int, measured: Sequence[float]) -> float:
-    """The value at a depth, on the line through those at :data:`DEPTHS`; the only one where there is one."""
+def at_depth(depth: int, at: tuple[int, int], measured: Sequence[float]) -> float:
+    """The value at a depth, on the line through those measured ``at`` two depths; the only one where there is one."""
     if len(measured) == 1:
         return measured[0]
     low, high = measured
-    return low + (high - low) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    return low + (high - low) * (depth - at[0]) / (at[1] - at[0])
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,29 @@ class Kind:
     leave: bool
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Costs of one step: bytes alive at once, operations of a forward of each role, operations of a backward."""
+def _peaks(config: Config, kind: Kind, depth: int | None) -> dict[str, int]:
+    """Bytes alive at once for the loss of each role, in the first step, which trains all, with its longest choices."""
+    peaks = dict[str, int]()
+    with _ready(config, kind, depth) as (method, batch), LiveBytes() as memory:
 
-    peak: int
+        def keep(role: str) -> None:
+            peaks[role] = max(memory.peak, peaks.get(role, 0))
+            memory.peak = memory.live
+
+        _train(method, batch, 0, keep)
+    return peaks
+
+
+@dataclass(frozen=True)
+class _Operations:
+    """Operations of a forward of each role, and of a backward."""
+
     forward: Mapping[str, float]
     backward: float
 
 
-def _measure(config: Config, kind: Kind, depth: int | None) -> _Run:
-    """The first step, which trains every role, with the longest of its choices.
-
-    Bytes and operations are counted apart: the counter of operations holds on to what recomputation would have freed.
-    """
-    with _ready(config, kind, depth) as (method, batch), LiveBytes() as memory:
-        _train(method, batch, 0)
+def _operations(config: Config, kind: Kind, depth: int | None) -> _Operations:
+    """Operations of the same step, counted apart: their counter holds on to what recomputation would have freed."""
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with _ready(config, kind, depth) as (method, batch):
         spent, calls = dict.fromkeys(method.bundle.roles, 0), dict.fromkeys(method.bundle.roles, 0)
@@ -129,7 +139,7 @@ def _measure(config: Config, kind: Kind, depth: int | None) -> _Run:
             backwards = _train(method, batch, 0)
     rest = counter.get_total_flops() - sum(spent.values())
     forward = {name: spent[name] / max(calls[name], 1) for name in spent}
-    return _Run(memory.peak, forward, rest / max(sum(backwards.values()), 1))
+    return _Operations(forward, rest / max(sum(backwards.values()), 1))
 
 
 @contextmanager
@@ -180,14 +190,20 @@ def _period(method: Method) -> int:
     return next((step for step in range(1, LONGEST_PERIOD) if method.active_roles(step) == first), LONGEST_PERIOD)
 
 
-def _train(method: Method, batch: Batch, step: int) -> dict[str, int]:
-    """The losses of one step with their backward passes; how many of these each role had."""
+def _train(method: Method, batch: Batch, step: int, after: Callable[[str], None] | None = None) -> dict[str, int]:
+    """The losses of one step with their backward passes, and how many of these each role had.
+
+    Args:
+        after: called with the role of each loss, once its graph is gone.
+    """
     backwards = dict.fromkeys(method.bundle.roles, 0)
     for loss in method.losses(batch, step):
         with frozen([method.bundle[role] for role in loss.frozen]):
             loss.value.backward()
-        backwards[loss.role] += 1
+        backwards[role := loss.role] += 1
         del loss
+        if after is not None:
+            after(role)
     for handle in method.bundle:
         handle.network.zero_grad(set_to_none=True)
     return backwards

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
 from operator import or_
@@ -36,6 +36,8 @@ from fastvideo.training.shared_sampling import SharedSampler
 
 PANEL_TIME, PANEL_VIDEOS = 0.5, 4
 """Noise level at which the roles' estimates of the clean video are shown, and of how many videos."""
+PANEL_LATENTS = 2**18
+"""Latent numbers of a video above which no panels are written unless asked for: 16 decodings would take minutes."""
 STEPS_AHEAD = 100
 """Steps over which the share of a role's updates is counted."""
 REFERENCE = "reference.json"
@@ -151,42 +153,57 @@ class HealthCheck:
 
     def _panels(self, latents: Tensor | None, step: int) -> dict[str, float]:
         """Estimates of the clean video by student, critic and teacher at one noisy one; the DMD gradient from them."""
-        bundle, adapter = self.method.bundle, self.shared.family
-        if "teacher" not in bundle or "critic" not in bundle:
+        if "teacher" not in self.method.bundle or "critic" not in self.method.bundle:
             return {}
-        teacher, count = bundle["teacher"].adapter, min(PANEL_VIDEOS, len(self.wanted.prompts))
+        count, size = min(PANEL_VIDEOS, len(self.wanted.prompts)), self.wanted.batch_size
         x0 = self.shared.from_main(None if latents is None else latents[:count], count)
-        condition, negative = self._conditions(
-            {adapter.conditioner.key: adapter, teacher.conditioner.key: teacher}, count
-        )
-        own = bundle["student"].x0(*self._noised(x0), condition)
-        scored = bundle.bridge("student", "teacher")(x0)
-        x_t, t = self._noised(scored)
-        real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(teacher))
-        fake = bundle["critic"].x0(x_t, t, condition)
-        if self.shared.writes:
-            of_teacher = replace(self.shared, family=teacher)
-            shown = ((self.shared, x0), (self.shared, own), (of_teacher, fake), (of_teacher, real))
-            rows = [_row(shared.decode(latents, self.wanted.batch_size)) for shared, latents in shown]
-            self.write(self.folder / f"step-{step:06d}-x0.mp4", torch.cat(rows, dim=-2))
-        gradient = dmd_gradient(scored, real=real, fake=fake, given=condition.given)
-        rms = float(gradient.square().mean().sqrt())
+        parts = [self._estimates(x0[i : i + size], range(count)[i : i + size]) for i in range(0, count, size)]
+        if self.shared.writes and self._shows_panels:
+            self._write_panels([torch.cat(row).cpu() for row in list(zip(*parts, strict=True))[:-1]], step)
+        rms = float(torch.cat([gradient for *_, gradient in parts]).square().mean().sqrt())
         return {"dmd_gradient_rms": rms} if math.isfinite(rms) else {}
 
-    def _conditions(self, families: Mapping[str, Adapter], count: int) -> tuple[Condition, Condition]:
-        """Condition and negative condition of the first prompts, with the texts of every family."""
+    @property
+    def _shows_panels(self) -> bool:
+        if self.options.panels is not None:
+            return self.options.panels
+        return math.prod(self.shared.family.codec.latent_shape) <= PANEL_LATENTS
+
+    def _estimates(self, x0: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """Latents of a batch, then estimates by student, critic and teacher, then the DMD gradient."""
+        bundle, teacher = self.method.bundle, self.method.bundle["teacher"].adapter
+        condition, negative = self._conditions(rows)
+        own = bundle["student"].x0(*self._noised(x0, rows), condition)
+        scored = bundle.bridge("student", "teacher")(x0)
+        x_t, t = self._noised(scored, rows)
+        real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(teacher))
+        fake = bundle["critic"].x0(x_t, t, condition)
+        return x0, own, fake, real, dmd_gradient(scored, real=real, fake=fake, given=condition.given)
+
+    def _write_panels(self, shown: Sequence[Tensor], step: int) -> None:
+        """One row of videos per estimate; the last two are in the teacher's latent space."""
+        of_teacher = replace(self.shared, family=self.method.bundle["teacher"].adapter)
+        families = (self.shared, self.shared, of_teacher, of_teacher)
+        size = self.wanted.batch_size
+        rows = [_row(shared.decode(latents, size)) for shared, latents in zip(families, shown, strict=True)]
+        self.write(self.folder / f"step-{step:06d}-x0.mp4", torch.cat(rows, dim=-2))
+
+    def _conditions(self, rows: Sequence[int]) -> tuple[Condition, Condition]:
+        """Condition and negative condition of some prompts, with the texts of every family."""
         frames, adapter = self.wanted.frames, self.shared.family
-        given = adapter.conditioner.condition_on(None if frames is None else frames[:count])
-        prompts, conditioners = self.wanted.prompts[:count], [family.conditioner for family in families.values()]
+        families = (adapter, self.method.bundle["teacher"].adapter)
+        conditioners = {family.conditioner.key: family.conditioner for family in families}.values()
+        given = adapter.conditioner.condition_on(None if frames is None else frames[list(rows)])
+        prompts = [self.wanted.prompts[row] for row in rows]
         texts = [conditioner.encode_prompts(prompts) for conditioner in conditioners]
-        negatives = [conditioner.negative(count) for conditioner in conditioners]
+        negatives = [conditioner.negative(len(rows)) for conditioner in conditioners]
         return reduce(or_, texts) | given, reduce(or_, negatives) | given
 
-    def _noised(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents at the panel's noise level, from fixed noise, and that level ``[B]``."""
-        noise = normal(tuple(x0.shape), seeded(self.wanted.seed)).to(x0.device)
+    def _noised(self, x0: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Latents at the panel's noise level, from fixed noise of each row, and that level ``[B]``."""
+        noise = torch.stack([normal(tuple(x0.shape[1:]), seeded(self.wanted.seed + row)) for row in rows])
         t = full_time(x0, PANEL_TIME)
-        return add_noise(x0, noise, t), t
+        return add_noise(x0, noise.to(x0.device), t), t
 
 
 def _row(videos: Tensor) -> Tensor:

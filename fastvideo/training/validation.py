@@ -39,19 +39,19 @@ def build_validation(
 
     options = config.validation
     prompts: list[str] = list(options.prompts)
-    score, size = None, options.batch_size or 1
+    score = None
     if options.world_prompts:
         from fastvideo.evaluation.judge import Judge
 
         judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
         prompts, score = list(judge.prompts), judge.score
-        frames, size = judge.first_frames(adapter.conditioner), options.batch_size or config.data.batch_size
+        frames = judge.first_frames(adapter.conditioner)
     else:
         frames = _image_frames(config, adapter)
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
         conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
-    wanted = Sampling(prompts, sampler, options.seed, size, frames=frames)
+    wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
     shared = SharedSampler(adapter, processes)
 
     def sample(denoiser: Denoiser) -> Tensor | None:
@@ -63,7 +63,8 @@ def build_validation(
     health = None
     if config.health.enabled:
         health = HealthCheck(config, method, shared, _of_health(config, wanted), folder, tracker, write)
-    return ValidationHook(student, sample, ValidationSinks(tracker.log, write, score, health), folder, every=every)
+    sinks = ValidationSinks(tracker.log, write, score, health)
+    return ValidationHook(student, sample, sinks, folder, every=every, weights=options.weights)
 
 
 def _of_health(config: Config, wanted: Sampling) -> Sampling:

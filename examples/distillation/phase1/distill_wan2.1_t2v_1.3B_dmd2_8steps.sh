@@ -4,7 +4,7 @@
 #   bash examples/distillation/phase1/distill_wan2.1_t2v_1.3B_dmd2_8steps.sh [--SECTION.FIELD VALUE ...]
 #
 # Environment (each has a default):
-#   NUM_GPUS             processes on this machine (1); several split the networks with --parallel.shard NUM_GPUS
+#   NUM_GPUS             GPUs of this machine (8), which split the networks; on one, whole ones fill a card of 80 GB
 #   MASTER_PORT          port where they meet (29504)
 #   CONFIG               recipe; what is set below overrides it (examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml)
 #   STUDENT_MODEL_PATH   diffusers folder or hub id of the student, its text encoder and its VAE
@@ -18,7 +18,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
-NUM_GPUS=${NUM_GPUS:-1}
+NUM_GPUS=${NUM_GPUS:-8}
 MASTER_PORT=${MASTER_PORT:-29504}
 CONFIG=${CONFIG:-examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml}
 STUDENT_MODEL_PATH=${STUDENT_MODEL_PATH:-Wan-AI/Wan2.1-T2V-1.3B-Diffusers}
@@ -44,5 +44,6 @@ torchrun --nnodes 1 --nproc-per-node "$NUM_GPUS" --master-port "$MASTER_PORT" \
   --ladder.times "${LADDER[@]}" \
   --data.prompts "$PROMPTS" \
   --trainer.max-steps "$MAX_STEPS" \
+  --parallel.shard "$NUM_GPUS" \
   --output "$OUTPUT_DIR" \
   "$@"

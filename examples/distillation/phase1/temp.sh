@@ -2,7 +2,7 @@
 # Edit the paths, then start:  bash examples/distillation/phase1/temp.sh
 set -euo pipefail
 
-export NUM_GPUS=1
+export NUM_GPUS=8
 export STUDENT_MODEL_PATH=Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 export TEACHER_MODEL_PATH=Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 export CRITIC_MODEL_PATH=Wan-AI/Wan2.1-T2V-1.3B-Diffusers

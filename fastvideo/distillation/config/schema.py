@@ -202,6 +202,9 @@ class ValidationConfig(Section):
     batch_size: BatchSize | None = None
     """Videos that a process samples and decodes at a time. The default is one for `prompts`, bit-equal to `fastvideo
     generate`, and `data.batch_size` for `world_prompts`."""
+    weights: Literal["both", "live", "ema"] = "both"
+    """Weights of the student that are shown: the trained ones, their average or both; without an average, the
+    trained ones."""
     fps: WrittenRate = 8
     """Frames per second of the files."""
 
@@ -227,6 +230,9 @@ class HealthConfig(Section):
     """Videos per prompt, from different noise."""
     teacher_steps: Steps = 25
     """Steps of the teacher's videos, which are made once, at the first validation."""
+    panels: bool | None = None
+    """Write what student, critic and teacher make of a noisy video; the default is to do so for small videos alone,
+    since each panel is four decodings."""
     contrast: Band = (0.5, 2.0)
     """Shares of the teacher's contrast; below the first the student is washed out."""
     saturation: Band = (0.4, 1.8)
@@ -301,3 +307,9 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """External trackers."""
     checkpoint: Annotated[CheckpointConfig, RESUMABLE] = CheckpointConfig()
     """Checkpoints."""
+
+    @property
+    def validation_batch(self) -> int:
+        """Videos that a process samples and decodes at a time in a validation."""
+        options = self.validation
+        return options.batch_size or (self.data.batch_size if options.world_prompts else 1)

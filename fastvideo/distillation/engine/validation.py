@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +36,11 @@ class ValidationSinks:
 
 
 class ValidationHook:
-    """Every ``every`` steps: sample live and averaged weights on all processes; the main one scores and keeps them."""
+    """Every ``every`` steps: sample live and averaged weights on all processes; the main one scores and keeps them.
+
+    Args:
+        weights: which of the two are sampled.
+    """
 
     def __init__(
         self,
@@ -45,9 +50,10 @@ class ValidationHook:
         folder: Path,
         *,
         every: int,
+        weights: Literal["both", "live", "ema"] = "both",
     ) -> None:
         self.handle, self.sample, self.sinks, self.folder = handle, sample, sinks, folder
-        self.every, self.validated = every, 0
+        self.every, self.weights, self.validated = every, weights, 0
 
     def due(self, step: int) -> bool:
         """True if this step is validated."""
@@ -70,8 +76,10 @@ class ValidationHook:
         """Sample, score, write."""
         if self.sample is None or self.sinks is None:
             return
-        scores = self._show("student", self.sample(self.handle), step, self.sinks)
-        if has_average(self.handle):
+        scores = dict[str, float]()
+        if self.weights != "ema" or not has_average(self.handle):
+            scores |= self._show("student", self.sample(self.handle), step, self.sinks)
+        if self.weights != "live" and has_average(self.handle):
             with averaged(self.handle):
                 scores |= self._show("ema", self.sample(self.handle), step, self.sinks)
         if self.sinks.health is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvideo.data.video_io import write_video
 from fastvideo.evaluation.evaluate import Evaluation
+from fastvideo.evaluation.metrics import Row
 from fastvideo.evaluation.report_store import save_measured
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.tests.evaluation.test_metrics import row
@@ -28,7 +29,7 @@ def moving_dots(rows: int, seed: int = 0, side: int = 32) -> Tensor:
     return videos
 
 
-def measured(student_frechet: float = 30.0, side: int = 32, **settings: object) -> Evaluation:
+def measured(student_frechet: float = 30.0, side: int = 32, **settings: object) -> Evaluation[Row]:
     """An evaluation with the demo's rows; only the student differs between runs."""
     near = Estimate(student_frechet, student_frechet - 5.0, student_frechet + 5.0, 512)
     guided = {"guidance": 2.0, "sampler": "euler", "kind": "teacher"}
@@ -43,7 +44,7 @@ def measured(student_frechet: float = 30.0, side: int = 32, **settings: object) 
     return Evaluation(rows, videos, PROMPTS, {**SETTINGS, **settings})
 
 
-def make_run(folder: Path, evaluation: Evaluation | None = measured(), guidance: float = 2.0) -> Path:  # noqa: B008
+def make_run(folder: Path, evaluation: Evaluation[Row] | None = measured(), guidance: float = 2.0) -> Path:  # noqa: B008
     """A run of 400 steps with config, environment, curves and, if it was measured, figures and videos."""
     folder.mkdir(parents=True)
     config = f"distill_model: wan\ndistill_method: dmd2\noutput: {folder}\nmethod:\n  teacher_guidance: {guidance}\n"
@@ -65,7 +66,7 @@ def _validation(step: int) -> dict[str, float]:
     return {"validation/ema/frechet": 300.0 / step, "validation/student/frechet": 400.0 / step}
 
 
-def without_figure(evaluation: Evaluation, key: str) -> Evaluation:
+def without_figure(evaluation: Evaluation[Row], key: str) -> Evaluation[Row]:
     """The same evaluation with one figure undefined, as when no prompt names the attribute."""
     nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
     return replace(evaluation, rows={name: replace(r, **{key: nothing}) for name, r in evaluation.rows.items()})  # type: ignore[arg-type]

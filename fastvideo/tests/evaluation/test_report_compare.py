@@ -130,7 +130,7 @@ def test_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
         ("metrics.json", "{", "is not JSON"),
         ("metrics.json", "[1]", "a JSON object is expected"),
         ("metrics.json", '{"evaluation": {}}', "no row of figures"),
-        ("metrics.json", '{"student_4": {"frechet": 1.0}}', "'student_4' lacks digit_accuracy"),
+        ("metrics.json", '{"student_4": {"frechet": 1.0}}', "'student_4' lacks intervals"),
         ("metrics.jsonl", '{"loss": 1.0}\n{"step": 2}\n', "every line must be a JSON object with a step"),
         ("config.yaml", "a: [", "is not YAML"),
         ("videos/index.json", "{}", "prompts .* and rows"),

@@ -27,7 +27,7 @@ MODEL = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
 
 def model(**recipe: Any) -> LoadedModel:
     adapter = AnalyticAdapter(AnalyticConfig())
-    return LoadedModel("somewhere", adapter, adapter.folder.load_network(), recipe)
+    return LoadedModel("somewhere", adapter, recipe, adapter.folder.load_network())
 
 
 def test_student_runs_its_ladder_without_guidance() -> None:

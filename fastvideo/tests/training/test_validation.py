@@ -62,6 +62,20 @@ def test_validation_writes_videos_of_live_and_averaged_weights(values: dict[str,
     assert written == ["reference.json", *looked_at, "teacher.mp4"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "averaged", "names"),
+    [("ema", True, ["ema"]), ("ema", False, ["student"]), ("live", True, ["student"])],
+)
+def test_validation_shows_the_weights_asked_for_and_no_panel_unless_asked(
+    weights: str, averaged: bool, names: list[str], values: dict[str, Any], tmp_path: Path
+) -> None:
+    watched = {"every": 4, "prompts": PROMPTS[:1], "weights": weights}
+    health = {"prompts": 1, "seeds": 1, "teacher_steps": 2, "panels": False}
+    trained(values, validation=watched, health=health, ema={"enabled": averaged})
+    written = sorted(file.name for file in (tmp_path / "plain" / "validation").glob("step-*"))
+    assert written == [f"step-000004-{name}.mp4" for name in names]
+
+
 def test_health_is_looked_at_in_every_validation(values: dict[str, Any], tmp_path: Path) -> None:
     """The teacher's videos are made once; the same bits come out again after a resume."""
     health = {"prompts": 2, "teacher_steps": 3}

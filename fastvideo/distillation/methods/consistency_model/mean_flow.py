@@ -39,7 +39,7 @@ class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
     """Standard deviation of their logits (1.6 in that recipe)."""
     equal_times: Fraction = 0.75
     """Share of samples with `r = t`, which regress the velocity itself (0 in that recipe)."""
-    mixture: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 0.0)
+    mixture: tuple[NonNegativeFloat, Number] = (1.0, 0.0)
     """Guidance without a teacher, `(w, k)`: the velocity is `w (noise - x0) + k u(c) + (1 - w - k) u(negative)`, which
     is guidance `w / (1 - k)`; `(1, 0)` is none."""
     mixture_range: TimeRange = (0.0, 1.0)

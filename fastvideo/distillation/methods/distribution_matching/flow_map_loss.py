@@ -91,6 +91,10 @@ def beta_weight(t: Tensor) -> Tensor:
 
 
 def balanced(losses: Tensor, equal: Tensor, eps: float = 1e-5) -> Tensor:
-    """Losses ``[B]``, the others scaled to the mean of those with ``equal`` (or of all, if there are none)."""
-    level = (losses[equal] if bool(equal.any()) else losses).detach().mean()
+    """Losses ``[B]``, the others scaled to the mean of those with ``equal`` (or of all, if there are none).
+
+    The device decides, so the host need not wait for it.
+    """
+    chosen = torch.where(equal.any(), equal, True)
+    level = losses.detach().where(chosen, 0.0).sum() / chosen.sum()
     return torch.where(equal, losses, losses * level / (losses.detach() + eps))
