@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastvideo import storage
+from fastvideo.cli import main
 from fastvideo.data.faults import Faults
 from fastvideo.data.fits import DataRequirements
 from fastvideo.data.index import dataset_files, has_tars
@@ -19,12 +20,15 @@ from fastvideo.data.parquet import ParquetSource
 from fastvideo.data.prompts import read_prompts
 from fastvideo.data.tars import TarSource
 from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.config.reading import config_of
 from fastvideo.errors import RunError, UserError
 from fastvideo.storage import Remote
 from fastvideo.tests.data.test_parquet import SHAPE, row_of, write
 from fastvideo.tests.data.test_tars import pack, sample
 from fastvideo.tests.storage.server import Proxy
+from fastvideo.training.run import run
 
+TINY = Path(storage.__file__).parent / "tiny" / "weights" / "pipeline"
 WANTED = DataRequirements(SHAPE, normalise=lambda x: x)
 
 
@@ -102,6 +106,35 @@ def test_prompts_and_a_model_folder_are_read_from_a_bucket(bucket: str, tmp_path
     monkeypatch.setattr(storage, "download", lambda *_: pytest.fail("fetched twice"))
     assert Path(resolve_pipeline(url, ("WanPipeline",))) == folder
     monkeypatch.undo()
+
+
+def test_a_prompts_file_is_read_again_when_it_changes(bucket: str) -> None:
+    file = fsspec.filesystem("s3")
+    for text in ("one", "two"):
+        file.pipe_file(f"{bucket}/prompts.txt", text.encode("utf-16"))
+        assert read_prompts(f"{bucket}/prompts.txt") == (text,)
+
+
+def test_texts_that_were_encoded_beforehand_train_from_a_bucket(bucket: str, tmp_path: Path, capsys) -> None:
+    """By a pipeline without its text encoder, from prompts that lie in the bucket too."""
+    bare = Path(shutil.copytree(TINY, tmp_path / "bare"))
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/prompts.txt", b"a red seven\na blue three\n")
+    call = ["preprocess", "--prompts", f"{bucket}/prompts.txt", "--validation-prompts", f"{bucket}/prompts.txt"]
+    assert main([*call, "--model", str(bare), "--out", str(tmp_path / "texts")]) == 0
+    shutil.rmtree(bare / "text_encoder")
+    values = {
+        "distill_model": "wan",
+        "distill_method": "dmd2",
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(bare)},
+        "roles": {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")},
+        "method": {},
+        "data": {"path": upload(tmp_path / "texts", f"{bucket}/texts"), "batch_size": 2},
+        "trainer": {"max_steps": 1, "threads": 1},
+        "tracking": {"backends": []},
+    }
+    run(config_of(values, "test"))
+    assert "training on 2 stored text embeddings of s3://" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_or_outdated_model_folder_is_fetched_again(bucket: str, tmp_path: Path) -> None:

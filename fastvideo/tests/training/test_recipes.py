@@ -74,4 +74,4 @@ def test_the_verb_lists_each_with_method_family_hardware(capsys: pytest.CaptureF
     assert sorted(named) == NAMES
     assert named["tiny_wan_dmd2"][:3] == ["dmd2", "wan", "CPU"]
     assert named["tiny_wan_dmd2"][3].startswith("Distils the tiny world")
-    assert [named[name][2] for name in NAMES[-3:]] == ["from 1 GPU", "from 1 GPU", "from 64 GPUs"]
+    assert [named[name][2] for name in NAMES[-3:]] == ["from 8 GPUs", "from 1 GPU", "from 64 GPUs"]
