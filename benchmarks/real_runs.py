@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 
 SECTIONS: Mapping[str, str] = {
+    "mirror": "mirror_kills",
     "plan": "real_plan",
     "prompts": "prompts_start",
     "sigterm": "sigterm_stops",

@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -74,9 +76,10 @@ def replace_file(path: Path, content: str | bytes) -> FileRecord:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path for a library to write to; the file replaces ``path`` at the end, with normal permissions.
 
-    Of several processes at once the last one wins. If the body raises, ``path`` stays as it was.
+    Of several processes at once, on several machines too, the last one wins. If the body raises, ``path`` stays as it
+    was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{_writer()}.part")
     try:
         yield temporary
         _make_readable(temporary)
@@ -85,6 +88,11 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """Name of this thread among those of all machines."""
+    return f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
 
 
 @contextlib.contextmanager

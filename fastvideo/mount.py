@@ -88,25 +88,29 @@ def _problem(trial: Trial, folder: Path) -> str | None:
 def _append(folder: Path) -> str | None:
     file = folder / "lines"
     for line in ("one\n", "two\n"):
-        with file.open("a") as stream:
+        with file.open("a", encoding="utf-8") as stream:
             stream.write(line)
-    return None if file.read_text() == "one\ntwo\n" else "what was there before is lost"
+    return None if file.read_text(encoding="utf-8") == "one\ntwo\n" else "what was there before is lost"
 
 
 def _replace(folder: Path) -> str | None:
     old, new = folder / "old", folder / "new"
-    old.write_text("old")
-    new.write_text("new")
+    old.write_text("old", encoding="utf-8")
+    new.write_text("new", encoding="utf-8")
     os.replace(new, old)
-    return None if old.read_text() == "new" and not new.exists() else "the old content stays"
+    return None if old.read_text(encoding="utf-8") == "new" and not new.exists() else "the old content stays"
 
 
 def _rename_folder(folder: Path) -> str | None:
     before, after = folder / "before", folder / "after"
     before.mkdir()
-    (before / "file").write_text("kept")
+    (before / "file").write_text("kept", encoding="utf-8")
     before.rename(after)
-    return None if (after / "file").read_text() == "kept" and not before.exists() else "its files do not move with it"
+    return (
+        None
+        if (after / "file").read_text(encoding="utf-8") == "kept" and not before.exists()
+        else "its files do not move with it"
+    )
 
 
 def _exclusive(folder: Path) -> str | None:
@@ -129,7 +133,7 @@ def _lock(folder: Path) -> str | None:
 
 
 def _flush(folder: Path) -> str | None:
-    with (folder / "file").open("w") as stream:
+    with (folder / "file").open("w", encoding="utf-8") as stream:
         stream.write("kept")
         stream.flush()
         os.fsync(stream.fileno())

@@ -63,7 +63,7 @@ def all_saved() -> None:
 def leave_word(code: int) -> None:
     """Append an exit code other than 0 to the file that the launch script reads, if there is one."""
     if code and (file := os.environ.get(EXIT_CODES)):
-        with suppress(OSError), open(file, "a") as words:  # the process ends: there is nobody to tell
+        with suppress(OSError), open(file, "a", encoding="utf-8") as words:  # the process ends: there is nobody to tell
             words.write(f"{code}\n")
 
 

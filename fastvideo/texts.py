@@ -36,6 +36,15 @@ def read_text(path: Path, name: str) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from error
+    return decoded(data, name)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text that a file's bytes hold, as :func:`read_text`.
+
+    Raises:
+        UserError: with the line, if it is not text in UTF-8, UTF-16 or UTF-32.
+    """
     encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)

@@ -15,7 +15,8 @@
 #                     than a step, a network call of a validation and a save together
 # GLOO_SOCKET_IFNAME  network interface between the nodes, where a node has several (`ip -br addr`); NCCL has its own,
 #                     NCCL_SOCKET_IFNAME
-# Further words are flags of `fastvideo distill`. A run that was stopped goes on from its newest checkpoint.
+# Further words are flags of `fastvideo distill`. A run that was stopped goes on from its newest checkpoint,
+# of OUTPUT or of its mirror (checkpoint.mirror).
 #
 # SIGTERM and SIGUSR1 to this script stop the run with a checkpoint. It ends with the exit code of the run's processes
 # (75: stopped and saved, 2: a mistake in the config, 1: anything that failed), which torchrun alone turns into 1.
@@ -24,7 +25,8 @@ set -euo pipefail
 : "${CONFIG:?the YAML file of the run}"
 OUTPUT=${OUTPUT:-outputs/launched}
 RESUME=()
-if [ -e "$OUTPUT/config.yaml" ]; then
+# With a mirror also on a disk that is new: the run goes on from its newest checkpoint there, or begins if there is none.
+if [ -e "$OUTPUT/config.yaml" ] || [[ " $*" == *" --checkpoint.mirror "* ]] || grep -Eqs '^ +mirror: *[^ ]+://' "$CONFIG"; then
   RESUME=(--resume)
 fi
 

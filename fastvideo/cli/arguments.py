@@ -25,6 +25,7 @@ OptionalGuidance = Annotated[GuidanceScale | None, FLOAT]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+OptionalPlace = Annotated[str | None, tyro.conf.arg(metavar="FILE|URL", help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalFile, Switch, parse
+from fastvideo.cli.arguments import OptionalPlace, Switch, parse
 from fastvideo.ranges import BatchSize, PositiveInt, Workers
 
 
@@ -25,7 +25,7 @@ class TrajectoryArguments:
     """The YAML file, or the recipe, of the run that will train on them; its method is kd."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the Parquet files; the run's data.path."""
-    prompts: OptionalFile = None
+    prompts: OptionalPlace = None
     """Text file, one prompt per line. Default: captions of the embedded tiny world."""
     count: PositiveInt = 4096
     """Number of trajectories; fewer prompts are repeated."""
@@ -56,11 +56,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _captions(prompts: Path | None, count: int, config: Any) -> list[str]:
+def _captions(prompts: str | None, count: int, config: Any) -> list[str]:
     if prompts is not None:
         from fastvideo.data.prompts import read_prompts
 
-        read = read_prompts(str(prompts))
+        read = read_prompts(prompts)
         return [read[i % len(read)] for i in range(count)]
     from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.errors import UserError

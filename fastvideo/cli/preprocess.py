@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ from fastvideo.cli.arguments import (
     OptionalFile,
     OptionalFrames,
     OptionalPixels,
+    OptionalPlace,
     OptionalText,
     OptionalTokens,
     Switch,
@@ -22,6 +23,9 @@ from fastvideo.cli.arguments import (
 )
 from fastvideo.errors import UserError, counted
 from fastvideo.ranges import BatchSize, FrameRate, PositiveInt, Seed, Workers
+
+if TYPE_CHECKING:
+    from fastvideo.data.workers import Share
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class PreprocessArguments:
     which are videos of one frame; folders in it are searched too."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model to encode for: a diffusers pipeline folder, a hub id, or `tiny`."""
-    prompts: OptionalFile = None
+    prompts: OptionalPlace = None
     """Text file with one prompt per line, instead of VIDEOS: encodes texts alone, for methods that need no videos. The
     run then loads no text encoder."""
     config: OptionalFile = None
@@ -48,7 +52,7 @@ class PreprocessArguments:
     Without --prompts it takes the config's."""
     negative_prompt: OptionalText = None
     """Negative prompt, stored beside the prompts. Default: the model's own."""
-    validation_prompts: OptionalFile = None
+    validation_prompts: OptionalPlace = None
     """Text file with the prompts of the run's validation, stored beside the others."""
     prompts_per_file: PositiveInt = 1024
     """Prompts per Parquet file; an interruption loses at most this many per process."""
@@ -87,6 +91,9 @@ class PreprocessArguments:
     """Videos per Parquet file; an interruption loses at most this many per process."""
     device: str = "cpu"
     """Device: cpu, or cuda (the processes share all GPUs)."""
+    shard: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
+    """Share of this machine, if N machines write into one folder: each starts with the same flags and its own I, from
+    1 to N. The result is that of one machine; the last to finish completes it."""
     overwrite: Switch = False
     """Delete the results of an earlier call in the folder."""
 
@@ -119,11 +126,23 @@ def _texts(arguments: PreprocessArguments) -> int:
     from fastvideo.cli.text_job import make_text_job
     from fastvideo.data.texts import preprocess_texts
 
+    share = _share(arguments)
     job = make_text_job(arguments)
     print(f"{counted(len(job), 'prompt')} for {', '.join(choice.family for choice in job.choices)}", file=sys.stderr)
-    options = {"overwrite": arguments.overwrite, "strict": arguments.strict}
+    options = {"overwrite": arguments.overwrite, "strict": arguments.strict, "share": share}
     print(preprocess_texts(job, workers=arguments.workers, **options))
     return 0
+
+
+def _share(arguments: PreprocessArguments) -> Share:
+    from fastvideo.data.workers import Share
+
+    share = Share.parse(arguments.shard)
+    if arguments.overwrite and share.count > 1:
+        raise UserError(
+            f"--overwrite with --shard {share} would delete what the others write; delete the folder yourself"
+        )
+    return share
 
 
 def _videos(arguments: PreprocessArguments, folder: Path, model: str) -> int:
@@ -133,6 +152,7 @@ def _videos(arguments: PreprocessArguments, folder: Path, model: str) -> int:
     from fastvideo.data.preprocess import make_job, preprocess
     from fastvideo.data.stills import is_image
 
+    share = _share(arguments)
     choice = choose_model(model, {name: getattr(arguments, name) for name in SIZES})
     own = Size(*(choice.fields[name] for name in ("height", "width", "num_frames")))
     sizes = tuple(dict.fromkeys(Size.parse(text) for text in arguments.buckets)) or (own,)
@@ -145,6 +165,6 @@ def _videos(arguments: PreprocessArguments, folder: Path, model: str) -> int:
     images = sum(is_image(video.path) for video in job.videos)
     found = f"{len(job.videos) - images} videos" + (f" and {counted(images, 'image')}" if images else "")
     print(f"{found}, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
-    summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite)
+    summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite, share=share)
     print(summary)
     return 1 if summary.skipped else 0

@@ -31,13 +31,13 @@ def make_text_job(arguments: PreprocessArguments) -> TextJob:
         raise UserError(f"--prompts: give a text file, one prompt per line; {arguments.config} has no data.prompts")
     validation = [*(config.validation.prompts if config else ())]
     if arguments.validation_prompts is not None:
-        validation += read_prompts(str(arguments.validation_prompts))
+        validation += read_prompts(arguments.validation_prompts)
     return TextJob(
         out=arguments.out,
         per_file=arguments.prompts_per_file,
         device=arguments.device,
         choices=choices,
-        prompts=read_prompts(str(prompts)),
+        prompts=read_prompts(prompts),
         validation=validation,
         batch_size=arguments.batch_size,
     )

@@ -14,6 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from fastvideo.errors import UserError
+from fastvideo.storage import Place, StorageError
 
 LIST = "skipped_data.jsonl"
 """The list, in the run's folder: ``file``, ``row`` (null for a whole file) and ``error``."""
@@ -51,12 +52,14 @@ class Faults:
     def __len__(self) -> int:
         return len(self._found)
 
-    def record(self, file: Path, row: int | None, error: Exception) -> None:
+    def record(self, file: Place, row: int | None, error: Exception) -> None:
         """Skip a file (``row`` is ``None``) or a row.
 
         Raises:
-            UserError: if the bound is reached.
+            UserError: if the bound is reached, or the fault is not the file's: the next reading may be another's.
         """
+        if isinstance(error, StorageError):
+            raise error
         fault = Fault(str(file), row, str(error).splitlines()[0] if str(error) else type(error).__name__)
         if (fault.file, fault.row) in self._found:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +28,7 @@ class DataRequirements:
         texts: settings of the text columns that every file shares.
         normalise: raw latents of the codec to normalised ones.
         codec_key: of the model's codec.
+        unmarked: scale of latents in files that do not say it.
     """
 
     latents: tuple[int, ...] | None = None
@@ -38,6 +39,7 @@ class DataRequirements:
     texts: Texts = field(default_factory=dict)
     normalise: Callable[[Tensor], Tensor] | None = None
     codec_key: str | None = None
+    unmarked: Literal["raw", "normalised"] = "raw"
 
     @property
     def required(self) -> list[str]:

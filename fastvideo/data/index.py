@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import pyarrow.parquet as pq
 from fastvideo.data.columns import check_column, plain
 from fastvideo.data.schema import DTYPES, LATENT, byte_count, dtype_name, metadata_of
 from fastvideo.errors import UserError
+from fastvideo.storage import Place, RangeFile, Remote, files_below, is_file, place, read_bytes
 
 MANIFEST = "preprocess.json"
 """First file that ``fastvideo preprocess`` writes; it marks a folder as its output."""
+TAR = ".tar"
 Kind = tuple[tuple[int, ...], str]
 """Shape and dtype of a stored tensor."""
 
@@ -41,7 +44,7 @@ class TensorIndex:
 class FileIndex:
     """One Parquet file: rows of each row group, tensors by name, preprocessing settings (empty if made elsewhere)."""
 
-    path: Path
+    path: Place
     groups: tuple[int, ...]
     tensors: dict[str, TensorIndex]
     made: dict[str, Any]
@@ -51,27 +54,37 @@ class FileIndex:
         return sum(self.groups)
 
 
-def dataset_files(path: str) -> list[Path]:
-    """The Parquet files at ``path``, in nested folders too, in the order of their names.
+def dataset_files(path: str) -> list[Place]:
+    """The Parquet files at ``path`` (local or a URL), in nested folders too, in the order of their names.
 
     Raises:
         UserError: if there is none, or a ``fastvideo preprocess`` into that folder was interrupted.
     """
-    root = Path(path)
-    if not root.exists():
+    root = place(path)
+    if isinstance(root, Path) and not root.exists():
         raise UserError(f"data.path: {path!r} does not exist; 'tiny', a Parquet file or a folder of them is expected")
-    found = [root] if root.is_file() else sorted(file for file in root.rglob("*.parquet") if file.name[0] != ".")
+    if is_file(root):
+        return [root]
+    found = files_below(root, ".parquet")
     if not found:
         hint = "make one from videos with: fastvideo preprocess VIDEOS --model MODEL --out FOLDER"
         raise UserError(f"data.path: {path!r} has no .parquet file; {hint}")
-    for manifest in sorted(root.rglob(MANIFEST)) if root.is_dir() else ():
-        _check_finished(manifest)
+    for manifest in (file for file in files_below(root, MANIFEST) if file.name == MANIFEST):
+        _check_finished(manifest, sum(str(file.parent) == str(manifest.parent) for file in found))
     return found
 
 
-def _check_finished(manifest: Path) -> None:
-    made = json.loads(manifest.read_text(encoding="utf-8"))
-    expected, present = made["files"], len(list(manifest.parent.glob("*.parquet")))
+def has_tars(path: str) -> bool:
+    """True for a tar shard, or a folder with such and no Parquet file."""
+    root = place(path)
+    if is_file(root):
+        return root.suffix == TAR
+    return bool(files_below(root, TAR)) and not files_below(root, ".parquet")
+
+
+def _check_finished(manifest: Place, present: int) -> None:
+    made = json.loads(read_bytes(manifest))
+    expected = made["files"]
     if present < expected:
         raise UserError(
             f"data.path: {manifest.parent} has {present} of {expected} files: its preprocessing was interrupted. Run "
@@ -79,7 +92,22 @@ def _check_finished(manifest: Path) -> None:
         )
 
 
-def index_file(path: Path, required: Sequence[str] = (), optional: Sequence[str] = ()) -> FileIndex:
+def open_parquet(file: Place) -> pq.ParquetFile:
+    """Open a Parquet file; of a remote one, only the asked columns of the asked row groups are fetched."""
+    if isinstance(file, Path):
+        return pq.ParquetFile(file)
+    size, footer = _remote_footer(file)
+    return pq.ParquetFile(RangeFile(file, size), metadata=footer, pre_buffer=True)
+
+
+@lru_cache(maxsize=1024)
+def _remote_footer(file: Remote) -> tuple[int, pq.FileMetaData]:
+    """Size in bytes, and the footer, which every row group would read again."""
+    stream = RangeFile(file)
+    return stream.size, pq.read_metadata(stream)
+
+
+def index_file(path: Place, required: Sequence[str] = (), optional: Sequence[str] = ()) -> FileIndex:
     """Read the footer, and the shape and dtype columns of the named tensors.
 
     Raises:
@@ -87,7 +115,7 @@ def index_file(path: Path, required: Sequence[str] = (), optional: Sequence[str]
             unknown.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             schema, footer = file.schema_arrow, file.metadata
             groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
             present = [name for name in optional if f"{name}_bytes" in schema.names]
@@ -99,7 +127,7 @@ def index_file(path: Path, required: Sequence[str] = (), optional: Sequence[str]
         raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _check_columns(path: Path, schema: pa.Schema, tensors: Sequence[str]) -> None:
+def _check_columns(path: Place, schema: pa.Schema, tensors: Sequence[str]) -> None:
     for column in ("caption", *(f"{name}_{part}" for name in tensors for part in ("bytes", "shape", "dtype"))):
         try:
             check_column(schema, column)
@@ -107,7 +135,7 @@ def _check_columns(path: Path, schema: pa.Schema, tensors: Sequence[str]) -> Non
             raise UserError(f"{path}: {error}") from error
 
 
-def _index_tensor(file: pq.ParquetFile, path: Path, name: str) -> TensorIndex:
+def _index_tensor(file: pq.ParquetFile, path: Place, name: str) -> TensorIndex:
     table = plain(file.read(columns=[f"{name}_shape", f"{name}_dtype"], use_threads=False))
     kinds: dict[Kind, int] = {}
     pairs = zip(table[f"{name}_shape"].to_pylist(), table[f"{name}_dtype"].to_pylist(), strict=True)
@@ -125,7 +153,7 @@ def _index_tensor(file: pq.ParquetFile, path: Path, name: str) -> TensorIndex:
     return TensorIndex(tuple(kinds), codes)
 
 
-def _check_first_row(file: pq.ParquetFile, path: Path, tensors: dict[str, TensorIndex]) -> None:
+def _check_first_row(file: pq.ParquetFile, path: Place, tensors: dict[str, TensorIndex]) -> None:
     """Compare one row's bytes with its shape and dtype; reading checks the other rows."""
     if not tensors or not len(next(iter(tensors.values())).codes):
         return
@@ -136,7 +164,7 @@ def _check_first_row(file: pq.ParquetFile, path: Path, tensors: dict[str, Tensor
             check_bytes(path, 0, name, first[f"{name}_bytes"][0].as_buffer(), index.kinds[index.codes[0]])
 
 
-def check_bytes(path: Path, row: int, name: str, data: pa.Buffer | None, kind: Kind) -> None:
+def check_bytes(path: Place, row: int, name: str, data: pa.Buffer | None, kind: Kind) -> None:
     """Refuse a tensor whose size in bytes differs from its shape and dtype.
 
     Raises:

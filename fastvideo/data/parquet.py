@@ -3,104 +3,44 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import cycle
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from fastvideo.data.columns import plain
 from fastvideo.data.faults import UNREADABLE, Faults
-from fastvideo.data.fits import DataRequirements, check_fits, is_raw, sample_shape
-from fastvideo.data.index import FileIndex, check_bytes, dataset_files, index_file, iter_row_groups, latent_shape
-from fastvideo.data.order import Bucket
-from fastvideo.data.schema import LATENT, TEXT, Floats, byte_count, floats, is_text
-from fastvideo.distillation.types import RawBatch, UserError
-from fastvideo.stopping import unit_done
+from fastvideo.data.fits import DataRequirements, sample_shape
+from fastvideo.data.index import (
+    FileIndex,
+    check_bytes,
+    dataset_files,
+    index_file,
+    iter_row_groups,
+    open_parquet,
+)
+from fastvideo.data.schema import Floats, byte_count, floats
+from fastvideo.data.stored import Sample, StoredSource
+from fastvideo.distillation.types import UserError
+from fastvideo.storage import Place
 
 CACHE_BYTES = 512 * 2**20
 """Memory for row groups; it bounds the window within which rows are shuffled."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One row as read."""
-
-    file: FileIndex
-    caption: str
-    arrays: dict[str, Floats]
-
-
-class ParquetSource:
-    """The samples of a dataset.
+class ParquetSource(StoredSource):
+    """The samples of Parquet files.
 
     Reads the required columns only, a row group at a time; a tensor's bytes are copied once, into its batch.
-
-    Args:
-        path: a Parquet file, or a folder with Parquet files in it or below.
-        wanted: tensors to read.
-        faults: bound on skipped files and rows; none may be skipped by default.
-
-    Raises:
-        UserError: naming the file, if one is not readable or lacks a tensor.
     """
 
     def __init__(self, path: str, wanted: DataRequirements, faults: Faults | None = None) -> None:
-        self.wanted, self.faults = wanted, Faults() if faults is None else faults
-        self.files = list(self._usable(path))
-        self.names = [*wanted.required, *filter(self._is_stored, self._text_columns)]
+        super().__init__(path, wanted, faults)
         self._groups = list(iter_row_groups(self.files))
         self._starts = np.cumsum([0, *(rows for *_, rows in self._groups)])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def _usable(self, path: str) -> Iterator[FileIndex]:
-        """Readable files that fit."""
-        first: UserError | None = None
-        count = 0
-        for file in dataset_files(path):
-            unit_done()
-            try:
-                indexed = index_file(file, self.wanted.required, self._text_columns)
-                check_fits(indexed, self.wanted)
-            except UserError as error:
-                first = first or error
-                self.faults.record(file, None, error)
-            else:
-                count += 1
-                yield indexed
-        if not count:
-            raise UserError(f"data.path: no file of {path} can be used; the first: {first}")
-
-    @property
-    def _text_columns(self) -> list[str]:
-        return [name for name in self.wanted.extras if is_text(name)]
-
-    def _is_stored(self, column: str) -> bool:
-        """True if every row has that text; refuses a dataset in which only some have one."""
-        missing = [(file, file.tensors[column].missing if column in file.tensors else file.rows) for file in self.files]
-        total = sum(count for _, count in missing)
-        if total in (0, len(self)):
-            return total == 0
-        file = next(file for file, count in missing if count)
-        raise UserError(f"data: {total} of {len(self)} rows have no text embedding, the first of them in {file.path}")
-
-    def __len__(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    @property
-    def has_text(self) -> bool:
-        """True if stored text embeddings replace encoded captions of the model's own."""
-        return TEXT in self.texts
-
-    @property
-    def texts(self) -> list[str]:
-        """Names in a batch of the stored texts."""
-        return [self.wanted.named(name) for name in self.names if is_text(name)]
 
     def captions(self) -> list[str]:
         """All readable captions.
@@ -110,7 +50,8 @@ class ParquetSource:
         """
         captions: list[str] = []
         for file in self.files:
-            column = plain(pq.read_table(file.path, columns=["caption"], partitioning=None))["caption"]
+            with open_parquet(file.path) as opened:
+                column = plain(opened.read(columns=["caption"]))["caption"]
             for row, value in enumerate(column):
                 try:
                     caption = value.as_py()
@@ -121,25 +62,16 @@ class ParquetSource:
                     self.faults.record(file.path, row, error)
         return captions
 
-    @cached_property
-    def buckets(self) -> Sequence[Bucket]:
-        """Rows by latent shape; one bucket if latents are not read."""
-        rows = torch.arange(len(self))
+    def _paths(self, path: str) -> Sequence[Place]:
+        return dataset_files(path)
+
+    def _index(self, file: Place, optional: Sequence[str]) -> FileIndex:
+        return index_file(file, self.wanted.required, optional)
+
+    def _blocks(self) -> Tensor:
+        """Row group of each row."""
         sizes = torch.tensor([count for *_, count in self._groups])
-        blocks = torch.arange(len(sizes)).repeat_interleave(sizes)
-        if not self.wanted.latents:
-            return (Bucket("all", rows, blocks, self._window(1)),)
-        shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        start = 0
-        for file in self.files:
-            index = file.tensors[LATENT]
-            for code, (shape, _) in enumerate(index.kinds):
-                own = torch.from_numpy(np.flatnonzero(index.codes == code)) + start
-                shapes.setdefault(latent_shape(shape), []).append(own)
-            start += file.rows
-        window = self._window(len(shapes))
-        members = {shape: torch.cat(found).sort().values for shape, found in sorted(shapes.items())}
-        return tuple(Bucket("x".join(map(str, shape)), own, blocks[own], window) for shape, own in members.items())
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
 
     def _window(self, buckets: int) -> int:
         """Row groups that may be open at once in each bucket."""
@@ -155,47 +87,17 @@ class ParquetSource:
             total += sum(int(n) * byte_count(*kind) for n, kind in zip(counts, index.kinds, strict=True))
         return total
 
-    def read(self, rows: Sequence[int]) -> RawBatch:
-        """Samples by number: latents ``[B, C, F, H, W]`` normalised, extras by name, all float32.
-
-        The other samples of the batch replace skipped rows in turn.
-
-        Raises:
-            UserError: naming file and row, for an unreadable one that may not be skipped, or if no row is readable.
-        """
-        found = [self._row(row) for row in rows]
-        good = [row for row in found if row is not None]
-        if not good:
-            raise UserError(f"{self.files[0].path.parent}: no row of a batch can be read")
-        spare = cycle(good)
-        samples = [next(spare) if row is None else row for row in found]
-        extras = {self.wanted.named(name): self._stacked(name, samples) for name in self.names if name != LATENT}
-        latents = self._latents(samples) if self.wanted.latents else None
-        return RawBatch(tuple(row.caption for row in samples), latents, extras)
-
-    def _row(self, number: int) -> Sample | None:
-        """One sample, or ``None`` for a skipped row."""
-        file, row, group, offset = self._locate(number)
-        try:
-            table = self._group(group)
-            caption = table["caption"][offset].as_py() or ""
-            return Sample(file, caption, {name: self._array(name, file, row, table, offset) for name in self.names})
-        except UNREADABLE as error:
-            self.faults.record(file.path, row, error)
-            return None
-
-    def _locate(self, row: int) -> tuple[FileIndex, int, int, int]:
-        """File, row within it, number of the row group, row within that."""
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        file, _, start, _ = self._groups[number]
-        offset = row - int(self._starts[number])
-        return self.files[file], start + offset, number, offset
+    def _load(self, number: int, file: FileIndex, row: int) -> Sample:
+        group = int(np.searchsorted(self._starts, number, side="right")) - 1
+        table, offset = self._group(group), number - int(self._starts[group])
+        caption = table["caption"][offset].as_py() or ""
+        return Sample(file, caption, {name: self._array(name, file, row, table, offset) for name in self.names})
 
     def _group(self, number: int) -> pa.Table:
         if number not in self._cache:
             file, group, *_ = self._groups[number]
             columns = ["caption", *(f"{name}_bytes" for name in self.names)]
-            with pq.ParquetFile(self.files[file].path) as opened:
+            with open_parquet(self.files[file].path) as opened:
                 self._cache[number] = plain(opened.read_row_group(group, columns=columns, use_threads=False))
             # Room first for every bucket's window; a single row group may be larger than the whole budget.
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:
@@ -203,28 +105,9 @@ class ParquetSource:
         self._cache.move_to_end(number)
         return self._cache[number]
 
-    def _stacked(self, name: str, rows: Sequence[Sample]) -> Tensor:
-        """One tensor of all rows; text embeddings are zero-padded to the longest."""
-        arrays = [row.arrays[name] for row in rows]
-        if not is_text(name):
-            return torch.from_numpy(np.stack(arrays))
-        longest = max(len(array) for array in arrays)
-        padded = np.zeros((len(arrays), longest, arrays[0].shape[1]), dtype=np.float32)
-        for out, array in zip(padded, arrays, strict=True):
-            out[: len(array)] = array
-        return torch.from_numpy(padded)
-
     def _array(self, name: str, file: FileIndex, row: int, table: pa.Table, offset: int) -> Floats:
         index = file.tensors[name]
         kind = index.kinds[index.codes[row]]
         data = table[f"{name}_bytes"][offset].as_buffer()
         check_bytes(file.path, row, name, data, kind)
         return floats(data, sample_shape(name, kind, self.wanted), kind[1])
-
-    def _latents(self, rows: Sequence[Sample]) -> Tensor:
-        latents = self._stacked(LATENT, rows)
-        raw = torch.tensor([is_raw(row.file.made) for row in rows])
-        if raw.any():
-            assert self.wanted.normalise is not None
-            latents[raw] = self.wanted.normalise(latents[raw])
-        return latents

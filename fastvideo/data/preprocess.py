@@ -15,11 +15,11 @@ from typing import Any
 from fastvideo.data.captions import Video, find_videos
 from fastvideo.data.clips import Policy, Size
 from fastvideo.data.model import ModelChoice
-from fastvideo.data.output import SKIPPED, collect, open_output, shard_path, sources_key
+from fastvideo.data.output import ALONE, SKIPPED, collect, open_output, shard_path, sources_key, unfinished
 from fastvideo.data.shards import ShardWriter
 from fastvideo.data.stills import is_image
-from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
-from fastvideo.errors import UserError
+from fastvideo.data.workers import FileJob, Share, WriteFile, progress, start_server, write_files
+from fastvideo.errors import UserError, counted
 
 FORMAT = 2
 """Increase it when the same settings give other rows."""
@@ -76,15 +76,24 @@ class Summary:
     skipped: list[dict[str, str]]
     seconds: float
     encoded: int
+    left: int = 0
+    """Output files that other machines have still to write."""
 
     def __str__(self) -> str:
         rate = f", {self.encoded / self.seconds:.1f} videos/s" if self.encoded else ", nothing was left to do"
         bad = f"; {len(self.skipped)} skipped, see {self.out / SKIPPED}" if self.skipped else ""
-        return f"{self.out}: {self.clips} clips of {self.videos - len(self.skipped)} videos{rate}{bad}"
+        others = f"; {counted(self.left, 'file')} of other shards to come" if self.left else ""
+        return f"{self.out}: {self.clips} clips of {self.videos - len(self.skipped)} videos{rate}{bad}{others}"
 
 
-def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
+def preprocess(job: Job, *, workers: int, overwrite: bool = False, share: Share = ALONE) -> Summary:
     """Write the missing files.
+
+    Args:
+        job: the videos.
+        workers: processes on this machine.
+        overwrite: delete the results of an earlier call.
+        share: the files of this machine, if several write into the folder; the last one to finish completes it.
 
     Raises:
         UserError: for a mistake in the call; nothing is written then.
@@ -95,12 +104,14 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False) -> Summary:
     codec = job.choice.adapter(job.device).codec
     manifest: dict[str, Any] = {"settings": job.settings(codec.latent_key), "sources": sources_key(job.videos)}
     manifest |= {"videos": len(job.videos), "files": job.files}
-    missing = open_output(job.out, manifest, overwrite=overwrite)
-    begin, encoded = time.monotonic(), sum(len(job.part(number)) for number in missing)
-    with progress("encoding videos", len(job.videos), len(job.videos) - encoded) as show:
+    missing = open_output(job.out, manifest, overwrite=overwrite, share=share)
+    begin, encoded, total = time.monotonic(), job.count(missing), job.count(job.own(share))
+    with progress("encoding videos", total, total - encoded) as show:
         write_files(job, missing, workers, show)
-    clips, skipped = collect(job.out, job.files)
-    return Summary(job.out, clips, len(job.videos), skipped, time.monotonic() - begin, encoded)
+    left = unfinished(job.out, job.files)
+    finished = job.own(share if left else ALONE)
+    clips, skipped = collect(job.out, finished)
+    return Summary(job.out, clips, job.count(finished), skipped, time.monotonic() - begin, encoded, len(left))
 
 
 def make_job(

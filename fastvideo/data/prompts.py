@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.errors import UserError
-from fastvideo.texts import lines_of, read_text
+from fastvideo.storage import Place, place, read_bytes, state_of
+from fastvideo.texts import decoded, lines_of
 
 COUNTED = 8192
 """Prompts whose tokens are counted at once."""
 
 
 def read_prompts(path: str) -> Sequence[str]:
-    """The non-empty lines of a text file, read once while it does not change.
+    """The non-empty lines of a text file, local or at a URL, read once while it does not change.
 
     Raises:
         UserError: for an unreadable file or one without a prompt.
     """
     try:
-        prompts = _read(path, os.stat(path).st_mtime_ns)
+        at = place(path)
+        prompts = _read(at, state_of(at))
     except OSError as error:
         raise UserError(f"data.prompts: {path!r}: {error.strerror}") from error
     if not prompts:
@@ -31,8 +31,8 @@ def read_prompts(path: str) -> Sequence[str]:
 
 
 @lru_cache(maxsize=1)
-def _read(path: str, changed: int) -> tuple[str, ...]:
-    lines = lines_of(read_text(Path(path), f"data.prompts: {path!r}"))
+def _read(file: Place, state: str) -> tuple[str, ...]:
+    lines = lines_of(decoded(read_bytes(file), f"data.prompts: {str(file)!r}"))
     return tuple(prompt for line in lines if (prompt := line.strip()))
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvideo.data.index import dataset_files
+from fastvideo.data.index import dataset_files, has_tars, open_parquet
 from fastvideo.data.schema import METADATA_KEY, TEXT, metadata_of, text_column
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.errors import UserError
 from fastvideo.files import replacing
+from fastvideo.storage import Place, at_hand, is_file, place
 
 SAMPLING = "sampling_texts.safetensors"
 """File in a dataset's folder with the texts of negative and validation prompts."""
@@ -51,11 +51,11 @@ def hold_sampling_texts(path: str, conditioners: Sequence[Conditioner]) -> None:
     Raises:
         UserError: if the file cannot be read.
     """
-    file = Path(path) / SAMPLING
-    if not file.is_file():
+    file = place(path) / SAMPLING
+    if not is_file(file):
         return
     try:
-        with safe_open(file, "pt") as stored:
+        with at_hand(file) as local, safe_open(local, "pt") as stored:
             made = json.loads(stored.metadata()[METADATA_KEY.decode()])
             for conditioner in conditioners:
                 column = column_of(made["texts"], conditioner)
@@ -67,11 +67,18 @@ def hold_sampling_texts(path: str, conditioners: Sequence[Conditioner]) -> None:
 
 
 def texts_made(path: str) -> Texts:
-    """Settings of the text columns of a dataset, from its first readable file; empty if it names none."""
+    """Settings of the text columns of a dataset, from its first readable file; empty if it names none, as tar shards.
+
+    Raises:
+        UserError: if there is no file.
+    """
+    if has_tars(path):
+        return {}
     for file in dataset_files(path):
         try:
-            found: Texts = metadata_of(pq.read_metadata(file).metadata).get("texts", {})
-            return found
+            with open_parquet(file) as opened:
+                found: Texts = metadata_of(opened.metadata.metadata).get("texts", {})
+                return found
         except (pa.ArrowException, OSError):
             continue
     return {}
@@ -111,7 +118,7 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     return [name for name in known if found[name] != wanted[name]]
 
 
-def check_same_texts(file: Path, found: Texts, wanted: Texts) -> None:
+def check_same_texts(file: Place, found: Texts, wanted: Texts) -> None:
     """Refuse a file whose texts are not those of the dataset's other files.
 
     Raises:

@@ -18,12 +18,12 @@ import pyarrow as pa
 from torch import Tensor
 
 from fastvideo.data.model import ModelChoice
-from fastvideo.data.output import SKIPPED, collect, open_output, shard_path
+from fastvideo.data.output import ALONE, SKIPPED, collect, open_output, shard_path, unfinished
 from fastvideo.data.prompts import too_long
 from fastvideo.data.schema import METADATA_KEY, bfloat16_columns, text_column, text_schema
 from fastvideo.data.shards import GROUP_BYTES, Row, whole_file
 from fastvideo.data.stored_texts import write_sampling_texts
-from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
+from fastvideo.data.workers import FileJob, Share, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import counted
@@ -155,11 +155,17 @@ def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def preprocess_texts(job: TextJob, *, workers: int, overwrite: bool = False, strict: bool = False) -> str:
+def preprocess_texts(
+    job: TextJob, *, workers: int, overwrite: bool = False, strict: bool = False, share: Share = ALONE
+) -> str:
     """Write the missing files; returns a line for the terminal.
 
     Args:
+        job: the prompts.
+        workers: processes on this machine.
+        overwrite: delete the results of an earlier call.
         strict: refuse prompts that are too long, instead of leaving them out.
+        share: the files of this machine, if several write into the folder; the last one to finish completes it.
 
     Raises:
         UserError: for a mistake in the call; nothing is written then.
@@ -174,14 +180,16 @@ def preprocess_texts(job: TextJob, *, workers: int, overwrite: bool = False, str
             refuse_long(too_long(conditioner, job.prompts), conditioner, job.prompts)
     sources = hashlib.sha256("\n".join(job.prompts).encode()).hexdigest()
     manifest = {"settings": settings, "sources": sources, "videos": len(job), "files": job.files}
-    missing = open_output(job.out, manifest, overwrite=overwrite, stem=STEM)
-    begin, left = time.monotonic(), sum(len(job.part(number)) for number in missing)
-    with progress("encoding prompts", len(job), len(job) - left) as show:
+    missing = open_output(job.out, manifest, overwrite=overwrite, stem=STEM, share=share)
+    begin, encoded, total = time.monotonic(), job.count(missing), job.count(job.own(share))
+    with progress("encoding prompts", total, total - encoded) as show:
         write_files(job, missing, workers, show)
-    rows, skipped = collect(job.out, job.files, STEM)
-    rate = f", {left / (time.monotonic() - begin):.1f} prompts/s" if left else ", nothing was left to do"
+    left = unfinished(job.out, job.files, STEM)
+    rows, skipped = collect(job.out, job.own(share if left else ALONE), STEM)
+    rate = f", {encoded / (time.monotonic() - begin):.1f} prompts/s" if encoded else ", nothing was left to do"
     bad = f"; {counted(len(skipped), 'prompt')} too long and left out, see {job.out / SKIPPED}" if skipped else ""
-    return f"{job.out}: texts of {counted(rows, 'prompt')}{rate}{bad}"
+    others = f"; {counted(len(left), 'file')} of other shards to come" if left else ""
+    return f"{job.out}: texts of {counted(rows, 'prompt')}{rate}{bad}{others}"
 
 
 def refuse_long(long: Mapping[int, int], conditioner: Conditioner, prompts: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastvideo.errors import RunError
+from fastvideo.errors import RunError, UserError
 
 POLL = 0.2
 """Seconds between two updates of the progress bar."""
@@ -32,6 +32,33 @@ IMPORTED = (__name__, "diffusers.models.autoencoders", "transformers")
 """Slow imports that every process needs."""
 WriteFile = Callable[[int, Callable[[int], None]], None]
 """Writes the file of a number; calls the function with the count of finished items."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The output files that one machine writes: every ``count``-th one, from ``index`` (1 to ``count``)."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """Read ``I/N``.
+
+        Raises:
+            UserError: if it is something else.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            raise UserError(f"--shard {text}: I/N is expected, with I from 1 to N, such as 3/16")
+        return cls(int(index), int(count))
+
+    def __contains__(self, number: int) -> bool:
+        """True if the file of a number is this machine's."""
+        return number % self.count == self.index - 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +86,14 @@ class FileJob(ABC):
     def part(self, number: int) -> range:
         """Items of one output file."""
         return range(number * self.per_file, min((number + 1) * self.per_file, len(self)))
+
+    def own(self, share: Share) -> list[int]:
+        """Numbers of the files of one machine."""
+        return [number for number in range(self.files) if number in share]
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """Items of some of the files."""
+        return sum(len(self.part(number)) for number in numbers)
 
     @abstractmethod
     def writer(self, device: str) -> WriteFile:

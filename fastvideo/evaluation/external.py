@@ -144,6 +144,8 @@ class VBench(Metric):
             about = Path(vbench.__file__).with_name("VBench_full_info.json")
             bench = vbench.VBench(torch.device(self.device), str(about), folder)
             bench.evaluate(str(videos), "fastvideo", dimension_list=[dimension], mode="custom_input")
-            results = json.loads((Path(folder) / "fastvideo_eval_results.json").read_text())[dimension][1]
+            results = json.loads((Path(folder) / "fastvideo_eval_results.json").read_text(encoding="utf-8"))[dimension][
+                1
+            ]
         by_name = {Path(one["video_path"]).name: float(one["video_results"]) for one in results}
         return torch.tensor([by_name[file.name] for file in files], dtype=torch.float64)

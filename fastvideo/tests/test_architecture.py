@@ -19,7 +19,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_FUNCTION, MAX_METHOD = 60, 150
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "annotated_types": "annotated-types",
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 METHODS_NEVER = ("diffusers", "transformers", "peft")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -76,6 +77,21 @@ def test_slurm_requeues_on_the_exit_code_of_a_stopped_run() -> None:
     assert set(re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)) == SBATCH
     assert f"$code -eq {EXIT_PREEMPTED}" in text
     assert "scontrol requeue" in text
+
+
+def test_an_array_preprocesses_in_shares() -> None:
+    text = (FOLDER / "preprocess.sbatch").read_text()
+    assert set(re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)) <= SBATCH | {"array", "gpus"}
+    assert {"--shard", "--model", "--out"} <= known_flags("preprocess")
+    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "16"}
+    shown = subprocess.run(
+        ["bash", "-c", text.replace("exec srun", "echo"), "job", "videos"],
+        env=variables | {"PATH": os.environ["PATH"]},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == "fastvideo preprocess videos --shard 3/16"
 
 
 def test_the_nodes_of_the_kubernetes_job_add_up() -> None:

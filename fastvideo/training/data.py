@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fastvideo.data.faults import Faults
-from fastvideo.data.index import dataset_files
+from fastvideo.data.index import dataset_files, has_tars, open_parquet
 from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_few
 from fastvideo.data.prompts import read_prompts
 from fastvideo.data.schema import TEXT
@@ -77,10 +76,13 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
 
 def _rows(path: str, enough: int) -> int:
     """Count the rows of a dataset until there are enough; the run itself reports unreadable files."""
+    if has_tars(path):
+        return enough
     count = 0
     for file in dataset_files(path):
         try:
-            count += pq.read_metadata(file).num_rows
+            with open_parquet(file) as opened:
+                count += opened.metadata.num_rows
         except (pa.ArrowException, OSError):
             return enough
         if count >= enough:
@@ -196,6 +198,7 @@ def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequen
         texts=made,
         normalise=adapter.codec.normalise,
         codec_key=adapter.codec.latent_key if with_latents else None,
+        unmarked=config.data.latents,
     )
 
 
@@ -203,8 +206,10 @@ def _dataset(
     config: Config, adapter: Adapter, with_latents: bool, faults: Faults | None, others: Sequence[Conditioner]
 ) -> tuple[Source, str]:
     from fastvideo.data.parquet import ParquetSource
+    from fastvideo.data.tars import TarSource
 
-    source = ParquetSource(config.data.path, _wanted(config, adapter, with_latents, others), faults)
+    kind = TarSource if has_tars(config.data.path) else ParquetSource
+    source = kind(config.data.path, _wanted(config, adapter, with_latents, others), faults)
     text = "stored text embeddings" if source.has_text else "captions"
     files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
     if not source.has_text:

@@ -36,8 +36,9 @@ class Launch:
     """Algorithm, instead of the config's; `fastvideo list` shows all."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in the output folder from its newest intact checkpoint."""
-    resume_from: Path | None = None
-    """Continue from this checkpoint, in the output folder that it is in or in a new one."""
+    resume_from: Annotated[str | None, tyro.conf.arg(metavar="PATH|URL")] = None
+    """Continue from this checkpoint, in the output folder that it is in or in a new one. A URL (`s3://...`) may also
+    name a run's mirror, whose newest one is taken."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what the output folder holds."""
 
@@ -89,9 +90,11 @@ def main(argv: Sequence[str] | None = None, model: str | None = None) -> int:
     began = time.monotonic()
     launch, config = parse(sys.argv[1:] if argv is None else argv, model)
 
+    from fastvideo.storage import place
     from fastvideo.training.run import run
 
-    run(config, resume=launch.resume, overwrite=launch.overwrite, resume_from=launch.resume_from, began=began)
+    source = place(launch.resume_from) if launch.resume_from else None
+    run(config, resume=launch.resume, overwrite=launch.overwrite, resume_from=source, began=began)
     return 0
 
 

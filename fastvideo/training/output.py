@@ -14,13 +14,14 @@ from fastvideo.distillation.engine.checkpoint.initial import parse_origin
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 from fastvideo.files import replace_file
+from fastvideo.storage import Place
 from fastvideo.training.lock import LOCK
 
 RUN_FILES = ("config.yaml", "environment.json")
 """Files that every run writes first; a folder with them is a run's."""
 
 
-def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: Path | None = None) -> None:
+def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: Place | None = None) -> None:
     """Refuse a folder that is not empty, unless a flag says to resume or overwrite it.
 
     Raises:
@@ -32,9 +33,9 @@ def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: 
         raise UserError(f"{'--resume' if resume else '--resume-from'} and --overwrite exclude each other")
     if resume and resume_from:
         raise UserError("--resume takes the newest checkpoint, --resume-from the one it names: give one of them")
-    if resume and not was_started(output):
+    if resume and not was_started(output) and config.checkpoint.mirror is None:
         raise UserError(f"--resume: {output} is no run's folder (no config.yaml): nothing to go on from")
-    if resume or (resume_from and resume_from.resolve().is_relative_to(output.resolve())):
+    if resume or (isinstance(resume_from, Path) and resume_from.resolve().is_relative_to(output.resolve())):
         return
     if in_use(output):
         if not overwrite:

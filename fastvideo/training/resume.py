@@ -22,6 +22,7 @@ from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 from fastvideo.errors import see
+from fastvideo.storage import Place
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 
@@ -47,7 +48,7 @@ def run_facts(config: Config) -> RunFacts:
     return RunFacts(yaml.safe_dump(values, sort_keys=False), digest, environment())
 
 
-def find_checkpoint(config: Config, session: Session, wanted: Path | None) -> Path | None:
+def find_checkpoint(config: Config, session: Session, wanted: Place | None) -> Path | None:
     """Find the checkpoint to resume from: ``wanted``, else the newest intact one of the output folder.
 
     ``None`` for a run that stopped before its first checkpoint was complete: it starts anew.
@@ -56,7 +57,7 @@ def find_checkpoint(config: Config, session: Session, wanted: Path | None) -> Pa
         UserError: if it is damaged, or its config belongs to another run.
     """
     say = session.tracker.say
-    found = session.find_checkpoint(checkpoint_folder(config), wanted)
+    found = session.find_checkpoint(checkpoint_folder(config), wanted, config.checkpoint.mirror)
     saved = found or Path(config.output)
     for line in check_config(config, saved) if (saved / CONFIG).is_file() else []:
         say(f"changed since {saved.name}: {line}")

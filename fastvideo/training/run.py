@@ -19,6 +19,7 @@ from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
 from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.stopping import time_taken
+from fastvideo.storage import Place
 from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.notes import idle_notes
@@ -41,7 +42,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    resume_from: Path | None = None,
+    resume_from: Place | None = None,
     began: float | None = None,
 ) -> Path:
     """Train as configured; returns the folder of the result (a model folder with its recipe).
@@ -49,7 +50,8 @@ def run(
     Args:
         resume: continue from the newest intact checkpoint of the output folder.
         overwrite: delete the contents of the output folder.
-        resume_from: continue from this checkpoint, in the output folder that it is in or in a new one.
+        resume_from: continue from this checkpoint (at a URL also from a run's newest), in the output folder that it is
+            in or in a new one.
         began: launch time of the run (``time.monotonic``), for the time to its first step; default: now.
 
     Raises:
@@ -76,7 +78,7 @@ class OutputMode:
 
     resume: bool
     overwrite: bool
-    resume_from: Path | None
+    resume_from: Place | None
 
 
 def _run(config: Config, session: Session, mode: OutputMode) -> Path:
@@ -86,6 +88,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     source = None
     if mode.resume or mode.resume_from:
         source = find_checkpoint(config, session, mode.resume_from)
+    session.prepare_mirror(config.checkpoint.mirror, source)
     adapter = build_adapter(config, processes)
     check_data(config, adapter, processes)
     method, conditioners = _build_method(already_started(config) if source else config, adapter, processes)
@@ -119,12 +122,10 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
         *encode_ahead(config, conditioners, data, trainer.step),
     ):
         tracker.say(note)
-    try:
+    with checkpoints.closing():
         validation.resume(trainer.step)
         start.reached("preparation")
         trainer.run(data)
-    finally:
-        checkpoints.wait()
     save_result(config, adapter, trainer, output / "student")
     for line in (f"saved {output / 'student'}", *next_commands(config, adapter)):
         tracker.say(line)

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from fastvideo.data.order import MemorySource, SampleStream
-from fastvideo.data.parquet import ParquetSource
 from fastvideo.data.prompts import read_prompts, too_long
+from fastvideo.data.stored import StoredSource
 from fastvideo.data.stored_texts import hold_sampling_texts
 from fastvideo.data.texts import refuse_long
 from fastvideo.distillation.adapters.base import Conditioner
@@ -75,7 +75,7 @@ def _captions(data: SampleStream, batches: int, number: int, conditioner: Condit
             return ()
         whole = batches >= data.rounds
         return source.captions if whole else [source.captions[row] for row in data.rows_ahead(batches)]
-    return source.captions() if isinstance(source, ParquetSource) and name not in source.texts else ()
+    return source.captions() if isinstance(source, StoredSource) and name not in source.texts else ()
 
 
 def _stays(config: Config, conditioner: Conditioner, count: int) -> str:
@@ -119,11 +119,11 @@ def _checked_once(cache: Path, conditioner: Conditioner, prompts: Sequence[str])
         digest.update(prompt.encode() + b"\n")
     stamp = cache / f"prompts-{digest.hexdigest()[:16]}.json"
     if stamp.is_file():
-        return {int(place): count for place, count in json.loads(stamp.read_text()).items()}
+        return {int(place): count for place, count in json.loads(stamp.read_text(encoding="utf-8")).items()}
     found = too_long(conditioner, prompts)
     make_folder(cache)
     with replacing(stamp) as temporary:  # several machines may check at once
-        temporary.write_text(json.dumps(found))
+        temporary.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

@@ -85,9 +85,12 @@ class DataConfig(Section):
 
     path: str = "tiny"
     """`tiny` (the embedded world of moving digits), or a Parquet file or folder in FastVideo's public schema, as
-    `fastvideo preprocess` writes it. A method that needs no videos reads captions and text embeddings alone."""
+    `fastvideo preprocess` writes it, or WebDataset's tar shards; local or a URL (`s3://bucket/folder`). A method that
+    needs no videos reads captions and text embeddings alone. See `docs/storage.md`."""
+    latents: Literal["raw", "normalised"] = "raw"
+    """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None
-    """Text file with one prompt per line, instead of `path`."""
+    """Text file with one prompt per line, instead of `path`; local or a URL."""
     long_prompts: Annotated[Literal["skip", "raise"], RESUMABLE] = "skip"
     """Reaction to prompts of `prompts` with more tokens than the text encoder takes: leave them out and list them in
     the run's folder, or stop with an error."""

@@ -22,6 +22,7 @@ from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState
 from fastvideo.distillation.engine.ema import has_average, keep_averages
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard, StepRecord, clip_gradient
 from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
+from fastvideo.distillation.engine.optional.mirror import Mirror, checkpoints_at
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
 from fastvideo.distillation.engine.optional.recorder import STACKS
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
@@ -82,6 +83,7 @@ class Runtime:
         self._unsettled: StepRecord | None = None
         self._stop_signal = 0
         self._shown = "distilling"
+        self._mirror: Mirror | None = None
 
     @contextmanager
     def running(self, total: int, done: int) -> Iterator[None]:
@@ -198,6 +200,8 @@ class Runtime:
             return
         skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
         figures = self.performance.window(self.options.max_steps - step)
+        if self._mirror is not None:
+            figures = figures | self._mirror.figures()
         self.tracker.log(drained | skipped | dict(spent), step, closing=closing, performance=figures)
         losses = {name.split("/")[0]: value for name, value in drained.items() if name.endswith("/loss")}
         self._shown = " ".join(f"{role} {value:.3g}" for role, value in losses.items()) + shortly(figures)
@@ -240,7 +244,9 @@ class Runtime:
 
     def checkpoints(self, folder: Path, parts: Parts, options: CheckpointConfig, facts: RunFacts) -> CheckpointHook:
         """A hook that saves ``parts`` when due, and after the last step."""
-        return CheckpointHook(folder, parts, self.processes, options, self.options.max_steps, facts)
+        if options.mirror is not None and self.processes.is_main:
+            self._mirror = Mirror(checkpoints_at(options.mirror), folder, options, self.tracker.say)
+        return CheckpointHook(folder, parts, self.processes, options, self.options.max_steps, facts, self._mirror)
 
     def restore(self, source: Path, parts: Parts) -> ResumePoint:
         """Load an intact checkpoint into the parts, and rename later ones beside it that are of this run.

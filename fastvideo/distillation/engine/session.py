@@ -12,14 +12,17 @@ import torch
 
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.config.sections import TrainerConfig
-from fastvideo.distillation.engine.checkpoint.restore import check_intact, newest
+from fastvideo.distillation.engine.checkpoint.manifest import step_of
+from fastvideo.distillation.engine.checkpoint.restore import check_intact, fetched, newest
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
+from fastvideo.distillation.engine.optional.mirror import checkpoints_at, set_aside
 from fastvideo.distillation.engine.optional.recorder import STACKS, record_collectives
 from fastvideo.distillation.engine.optional.startup import StartUp
-from fastvideo.distillation.engine.parallel.collective import check_agreement, naming_lost_ranks
+from fastvideo.distillation.engine.parallel.collective import Agreement, check_agreement, naming_lost_ranks
 from fastvideo.distillation.engine.parallel.distributed import Processes, barrier, start_processes, stop_processes
 from fastvideo.distillation.engine.tracking import Tracker, check_installed
 from fastvideo.stopping import listening
+from fastvideo.storage import Place, Remote
 
 
 class Session:
@@ -63,15 +66,31 @@ class Session:
             finally:
                 stop_processes()
 
-    def find_checkpoint(self, folder: Path, wanted: Path | None) -> Path | None:
+    def find_checkpoint(self, folder: Path, wanted: Place | None, mirror: str | None = None) -> Path | None:
         """Verify ``wanted``, or find the newest intact checkpoint in ``folder``; ``None`` if there is none.
+
+        A ``wanted`` one at a URL, and a newer one at the ``mirror``, is downloaded into ``folder``.
 
         Raises:
             UserError: if ``wanted``, or every complete checkpoint, is damaged.
         """
+        if isinstance(wanted, Remote):
+            return fetched(wanted, folder, self.tracker.say)
         if wanted is not None:
             check_intact(wanted, self.processes)
-        return wanted or newest(folder, self.processes, self.tracker.say)
+        return wanted or newest(folder, self.processes, self.tracker.say, mirror)
+
+    def prepare_mirror(self, url: str | None, resumed: Path | None) -> None:
+        """Check that a run can write its mirror, and set aside what is later there than the ``resumed`` checkpoint.
+
+        Raises:
+            UserError: if the bucket does not exist or cannot be written, or holds another run.
+            RunError: if it cannot be reached.
+        """
+        if url is None:
+            return
+        root, step = checkpoints_at(url), None if resumed is None else step_of(resumed)
+        Agreement().on_main(lambda: set_aside(root, step, self.tracker.say))
 
 
 def _set_up_process(options: TrainerConfig) -> None:

@@ -22,6 +22,7 @@ from fastvideo.data.prompts import read_prompts
 from fastvideo.data.schema import METADATA_KEY, metadata_of
 from fastvideo.data.stored_texts import SAMPLING
 from fastvideo.data.texts import TextJob, preprocess_texts
+from fastvideo.data.workers import Share
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import CAPTIONS, TOY
@@ -109,6 +110,21 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(make: MakeTexts, tmp_path
     assert "nothing was left to do" in preprocess_texts(make(), workers=1)
     with pytest.raises(UserError, match="begun with other settings"):
         preprocess_texts(make(prompts=(*PROMPTS, "blue")), workers=1)
+
+
+def test_machines_that_share_prompts_write_what_one_writes(make: MakeTexts, tmp_path: Path) -> None:
+    prompts = (*PROMPTS[:4], "a " * 20, *PROMPTS[4:])
+    preprocess_texts(make("alone", prompts), workers=1)
+    said = [preprocess_texts(make("texts", prompts), workers=1, share=Share(i, 2)) for i in (2, 1)]
+    assert [line.partition("; ")[2].rpartition("; ")[2] for line in said] == [
+        "2 files of other shards to come",
+        f"1 prompt too long and left out, see {tmp_path / 'texts' / 'skipped.jsonl'}",
+    ]
+    alone, shared = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("alone", "texts")
+    )
+    assert SAMPLING in alone
+    assert shared == alone
 
 
 @pytest.mark.slow
@@ -306,6 +322,7 @@ def test_options_of_the_other_kind_of_data_are_refused(tmp_path: Path, toy: Path
     for extra, message in (
         (["--prompts", str(tmp_path / "p.txt"), "--fps", "3"], "--fps is an option of videos"),
         (["--prompts", str(tmp_path / "p.txt"), str(tmp_path)], "VIDEOS is an option of videos"),
+        (["--prompts", str(tmp_path / "p.txt"), "--shard", "1/2", "--overwrite"], "delete what the others write"),
         ([str(tmp_path), "--strict"], "--strict is an option of --prompts"),
         ([], "give VIDEOS --model MODEL, or --prompts FILE --model MODEL"),
     ):

@@ -15,7 +15,7 @@ from fastvideo.cli import main
 from fastvideo.distillation.config import recipes as module
 from fastvideo.distillation.config.reading import read_config
 from fastvideo.distillation.config.recipes import IN_CLONE, IN_WHEEL, PACKAGE, find_config, recipes
-from fastvideo.errors import UserError
+from fastvideo.errors import PAGE, UserError
 
 NAMES = sorted(path.stem for path in IN_CLONE.glob("*.yaml"))
 
@@ -48,7 +48,8 @@ def test_the_wheel_puts_the_examples_where_they_are_looked_for(tmp_path: Path, m
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     places = {PACKAGE.parent / source: PACKAGE.parent / target for source, target in included.items()}
-    assert places[IN_CLONE] == IN_WHEEL
+    page = (PACKAGE.parent / "docs" / PAGE, PACKAGE / PAGE)
+    assert places == dict([(IN_CLONE, IN_WHEEL), page])
     shutil.copytree(IN_CLONE, tmp_path / "recipes")
     monkeypatch.setattr(module, "IN_WHEEL", tmp_path / "recipes")
     monkeypatch.setattr(module, "IN_CLONE", tmp_path / "nowhere")

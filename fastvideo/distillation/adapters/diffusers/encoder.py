@@ -102,7 +102,11 @@ def encoder_settings(pipeline: Pipeline[Any]) -> Mapping[str, Any]:
 def _config_hash(file: Path) -> str | None:
     if not file.is_file():
         return None
-    kept = {key: value for key, value in json.loads(file.read_text()).items() if key[0] != "_" and key not in VOLATILE}
+    kept = {
+        key: value
+        for key, value in json.loads(file.read_text(encoding="utf-8")).items()
+        if key[0] != "_" and key not in VOLATILE
+    }
     return _short(json.dumps(kept, sort_keys=True).encode())
 
 

@@ -23,6 +23,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
+from fastvideo.storage import is_remote, local_folder
 
 EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
 """Pipelines that ship inside the package, by the name that stands for their path."""
@@ -131,14 +132,15 @@ class Pipeline(Generic[ConfigT]):
 def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     """The local folder behind ``path``, checked to be a diffusers pipeline of one of the given classes.
 
-    A path that does not exist and looks like a hub id (``owner/name``) is fetched, or found in the hub's local cache.
+    A path that does not exist and looks like a hub id (``owner/name``) is fetched, or found in the hub's local cache. A
+    folder at a URL (``s3://``) is fetched once per machine.
 
     Raises:
         UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
     """
     if path in EMBEDDED:
         path = str(files("fastvideo").joinpath(EMBEDDED[path]))
-    folder = Path(path)
+    folder = local_folder(path) if is_remote(path) else Path(path)
     if not folder.exists() and HUB_ID.fullmatch(path):
         folder = _from_hub(path)
     _check_links(folder)

@@ -23,6 +23,7 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
     Manifest,
     checkpoints_in,
     complete_checkpoints,
+    kept_steps,
     step_of,
 )
 from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful, split_state
@@ -32,6 +33,7 @@ from fastvideo.distillation.engine.checkpoint.storage import (
     index_text,
     safetensors_bytes,
 )
+from fastvideo.distillation.engine.optional.mirror import HURRY, Mirror
 from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.errors import RunError
@@ -71,6 +73,7 @@ class CheckpointHook:
     Args:
         folder: parent of the ``step-N`` directories.
         last_step: saved too.
+        mirror: of the main process, if checkpoints are uploaded.
     """
 
     def __init__(
@@ -81,9 +84,11 @@ class CheckpointHook:
         options: CheckpointConfig,
         last_step: int,
         facts: RunFacts,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder, self.parts, self.processes = folder, parts, processes
         self.options, self.last_step, self.facts = options, last_step, facts
+        self.mirror = mirror
         self._thread = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
         self._in_flight: Future[None] | None = None
 
@@ -147,6 +152,20 @@ class CheckpointHook:
         if running is not None:
             running.result()
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Surround the run: at its end wait for the thread and the mirror, not for long if it is stopped or fails."""
+        patience = HURRY
+        try:
+            yield
+            patience = self.options.mirror_wait
+        finally:
+            try:
+                self.wait()
+            finally:
+                if self.mirror is not None:
+                    self.mirror.close(patience)
+
     def _snapshot(self) -> tuple[HostCopy, dict[str, str]]:
         """Copy the state to host memory, where it does not change while it is written: tensors, and texts by file."""
         rank = f"process-{self.processes.rank}"
@@ -173,6 +192,8 @@ class CheckpointHook:
             sync_folder(target)
             self._manifest(step, files).write(target)
             self._tidy(step)
+            if self.mirror is not None:
+                self.mirror.changed()
 
     def _written_by_others(self, target: Path) -> dict[str, FileRecord]:
         """File records of the other processes, read from files: no collective runs in a thread."""
@@ -205,12 +226,11 @@ class CheckpointHook:
 
     def _tidy(self, newest: int) -> None:
         """Remove old checkpoints, only now that the newest is on the disk."""
-        complete = complete_checkpoints(self.folder)
-        kept = set(complete[-self.options.keep :])
+        complete = [step_of(path) or 0 for path in complete_checkpoints(self.folder)]
+        kept = kept_steps(complete, self.options)
         for path in checkpoints_in(self.folder):
             step = step_of(path) or 0
-            milestone = path in complete and self.options.keep_every and step % self.options.keep_every == 0
-            if path not in kept and not milestone and step < newest:
+            if step not in kept and step < newest:
                 remove_tree(path, first=[MANIFEST])
 
 

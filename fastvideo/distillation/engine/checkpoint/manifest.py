@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fastvideo.distillation.config.sections import CheckpointConfig
 from fastvideo.files import FileRecord, record_of, replace_file
 
 MANIFEST = "manifest.json"
@@ -136,6 +137,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that have their manifest, oldest first."""
     return [path for path in checkpoints_in(folder) if (path / MANIFEST).is_file()]
+
+
+def kept_steps(complete: Sequence[int], options: CheckpointConfig) -> set[int]:
+    """Steps to keep of complete checkpoints, oldest first: the newest ones, and those kept permanently."""
+    milestones = {step for step in complete if options.keep_every and step % options.keep_every == 0}
+    return milestones | set(complete[-options.keep :])
 
 
 def step_of(folder: Path) -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvideo.distillation.engine.checkpoint.checkpoint import INDEX, SHARED, Parts
 from fastvideo.distillation.engine.checkpoint.manifest import (
+    PREFIX,
     DamagedError,
     Manifest,
     checkpoints_in,
@@ -20,9 +21,11 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
 )
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, RoleState, join_state
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
+from fastvideo.distillation.engine.optional.mirror import checkpoints_at, fetch, fetch_newest
 from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
+from fastvideo.storage import Remote
 
 T = TypeVar("T")
 
@@ -38,27 +41,84 @@ class ResumePoint:
     moved: tuple[str, ...] = ()
 
 
-def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
+def newest(folder: Path, processes: Processes, say: Callable[[str], None], mirror: str | None = None) -> Path | None:
     """Find the newest intact checkpoint of a run, the same on all processes; skipped ones are logged.
 
     ``None`` if no save was ever finished: the run stopped before its first checkpoint.
 
+    Args:
+        folder: of the checkpoints.
+        mirror: URL with copies of them, from which a newer one is downloaded.
+
     Raises:
-        UserError: if every complete one is damaged.
+        UserError: if every complete one is damaged, or the mirror cannot be read.
+        RunError: if the mirror cannot be reached.
     """
-    names = [path.name for path in reversed(checkpoints_in(folder))]
-    names, complete = Agreement().from_main((names, bool(complete_checkpoints(folder))))
     skipped: list[str] = []
-    for path in (folder / name for name in names):
-        problem = damage(path, processes)
-        if problem is None:
-            return path
-        skipped.append(f"{path}: {problem}")
-        say(f"passed over {skipped[-1]}")
-    if complete:
+
+    def pass_over(line: str) -> None:
+        skipped.append(line)
+        say(f"passed over {line}")
+
+    complete = Agreement().from_main(bool(complete_checkpoints(folder)))
+    found = _newest_here(folder, processes, pass_over)
+    if mirror:
+        found = _newer_there(mirror, folder, found, pass_over) or found
+    if found is None and complete:
         listed = "".join(f"\n  {line}" for line in skipped)
         raise UserError(f"--resume: no intact checkpoint in {folder}{listed}")
+    return found
+
+
+def _newest_here(folder: Path, processes: Processes, pass_over: Callable[[str], None]) -> Path | None:
+    """Newest intact checkpoint in a folder."""
+    for name in Agreement().from_main([path.name for path in reversed(checkpoints_in(folder))]):
+        problem = damage(folder / name, processes)
+        if problem is None:
+            return folder / name
+        pass_over(f"{folder / name}: {problem}")
     return None
+
+
+def _newer_there(mirror: str, folder: Path, here: Path | None, pass_over: Callable[[str], None]) -> Path | None:
+    """Download the newest intact checkpoint at a mirror, if it is later than the one ``here``."""
+    after = None if here is None else step_of(here)
+    step, skipped = Agreement().on_main(lambda: fetch_newest(checkpoints_at(mirror), folder, after))
+    for line in skipped:
+        pass_over(line)
+    return None if step is None else folder / f"{PREFIX}{step}"
+
+
+def fetched(source: Remote, folder: Path, say: Callable[[str], None]) -> Path:
+    """Download a checkpoint, or the newest of a run, that was given by its URL.
+
+    Raises:
+        UserError: if there is none, it is damaged, or cannot be read.
+        RunError: if it cannot be reached.
+    """
+    step, skipped = Agreement().on_main(lambda: _fetch(source, folder))
+    for line in skipped:
+        say(f"passed over {line}")
+    return folder / f"{PREFIX}{step}"
+
+
+def _fetch(source: Remote, folder: Path) -> tuple[int, list[str]]:
+    """Step of the downloaded checkpoint, and the damaged later ones."""
+    step = step_of(Path(source.name))
+    try:
+        if step is not None:
+            fetch(source.parent, step, folder)
+            return step, []
+    except DamagedError as error:
+        raise UserError(f"checkpoint {source} cannot be used: {error}") from error
+    skipped: list[str] = []
+    for root in (source, checkpoints_at(source.url)):
+        found, damaged = fetch_newest(root, folder)
+        skipped += damaged
+        if found is not None:
+            return found, skipped
+    listed = "".join(f"\n  {line}" for line in skipped)
+    raise UserError(f"--resume-from: no intact checkpoint at {source}{listed}")
 
 
 def check_intact(folder: Path, processes: Processes) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -62,6 +62,23 @@ class Agreement:
         shared = [value]
         dist.broadcast_object_list(shared, src=0, group=self._group)
         return shared[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Call ``action`` on the main process; the others wait for it, however long it takes, and get its result.
+
+        Raises:
+            UserError: on all processes, if the call raised it; so for ``RunError``.
+        """
+        outcome: tuple[T | None, UserError | RunError | None] = (None, None)
+        try:
+            if self._group is None or dist.get_rank() == 0:
+                outcome = (action(), None)
+        except (UserError, RunError) as error:
+            outcome = (None, error)
+        result, failure = self.from_main(outcome)
+        if failure is not None:
+            raise failure
+        return cast(T, result)
 
     def from_all(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
