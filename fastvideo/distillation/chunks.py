@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.types import Condition, Given
 from fastvideo.errors import UserError
 
 Span = tuple[int, int]
@@ -167,6 +168,21 @@ Context = Masked | Past
 """Context of a call; ``None`` is a bidirectional one."""
 Contexts = tuple[Context | None, Context | None]
 """Contexts of a conditional and of an unconditional call: each has a past of its own."""
+
+
+def frames_of(condition: Condition, start: int, end: int) -> Condition:
+    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it."""
+    cut = condition.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
+    given = condition.given
+    if given is not None:
+        given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
+    return Condition(cut.tensors, given)
+
+
+def repeated(condition: Condition) -> Condition:
+    """Condition of a video and the same video behind it, for calls that see both."""
+    twice = condition.map(lambda value: torch.cat([value, value], dim=2) if value.ndim == 5 else value)
+    return Condition(twice.tensors)
 
 
 @dataclass(frozen=True)

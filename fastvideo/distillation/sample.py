@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.causal_rollout import roll
-from fastvideo.distillation.chunks import Contexts, Past, Reach, spans
+from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
@@ -167,4 +167,4 @@ class Stream:
         if not isinstance(past[0], Past):
             return self.condition, self.negative
         start, end = past[0].length, past[0].length + x.shape[2]
-        return self.condition.frames(start, end), self.negative.frames(start, end)
+        return frames_of(self.condition, start, end), frames_of(self.negative, start, end)

@@ -101,19 +101,6 @@ class Condition:
         given = None if self.given is None else Given(self.given.mask[index], self.given.clean[index])
         return Condition(self.map(lambda value: value[index]).tensors, given)
 
-    def frames(self, start: int, end: int) -> Condition:
-        """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it."""
-        cut = self.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
-        given = self.given
-        if given is not None:
-            given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
-        return Condition(cut.tensors, given)
-
-    def repeated_frames(self) -> Condition:
-        """Condition of a video and the same video behind it, for calls that see both."""
-        twice = self.map(lambda value: torch.cat([value, value], dim=2) if value.ndim == 5 else value)
-        return Condition(twice.tensors)
-
     def __or__(self, other: Condition) -> Condition:
         """Union, such as of a text and an image, or of the texts of two families."""
         keys = dict.fromkeys((*self.tensors, *other.tensors))

@@ -35,7 +35,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_config,
 )
 from fastvideo.distillation.adapters.diffusers.view import Grid, Part, View, seeing, view_of
-from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs
+from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs, repeated
 from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Tokens
@@ -136,7 +136,7 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
         view = view_of(runs, Grid.of(network, x_t), x_t.device)
         if clean is None:
             return self._call(network, x_t, t, condition, view)
-        both = condition.repeated_frames()
+        both = repeated(condition)
         times = torch.cat([torch.full_like(t, context.clean_time), t], dim=1)
         return self._call(network, torch.cat([clean, x_t], dim=2), times, both, view)[:, :, frames:]
 
