@@ -280,7 +280,7 @@ def local_folder(url: str) -> Path:
     """Fetch a remote folder into the cache, once per machine and content; its processes wait for the first.
 
     Raises:
-        UserError: if there is no file.
+        UserError: if there is no file, or it is one file.
         StorageError: if it cannot be read.
         RunError: if the download was not complete.
     """
@@ -291,6 +291,8 @@ def local_folder(url: str) -> Path:
     found = remote.found()
     if not found:
         raise UserError(f"{url} does not exist: no file is there")
+    if list(found) == [remote.name]:
+        raise UserError(f"{url} is a file, a folder is expected; single files of weights are read from a disk alone")
     key = hashlib.sha256(repr([url.rstrip("/"), fingerprint(found)]).encode()).hexdigest()[:16]
     folder = cache_folder() / "folders" / f"{remote.name}-{key}"
     sizes = {name: int(entry["size"]) for name, entry in found.items()}

@@ -300,7 +300,13 @@ def _caption(file: Place, key: str, files: Mapping[str, tuple[int, int]], stream
                 return " ".join(text.split())
         if "json" in files:
             values = json.loads(decoded(_at(stream, *files["json"]), f"{file}, key {key!r}: .json"))
-            return next((str(values[name]) for name in CAPTION_KEYS if name in values), None)
+            return _text_of(next((values[name] for name in CAPTION_KEYS if name in values), None))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}, key {key!r}: its caption cannot be read ({error})") from error
     return None
+
+
+def _text_of(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"it is a {type(value).__name__}, a text is expected")

@@ -64,6 +64,35 @@ def test_flags_of_torchrun_and_of_the_run_exist() -> None:
     assert {word for word in shlex.split(run) if word.startswith("--")} | {"--resume"} <= ours
 
 
+@pytest.mark.parametrize(
+    ("section", "flags", "resumes"),
+    [
+        ("{every: 2}", [], False),
+        ("{mirror: null}", [], False),
+        ("\n  every: 2\n  mirror: s3://bucket/run", [], True),
+        ("{every: 2}", ["--checkpoint.mirror", "s3://bucket/run"], True),
+    ],
+)
+def test_a_run_with_a_mirror_goes_on_from_it_on_a_new_disk(
+    section: str, flags: list[str], resumes: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    (tmp_path / "run.yaml").write_text(f"checkpoint: {section}\n")
+    done = subprocess.run(
+        ["bash", str(FOLDER / "torchrun.sh"), *flags],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CONFIG": str(tmp_path / "run.yaml"),
+            "OUTPUT": str(tmp_path / "out"),
+        },
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert ("--resume" in done.stdout.split()) is resumes
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_flags_that_are_passed_on_exist(path: Path) -> None:
     passed = set(re.findall(r"--(?:parallel|data|trainer|model)\.[a-z-]+", path.read_text()))

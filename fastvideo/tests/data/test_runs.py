@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from fastvideo.cli import main
 from fastvideo.data.clips import Policy, Size, read_clips
 from fastvideo.data.preprocess import preprocess
+from fastvideo.data.schema import floats
 from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -22,6 +24,7 @@ from fastvideo.distillation.registry import load_adapter, run_schema
 from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.tests.data.conftest import TOY, MakeJob, write_clip
+from fastvideo.tests.data.test_tars import npy, pack
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data, open_source
 from fastvideo.training.run import run
@@ -61,6 +64,27 @@ def test_videos_train(job: MakeJob, values: dict[str, Any], capsys: pytest.Captu
     assert "(5 files) with stored text embeddings, latents: 9 of 4x2x2x4 (CxFxHxW), in batches of 2" in shown
     lines = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
     assert all(line["student/loss"] > 0 for line in lines)
+
+
+def test_tar_shards_train(
+    job: MakeJob, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows of a Parquet dataset as WebDataset has them: the config says that their latents are normalised."""
+    work = job()
+    preprocess(work, workers=1)
+    rows = [row for file in sorted(work.out.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    files = {}
+    for number, row in enumerate(rows):
+        for name in ("vae_latent", "text_embedding"):
+            files[f"{number:04d}.{name}.npy"] = npy(floats(row[f"{name}_bytes"], row[f"{name}_shape"], "float32"))
+        files[f"{number:04d}.txt"] = row["caption"].encode()
+    monkeypatch.setenv("FASTVIDEO_CACHE", str(work.out.parent / "cache"))
+    pack(work.out.parent / "tars" / "0.tar", files)
+    data = values["data"] | {"path": str(work.out.parent / "tars"), "latents": "normalised"}
+    run(config_of(values, data=data))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "training on 9 videos of" in shown
+    assert "(1 file) with stored text embeddings, latents: 9 of 4x2x2x4 (CxFxHxW), in batches of 2" in shown
 
 
 def add_images(videos: Path, count: int = 4) -> None:

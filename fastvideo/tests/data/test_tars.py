@@ -129,6 +129,7 @@ def cut(path: Path, size: int) -> None:
         (lambda file: pack(file, {**sample(2), "0002.latent.pth": pth([1])}), r"key '0002': .* a list, one tensor"),
         (lambda file: pack(file, {"1.txt": b"a", "1.mp4": b"b"}), r"no vae_latent in it; one is expected as KEY\."),
         (lambda file: pack(file, {**sample(1), "0001.txt": b"\xff"}), r"key '0001': \.txt, line 1: not UTF-8"),
+        (lambda file: pack(file, {**sample(2), "0002.json": b'{"text": ["a"]}'}), r"key '0002': .* a list, a text is"),
         (lambda file: pack(file, {}), "holds no sample|cut off"),
     ],
 )  # fmt: skip

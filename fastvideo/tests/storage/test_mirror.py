@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import torch
 
 from fastvideo import storage
 from fastvideo.distillation.config.sections import CheckpointConfig
-from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, complete_checkpoints
+from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, Manifest, complete_checkpoints
+from fastvideo.distillation.engine.checkpoint.restore import newest
 from fastvideo.distillation.engine.optional import mirror as mirror_module
 from fastvideo.distillation.engine.optional.mirror import Mirror, checkpoints_at, complete, fetch_newest, listed
+from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.errors import RunError, UserError
+from fastvideo.files import write_file
 from fastvideo.storage import Remote
+from fastvideo.tests.launch import in_world
 from fastvideo.tests.storage.server import Proxy
 from fastvideo.tests.training.conftest import analytic_values  # noqa: F401
 from fastvideo.tests.training.test_run import config_of, result
@@ -157,3 +162,38 @@ def test_killed_at_any_byte_of_an_upload_the_mirror_is_complete_or_absent(
         shutil.rmtree(tmp_path / f"copy-{round_}", ignore_errors=True)
         assert fetch_newest(root, tmp_path / f"copy-{round_}", -1) == (4, [])
     assert len(complete_checkpoints(checkpoints(values))) == 2
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """A complete checkpoint with one file."""
+    target = folder / f"step-{step}"
+    target.mkdir(parents=True)
+    record = write_file(target / "process-1.json", [f"{step}".encode()])
+    Manifest(step, (), 2, 1, "cpu", "", {}, 0, {"process-1.json": record}).write(target)
+    return target
+
+
+def newest_of(rank: int, size: int, folder: Path, mirror: str) -> tuple[str, list[str]]:
+    """What one of several processes resumes from, or its error, and what it says."""
+    processes, said = Processes(rank, size, torch.device("cpu")), list[str]()
+    try:
+        return str(newest(folder, processes, said.append, mirror)), said
+    except UserError as error:
+        return str(error), said
+
+
+def test_all_processes_take_the_newest_of_folder_and_mirror_or_one_error(tmp_path: Path) -> None:
+    """Damaged in the mirror, intact in the mirror, intact here, damaged here; and a mirror that is no URL."""
+    here, there = tmp_path / "run" / "checkpoints", tmp_path / "mirror" / "checkpoints"
+    for folder, step in ((there, 8), (there, 6), (here, 4), (here, 5)):
+        checkpoint_at(folder, step)
+    for damaged in (there / "step-8", here / "step-5"):
+        (damaged / "process-1.json").write_bytes(b"9")
+    call = partial(newest_of, folder=here, mirror=f"file://{tmp_path}/mirror")
+    first, second = in_world(2, call, tmp_path / "world")
+    assert first == second
+    assert first[0] == str(here / "step-6")
+    assert [line.rpartition(": ")[0].rpartition("/")[2] for line in first[1]] == ["step-5", "step-8"]
+    found = in_world(2, partial(newest_of, folder=here, mirror="bucket/run"), tmp_path / "world2")
+    message = "checkpoint.mirror: 'bucket/run' is no URL; one such as s3://bucket/run is expected"
+    assert [text for text, _ in found] == [message, message]

@@ -156,6 +156,9 @@ def test_what_is_not_there_or_not_allowed_is_one_message(bucket: str, monkeypatc
         dataset_files(f"{bucket}/nothing")
     with pytest.raises(UserError, match="does not exist"):
         resolve_pipeline(f"{bucket}/nothing", ("WanPipeline",))
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/wan.safetensors", b"weights")
+    with pytest.raises(UserError, match="is a file, a folder is expected"):
+        resolve_pipeline(f"{bucket}/wan.safetensors", ("WanPipeline",))
     with pytest.raises(UserError, match=r"prompts\.txt"):
         read_prompts(f"{bucket}/prompts.txt")
     with pytest.raises(UserError, match=r"s4://: unknown protocol"):
