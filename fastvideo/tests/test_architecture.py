@@ -19,7 +19,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_FUNCTION, MAX_METHOD = 60, 150
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "annotated_types": "annotated-types",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+}
 METHODS_NEVER = ("diffusers", "transformers", "peft")
 
 

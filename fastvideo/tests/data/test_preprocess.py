@@ -182,7 +182,7 @@ def test_the_command_says_what_it_did_and_how_it_went(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "0"], "--workers must be from 1 to 1024, got 0"),
         (["--fps", "-1"], "--fps must be above 0"),
         (["--buckets", "16x16"], "is not HEIGHTxWIDTHxFRAMES"),
         (["--buckets", "16x20x5"], "width must be a multiple of 16"),
