@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,11 @@ class Denoiser:
         """
         given = condition.given
         seen, times = self._network_input(x_t, t, condition)
-        down_to = r if r is None or given is None else given.times(r)
-        u = self.adapter.velocity(self.network, seen, times, condition, r=down_to, context=context)
+        # A family without flow maps or chunks need not know these arguments.
+        options: dict[str, Any] = {} if context is None else {"context": context}
+        if r is not None:
+            options["r"] = r if given is None else given.times(r)
+        u = self.adapter.velocity(self.network, seen, times, condition, **options)
         return u if given is None else x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
 
     def flow_map(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
