@@ -1,7 +1,8 @@
 """The VAE of the streaming world: the shipped one, trained on until it holds for videos of any length.
 
 Causal convolutions that only saw nine frames never saw full caches: the shipped VAE is at 20.7 dB on 129 frames, where
-it is at 36.1 dB on nine. Videos of :func:`fastvideo.tiny.world.torus` teach it.
+it is at 36.1 dB on nine. Videos of :func:`fastvideo.tiny.world.torus` teach it, up to the length that they have: see
+docs/log.md.
 """
 
 from __future__ import annotations
