@@ -41,18 +41,30 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file; a pickle is read as tensors alone.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or holds anything else.
     """
     try:
         if file.suffix != ".safetensors":
-            return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
+            return _tensors_alone(file, dict(torch.load(file, map_location="cpu", weights_only=True))), {}
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+    except UserError:
+        raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read as a file of weights: {first}") from error
+
+
+def _tensors_alone(file: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    other = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise UserError(
+            f"{file} holds more than tensors by name, such as a training's checkpoint does ({', '.join(other[:5])}): "
+            f"save the weights alone, as .safetensors"
+        )
+    return content
 
 
 def load_single_file(network: nn.Module, path: str) -> None:
