@@ -36,6 +36,10 @@ Row = tuple[str, str, list[str]]
 """Place in the file, such as ``line 3``; file name; captions."""
 
 
+class NoCaptionsError(UserError):
+    """A file whose columns or keys are not those of captions."""
+
+
 def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
     """Captions by file name as written; an empty caption stands for none.
 
@@ -90,7 +94,7 @@ def _header(label: str, line: str) -> tuple[str, list[str]]:
         if None not in _columns(header):
             return separator, header
     found = ", ".join(next(csv.reader([line]), []))
-    raise UserError(
+    raise NoCaptionsError(
         f"{label}: its first line must name the columns, one of {', '.join(NAME_KEYS)} and one of "
         f"{', '.join(CAPTION_KEYS)}; found {found or 'nothing'}"
     )
@@ -187,10 +191,11 @@ def _parse_json(label: str, text: str) -> Any:
 def _json_row(label: str, place: str, value: Any) -> Row:
     keys = {_key(key): value[key] for key in reversed(value)} if isinstance(value, Mapping) else {}
     name = next((keys[key] for key in NAME_KEYS if key in keys), None)
-    caption = next((keys[key] for key in CAPTION_KEYS if key in keys), None)
-    texts = caption if isinstance(caption, list) else [caption]
-    if not isinstance(name, str) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(
+    written = [keys[key] for key in CAPTION_KEYS if key in keys]
+    caption = written[0] if written else None
+    texts = caption if isinstance(caption, list) else [] if caption is None else [caption]
+    if not isinstance(name, str) or not written or not all(isinstance(text, str) for text in texts):
+        raise (UserError if written else NoCaptionsError)(
             f"{label}, {place}: an object with one of {', '.join(NAME_KEYS)} and one of {', '.join(CAPTION_KEYS)} is "
             f"expected, both texts (or several captions in a list)"
         )

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fastvideo.data.caption_files import READERS, read_captions
-from fastvideo.data.stills import IMAGE_SUFFIXES
+from fastvideo.data.caption_files import READERS, NoCaptionsError, read_captions
+from fastvideo.data.stills import IMAGE_SUFFIXES, is_image
 from fastvideo.errors import UserError, did_you_mean, see
 from fastvideo.texts import read_text, same_name, shown_name
 
@@ -20,6 +20,7 @@ CAPTION_FILES = (
     ("videos2caption.json",),
 )
 """Default caption files, in the folder of videos; the first group that is there counts."""
+POSTER = "an image beside a video of the same name is its poster: name it in a caption file to take it as data"
 SHOWN = 3
 """Most wrong entries in a message."""
 
@@ -48,16 +49,37 @@ def find_videos(folder: Path, captions: Path | None = None, seed: int = 0) -> li
             an absent one.
     """
     paths, files = video_files(folder)
-    source = captions or _caption_file(folder)
-    if source is None:
-        videos = _with_sidecars(paths, files)
-    else:
-        texts = _by_video(source, seed, paths, folder)
-        videos = [_captioned(paths[name], name, texts.get(name, ""), source) for name in sorted(paths)]
+    videos = _with_captions(captions or _caption_file(folder), captions is None, seed, paths, files, folder)
     if all(video.problem for video in videos):
-        found = f"{videos[0].problem}{_texts_found(folder, files)}"
+        own = next((video for video in videos if video.problem != POSTER), videos[0])
+        found = f"{own.problem}{_texts_found(folder, files)}"
         raise UserError(f"none of {len(videos)} videos has a caption: {found}{see('no-video-has-a-caption')}")
-    return videos
+    return sorted([*videos, *_lost_folders(folder, files)], key=lambda video: video.name)
+
+
+def _with_captions(
+    source: Path | None, default: bool, seed: int, paths: dict[str, Path], files: list[Path], folder: Path
+) -> list[Video]:
+    """Videos with the captions of ``source``, or of the text files beside them.
+
+    A default file without captions, such as a camera's ``metadata.csv``, is no caption file if there are text files.
+    """
+    if source is None:
+        return _with_sidecars(paths, files)
+    try:
+        texts = _by_video(source, seed, paths, folder)
+    except NoCaptionsError:
+        videos = _with_sidecars(paths, files)
+        if default and source.name in CAPTION_FILES[1] and any(video.caption for video in videos):
+            return videos
+        raise
+    return [_captioned(paths[name], name, texts.get(name, ""), source) for name in sorted(paths)]
+
+
+def _lost_folders(folder: Path, files: list[Path]) -> list[Video]:
+    """Links without a suffix that lead nowhere: those to folders of a disk that is not mounted."""
+    lost = [path for path in files if not path.suffix and path.name[0] != "." and path.is_symlink()]
+    return [Video(path, shown_name(str(path.relative_to(folder))), problem=_lost(path)) for path in lost if _lost(path)]
 
 
 def video_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
@@ -121,9 +143,13 @@ def _texts_found(folder: Path, files: list[Path]) -> str:
 
 def _with_sidecars(paths: dict[str, Path], files: list[Path]) -> list[Video]:
     """Videos with the captions of the text files beside them, whose names may spell accents in another way."""
-    texts = {same_name(str(path)): path for path in files if path.suffix.lower() == ".txt"}
+    texts = {same_name(str(path.with_suffix(".txt"))): path for path in files if path.suffix.lower() == ".txt"}
+    moving = {same_name(str(path.with_suffix(""))) for path in paths.values() if not is_image(path)}
     videos = []
     for name, path in sorted(paths.items()):
+        if is_image(path) and same_name(str(path.with_suffix(""))) in moving:
+            videos.append(Video(path, name, problem=POSTER))
+            continue
         wanted = path.with_suffix(".txt")
         text = wanted if wanted.is_file() else texts.get(same_name(str(wanted)), wanted)
         videos.append(_with_sidecar(path, name, text))

@@ -24,8 +24,10 @@ def check_column(schema: pa.Schema, column: str) -> None:
     """Check that a column has the values that its name demands, in any form.
 
     Raises:
-        UserError: if it is missing or of another type.
+        UserError: if it is missing, there twice or of another type.
     """
+    if schema.names.count(column) > 1:
+        raise UserError(f"column {column!r} is there {schema.names.count(column)} times")
     if column not in schema.names:
         raise UserError(f"column {column!r} is missing; it has {', '.join(schema.names)}")
     found, wanted = schema.field(column).type, _wanted(column)

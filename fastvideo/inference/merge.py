@@ -45,7 +45,8 @@ def _network(loaded: LoadedModel, path: str | None) -> nn.Module:
     if path is None:
         return loaded.network
     if not is_single_file(path):
-        raise UserError(f"--network {path!r}: a file of weights (.safetensors, .pth, ...) is expected")
+        lost = "" if Path(path).exists() else " does not exist"
+        raise UserError(f"--network {path!r}{lost}: a file of weights (.safetensors, .pth, ...) is expected")
     return loaded.adapter.folder.load_network(path).requires_grad_(False)
 
 

@@ -101,7 +101,7 @@ def test_alpha_is_folded(subject: Subject, layout: str, tmp_path: Path) -> None:
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 4 * RANK})}
     else:
         layers = {name.removesuffix(own.down) for name in tensors if name.endswith(own.down)}
-        tensors |= {f"{layer}.alpha": torch.tensor(4.0 * RANK) for layer in layers}
+        tensors |= {f"{layer}.alpha": torch.tensor(4 * RANK) for layer in layers}
     save_file(tensors, file, metadata=metadata)
     found, plain = subject.read(tmp_path), subject.factors()
     assert all(torch.equal(up, 4 * plain[layer][1]) for layer, (_, up) in found.factors.items())
@@ -112,6 +112,68 @@ def test_rank_stabilised_alpha(wan: Subject, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 2, "use_rslora": True}))
     layer = wan.layers[0]
     torch.testing.assert_close(wan.read(file).factors[layer][1], wan.factors()[layer][1] * (2 / RANK**0.5))
+
+
+def test_alphas_of_some_layers_are_patterns(wan: Subject, tmp_path: Path) -> None:
+    """As peft matches them: regular expressions over the end of a layer's name, the first that fits."""
+    file = written(wan, "peft", tmp_path)
+    config = {"r": RANK, "lora_alpha": RANK, "alpha_pattern": {r"blocks\.0\..*\.to_q": 2 * RANK, "to_q": 3 * RANK}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    found, plain = wan.read(file).factors, wan.factors()
+    for layer, times in {"blocks.0.attn1.to_q": 2, "blocks.1.attn1.to_q": 3, "blocks.0.attn1.to_k": 1}.items():
+        torch.testing.assert_close(found[layer][1], times * plain[layer][1])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "adapter_config.json: not JSON"),
+        ("[1]", "adapter_config.json: an object is expected, got a list"),
+        ('{"lora_alpha": "auto"}', "lora_alpha 'auto', a finite number"),
+        ('{"lora_alpha": 2, "alpha_pattern": {"to_q": NaN}}', "lora_alpha nan, a finite number"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_one_message(wan: Subject, config: str, message: str, tmp_path: Path) -> None:
+    file = written(wan, "peft", tmp_path)
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        wan.read(file)
+    save_file(load_file(file), tmp_path / "own.safetensors", metadata={"lora_adapter_metadata": "{"})
+    with pytest.raises(UserError, match="lora_adapter_metadata in its header: not JSON"):
+        wan.read(tmp_path / "own.safetensors")
+
+
+SPOILT: dict[str, tuple[Any, str]] = {
+    "nan": (lambda name, tensor: {name: tensor * float("nan")}, "is not finite"),
+    "whole numbers": (lambda name, tensor: {name: tensor.to(torch.int8)}, "is int8; finite floating-point"),
+    "alphas": (
+        lambda name, tensor: {name: tensor.repeat(2) if name.endswith("alpha") else tensor},
+        "has 2 alphas, one is expected",
+    ),
+    "no rank": (lambda name, tensor: {name: tensor[:0] if "down" in name else tensor[:, :0]}, "do not fit it"),
+    "twice": (
+        lambda name, tensor: {name: tensor, name.replace("lora_unet_", "diffusion_model."): tensor.clone()},
+        "is there twice, under two spellings",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_tensors_that_would_spoil_a_network_are_refused(wan: Subject, kind: str, tmp_path: Path) -> None:
+    file = written(wan, "kohya", tmp_path)
+    change, message = SPOILT[kind]
+    tensors = load_file(file)
+    if kind == "no rank":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("alpha")}
+    save_file({key: v.contiguous() for n, t in tensors.items() for key, v in change(n, t).items()}, file)
+    with pytest.raises(UserError, match=message):
+        wan.read(file)
+
+
+def test_a_checkpoint_of_a_training_is_no_file_of_tensors(wan: Subject, tmp_path: Path) -> None:
+    torch.save({"generator_ema": load_file(written(wan, "comfy", tmp_path)), "step": 3}, tmp_path / "step.pt")
+    with pytest.raises(UserError, match=r"more than tensors by name.*\(generator_ema, step\): save the weights alone"):
+        wan.read(tmp_path / "step.pt")
 
 
 def test_merging_is_what_peft_computes(subject: Subject, tmp_path: Path) -> None:

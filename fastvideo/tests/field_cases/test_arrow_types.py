@@ -94,3 +94,10 @@ def test_every_form_of_the_same_values_reads_alike(form: str, tmp_path: Path) ->
 def test_other_values_are_one_message(column: str, values: pa.Array, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         opened(tmp_path / "a.parquet", column, values).captions()
+
+
+def test_a_column_that_is_there_twice_is_one_message(tmp_path: Path) -> None:
+    """As a join of two tables leaves it."""
+    pq.write_table(pa.table(PLAIN).append_column("caption", PLAIN["caption"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: column 'caption' is there 2 times"):
+        ParquetSource(str(tmp_path / "a.parquet"), DataRequirements(SIZE))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.data.caption_files import read_captions
-from fastvideo.data.captions import find_videos
+from fastvideo.data.captions import POSTER, find_videos
 from fastvideo.data.prompts import read_prompts
 from fastvideo.errors import UserError
 
@@ -75,7 +75,7 @@ def test_a_table_that_could_be_read_wrongly_is_refused_with_its_line(text: str, 
         ("[" * 100_000, "not JSON"),
         ('{"file": "a.mp4", "caption": ' + "1" * 5000 + "}", "line 1: not JSON that can be read"),
         ('\n{"file": "a.mp4", "caption": "\\ud83d"}', "line 2: .* is half a character"),
-        ('{"file": "a.mp4", "caption": []}', "several captions in a list"),
+        ('{"file": "a.mp4", "caption": [3]}', "several captions in a list"),
         ('[{"file": "a.mp4", "caption": "x"}, 3]', "entry 2: an object"),
         ('[{"file": "a.mp4",\n "caption" "x"}]', "not JSON .*line 2"),
     ],
@@ -175,6 +175,57 @@ def test_a_link_without_its_file_is_listed(tmp_path: Path) -> None:
     (folder / "a.txt").write_text("a cat")
     os.symlink(folder / "gone.mp4", folder / "b.mp4")
     assert found(folder) == {"a.mp4": "a cat", "b.mp4": f"a link to {folder}/gone.mp4, which does not exist"}
+
+
+def test_a_link_to_a_folder_that_is_gone_is_listed(tmp_path: Path) -> None:
+    """As on a machine that has not mounted the disk; one to a text file concerns its video alone."""
+    folder = videos_in(tmp_path, "z.mp4")
+    (folder / "z.txt").write_text("a cat")
+    os.symlink(folder / "store", folder / "sub")
+    os.symlink(folder / "store.txt", folder / "notes.txt")
+    assert found(folder) == {"sub": f"a link to {folder}/store, which does not exist", "z.mp4": "a cat"}
+
+
+def test_a_poster_is_no_data_unless_a_caption_file_names_it(tmp_path: Path) -> None:
+    folder = videos_in(tmp_path, "a.mp4", "a.jpg", "b.jpg")
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("a cat")
+    assert found(folder) == {"a.jpg": POSTER, "a.mp4": "a cat", "b.jpg": "a cat"}
+    (folder / "captions.csv").write_text("file_name,caption\na.jpg,one\na.mp4,two\nb.jpg,three\n")
+    assert found(folder) == {"a.jpg": "one", "a.mp4": "two", "b.jpg": "three"}
+
+
+def test_videos_with_posters_and_no_captions_are_told_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none of 2 videos has a caption: no caption: a\.txt does not exist"):
+        find_videos(videos_in(tmp_path, "a.jpg", "a.mp4"))
+
+
+def test_a_suffix_in_capitals_is_a_text_file_too(tmp_path: Path) -> None:
+    folder = videos_in(tmp_path, "A.MP4")
+    (folder / "A.TXT").write_text("a cat")
+    assert found(folder) == {"A.MP4": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("metadata.csv", "file_name,fps\na.mp4,8\n"), ("metadata.json", '{"fps": 8}')]
+)
+def test_metadata_without_captions_are_no_caption_file(name: str, text: str, tmp_path: Path) -> None:
+    folder = videos_in(tmp_path, "a.mp4")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.* one of caption, text, prompt, cap"):
+        find_videos(folder)
+    (folder / "a.txt").write_text("a cat")
+    assert found(folder) == CAT
+    with pytest.raises(UserError, match=name):
+        find_videos(folder, folder / name)
+
+
+@pytest.mark.parametrize("none", ["null", '""', "[]"])
+def test_no_caption_in_json_concerns_its_video_alone(none: str, tmp_path: Path) -> None:
+    folder = videos_in(tmp_path, "a.mp4", "b.mp4")
+    lines = ['{"path": "a.mp4", "cap": "a cat"}', f'{{"path": "b.mp4", "cap": {none}}}']
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    assert found(folder) == {**CAT, "b.mp4": "no caption in captions.jsonl"}
 
 
 def test_a_name_that_is_no_text_is_shown_by_its_bytes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -116,7 +117,7 @@ def try_argument(verb: str, name: str, word: str) -> None:
         return
     value = vars(parsed)[name]
     for one in value if isinstance(value, tuple) else (value,):
-        assert one is None or math.isfinite(one)
+        assert one is None or isinstance(one, Path) or math.isfinite(one)  # evaluate --prompts takes a file too
 
 
 def fields_of(schema: type[Section], before: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from fastvideo.cli import main
 from fastvideo.data.clips import Policy, Size, read_clips
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -69,3 +73,13 @@ def test_what_is_transparent_is_black_and_hides_its_colour() -> None:
     frames = first("interlaced-and-alpha/alpha.webm")
     assert frames[:, :, :40].max() <= 8
     assert frames[:, :, 56:].max() > 200
+
+
+def test_images_are_data_among_videos(tmp_path: Path) -> None:
+    """In one folder, named in its caption file: F = 1 for the image, and a bucket of its own."""
+    shutil.copy(INPUTS / "mirrored-display-matrix/base.mp4", tmp_path / "v.mp4")
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "i.png")
+    (tmp_path / "captions.csv").write_text("file_name,caption\ni.png,a red one\nv.mp4,a red one\n")
+    assert main(["preprocess", str(tmp_path), "--model", "tiny", "--out", str(tmp_path / "out")]) == 0
+    rows = pq.read_table(tmp_path / "out/videos-00000.parquet").to_pylist()
+    assert {(row["media_type"], row["vae_latent_shape"][1]) for row in rows} == {("image", 1), ("video", 3)}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvideo.cli import main
+from fastvideo.distillation.adapters.diffusers.single_file import dequantised
 from fastvideo.distillation.adapters.export.lora import LAYOUTS
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import config_of
@@ -210,12 +211,24 @@ def test_scaled_fp8_is_read_for_frozen_roles(
         built(values)
 
 
+def test_scales_belong_to_rows() -> None:
+    """A square weight with a scale for each output: broadcasting alone would scale its inputs."""
+    weight, scale = torch.ones(2, 2).to(torch.float8_e4m3fn), torch.tensor([2.0, 3.0])
+    for shape in ((2,), (2, 1)):
+        found = dequantised("a", {"x.weight": weight, "x.weight_scale": scale.reshape(shape)})
+        assert found["x.weight"].tolist() == [[2, 2], [3, 3]]
+    with pytest.raises(UserError, match=r"a: x\.weight: a scale of shape \(3,\) for \(2, 2\) is not known"):
+        dequantised("a", {"x.weight": weight, "x.weight_scale": torch.ones(3)})
+
+
 def test_single_files_that_do_not_fit(values: dict[str, Any], one_file: Path, tmp_path: Path) -> None:
     names = load_file(one_file)
+    bias = names["head.head.bias"]
     changes = {
         "1 missing": {k: v for k, v in names.items() if k != "blocks.0.self_attn.q.weight"},
         "1 unknown": names | {"vace_blocks.0.bias": torch.zeros(1)},
         "1 tensors do not fit": names | {"head.head.bias": torch.zeros(1)},
+        r"changed\.safetensors: .* holds int8 numbers": names | {"head.head.bias": bias.to(torch.int8)},
     }
     for message, tensors in changes.items():
         save_file(tensors, tmp_path / "changed.safetensors")
@@ -240,6 +253,7 @@ def test_merge_mistakes(base: Path, style: LoRAFile, tmp_path: Path, capsys: pyt
         ("--lora", f"{style.source}:nan"): "a finite weight is expected",
         ("--lora", "none.safetensors"): "none.safetensors does not exist",
         ("--network", str(base)): "a file of weights",
+        ("--network", "none.safetensors"): "'none.safetensors' does not exist: a file of weights",
     }.items():
         assert main(["merge", str(base), *options, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err

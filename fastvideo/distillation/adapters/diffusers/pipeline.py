@@ -146,7 +146,8 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     _check_links(folder)
     index = folder / "model_index.json"
     if not index.is_file():
-        what = "has no model_index.json" if folder.is_dir() else "does not exist"
+        there = "has no model_index.json" if folder.is_dir() else "is a file"
+        what = there if folder.exists() else "does not exist"
         lora = f"; {ADAPTER_HINT}" if folder.is_dir() and _holds_adapter(folder) else ""
         raise UserError(f"model folder {path!r} {what}: {EXPECTED}{lora}")
     content = json.loads(index.read_text(encoding="utf-8"))

@@ -41,18 +41,30 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file; a pickle is read as tensors alone.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or holds anything else.
     """
     try:
         if file.suffix != ".safetensors":
-            return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
+            return _tensors_alone(file, dict(torch.load(file, map_location="cpu", weights_only=True))), {}
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+    except UserError:
+        raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read as a file of weights: {first}") from error
+
+
+def _tensors_alone(file: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    other = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise UserError(
+            f"{file} holds more than tensors by name, such as a training's checkpoint does ({', '.join(other[:5])}): "
+            f"save the weights alone, as .safetensors"
+        )
+    return content
 
 
 def load_single_file(network: nn.Module, path: str) -> None:
@@ -61,7 +73,7 @@ def load_single_file(network: nn.Module, path: str) -> None:
     Raises:
         UserError: if the file cannot be read, or names or shapes differ after the conversion to diffusers' names.
     """
-    state = in_diffusers(type(network).__name__, dequantised(load_tensors(Path(path))[0]))
+    state = in_diffusers(type(network).__name__, dequantised(path, load_tensors(Path(path))[0]))
     own = network.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
@@ -89,16 +101,32 @@ def in_diffusers(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return dict(convert(checkpoint=stripped))
 
 
-def dequantised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 weights of fp8 ones times their scales; other tensors as they are."""
+def dequantised(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 weights of fp8 ones times their scales; other tensors as they are.
+
+    Raises:
+        UserError: for weights that are quantised in another way.
+    """
     scales = {name.removesuffix(s): value for name, value in state.items() for s in SCALES if name.endswith(s)}
     dropped = (*SCALES, *INPUT_SCALES, *MARKS)
     found = {}
     for name, tensor in state.items():
         if name.endswith(dropped):
             continue
-        layer = name.removesuffix(".weight")
-        if tensor.dtype in FLOAT8:
-            tensor = tensor.float() * scales[layer].float() if layer in scales else tensor.float()
-        found[name] = tensor
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name} holds {kind} numbers: of quantised files, those in scaled fp8 alone are read"
+            )
+        scale = scales.get(name.removesuffix(".weight"))
+        found[name] = tensor.float() * _scale_of(f"{path}: {name}", tensor, scale) if tensor.dtype in FLOAT8 else tensor
     return found
+
+
+def _scale_of(name: str, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The factor of a weight, which broadcasts over it: one for all, or one for each of its rows."""
+    if scale is None or scale.numel() == 1:
+        return torch.ones(()) if scale is None else scale.float().reshape(())
+    if scale.numel() != weight.shape[0]:
+        raise UserError(f"{name}: a scale of shape {tuple(scale.shape)} for {tuple(weight.shape)} is not known")
+    return scale.float().reshape(-1, *[1] * (weight.ndim - 1))

@@ -15,6 +15,7 @@ of its spellings, and a name that none of them explains is an error.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import load_tensors
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import did_you_mean
+from fastvideo.texts import read_text
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "unet.", "")
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight")
@@ -149,9 +151,9 @@ def _sorted_parts(
         if kind is None or layer is None or changed not in parameters:
             unknown.append(name)
         elif kind in DIFFERENCES:
-            parts.differences[changed] = tensor
+            _add(file, name, parts.differences, changed, tensor)
         else:
-            parts.low_rank.setdefault(layer, {})[kind] = tensor
+            _add(file, name, parts.low_rank.setdefault(layer, {}), kind, tensor)
     if unknown:
         hint = did_you_mean(_stems(_split(unknown[0])[0])[0], list(known))
         raise UserError(
@@ -159,6 +161,16 @@ def _sorted_parts(
             f"{', '.join(sorted(unknown)[:5])}{hint}"
         )
     return parts
+
+
+def _add(file: Path, name: str, found: dict[str, Tensor], key: str, tensor: Tensor) -> None:
+    if key in found:
+        raise UserError(f"{file}: {name} is there twice, under two spellings of its layer: merge the parts one by one")
+    number = tensor.is_floating_point() or key == "alpha"  # kohya's scripts write whole alphas
+    if not number or not tensor.float().isfinite().all():
+        kind = "not finite" if number else str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {name} is {kind}; finite floating-point numbers are expected")
+    found[key] = tensor
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -188,11 +200,13 @@ def _factors(
     shape = shapes.get(f"{layer}.weight", ())
     rank = down.shape[0]
     wanted = (shape[0], rank), (rank, torch.Size(shape[1:]).numel()) if shape else ()
-    if not shape or (tuple(up.shape), tuple(down.shape)) != wanted:
+    if not shape or not rank or (tuple(up.shape), tuple(down.shape)) != wanted:
         raise UserError(
             f"{file}: the layer {layer} is {tuple(shape)} in this network; B {tuple(up.shape)} and A "
             f"{tuple(down.shape)} do not fit it"
         )
+    if "alpha" in found and found["alpha"].numel() != 1:
+        raise UserError(f"{file}: the layer {layer} has {found['alpha'].numel()} alphas, one is expected")
     stored = float(found["alpha"]) if "alpha" in found else None
     factor = scale.of(layer, rank, stored)
     return down, up if factor == 1.0 else up.float() * factor
@@ -207,21 +221,35 @@ def _scale_beside(file: Path, metadata: Mapping[str, str]) -> Scale:
     """Scale from peft's ``adapter_config.json`` beside the file, or from the header that diffusers writes."""
     beside = file.parent / PEFT_CONFIG
     if beside.is_file() and file.name == FILES[1]:
-        return _peft_scale(json.loads(beside.read_text(encoding="utf-8")), file)
+        return _peft_scale(_json_object(read_text(beside, str(beside)), str(beside)), file)
     if PEFT_METADATA in metadata:
-        own = json.loads(metadata[PEFT_METADATA])
+        own = _json_object(metadata[PEFT_METADATA], f"{file}: {PEFT_METADATA} in its header")
         return _peft_scale({key.removeprefix("transformer."): value for key, value in own.items()}, file)
     return NO_SCALE
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: an object is expected, got a {type(found).__name__}")
+    return found
 
 
 def _peft_scale(config: Mapping[str, Any], file: Path) -> Scale:
     if config.get("use_dora"):
         raise UserError(f"{file} is a DoRA (its config says so); plain LoRA files are read alone")
     patterns = config.get("alpha_pattern") or {}
+    for value in (*patterns.values(), config.get("lora_alpha")):
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{file}: its config says lora_alpha {value!r}, a finite number is expected")
 
     def alpha(layer: str) -> float | None:
-        named = [value for pattern, value in patterns.items() if f".{layer}".endswith(f".{pattern}")]
-        value = named[0] if named else config.get("lora_alpha")
+        from peft.utils.other import get_pattern_key
+
+        value = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
         return None if value is None else float(value)
 
     return Scale(alpha, bool(config.get("use_rslora")))
