@@ -49,7 +49,7 @@ test: $(READY) ## run the fast tests (one topic: make test PYTEST_ARGS="-k dmd2"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not nightly" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 field-cases: $(READY) ## run the kept cases of what people brought: odd captions, videos, weights, numbers, ...
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q fastvideo/tests/field_cases -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not nightly" fastvideo/tests/field_cases -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## run the tests marked slow: layouts against one process, torchrun, lost ranks, compilation, ...
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not nightly" -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
