@@ -26,7 +26,9 @@ set -euo pipefail
 OUTPUT=${OUTPUT:-outputs/launched}
 RESUME=()
 # With a mirror also on a disk that is new: the run goes on from its newest checkpoint there, or begins if there is none.
-if [ -e "$OUTPUT/config.yaml" ] || [[ " $*" == *" --checkpoint.mirror "* ]] || grep -Eqs '^ +mirror: *[^ ]+://' "$CONFIG"; then
+if [ -e "$OUTPUT/config.yaml" ] ||
+  [[ " $*" == *" --checkpoint.mirror"[\ =]* ]] ||
+  grep -Eqs '^[^#]*\bmirror: *[^ #]+://' "$CONFIG"; then
   RESUME=(--resume)
 fi
 

@@ -102,8 +102,8 @@ def read_task_prompts(arguments: EvaluateArguments) -> Prompts:
     from fastvideo.evaluation.judge import Judge
     from fastvideo.inference.loading import load_recipe
 
-    if isinstance(arguments.prompts, Path):
-        return Prompts(tuple(read_prompts(str(arguments.prompts))), None)
+    if isinstance(arguments.prompts, str):
+        return Prompts(tuple(read_prompts(arguments.prompts)), None)
     spec = next(iter(row_specs([arguments.teacher or ""]).values()))
     if spec.folder not in EMBEDDED and load_recipe(spec.folder).get("model", {}).get("path") not in EMBEDDED:
         raise UserError(f"--prompts FILE: {spec.folder} needs prompts of its own world, one per line in a text file")

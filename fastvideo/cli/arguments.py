@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -14,6 +15,8 @@ from fastvideo.errors import UserError, see
 from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens, holds, shown
 
 T = TypeVar("T")
+FLATTENED_URL = re.compile(r"([a-z][a-z0-9+.-]+):/")
+"""Beginning of a path that was made of a URL."""
 
 INT = tyro.conf.arg(metavar="INT", help_behavior_hint="")
 FLOAT = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
@@ -33,12 +36,22 @@ def parse(arguments: type[T], argv: Sequence[str], verb: str) -> T:
     """Parse the arguments of a verb.
 
     Raises:
-        UserError: for a number outside of its range.
+        UserError: for a number outside of its range, or a URL in place of a path.
         SystemExit: after ``--help``, or for arguments that do not exist.
     """
     parsed = tyro.cli(arguments, args=list(argv), prog=f"fastvideo {verb}")
     check_ranges(parsed)
+    _check_local(parsed)
     return parsed
+
+
+def _check_local(parsed: object) -> None:
+    """Refuse a URL where only a path on a disk is possible: a folder of the name ``s3:`` would be made here."""
+    for name, found in vars(parsed).items():
+        for value in found if isinstance(found, tuple) else (found,):
+            if isinstance(value, Path) and (flat := FLATTENED_URL.match(str(value))):
+                url = f"{flat[1]}://{str(value)[flat.end() :]}"
+                raise UserError(f"{name.replace('_', '-')}: {url} is a URL, and a path on a disk is expected")
 
 
 def check_ranges(parsed: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ class DoctorArguments:
     """Check driver, torch, packages, disks and output folder; exit code 1 if something will not work."""
 
     config: OptionalFile = None
-    """A run's YAML file, or a recipe's name: check also what it asks for (CUDA, compiled blocks, its model)."""
+    """A run's YAML file, or a recipe's name: check also what it asks for (CUDA, compiled blocks, model, URLs)."""
     out: OptionalPath = None
     """Folder that a run will write to. Default: the config's, else `outputs`."""
     json: Switch = False
@@ -73,4 +73,16 @@ def wishes_of(config: Path | None, out: Path | None) -> Wishes:
     model = wanted.model.model_dump()
     path = str(model.get("path", ""))
     hub = path if path.count("/") == 1 and not Path(path).exists() else None
-    return Wishes(out or Path(wanted.output), wanted.device == "cuda", bool(model.get("compile_blocks")), hub)
+    urls = tuple(urls_in(wanted.model_dump(mode="json")))
+    return Wishes(out or Path(wanted.output), wanted.device == "cuda", bool(model.get("compile_blocks")), hub, urls)
+
+
+def urls_in(value: object) -> Iterator[str]:
+    """URLs among the values of a config, at any depth."""
+    from fastvideo.storage import is_remote
+
+    if isinstance(value, str) and is_remote(value):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from urls_in(inner)

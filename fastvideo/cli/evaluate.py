@@ -38,9 +38,9 @@ class EvaluateArguments:
     teacher: OptionalText = None
     """The teacher that judges the models, FOLDER or FOLDER:STEPS: distance from its videos, prompts found, motion and
     looks, all relative to its own. Needs --out, which keeps all samples: the same call again continues."""
-    prompts: Annotated[Samples | Path, tyro.conf.arg(metavar="FILE|INT", help_behavior_hint="")] = 512
-    """Text file with a prompt per line, for --teacher; or how many held-out prompts of the tiny world. All models get
-    the same ones, and the same noise."""
+    prompts: Annotated[Samples | str, tyro.conf.arg(metavar="FILE|URL|INT", help_behavior_hint="")] = 512
+    """Text file (or a URL) with a prompt per line, for --teacher; or how many held-out prompts of the tiny world. All
+    models get the same ones, and the same noise."""
     seed: Seed = 0
     """Seed of prompts and noise."""
     guidance: OptionalGuidance = None

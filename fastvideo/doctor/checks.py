@@ -11,9 +11,11 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from fastvideo.doctor.facts import Facts, Gpu, Torch
+from fastvideo.errors import UserError
 from fastvideo.files import gib
 from fastvideo.mount import MEND, TRIALS, try_folder
 from fastvideo.stopping import GRACE_SINCE, GRACE_VARIABLE
+from fastvideo.storage import place
 
 Level = Literal["ok", "warning", "error"]
 DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -34,12 +36,14 @@ class Wishes:
         compiled: a config compiles blocks.
         model: hub id of a config's model that is no folder here.
         out: folder to write to.
+        urls: at which a config reads or writes, such as ``s3://bucket/run``.
     """
 
     out: Path
     cuda: bool = False
     compiled: bool = False
     model: str | None = None
+    urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Finding:
 def examine(facts: Facts, wishes: Wishes) -> list[Finding]:
     """All findings, in the order in which one would mend them."""
     checks = (packages(facts), cuda(facts, wishes), several(facts), compiler(facts, wishes))
-    return [*(f for check in checks for f in check), *memory(facts), *disk(wishes.out), *hub(facts, wishes)]
+    places = (memory(facts), disk(wishes.out), storage(wishes), hub(facts, wishes))
+    return [finding for check in (*checks, *places) for finding in check]
 
 
 def packages(facts: Facts) -> Iterator[Finding]:
@@ -198,6 +203,17 @@ def _space(subject: str, folder: Path) -> Finding:
         text = f"{gib(free)} free on the disk of {folder}: a checkpoint or a model may not fit"
         return Finding(subject, "warning", text, "make room; `fastvideo plan` says what a run stores")
     return Finding(subject, "ok", f"{gib(free)} free on the disk of {folder}")
+
+
+def storage(wishes: Wishes) -> Iterator[Finding]:
+    """Packages for the URLs of a config; no bucket is asked."""
+    for protocol, url in sorted({url.partition("://")[0]: url for url in wishes.urls}.items()):
+        try:
+            place(url)
+        except UserError as error:
+            yield Finding("storage", "error", str(error))
+        else:
+            yield Finding("storage", "ok", f"{protocol}:// has its package; a run asks the bucket when it starts")
 
 
 def hub(facts: Facts, wishes: Wishes) -> Iterator[Finding]:

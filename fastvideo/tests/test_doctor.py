@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 
 from fastvideo.cli import main
-from fastvideo.doctor.checks import Finding, Wishes, cuda, examine, packages, several
+from fastvideo.doctor.checks import Finding, Wishes, cuda, examine, packages, several, storage
 from fastvideo.doctor.facts import Facts, Torch, gather, read_gpus
 
+RECIPES = Path(__file__).parents[2] / "examples" / "distillation"
 EIGHT = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, 9.0\n" * 8
 """``nvidia-smi`` (:data:`SMI`) on a machine of eight GPUs."""
 NO_DRIVER = (
@@ -126,6 +128,17 @@ def test_a_config_says_what_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in by_subject["model"].mend
     assert main(["doctor", "--config", "no_such_recipe"]) == 2
     assert "no_such_recipe" in capsys.readouterr().err
+
+
+def test_urls_of_a_config_need_their_packages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    text = (RECIPES / "tiny_wan_dmd2.yaml").read_text() + "checkpoint: {mirror: 'gs://bucket/run'}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["doctor", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]) == 1
+    assert "pip install 'fastvideo-distillation[gcs]'" in capsys.readouterr().out
+    assert [finding.level for finding in storage(Wishes(Path(), urls=("s3://bucket/a", "s3://bucket/b")))] == ["ok"]
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,33 @@ def test_flags_that_are_passed_on_exist(path: Path) -> None:
     assert passed <= known_flags("distill")
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "resumes"),
+    [
+        ("checkpoint:\n  mirror: s3://bucket/run\n", [], True),
+        ("checkpoint: {every: 5, mirror: 's3://bucket/run'}\n", [], True),
+        ("seed: 1  # mirror: s3://bucket/run\n", [], False),
+        ("checkpoint:\n  mirror: null\n", [], False),
+        ("seed: 1\n", ["--checkpoint.mirror", "s3://bucket/run"], True),
+        ("seed: 1\n", ["--checkpoint.mirror=s3://bucket/run"], True),
+        ("seed: 1\n", ["--checkpoint.mirror-wait", "5"], False),
+    ],
+)
+def test_a_new_disk_goes_on_from_the_mirror(tmp_path: Path, text: str, flags: list[str], resumes: bool) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    found = {"CONFIG": str(tmp_path / "run.yaml"), "OUTPUT": str(tmp_path / "run")}
+    shown = subprocess.run(
+        ["bash", str(FOLDER / "torchrun.sh"), *flags],
+        env=found | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert ("--resume" in shown.stdout.split()) is resumes
+
+
 def test_slurm_requeues_on_the_exit_code_of_a_stopped_run() -> None:
     from fastvideo.errors import EXIT_PREEMPTED
 

@@ -65,8 +65,9 @@ def test_the_image_copies_what_is_there_and_let_in() -> None:
     for source in sources:
         assert (ROOT / source).exists()
         assert any(source == one or source.startswith(f"{one}/") for one in let_in), source
-    for name in re.findall(r'= "(examples/[^"]+)"|"(examples/[^"]+)" =', (ROOT / "pyproject.toml").read_text()):
-        assert "examples" in sources, name
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for name in wheel["force-include"]:
+        assert any(name == one or name.startswith(f"{one}/") for one in sources), name
 
 
 def test_the_image_runs_without_rights_and_with_an_allowed_python() -> None:

@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, MethodConfig, Section
+from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, LocalFolder, MethodConfig, Section
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
@@ -98,7 +98,7 @@ class DataConfig(Section):
     """Take videos of every size in the dataset, one size per batch; otherwise all must have the model's."""
     size: Samples = 4096
     """Samples of the tiny world per epoch."""
-    cache: Annotated[str, RESUMABLE] = "outputs/cache"
+    cache: Annotated[LocalFolder, RESUMABLE] = "outputs/cache"
     """Folder for latents of the tiny world, and for counts of prompts that are too long."""
     faults: Literal["raise", "skip"] = "raise"
     """Reaction to an unreadable file or row of a dataset: stop with an error, or skip and list it."""
@@ -277,7 +277,7 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """Model family; `fastvideo list` shows all."""
     distill_method: str
     """Algorithm; `fastvideo list` shows all."""
-    output: Annotated[str, RESUMABLE]
+    output: Annotated[LocalFolder, RESUMABLE]
     """Folder of the run; it must be new, unless the run resumes or overwrites it."""
     seed: Seed = 0
     """Seed of every random draw."""

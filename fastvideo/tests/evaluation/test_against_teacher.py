@@ -35,6 +35,8 @@ def prompts(tmp_path: Path) -> Path:
 def evaluate(*folders: str, **options: Any) -> str:
     """The output of ``fastvideo evaluate`` against the tiny teacher at two steps."""
     console = Console(width=200, record=True)
+    if isinstance(options.get("prompts"), Path):
+        options["prompts"] = str(options["prompts"])
     run_evaluate(EvaluateArguments(folders, **{"teacher": "tiny:2", "batch_size": 16, **options}), console)
     return console.export_text()
 
@@ -193,7 +195,7 @@ def test_options_of_a_teacher_need_one() -> None:
     with pytest.raises(UserError, match="--metrics needs --teacher"):
         run_evaluate(EvaluateArguments(("tiny:1",), metrics=("motion",)))
     with pytest.raises(UserError, match="without --teacher the tiny world measures"):
-        run_evaluate(EvaluateArguments(("tiny:1",), prompts=Path("prompts.txt")))
+        run_evaluate(EvaluateArguments(("tiny:1",), prompts="prompts.txt"))
 
 
 def test_figures_of_another_kind_are_kept(prompts: Path, tmp_path: Path) -> None:

@@ -246,6 +246,29 @@ def test_a_number_out_of_range_is_a_message(arguments: list[str], message: str, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "--config", "tiny_wan_dmd2", "--output", "s3://b/run"], "output: s3://b/run is a URL"),
+        (["preprocess", "--prompts", "p", "--model", "tiny", "--out", "s3://b/x"], "out: s3://b/x is a URL"),
+        (["preprocess", "gs://b/videos", "--model", "tiny", "--out", "o"], "folder: gs://b/videos is a URL"),
+        (["evaluate", "tiny", "--teacher", "tiny", "--out", "s3://b/x"], "out: s3://b/x is a URL"),
+        (
+            ["evaluate", "tiny", "--teacher", "tiny", "--prompts", "nope://b/p", "--out", "o"],
+            "nope://: unknown protocol",
+        ),
+    ],
+)
+def test_a_url_in_place_of_a_path_is_a_message(
+    arguments: list[str], message: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else a folder of the name ``s3:`` holds the result, on a machine that is given back."""
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_range_is_in_the_type() -> None:
     @dataclasses.dataclass
     class Some:
