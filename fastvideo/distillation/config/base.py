@@ -8,17 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt
-from fastvideo.storage import is_remote
-
-
-def _on_disk(folder: str) -> str:
-    if is_remote(folder):
-        raise ValueError(f"{folder} is a URL, and a folder on a disk is expected; `checkpoint.mirror` takes a URL")
-    return folder
-
-
-LocalFolder = Annotated[str, AfterValidator(_on_disk)]
-"""Folder on a disk, in which files are appended to, renamed and locked."""
 
 
 class Section(BaseModel):

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     Field,
     field_validator,
     model_validator,
 )
 
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, LocalFolder, MethodConfig, Section
+from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, MethodConfig, Section
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
@@ -30,7 +31,17 @@ from fastvideo.ranges import (
     Width,
     WrittenRate,
 )
+from fastvideo.storage import is_remote
 
+
+def _on_disk(folder: str) -> str:
+    if is_remote(folder):
+        raise ValueError(f"{folder} is a URL, and a folder on a disk is expected; `checkpoint.mirror` takes a URL")
+    return folder
+
+
+LocalFolder = Annotated[str, AfterValidator(_on_disk)]
+"""Folder on a disk, in which files are appended to, renamed and locked."""
 MOST_SHIFT = 1000.0
 """Largest shift of a ladder; published ones are below 20."""
 
