@@ -5,6 +5,7 @@ The networks, the method and autograd are those of a run. What is alive at the s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
     depths = {handle.name: len(stack(handle.network)) for handle in run.method.bundle if run.placement(handle)}
     taps = "features" in load_method(config.distill_method).needs_of(config.method)
     whole = taps or max(depths.values()) <= DEPTHS[1]
-    with one_thread():
+    with one_thread(), warnings.catch_warnings():
+        # Norms stay in float32 in diffusers; here they only are counted.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         peaks = [_peaks(config, kind, depth) for depth in ((None,) if whole else DEPTHS)]
         runs = [_operations(whole_roles, kind, depth) for depth in ((None,) if whole else FEWER)]
         calls, backwards = _counts(whole_roles, kind, None if whole else 1)

@@ -46,6 +46,10 @@ class Child:
             variables = {**os.environ, **(environment or {})}
             self.process = subprocess.Popen(work, env=variables, stdout=self.log, stderr=subprocess.STDOUT)
 
+    def __del__(self) -> None:
+        """Close its log, whenever it is that nobody looks at it any more."""
+        self.log.close()
+
     @property
     def text(self) -> str:
         """All that it printed so far."""

@@ -17,7 +17,7 @@ from fastvideo.distillation.engine.optional.recorder import write_collectives
 from fastvideo.errors import EXIT_STALLED
 from fastvideo.stopping import leave_word, units
 
-OTHERS_DUMP = 3.0
+OTHERS_DUMP = 6.0
 """Seconds between dump and exit, in which the others write their stacks before they lose this process."""
 
 
