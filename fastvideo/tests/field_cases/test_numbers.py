@@ -117,7 +117,7 @@ def try_argument(verb: str, name: str, word: str) -> None:
         return
     value = vars(parsed)[name]
     for one in value if isinstance(value, tuple) else (value,):
-        assert one is None or isinstance(one, Path) or math.isfinite(one)  # evaluate --prompts takes a file too
+        assert one is None or isinstance(one, Path | str) or math.isfinite(one)  # evaluate --prompts takes a file too
 
 
 def fields_of(schema: type[Section], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
