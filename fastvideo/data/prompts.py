@@ -24,15 +24,15 @@ def read_prompts(path: str) -> Sequence[str]:
         at = place(path)
         prompts = _read(at, state_of(at))
     except OSError as error:
-        raise UserError(f"data.prompts: {path!r}: {error.strerror}") from error
+        raise UserError(f"prompts file {path!r}: {error.strerror}") from error
     if not prompts:
-        raise UserError(f"data.prompts: {path!r} has no prompt; one per line is expected")
+        raise UserError(f"prompts file {path!r} has no prompt; one per line is expected")
     return prompts
 
 
 @lru_cache(maxsize=1)
 def _read(file: Place, state: str) -> tuple[str, ...]:
-    lines = lines_of(decoded(read_bytes(file), f"data.prompts: {str(file)!r}"))
+    lines = lines_of(decoded(read_bytes(file), f"prompts file {str(file)!r}"))
     return tuple(prompt for line in lines if (prompt := line.strip()))
 
 

@@ -107,7 +107,8 @@ def check_own_texts(path: str, made: Texts, conditioner: Conditioner, model: str
         )
         raise UserError(
             f"data.path: the text embeddings in {path} were made for another model ({closest.get('model')}): {wrong}. "
-            f"Make them again with fastvideo preprocess --model {model}, or configure what they were made with"
+            f"Make them again with fastvideo preprocess (--config CONFIG, or --model {model} with this length), or "
+            "configure what they were made with"
         )
     return column
 
