@@ -18,7 +18,7 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Turn:
-    """What makes a decoded picture upright: swapping its axes, then reversing rows and columns."""
+    """Turn of a decoded picture into an upright one: swapping its axes, then reversing rows and columns."""
 
     transposed: bool = False
     rows: bool = False

@@ -29,7 +29,7 @@ TORCH = "torch"
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a run asks of the machine.
+    """Demands of a run on the machine.
 
     Attributes:
         cuda: a config asks for it.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastvideo.distillation.types import UserError
@@ -19,6 +21,17 @@ INPUT_SCALES = (".scale_input", ".input_scale")
 MARKS = ("scaled_fp8", ".comfy_quant")
 """Tensors that only say that a file is quantised."""
 ROOT = "model.diffusion_model."
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    UnpicklingError,
+    SafetensorError,
+)
+"""Errors of safetensors and of torch on files that hold something else."""
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -31,8 +44,6 @@ def is_quantised(path: str | None) -> bool:
     """True for a single file that holds fp8 weights."""
     if not is_single_file(path) or not str(path).endswith(".safetensors"):
         return False
-    from safetensors import safe_open
-
     with safe_open(str(path), framework="pt") as file:
         return any(file.get_slice(name).get_dtype().startswith("F8") for name in file.keys())  # noqa: SIM118
 
@@ -46,13 +57,9 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if file.suffix != ".safetensors":
             return _tensors_alone(file, dict(torch.load(file, map_location="cpu", weights_only=True))), {}
-        from safetensors import safe_open
-
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
-    except UserError:
-        raise
-    except Exception as error:
+    except UNREADABLE as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read as a file of weights: {first}") from error
 

@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class View:
-    """What self-attention reads in one call.
+    """Input of self-attention in one call.
 
     Attributes:
         parts: runs of queries with their keys.

@@ -1,4 +1,4 @@
-"""What a process that fails or hangs leaves behind: its error for torchrun's report, and its last collectives.
+"""Traces of a process that fails or hangs: its error for torchrun's report, and its last collectives.
 
 torch's flight recorder keeps the last collectives of every process: which one, of what shape, called from where, begun
 and done or not. ``torchfrtrace`` compares the files of NCCL of all ranks.
