@@ -255,6 +255,22 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
         read_bytes(text, "--gpu-memory")
 
 
+def test_a_kernel_that_this_machine_lacks_changes_no_plan() -> None:
+    asked = config_of(TINY, "--model.attention-backend", "_native_cudnn", "--model.compile-blocks")
+    assert asked == config_of(TINY)
+    with pytest.raises(UserError, match=r"_native_cudn' is not one of .*did you mean '_native_cudnn'"):
+        config_of(TINY, "--model.attention-backend", "_native_cudn")
+
+
+@pytest.mark.parametrize("flag", ["--data.path", "--data.prompts"])
+def test_data_that_are_not_there_have_no_plan(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", TINY, flag, str(tmp_path / "nothere")]) == 2
+    said = capsys.readouterr()
+    assert "nothere" in said.err
+    assert "--elsewhere" in said.err
+    assert "FITS" not in said.out
+
+
 @pytest.mark.slow
 def test_the_exit_code_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--config", TINY, "--data.batch-size", "8", "--reserve", "0"]
