@@ -15,7 +15,7 @@ from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.distillation.types import Batch, Need, RoleLoss, TrajectoryKind
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -78,6 +78,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
     def context_time_of(cls, config: ConfigT) -> float:
         """Time at which the student's finished chunks are committed."""
         return config.context_time if isinstance(config, CausalOptions) else 0.0
+
+    @classmethod
+    def trajectory_kinds(cls, config: ConfigT) -> tuple[TrajectoryKind, ...]:
+        """Kinds of stored trajectories that it trains on, if it does."""
+        return ("bidirectional",)
 
     @classmethod
     def trusts_teachers(cls, config: ConfigT) -> bool:
