@@ -45,11 +45,11 @@ class CausalKDMethod(KDMethod):
     summary = "causal knowledge distillation on an autoregressive teacher's trajectories (arXiv 2602.02214)"
 
     @classmethod
-    def trajectory_kinds(cls, config: CausalKDConfig) -> tuple[TrajectoryKind, ...]:
+    def trajectory_kinds(cls, config: CausalKDConfig) -> tuple[TrajectoryKind, ...]:  # type: ignore[override]
         return ("causal", "bidirectional") if config.allow_bidirectional_pairs else ("causal",)
 
     @classmethod
-    def trusts_teachers(cls, config: CausalKDConfig) -> bool:
+    def trusts_teachers(cls, config: CausalKDConfig) -> bool:  # type: ignore[override]
         return config.allow_bidirectional_pairs
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:

@@ -8,11 +8,13 @@ From any of these states the student regresses the end. Its sampler takes Euler 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.types import Batch, RoleLoss, Trajectory, UserError
 from fastvideo.ranges import LearningRate, Steps
@@ -40,7 +42,7 @@ class KDMethod(DistillMethod[KDConfig]):
     Config = KDConfig
     trainable_roles = ("student",)
     needs_trajectories = True
-    sampler = "euler"
+    sampler: ClassVar[SamplerKind] = "euler"
     summary = "knowledge distillation, regression on the teacher's stored trajectories (arXiv 2101.02388)"
 
     @classmethod
