@@ -140,8 +140,7 @@ class TrajectoryJob(FileJob):
                 states.append(x_t)
             return velocity(x_t, t)
 
-        noise = SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
-        states.append(euler(seen, noise.draw(clean.shape[1:]), times))
+        states.append(euler(seen, _noise(config, adapter, rows).draw(clean.shape[1:]), times))
         return torch.stack(states, dim=1).float().cpu(), clean.float().cpu()
 
     def _clean(self, rows: range) -> RawBatch:
@@ -152,7 +151,7 @@ class TrajectoryJob(FileJob):
 
     def _sample(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
         """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of ``rows``, float32 on the CPU."""
-        noise = SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
+        noise = _noise(config, adapter, rows)
         condition = adapter.conditioner.encode_prompts([self.captions[row] for row in rows])
         sampler = SamplerSpec.teacher(trajectory_times(config, adapter), config.method.teacher_guidance)
         states: list[Tensor] = []
@@ -182,6 +181,10 @@ class TrajectoryJob(FileJob):
             columns = {"id": f"{row:08d}", "caption": self.captions[row], "media_type": "trajectory"}
             columns |= tensor_columns(LATENT, end.numpy()) | tensor_columns(STATES, state.numpy())
             yield columns | tensor_columns(STATE_TIMES, times)
+
+
+def _noise(config: Config, adapter: Adapter, rows: range) -> SampleNoise:
+    return SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
 
 
 def precompute(

@@ -1,4 +1,4 @@
-"""Causal SFT, CD and KD on AR(1) frames, where the velocity of a chunk on its past is known, and so are fixed points."""
+"""Causal SFT, CD and KD on AR(1) frames, where the velocity of a chunk on its past is known, as fixed points are."""
 
 from __future__ import annotations
 
@@ -92,15 +92,11 @@ def test_every_chunk_has_a_time_of_its_own() -> None:
 
 def test_a_bidirectional_step_is_one_of_sft() -> None:
     adapter = Spy(3, 4)
-    batch, config = batch_of(adapter, 4), {"caption_dropout": 0.0, "time_shift": 5.0}
-    plain = SFTMethod(
-        SFTConfig(**config),
-        ModelBundle([student(adapter, FrameDenoiser(0.0, 1.0, A))]),
-        Ladder((1.0,)),
-        RandomStreams(3),
-    )
+    batch = batch_of(adapter, 4)
+    bundle = ModelBundle([student(adapter, FrameDenoiser(0.0, 1.0, A))])
+    plain = SFTMethod(SFTConfig(caption_dropout=0.0, time_shift=5.0), bundle, Ladder((1.0,)), RandomStreams(3))
     mixed = sft(adapter, bidirectional_share=1.0)
-    assert float(next(mixed.losses(batch, 0)).value) == float(next(plain.losses(batch, 0)).value)
+    assert torch.equal(*(next(method.losses(batch, 0)).value for method in (mixed, plain)))
     assert adapter.contexts == [None, None]
 
 
@@ -110,11 +106,11 @@ def test_the_share_of_bidirectional_steps_is_drawn_alike_on_all_ranks() -> None:
     for rank in (0, 1):
         adapter.contexts.clear()
         method = sft(adapter, rank=rank, bidirectional_share=0.3)
-        for step in range(200):
+        for step in range(100):
             next(method.losses(batch, step))
         found.append([context is None for context in adapter.contexts])
     assert found[0] == found[1]
-    assert sum(found[0]) == pytest.approx(60, abs=20)
+    assert sum(found[0]) == pytest.approx(30, abs=15)
 
 
 def test_noise_on_the_past_is_drawn_up_to_its_bound_and_told() -> None:
@@ -151,8 +147,8 @@ def test_a_student_learns_how_far_its_past_decides(generator: torch.Generator) -
         adapter.calls.clear()
         return batch_of(adapter, 4, seed=step)
 
-    train(method, batches, 120, {"student": 0.02})
-    assert float(network.correlation) == pytest.approx(A, abs=0.02)
+    train(method, batches, 80, {"student": 0.03})
+    assert float(network.correlation.detach()) == pytest.approx(A, abs=0.03)
 
 
 def cd(adapter: Spy, network: nn.Module | None = None, **options: Any) -> CausalCDMethod:
@@ -164,7 +160,7 @@ def cd(adapter: Spy, network: nn.Module | None = None, **options: Any) -> Causal
 
 
 def test_the_exact_student_is_left_with_the_error_of_an_euler_step() -> None:
-    """Of second order, so the loss falls by 16 when the grid is twice as fine, and the times of the grid are the only ones."""
+    """Of second order, so the loss falls by 16 when the grid is twice as fine."""
     adapter, losses = Spy(3, 60), []
     for steps in (50, 100):
         method, batch = cd(adapter, grid_steps=steps), batch_of(adapter, 16)
@@ -182,8 +178,7 @@ def test_a_step_is_a_call_of_the_average_and_one_with_gradient_on_the_same_clean
     teacher, target, estimate = adapter.calls[0].t, adapter.calls[2].t, adapter.calls[3].t
     assert torch.equal(teacher, estimate)
     assert torch.equal(method.grid[(method.grid == teacher[..., None]).int().argmax(-1) + 1], target)
-    assert torch.equal(teacher[:, 1:2], teacher[:, :1]) is False or teacher.shape[1] == 3
-    assert torch.equal(teacher[:, 0], teacher[:, 1]), "the first chunk has all three frames"
+    assert torch.equal(teacher[:, 0], teacher[:, 2]), "the first chunk has all three frames"
 
 
 def test_the_last_interval_ends_at_the_data_of_the_flow() -> None:
@@ -203,7 +198,7 @@ def test_the_last_interval_ends_at_the_data_of_the_flow() -> None:
 
 
 def test_the_target_is_the_average_and_the_live_weights_stay() -> None:
-    """With the exact student as its average, the loss is the error of the live one; without an average it is its own."""
+    """The exact student as its average shows the error of the live one, whose own estimates agree."""
     adapter = Spy(2, 8)
     method, batch = cd(adapter, FrameConsistency(0.5, 1.0, A), grid_steps=200), batch_of(adapter, 8)
     handle = method.student
@@ -231,7 +226,7 @@ def test_causal_cd_brings_a_student_to_the_world() -> None:
         return batch_of(adapter, 8, seed=step)
 
     train(method, batches, 1500, {"student": 0.01})
-    assert (float(network.mean), float(network.std)) == pytest.approx((0.0, 1.0), abs=0.03)
+    assert (float(network.mean.detach()), float(network.std.detach())) == pytest.approx((0.0, 1.0), abs=0.03)
 
 
 class Linear(Frames):
@@ -281,7 +276,7 @@ def test_pairs_of_an_autoregressive_teacher_are_a_function_of_the_past_and_other
     root = (math.sqrt(1 + A), math.sqrt(1 - A))
     p, q = sum(root) / 2, (root[0] - root[1]) / 2
     assert (p, q**2) == pytest.approx((0.8473, 0.2821), abs=1e-4)
-    found = [float(value) for value in (network.first, network.seen, network.own)]
+    found = [float(value.detach()) for value in (network.first, network.seen, network.own)]
     expected = [1.0, A, math.sqrt(REST)] if causal else [p, q / p, math.sqrt(REST) / p]
     assert found == pytest.approx(expected, abs=0.02)
     loss = float(next(method.losses(pairs(adapter, 64, 999, causal), 0)).value.detach())
@@ -344,13 +339,13 @@ def test_states_of_another_kind_or_ladder_are_refused(times: tuple[float, ...], 
 
 
 def test_a_forced_walk_ends_where_the_past_and_the_noise_say() -> None:
-    """Euler steps of the exact teacher, all chunks at once: ``a x_{k-1} + sqrt(1 - a^2) noise`` on the data's frames."""
+    """Euler steps of the exact teacher, all chunks at once: ``a x_{k-1} + sqrt(1 - a^2) noise`` on data."""
     adapter = Spy(4, 3)
     batch, teacher = batch_of(adapter, 2, captions=("0.5", "-1")), RoleHandle("t", adapter, FrameDenoiser(0.0, 1.0, A))
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(3))
     velocity = forced_velocity(teacher, Masked(Reach(), batch.latents), batch.condition, batch.negative, 1.0)
-    end = euler(velocity, noise, Ladder.uniform(400).times)
+    end = euler(velocity, noise, Ladder.uniform(150).times)
     mean = torch.tensor([0.5, -1.0]).view(-1, 1, 1, 1, 1)
     before = batch.latents[:, :, :-1] - mean
     expected = torch.cat([noise[:, :, :1], A * before + math.sqrt(REST) * noise[:, :, 1:]], dim=2) + mean
-    torch.testing.assert_close(end, expected, rtol=0, atol=0.03)
+    torch.testing.assert_close(end, expected, rtol=0, atol=0.06)

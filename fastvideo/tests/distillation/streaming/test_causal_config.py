@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,31 @@ def test_a_run_that_cannot_go_chunk_by_chunk_is_refused(
     processes = Processes() if context == 1 else dataclasses.replace(Processes(), world_size=2, context=2)
     with pytest.raises(UserError, match=message):
         build_method(config, build_adapter(config), processes)
+
+
+def test_a_teacher_of_whole_videos_is_refused(tiny_wan: Path, tmp_path: Path) -> None:
+    """Where its recipe does not say that it streams; with the recipe, or the user's word, it is taken."""
+    given = {**values(tiny_wan), "distill_method": "causal_cd", "ladder": {"times": [1.0, 0.5]}}
+    given["roles"] = {"student": {"trainable": True}, "teacher": {"trainable": False}}
+
+    def refused(**changes: Any) -> str:
+        config = config_of({**given, **changes}, "here")
+        adapter = build_adapter(config)
+        try:
+            build_method(config, adapter, networks=dict.fromkeys(config.roles, adapter.folder.load_network()))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert "roles.teacher.path" in refused()
+    assert "causal_sft" in refused()
+    assert not refused(method={**given["method"], "allow_bidirectional_teacher": True})
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_wan, teacher)
+    (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 1}}))
+    roles = {**given["roles"], "teacher": {"trainable": False, "path": str(teacher)}}
+    assert not refused(roles=roles)
+    assert "every chunk starts from pure noise" in refused(roles=roles, ladder={"times": [0.9, 0.5]})
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
