@@ -31,7 +31,7 @@ class TrajectoryArguments:
     """Let the teacher make each chunk of a video on the clean chunks before it, for causal_kd."""
     data: OptionalPlace = None
     """Videos whose chunks are gone on from with --causal, as data.path of a run takes them; captions come with them.
-    Default: the embedded tiny world."""
+    Default: the world of the embedded model."""
     count: PositiveInt = 4096
     """Number of trajectories; fewer prompts or videos are repeated."""
     workers: Workers = 1
@@ -72,16 +72,16 @@ def main(argv: Sequence[str]) -> int:
 def _videos(arguments: TrajectoryArguments, config: Any) -> tuple[Any, list[str]]:
     """The videos that chunks go on from, and the caption of each trajectory."""
     from fastvideo.data.order import MemorySource
-    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.distillation.builder import build_adapter
     from fastvideo.errors import UserError
+    from fastvideo.tiny.world import WORLDS
     from fastvideo.training.data import open_videos
 
     if arguments.prompts is not None:
         raise UserError("--prompts: with --causal captions come with the videos of --data")
-    if arguments.data is None and config.model.path not in EMBEDDED:
-        raise UserError("--data: give the videos whose chunks are gone on from; the tiny world alone has its own")
-    wanted = {"path": arguments.data or "tiny", "prompts": None, "size": arguments.count, "buckets": False}
+    if arguments.data is None and config.model.path not in WORLDS:
+        raise UserError("--data: give the videos whose chunks are gone on from; the tiny worlds alone have their own")
+    wanted = {"path": arguments.data or config.model.path, "prompts": None, "size": arguments.count, "buckets": False}
     changed = config.model_copy(update={"data": config.data.model_copy(update=wanted)})
     source, _ = open_videos(changed, build_adapter(config))
     captions = source.captions if isinstance(source, MemorySource) else source.captions()
