@@ -22,7 +22,7 @@ from fastvideo.inference.export_streaming import STREAMING_FORMATS, write_stream
 from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
-from fastvideo.inference.recipe import Weights, streaming_of
+from fastvideo.inference.recipe import Weights, reach_text, streaming_of
 
 FORMATS = ("diffusers", "comfy", *STREAMING_FORMATS, *LORA_FORMATS)
 ONE_FILE = "diffusion_model.safetensors"
@@ -72,7 +72,7 @@ def run_export(
         return write_streaming(to, found, model, folder, steps=steps, dtype=dtype, slim=slim)
     spec = model.sampler(steps)
     stock = _fitted(model, spec, steps)
-    warnings = (*_stock_warnings(model, spec, stock), *_image_warnings(model))
+    warnings = (*_stock_warnings(spec, stock), *_image_warnings(model))
     facts = CardFacts(folder.name, found, model, _recipe(model, spec, stock), spec, stock, dtype, warnings)
     _write(folder, model, facts, slim=slim)
     return Export(folder, _summary(out, found, facts), (*warnings, *_slim_warnings(folder, model, slim)))
@@ -80,7 +80,7 @@ def run_export(
 
 def _check_whole_videos(to: str, source: ExportSource) -> None:
     """Refuse a streaming student to programs that sample all frames at once."""
-    if to in ("diffusers", "lora-peft", *STREAMING_FORMATS) or streaming_of(source_recipe(source)) is None:
+    if to in ("diffusers", "lora-peft", *STREAMING_FORMATS) or not streaming_of(source_recipe(source)):
         return
     raise UserError(
         f"--to {to}: this student streams chunk by chunk, and what reads that format samples all frames at once; "
@@ -94,7 +94,7 @@ def _fitted(model: LoadedModel, spec: SamplerSpec, steps: int | None) -> StockSa
     A teacher has no ladder: it keeps its own unless the caller asks for steps. No stock scheduler tells a flow map
     where its step ends, and none streams.
     """
-    if not (model.is_student or steps is not None) or spec.kind == "flow_map" or streaming_of(model.recipe):
+    if not (model.is_student or steps is not None) or spec.kind == "flow_map" or spec.reach:
         return None
     return load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind)
 
@@ -167,8 +167,8 @@ def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str
     )
 
 
-def _stock_warnings(model: LoadedModel, spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
-    if streaming_of(model.recipe):
+def _stock_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
+    if spec.reach:
         return (
             "this student streams chunk by chunk: stock diffusers loads it, and samples all frames at once, which it "
             "was not trained for. Sample it with `fastvideo generate`",
@@ -235,8 +235,10 @@ def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:
     weights = f"{source.weights} weights of step {source.step}" if source.weights else "weights as they are"
     lines = [f"{out}: {facts.pipeline}, {weights}"]
     lines += [f"  our sampler      {ladder_text(facts.spec.times)}"] if facts.recipe.get("ladder") else []
-    if facts.streaming is not None:
-        return "\n".join([*lines, f"  streams {facts.streaming.text}", f"  fastvideo generate {out} --prompt ..."])
+    if facts.spec.reach is not None:
+        return "\n".join(
+            [*lines, f"  streams {reach_text(facts.spec.reach)}", f"  fastvideo generate {out} --prompt ..."]
+        )
     if facts.stock is not None:
         lines.append(f"  stock diffusers  {ladder_text(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
     lines.append(f"  pipe = {facts.pipeline}.from_pretrained({str(out)!r})")

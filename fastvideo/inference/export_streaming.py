@@ -25,6 +25,7 @@ from fastvideo.distillation.adapters.export.streaming import (
     self_forcing_config,
     warped_steps,
 )
+from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
@@ -33,7 +34,7 @@ from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, model_card
-from fastvideo.inference.recipe import StreamingRecipe, streaming_of
+from fastvideo.inference.recipe import STREAMING, reach_text
 
 STREAMING_FORMATS = ("fastvideo", "self-forcing")
 MOST_FRAMES, MOST_CALLS = 3, 4
@@ -52,7 +53,7 @@ class Streamed:
     source: ExportSource
     model: LoadedModel
     spec: SamplerSpec
-    streaming: StreamingRecipe
+    reach: Reach
     classes: StreamingClasses
 
     @cached_property
@@ -88,7 +89,8 @@ def write_streaming(
     Raises:
         UserError: for a student that does not stream, or that the program cannot sample; nothing is written then.
     """
-    student = Streamed(to, source, model, model.sampler(steps), _streaming(to, model), _classes(to, model))
+    spec = model.sampler(steps)
+    student = Streamed(to, source, model, spec, _reach(to, model, spec), _classes(to, model))
     _check_sampler(student)
     if to == "fastvideo":
         _check_fastvideo(student)
@@ -101,14 +103,13 @@ def write_streaming(
     return Export(out, f"{out}: {summary}", warnings)
 
 
-def _streaming(to: str, model: LoadedModel) -> StreamingRecipe:
-    found = streaming_of(model.recipe)
-    if found is None:
+def _reach(to: str, model: LoadedModel, spec: SamplerSpec) -> Reach:
+    if spec.reach is None:
         raise UserError(
-            f"--to {to}: {model.source} is no streaming student ({RECIPE} has no `streaming`): --to diffusers "
+            f"--to {to}: {model.source} is no streaming student ({RECIPE} has no `{STREAMING}`): --to diffusers "
             f"exports students of whole videos"
         )
-    return found
+    return spec.reach
 
 
 def _classes(to: str, model: LoadedModel) -> StreamingClasses:
@@ -126,15 +127,15 @@ def _check_sampler(student: Streamed) -> None:
         raise UserError(f"--to {to}: sampler {kind!r} has no counterpart there: it re-noises between two calls")
     if model.adapter.conditioner.needs_frames:
         raise UserError(f"--to {to}: this student goes on from frames; text-to-video alone is exported")
-    if student.streaming.first_ladder:
+    if first := model.recipe[STREAMING].get("first_ladder"):
         raise UserError(
-            f"--to {to}: the first chunk has a ladder of its own ({ladder_text(student.streaming.first_ladder)}), "
+            f"--to {to}: the first chunk has a ladder of its own ({ladder_text(first)}), "
             f"and that program takes one for all chunks"
         )
 
 
 def _check_fastvideo(student: Streamed) -> None:
-    chunk, calls = student.streaming.reach.chunk, len(student.spec.times)
+    chunk, calls = student.reach.chunk, len(student.spec.times)
     if chunk > MOST_FRAMES:
         raise UserError(f"--to fastvideo: chunks of {chunk} latent frames; FastVideo takes {MOST_FRAMES} at most")
     if calls > MOST_CALLS:
@@ -150,7 +151,7 @@ def _warnings(student: Streamed) -> Iterator[str]:
 
 
 def _shared_warnings(student: Streamed) -> Iterator[str]:
-    off, reach, length = deviation(student.steps.times, student.spec.times), student.streaming.reach, student.options
+    off, reach, length = deviation(student.steps.times, student.spec.times), student.reach, student.options
     if off > CLOSE:
         yield f"its noise levels are whole steps of 1000, up to {off:.4f} from this ladder"
     if student.frames % reach.chunk:
@@ -166,12 +167,12 @@ def _shared_warnings(student: Streamed) -> Iterator[str]:
 
 
 def _fastvideo_warnings(student: Streamed) -> Iterator[str]:
-    if student.streaming.context_time:
-        yield f"finished chunks carry noise {student.streaming.context_time:g} in training; FastVideo keeps them clean"
+    if student.spec.context_time:
+        yield f"finished chunks carry noise {student.spec.context_time:g} in training; FastVideo keeps them clean"
 
 
 def _self_forcing_warnings(student: Streamed) -> Iterator[str]:
-    reach, size = student.streaming.reach, (student.options.get("height"), student.options.get("width"))
+    reach, size = student.reach, (student.options.get("height"), student.options.get("width"))
     blocks = student.model.network.config.num_layers  # type: ignore[union-attr]
     if (*size, blocks) != (*PUBLISHED_SIZE, PUBLISHED_BLOCKS):
         yield (
@@ -195,7 +196,7 @@ def _write_fastvideo(
     network.register_to_config(_name_or_path="")
     student.model.adapter.folder.save(folder, network, student.recipe, slim=slim)
     (part,) = student.model.adapter.folder.parts
-    fields = fastvideo_network(classes, student.streaming.reach, student.frames)
+    fields = fastvideo_network(classes, student.reach, student.frames)
     edit_json(folder / part / "config.json", lambda config: config | fields)
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     (folder / "scheduler").mkdir()
@@ -204,7 +205,7 @@ def _write_fastvideo(
     named = {part: ["diffusers", classes.network], "scheduler": ["diffusers", classes.scheduler]}
     edit_json(folder / "model_index.json", lambda index: index | {"_class_name": classes.pipeline} | named)
     _write_card(student, folder, name, dtype, warnings, _fastvideo_use(student, name))
-    return f"{classes.pipeline}, {student.streaming.text}; README.md has the lines for FastVideo and SGLang"
+    return f"{classes.pipeline}, {reach_text(student.reach)}; README.md has the lines for FastVideo and SGLang"
 
 
 def _write_self_forcing(
@@ -215,11 +216,11 @@ def _write_self_forcing(
     key = "generator_ema" if student.source.weights == "ema" else "generator"
     tensors = {f"model.{original(name)}": value.contiguous() for name, value in state.items()}
     torch.save({key: tensors}, folder / GENERATOR)
-    config = self_forcing_config(student.streaming.reach, student.frames, student.steps, student.streaming.context_time)
+    config = self_forcing_config(student.reach, student.frames, student.steps, student.spec.context_time)
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     (folder / RECIPE).write_text(json.dumps(student.recipe, indent=2) + "\n", encoding="utf-8")
     _write_card(student, folder, name, dtype, warnings, _self_forcing_use(student, name, key))
-    return f"{GENERATOR} with {len(tensors)} tensors under {key!r}, {student.streaming.text}; {CONFIG} and README.md"
+    return f"{GENERATOR} with {len(tensors)} tensors under {key!r}, {reach_text(student.reach)}; {CONFIG} and README.md"
 
 
 def _write_card(

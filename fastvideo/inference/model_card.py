@@ -20,7 +20,7 @@ from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.loading import LoadedModel
-from fastvideo.inference.recipe import StreamingRecipe, streaming_of
+from fastvideo.inference.recipe import reach_text
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."
@@ -64,11 +64,6 @@ class CardFacts:
         return name.replace("Pipeline", "ImageToVideoPipeline") if self.image and "ImageToVideo" not in name else name
 
     @cached_property
-    def streaming(self) -> StreamingRecipe | None:
-        """Chunks of a student that streams."""
-        return streaming_of(self.recipe)
-
-    @cached_property
     def config(self) -> Mapping[str, Any]:
         """The run's config; empty without a run."""
         return self.source.config
@@ -97,7 +92,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts, use: Sequence[str] = ()) -> str:
     """Text of ``README.md`` with the hub's front matter; ``use`` are the lines for another program than diffusers."""
-    lines = use or (_stream_usage(facts) if facts.streaming else _usage(facts))
+    lines = use or (_stream_usage(facts) if facts.spec.reach else _usage(facts))
     usage = "\n".join(["## Use", "", *lines, ""])
     parts = [_front_matter(facts), _head(facts), usage, _ladder(facts), _recipe(facts)]
     parts += [_figures(facts.run_file("metrics.json")), _versions(facts), _license(facts)]
@@ -120,19 +115,19 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
 def _front_matter(facts: CardFacts) -> str:
     method, family = facts.recipe.get("method"), facts.recipe.get("distill_model")
     task = "image-to-video" if facts.image else "text-to-video"
-    library = "fastvideo" if facts.streaming else "diffusers"
+    library = "fastvideo" if facts.spec.reach else "diffusers"
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": task, **facts.license}
     base = facts.base if HUB_ID.fullmatch(facts.base) else facts.base_card.get("base_model")
     if base:
         values["base_model"] = base
-    kind = ("distillation", "few-step") if facts.stock is not None or facts.streaming else ()
+    kind = ("distillation", "few-step") if facts.stock is not None or facts.spec.reach else ()
     values["tags"] = [tag for tag in (*kind, family, method) if tag]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
 def _head(facts: CardFacts) -> str:
     recipe, count = facts.recipe, len(facts.spec.times)
-    first = _streams(facts) if facts.streaming else f"{facts.pipeline} that samples in {counted(count, 'step')}."
+    first = _streams(facts) if facts.spec.reach else f"{facts.pipeline} that samples in {counted(count, 'step')}."
     text = f"# {facts.name}\n\n{first}"
     if "method" in recipe:
         kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
@@ -143,12 +138,12 @@ def _head(facts: CardFacts) -> str:
 
 def _streams(facts: CardFacts) -> str:
     """First line of the card of a student that streams."""
-    assert facts.streaming is not None
+    assert facts.spec.reach is not None
     calls = counted(len(facts.spec.times), "call")
     return (
         f"**Stock `{facts.pipeline}` is not its sampler**: it loads this folder without a word and samples all frames "
-        f"at once, which this network was not trained for. It streams {facts.streaming.text}, each in {calls} and one "
-        f"more that remembers it."
+        f"at once, which this network was not trained for. It streams {reach_text(facts.spec.reach)}, each in {calls} "
+        f"and one more that remembers it."
     )
 
 
@@ -222,7 +217,7 @@ def _notes(facts: CardFacts) -> list[str]:
 
 def _ladder(facts: CardFacts) -> str:
     title = f"## Sampler\n\n{SAMPLERS[facts.spec.kind]}, guidance {facts.spec.guidance:g} (1 = none)."
-    if facts.streaming:
+    if facts.spec.reach:
         times = ", ".join(f"{time:.6f}" for time in facts.spec.times)
         return f"{title} Noise levels of every chunk: {times}."
     if facts.stock is None:

@@ -124,7 +124,6 @@ def test_our_folder_says_first_that_stock_diffusers_is_not_its_sampler(
         ({"streaming": STREAMING}, ("--to", "self-forcing", "--slim"), "--slim"),
         ({"streaming": STREAMING}, ("--to", "comfy"), "--to fastvideo or self-forcing"),
         ({"streaming": {"chunk": 0}}, ("--to", "fastvideo"), "at least 1 latent frame"),
-        ({"streaming": STREAMING | {"windw": 3}}, (), "windw"),
     ],
 )
 def test_what_other_programs_cannot_sample_is_refused(
