@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fastvideo.data.index import dataset_files, has_tars
 from fastvideo.data.prompts import read_prompts
-from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.config.schema import DataConfig
 from fastvideo.errors import UserError
 from fastvideo.storage import is_remote
+from fastvideo.tiny.world import WORLDS
 
 
 def check_there(data: DataConfig) -> None:
@@ -19,7 +19,7 @@ def check_there(data: DataConfig) -> None:
         UserError: for a file or folder that does not, with the flag for a plan of another machine.
     """
     place = data.prompts or data.path
-    if is_remote(place) or place in EMBEDDED:
+    if is_remote(place) or (data.prompts is None and data.path in WORLDS):
         return
     try:
         if data.prompts is not None:

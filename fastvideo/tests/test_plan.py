@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from fastvideo.cli import main
 from fastvideo.cli.plan import read_bytes
 from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.config.schema import DataConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
+from fastvideo.planning.data import check_there
 from fastvideo.planning.estimate import Planner, _gathers
 from fastvideo.planning.fake import LiveBytes, fake_run
 from fastvideo.planning.layout import device_bytes, frozen_parts, gathered_bytes, role_plans
@@ -269,6 +271,11 @@ def test_data_that_are_not_there_have_no_plan(flag: str, tmp_path: Path, capsys:
     assert "nothere" in said.err
     assert "--elsewhere" in said.err
     assert "FITS" not in said.out
+
+
+@pytest.mark.parametrize("path", ["tiny", "tiny_stream", "s3://bucket/videos"])
+def test_embedded_data_and_those_at_urls_are_there(path: str) -> None:
+    check_there(DataConfig(path=path))
 
 
 @pytest.mark.slow
