@@ -172,7 +172,7 @@ def observed(task: Task, samples: Samples, metrics: Sequence[Metric], teacher: O
     return Looked(seen, torch.zeros(1), 0.0)
 
 
-def measured(task: Task, rows: Mapping[str, Opened], judge: Judge) -> dict[str, dict[str, Any]]:
+def figures_of(task: Task, rows: Mapping[str, Opened], judge: Judge) -> dict[str, dict[str, Any]]:
     """All figures of all models, by name."""
     teacher = rows[task.teacher]
     instrument = Instrument(with_network(teacher.model))
@@ -207,18 +207,28 @@ def _sure(row: Mapping[str, Any], teacher: Mapping[str, Any], key: str) -> bool:
     return found is not None and found.sure
 
 
-def main() -> int:
-    """Train, sample, measure, compare."""
-    arguments, begin = tyro.cli(Arguments), time.monotonic()
+def proof(arguments: Arguments) -> dict[str, Any]:
+    """Train, sample, measure, compare; what an earlier call kept is used again."""
+    begin = time.monotonic()
     torch.set_num_threads(1)
     judge = Judge(arguments.prompts, 0)
     rows = rows_of(trained(arguments))
     task = Task(rows, TEACHER, judge.prompts, 0, arguments.out, batch_size=BATCH)
     opened = open_rows(task)
     sample_rows(task, opened)
-    found = measured(task, opened, judge)
+    found = figures_of(task, opened, judge)
     (arguments.out / "proof.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps({**summary(found), "prompts": arguments.prompts, "seconds": round(time.monotonic() - begin)}))
+    return {**summary(found), "prompts": arguments.prompts, "seconds": round(time.monotonic() - begin)}
+
+
+def measured() -> dict[str, Any]:
+    """The proof with its defaults, as figures of `real_runs.py`."""
+    return {f"judge_{key}": value for key, value in proof(Arguments()).items()}
+
+
+def main() -> int:
+    """Print the result as one JSON object."""
+    print(json.dumps(proof(tyro.cli(Arguments))))
     return 0
 
 

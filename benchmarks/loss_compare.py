@@ -93,6 +93,7 @@ def commands(runs: Mapping[str, Mapping[str, Any]], folder: Path) -> list[list[s
         config = ["--config", f"{name}.yaml"]
         if (data := values["data"]["path"]).startswith("trajectories"):
             made = ["--out", data, "--count", str(TRAJECTORIES), "--batch-size", str(TRAJECTORIES)]
+            made += ["--causal"] if "causal" in data else []
             done.append(["precompute-trajectories", *config, *made])
         done.append(["distill", *config])
     return done

@@ -15,6 +15,8 @@ import json
 from collections.abc import Mapping
 
 SECTIONS: Mapping[str, str] = {
+    "doctor": "doctor_time",
+    "judge": "judge_proof",
     "mirror": "mirror_kills",
     "plan": "real_plan",
     "prompts": "prompts_start",

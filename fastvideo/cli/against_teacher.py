@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvideo.cli.evaluate import KEPT_VIDEOS, EvaluateArguments, row_specs, shown, write_out
 from fastvideo.errors import UserError, counted
+from fastvideo.shares import Share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     from fastvideo.evaluation.report_store import check_measurable
 
     choice = choose(arguments.metrics, arguments.clip, arguments.fvd_extractor)
-    out, share = _out(arguments), _share(arguments.share)
+    out, share = _out(arguments), Share.parse(arguments.share or "1/1", "--share")
     check_measurable(out)
     prompts = read_task_prompts(arguments)
     task = make_task(arguments, out, prompts, choice)
@@ -74,21 +75,8 @@ def _out(arguments: EvaluateArguments) -> Path:
     return arguments.out
 
 
-def _share(text: str | None) -> tuple[int, int]:
-    """``I/N`` as a number from 0 and the number of shares.
-
-    Raises:
-        UserError: for anything else.
-    """
-    number, slash, shares = (text or "1/1").partition("/")
-    if not (slash and number.isdigit() and shares.isdigit() and 1 <= int(number) <= int(shares)):
-        raise UserError(f"--share {text}: I/N is expected, such as 1/8 for the first of eight")
-    return int(number) - 1, int(shares)
-
-
-def _reused(rows: Mapping[str, Opened], sampled: int, share: tuple[int, int]) -> int:
-    number, shares = share
-    return sum(len(row.samples.files[number::shares]) for row in rows.values()) - sampled
+def _reused(rows: Mapping[str, Opened], sampled: int, share: Share) -> int:
+    return sum(number in share for row in rows.values() for number in range(len(row.samples.files))) - sampled
 
 
 def read_task_prompts(arguments: EvaluateArguments) -> Prompts:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fastvideo.cli.arguments import OptionalFile, OptionalPath, Switch, parse
 
 if TYPE_CHECKING:
+    from fastvideo.distillation.builder import Config
     from fastvideo.doctor.checks import Finding, Wishes
 
 MARKS = {"ok": "ok     ", "warning": "warning", "error": "error  "}
@@ -71,10 +72,22 @@ def wishes_of(config: Path | None, out: Path | None) -> Wishes:
 
     wanted = read_config(config, {})
     model = wanted.model.model_dump()
-    path = str(model.get("path", ""))
-    hub = path if path.count("/") == 1 and not Path(path).exists() else None
     urls = tuple(urls_in(wanted.model_dump(mode="json")))
-    return Wishes(out or Path(wanted.output), wanted.device == "cuda", bool(model.get("compile_blocks")), hub, urls)
+    compiled, models = bool(model.get("compile_blocks")), models_of(wanted)
+    return Wishes(out or Path(wanted.output), wanted.device == "cuda", compiled, models, urls)
+
+
+def models_of(config: Config) -> dict[str, str]:
+    """Paths of the models and LoRA files of a config by their keys, but for embedded ones and URLs."""
+    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+    from fastvideo.storage import is_remote
+
+    found = {"model.path": config.model.model_dump().get("path")}
+    for name, role in config.roles.items():
+        key = f"roles.{name}"
+        found |= {f"{key}.path": role.path, f"{key}.model.path": (role.model or {}).get("path")}
+        found |= {f"{key} LoRA {number}": file for number, file in enumerate(role.lora_files, 1)}
+    return {key: path for key, path in found.items() if path and path not in EMBEDDED and not is_remote(path)}
 
 
 def urls_in(value: object) -> Iterator[str]:

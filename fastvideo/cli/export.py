@@ -30,7 +30,8 @@ class ExportArguments:
     """Folder for the model; must be new or empty."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
     """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder, or `comfy`, the network in one
-    file under its authors' names; for a student that was trained as an adapter also that adapter alone:
+    file under its authors' names; for a student that streams `fastvideo` (a folder for FastVideo and SGLang) or
+    `self-forcing` (one file for Self-Forcing's code); for one that was trained as an adapter also that adapter alone:
     `lora-diffusers`, `lora-peft`, `lora-kohya`, `lora-comfy`, `lora-lightx2v`."""
     steps: OptionalSteps = None
     """Network steps of the scheduler: all of the ladder (the default) or 1."""

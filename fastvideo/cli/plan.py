@@ -38,6 +38,8 @@ class PlanArguments:
     """FLOP/s that one device reaches, for an estimate of the time (about 4e14 on an H100 in bfloat16)."""
     bandwidth: Bytes = 1e11
     """Bytes per second that one device sends."""
+    elsewhere: Switch = False
+    """Plan for another machine: do not look for the data of the config on this one."""
     calibrate: Switch = False
     """Measure this machine's FLOP/s for two seconds, instead of `--flops`."""
 
@@ -65,12 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastvideo.distillation.config.overrides import read_flags
     from fastvideo.distillation.config.reading import read_config
     from fastvideo.planning.advice import advise, enough_gpus
+    from fastvideo.planning.data import check_there
     from fastvideo.planning.estimate import Planner, calibrate
     from fastvideo.planning.published import without_weights
     from fastvideo.planning.report import Rates, advice_lines, step_lines, table, verdict
 
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of kernels that never run
     written = read_config(options.config, read_flags(rest))
+    if not options.elsewhere:
+        check_there(written.data)
     planner = Planner()
     with patience("predicting; half a minute for a model of 1.3 billion parameters"):
         plan = planner.plan(without_weights(written, options.architecture), options.gpus)

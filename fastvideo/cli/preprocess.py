@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -23,9 +23,7 @@ from fastvideo.cli.arguments import (
 )
 from fastvideo.errors import UserError, counted
 from fastvideo.ranges import BatchSize, FrameRate, PositiveInt, Seed, Workers
-
-if TYPE_CHECKING:
-    from fastvideo.data.workers import Share
+from fastvideo.shares import Share
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,6 @@ def _texts(arguments: PreprocessArguments) -> int:
 
 
 def _share(arguments: PreprocessArguments) -> Share:
-    from fastvideo.data.workers import Share
-
     share = Share.parse(arguments.shard)
     if arguments.overwrite and share.count > 1:
         raise UserError(
@@ -149,7 +145,7 @@ def _videos(arguments: PreprocessArguments, folder: Path, model: str) -> int:
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.colours import parse_colour
     from fastvideo.data.model import SIZES, choose_model
-    from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.data.preprocess import make_job, preprocess, summary
     from fastvideo.data.stills import is_image
 
     share = _share(arguments)
@@ -165,6 +161,6 @@ def _videos(arguments: PreprocessArguments, folder: Path, model: str) -> int:
     images = sum(is_image(video.path) for video in job.videos)
     found = f"{len(job.videos) - images} videos" + (f" and {counted(images, 'image')}" if images else "")
     print(f"{found}, frames {rate}, {policy.fit} to {shown} (HxWxF)", file=sys.stderr)
-    summary = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite, share=share)
-    print(summary)
-    return 1 if summary.skipped else 0
+    written = preprocess(job, workers=arguments.workers, overwrite=arguments.overwrite, share=share)
+    print(summary(job.out, written))
+    return 1 if written.skipped else 0

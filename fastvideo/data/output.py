@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,74 @@ import pyarrow.parquet as pq
 from fastvideo.data.captions import Video
 from fastvideo.data.index import MANIFEST
 from fastvideo.data.schema import metadata_of
-from fastvideo.data.workers import Share
-from fastvideo.errors import UserError
+from fastvideo.data.workers import FileJob, progress, write_files
+from fastvideo.errors import UserError, counted
 from fastvideo.files import replacing
+from fastvideo.shares import ALONE, Share
 
 SKIPPED = "skipped.jsonl"
-ALONE = Share()
+
+
+@dataclass(frozen=True)
+class Written:
+    """Outcome of a call that writes output files.
+
+    Attributes:
+        rows: in the finished files; of all machines, once none of their files is missing.
+        skipped: inputs that these files left out, with reasons.
+        items: inputs of these files.
+        encoded: inputs that this call went through, in ``seconds``.
+        left: output files that other machines have still to write.
+    """
+
+    rows: int
+    skipped: list[dict[str, str]]
+    items: int
+    encoded: int
+    seconds: float
+    left: int
+
+    def rate(self, things: str) -> str:
+        """Speed of this call, for people."""
+        return f"{self.encoded / self.seconds:.1f} {things}/s" if self.encoded else "nothing was left to do"
+
+    @property
+    def others(self) -> str:
+        """Note of files to come, or nothing."""
+        return f"; {counted(self.left, 'file')} of other shards to come" if self.left else ""
+
+
+def write_missing(
+    job: FileJob,
+    manifest: Mapping[str, Any],
+    *,
+    workers: int,
+    overwrite: bool = False,
+    share: Share = ALONE,
+    stem: str = "videos",
+) -> Written:
+    """Write the files of a job that are missing.
+
+    Args:
+        job: the inputs.
+        manifest: settings and sources, which an earlier call must have had too.
+        workers: processes on this machine.
+        overwrite: delete the results of an earlier call.
+        share: the files of this machine; the last machine to finish completes the folder.
+        stem: of the files, and of the word for the inputs.
+
+    Raises:
+        UserError: for a folder of something else or of other settings; nothing is written then.
+        RunError: if a process dies; the same call then continues.
+    """
+    missing = open_output(job.out, manifest, overwrite=overwrite, stem=stem, share=share)
+    begin, encoded, total = time.monotonic(), job.count(missing), job.count(job.own(share))
+    with progress(f"encoding {stem}", total, total - encoded) as show:
+        write_files(job, missing, workers, show)
+    left = unfinished(job.out, job.files, stem)
+    finished = job.own(share if left else ALONE)
+    rows, skipped = collect(job.out, finished, stem)
+    return Written(rows, skipped, job.count(finished), encoded, time.monotonic() - begin, len(left))
 
 
 def sources_key(videos: Sequence[Video]) -> str:

@@ -6,7 +6,6 @@ gives the same rows.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 from fastvideo.data.captions import Video, find_videos
 from fastvideo.data.clips import Policy, Size
 from fastvideo.data.model import ModelChoice
-from fastvideo.data.output import ALONE, SKIPPED, collect, open_output, shard_path, sources_key, unfinished
+from fastvideo.data.output import SKIPPED, Written, shard_path, sources_key, write_missing
 from fastvideo.data.shards import ShardWriter
 from fastvideo.data.stills import is_image
-from fastvideo.data.workers import FileJob, Share, WriteFile, progress, start_server, write_files
-from fastvideo.errors import UserError, counted
+from fastvideo.data.workers import FileJob, WriteFile, start_server
+from fastvideo.errors import UserError
+from fastvideo.shares import ALONE, Share
 
 FORMAT = 2
 """Increase it when the same settings give other rows."""
@@ -68,25 +68,14 @@ class Job(FileJob):
         }
 
 
-@dataclass(frozen=True)
-class Summary:
-    out: Path
-    clips: int
-    videos: int
-    skipped: list[dict[str, str]]
-    seconds: float
-    encoded: int
-    left: int = 0
-    """Output files that other machines have still to write."""
-
-    def __str__(self) -> str:
-        rate = f", {self.encoded / self.seconds:.1f} videos/s" if self.encoded else ", nothing was left to do"
-        bad = f"; {len(self.skipped)} skipped, see {self.out / SKIPPED}" if self.skipped else ""
-        others = f"; {counted(self.left, 'file')} of other shards to come" if self.left else ""
-        return f"{self.out}: {self.clips} clips of {self.videos - len(self.skipped)} videos{rate}{bad}{others}"
+def summary(out: Path, found: Written) -> str:
+    """Outcome of a call for the terminal."""
+    count = len(found.skipped)
+    bad = f"; {count} skipped, see {out / SKIPPED}" if count else ""
+    return f"{out}: {found.rows} clips of {found.items - count} videos, {found.rate('videos')}{bad}{found.others}"
 
 
-def preprocess(job: Job, *, workers: int, overwrite: bool = False, share: Share = ALONE) -> Summary:
+def preprocess(job: Job, *, workers: int, overwrite: bool = False, share: Share = ALONE) -> Written:
     """Write the missing files.
 
     Args:
@@ -104,14 +93,7 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False, share: Share 
     codec = job.choice.adapter(job.device).codec
     manifest: dict[str, Any] = {"settings": job.settings(codec.latent_key), "sources": sources_key(job.videos)}
     manifest |= {"videos": len(job.videos), "files": job.files}
-    missing = open_output(job.out, manifest, overwrite=overwrite, share=share)
-    begin, encoded, total = time.monotonic(), job.count(missing), job.count(job.own(share))
-    with progress("encoding videos", total, total - encoded) as show:
-        write_files(job, missing, workers, show)
-    left = unfinished(job.out, job.files)
-    finished = job.own(share if left else ALONE)
-    clips, skipped = collect(job.out, finished)
-    return Summary(job.out, clips, job.count(finished), skipped, time.monotonic() - begin, encoded, len(left))
+    return write_missing(job, manifest, workers=workers, overwrite=overwrite, share=share)
 
 
 def make_job(

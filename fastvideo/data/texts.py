@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +17,16 @@ import pyarrow as pa
 from torch import Tensor
 
 from fastvideo.data.model import ModelChoice
-from fastvideo.data.output import ALONE, SKIPPED, collect, open_output, shard_path, unfinished
+from fastvideo.data.output import SKIPPED, shard_path, write_missing
 from fastvideo.data.prompts import too_long
 from fastvideo.data.schema import METADATA_KEY, bfloat16_columns, text_column, text_schema
 from fastvideo.data.shards import GROUP_BYTES, Row, whole_file
 from fastvideo.data.stored_texts import write_sampling_texts
-from fastvideo.data.workers import FileJob, Share, WriteFile, progress, start_server, write_files
+from fastvideo.data.workers import FileJob, WriteFile, start_server
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import counted
+from fastvideo.shares import ALONE, Share
 
 FORMAT = 1
 """Increase it when the same settings give other rows."""
@@ -180,16 +180,10 @@ def preprocess_texts(
             refuse_long(too_long(conditioner, job.prompts), conditioner, job.prompts)
     sources = hashlib.sha256("\n".join(job.prompts).encode()).hexdigest()
     manifest = {"settings": settings, "sources": sources, "videos": len(job), "files": job.files}
-    missing = open_output(job.out, manifest, overwrite=overwrite, stem=STEM, share=share)
-    begin, encoded, total = time.monotonic(), job.count(missing), job.count(job.own(share))
-    with progress("encoding prompts", total, total - encoded) as show:
-        write_files(job, missing, workers, show)
-    left = unfinished(job.out, job.files, STEM)
-    rows, skipped = collect(job.out, job.own(share if left else ALONE), STEM)
-    rate = f", {encoded / (time.monotonic() - begin):.1f} prompts/s" if encoded else ", nothing was left to do"
-    bad = f"; {counted(len(skipped), 'prompt')} too long and left out, see {job.out / SKIPPED}" if skipped else ""
-    others = f"; {counted(len(left), 'file')} of other shards to come" if left else ""
-    return f"{job.out}: texts of {counted(rows, 'prompt')}{rate}{bad}{others}"
+    found = write_missing(job, manifest, workers=workers, overwrite=overwrite, share=share, stem=STEM)
+    left_out = counted(len(found.skipped), "prompt")
+    bad = f"; {left_out} too long and left out, see {job.out / SKIPPED}" if found.skipped else ""
+    return f"{job.out}: texts of {counted(found.rows, 'prompt')}, {found.rate(STEM)}{bad}{found.others}"
 
 
 def refuse_long(long: Mapping[int, int], conditioner: Conditioner, prompts: Sequence[str]) -> None:

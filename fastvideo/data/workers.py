@@ -24,7 +24,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastvideo.errors import RunError, UserError
+from fastvideo.errors import RunError
+from fastvideo.shares import Share
 
 POLL = 0.2
 """Seconds between two updates of the progress bar."""
@@ -32,33 +33,6 @@ IMPORTED = (__name__, "diffusers.models.autoencoders", "transformers")
 """Slow imports that every process needs."""
 WriteFile = Callable[[int, Callable[[int], None]], None]
 """Writes the file of a number; calls the function with the count of finished items."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The output files that one machine writes: every ``count``-th one, from ``index`` (1 to ``count``)."""
-
-    index: int = 1
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Share:
-        """Read ``I/N``.
-
-        Raises:
-            UserError: if it is something else.
-        """
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-            raise UserError(f"--shard {text}: I/N is expected, with I from 1 to N, such as 3/16")
-        return cls(int(index), int(count))
-
-    def __contains__(self, number: int) -> bool:
-        """True if the file of a number is this machine's."""
-        return number % self.count == self.index - 1
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ class Wishes:
     Attributes:
         cuda: a config asks for it.
         compiled: a config compiles blocks.
-        model: hub id of a config's model that is no folder here.
+        models: hub ids, folders and files of a config's models, by the key that names them.
         out: folder to write to.
         urls: at which a config reads or writes, such as ``s3://bucket/run``.
     """
@@ -42,7 +42,7 @@ class Wishes:
     out: Path
     cuda: bool = False
     compiled: bool = False
-    model: str | None = None
+    models: Mapping[str, str] = field(default_factory=dict)
     urls: tuple[str, ...] = ()
 
 
@@ -217,17 +217,34 @@ def storage(wishes: Wishes) -> Iterator[Finding]:
 
 
 def hub(facts: Facts, wishes: Wishes) -> Iterator[Finding]:
-    """Hugging Face's cache, token, and the model of the config in it."""
-    from huggingface_hub import constants, get_token, try_to_load_from_cache
+    """Hugging Face's cache, token, and the models of the config: in the cache, or in folders."""
+    from huggingface_hub import constants, get_token
 
     yield _space("hub cache", Path(constants.HF_HUB_CACHE))
-    if wishes.model is not None:
-        cached = isinstance(try_to_load_from_cache(wishes.model, "model_index.json"), str)
-        text = f"{wishes.model} is {'in' if cached else 'not in'} the cache"
-        offline = constants.HF_HUB_OFFLINE and not cached
-        level: Level = "ok" if cached else "error" if offline else "warning"
-        text += ", and HF_HUB_OFFLINE is set" if offline else ""
-        mend = f"hf download {wishes.model}, on every node or into a folder that all see (HF_HOME)"
-        yield Finding("model", level, text, "" if cached else mend)
+    for path, keys in _by_path(wishes.models).items():
+        if Path(path).exists():
+            yield Finding("model", "ok", f"{path} ({keys}) is on this machine")
+        elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            yield _cached(path, keys)
+        else:
+            yield Finding("model", "error", f"{path} ({keys}) does not exist", "give a folder, a file or a hub id")
     token = "a token is set" if get_token() else "no token: models that ask for consent cannot be downloaded"
     yield Finding("hub", "ok", token)
+
+
+def _by_path(models: Mapping[str, str]) -> dict[str, str]:
+    """The keys of a config that name each path, for people."""
+    return {path: ", ".join(key for key, own in models.items() if own == path) for path in models.values()}
+
+
+def _cached(hub_id: str, keys: str) -> Finding:
+    """A hub id in Hugging Face's cache, or not."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+    offline = constants.HF_HUB_OFFLINE and not cached
+    level: Level = "ok" if cached else "error" if offline else "warning"
+    text = f"{hub_id} ({keys}) is {'in' if cached else 'not in'} the cache"
+    text += ", and HF_HUB_OFFLINE is set" if offline else ""
+    mend = f"hf download {hub_id}, on every node or into a folder that all see (HF_HOME)"
+    return Finding("model", level, text, "" if cached else mend)

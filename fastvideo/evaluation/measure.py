@@ -23,11 +23,12 @@ from fastvideo.evaluation.evaluate import Evaluation, kind_of_row
 from fastvideo.evaluation.metric import Batch, Figures, Metric, Seen
 from fastvideo.evaluation.metrics import JudgedRow
 from fastvideo.evaluation.rows import RowSpec
-from fastvideo.evaluation.samples import ALL, FOLDER, Clips, Samples, Share, fill, sample_key
+from fastvideo.evaluation.samples import FOLDER, Clips, Samples, fill, sample_key
 from fastvideo.evaluation.statistics import resample_counts
 from fastvideo.inference.loading import OpenedModel, load_recipe, open_model, unloaded, with_network
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import BATCH_SIZE
+from fastvideo.shares import ALONE, Share
 
 SEEDS = 4
 """Videos of one prompt, where several seeds are compared."""
@@ -146,7 +147,7 @@ def _check_alike(name: str, model: OpenedModel, teacher_name: str, teacher: Open
         raise UserError(f"{name} and its teacher {teacher_name} have different VAEs: a teacher judges its own latents")
 
 
-def sample_rows(task: Task, rows: Mapping[str, Opened], share: Share = ALL) -> int:
+def sample_rows(task: Task, rows: Mapping[str, Opened], share: Share = ALONE) -> int:
     """Sample all that is missing of a ``share``, one model in memory at a time; returns the number of videos."""
     count = 0
     for name, row in rows.items():

@@ -20,13 +20,11 @@ from fastvideo.files import record_of, replace_file, replacing
 from fastvideo.inference.loading import LoadedModel, OpenedModel
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import Sampling, sample_batches
+from fastvideo.shares import ALONE, Share
 
 FOLDER = "samples"
 """Folder of the samples inside an evaluation's output."""
 KEY = "model.json"
-Share = tuple[int, int]
-"""Number of a share of the samples, from 0, and how many shares there are."""
-ALL: Share = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,9 @@ class Samples:
         self.folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.files = [self.folder / name for name in clips.names()]
 
-    def missing(self, share: Share = ALL) -> list[int]:
+    def missing(self, share: Share = ALONE) -> list[int]:
         """Numbers of the prompts without a file; of a ``share`` of them."""
-        number, shares = share
-        return [row for row, file in enumerate(self.files) if row % shares == number and not file.is_file()]
+        return [row for row, file in enumerate(self.files) if row in share and not file.is_file()]
 
     def write(self, rows: Sequence[int], latents: Tensor, seconds: float) -> None:
         """Keep latents ``[B, C, F, H, W]`` of the prompts ``rows``, and the seconds that each took."""
@@ -121,12 +118,13 @@ def weights_key(folder: Path, parts: Sequence[str]) -> str:
 
 
 def fill(
-    samples: Samples, model: LoadedModel, spec: SamplerSpec, batch_size: int, label: str, share: Share = ALL
+    samples: Samples, model: LoadedModel, spec: SamplerSpec, batch_size: int, label: str, share: Share = ALONE
 ) -> int:
     """Sample what ``samples`` lacks of a ``share``, and keep every batch at once; returns how many there were."""
     missing = samples.missing(share)
     wanted = Sampling(samples.clips.prompts, spec, samples.clips.seed, batch_size, rows=missing)
-    with PatientBar(f"{label}: sampling", max(1, len(missing)) * spec.network_calls) as bar:
+    calls = spec.calls_of(model.adapter.codec.latent_shape[1])
+    with PatientBar(f"{label}: sampling", max(1, len(missing)) * calls) as bar:
         batches = sample_batches(model.adapter, model.denoiser, wanted, bar)
         for rows, batch in zip(wanted.batches, batches, strict=True):
             samples.write(rows, batch.latents, batch.seconds / len(rows))

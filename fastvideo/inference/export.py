@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
@@ -20,26 +17,15 @@ from fastvideo.distillation.types import UserError
 from fastvideo.errors import did_you_mean
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
-from fastvideo.inference.export_source import ExportSource, find_source, load_source
+from fastvideo.inference.export_source import ExportSource, find_source, load_source, source_recipe
+from fastvideo.inference.export_streaming import STREAMING_FORMATS, write_streaming
+from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
-from fastvideo.inference.recipe import Weights
+from fastvideo.inference.recipe import Weights, reach_text, streaming_of
 
-FORMATS = ("diffusers", "comfy", *LORA_FORMATS)
-MARK = "exported_to"
-"""Key in the recipe of an export; only exports may be overwritten."""
+FORMATS = ("diffusers", "comfy", *STREAMING_FORMATS, *LORA_FORMATS)
 ONE_FILE = "diffusion_model.safetensors"
-CLOSE = 1.001e-3
-"""Tolerance per time between a stock ladder and the student's; a bit more than from 0.999 to 1."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Written folder, with a summary and warnings for the terminal."""
-
-    folder: Path
-    summary: str
-    warnings: tuple[str, ...]
 
 
 def run_export(
@@ -75,21 +61,42 @@ def run_export(
     found = find_source(source, weights)
     folder = Path(os.path.abspath(out))
     check_new_folder(folder, found.folder, overwrite, MARK)
+    _check_whole_videos(to, found)
     if to in LORA_FORMATS:
         return Export(folder, write_adapter(found, folder, to, MARK), ())
     model = load_source(found)
     if to == "comfy":
         return Export(folder, write_one_file(model, folder, dtype, steps), ())
     _check_apart(folder, Path(model.source))
+    if to in STREAMING_FORMATS:
+        return write_streaming(to, found, model, folder, steps=steps, dtype=dtype, slim=slim)
     spec = model.sampler(steps)
-    # A teacher has no ladder: it keeps its own scheduler unless the caller asks for steps.
-    fitted = model.is_student or steps is not None
-    fitted = fitted and spec.kind != "flow_map"  # no stock scheduler tells a network where its step ends
-    stock = load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind) if fitted else None
-    warnings = (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec), *_image_warnings(model))
+    stock = _fitted(model, spec, steps)
+    warnings = (*_stock_warnings(spec, stock), *_image_warnings(model))
     facts = CardFacts(folder.name, found, model, _recipe(model, spec, stock), spec, stock, dtype, warnings)
     _write(folder, model, facts, slim=slim)
     return Export(folder, _summary(out, found, facts), (*warnings, *_slim_warnings(folder, model, slim)))
+
+
+def _check_whole_videos(to: str, source: ExportSource) -> None:
+    """Refuse a streaming student to programs that sample all frames at once."""
+    if to in ("diffusers", "lora-peft", *STREAMING_FORMATS) or not streaming_of(source_recipe(source)):
+        return
+    raise UserError(
+        f"--to {to}: this student streams chunk by chunk, and what reads that format samples all frames at once; "
+        f"--to {' or '.join(STREAMING_FORMATS)} is for programs that stream"
+    )
+
+
+def _fitted(model: LoadedModel, spec: SamplerSpec, steps: int | None) -> StockSampler | None:
+    """The stock scheduler of a model; ``None`` keeps the base model's own.
+
+    A teacher has no ladder: it keeps its own unless the caller asks for steps. No stock scheduler tells a flow map
+    where its step ends, and none streams.
+    """
+    if not (model.is_student or steps is not None) or spec.kind == "flow_map" or spec.reach:
+        return None
+    return load_exporter(model.adapter.config).stock_sampler(spec.times, spec.kind)
 
 
 def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int | None) -> str:
@@ -101,7 +108,7 @@ def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int 
     spec, exporter = model.sampler(steps), load_exporter(model.adapter.config)
     if spec.kind == "flow_map":
         raise UserError("--to comfy: this student is a flow map, whose second time only `fastvideo generate` passes on")
-    network = _in_precision(model.network, dtype)
+    network = in_precision(model.network, dtype)
     tensors = {exporter.original_name(name): value.contiguous() for name, value in network.state_dict().items()}
     sampling = {"sigmas": json.dumps([*spec.times, 0.0]), "sampler": spec.kind, "guidance": str(spec.guidance)}
     recipe = {**model.recipe, MARK: "comfy"}
@@ -160,6 +167,15 @@ def _ladder_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str
     )
 
 
+def _stock_warnings(spec: SamplerSpec, stock: StockSampler | None) -> tuple[str, ...]:
+    if spec.reach:
+        return (
+            "this student streams chunk by chunk: stock diffusers loads it, and samples all frames at once, which it "
+            "was not trained for. Sample it with `fastvideo generate`",
+        )
+    return (*_ladder_warnings(spec, stock), *_flow_map_warnings(spec))
+
+
 def _flow_map_warnings(spec: SamplerSpec) -> tuple[str, ...]:
     if spec.kind != "flow_map":
         return ()
@@ -179,12 +195,6 @@ def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
     )
 
 
-def ladder_text(times: Sequence[float]) -> str:
-    """A ladder for people; abbreviates a long one."""
-    texts = [f"{time:.4f}" for time in times]
-    return " ".join(texts if len(texts) <= 8 else [*texts[:4], "...", *texts[-2:]])
-
-
 def _recipe(model: LoadedModel, spec: SamplerSpec, stock: StockSampler | None) -> dict[str, Any]:
     recipe = {**model.recipe, "guidance": spec.guidance, "sampler": spec.kind, MARK: "diffusers"}
     # The ladder is as long as the scheduler's.
@@ -202,7 +212,7 @@ def _slim_warnings(folder: Path, model: LoadedModel, slim: bool) -> tuple[str, .
 
 def _write(out: Path, model: LoadedModel, facts: CardFacts, *, slim: bool) -> None:
     """Write the folder whole or not at all."""
-    network = _in_precision(model.network, facts.dtype)
+    network = in_precision(model.network, facts.dtype)
     network.register_to_config(_name_or_path="")  # otherwise a folder of this machine
     try:
         with replacing_folder(out) as partial:
@@ -214,30 +224,21 @@ def _write(out: Path, model: LoadedModel, facts: CardFacts, *, slim: bool) -> No
         raise UserError(f"--out {out} cannot be written: {error}") from error
 
 
-def _in_precision(network: Any, dtype: str | None) -> Any:
-    """Round weights to ``dtype``, except those that diffusers keeps in float32."""
-    if dtype is None:
-        return network
-    kept = network._keep_in_fp32_modules or ()
-    for name, weight in network.named_parameters():
-        if weight.is_floating_point() and not set(kept) & set(name.split(".")):
-            weight.data = weight.data.to(getattr(torch, dtype))
-    return network
-
-
 def _replace_scheduler(folder: Path, scheduler: Any) -> None:
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     scheduler.save_pretrained(folder / "scheduler")
-    index = folder / "model_index.json"
-    components = json.loads(index.read_text(encoding="utf-8"))
-    components["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index.write_text(json.dumps(components, indent=2) + "\n", encoding="utf-8")
+    named = ["diffusers", type(scheduler).__name__]
+    edit_json(folder / "model_index.json", lambda components: components | {"scheduler": named})
 
 
 def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:
     weights = f"{source.weights} weights of step {source.step}" if source.weights else "weights as they are"
     lines = [f"{out}: {facts.pipeline}, {weights}"]
     lines += [f"  our sampler      {ladder_text(facts.spec.times)}"] if facts.recipe.get("ladder") else []
+    if facts.spec.reach is not None:
+        return "\n".join(
+            [*lines, f"  streams {reach_text(facts.spec.reach)}", f"  fastvideo generate {out} --prompt ..."]
+        )
     if facts.stock is not None:
         lines.append(f"  stock diffusers  {ladder_text(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
     lines.append(f"  pipe = {facts.pipeline}.from_pretrained({str(out)!r})")

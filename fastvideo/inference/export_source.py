@@ -131,6 +131,14 @@ def load_source(source: ExportSource) -> LoadedModel:
     return replace(model, recipe={**model.recipe, "weights": source.weights, "steps": source.step})
 
 
+def source_recipe(source: ExportSource) -> dict[str, Any]:
+    """The recipe of the source's model, without its weights."""
+    if source.folder:
+        return load_recipe(str(source.folder))
+    config = source.run_config
+    return result_recipe(config, build_adapter(config).folder, source.weights, source.step)  # type: ignore[arg-type]
+
+
 def adapter_scaling(source: ExportSource) -> float:
     """``alpha / rank`` of the student's adapter in the run's config."""
     lora = source.config["roles"]["student"]["lora"]

@@ -20,6 +20,7 @@ from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.loading import LoadedModel
+from fastvideo.inference.recipe import reach_text
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."
@@ -89,9 +90,11 @@ class CardFacts:
         return found or (PACKAGE_LICENSE if self.base in EMBEDDED else UNKNOWN_LICENSE)
 
 
-def model_card(facts: CardFacts) -> str:
-    """Text of ``README.md`` with the hub's front matter."""
-    parts = [_front_matter(facts), _head(facts), _usage(facts), _ladder(facts), _recipe(facts)]
+def model_card(facts: CardFacts, use: Sequence[str] = ()) -> str:
+    """Text of ``README.md`` with the hub's front matter; ``use`` are the lines for another program than diffusers."""
+    lines = use or (_stream_usage(facts) if facts.spec.reach else _usage(facts))
+    usage = "\n".join(["## Use", "", *lines, ""])
+    parts = [_front_matter(facts), _head(facts), usage, _ladder(facts), _recipe(facts)]
     parts += [_figures(facts.run_file("metrics.json")), _versions(facts), _license(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -112,23 +115,36 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
 def _front_matter(facts: CardFacts) -> str:
     method, family = facts.recipe.get("method"), facts.recipe.get("distill_model")
     task = "image-to-video" if facts.image else "text-to-video"
-    values: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task, **facts.license}
+    library = "fastvideo" if facts.spec.reach else "diffusers"
+    values: dict[str, Any] = {"library_name": library, "pipeline_tag": task, **facts.license}
     base = facts.base if HUB_ID.fullmatch(facts.base) else facts.base_card.get("base_model")
     if base:
         values["base_model"] = base
-    kind = ("distillation", "few-step") if facts.stock is not None else ()
+    kind = ("distillation", "few-step") if facts.stock is not None or facts.spec.reach else ()
     values["tags"] = [tag for tag in (*kind, family, method) if tag]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
 def _head(facts: CardFacts) -> str:
     recipe, count = facts.recipe, len(facts.spec.times)
-    text = f"# {facts.name}\n\n{facts.pipeline} that samples in {counted(count, 'step')}."
+    first = _streams(facts) if facts.spec.reach else f"{facts.pipeline} that samples in {counted(count, 'step')}."
+    text = f"# {facts.name}\n\n{first}"
     if "method" in recipe:
         kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
         text += f" Made from `{facts.base}` by `{recipe['method']}` with FastVideo Distillation: the {kind} after "
         text += f"{recipe.get('steps', 'some')} steps of training."
     return text + "".join(f"\n\n> **Warning:** {warning}" for warning in facts.warnings)
+
+
+def _streams(facts: CardFacts) -> str:
+    """First line of the card of a student that streams."""
+    assert facts.spec.reach is not None
+    calls = counted(len(facts.spec.times), "call")
+    return (
+        f"**Stock `{facts.pipeline}` is not its sampler**: it loads this folder without a word and samples all frames "
+        f"at once, which this network was not trained for. It streams {reach_text(facts.spec.reach)}, each in {calls} "
+        f"and one more that remembers it."
+    )
 
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
@@ -137,8 +153,28 @@ def call_options(facts: CardFacts) -> dict[str, Any]:
     return options | {name: model[name] for name in CALL_OPTIONS if name in model}
 
 
-def _usage(facts: CardFacts) -> str:
+def _prompt(facts: CardFacts) -> str:
+    """A prompt of the run as a string of Python."""
     prompts = facts.config.get("validation", {}).get("prompts") or [PROMPTS.get(facts.base, PROMPT)]
+    return json.dumps(prompts[0], ensure_ascii=False)
+
+
+def _stream_usage(facts: CardFacts) -> list[str]:
+    """Lines that stream with this package."""
+    frames = facts.recipe.get("model", {}).get("num_frames", 81)
+    lines = [
+        "from fastvideo.inference.streaming import Streamer",
+        "",
+        f"streamer = Streamer.load({json.dumps(facts.name)}, seed=0)",
+        f"with streamer.open({_prompt(facts)}) as stream:",
+        "    for index, frames in zip(range(40), stream):  # uint8 [n, height, width, 3]; it has no end",
+        "        print(index, frames.shape)",
+    ]
+    command = f"fastvideo generate {facts.name} --prompt {_prompt(facts)} --frames {frames} --output video.mp4"
+    return ["```bash", command, "```", "", "```python", *lines, "```"]
+
+
+def _usage(facts: CardFacts) -> list[str]:
     dtype = f", torch_dtype=torch.{facts.dtype}" if facts.dtype else ""
     lines = [
         "import torch",
@@ -149,13 +185,13 @@ def _usage(facts: CardFacts) -> str:
         "torch.manual_seed(0)",
         "video = pipe(",
         *(['    image=load_image("first_frame.png"),'] if facts.image else []),
-        f"    prompt={json.dumps(prompts[0], ensure_ascii=False)},",
+        f"    prompt={_prompt(facts)},",
         *(f"    {name}={value}," for name, value in call_options(facts).items()),
         '    output_type="pil",',
         ").frames[0]",
         'video[0].save("video.gif", save_all=True, append_images=video[1:], duration=125, loop=0)',
     ]
-    return "\n".join(["## Use", "", "```python", *lines, "```", "", *_notes(facts)])
+    return ["```python", *lines, "```", "", *_notes(facts)]
 
 
 def _notes(facts: CardFacts) -> list[str]:
@@ -181,6 +217,9 @@ def _notes(facts: CardFacts) -> list[str]:
 
 def _ladder(facts: CardFacts) -> str:
     title = f"## Sampler\n\n{SAMPLERS[facts.spec.kind]}, guidance {facts.spec.guidance:g} (1 = none)."
+    if facts.spec.reach:
+        times = ", ".join(f"{time:.6f}" for time in facts.spec.times)
+        return f"{title} Noise levels of every chunk: {times}."
     if facts.stock is None:
         return f"{title} The scheduler is the base model's own."
     rows = enumerate(zip(facts.spec.times, facts.stock.times, strict=True))

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastvideo.distillation.adapters.diffusers.attention import NATIVE, check_attention
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.types import UserError
@@ -54,16 +55,31 @@ def config_folder(path: str, architecture: str | None = None) -> str:
 
 
 def without_weights(config: Config, architecture: str | None = None) -> Config:
-    """The config with every model path replaced by one that has config files."""
+    """The config over models that have config files, with kernels that every machine has.
+
+    A backend of attention decides about speed, not about what a step keeps, and may not run here at all.
+
+    Raises:
+        UserError: for a model without a known architecture, or a backend that diffusers does not have.
+    """
 
     def named(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        if section is None or section.get("path") is None:
-            return section and dict(section)
-        return {**section, "path": config_folder(section["path"], architecture)}
+        if section is None:
+            return None
+        path = section.get("path")
+        return {**section, **_kernels(section), **({} if path is None else {"path": config_folder(path, architecture)})}
 
     roles = {
         name: role.model_copy(update={**(named({"path": role.path}) or {}), "model": named(role.model)})
         for name, role in config.roles.items()
     }
-    model = config.model.model_copy(update=named({"path": config.model.path}))
+    model = config.model.model_copy(update=named(config.model.model_dump()))
     return config.model_copy(update={"model": model, "roles": roles})
+
+
+def _kernels(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``model`` section that choose kernels, as every machine has them."""
+    if "attention_backend" in section:
+        check_attention(section["attention_backend"])
+    everywhere = {"attention_backend": NATIVE, "compile_blocks": False}
+    return {field: value for field, value in everywhere.items() if field in section}

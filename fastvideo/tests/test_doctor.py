@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fastvideo.cli import main
+from fastvideo.cli.doctor import wishes_of
 from fastvideo.doctor.checks import Finding, Wishes, cuda, examine, packages, several, storage
 from fastvideo.doctor.facts import Facts, Torch, gather, read_gpus
 
@@ -120,14 +121,26 @@ def test_this_machine_is_told_in_less_than_five_seconds(tmp_path: Path, capsys: 
 
 
 def test_a_config_says_what_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str], here: Facts) -> None:
-    from fastvideo.cli.doctor import wishes_of
-
     wishes = wishes_of(Path("wan2.1_t2v_1.3b_dmd2"), tmp_path)
-    assert wishes.model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert wishes.models == {"model.path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
     by_subject = {finding.subject: finding for finding in examine(here, wishes)}
     assert "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in by_subject["model"].mend
     assert main(["doctor", "--config", "no_such_recipe"]) == 2
     assert "no_such_recipe" in capsys.readouterr().err
+
+
+def test_the_model_of_every_role_is_looked_for(tmp_path: Path, here: Facts) -> None:
+    text = (RECIPES / "tiny_wan_dmd2.yaml").read_text()
+    text = text.replace("teacher: {trainable: false}", "teacher: {trainable: false, path: someone/teacher}")
+    text = text.replace("critic: {trainable: true}", f"critic: {{trainable: true, path: {tmp_path}/nothere}}")
+    assert "someone/teacher" in text
+    assert "nothere" in text
+    (tmp_path / "run.yaml").write_text(text)
+    findings = examine(here, wishes_of(tmp_path / "run.yaml", tmp_path))
+    found = [finding for finding in findings if finding.subject == "model"]
+    assert [finding.level for finding in found] == ["warning", "error"]
+    assert found[0].text == "someone/teacher (roles.teacher.path) is not in the cache"
+    assert found[1].text == f"{tmp_path}/nothere (roles.critic.path) does not exist"
 
 
 def test_urls_of_a_config_need_their_packages(

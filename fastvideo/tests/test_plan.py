@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from fastvideo.cli import main
 from fastvideo.cli.plan import read_bytes
 from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.config.schema import DataConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
+from fastvideo.planning.data import check_there
 from fastvideo.planning.estimate import Planner, _gathers
 from fastvideo.planning.fake import LiveBytes, fake_run
 from fastvideo.planning.layout import device_bytes, frozen_parts, gathered_bytes, role_plans
@@ -253,6 +255,27 @@ def test_sizes_are_read(text: str, count: int) -> None:
 def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no size"):
         read_bytes(text, "--gpu-memory")
+
+
+def test_a_kernel_that_this_machine_lacks_changes_no_plan() -> None:
+    asked = config_of(TINY, "--model.attention-backend", "_native_cudnn", "--model.compile-blocks")
+    assert asked == config_of(TINY)
+    with pytest.raises(UserError, match=r"_native_cudn' is not one of .*did you mean '_native_cudnn'"):
+        config_of(TINY, "--model.attention-backend", "_native_cudn")
+
+
+@pytest.mark.parametrize("flag", ["--data.path", "--data.prompts"])
+def test_data_that_are_not_there_have_no_plan(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", TINY, flag, str(tmp_path / "nothere")]) == 2
+    said = capsys.readouterr()
+    assert "nothere" in said.err
+    assert "--elsewhere" in said.err
+    assert "FITS" not in said.out
+
+
+@pytest.mark.parametrize("path", ["tiny", "tiny_stream", "s3://bucket/videos"])
+def test_embedded_data_and_those_at_urls_are_there(path: str) -> None:
+    check_there(DataConfig(path=path))
 
 
 @pytest.mark.slow

@@ -121,6 +121,8 @@ class HealthCheck:
         teacher = self.method.bundle["teacher"]
         family = teacher.adapter
         sampler = SamplerSpec.teacher(family.folder.teacher_times(self.options.teacher_steps), self._guidance(family))
+        if "teacher" in self.method.autoregressive_roles:
+            sampler = replace(sampler, reach=self.wanted.sampler.reach)
         shared, wanted = replace(self.shared, family=family), replace(self.wanted, sampler=sampler)
         made = shared.latents_and_videos(teacher, wanted, "the teacher's videos")
         if made is None:

@@ -158,7 +158,7 @@ def test_bad_files_are_counted_and_listed_and_the_rest_goes_on(job: MakeJob, vid
     write_clip(videos / "nested" / "3.gif", frames=2)
     work = job()
     summary = preprocess(work, workers=1)
-    assert (summary.clips, len(summary.skipped)) == (5, 4)
+    assert (summary.rows, len(summary.skipped)) == (5, 4)
     listed = [json.loads(line) for line in (work.out / "skipped.jsonl").read_text().splitlines()]
     assert [entry["file"] for entry in listed] == ["0.mp4", "2.mov", "nested/1.webm", "nested/3.gif"]
     reasons = (
@@ -183,7 +183,7 @@ def test_an_image_is_a_video_of_one_frame(job: MakeJob, videos: Path) -> None:
     path = add_image(videos)
     work = job()
     summary = preprocess(work, workers=1)
-    assert (summary.clips, summary.skipped) == (10, [])
+    assert (summary.rows, summary.skipped) == (10, [])
     row = next(row for row in stored(work.out) if row["file_name"] == "photo.png")
     assert (row["media_type"], row["num_frames"], row["vae_latent_shape"]) == ("image", 1, [4, 1, 2, 4])
     (clip,) = read_clips(path, work.policy)
@@ -237,10 +237,10 @@ def test_clips_before_a_damaged_part_stay_and_the_rest_is_listed(job: MakeJob, v
     path.with_suffix(".txt").write_text("red three")
     work = job(policy=Policy((Size(16, 32, 5),), every_clip=True))
     summary = preprocess(work, workers=1)
-    assert 0 < summary.clips < 12
-    assert [row["id"] for row in stored(work.out)] == [f"a.mp4#{number}" for number in range(summary.clips)]
+    assert 0 < summary.rows < 12
+    assert [row["id"] for row in stored(work.out)] == [f"a.mp4#{number}" for number in range(summary.rows)]
     ((_, reason),) = (entry.values() for entry in summary.skipped)
-    assert reason.startswith(f"after {summary.clips} clips that are in: cannot be decoded: Invalid data")
+    assert reason.startswith(f"after {summary.rows} clips that are in: cannot be decoded: Invalid data")
 
 
 def test_the_command_says_what_it_did_and_how_it_went(

@@ -11,9 +11,9 @@ import pytest
 from fastvideo.cli.preprocess import main
 from fastvideo.data.index import dataset_files
 from fastvideo.data.output import open_output
-from fastvideo.data.preprocess import preprocess
-from fastvideo.data.workers import Share
+from fastvideo.data.preprocess import preprocess, summary
 from fastvideo.errors import UserError
+from fastvideo.shares import Share
 from fastvideo.tests.data.conftest import MakeJob
 
 
@@ -41,7 +41,7 @@ def test_machines_that_start_at_once_agree_on_one_folder(tmp_path: Path) -> None
 def test_the_last_machine_completes_the_folder_and_a_finished_one_does_nothing(job: MakeJob) -> None:
     work = job()
     first = preprocess(work, workers=1, share=Share(1, 2))
-    assert "2 files of other shards to come" in str(first)
+    assert "2 files of other shards to come" in summary(work.out, first)
     with pytest.raises(UserError, match="has 3 of 5 files"):
         dataset_files(str(work.out))
     foreign = work.out / ".videos-00001.parquet.other-7.part"
@@ -49,7 +49,7 @@ def test_the_last_machine_completes_the_folder_and_a_finished_one_does_nothing(j
     assert preprocess(work, workers=1, share=Share(1, 2)).encoded == 0
     assert foreign.exists(), "a file that another machine is writing was removed"
     last = preprocess(work, workers=1, share=Share(2, 2))
-    assert (last.left, last.clips, last.videos) == (0, 9, 9)
+    assert (last.left, last.rows, last.items) == (0, 9, 9)
     assert not foreign.exists()
     assert len(dataset_files(str(work.out))) == 5
 

@@ -22,9 +22,9 @@ from fastvideo.data.prompts import read_prompts
 from fastvideo.data.schema import METADATA_KEY, metadata_of
 from fastvideo.data.stored_texts import SAMPLING
 from fastvideo.data.texts import TextJob, preprocess_texts
-from fastvideo.data.workers import Share
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.errors import UserError
+from fastvideo.shares import Share
 from fastvideo.tests.data.conftest import CAPTIONS, TOY
 from fastvideo.training import run as run_module
 from fastvideo.training.run import run

@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from fastvideo.cli import main
+from fastvideo.data.order import MemorySource
 from fastvideo.data.schema import floats, metadata_of
+from fastvideo.data.trajectories import precompute
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
@@ -179,4 +181,112 @@ def test_a_method_that_needs_none_is_refused(
     wrong = {**values(), "distill_method": "sft", "method": {}}
     assert main(command(tmp_path, wrong)) == 2
     assert "sft trains on no trajectories" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def causal_config(values: MakeConfig, **method: Any) -> dict[str, Any]:
+    """A causal KD run on frames with correlation 0.9."""
+    made = {**values(reach={"chunk": 1}, allow_bidirectional_pairs=True, **method), "distill_method": "causal_kd"}
+    made["model"] = {**made["model"], "shape": [1, 2, 2, 3], "correlation": 0.9}
+    return made
+
+
+def make_causal(values: dict[str, Any], out: Path, videos: MemorySource, **options: Any) -> None:
+    chosen = {"workers": 1, "per_file": 4, "batch_size": 3, "device": "cpu", "overwrite": False, **options}
+    config = validate(run_schema("analytic", "causal_kd"), values, "test")
+    captions = [videos.captions[i % len(videos.captions)] for i in range(ROWS)]
+    precompute(config, captions, out, chosen, videos)
+
+
+@pytest.fixture(scope="module")
+def videos() -> MemorySource:
+    """Seven videos, so that ten rows use some of them twice."""
+    latents = torch.randn(7, 1, 2, 2, 3, generator=torch.Generator().manual_seed(2))
+    return MemorySource([f"{i}" for i in range(7)], latents)
+
+
+def test_a_causal_row_goes_on_from_its_own_video(values: MakeConfig, videos: MemorySource, tmp_path: Path) -> None:
+    """The walk of each frame against a loop here: the exact velocity of N(m, s^2) on the data before it, guided."""
+    make_causal(causal_config(values), tmp_path / "out", videos)
+    assert videos.latents is not None
+    rows = read(tmp_path / "out")
+    times = sorted({*(1 - i / 7 for i in range(7)), *LADDER}, reverse=True)
+    for number, row in enumerate(rows):
+        data, shift = videos.latents[number % 7], float(number % 7)
+        assert row["caption"] == f"{number % 7}"
+        assert torch.equal(row["vae_latent"], data)
+        torch.testing.assert_close(row["trajectory_times"], torch.tensor([*LADDER, 0.0]))
+        x, states = normal((1, 2, 2, 3), seeded(sample_seed(4, number))), {}
+        before = 0.9 * (data[:, :1] - 0.7)
+        variance = torch.tensor([0.16, 0.16 * (1 - 0.81)]).view(1, 2, 1, 1)
+        for t, after in zip(times, [*times[1:], 0.0], strict=True):
+            states[t] = x
+            scale = (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
+            u = 0.0
+            for mean, weight in ((0.7 + shift, 2.0), (0.7, -1.0)):
+                past = before - 0.9 * (mean - 0.7)
+                m = mean + torch.cat([torch.zeros_like(past), past], dim=1)
+                u = u + weight * (scale * (x - (1 - t) * m) - m)
+            x = x - (t - after) * u
+        expected = torch.stack([*(states[t] for t in LADDER), x])
+        torch.testing.assert_close(row["trajectory"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_causal_files_are_the_same_from_two_processes(values: MakeConfig, videos: MemorySource, tmp_path: Path) -> None:
+    config = causal_config(values)
+    for out, workers in (("one", 1), ("two", 2)):
+        make_causal(config, tmp_path / out, videos, workers=workers)
+    one, two = (sorted((tmp_path / name).glob("*.parquet")) for name in ("one", "two"))
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+    made = metadata_of(pq.read_metadata(one[0]).metadata)
+    assert (made["trajectory_kind"], made["reach"]["chunk"]) == ("causal", 1)
+
+
+def test_a_run_trains_on_causal_ones(values: MakeConfig, videos: MemorySource, tmp_path: Path) -> None:
+    config = causal_config(values)
+    make_causal(config, tmp_path / "out", videos)
+    built = validate(run_schema("analytic", "causal_kd"), config, "test")
+    source, description = open_source(built, AnalyticAdapter(built.model))
+    assert "4 states each" in description
+    assert source.read([0, 3]).extras["trajectory"].shape == (2, 4, 1, 2, 2, 3)
+    run(built)
+
+
+def test_a_run_refuses_trajectories_of_another_kind(values: MakeConfig, videos: MemorySource, tmp_path: Path) -> None:
+    strict = causal_config(values)
+    strict["method"]["allow_bidirectional_pairs"] = False
+    make_causal(causal_config(values), tmp_path / "out", videos)
+    plain = {**strict, "distill_method": "kd", "method": values()["method"]}
+    config = validate(run_schema("analytic", "kd"), plain, "test")
+    with pytest.raises(UserError, match="are causal, and kd trains on bidirectional ones"):
+        open_source(config, AnalyticAdapter(config.model))
+    assert main(command(tmp_path, plain, "bidirectional")) == 0
+    strict["data"] = {**strict["data"], "path": str(tmp_path / "bidirectional")}
+    config = validate(run_schema("analytic", "causal_kd"), strict, "test")
+    with pytest.raises(UserError, match=r"are bidirectional.*--causal, or set method.allow_bidirectional_pairs"):
+        open_source(config, AnalyticAdapter(config.model))
+    other = causal_config(values)
+    other["method"]["reach"] = {"chunk": 2}
+    config = validate(run_schema("analytic", "causal_kd"), other, "test")
+    with pytest.raises(UserError, match=r"reach: made with .*'chunk': 1.* configured .*'chunk': 2"):
+        open_source(config, AnalyticAdapter(config.model))
+
+
+def test_the_call_says_what_fits_the_method(
+    values: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    causal = causal_config(values)
+    for config, flags, message in (
+        (values(), ["--causal"], "kd trains on bidirectional trajectories"),
+        (causal, ["--causal"], "--prompts: with --causal"),
+        (values(), ["--data", "x"], "--data: videos are for --causal"),
+    ):
+        assert main(command(tmp_path, config, "out", *flags)) == 2
+        assert message in capsys.readouterr().err
+    causal["method"]["allow_bidirectional_pairs"] = False
+    assert main(command(tmp_path, causal)) == 2
+    assert "give --causal" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has no `streaming`"):
+        make_causal(causal, tmp_path / "out", MemorySource(["0"], torch.zeros(1, 1, 2, 2, 3)))
     assert not (tmp_path / "out").exists()

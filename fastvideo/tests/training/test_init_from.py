@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -61,6 +62,19 @@ def test_any_role_starts_from_any_role_of_a_checkpoint(
     assert same(found, role_weights(trained, *expected))
     kind = "ema" if expected[1] == "ema" else "live"
     assert notes == (f"role {role} starts from the {kind} weights of role {expected[0]}, step 12, in {trained}",)
+
+
+def test_a_checkpoint_at_a_url_is_a_start(
+    analytic_values: dict[str, Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVIDEO_CACHE", str(tmp_path / "cache"))
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(trained), "/starts/step-12", recursive=True)
+    found, notes = starting(analytic_values, "student", "memory://starts/step-12:student:live")
+    assert same(found, role_weights(trained, "student", "network"))
+    assert "the live weights of role student, step 12" in notes[0]
+    with pytest.raises(UserError, match=r"roles.student.init_from: memory://starts/step-13 does not exist"):
+        starting(analytic_values, "student", "memory://starts/step-13")
 
 
 def test_a_runs_folder_stands_for_its_newest_checkpoint(analytic_values: dict[str, Any], trained: Path) -> None:

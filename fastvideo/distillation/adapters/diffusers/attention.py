@@ -36,6 +36,19 @@ def native_kernel(width: int, dtype: torch.dtype, device: torch.device) -> str:
     return KERNELS[SDPBackend(choice)] + (" (CPU)" if device.type == "cpu" else "")
 
 
+def check_attention(name: str) -> None:
+    """Check that diffusers' dispatcher has a backend of that name; its package may be missing here.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted(backend.value for backend in AttentionBackendName)
+    if name not in known:
+        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
+
+
 def choose_attention(network: Any, name: str) -> None:
     """Give a network the attention backend of that name in diffusers' dispatcher.
 
@@ -44,11 +57,7 @@ def choose_attention(network: Any, name: str) -> None:
     Raises:
         UserError: if there is no backend of that name, its package is missing, or the network cannot change its own.
     """
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    known = sorted(backend.value for backend in AttentionBackendName)
-    if name not in known:
-        raise UserError(f"model.attention_backend {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
+    check_attention(name)
     processors = network.attn_processors.values() if name != NATIVE else ()
     if any("_attention_backend" not in dir(processor) for processor in processors):
         raise UserError(

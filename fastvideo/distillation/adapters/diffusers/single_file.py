@@ -21,6 +21,10 @@ INPUT_SCALES = (".scale_input", ".input_scale")
 MARKS = ("scaled_fp8", ".comfy_quant")
 """Tensors that only say that a file is quantised."""
 ROOT = "model.diffusion_model."
+WRAPPER = "model."
+"""Prefix of Self-Forcing's wrapper around its network."""
+GENERATORS = ("generator_ema", "generator")
+"""Keys of the networks in a checkpoint of Self-Forcing and LongLive, the averaged one first."""
 UNREADABLE = (
     OSError,
     EOFError,
@@ -51,17 +55,26 @@ def is_quantised(path: str | None) -> bool:
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file; a pickle is read as tensors alone.
 
+    Of a checkpoint of Self-Forcing these are the averaged generator's, or the generator's where no average is kept.
+
     Raises:
         UserError: if it cannot be read, or holds anything else.
     """
     try:
         if file.suffix != ".safetensors":
-            return _tensors_alone(file, dict(torch.load(file, map_location="cpu", weights_only=True))), {}
+            content = dict(torch.load(file, map_location="cpu", weights_only=True))
+            return _tensors_alone(file, _generator(content) or content), {}
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
     except UNREADABLE as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read as a file of weights: {first}") from error
+
+
+def _generator(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The network in a checkpoint of Self-Forcing, without the wrapper's prefix; ``None`` in any other file."""
+    held = [content[key] for key in GENERATORS if isinstance(content.get(key), Mapping)]
+    return {name.removeprefix(WRAPPER): value for name, value in held[0].items()} if held else None
 
 
 def _tensors_alone(file: Path, content: dict[str, Any]) -> dict[str, Tensor]:

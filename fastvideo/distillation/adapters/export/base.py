@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,15 @@ class StockSampler:
     times: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class StreamingClasses:
+    """Names by which FastVideo and SGLang load a family's streaming students."""
+
+    pipeline: str
+    network: str
+    scheduler: str
+
+
 def deviation(found: Sequence[float], times: Sequence[float]) -> float:
     """Largest difference between two ladders of the same length."""
     return max(abs(a - b) for a, b in zip(found, times, strict=True))
@@ -35,6 +44,9 @@ class Exporter:
     Args:
         config: the family's options.
     """
+
+    streaming: ClassVar[StreamingClasses | None] = None
+    """Classes of the programs that stream; ``None`` for a family that none of them has."""
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fastvideo.distillation.adapters.export.base import StreamingClasses
 from fastvideo.distillation.adapters.export.flow_match import FlowMatchExporter
 from fastvideo.distillation.types import UserError
 
@@ -45,7 +46,9 @@ OUTSIDE = {
 
 
 class WanExporter(FlowMatchExporter):
-    """``FlowMatchEulerDiscreteScheduler``, and the authors' names."""
+    """``FlowMatchEulerDiscreteScheduler``, the authors' names, and FastVideo's classes for streaming."""
+
+    streaming = StreamingClasses("WanCausalDMDPipeline", "CausalWanTransformer3DModel", "SelfForcingFlowMatchScheduler")
 
     def original_name(self, name: str) -> str:
         found = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name)

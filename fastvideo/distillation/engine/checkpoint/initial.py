@@ -18,6 +18,7 @@ from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, 
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
+from fastvideo.storage import is_remote, local_folder
 
 KINDS = {"ema": EMA, "live": NETWORK}
 """Suffix of a path, to the averaged weights and those of the last step."""
@@ -34,11 +35,15 @@ class Origin:
 
 
 def parse_origin(text: str) -> Origin:
-    """Parse ``PATH``, ``PATH:ROLE`` or ``PATH:ROLE:ema|live``.
+    """Parse ``PATH``, ``PATH:ROLE`` or ``PATH:ROLE:ema|live``; a folder at a URL is fetched once per machine.
 
     Raises:
         UserError: if there is no such folder.
     """
+    if is_remote(text):
+        protocol, _, rest = text.partition("://")
+        at, *named = rest.split(":")
+        return parse_origin(":".join([str(local_folder(f"{protocol}://{at}")), *named]))
     path = Path(text)
     suffix: list[str] = []
     while not path.is_dir() and ":" in path.name and len(suffix) < 2:
