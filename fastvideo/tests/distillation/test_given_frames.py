@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,20 @@ class FreeFrames(RandomStreams):
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         if len(shape) < 5:
-            return super().normal(shape, dtype)
+            return self._free(shape[0], lambda count: super(FreeFrames, self).normal((count, *shape[1:]), dtype))
         return super().normal((*shape[:2], FRAMES, *shape[3:]), dtype)[:, :, GIVEN:]
+
+    def uniform(self, count: int) -> Tensor:
+        return self._free(count, super().uniform)
+
+    def index(self, count: int, high: int) -> Tensor:
+        return self._free(count, lambda more: super(FreeFrames, self).index(more, high))
+
+    def _free(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """One draw per frame (chunks of one) is one of a whole video; any other is as it is."""
+        if count != COUNT * (FRAMES - GIVEN):
+            return draw(count)
+        return draw(COUNT * FRAMES).view(COUNT, FRAMES, -1)[:, GIVEN:].flatten()
 
 
 def losses_of(method: DistillMethod[Any], batch: Batch) -> dict[str, Tensor]:
@@ -71,6 +84,7 @@ def test_given_frames_count_in_no_loss_and_no_normaliser(name: str, options: dic
     found = losses_of(method, with_given(batch, GIVEN))
     alone, _, shorter = made(name, FRAMES - GIVEN, **options)
     expected = losses_of(alone, shorter)
+    expected = {key: value for key, value in expected.items() if not key.endswith("_chunk")}  # of whole videos alone
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=2e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
