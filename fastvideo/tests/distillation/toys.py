@@ -180,7 +180,8 @@ TOYS = {
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
     "causal_cd": Toy(
-        {"teacher_guidance": 1.0, "grid_steps": 1000, "grid_shift": 1.0, "reach": {"chunk": 1}}, student="consistency"
+        {"teacher_guidance": 1.0, "grid_steps": 1000, "grid_shift": 1.0, "allow_bidirectional_teacher": True},
+        student="consistency",
     ),
     "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),
     "anyflow_pretrain": Toy(FLOW_MAP, student="mean_velocity"),
