@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import roll
-from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
+from fastvideo.distillation.causal_rollout import forced_velocity, roll
+from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
@@ -113,6 +113,27 @@ def sample(
     stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
     chunks = torch.split(noise.draw(shape), stream.chunks(shape[1]), dim=2)
     return torch.cat(list(roll(stream, stream.opened, chunks, partial(_solved, sampler, noise))), dim=2)
+
+
+@torch.no_grad()
+def sample_forced(
+    denoiser: Denoiser,
+    noise: SampleNoise,
+    sampler: SamplerSpec,
+    past: Masked,
+    condition: Condition,
+    negative: Condition,
+    visit: Visit,
+) -> Tensor:
+    """Clean latents ``[B, C, F, H, W]`` of all chunks at once, each on the clean ones of ``past`` before it."""
+    assert past.clean is not None
+    velocity, steps = forced_velocity(denoiser, past, condition, negative, sampler.guidance), itertools.count()
+
+    def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        visit(next(steps), x_t)
+        return velocity(x_t, t, r=r)
+
+    return generate(sampler.kind, predict, noise.like(past.clean), sampler.times, noise.like)
 
 
 def _solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
