@@ -181,6 +181,8 @@ TOYS = {
     "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),
     "anyflow_pretrain": Toy(FLOW_MAP, student="mean_velocity"),
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "causvid": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "self_forcing": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),
