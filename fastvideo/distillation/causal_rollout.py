@@ -1,7 +1,7 @@
 """Rollouts chunk by chunk: each one from noise to clean latents on the past of those before it.
 
 Training, sampling and live streams run these lines. A :class:`Streaming` is a network with role, condition and guidance
-bound; its past is opaque here, as guidance needs two.
+bound; its past is opaque here, as guidance needs two. Teacher forcing puts data in the place of the past.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from fastvideo.distillation.chunks import Past, frames_of
+from fastvideo.distillation.chunks import Masked, Past, Reach, frames_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition
 
@@ -95,6 +96,14 @@ def bound(stream: Streaming[PastT], past: PastT) -> Velocity:
         return stream.predict(past, x_t, t, r=r)
 
     return predict
+
+
+def forced(reach: Reach, x0: Tensor, context_time: float, rng: RandomStreams) -> Masked:
+    """Teacher forcing on ``x0`` ``[B, C, F, H, W]``, with noise at a time drawn uniformly up to ``context_time``."""
+    if not context_time:
+        return Masked(reach, x0)
+    time = context_time * rng.shared_uniform()
+    return Masked(reach, add_noise(x0, rng.normal_like(x0), full_time(x0, time)), time)
 
 
 def switched(denoiser: Denoiser, past: Past, condition: Condition, policy: OnSwitch, *, t: float = 0.0) -> Past:

@@ -17,6 +17,7 @@ from fastvideo.errors import UserError, did_you_mean
 METHODS = {
     "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",
     "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
+    "causal_cd": "fastvideo.distillation.methods.consistency_model.causal_cd:CausalCDMethod",
     "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
     "anyflow": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowMethod",
     "anyflow_pretrain": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowPretrainMethod",
@@ -30,6 +31,7 @@ METHODS = {
     "rcm": "fastvideo.distillation.methods.distribution_matching.rcm:RCMMethod",
     "scm": "fastvideo.distillation.methods.consistency_model.scm:SCMMethod",
     "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
+    "causal_sft": "fastvideo.distillation.methods.fine_tuning.causal_sft:CausalSFTMethod",
 }
 """Algorithms, by name."""
 

@@ -178,6 +178,9 @@ TOYS = {
     "kd": Toy({}, student="consistency", sampler=Ladder((1.0,))),
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
+    "causal_cd": Toy(
+        {"teacher_guidance": 1.0, "grid_steps": 1000, "grid_shift": 1.0, "reach": {"chunk": 1}}, student="consistency"
+    ),
     "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),
     "anyflow_pretrain": Toy(FLOW_MAP, student="mean_velocity"),
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
@@ -200,6 +203,7 @@ TOYS = {
     ),
     "scm": Toy({"teacher_guidance": 1.0, "tangent_warmup_steps": 1}, student="consistency", optional=("teacher",)),
     "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
+    "causal_sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
 }
 
 
