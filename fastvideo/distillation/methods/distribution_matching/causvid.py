@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.chunks import Masked, per_frame, spans
+from fastvideo.distillation.chunks import Masked, by_chunk
 from fastvideo.distillation.config.base import CausalOptions
 from fastvideo.distillation.methods.distribution_matching.chunk_metrics import means_by_chunk
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
@@ -46,12 +46,10 @@ class CausVidMethod(DMD2Method):
 
     def rollout(self, batch: Batch) -> Tensor:
         """Clean estimate of all chunks from one call; each chunk is at a drawn ladder time, or at 0."""
-        reach, frames = self.config.reach, batch.shape[2]
-        noise = self.rng.normal(batch.shape)
+        reach, noise = self.config.reach, self.rng.normal(batch.shape)
         levels = torch.tensor(self.ladder.with_end, dtype=torch.float32, device=noise.device)
-        drawn = [self.rng.index(len(batch), len(levels)) for _ in spans(frames, reach.chunk)]
-        t = per_frame(levels[torch.stack(drawn, dim=1)], frames, reach.chunk)
+        t = by_chunk(lambda count: levels[self.rng.index(count, len(levels))], noise, reach.chunk)
         return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition, context=Masked(reach))
 
-    def by_chunk(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def chunk_metrics(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         return means_by_chunk(name, squares, batch, self.config.reach.chunk)

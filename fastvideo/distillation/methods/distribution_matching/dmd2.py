@@ -114,7 +114,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
             gradient = self.gradient(x0, real, fake, batch)
         loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
         squares = gradient.square()
-        squared = {"dmd_gradient_rms": batch.mean(squares), **self.by_chunk("dmd_gradient_rms", squares, batch)}
+        squared = {"dmd_gradient_rms": batch.mean(squares), **self.chunk_metrics("dmd_gradient_rms", squares, batch)}
         return RoleLoss("student", loss, {name: mean.sqrt() for name, mean in squared.items()})
 
     def gradient(self, x0: Tensor, real: Tensor, fake: Tensor, batch: Batch) -> Tensor:
@@ -126,9 +126,9 @@ class DMD2Method(DistillMethod[DMD2Config]):
         x_t, t, target = self.renoise_sample(x0)
         u = self.critic.velocity(x_t, t, batch.condition)
         squares = (u - target).square()
-        return RoleLoss("critic", batch.mean(squares), self.by_chunk("loss", squares.detach(), batch))
+        return RoleLoss("critic", batch.mean(squares), self.chunk_metrics("loss", squares.detach(), batch))
 
-    def by_chunk(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def chunk_metrics(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Means of ``squares`` ``[B, C, F, H, W]`` in each chunk, as metrics; none for a method without chunks."""
         return {}
 

@@ -184,5 +184,5 @@ class SelfForcingMethod(DMD2Method):
         codec = cast(_WithCodec, self.student.adapter).codec
         return codec.encode(codec.decode(latents.detach())[:, :, -1:]).to(latents.dtype)
 
-    def by_chunk(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def chunk_metrics(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         return means_by_chunk(name, squares, batch, self.config.reach.chunk)
