@@ -23,6 +23,7 @@ METHODS = {
     "anyflow_pretrain": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowPretrainMethod",
     "causvid": "fastvideo.distillation.methods.distribution_matching.causvid:CausVidMethod",
     "self_forcing": "fastvideo.distillation.methods.distribution_matching.self_forcing:SelfForcingMethod",
+    "streaming_tuning": "fastvideo.distillation.methods.distribution_matching.streaming_tuning:StreamingTuningMethod",
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",

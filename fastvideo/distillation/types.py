@@ -119,12 +119,14 @@ class RawBatch:
     """One micro-batch of a data source: captions, and normalised clean latents ``[B, C, F, H, W]`` if it has them.
 
     ``extras`` are precomputed tensors by name, batched: ``text_embedding`` ``[B, L, D]``, those that a family declares
-    (``Conditioner.stored_shapes``), and a teacher's ``trajectory`` with its ``trajectory_times``.
+    (``Conditioner.stored_shapes``), and a teacher's ``trajectory`` with its ``trajectory_times``. ``switches`` are
+    prompts to which a stream of each sample may switch.
     """
 
     captions: tuple[str, ...]
     latents: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ class Batch:
 
     ``x0`` are normalised clean latents, float32, or ``None`` in a text-only run; ``shape`` is theirs.
     ``negative`` is the condition of the unconditional prediction and holds the same conditioning frames.
-    The first ``unscored`` frames are seen by networks as all others, and left out by losses.
+    The first ``unscored`` frames are seen by networks as all others, and left out by losses. ``switch`` is the
+    condition of the prompts that follow, in a stream that switches.
     """
 
     shape: tuple[int, ...]
@@ -160,6 +163,7 @@ class Batch:
     x0: Tensor | None = None
     trajectory: Trajectory | None = None
     unscored: int = 0
+    switch: Condition | None = None
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:

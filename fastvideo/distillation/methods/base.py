@@ -63,6 +63,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return True
 
     @classmethod
+    def uses_switches(cls, config: ConfigT) -> bool:
+        """True if this config needs a second prompt of every sample, for a switch in mid-video."""
+        return False
+
+    @classmethod
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
         return frozenset() if cls.reach_of(config) is None else frozenset({"chunks"})
@@ -99,3 +104,9 @@ class DistillMethod(ABC, Generic[ConfigT]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+
+    @property
+    def own_parts(self) -> Mapping[str, Any]:
+        """State that differs between processes, by name: parts with ``state_dict``, ``load_state_dict`` and
+        ``load_foreign_state``, as :class:`~fastvideo.distillation.rng.RandomStreams` has them."""
+        return {}

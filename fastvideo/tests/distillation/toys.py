@@ -202,6 +202,10 @@ TOYS = {
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "causvid": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "self_forcing": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "streaming_tuning": Toy(
+        {"teacher_guidance": 1.0, "generator_update_interval": 2, "first_frame": "keep", "max_frames": 3},
+        student="consistency",
+    ),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),
