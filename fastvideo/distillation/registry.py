@@ -16,6 +16,7 @@ from fastvideo.errors import UserError, did_you_mean
 
 METHODS = {
     "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",
+    "causal_kd": "fastvideo.distillation.methods.knowledge_distillation.causal_kd:CausalKDMethod",
     "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
     "causal_cd": "fastvideo.distillation.methods.consistency_model.causal_cd:CausalCDMethod",
     "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",

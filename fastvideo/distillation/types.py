@@ -16,6 +16,8 @@ from fastvideo.errors import UserError as UserError
 
 STATES, STATE_TIMES = "trajectory", "trajectory_times"
 """Names of a teacher's trajectory among the extras of a :class:`RawBatch`."""
+TrajectoryKind = Literal["bidirectional", "causal"]
+"""Trajectories of whole videos, or of chunks that each went on from clean data."""
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""

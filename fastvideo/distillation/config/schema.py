@@ -268,6 +268,8 @@ class HealthConfig(Section):
     """Smallest ratio of the critic's movement per step to the student's."""
     gradient: NonNegativeFloat = 3.0
     """Largest RMS of the DMD gradient."""
+    critic_lag: NonNegativeFloat = 2.0
+    """Largest ratio of the critic's squared error in the last chunk of a stream to that in the first."""
 
 
 class TrackingConfig(Section):

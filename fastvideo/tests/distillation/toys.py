@@ -192,6 +192,7 @@ FLOW_MAP = {"fused_guidance": 1.0, "flow_time_shift": 1.0, "caption_dropout": 0.
 
 TOYS = {
     "kd": Toy({}, student="consistency", sampler=Ladder((1.0,))),
+    "causal_kd": Toy({"allow_bidirectional_pairs": True}, student="consistency"),
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
     "causal_cd": Toy(
