@@ -49,7 +49,7 @@ def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve:
     chunk: Tensor | None = None
     for noise in noises:
         if chunk is not None:
-            past = stream.commit(past, chunk.detach())
+            past = stream.commit(past, chunk)
         chunk = solve(bound(stream, past), noise)
         yield chunk
 

@@ -156,7 +156,7 @@ class StreamingTuningMethod(SelfForcingMethod):
         student, past, chunks = self.continuation(stream), stream.past, []
         for start in torch.split(noise, runs, dim=2):
             chunks.append(solve(bound(student, past), start))
-            past = student.commit(past, chunks[-1].detach())
+            past = student.commit(past, chunks[-1])
         return replace(stream, past=past, length=stream.length + count), torch.cat(chunks, dim=2)
 
     def continuation(self, stream: RunningStream) -> Continuation:

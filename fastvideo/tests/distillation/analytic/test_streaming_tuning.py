@@ -52,6 +52,7 @@ def test_a_stream_goes_on_from_step_to_step_until_its_end() -> None:
         assert tuple(x0.shape) == scored.shape == (2, 1, 4, 4, 4)
         assert torch.equal(stream.latents, torch.cat([stream.latents[:, :, :1], x0.detach()[:, :, 1:]], dim=2))
         assert stream.past.length == stream.length
+        assert not stream.latents.requires_grad, "or graphs of all steps would hang on one another"
         if before is not None and stream.length > 4:
             assert torch.equal(x0[:, :, 0], before.latents[:, :, -1]), "the codec is the identity, so it re-encodes so"
         lengths.append(stream.length)
