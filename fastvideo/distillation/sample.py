@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections import Counter
@@ -78,6 +79,12 @@ class SampleNoise:
         """Next noise for a batch of latents."""
         return self.draw(x.shape[1:])
 
+    def fork(self) -> SampleNoise:
+        """The same streams at the same positions, apart from these from now on."""
+        other = copy.copy(self)
+        other._streams = [stream.clone_state() for stream in self._streams]
+        return other
+
 
 def sample(
     denoiser: Denoiser,
@@ -94,7 +101,8 @@ def sample(
 
     Args:
         denoiser: network to sample from.
-        noise: streams of the batch; the first draw is the starting point.
+        noise: streams of the batch. A chunk draws its starting point when it begins, so that a longer video of the same
+            seed begins like a shorter one.
         shape: ``(C, F, H, W)`` of one sample.
         sampler: times, guidance and kind of steps.
         condition: of the batch.
@@ -103,11 +111,13 @@ def sample(
         called: called after each step's network calls.
     """
     stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called)
-    chunks = torch.split(noise.draw(shape), stream.chunks(shape[1]), dim=2)
-    return torch.cat(list(roll(stream, stream.opened, chunks, partial(_solved, sampler, noise))), dim=2)
+    channels, frames, *size = shape
+    starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
+    return torch.cat(list(roll(stream, stream.opened, starts, partial(solved, sampler, noise))), dim=2)
 
 
-def _solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient."""
     return generate(sampler.kind, velocity, start, sampler.times, noise.like)
 
 
