@@ -80,7 +80,7 @@ def write_video(path: Path | str, video: Tensor, fps: int = FPS, scale: int = 1)
 def video_bytes(video: Tensor, suffix: str = ".apng", fps: int = FPS, scale: int = 1) -> bytes:
     """The file that :func:`write_video` would write, for embedding; ``.apng`` is exact and loops in every browser."""
     chosen = video_format(f"video{suffix}")
-    frames = _to_frames(video, scale)
+    frames = to_frames(video, scale)
     if chosen.pixels == "yuv420p":
         frames = _even(frames)
     buffer = io.BytesIO()
@@ -93,7 +93,7 @@ def video_bytes(video: Tensor, suffix: str = ".apng", fps: int = FPS, scale: int
     return buffer.getvalue()
 
 
-def _to_frames(video: Tensor, scale: int) -> Frames:
+def to_frames(video: Tensor, scale: int = 1) -> Frames:
     """uint8 ``[T, scale H, scale W, 3]`` of a video ``[3, T, H, W]`` in ``[-1, 1]``."""
     if video.ndim != 4 or video.shape[0] != 3:
         raise ValueError(f"a video is [3, T, H, W], got {list(video.shape)}")

@@ -1,0 +1,175 @@
+"""Streams: videos that a causal student makes chunk by chunk, without end, steered while they play.
+
+.. code-block:: python
+
+    streamer = Streamer.load("outputs/self_forcing/student", seed=0)
+    with streamer.open("a green seven moving left") as stream:
+        for frames in stream:                           # uint8 [n, H, W, 3]: a chunk
+            show(frames)
+            if stream.frames == 81:
+                stream.prompt("a red seven moving up")  # from the next chunk on
+
+A stream is the video that ``sample()`` makes of the same prompt and seed, frame for frame.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, prompt_seeds
+from fastvideo.errors import UserError
+from fastvideo.files import readable_size
+from fastvideo.inference.loading import LoadedModel, load_model
+from fastvideo.inference.locks import lock_of
+from fastvideo.inference.stream_stats import Clock
+from fastvideo.inference.video_stream import Maker, Snapshot, VideoStream
+
+NEARLY_NOISE = 0.99
+"""Lowest first time of a sampler that starts from pure noise."""
+
+
+class Streamer:
+    """A causal model that opens streams, which do not disturb each other, in several threads either.
+
+    Args:
+        model: of a family with chunks and a decoder of frames.
+        sampler: with a ``reach``.
+        seed: determines with the prompt a stream's noise, as everywhere.
+
+    Raises:
+        UserError: for a model or a sampler that cannot stream.
+    """
+
+    def __init__(self, model: LoadedModel, sampler: SamplerSpec, seed: int = 0) -> None:
+        self.reach = checked_reach(model, sampler)
+        self.model, self.sampler, self.seed = model, sampler, seed
+        channels, _, height, width = model.adapter.codec.latent_shape
+        self._maker = Maker(sampler, self._bind, model.adapter.codec.frame_decoder, (channels, height, width))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str,
+        seed: int = 0,
+        *,
+        window: int | None = None,
+        device: str = "cpu",
+        options: Mapping[str, Any] | None = None,
+    ) -> Streamer:
+        """Load a model folder, a hub id or an embedded model, with its text encoder and decoder.
+
+        Args:
+            window: latent frames of the past that a chunk sees, instead of those of the training; warns.
+            options: fields of the family's config that override the recipe's.
+
+        Raises:
+            UserError: as ``load_model``, and for a model that generates whole videos at once.
+        """
+        model = load_model(folder, options, device)
+        sampler = model.sampler()
+        if note := window_note(sampler, window):
+            warnings.warn(note, stacklevel=2)
+        streamer = cls(model, with_window(sampler, window), seed)
+        streamer.open(model.adapter.conditioner.negative_prompt).close()
+        return streamer
+
+    def open(self, prompt: str, *, frames: int | None = None, seed: int | None = None) -> VideoStream:
+        """Begin a stream.
+
+        Args:
+            frames: video frames after which it ends; without an end by default.
+            seed: instead of the streamer's.
+
+        Raises:
+            UserError: for a prompt that the text encoder cannot take, or a number of frames that no video has.
+        """
+        clock = Clock(self.model.adapter.device)
+        first = self.reach.chunk if frames is None else self._first_chunk(frames)
+        noise = SampleNoise(prompt_seeds(self.seed if seed is None else seed, [prompt]), self.model.adapter.device)
+        stream, decoder = self._bind(prompt), self._maker.new_decoder()
+        return VideoStream(self._maker, Snapshot(prompt, stream, stream.opened, noise, decoder, first, frames), clock)
+
+    def resume(self, snapshot: Snapshot) -> VideoStream:
+        """Go on from a snapshot of a stream of this model, once more each time."""
+        return VideoStream(self._maker, snapshot.fork(), Clock(self.model.adapter.device))
+
+    def warm_up(self) -> None:
+        """Make two chunks and forget them: libraries choose and compile kernels in the first."""
+        with self.open(self.model.adapter.conditioner.negative_prompt) as stream:
+            next(stream)
+            next(stream)
+
+    def describe(self, past_bytes: int) -> str:
+        """One line for the terminal: chunks, reach, calls, and the memory of the past."""
+        reach, twice = self.reach, self.sampler.guidance != 1.0
+        seen = "the whole past" if reach.window is None else f"window {reach.window}"
+        sink = f" + sink {reach.sink}" if reach.sink else ""
+        calls = f"{self.sampler.network_calls} calls + {1 + twice} commit{'s' * twice} per chunk"
+        return f"stream: chunks of {reach.chunk}, {seen}{sink}, {calls}, past {readable_size(past_bytes)}"
+
+    def _first_chunk(self, frames: int) -> int:
+        """Latent frames of the first chunk of a video of ``frames`` frames."""
+        temporal = self.model.adapter.codec.temporal
+        if frames < 1 or (frames - 1) % temporal:
+            below = max(0, (frames - 1) // temporal) * temporal + 1
+            near = f"{below} or {below + temporal}"
+            raise UserError(
+                f"frames: one more than a multiple of {temporal} is expected, got {frames}: {near} would do"
+            )
+        return spans((frames - 1) // temporal + 1, self.reach.chunk)[0][1]
+
+    def _bind(self, prompt: str) -> Stream:
+        """The network under a prompt."""
+        conditioner, guidance = self.model.adapter.conditioner, self.sampler.guidance
+        with lock_of(conditioner):
+            condition = conditioner.encode_prompts([prompt])
+            negative = condition if guidance == 1.0 else conditioner.encode_prompts([conditioner.negative_prompt])
+        return Stream(self.model.denoiser, condition, negative, guidance, self.reach)
+
+
+def checked_reach(model: LoadedModel, sampler: SamplerSpec) -> Reach:
+    """The reach of a sampler that can stream with this model.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    source, family = model.source, model.adapter
+    if sampler.reach is None or "chunks" not in family.supports:
+        raise UserError(
+            f"the model in {source} generates whole videos at once, and a stream needs one that was trained to go on "
+            f"chunk by chunk (its recipe.json has `streaming`): sample this one with `fastvideo generate`"
+        )
+    if family.conditioner.needs_frames:
+        raise UserError(f"the model in {source} goes on from given frames: streams start from text alone")
+    if sampler.times[0] < NEARLY_NOISE:
+        raise UserError(
+            f"a stream's chunks start from pure noise, time 1, and the ladder from {sampler.times[0]:g}: give one that "
+            f"starts at 1"
+        )
+    return sampler.reach
+
+
+def with_window(sampler: SamplerSpec, window: int | None) -> SamplerSpec:
+    """The sampler with another window; the same for ``None``.
+
+    Raises:
+        UserError: for a window that does not fit the chunks.
+    """
+    if window is None or sampler.reach is None:
+        return sampler
+    return replace(sampler, reach=replace(sampler.reach, window=window))
+
+
+def window_note(sampler: SamplerSpec, window: int | None) -> str | None:
+    """A warning about a window that the model was not trained with; ``None`` if it was."""
+    if window is None or sampler.reach is None or window == sampler.reach.window:
+        return None
+    trained = "the whole past" if sampler.reach.window is None else f"a window of {sampler.reach.window}"
+    return (
+        f"warning: the student was trained with {trained}, and window {window} is another: expect flicker and drift. "
+        f"To stream so, train so (method.reach.window)"
+    )
