@@ -27,7 +27,10 @@ from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock
 from fastvideo.inference.video_stream import Maker, Snapshot, VideoStream
+from fastvideo.tiny.captions import parse_caption
 
+ANY_PROMPT = "a digit"
+"""Words that every model knows, to load and to warm it up."""
 NEARLY_NOISE = 0.99
 """Lowest first time of a sampler that starts from pure noise."""
 
@@ -39,16 +42,22 @@ class Streamer:
         model: of a family with chunks and a decoder of frames.
         sampler: with a ``reach``.
         seed: determines with the prompt a stream's noise, as everywhere.
+        negative_prompt: guidance leads away from it; ``None`` is the family's own.
 
     Raises:
         UserError: for a model or a sampler that cannot stream.
     """
 
-    def __init__(self, model: LoadedModel, sampler: SamplerSpec, seed: int = 0) -> None:
+    def __init__(
+        self, model: LoadedModel, sampler: SamplerSpec, seed: int = 0, negative_prompt: str | None = None
+    ) -> None:
         self.reach = checked_reach(model, sampler)
         self.model, self.sampler, self.seed = model, sampler, seed
-        channels, _, height, width = model.adapter.codec.latent_shape
-        self._maker = Maker(sampler, self._bind, model.adapter.codec.frame_decoder, (channels, height, width))
+        self._knows_captions_alone = model.is_embedded
+        conditioner, codec = model.adapter.conditioner, model.adapter.codec
+        self.negative_prompt = conditioner.negative_prompt if negative_prompt is None else negative_prompt
+        channels, _, height, width = codec.latent_shape
+        self._maker = Maker(sampler, self._bind, codec.frame_decoder, (channels, height, width))
 
     @classmethod
     def load(
@@ -74,7 +83,7 @@ class Streamer:
         if note := window_note(sampler, window):
             warnings.warn(note, stacklevel=2)
         streamer = cls(model, with_window(sampler, window), seed)
-        streamer.open(model.adapter.conditioner.negative_prompt).close()
+        streamer.open(ANY_PROMPT).close()
         return streamer
 
     def open(self, prompt: str, *, frames: int | None = None, seed: int | None = None) -> VideoStream:
@@ -85,7 +94,7 @@ class Streamer:
             seed: instead of the streamer's.
 
         Raises:
-            UserError: for a prompt that the text encoder cannot take, or a number of frames that no video has.
+            UserError: for a prompt that the model cannot take, or a number of frames that no video has.
         """
         clock = Clock(self.model.adapter.device)
         first = self.reach.chunk if frames is None else self._first_chunk(frames)
@@ -99,7 +108,7 @@ class Streamer:
 
     def warm_up(self) -> None:
         """Make two chunks and forget them: libraries choose and compile kernels in the first."""
-        with self.open(self.model.adapter.conditioner.negative_prompt) as stream:
+        with self.open(ANY_PROMPT) as stream:
             next(stream)
             next(stream)
 
@@ -125,9 +134,11 @@ class Streamer:
     def _bind(self, prompt: str) -> Stream:
         """The network under a prompt."""
         conditioner, guidance = self.model.adapter.conditioner, self.sampler.guidance
+        if self._knows_captions_alone:
+            check_caption(prompt)
         with lock_of(conditioner):
             condition = conditioner.encode_prompts([prompt])
-            negative = condition if guidance == 1.0 else conditioner.encode_prompts([conditioner.negative_prompt])
+            negative = condition if guidance == 1.0 else conditioner.encode_prompts([self.negative_prompt])
         return Stream(self.model.denoiser, condition, negative, guidance, self.reach)
 
 
@@ -151,6 +162,18 @@ def checked_reach(model: LoadedModel, sampler: SamplerSpec) -> Reach:
             f"starts at 1"
         )
     return sampler.reach
+
+
+def check_caption(prompt: str) -> None:
+    """Check that the tiny world knows every word of a prompt.
+
+    Raises:
+        UserError: with the words that it knows, or the form of a caption.
+    """
+    try:
+        parse_caption(prompt)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def with_window(sampler: SamplerSpec, window: int | None) -> SamplerSpec:
