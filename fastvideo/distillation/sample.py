@@ -16,8 +16,9 @@ from torch import Tensor
 from fastvideo.distillation.causal_rollout import roll
 from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
+from fastvideo.distillation.rollout import NoiseLike, SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
 
@@ -34,11 +35,17 @@ class SamplerSpec:
     kind: SamplerKind
     reach: Reach | None = None
     """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
+    context_time: float = 0.0
+    """Time in [0, 1] of the noise on finished chunks, as the next ones see them."""
 
     @property
     def network_calls(self) -> int:
         """Forward passes per sample, or per chunk without its commit: guidance needs two per step."""
         return len(self.times) * (1 if self.guidance == 1.0 else 2)
+
+    def calls_of(self, frames: int) -> int:
+        """Forward passes of a video of ``frames`` latent frames, without commits."""
+        return self.network_calls * (1 if self.reach is None else len(spans(frames, self.reach.chunk)))
 
     @classmethod
     def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
@@ -110,10 +117,25 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
-    stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called)
+    stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
     channels, frames, *size = shape
     starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
     return torch.cat(list(roll(stream, stream.opened, starts, partial(solved, sampler, noise))), dim=2)
+
+
+def streaming(
+    denoiser: Denoiser,
+    noise: SampleNoise,
+    sampler: SamplerSpec,
+    condition: Condition,
+    negative: Condition | None = None,
+    *,
+    visit: Visit | None = None,
+    called: Callable[[], None] | None = None,
+) -> Stream:
+    """The stream of a sampler; arguments as for :func:`sample`."""
+    context = (sampler.context_time, noise.like) if sampler.context_time else None
+    return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
 
 
 def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
@@ -128,6 +150,7 @@ class Stream:
         denoiser, condition, negative, guidance: as for ``Denoiser.guided_velocity``, with conditions of whole videos.
         reach: ``None`` for a network that sees all frames at once: its only chunk is the video.
         visit, called: as for :func:`sample`.
+        context: time in [0, 1] of the noise on finished chunks, and that noise; without it they stay clean.
     """
 
     def __init__(
@@ -139,9 +162,16 @@ class Stream:
         reach: Reach | None,
         visit: Visit | None = None,
         called: Callable[[], None] | None = None,
+        context: tuple[float, NoiseLike] | None = None,
     ) -> None:
         self.denoiser, self.condition, self.negative, self.guidance = denoiser, condition, negative, guidance
         self.reach, self._visit, self._called, self._steps = reach, visit, called, itertools.count()
+        self._context = context
+
+    @property
+    def context_time(self) -> float:
+        """Time of the noise on finished chunks."""
+        return 0.0 if self._context is None else self._context[0]
 
     @property
     def opened(self) -> Contexts:
@@ -168,10 +198,14 @@ class Stream:
         assert isinstance(conditional, Past)
         assert isinstance(unconditional, Past)
         condition, negative = self._of_chunk(past, x0)
-        after = self.denoiser.commit(conditional, x0, condition)
+        time = 0.0
+        if self._context is not None:
+            time, noise_like = self._context
+            x0 = add_noise(x0, noise_like(x0), full_time(x0, time))
+        after = self.denoiser.commit(conditional, x0, condition, time)
         if self.guidance == 1.0:
             return after, after
-        return after, self.denoiser.commit(unconditional, x0, negative)
+        return after, self.denoiser.commit(unconditional, x0, negative, time)
 
     def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
         if not isinstance(past[0], Past):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, cast, get_args
 
@@ -20,6 +20,7 @@ from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.recipe import streaming_of
 
 RECIPE = "recipe.json"
 TEACHER_STEPS = 50
@@ -61,6 +62,9 @@ class OpenedModel:
             raise UserError(f"--ladder is for students; {self.source} is none: give --steps")
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
+        return replace(self._sampler(steps, guidance, ladder), **streaming_of(self.recipe))
+
+    def _sampler(self, steps: int | None, guidance: float | None, ladder: Sequence[float]) -> SamplerSpec:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
         guidance = float(default if guidance is None else guidance)
         if not self.is_student:

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastvideo.distillation.chunks import Reach, spans
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, prompt_seeds
+from fastvideo.distillation.chunks import Past, Reach, spans
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.errors import UserError
 from fastvideo.files import readable_size
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock
-from fastvideo.inference.video_stream import Maker, Snapshot, VideoStream
+from fastvideo.inference.video_stream import Maker, Snapshot, Texts, VideoStream
 from fastvideo.tiny.captions import parse_caption
 
 ANY_PROMPT = "a digit"
@@ -57,7 +57,7 @@ class Streamer:
         conditioner, codec = model.adapter.conditioner, model.adapter.codec
         self.negative_prompt = conditioner.negative_prompt if negative_prompt is None else negative_prompt
         channels, _, height, width = codec.latent_shape
-        self._maker = Maker(sampler, self._bind, codec.frame_decoder, (channels, height, width))
+        self._maker = Maker(model.denoiser, sampler, self._encode, codec.frame_decoder, (channels, height, width))
 
     @classmethod
     def load(
@@ -99,8 +99,9 @@ class Streamer:
         clock = Clock(self.model.adapter.device)
         first = self.reach.chunk if frames is None else self._first_chunk(frames)
         noise = SampleNoise(prompt_seeds(self.seed if seed is None else seed, [prompt]), self.model.adapter.device)
-        stream, decoder = self._bind(prompt), self._maker.new_decoder()
-        return VideoStream(self._maker, Snapshot(prompt, stream, stream.opened, noise, decoder, first, frames), clock)
+        texts, pasts = self._encode(prompt), (Past(self.reach), Past(self.reach))
+        moment = Snapshot(prompt, texts, pasts, noise, self._maker.new_decoder(), first, frames)
+        return VideoStream(self._maker, moment, clock)
 
     def resume(self, snapshot: Snapshot) -> VideoStream:
         """Go on from a snapshot of a stream of this model, once more each time."""
@@ -131,15 +132,15 @@ class Streamer:
             )
         return spans((frames - 1) // temporal + 1, self.reach.chunk)[0][1]
 
-    def _bind(self, prompt: str) -> Stream:
-        """The network under a prompt."""
+    def _encode(self, prompt: str) -> Texts:
+        """Condition of a prompt, and the negative one."""
         conditioner, guidance = self.model.adapter.conditioner, self.sampler.guidance
         if self._knows_captions_alone:
             check_caption(prompt)
         with lock_of(conditioner):
             condition = conditioner.encode_prompts([prompt])
             negative = condition if guidance == 1.0 else conditioner.encode_prompts([self.negative_prompt])
-        return Stream(self.model.denoiser, condition, negative, guidance, self.reach)
+        return condition, negative
 
 
 def checked_reach(model: LoadedModel, sampler: SamplerSpec) -> Reach:

@@ -53,7 +53,7 @@ def recache(old: Stream, new: Stream, pasts: Contexts, last: Tensor) -> Contexts
     again, length = Past(conditional.reach), conditional.length + last.shape[2]
     for piece in (piece for piece in conditional.pieces if conditional.reach.sees(piece.start, length)):
         begun = replace(again, length=piece.start)
-        again = new.denoiser.commit(begun, piece.latents, new.condition)
+        again = new.denoiser.commit(begun, piece.latents, new.condition, new.context_time)
     return new.commit((again, unconditional), last)
 
 

@@ -16,12 +16,16 @@ from fastvideo.data.video_io import to_frames
 from fastvideo.distillation.adapters.base import FrameDecoder
 from fastvideo.distillation.causal_rollout import bound
 from fastvideo.distillation.chunks import Contexts, Past
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
+from fastvideo.distillation.types import Condition
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock, StreamStats
 from fastvideo.inference.switching import POLICIES, OnSwitch, checked_policy
 
 Frames = npt.NDArray[np.uint8]
+Texts = tuple[Condition, Condition]
+"""Condition of a prompt, and the negative one."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class Switch:
     """Change of the prompt.
 
     Attributes:
-        stream: network under the new prompt.
+        texts: condition of the new prompt, and the negative one.
         frame: number of the first video frame under it, from 0; ``None`` before there is one.
     """
 
     prompt: str
     on_switch: OnSwitch
-    stream: Stream
+    texts: Texts
     frame: int | None = None
 
 
@@ -45,7 +49,7 @@ class Snapshot:
 
     Attributes:
         prompt: in force.
-        stream: network under it.
+        texts: its condition, and the negative one.
         pasts: of the finished chunks but the last.
         noise: random stream at its position.
         decode: decoder with its state.
@@ -58,7 +62,7 @@ class Snapshot:
     """
 
     prompt: str
-    stream: Stream
+    texts: Texts
     pasts: Contexts
     noise: SampleNoise
     decode: FrameDecoder
@@ -85,14 +89,15 @@ class Maker:
     """All that the streams of one model share.
 
     Attributes:
-        sampler: with a ``reach``.
-        bind: the network under a prompt.
+        denoiser, sampler: network, and a sampler with a ``reach``.
+        encode: condition of a prompt, and the negative one.
         new_decoder: a decoder at the beginning of a video.
         latent_size: ``(C, H, W)``.
     """
 
+    denoiser: Denoiser
     sampler: SamplerSpec
-    bind: Callable[[str], Stream]
+    encode: Callable[[str], Texts]
     new_decoder: Callable[[], FrameDecoder]
     latent_size: tuple[int, int, int]
 
@@ -105,12 +110,12 @@ class Maker:
     def latents(self, moment: Snapshot, clock: Clock) -> tuple[Snapshot, Tensor]:
         """The next chunk ``[1, C, c, H, W]``, and the moment with all before it in the past."""
         channels, *size = self.latent_size
-        with lock_of(moment.stream.denoiser.network):
+        with lock_of(self.denoiser.network):
             start = moment.noise.draw((channels, moment.chunk, *size))
             with clock.part("commit"):
                 moment = self.settled(moment)
             with clock.part("denoise"):
-                velocity = bound(moment.stream, moment.pasts)
+                velocity = bound(self._stream(moment), moment.pasts)
                 return moment, solved(self.sampler, moment.noise, velocity, start)
 
     def settled(self, moment: Snapshot) -> Snapshot:
@@ -119,15 +124,18 @@ class Maker:
             return self._switched(moment, replace(moment.asked, frame=moment.frames))
         if moment.last is None:
             return moment
-        return replace(moment, pasts=moment.stream.commit(moment.pasts, moment.last), last=None)
+        return replace(moment, pasts=self._stream(moment).commit(moment.pasts, moment.last), last=None)
 
     def _switched(self, moment: Snapshot, switch: Switch) -> Snapshot:
-        pasts, decode = moment.pasts, moment.decode
-        if moment.last is not None:
-            pasts = POLICIES[switch.on_switch](moment.stream, switch.stream, pasts, moment.last)
-            decode = self.new_decoder() if switch.on_switch == "cut" else decode
-        now = replace(moment, prompt=switch.prompt, stream=switch.stream, switch=switch, asked=None)
-        return replace(now, pasts=pasts, decode=decode, last=None)
+        now = replace(moment, prompt=switch.prompt, texts=switch.texts, switch=switch, asked=None, last=None)
+        if moment.last is None:
+            return now
+        policy, old, new = POLICIES[switch.on_switch], self._stream(moment), self._stream(now)
+        decode = self.new_decoder() if switch.on_switch == "cut" else moment.decode
+        return replace(now, pasts=policy(old, new, moment.pasts, moment.last), decode=decode)
+
+    def _stream(self, moment: Snapshot) -> Stream:
+        return streaming(self.denoiser, moment.noise, self.sampler, *moment.texts)
 
 
 class VideoStream:
@@ -173,7 +181,7 @@ class VideoStream:
         Raises:
             UserError: for a prompt that the model cannot take, or an unknown policy; the stream goes on as before.
         """
-        self._asked.append(Switch(text, checked_policy(on_switch), self._maker.bind(text)))
+        self._asked.append(Switch(text, checked_policy(on_switch), self._maker.encode(text)))
 
     def snapshot(self) -> Snapshot:
         """The stream now; during a chunk, after it."""
@@ -184,8 +192,7 @@ class VideoStream:
         """End the stream and free its memory; there are no more frames."""
         with self._working:
             self._closed = True
-            moment = self._moment
-            self._moment = replace(moment, pasts=moment.stream.opened, decode=self._maker.new_decoder(), last=None)
+            self._moment = replace(self._moment, pasts=(None, None), decode=self._maker.new_decoder(), last=None)
 
     def __iter__(self) -> VideoStream:
         return self

@@ -53,6 +53,7 @@ def taken(stream: Iterable[Frames], count: int | None = None) -> Frames:
         spec(Reach(3)),
         spec(Reach(2, window=2), guidance=1.5),
         replace(spec(Reach(2)), kind="euler", guidance=2.0),
+        replace(spec(Reach(2, window=2)), context_time=0.1),
     ],
     ids=str,
 )
