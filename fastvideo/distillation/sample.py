@@ -76,7 +76,8 @@ class SampleNoise:
     """Random stream per sample (one of ``seeds``), drawn on the CPU so that every device gets the same noise."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._streams, self._device = [seeded(seed) for seed in seeds], torch.device(device)
+        self.seeds, self._device = tuple(seeds), torch.device(device)
+        self._streams = [seeded(seed) for seed in seeds]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Standard normal ``[len(seeds), *shape]``."""
