@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections import Counter
@@ -12,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import roll
+from fastvideo.distillation.causal_rollout import OnSwitch, roll, switched
 from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
@@ -75,7 +76,8 @@ class SampleNoise:
     """Random stream per sample (one of ``seeds``), drawn on the CPU so that every device gets the same noise."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._streams, self._device = [seeded(seed) for seed in seeds], torch.device(device)
+        self.seeds, self._device = tuple(seeds), torch.device(device)
+        self._streams = [seeded(seed) for seed in seeds]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Standard normal ``[len(seeds), *shape]``."""
@@ -84,6 +86,12 @@ class SampleNoise:
     def like(self, x: Tensor) -> Tensor:
         """Next noise for a batch of latents."""
         return self.draw(x.shape[1:])
+
+    def fork(self) -> SampleNoise:
+        """The same streams at the same positions, apart from these from now on."""
+        other = copy.copy(self)
+        other._streams = [stream.clone_state() for stream in self._streams]
+        return other
 
 
 def sample(
@@ -101,7 +109,8 @@ def sample(
 
     Args:
         denoiser: network to sample from.
-        noise: streams of the batch; the first draw is the starting point.
+        noise: streams of the batch. A chunk draws its starting point when it begins, so that a longer video of the same
+            seed begins like a shorter one.
         shape: ``(C, F, H, W)`` of one sample.
         sampler: times, guidance and kind of steps.
         condition: of the batch.
@@ -109,13 +118,29 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
+    stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
+    channels, frames, *size = shape
+    starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
+    return torch.cat(list(roll(stream, stream.opened, starts, partial(solved, sampler, noise))), dim=2)
+
+
+def streaming(
+    denoiser: Denoiser,
+    noise: SampleNoise,
+    sampler: SamplerSpec,
+    condition: Condition,
+    negative: Condition | None = None,
+    *,
+    visit: Visit | None = None,
+    called: Callable[[], None] | None = None,
+) -> Stream:
+    """The stream of a sampler; arguments as for :func:`sample`."""
     context = (sampler.context_time, noise.like) if sampler.context_time else None
-    stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
-    chunks = torch.split(noise.draw(shape), stream.chunks(shape[1]), dim=2)
-    return torch.cat(list(roll(stream, stream.opened, chunks, partial(_solved, sampler, noise))), dim=2)
+    return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
 
 
-def _solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient."""
     return generate(sampler.kind, velocity, start, sampler.times, noise.like)
 
 
@@ -177,6 +202,17 @@ class Stream:
         if self.guidance == 1.0:
             return after, after
         return after, self.denoiser.commit(unconditional, x0, negative, time)
+
+    def switched(self, pasts: Contexts, condition: Condition, negative: Condition, policy: OnSwitch) -> Contexts:
+        """Both pasts for chunks under another condition; what is seen without it stays if nothing is forgotten."""
+        conditional, unconditional = pasts
+        assert isinstance(conditional, Past)
+        assert isinstance(unconditional, Past)
+        time = 0.0 if self._context is None else self._context[0]
+        after = switched(self.denoiser, conditional, condition, policy, t=time)
+        if self.guidance == 1.0:
+            return after, after
+        return after, switched(self.denoiser, unconditional, negative, "keep" if policy == "recache" else policy)
 
     def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
         if not isinstance(past[0], Past):
