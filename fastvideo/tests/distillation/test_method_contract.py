@@ -185,9 +185,8 @@ def test_reordering_the_batch_reorders_the_gradients(name: str) -> None:
             batch = Batch(batch.shape, condition, batch.negative, batch.x0[ORDER], walk)
         method = toy_method(name, adapter, mean=-0.5, std=1.2, rng=streams)
         found.append(output_gradients(method, adapter, batch))
-    assert found[0]
+    assert torch.stack([one.abs().sum(dim=(1, 2, 3, 4)) for one in found[0]]).sum(0).min() > 0
     for one, other in zip(*found, strict=True):
-        assert one.abs().sum(dim=(1, 2, 3, 4)).min() > 0
         torch.testing.assert_close(one[ORDER], other, rtol=1e-4, atol=1e-7)
 
 
@@ -214,7 +213,7 @@ def test_the_truth_is_a_fixed_point_that_attracts(name: str, offset: float) -> N
         return analytic_batch(adapter, 64, seed=step)
 
     rates = {**dict.fromkeys(method.trainable_roles, 1e-3), **toy_of(name).rates}
-    train(method, batches, 200, rates)
+    train(method, batches, 100, {role: 2 * rate for role, rate in rates.items()})  # a student may move 0.1
     mean, std = moments(method.bundle["student"])
     if offset:
         assert MEAN + 0.01 < mean < MEAN + offset - 0.02, "it moves towards the truth, and cannot be there yet"
