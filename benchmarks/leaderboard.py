@@ -28,7 +28,7 @@ import tyro
 from leaderboard_page import write_page
 from safetensors.torch import load_file, save_file
 
-from fastvideo.distillation.registry import METHODS
+from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.environment import environment
 from fastvideo.errors import UserError
 from fastvideo.evaluation.evaluate import Evaluation, evaluate_rows
@@ -69,7 +69,7 @@ class Arguments:
     budget: str = "5m"
     """CPU time of each training: 20s, 5m, 1h."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD...", help_behavior_hint="")] = ()
-    """Which; default: every registered method with a tiny recipe."""
+    """Which; default: every registered method of whole videos with a tiny recipe."""
     prompts: int = 512
     """Held-out prompts; all rows get the same ones, and the same noise."""
     seed: int = 0
@@ -108,7 +108,8 @@ def chosen(arguments: Arguments) -> list[str]:
     for method in arguments.methods:
         if method not in METHODS or not recipe_of(method).is_file():
             raise UserError(f"--methods {method}: no such method, or no {recipe_of(method)}")
-    return list(arguments.methods) or [method for method in METHODS if recipe_of(method).is_file()]
+    whole = [name for name in METHODS if load_method(name).reach_of(load_method(name).Config()) is None]
+    return list(arguments.methods) or [method for method in whole if recipe_of(method).is_file()]
 
 
 def identity(arguments: Arguments, method: str) -> dict[str, Any]:

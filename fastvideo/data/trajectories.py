@@ -29,14 +29,12 @@ from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_colu
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config
-from fastvideo.distillation.causal_rollout import forced_velocity
 from fastvideo.distillation.chunks import Masked
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
 from fastvideo.distillation.rng import sample_seed
-from fastvideo.distillation.rollout import euler
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import STATE_TIMES, STATES, RawBatch, TrajectoryKind, UserError
 
@@ -129,19 +127,12 @@ class TrajectoryJob(FileJob):
         raw, reach = self._clean(rows), load_method(config.distill_method).reach_of(config.method)
         assert raw.latents is not None
         assert reach is not None
-        clean = raw.latents.to(adapter.device)
+        clean, sampler = raw.latents.to(adapter.device), _sampler(config, adapter)
         conditions = adapter.conditioner.text_of(raw), adapter.conditioner.negative(len(rows))
-        velocity = forced_velocity(teacher, Masked(reach, clean), *conditions, config.method.teacher_guidance)
-        states, times = list[Tensor](), trajectory_times(config, adapter)
-        left = iter(times)
-
-        def seen(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
-            if next(left) in config.ladder.times:
-                states.append(x_t)
-            return velocity(x_t, t)
-
-        states.append(euler(seen, _noise(config, adapter, rows).draw(clean.shape[1:]), times))
-        return torch.stack(states, dim=1).float().cpu(), clean.float().cpu()
+        states, noise = list[Tensor](), _noise(config, adapter, rows)
+        keep = partial(_keep, states, sampler, config)
+        end = sample_forced(teacher, noise, sampler, Masked(reach, clean), *conditions, keep)
+        return torch.stack([*states, end], dim=1).float().cpu(), clean.float().cpu()
 
     def _clean(self, rows: range) -> RawBatch:
         """The videos of ``rows``, each in turn."""
@@ -153,13 +144,8 @@ class TrajectoryJob(FileJob):
         """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of ``rows``, float32 on the CPU."""
         noise = _noise(config, adapter, rows)
         condition = adapter.conditioner.encode_prompts([self.captions[row] for row in rows])
-        sampler = SamplerSpec.teacher(trajectory_times(config, adapter), config.method.teacher_guidance)
-        states: list[Tensor] = []
-
-        def keep(step: int, x_t: Tensor) -> None:
-            if sampler.times[step] in config.ladder.times:
-                states.append(x_t)
-
+        states, sampler = list[Tensor](), _sampler(config, adapter)
+        keep = partial(_keep, states, sampler, config)
         negative, shape = adapter.conditioner.negative(len(rows)), adapter.codec.latent_shape
         end = sample(teacher, noise, shape, sampler, condition, negative, visit=keep)
         return torch.stack(states, dim=1).float().cpu(), end.float().cpu()
@@ -181,6 +167,16 @@ class TrajectoryJob(FileJob):
             columns = {"id": f"{row:08d}", "caption": self.captions[row], "media_type": "trajectory"}
             columns |= tensor_columns(LATENT, end.numpy()) | tensor_columns(STATES, state.numpy())
             yield columns | tensor_columns(STATE_TIMES, times)
+
+
+def _sampler(config: Config, adapter: Adapter) -> SamplerSpec:
+    return SamplerSpec.teacher(trajectory_times(config, adapter), config.method.teacher_guidance)
+
+
+def _keep(states: list[Tensor], sampler: SamplerSpec, config: Config, step: int, x_t: Tensor) -> None:
+    """Add the states at the ladder's times to ``states``."""
+    if sampler.times[step] in config.ladder.times:
+        states.append(x_t)
 
 
 def _noise(config: Config, adapter: Adapter, rows: range) -> SampleNoise:

@@ -7,7 +7,7 @@ bound; its past is opaque here, as guidance needs two. Teacher forcing puts data
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastvideo.distillation.chunks import Masked, Past, Reach, frames_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Velocity
+from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition
 
 PastT = TypeVar("PastT")
@@ -49,9 +49,44 @@ def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve:
     chunk: Tensor | None = None
     for noise in noises:
         if chunk is not None:
-            past = stream.commit(past, chunk.detach())
+            past = stream.commit(past, chunk)
         chunk = solve(bound(stream, past), noise)
         yield chunk
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A denoiser that continues a past, with the condition of its video bound.
+
+    Attributes:
+        denoiser: the network.
+        condition: of the whole video.
+        context_time: time of the noise on finished chunks, as the next ones see them; 0 keeps them clean.
+        noise_like: that noise.
+    """
+
+    denoiser: Denoiser
+    condition: Condition
+    context_time: float
+    noise_like: NoiseLike
+
+    def predict(self, past: Past, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        """Velocity of the next chunk."""
+        return self.denoiser.velocity(x_t, t, self._of_chunk(past, x_t), r=r, context=past)
+
+    def commit(self, past: Past, x0: Tensor) -> Past:
+        """The past after one more chunk, without gradient."""
+        if self.context_time:
+            x0 = add_noise(x0, self.noise_like(x0), full_time(x0, self.context_time))
+        return self.denoiser.commit(past, x0, self._of_chunk(past, x0), self.context_time)
+
+    def switched(self, past: Past, condition: Condition, policy: OnSwitch) -> tuple[Continuation, Past]:
+        """The same with another condition, and the past for it."""
+        after = switched(self.denoiser, past, condition, policy, t=self.context_time)
+        return replace(self, condition=condition), after
+
+    def _of_chunk(self, past: Past, x: Tensor) -> Condition:
+        return frames_of(self.condition, past.length, past.length + x.shape[2])
 
 
 def bound(stream: Streaming[PastT], past: PastT) -> Velocity:

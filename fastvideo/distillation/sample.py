@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import roll
-from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
+from fastvideo.distillation.causal_rollout import OnSwitch, forced_velocity, roll, switched
+from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
@@ -36,6 +36,8 @@ class SamplerSpec:
     """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
     context_time: float = 0.0
     """Time in [0, 1] of the noise on finished chunks, as the next ones see them."""
+    first_times: tuple[float, ...] = ()
+    """Times of the first chunk of a stream, where it takes others."""
 
     @property
     def network_calls(self) -> int:
@@ -44,7 +46,13 @@ class SamplerSpec:
 
     def calls_of(self, frames: int) -> int:
         """Forward passes of a video of ``frames`` latent frames, without commits."""
-        return self.network_calls * (1 if self.reach is None else len(spans(frames, self.reach.chunk)))
+        chunks = 1 if self.reach is None else len(spans(frames, self.reach.chunk))
+        others = len(self.times_of(opening=True)) - len(self.times)
+        return self.network_calls * chunks + others * (1 if self.guidance == 1.0 else 2)
+
+    def times_of(self, *, opening: bool) -> tuple[float, ...]:
+        """Times of a chunk, which is the first one of its video or not."""
+        return self.first_times if opening and self.first_times else self.times
 
     @classmethod
     def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
@@ -75,7 +83,8 @@ class SampleNoise:
     """Random stream per sample (one of ``seeds``), drawn on the CPU so that every device gets the same noise."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._streams, self._device = [seeded(seed) for seed in seeds], torch.device(device)
+        self.seeds, self._device = tuple(seeds), torch.device(device)
+        self._streams = [seeded(seed) for seed in seeds]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Standard normal ``[len(seeds), *shape]``."""
@@ -84,6 +93,12 @@ class SampleNoise:
     def like(self, x: Tensor) -> Tensor:
         """Next noise for a batch of latents."""
         return self.draw(x.shape[1:])
+
+    def fork(self) -> SampleNoise:
+        """The same streams at the same positions, apart from these from now on."""
+        other = copy.copy(self)
+        other._streams = [stream.clone_state() for stream in self._streams]
+        return other
 
 
 def sample(
@@ -101,7 +116,8 @@ def sample(
 
     Args:
         denoiser: network to sample from.
-        noise: streams of the batch; the first draw is the starting point.
+        noise: streams of the batch. A chunk draws its starting point when it begins, so that a longer video of the same
+            seed begins like a shorter one.
         shape: ``(C, F, H, W)`` of one sample.
         sampler: times, guidance and kind of steps.
         condition: of the batch.
@@ -109,14 +125,56 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
+    stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
+    channels, frames, *size = shape
+    starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
+    opening = itertools.chain([True], itertools.repeat(False))
+
+    def solve(velocity: Velocity, start: Tensor) -> Tensor:
+        return solved(sampler, noise, velocity, start, opening=next(opening))
+
+    return torch.cat(list(roll(stream, stream.opened, starts, solve)), dim=2)
+
+
+def streaming(
+    denoiser: Denoiser,
+    noise: SampleNoise,
+    sampler: SamplerSpec,
+    condition: Condition,
+    negative: Condition | None = None,
+    *,
+    visit: Visit | None = None,
+    called: Callable[[], None] | None = None,
+) -> Stream:
+    """The stream of a sampler; arguments as for :func:`sample`."""
     context = (sampler.context_time, noise.like) if sampler.context_time else None
-    stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
-    chunks = torch.split(noise.draw(shape), stream.chunks(shape[1]), dim=2)
-    return torch.cat(list(roll(stream, stream.opened, chunks, partial(_solved, sampler, noise))), dim=2)
+    return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
 
 
-def _solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
-    return generate(sampler.kind, velocity, start, sampler.times, noise.like)
+@torch.no_grad()
+def sample_forced(
+    denoiser: Denoiser,
+    noise: SampleNoise,
+    sampler: SamplerSpec,
+    past: Masked,
+    condition: Condition,
+    negative: Condition,
+    visit: Visit,
+) -> Tensor:
+    """Clean latents ``[B, C, F, H, W]`` of all chunks at once, each on the clean ones of ``past`` before it."""
+    assert past.clean is not None
+    velocity, steps = forced_velocity(denoiser, past, condition, negative, sampler.guidance), itertools.count()
+
+    def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        visit(next(steps), x_t)
+        return velocity(x_t, t, r=r)
+
+    return generate(sampler.kind, predict, noise.like(past.clean), sampler.times, noise.like)
+
+
+def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor, *, opening: bool) -> Tensor:
+    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient; ``opening``: nothing is before it."""
+    return generate(sampler.kind, velocity, start, sampler.times_of(opening=opening), noise.like)
 
 
 class Stream:
@@ -177,6 +235,17 @@ class Stream:
         if self.guidance == 1.0:
             return after, after
         return after, self.denoiser.commit(unconditional, x0, negative, time)
+
+    def switched(self, pasts: Contexts, condition: Condition, negative: Condition, policy: OnSwitch) -> Contexts:
+        """Both pasts for chunks under another condition; what is seen without it stays if nothing is forgotten."""
+        conditional, unconditional = pasts
+        assert isinstance(conditional, Past)
+        assert isinstance(unconditional, Past)
+        time = 0.0 if self._context is None else self._context[0]
+        after = switched(self.denoiser, conditional, condition, policy, t=time)
+        if self.guidance == 1.0:
+            return after, after
+        return after, switched(self.denoiser, unconditional, negative, "keep" if policy == "recache" else policy)
 
     def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
         if not isinstance(past[0], Past):

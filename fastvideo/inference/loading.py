@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any, cast, get_args
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from fastvideo.data.model import check_sizes, pipeline_class
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import families, load_adapter
@@ -37,6 +38,12 @@ class OpenedModel:
     def is_student(self) -> bool:
         """True for a distilled model: its recipe holds a ladder."""
         return "ladder" in self.recipe
+
+    @property
+    def is_embedded(self) -> bool:
+        """True for a model of an embedded world, shipped or distilled from one."""
+        folders = {str(files("fastvideo").joinpath(folder)) for folder in EMBEDDED.values()}
+        return self.recipe.get("model", {}).get("path") in EMBEDDED or self.source in folders
 
     def sampler(
         self, steps: int | None = None, guidance: float | None = None, ladder: Sequence[float] = ()

@@ -25,6 +25,7 @@ from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
 from fastvideo.tiny.world import FRAMES, WORLDS
+from fastvideo.training.switches import check_switches, with_switches
 from fastvideo.training.texts import usable_prompts
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def build_data(
     """
     faults = Faults(config.data.faults, config.data.max_faults)
     source, description = open_source(config, adapter, faults, others)
+    source = with_switches(config, source, [adapter.conditioner, *others])
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     on_disk = not isinstance(source, MemorySource)
     on_cuda = processes.device.type == "cuda"
@@ -61,6 +63,7 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
             Parquet files, or fewer samples than one batch.
     """
     method = load_method(config.distill_method)
+    check_switches(config)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     if config.data.prompts is not None:
         _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)

@@ -248,12 +248,13 @@ class FrameConsistency(Frames):
     def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, seen: Seen | None = None) -> Tensor:
         """Velocity, in the dtype of ``x_t``; all frames share their time."""
         sigma, (mean, covariance) = expand_time(t, x_t), self.prior(x_t, shift, seen)
-        spectrum, basis = (part.to(x_t.dtype) for part in torch.linalg.eigh(covariance.double()))
-        spectrum, basis = spectrum.view(-1, 1, 1, 1, x_t.shape[2]), basis.view(-1, 1, 1, *basis.shape[-2:])
+        values, vectors = torch.linalg.eigh(covariance.double())
+        spectrum = values.to(x_t.dtype).view(-1, 1, 1, 1, x_t.shape[2])
+        basis: Tensor = vectors.to(x_t.dtype).view(-1, 1, 1, *vectors.shape[-2:])
         level = sigma.movedim(2, -1)[..., :1]
         scale = (spectrum / ((1 - level) ** 2 * spectrum + level**2)).sqrt()
         y = (x_t - (1 - sigma) * mean).movedim(2, -1) @ basis
-        end = mean + ((scale * y) @ basis.mT).movedim(-1, 2)
+        end: Tensor = mean + ((scale * y) @ basis.mT).movedim(-1, 2)
         return (x_t - end) / sigma.clamp_min(1e-6)
 
 

@@ -65,6 +65,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return True
 
     @classmethod
+    def uses_switches(cls, config: ConfigT) -> bool:
+        """True if this config needs a second prompt of every sample, for a switch in mid-video."""
+        return False
+
+    @classmethod
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
         return frozenset() if cls.reach_of(config) is None else frozenset({"chunks"})
@@ -90,6 +95,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return False
 
     @classmethod
+    def first_times_of(cls, config: ConfigT) -> tuple[float, ...]:
+        """Times of the first chunk of a stream; empty for those of the ladder."""
+        return ()
+
+    @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         """Networks of the method's own, such as a loss weight, by role; ``families`` are those of the other roles."""
         return {}
@@ -111,3 +121,9 @@ class DistillMethod(ABC, Generic[ConfigT]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+
+    @property
+    def own_parts(self) -> Mapping[str, Any]:
+        """State that differs between processes, by name: parts with ``state_dict``, ``load_state_dict`` and
+        ``load_foreign_state``, as :class:`~fastvideo.distillation.rng.RandomStreams` has them."""
+        return {}

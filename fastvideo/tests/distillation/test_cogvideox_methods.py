@@ -43,8 +43,16 @@ def config_of(name: str, folder: Path, output: Path, **model: Any) -> Any:
     return validate(run_schema("cogvideox", name), values, "test")
 
 
+VIDEOS = [
+    name
+    for name in METHODS
+    if not load_method(name).needs_trajectories and load_method(name).reach_of(load_method(name).Config()) is None
+]
+"""Methods that train on whole videos or prompts: the family has no chunks."""
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", [name for name in METHODS if not load_method(name).needs_trajectories])
+@pytest.mark.parametrize("name", VIDEOS)
 def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
     name: str, precision: str, tiny_wan: Path, tmp_path: Path
 ) -> None:

@@ -121,13 +121,13 @@ def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: M
 
 def batches(case: Case, adapter: Any, data_rank: int) -> Iterator[RawBatch]:
     """The micro-batches of one data rank: two samples each, with a walk to them for the method that needs one."""
-    generator = torch.Generator().manual_seed(100 + data_rank)
+    generator, walked = torch.Generator().manual_seed(100 + data_rank), load_method(case.method).needs_trajectories
     for number in range(STEPS * case.accumulation):
         latents = torch.randn((2, *adapter.codec.latent_shape), generator=generator)
         captions = tuple(PROMPTS[(number + data_rank + i) % len(PROMPTS)] for i in range(2))
         walk = torch.stack([latents + time * torch.randn(latents.shape, generator=generator) for time in TIMES], 1)
         times = torch.tensor(TIMES).expand(2, -1)
-        yield RawBatch(captions, latents, {STATES: walk, STATE_TIMES: times} if case.method == "kd" else {})
+        yield RawBatch(captions, latents, {STATES: walk, STATE_TIMES: times} if walked else {})
 
 
 def steady(handle: RoleHandle) -> None:

@@ -14,6 +14,8 @@ from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import full_time, guide, velocity_to_x0
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition
+from fastvideo.errors import UserError
+from fastvideo.inference.recipe import streaming_of
 
 SHAPE = (16, 5, 4, 4)
 TIMES = (1.0, 0.7, 0.4)
@@ -52,10 +54,10 @@ def test_against_a_loop_by_hand(student: Denoiser, conditions: tuple[Condition, 
     """Chunks of 2 (the first takes the remainder, 3), Euler, and a past of each kind for guidance."""
     reach = Reach(2, window=2)
     found = sample(student, SampleNoise([1, 2]), SHAPE, spec(reach), *conditions)
-    noise, pasts, chunks = SampleNoise([1, 2]).draw(SHAPE), [Past(reach), Past(reach)], []
+    noise, pasts, chunks = SampleNoise([1, 2]), [Past(reach), Past(reach)], []
     with torch.no_grad():
-        for start, end in ((0, 3), (3, 5)):
-            x = noise[:, :, start:end]
+        for frames in (3, 2):
+            x = noise.draw((16, frames, 4, 4))
             for t, after in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
                 both = [
                     student.velocity(x, full_time(x, t), c, context=p) for c, p in zip(conditions, pasts, strict=True)
@@ -85,7 +87,8 @@ def test_teacher_forcing_is_what_sampling_sees(student: Denoiser, conditions: tu
     reach, condition = Reach(1), conditions[0]
     one = SamplerSpec((0.9,), 1.0, "renoise", reach)
     video = sample(student, SampleNoise([1, 2]), SHAPE, one, condition)
-    noise = SampleNoise([1, 2]).draw(SHAPE)
+    streams = SampleNoise([1, 2])
+    noise = torch.cat([streams.draw((16, 1, 4, 4)) for _ in range(SHAPE[1])], dim=2)
     times = torch.full((2, SHAPE[1]), 0.9)
     with torch.no_grad():
         u = student.velocity(noise, times, condition, context=Masked(reach, video))
@@ -135,3 +138,18 @@ def test_a_recached_window_is_a_video_of_the_kept_frames_alone(
     with torch.no_grad():
         found, expected = (student.velocity(x, t, conditions[1], context=context) for context in (past, fresh))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_chunk_takes_its_own_times(student: Denoiser, conditions: tuple[Condition, Condition]) -> None:
+    calls = []
+    spec = SamplerSpec((1.0,), 1.0, "renoise", Reach(1), first_times=(1.0, 0.6, 0.3))
+    assert spec.calls_of(SHAPE[1]) == 3 + 4
+    options = {"visit": lambda step, x: calls.append(x.shape[2])}
+    sample(student, SampleNoise([1, 2]), SHAPE, spec, conditions[0], **options)
+    assert len(calls) == 3 + 4
+    ladder = {"chunk": 1, "first_ladder": [1.0, 0.6, 0.3]}
+    assert streaming_of({"streaming": ladder})["first_times"] == spec.first_times
+    assert streaming_of({"streaming": {"chunk": 1}})["first_times"] == ()
+    for wrong in ("1.0", [0.3, 0.6], [2.0]):
+        with pytest.raises(UserError, match="streaming"):
+            streaming_of({"streaming": {**ladder, "first_ladder": wrong}})
