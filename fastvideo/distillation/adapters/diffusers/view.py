@@ -173,12 +173,8 @@ class Grid:
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)
 def axis_table(dim: int, positions: tuple[int, ...]) -> Table:
-    """Cosines and sines float32 ``[len(positions), dim]`` along one axis, in diffusers' own way.
-
-    Kept ones serve training too, for which tensors of inference mode are no good.
-    """
+    """Cosines and sines float32 ``[len(positions), dim]`` along one axis, in diffusers' own way."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     at = torch.tensor(positions)

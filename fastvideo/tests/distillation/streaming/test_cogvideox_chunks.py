@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
+from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, _rotary_table
 from fastvideo.distillation.adapters.diffusers.discrete_vp import variance_preserving
 from fastvideo.distillation.chunks import Masked, Past, Piece, Reach, masked_runs, per_frame, spans
 from fastvideo.distillation.denoiser import Denoiser
@@ -286,3 +286,14 @@ def test_processors_are_kept(make: Make, condition: Condition) -> None:
     with pytest.raises(UserError, match=r"transformer_blocks.1.attn1 has the processor CogVideoXAttnProcessor2_0"):
         student.commit(Past(Reach(1)), draw(1), condition)
     assert student.velocity(draw(3), torch.full((2,), 0.5), condition).isfinite().all()
+
+
+def test_a_table_of_inference_mode_serves_training(make: Make, condition: Condition) -> None:
+    """Tables of whole videos are kept, whoever asked for them first."""
+    _rotary_table.cache_clear()
+    student, arguments = make(), (draw(3), torch.full((2,), 0.5), condition)
+    with torch.inference_mode():
+        expected = student.velocity(*arguments)
+    found = Denoiser(student.adapter, student.network.requires_grad_(True)).velocity(*arguments)
+    found.square().mean().backward()
+    assert torch.equal(found, expected)
