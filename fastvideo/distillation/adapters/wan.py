@@ -295,8 +295,11 @@ class WanFrameDecoder:
     """
 
     def __init__(self, codec: WanCodec) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
         self.codec, self._first = codec, True
-        self._cache: list[Any] = [None] * codec.vae._conv_num
+        convolutions = [module for module in codec.vae.decoder.modules() if isinstance(module, WanCausalConv3d)]
+        self._cache: list[Any] = [None] * len(convolutions)
 
     @property
     def bytes(self) -> int:

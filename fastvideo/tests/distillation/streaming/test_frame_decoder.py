@@ -48,6 +48,11 @@ def test_streams_and_whole_videos_interleaved(codec: WanCodec, latents: torch.Te
     assert len(set(sizes[2:])) == 1  # the caches are full after two latent frames
 
 
+def test_a_stream_before_any_whole_video(latents: torch.Tensor, whole: torch.Tensor) -> None:
+    decode = WanAdapter(WanConfig()).codec.frame_decoder()
+    assert torch.equal(decode(latents[:, :, :2]), whole[:, :, :5])
+
+
 def test_a_family_without_streams() -> None:
     codec = AnalyticCodec(AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 2, 1, 1)), "cpu")
     with pytest.raises(UserError, match="no streams"):
