@@ -7,14 +7,15 @@ finished chunks. No network is causal: a call is, by its ``context``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fastvideo.distillation.types import Condition, Given
+from fastvideo.distillation.types import Batch, Condition, Given
 from fastvideo.errors import UserError
 
 Span = tuple[int, int]
@@ -80,6 +81,12 @@ def per_frame(values: Tensor, frames: int, chunk: int) -> Tensor:
     """One value per chunk ``[B, n]`` as one per frame ``[B, frames]``."""
     counts = torch.tensor([end - start for start, end in spans(frames, chunk)], device=values.device)
     return values.repeat_interleave(counts, dim=1, output_size=frames)
+
+
+def by_chunk(draw: Callable[[int], Tensor], x0: Tensor, chunk: int) -> Tensor:
+    """Values ``[B, F]``, one per chunk of the videos ``x0`` ``[B, C, F, H, W]``, of all that ``draw(count)`` makes."""
+    videos, frames = x0.shape[0], x0.shape[2]
+    return per_frame(draw(videos * len(spans(frames, chunk))).view(videos, -1), frames, chunk)
 
 
 @dataclass(frozen=True)
@@ -171,12 +178,27 @@ Contexts = tuple[Context | None, Context | None]
 
 
 def frames_of(condition: Condition, start: int, end: int) -> Condition:
-    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it."""
+    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it.
+
+    Frames behind those of the condition's video are generated ones.
+    """
     cut = condition.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
     given = condition.given
-    if given is not None:
-        given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
-    return Condition(cut.tensors, given)
+    if given is None or start >= given.mask.shape[1]:
+        return Condition(cut.tensors)
+    behind = max(0, end - given.mask.shape[1])
+    mask = functional.pad(given.mask[:, start:end], (0, behind))
+    clean = functional.pad(given.clean[:, :, start:end], (0, 0, 0, 0, 0, behind))
+    return Condition(cut.tensors, Given(mask, clean))
+
+
+def batch_of(batch: Batch, start: int, end: int) -> Batch:
+    """A run of latent frames of a batch."""
+    channels, _, *size = batch.shape[1:]
+    condition = frames_of(batch.condition, start, end)
+    negative = Condition(frames_of(batch.negative, start, end).tensors, condition.given)
+    x0 = None if batch.x0 is None else batch.x0[:, :, start:end]
+    return Batch((len(batch), channels, end - start, *size), condition, negative, x0)
 
 
 def repeated(condition: Condition) -> Condition:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import RLock
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +16,6 @@ if TYPE_CHECKING:
 
 Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
-_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-"""Locks of the networks that are called."""
 
 
 class Family(Protocol):
@@ -65,8 +60,7 @@ class Family(Protocol):
 class Denoiser:
     """Network of a family. Latents are ``[B, C, F, H, W]``, times float32 ``[B]`` or per frame ``[B, F]``, 1 is noise.
 
-    Several denoisers may share one network; ``select`` then turns this role's LoRA adapter on before each call. Threads
-    may share a network too: its calls come one after the other.
+    Several denoisers may share one network; ``select`` then turns this role's LoRA adapter on before each call.
     """
 
     def __init__(self, adapter: Family, network: nn.Module, select: Callable[[], None] | None = None) -> None:
@@ -95,8 +89,7 @@ class Denoiser:
         options: dict[str, Any] = {} if context is None else {"context": context}
         if r is not None:
             options["r"] = r if given is None else given.times(r)
-        with self._calling():
-            u = self.adapter.velocity(self.network, seen, times, condition, **options)
+        u = self.adapter.velocity(self.network, seen, times, condition, **options)
         return u if given is None else x0_to_velocity(x_t, given.clean, t).to(u.dtype).where(given.frames, u)
 
     def flow_map(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
@@ -113,8 +106,10 @@ class Denoiser:
         ``t`` above 0 is for a context with noise: ``x0`` is then the noisy chunk. A past that is made in inference mode
         serves training too.
         """
-        with self._calling(), torch.inference_mode(False), torch.no_grad():
-            x0 = x0.clone() if x0.is_inference() else x0
+        if self.select is not None:
+            self.select()
+        with torch.inference_mode(False), torch.no_grad():
+            x0 = x0.clone() if x0.is_inference() else x0.detach()
             return self.adapter.commit(self.network, past, x0, condition, t)
 
     def guided_velocity(
@@ -144,32 +139,24 @@ class Denoiser:
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
         """Tokens ``[B, L, D]`` after blocks ``taps``; :func:`generated_tokens` masks those of conditioning frames."""
         seen, times = self._network_input(x_t, t, condition)
-        with self._calling():
-            return self.adapter.features(self.network, seen, times, condition, taps)[1]
+        return self.adapter.features(self.network, seen, times, condition, taps)[1]
 
     def x0_guided_and_features(
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float, taps: Sequence[int]
     ) -> tuple[Tensor, Tokens]:
         """:meth:`x0_guided` without gradient, and :meth:`features` of its conditional call with it."""
         seen, times = self._network_input(x_t, t, condition)
-        with self._calling():
-            u, tokens = self.adapter.features(self.network, seen, times, condition, taps, whole=True)
+        u, tokens = self.adapter.features(self.network, seen, times, condition, taps, whole=True)
         assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
                 u = guide(self.velocity(x_t, t, negative), u, guidance)
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
 
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """The network alone, with this role's adapter on: every call would see that, and the hooks of another call."""
-        with _LOCKS.setdefault(self.network, RLock()):
-            if self.select is not None:
-                self.select()
-            yield
-
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Latents and times that the network sees."""
+        """Select the role; latents and times that the network sees."""
+        if self.select is not None:
+            self.select()
         given = condition.given
         return (x_t, t) if given is None else (given.fill(x_t), given.times(t))
 

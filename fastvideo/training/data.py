@@ -24,12 +24,13 @@ from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
+from fastvideo.tiny.world import FRAMES, WORLDS
+from fastvideo.training.switches import check_switches, with_switches
 from fastvideo.training.texts import usable_prompts
 
 if TYPE_CHECKING:
     from fastvideo.data.fits import DataRequirements
 
-TINY = "tiny"
 READ_AHEAD = 2
 """Batches that a thread reads, and pins for CUDA, while the networks are busy."""
 
@@ -46,6 +47,7 @@ def build_data(
     """
     faults = Faults(config.data.faults, config.data.max_faults)
     source, description = open_source(config, adapter, faults, others)
+    source = with_switches(config, source, [adapter.conditioner, *others])
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     on_disk = not isinstance(source, MemorySource)
     on_cuda = processes.device.type == "cuda"
@@ -61,11 +63,12 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
             Parquet files, or fewer samples than one batch.
     """
     method = load_method(config.distill_method)
+    check_switches(config)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     if config.data.prompts is not None:
         _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)
         count = len(read_prompts(config.data.prompts))
-    elif config.data.path != TINY:
+    elif config.data.path not in WORLDS:
         check_own_texts(config.data.path, texts_made(config.data.path), adapter.conditioner, config.model.path)
         count = _rows(config.data.path, enough=shard.per_round)
     else:
@@ -122,7 +125,18 @@ def open_source(
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
         return _prompts(config, adapter, with_latents, others)
-    if config.data.path != TINY:
+    return open_videos(config, adapter, with_latents, faults, others)
+
+
+def open_videos(
+    config: Config,
+    adapter: Adapter,
+    with_latents: bool = True,
+    faults: Faults | None = None,
+    others: Sequence[Conditioner] = (),
+) -> tuple[Source, str]:
+    """Open ``data.path`` as videos with captions, whatever the method trains on."""
+    if config.data.path not in WORLDS:
         return _dataset(config, adapter, with_latents, faults, others)
     return _tiny_world(config, adapter, with_latents)
 
@@ -131,17 +145,18 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     """Open a teacher's trajectories, if they were made for this config."""
     from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
-    from fastvideo.data.trajectories import check_made_for, metadata_at
+    from fastvideo.data.trajectories import check_made_for, metadata_at, state_times
 
-    if config.data.prompts is not None or config.data.path == TINY:
+    if config.data.prompts is not None or config.data.path in WORLDS:
         raise UserError(
             f"data.path: {config.distill_method} trains on a teacher's trajectories; make them with: fastvideo "
             f"precompute-trajectories --config CONFIG --out FOLDER, and give the folder as data.path"
         )
     teacher = adapter.folder.load_network(config.method.teacher_path)
-    for made in metadata_at(config.data.path):
-        check_made_for(made, config, adapter, teacher)
-    steps = len(config.ladder.times)
+    kinds = {check_made_for(made, config, adapter, teacher) for made in metadata_at(config.data.path)}
+    if len(kinds) > 1:
+        raise UserError(f"data.path: {config.data.path} holds causal and bidirectional trajectories: keep one kind")
+    steps = len(state_times(config, kinds.pop()))
     extras = {STATES: (steps, *adapter.codec.latent_shape), STATE_TIMES: (steps,)}
     wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
     source = ParquetSource(config.data.path, wanted)
@@ -165,15 +180,14 @@ def _prompts(config: Config, adapter: Adapter, with_latents: bool, others: Seque
 
 
 def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
-    size, seed = config.data.size, config.seed
+    path, size, seed = config.data.path, config.data.size, config.seed
+    world = WORLDS[path]("train", config.model.model_dump().get("num_frames", FRAMES))
     if not with_latents:
-        from fastvideo.tiny.world import TinyWorld
-
-        return MemorySource(TinyWorld("train").sample_captions(size, seed)), f"{size} captions of the tiny world"
+        return MemorySource(world.sample_captions(size, seed)), f"{size} captions of the world {path!r}"
     from fastvideo.tiny.latents import cached_latents
 
-    encoded = cached_latents(adapter.codec, size, seed, Path(config.data.cache))
-    return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the tiny world"
+    encoded = cached_latents(adapter.codec, world, size, seed, Path(config.data.cache))
+    return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the world {path!r}"
 
 
 def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequence[Conditioner]) -> DataRequirements:

@@ -8,6 +8,7 @@ pipeline's latents are ``[B, F, C, H, W]``; they are turned round at the network
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -68,10 +69,13 @@ class CogVideoXCodec(DiffusersCodec):
     """``AutoencoderKLCogVideoX``: one scaling factor."""
 
     @property
+    def temporal(self) -> int:
+        return int(self.pipeline.vae_config["temporal_compression_ratio"])
+
+    @property
     def _video_frames(self) -> int:
         """Latent frames of a video, without padding."""
-        factor = int(self.pipeline.vae_config["temporal_compression_ratio"])
-        return (int(self.pipeline.config.num_frames) - 1) // factor + 1
+        return (int(self.pipeline.config.num_frames) - 1) // self.temporal + 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -116,6 +120,9 @@ class CogVideoXFrameDecoder:
     def bytes(self) -> int:
         waiting = [] if self._waiting is None else [self._waiting]
         return sum(value.numel() * value.element_size() for value in (*_tensors(self._cache or {}), *waiting))
+
+    def fork(self) -> CogVideoXFrameDecoder:
+        return copy.copy(self)  # a decode makes new caches and writes to none
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:

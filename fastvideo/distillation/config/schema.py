@@ -95,13 +95,17 @@ class DataConfig(Section):
     """Training data: preprocessed videos, the embedded world, or prompts alone."""
 
     path: str = "tiny"
-    """`tiny` (the embedded world of moving digits), or a Parquet file or folder in FastVideo's public schema, as
-    `fastvideo preprocess` writes it, or WebDataset's tar shards; local or a URL (`s3://bucket/folder`). A method that
-    needs no videos reads captions and text embeddings alone. See `docs/storage.md`."""
+    """`tiny` (the embedded world of moving digits) or `tiny_stream` (the same without edges, for streams), or a Parquet
+    file or folder in FastVideo's public schema, as `fastvideo preprocess` writes it, or WebDataset's tar shards; local
+    or a URL (`s3://bucket/folder`). A method that needs no videos reads captions and text embeddings alone. See
+    `docs/storage.md`."""
     latents: Literal["raw", "normalised"] = "raw"
     """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None
     """Text file with one prompt per line, instead of `path`; local or a URL."""
+    switch_prompts: str | None = None
+    """Text file with the prompt that follows each line of `prompts`, for streams that switch (`method.switch_frames`);
+    the tiny worlds make their own, which differ in one attribute."""
     long_prompts: Annotated[Literal["skip", "raise"], RESUMABLE] = "skip"
     """Reaction to prompts of `prompts` with more tokens than the text encoder takes: leave them out and list them in
     the run's folder, or stop with an error."""
@@ -264,6 +268,8 @@ class HealthConfig(Section):
     """Smallest ratio of the critic's movement per step to the student's."""
     gradient: NonNegativeFloat = 3.0
     """Largest RMS of the DMD gradient."""
+    critic_lag: NonNegativeFloat = 2.0
+    """Largest ratio of the critic's squared error in the last chunk of a stream to that in the first."""
 
 
 class TrackingConfig(Section):

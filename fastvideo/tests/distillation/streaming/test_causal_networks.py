@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,7 +236,7 @@ def test_compiled_kernels_give_the_same_chunks(tiny_wan: Path, condition: Condit
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
-# Changed networks, threads, inference mode
+# Changed networks, inference mode
 
 
 def test_a_processor_that_was_replaced_is_named(adapter: WanAdapter, condition: Condition) -> None:
@@ -249,32 +248,6 @@ def test_a_processor_that_was_replaced_is_named(adapter: WanAdapter, condition: 
     with pytest.raises(UserError, match=r"blocks.1.attn1 has the processor WanAttnProcessor, which sees no past"):
         student.velocity(draw(1), torch.full((2,), 0.5), condition, context=Past(REACH))
     assert student.velocity(draw(3), torch.full((2,), 0.5), condition).isfinite().all()
-
-
-def test_two_threads_on_one_network(adapter: WanAdapter, condition: Condition) -> None:
-    """A stream and a sampler of whole videos, as `live` and an evaluation beside it."""
-    network = adapter.folder.load_network()
-    specs = SamplerSpec((1.0, 0.5), 1.0, "euler"), SamplerSpec((1.0, 0.5), 1.0, "euler", REACH)
-
-    def video(spec: SamplerSpec) -> Tensor:
-        return sample(Denoiser(adapter, network), SampleNoise([1, 2]), (4, 4, 2, 4), spec, condition)
-
-    expected = [video(spec) for spec in specs]
-    found: list[list[Tensor]] = [[], []]
-    start = threading.Barrier(2)
-
-    def work(number: int, spec: SamplerSpec) -> None:
-        start.wait()
-        for _ in range(6):
-            found[number].append(video(spec))
-
-    threads = [threading.Thread(target=work, args=(number, spec)) for number, spec in enumerate(specs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [len(videos) for videos in found] == [6, 6]
-    assert all(torch.equal(one, expected[number]) for number in (0, 1) for one in found[number])
 
 
 def test_a_past_of_inference_mode_can_be_trained_on(adapter: WanAdapter, condition: Condition) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvideo.conformance.run import CHECKS, examine
 from fastvideo.conformance.subject import Subject
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import FrameDecoder
 from fastvideo.distillation.adapters.wan import WanAdapter, WanCodec
 from fastvideo.distillation.chunks import Masked, Past
@@ -75,11 +76,14 @@ class _Fresh:
         decoder: FrameDecoder = WanCodec.frame_decoder(self.codec)
         return decoder(latents)
 
+    def fork(self) -> _Fresh:
+        return self
+
 
 BROKEN: dict[str, tuple[type[WanAdapter], str]] = {
-    "forgetful": (Forgetful, "a chunk sees the clean past and no future"),
-    "bidirectional": (Bidirectional, "a chunk sees the clean past and no future"),
-    "late": (Late, "chunks one by one are those of one call"),
+    "forgetful": (Forgetful, "a chunk reads the clean chunks before it and not its own"),
+    "bidirectional": (Bidirectional, "a later chunk changes nothing before it"),
+    "late": (Late, "chunks on their past equal one call of teacher forcing"),
     "in place": (InPlace, "a past is a value"),
     "seams": (Seams, "a decoded stream has no seams"),
 }
@@ -90,12 +94,23 @@ def test_a_broken_family_is_caught_by_name(mistake: str, tiny_wan: Path, tmp_pat
     cls, rule = BROKEN[mistake]
     family = cls(wan_config(wan_folder(tiny_wan.parent), num_frames=9))
     outcomes = list(examine(Subject(family, FAMILIES["wan"].prompts, tmp_path), RULES))
-    failed = [outcome for outcome in outcomes if outcome.result == "FAILED"]
-    assert rule in [outcome.name for outcome in failed], failed
-    assert not any("raised at" in outcome.where for outcome in failed), failed
+    (caught,) = (outcome for outcome in outcomes if outcome.name == rule)
+    assert caught.result == "FAILED"
+    assert "raised at" not in caught.where, caught
 
 
-def test_a_family_without_a_past_is_not_examined(tmp_path: Path) -> None:
-    family = FAMILIES["analytic"]
-    outcomes = examine(Subject(family.make(tmp_path), family.prompts, tmp_path), RULES)
-    assert {outcome.result for outcome in outcomes} == {"not applicable"}
+class Whole(AnalyticAdapter):
+    """Generates whole videos."""
+
+    supports = AnalyticAdapter.supports - {"chunks"}
+
+
+@pytest.mark.parametrize(("cls", "kept"), [(Whole, set()), (AnalyticAdapter, {"a past is a value"})])
+def test_rules_that_do_not_apply(cls: type[AnalyticAdapter], kept: set[str], tmp_path: Path) -> None:
+    """Independent frames have a past that nothing can be seen of, and their videos are not decoded as a stream."""
+    config = AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 3, 1, 1))
+    outcomes = {o.name: o.result for o in examine(Subject(cls(config), FAMILIES["analytic"].prompts, tmp_path), RULES)}
+    assert "FAILED" not in outcomes.values()
+    assert kept <= {name for name, result in outcomes.items() if result == "passed"}
+    for rule in ("a chunk reads the clean chunks before it and not its own", "a decoded stream has no seams"):
+        assert outcomes[rule] == "not applicable"
