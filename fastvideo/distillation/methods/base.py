@@ -95,6 +95,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return False
 
     @classmethod
+    def first_times_of(cls, config: ConfigT) -> tuple[float, ...]:
+        """Times of the first chunk of a stream; empty for those of the ladder."""
+        return ()
+
+    @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         """Networks of the method's own, such as a loss weight, by role; ``families`` are those of the other roles."""
         return {}

@@ -95,6 +95,11 @@ class SelfForcingMethod(DMD2Method):
         super().__init__(config, bundle, ladder, rng)
         self.first_times = Ladder(config.first_ladder).times if config.first_ladder else ladder.times
 
+    @classmethod
+    def first_times_of(cls, config: DMD2Config) -> Times:
+        assert isinstance(config, SelfForcingConfig)
+        return config.first_ladder
+
     def rollout(self, batch: Batch) -> Tensor:
         """Stream of the student, whose last scored frames have the gradient of one call per chunk."""
         frames = self.length(batch)
