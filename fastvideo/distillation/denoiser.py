@@ -109,8 +109,8 @@ class Denoiser:
         if self.select is not None:
             self.select()
         with torch.inference_mode(False), torch.no_grad():
-            x0 = x0.clone() if x0.is_inference() else x0.detach()
-            return self.adapter.commit(self.network, past, x0, condition, t)
+            x0 = x0.clone() if x0.is_inference() else x0
+            return self.adapter.commit(self.network, past, x0.detach(), condition, t)
 
     def guided_velocity(
         self,
