@@ -9,6 +9,7 @@ from fastvideo.conformance.subject import COUNT, NotApplicable, Subject, check, 
 from fastvideo.distillation.chunks import Masked, Past, Reach, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.types import UserError
 
 CAUSAL = "velocity(context=), commit()"
 FRAMES = 5
@@ -22,7 +23,12 @@ def _role(subject: Subject) -> Denoiser:
         raise NotApplicable("the family generates whole videos, not chunk by chunk")
     if subject.adapter.conditioner.needs_frames:
         raise NotApplicable("the model goes on from frames of its own length of video")
-    return Denoiser(subject.adapter, subject.network)
+    role = Denoiser(subject.adapter, subject.network)
+    try:
+        role.commit(Past(Reach(1)), _video(subject, 3)[:, :, :1], subject.condition)
+    except UserError as refusal:
+        raise NotApplicable(f"the model does not take chunks of one latent frame: {refusal}") from refusal
+    return role
 
 
 def _video(subject: Subject, seed: int) -> Tensor:
@@ -94,6 +100,35 @@ def a_later_chunk_changes_nothing_before_it(subject: Subject) -> None:
 
 
 @check(CAUSAL)
+def a_chunk_reads_the_clean_chunks_before_it_and_not_its_own(subject: Subject) -> None:
+    role, noisy, clean = _role(subject), _video(subject, 4), _video(subject, 5)
+    start, reach = spans(FRAMES, 2)[-1][0], Reach(2)
+    times = _per_frame(_times(subject, reach), reach)
+    found = []
+    for changed in (clean, _joined(clean, noisy, start), _joined(noisy, clean, start)):
+        with torch.no_grad():
+            u = role.velocity(noisy, times, subject.condition, context=Masked(reach, changed))
+        found.append(u[:, :, start:])
+    require_close(found[1], found[0], "a chunk beside other clean latents of its own")
+    if not _frames_interact(subject):
+        raise NotApplicable("no two frames of the model's videos depend on each other")
+    require(not torch.allclose(found[2], found[0], rtol=1e-5, atol=1e-7), "another past gives the same velocity")
+
+
+@torch.no_grad()
+def _frames_interact(subject: Subject) -> bool:
+    """True if another first frame changes the last one in a bidirectional call."""
+    moved = subject.x_t.clone()
+    moved[:, :, 0] += 1.0
+    first, second = (subject.predict(x, subject.times)[:, :, -1] for x in (subject.x_t, moved))
+    return moved.shape[2] > 1 and not torch.equal(first, second)
+
+
+def _joined(first: Tensor, second: Tensor, start: int) -> Tensor:
+    return torch.cat([first[:, :, :start], second[:, :, start:]], dim=2)
+
+
+@check(CAUSAL)
 def a_past_is_a_value(subject: Subject) -> None:
     """Later chunks leave it as it was, and it holds no graph."""
     role, noisy, clean = _role(subject), _video(subject, 4), _video(subject, 5)
@@ -117,3 +152,24 @@ def a_past_serves_training_after_sampling(subject: Subject) -> None:
     u = role.velocity(x_t, subject.times, subject.condition, context=past)
     (gradient,) = torch.autograd.grad(u.square().sum(), x_t)
     require(gradient.isfinite().all() and gradient.abs().sum() > 0, "no gradient reaches the chunk")
+
+
+@check("codec.frame_decoder()")
+@torch.no_grad()
+def a_decoded_stream_has_no_seams(subject: Subject) -> None:
+    if "chunks" not in subject.adapter.supports:
+        raise NotApplicable("the family generates whole videos, not chunk by chunk")
+    codec, latents = subject.adapter.codec, subject.noise(2, seed=5)
+    try:
+        decode, other = codec.frame_decoder(), codec.frame_decoder()
+    except UserError as refusal:
+        raise NotApplicable(str(refusal)) from refusal
+    pieces, forked = [], []
+    for frame in torch.split(latents, 1, dim=2):
+        fork = decode.fork()
+        pieces.append(decode(frame))
+        forked.append(fork(frame))
+        other(-frame)
+    whole = codec.decode(latents)
+    for name, stream in (("a stream", pieces), ("its forks", forked)):
+        require_close(torch.cat(stream, dim=2), whole, f"frames of {name} and of the whole video")

@@ -103,11 +103,13 @@ class Denoiser:
     def commit(self, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after one more finished chunk ``[B, C, c, H, W]``, without gradient.
 
-        ``t`` above 0 is for a context with noise: ``x0`` is then the noisy chunk.
+        ``t`` above 0 is for a context with noise: ``x0`` is then the noisy chunk. A past that is made in inference mode
+        serves training too.
         """
         if self.select is not None:
             self.select()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            x0 = x0.clone() if x0.is_inference() else x0
             return self.adapter.commit(self.network, past, x0.detach(), condition, t)
 
     def guided_velocity(

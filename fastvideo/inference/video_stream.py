@@ -206,7 +206,10 @@ class VideoStream:
         with self._working:
             if self._closed or self._moment.frames == self._moment.end:
                 raise StopIteration
-            return self._advance()
+            frames = self._advance()
+            while not len(frames):  # a decoder may wait for another chunk
+                frames = self._advance()
+            return frames
 
     def _advance(self) -> Frames:
         asked = self._asked.popleft() if self._asked else None

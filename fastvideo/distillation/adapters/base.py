@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.chunks import Context, Past
+from fastvideo.distillation.chunks import Context, Masked, Past, frames_of, spans
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
@@ -347,6 +347,37 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, which the network sees at time ``t``."""
         raise refused_context(type(self).__name__)
+
+    def _teacher_forced(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, context: Masked
+    ) -> Tensor:
+        """A :class:`Masked` call in turn: each noisy chunk on the past of the clean chunks before it.
+
+        For families whose networks take one time per sample: their :meth:`velocity` answers ``Masked`` with it. The
+        numbers are those of one call over ``[clean, noisy]``; the gradient flows through the noisy chunks alone, as
+        pasts have none. ``t`` is ``[B, F]``, with one time per chunk.
+
+        Raises:
+            UserError: for diffusion forcing, and for conditioning frames.
+        """
+        name, clean = type(self).__name__, context.clean
+        if clean is None:
+            raise UserError(
+                f"{name} takes one time per sample: chunks that are noisy together, each at a time of its own "
+                f"(diffusion forcing), need another family; teacher forcing works"
+            )
+        if condition.given is not None:
+            raise UserError(f"{name} takes one time per sample: conditioning frames need another family")
+        past, found = Past(context.reach), list[Tensor]()
+        for start, end in spans(x_t.shape[2], context.reach.chunk):
+            if start:
+                before = slice(past.length, start)
+                with torch.no_grad():
+                    seen = frames_of(condition, past.length, start)
+                    past = self.commit(network, past, clean[:, :, before], seen, context.clean_time)
+            own = frames_of(condition, start, end)
+            found.append(self.velocity(network, x_t[:, :, start:end], t[:, start], own, context=past))
+        return torch.cat(found, dim=2)
 
     @classmethod
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:

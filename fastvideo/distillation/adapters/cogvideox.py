@@ -8,7 +8,9 @@ pipeline's latents are ``[B, F, C, H, W]``; they are turned round at the network
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -16,7 +18,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape, refused_context
+from fastvideo.distillation.adapters.base import Shape
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import STORED, TEXT, DiffusersConditioner
@@ -28,10 +30,14 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     check_divisible,
     resolve_pipeline,
 )
-from fastvideo.distillation.chunks import Context
+from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
+from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span
+from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Frames, Tokens
 
+NORMS = frozenset({"conv_y", "conv_b"})
+"""Caches of ``CogVideoXSpatialNorm3D``, by their names in its decoder."""
 SPEC = PipelineSpec(
     network="CogVideoXTransformer3DModel",
     vae="AutoencoderKLCogVideoX",
@@ -87,8 +93,77 @@ class CogVideoXCodec(DiffusersCodec):
         latents = latents * float(self.pipeline.vae_config["scaling_factor"])
         return torch.cat([latents[:, :, :1].expand(-1, -1, self._padding(latents.shape[2]), -1, -1), latents], dim=2)
 
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The VAE's raw latents."""
+        return latents / float(self.vae.config.scaling_factor)
+
     def _decode(self, latents: Tensor) -> Tensor:
-        return self._decoded(latents[:, :, -self._video_frames :] / self.vae.config.scaling_factor)
+        return self._decoded(self.denormalise(latents[:, :, -self._video_frames :]))
+
+    def frame_decoder(self) -> CogVideoXFrameDecoder:
+        return CogVideoXFrameDecoder(self, self._padding(self._video_frames))
+
+
+class CogVideoXFrameDecoder:
+    """``AutoencoderKLCogVideoX.decode`` of a stream, that owns the caches of the causal convolutions.
+
+    The VAE decodes latent frames in groups, three and then two at a time, which its norms see together. So frames wait
+    here until their group is there, and a call may give none; chunks of an even number of frames never wait.
+    """
+
+    def __init__(self, codec: CogVideoXCodec, padding: int) -> None:
+        self.codec, self._padding = codec, padding
+        self._waiting: Tensor | None = None
+        self._cache: dict[str, Any] | None = None
+
+    @property
+    def bytes(self) -> int:
+        waiting = [] if self._waiting is None else [self._waiting]
+        return sum(value.numel() * value.element_size() for value in (*_tensors(self._cache or {}), *waiting))
+
+    def fork(self) -> CogVideoXFrameDecoder:
+        return copy.copy(self)  # a decode makes new caches and writes to none
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        padding = min(self._padding, latents.shape[2])
+        self._padding -= padding
+        waiting = self.codec.denormalise(latents[:, :, padding:])
+        if self._waiting is not None:
+            waiting = torch.cat([self._waiting, waiting], dim=2)
+        config = self.codec.vae.config
+        size = [side * 2 ** (len(config.block_out_channels) - 1) for side in latents.shape[3:]]
+        pieces = [latents.new_empty(len(latents), config.out_channels, 0, *size)]
+        while waiting.shape[2] >= (group := 3 if self._cache is None else 2):
+            pieces.append(self._decode(waiting[:, :, :group]))
+            waiting = waiting[:, :, group:]
+        self._waiting = waiting.clone()
+        return torch.cat(pieces, dim=2)
+
+    def _decode(self, group: Tensor) -> Tensor:
+        vae = self.codec.vae
+        raw = group if vae.post_quant_conv is None else vae.post_quant_conv(group)
+        frames, cache = vae.decoder(raw, conv_cache=self._cache)
+        self._cache = _read_again(cache)
+        return frames  # type: ignore[no-any-return]
+
+
+def _read_again(cache: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested caches without those of the norms, whose convolutions see one frame and keep a whole group for nothing."""
+    return {
+        name: _read_again(value) if isinstance(value, Mapping) else value
+        for name, value in cache.items()
+        if name not in NORMS
+    }
+
+
+def _tensors(cache: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Tensors of the nested caches of a decoder; a layer without a past has ``None``."""
+    for value in cache.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif value is not None:
+            yield value
 
 
 class CogVideoXConditioner(DiffusersConditioner[CogVideoXConfig]):
@@ -133,6 +208,14 @@ class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
             raise UserError(f"model.max_sequence_length is {length}, the network in {source!r} takes {wanted} tokens")
         return network  # type: ignore[no-any-return]
 
+    def _ready(self, network: Any, path: str | None) -> nn.Module:
+        """With attention that takes causal calls, and computes the others as the stock one does."""
+        from fastvideo.distillation.adapters.diffusers.joint_attention import JointViewAttention
+
+        for layer, block in enumerate(network.transformer_blocks):
+            block.attn1.set_processor(JointViewAttention(layer))
+        return super()._ready(network, path)
+
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """The times of the timesteps that the pipeline's scheduler takes for so many steps."""
         return self.grid.times_of(self.grid.teacher_timesteps(steps))
@@ -143,6 +226,7 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
 
     Config = CogVideoXConfig
     summary = "CogVideoX text-to-video: v-prediction, zero-terminal-SNR schedule, T5 text"
+    supports = DiffusersAdapter.supports | {"chunks"}
     _spec = SPEC
 
     @cached_property
@@ -175,10 +259,30 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         r: Tensor | None = None,
         context: Context | None = None,
     ) -> Tensor:
-        if context is not None:
-            raise refused_context(type(self).__name__)
+        if isinstance(context, Masked):
+            return self._teacher_forced(network, x_t, t, condition, context)
+        positions = _rotary(network, x_t) if context is None else next_view(context, x_t, RotaryGrid.of(network, x_t))
+        return self._call(network, x_t, t, condition, positions, r)
+
+    def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        taken: list[tuple[Tensor, ...]] = []
+        view = replace(next_view(past, x0, RotaryGrid.of(network, x0)), taken=taken)
+        self._call(network, x0, full_time(x0, t), condition, view)
+        return past.add(Piece(past.length, x0, tuple(taken)))
+
+    def _call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        positions: Table | View | None,
+        r: Tensor | None = None,
+    ) -> Tensor:
         if t.ndim != 1:
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
+        if isinstance(positions, View):
+            check_causal(network, SPEC.blocks)
         native = variance_preserving(t)
         x = self._input(network, native.from_flow(x_t))
         with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):
@@ -186,27 +290,73 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
                 hidden_states=x.transpose(1, 2),
                 encoder_hidden_states=self._input(network, condition.of(self.conditioner.key)[TEXT]),
                 timestep=self.folder.grid.timestep(t),
-                image_rotary_emb=_rotary(network, x),
+                image_rotary_emb=positions,
                 return_dict=False,
             )
         return native.flow_velocity_from_v(x, v.float().transpose(1, 2))
 
 
-def _rotary(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cosine and sine of the rotary embedding for latents ``[B, C, F, H, W]``; ``None`` where the network has none."""
+@dataclass(frozen=True)
+class RotaryGrid:
+    """Tokens of a patch's frames, and their rotary embedding, of which time is the first quarter of the channels."""
+
+    frame: Table
+    """Cosines and sines ``[tokens, D]`` of the first frame."""
+    step: int
+    """Latent frames of a patch: 2 in CogVideoX 1.5."""
+
+    @classmethod
+    def of(cls, network: Any, x: Tensor) -> RotaryGrid:
+        """Grid of a chunk ``[B, C, c, H, W]``.
+
+        Raises:
+            UserError: for a network without rotary embedding, or a chunk that cuts patches.
+        """
+        step, frame = network.config.patch_size_t or 1, _rotary(network, x, 1)
+        if frame is None:
+            raise UserError(
+                "CogVideoX-2b adds the positions of a whole video to its tokens, so it cannot continue one chunk by "
+                "chunk: take a checkpoint with rotary positions, CogVideoX-5b or 1.5"
+            )
+        if x.shape[2] % step:
+            raise UserError(f"reach.chunk: patches of CogVideoX 1.5 span {step} latent frames, got {x.shape[2]}")
+        return cls(frame, step)
+
+    def span(self, frames: Span) -> Span:
+        """Frames in tokens."""
+        tokens = len(self.frame[0])
+        return frames[0] // self.step * tokens, frames[1] // self.step * tokens
+
+    def table(self, positions: tuple[int, ...], device: torch.device) -> Table:
+        """Rotation of every token of frames at these positions, without an end."""
+        at = tuple(position // self.step for position in positions[:: self.step])
+        times = axis_table(self.frame[0].shape[1] // 4, at)
+        cos, sin = (self._spread(time.to(device), own) for time, own in zip(times, self.frame, strict=True))
+        return cos, sin
+
+    def _spread(self, time: Tensor, frame: Tensor) -> Tensor:
+        """Values ``[n, D / 4]`` of the times beside those of every token of a frame, as ``[1, n * tokens, 1, D]``."""
+        shape, width = (len(time), len(frame), -1), time.shape[1]
+        both = torch.cat([time[:, None].expand(shape), frame[None, :, width:].expand(shape)], dim=-1)
+        return both.flatten(0, 1)[None, :, None]
+
+
+def _rotary(network: nn.Module, x: Tensor, frames: int | None = None) -> Table | None:
+    """Rotary embedding of latents ``[B, C, F, H, W]``, or of ``frames`` patches of that size; ``None`` without one."""
     config: Any = network.config
     if not config.use_rotary_positional_embeddings:
         return None
     patch, span = config.patch_size, config.patch_size_t
     base = config.sample_height // patch, config.sample_width // patch
-    grid = x.shape[2] // (span or 1), x.shape[3] // patch, x.shape[4] // patch
+    grid = frames or x.shape[2] // (span or 1), x.shape[3] // patch, x.shape[4] // patch
     return _rotary_table(config.attention_head_dim, base, grid, span is not None, x.device)
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _rotary_table(
     width: int, base: tuple[int, int], grid: tuple[int, int, int], sliced: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> Table:
     """The table of ``CogVideoXPipeline``: 1.0 stretches the trained size over ``grid``, 1.5 cuts from it (sliced)."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
@@ -245,45 +395,7 @@ class CogVideoXScaling(DiffusersScaling):
         }
 
     def split_tokens(self, network: Any, mesh: Any) -> None:
+        from fastvideo.distillation.adapters.diffusers.joint_attention import JointAttention
+
         network.set_attn_processor(JointAttention())
         super().split_tokens(network, mesh)
-
-
-class JointAttention:
-    """``CogVideoXAttnProcessor2_0`` through diffusers' dispatcher, which knows how to exchange heads for tokens."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Video tokens ``[B, V, D]`` and text tokens ``[B, L, D]``, this process's part of each, in and out."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        joint, length = torch.cat([encoder_hidden_states, hidden_states], dim=1), encoder_hidden_states.shape[1]
-        query, key, value = (
-            project(joint).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:
-            query, key = (_rotated(x, length, image_rotary_emb) for x in (query, key))
-        out = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
-        return out[:, length:], out[:, :length]
-
-
-def _rotated(x: Tensor, text_length: int, table: tuple[Tensor, Tensor]) -> Tensor:
-    """``[B, S, heads, width]`` with positions on the video tokens."""
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    text, video = x[:, :text_length], x[:, text_length:]
-    return torch.cat([text, apply_rotary_emb(video, table, sequence_dim=1).to(x.dtype)], dim=1)

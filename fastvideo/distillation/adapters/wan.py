@@ -35,7 +35,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     check_divisible,
     load_config,
 )
-from fastvideo.distillation.adapters.diffusers.view import Grid, Part, View, seeing, view_of
+from fastvideo.distillation.adapters.diffusers.view import Grid, View, check_causal, next_view, seeing, view_of
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs, repeated
 from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
@@ -121,12 +121,12 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
     ) -> Tensor:
         if isinstance(context, Masked):
             return self._masked(network, x_t, t, condition, context)
-        view = None if context is None else self._next_view(network, context, x_t)
+        view = None if context is None else next_view(context, x_t, Grid.of(network, x_t))
         return self._call(network, x_t, t, condition, view, r)
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         taken: list[tuple[Tensor, ...]] = []
-        view = replace(self._next_view(network, past, x0), taken=taken)
+        view = replace(next_view(past, x0, Grid.of(network, x0)), taken=taken)
         self._call(network, x0, full_time(x0, t), condition, view)
         return past.add(Piece(past.length, x0, tuple(taken)))
 
@@ -141,15 +141,6 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
         times = torch.cat([torch.full_like(t, context.clean_time), t], dim=1)
         return self._call(network, torch.cat([clean, x_t], dim=2), times, both, view)[:, :, frames:]
 
-    def _next_view(self, network: Any, past: Past, x: Tensor) -> View:
-        """View of the next chunk ``x`` on its past."""
-        past.check(x)
-        grid, frames = Grid.of(network, x), x.shape[2]
-        every = (0, past.frames + frames)
-        part = Part(grid.span((0, frames)), (grid.span(every),), None)
-        table = grid.table(past.positions(frames), x.device)
-        return View((part,), table, tuple(piece.layers for piece in past.pieces))
-
     def _call(
         self,
         network: Any,
@@ -159,6 +150,8 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
         view: View | None = None,
         r: Tensor | None = None,
     ) -> Tensor:
+        if view is not None:
+            check_causal(network, SPEC.blocks)
         timestep, span = self.network_time(t, self.config), None if r is None else t - r
         if t.ndim == 2:
             timestep = _per_token(timestep, x_t, network)

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.chunks import Run, Span
+from fastvideo.distillation.chunks import Past, Run, Span
+from fastvideo.errors import UserError
 
 Table = tuple[Tensor, Tensor]
 """Cosines and sines ``[1, L, 1, D]`` of the rotation of ``L`` tokens."""
@@ -77,6 +78,33 @@ class View:
         return attention(query, key, value)
 
 
+class ReadsView:
+    """Mark of a processor of attention that reads a :class:`View`, and the number of its layer."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def check_causal(network: Any, blocks: str) -> None:
+    """Check that a network's attention reads views.
+
+    Raises:
+        UserError: if its tokens are split between processes, or a processor of attention was replaced.
+    """
+    if network._parallel_config is not None:
+        raise UserError(
+            "parallel.context: attention over several processes sees no past, so chunks need parallel.context: 1"
+        )
+    for number, block in enumerate(getattr(network, blocks)):
+        processor = block.attn1.processor
+        if not isinstance(processor, ReadsView) or processor.layer != number:
+            raise UserError(
+                f"{blocks}.{number}.attn1 has the processor {type(processor).__name__}, which sees no past: a network "
+                f"that continues chunk by chunk keeps the processors that it was loaded with"
+            )
+
+
 @dataclass(frozen=True)
 class Cut:
     """Tokens ``[B, L, heads, D]``, cut once where any run begins or ends.
@@ -113,6 +141,18 @@ def rotate_last(x: Tensor, table: Table) -> Tensor:
     """:func:`rotate` with the last rows of a table."""
     cos, sin = (half[:, -x.shape[1] :] for half in table)
     return rotate(x, (cos, sin))
+
+
+class TokenGrid(Protocol):
+    """Tokens of the frames of a family's videos, and their rotation."""
+
+    def span(self, frames: Span) -> Span:
+        """Frames in tokens."""
+        ...
+
+    def table(self, positions: tuple[int, ...], device: torch.device) -> Table:
+        """Rotation of every token of frames at these positions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -162,6 +202,14 @@ def axis_table(dim: int, positions: tuple[int, ...]) -> Table:
     at = torch.tensor(positions)
     cos, sin = get_1d_rotary_pos_embed(dim, at, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64)
     return cos, sin
+
+
+def next_view(past: Past, x: Tensor, grid: TokenGrid) -> View:
+    """View of the next chunk ``x`` ``[B, C, c, H, W]`` on its past."""
+    past.check(x)
+    frames = x.shape[2]
+    part = Part(grid.span((0, frames)), (grid.span((0, past.frames + frames)),), None)
+    return View((part,), grid.table(past.positions(frames), x.device), tuple(piece.layers for piece in past.pieces))
 
 
 def view_of(runs: Sequence[Run], grid: Grid, device: torch.device) -> View:

@@ -8,15 +8,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.view import View
+from fastvideo.distillation.adapters.diffusers.view import ReadsView, View
 
 
-class ViewAttention(WanAttnProcessor):  # type: ignore[misc]
+class ViewAttention(ReadsView, WanAttnProcessor):  # type: ignore[misc]
     """Self-attention of one layer of Wan: the stock one, unless the table of positions is a :class:`View`."""
-
-    def __init__(self, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
 
     def __call__(
         self,

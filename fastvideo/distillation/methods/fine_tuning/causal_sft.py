@@ -16,7 +16,7 @@ from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Context, Masked, by_chunk
 from fastvideo.distillation.config.base import CausalOptions
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
-from fastvideo.distillation.types import Batch, RoleLoss
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Fraction, LearningRate, PositiveFloat
 
 
@@ -46,6 +46,11 @@ class CausalSFTMethod(SFTMethod):
     Config = CausalSFTConfig
     config: CausalSFTConfig
     summary = "chunk-causal fine-tuning: makes autoregressive teachers (arXiv 2407.01392, 2602.02214)"
+
+    @classmethod
+    def needs_of(cls, config: CausalSFTConfig) -> frozenset[Need]:  # type: ignore[override]
+        """Times per frame too, for chunks that are noisy together."""
+        return super().needs_of(config) | (frozenset({"frame_times"}) if config.forcing == "diffusion" else frozenset())
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         if self.rng.shared_uniform() < self.config.bidirectional_share:

@@ -66,7 +66,11 @@ def test_flags_reach_into_it(tiny_wan: Path) -> None:
     [
         ({"num_frames": 9}, 1, r"method.reach.chunk: a video of 3 latent frames has no chunk of 4"),
         ({}, 2, r"parallel.context: causal_sft attends chunk by chunk"),
-        ({"distill_model": "cogvideox", "model": {"path": "tiny_cogvideox"}}, 1, "needs chunks"),
+        (
+            {"distill_model": "cogvideox", "model": {"path": "tiny_cogvideox"}, "method": {"forcing": "diffusion"}},
+            1,
+            "causal_sft needs frame_times of the model family, which cogvideox does not have",
+        ),
     ],
 )
 def test_a_run_that_cannot_go_chunk_by_chunk_is_refused(

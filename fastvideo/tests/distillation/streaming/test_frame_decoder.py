@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -62,7 +66,21 @@ def test_streams_and_whole_videos_interleaved(codec: WanCodec, latents: torch.Te
     assert len(set(sizes[2:])) == 1  # the caches are full after two latent frames
 
 
+def test_a_stream_before_any_whole_video(latents: torch.Tensor, whole: torch.Tensor) -> None:
+    decode = WanAdapter(WanConfig()).codec.frame_decoder()
+    assert torch.equal(decode(latents[:, :, :2]), whole[:, :, :5])
+
+
 def test_a_family_without_streams() -> None:
     codec = AnalyticCodec(AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 2, 1, 1)), "cpu")
     with pytest.raises(UserError, match="no streams"):
         codec.frame_decoder()
+
+
+def test_the_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[4] / "benchmarks" / "stream_decode.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--model", "tiny", "--frames", "5", "--chunk", "2", "--repeats", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bit_equal"]
+    assert found["ratio"] < 2.0
