@@ -36,29 +36,30 @@ class Comparison:
         named: attributes ``[N, 3]`` that the prompts name, -1 for open ones.
         counts: bootstrap counts ``[R, N]``.
         reference: moments of the judge's features of real windows.
-        real: real streams of the same prompts, through the same codec.
+        real: real streams of the same prompts, through the same codec; without them there is no ``identity``.
     """
 
     named: Tensor
     counts: Tensor
     reference: Moments
-    real: SeenStreams
+    real: SeenStreams | None
 
 
 def drift_series(seen: SeenStreams, against: Comparison) -> dict[str, Series]:
     """Figures along the streams.
 
     Per window: ``digit``, ``colour`` and ``direction`` (accuracies where named), ``frechet``; ``speed`` over that of
-    the window at 0 and ``turn``, degrees between the two directions (medians over streams that move at first, or in both); shares
-    ``frozen`` and ``runaway``; ``identity``, distance of the features from those at 0 over that of real streams. Per
-    frame: ``ink`` and ``saturation``.
+    the window at 0, of streams that move there, and ``turn``, degrees between the two directions, of those that move in
+    both (medians); shares ``frozen`` and ``runaway``; ``identity``, distance of the features from those at 0 over that
+    of real streams. Per frame: ``ink`` and ``saturation``.
     """
     counts, at = against.counts, seen.starts
     right = torch.stack([correctness(read, against.named) for read in seen.read.unbind(1)], dim=1)
     found = {name: mean_series(at, right[:, :, i], counts, highest=1.0) for i, name in enumerate(ATTRIBUTES)}
     found["frechet"] = frechet_series(at, seen.features, against.reference, counts)
     found |= _motion(seen, counts)
-    found["identity"] = identity_series(seen, against.real, counts)
+    if against.real is not None:
+        found["identity"] = identity_series(seen, against.real, counts)
     frames = range(seen.frames)
     found["ink"] = mean_series(frames, seen.ink, counts, highest=1.0)
     found["saturation"] = mean_series(frames, seen.saturation, counts, highest=1.0)
@@ -74,8 +75,7 @@ def drift_figures(seen: SeenStreams, series: Mapping[str, Series], counts: Tenso
     found: dict[str, Estimate] = {}
     for name in ATTRIBUTES:
         found |= {f"{name}_drop": series[name].drop, f"{name}_slope": series[name].slope}
-    for name in (*ATTRIBUTES, "frechet", "speed", "turn", "frozen", "runaway", "identity"):
-        found[f"{name}_last"] = series[name][-1]
+    found |= {f"{name}_last": line[-1] for name, line in series.items() if line.at == seen.starts}
     found["frechet_slope"] = series["frechet"].slope
     found["ink_slope"] = relative_slope(seen.ink, counts)
     found["saturation_slope"] = relative_slope(seen.saturation, counts)

@@ -77,7 +77,7 @@ class StreamObserver:
                 f"streams are measured on the tiny world, whose frames are {SIZE}x{SIZE}; this model makes "
                 f"{frames.shape[-2]}x{frames.shape[-1]}"
             )
-        for frame in frames.float().cpu().split(1, dim=2):
+        for frame in torch.split(frames.float().cpu(), 1, dim=2):
             self._add_one(frame)
 
     def _add_one(self, frame: Tensor) -> None:

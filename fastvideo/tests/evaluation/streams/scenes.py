@@ -22,7 +22,7 @@ def unit(direction: int) -> Tensor:
 
 
 def switched(pair: SwitchPair, frames: int, at: int, speed: float = 1.0) -> Tensor:
-    """A stream ``[1, 3, frames, 32, 32]`` that shows the second caption from frame ``at`` on, and moves on from there."""
+    """A stream ``[1, 3, frames, 32, 32]`` that shows the second caption, and moves so, from frame ``at`` on."""
     looks = [parse_caption(text) for text in (pair.before, pair.after)]
     moved = [speed * unit(look.direction) for look in looks]
     each = torch.stack([moved[int(frame >= at)] for frame in range(frames)])

@@ -145,7 +145,7 @@ def test_pieces_make_no_difference(videos: Tensor) -> None:
 
 
 def test_bad_streams_are_refused(videos: Tensor) -> None:
-    with pytest.raises(UserError, match="32x32.*64x64"):
+    with pytest.raises(UserError, match=r"32x32.*64x64"):
         observe_streams(torch.zeros(1, 3, 9, 64, 64), (0,))
     with pytest.raises(UserError, match="longer stream"):
         observe_streams(videos[:1, :, :12], (0, 16))

@@ -9,7 +9,6 @@ from torch import Tensor
 from fastvideo.evaluation.metrics import named_attributes
 from fastvideo.evaluation.statistics import Estimate, resample_counts
 from fastvideo.evaluation.streams.latency import FLOOR, latencies, switch_figures
-from fastvideo.evaluation.streams.motion import window_starts
 from fastvideo.evaluation.streams.observer import observe_streams
 from fastvideo.tests.evaluation.streams.scenes import switched
 from fastvideo.tiny.captions import parse_caption
