@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastvideo.cli.evaluate import KEPT_VIDEOS, EvaluateArguments, row_specs, shown, write_out
+from fastvideo.cli.evaluate import KEPT_VIDEOS, EvaluateArguments, row_specs, shown, world_prompts, write_out
 from fastvideo.errors import UserError, counted
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import tyro
 
 from fastvideo.cli.arguments import (
     INT,
+    OnSwitch,
     OptionalFile,
     OptionalFrames,
     OptionalGuidance,
@@ -54,9 +55,9 @@ class EvaluateArguments:
     seams, exposure bias. For models whose recipe.json has `streaming`."""
     switches: HeldOut = 0
     """With --long, also so many streams whose prompt changes in the middle: frames until it shows, and its price."""
-    on_switch: Annotated[OnSwitch, tyro.conf.arg(metavar="recache|keep|flush|cut", help_behavior_hint="")] = "recache"
-    """What a stream remembers when its prompt changes: the past read again under the new prompt (default), as it was,
-    its sink and last chunk alone, or nothing."""
+    on_switch: OnSwitch = "recache"
+    """What a stream remembers when its prompt changes: the past read again under the new prompt, as it was, its sink
+    and last chunk alone, or nothing."""
     prompts: Annotated[Samples | str | None, tyro.conf.arg(metavar="FILE|URL|INT", help_behavior_hint="")] = None
     """Text file (or a URL) with a prompt per line, for --teacher; or how many held-out prompts of the tiny world
     (default: 512, with --long 128). All models get the same ones, and the same noise."""
