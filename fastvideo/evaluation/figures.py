@@ -177,7 +177,13 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
         return []
     teacher, student = found
     distance = distance_of(student)
-    items = [(distance_name(distance), distance.text(student[distance.key]), _direction(distance, distance.cell(student).small))]
+    items = [
+        (
+            distance_name(distance),
+            distance.text(student[distance.key]),
+            _direction(distance, distance.cell(student).small),
+        )
+    ]
     titles = {"digit_accuracy": "Right digit", "digit_last": "Right digit, last window", "prompt_match": "Right prompt"}
     for key, title in titles.items():
         if key in student:

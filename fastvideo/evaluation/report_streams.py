@@ -104,4 +104,6 @@ def strip(title: str, file: VideoFile) -> FrameStrip:
     row = [part for image in shown for part in (image, gap)][:-1]
     image = png(av.VideoFrame.from_ndarray(np.ascontiguousarray(np.concatenate(row, axis=1)), format="rgb24"))
     rendering = "pixelated" if shown[0].shape[0] <= SMALL else "auto"
-    return FrameStrip(f"{title}: frames {', '.join(map(str, numbers))}", data_uri("image/png", image), rendering, len(numbers))
+    return FrameStrip(
+        f"{title}: frames {', '.join(map(str, numbers))}", data_uri("image/png", image), rendering, len(numbers)
+    )
