@@ -36,12 +36,12 @@ GAP = 2
 
 
 class FrameStrip(NamedTuple):
-    """``count`` frames of one stream side by side, as a data URI, and how to enlarge them."""
+    """``pictures`` frames of one stream side by side, as a data URI, and how to enlarge them."""
 
     title: str
     image: str
     rendering: str
-    count: int
+    pictures: int
 
 
 def stream_charts(groups: Sequence[Group], alone: bool) -> list[tuple[str, list[str]]]:
