@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments
 from fastvideo.evaluation.metrics import ATTRIBUTES, named_attributes
@@ -65,6 +66,15 @@ class StreamJudge:
     def reference(self) -> Moments:
         return real_windows(self.world.split, self.reference_windows)
 
+    def first_frames(self, conditioner: Conditioner) -> None:
+        """Conditioning frames: none.
+
+        Raises:
+            UserError: for a model that goes on from some.
+        """
+        if conditioner.needs_frames:
+            raise UserError("streams start from text alone, and this model goes on from given frames")
+
     def real_batches(self, batch_size: int) -> Iterator[Tensor]:
         """The real streams ``[B, 3, T, 32, 32]`` of the prompts."""
         return (sample.videos for sample in self.world.batches(len(self.prompts), self.seed, batch_size))
@@ -73,7 +83,7 @@ class StreamJudge:
         """The comparison of these prompts with real streams."""
         return Comparison(self.named, self.counts if counts is None else counts, self.reference, real)
 
-    def score(self, videos: Tensor) -> Mapping[str, float]:
+    def score(self, videos: Tensor) -> dict[str, float]:
         """Figures without intervals of one stream per prompt, for validation while training."""
         seen = observe_streams(videos, self.starts)
         once = torch.ones(1, len(self.prompts), dtype=torch.float64)
