@@ -65,9 +65,22 @@ def kind_of(name: str, row: Metrics) -> str:
 
 
 def titles_of(metrics: Metrics) -> dict[str, str]:
-    """Titles of all rows, such as "Teacher, 50 steps, guided"; rows with equal titles keep their names."""
+    """Titles of all rows, such as "Teacher, 50 steps, guided"; equal ones are told apart by folder."""
     titles = {name: _title(name, metrics[name]) for name in row_names(metrics)}
-    return {name: title if list(titles.values()).count(title) == 1 else name for name, title in titles.items()}
+    alike = {title: [name for name, other in titles.items() if other == title] for title in titles.values()}
+    own = {name: short for names in alike.values() for name, short in zip(names, short_names(names), strict=True)}
+    return {name: title if len(alike[title]) == 1 else own[name] for name, title in titles.items()}
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The part of each path that tells it from the others, such as "causvid" for ``outputs/causvid/student``."""
+    paths = [PurePath(name).parts for name in names]
+    while len({parts[-1] for parts in paths}) == 1 and min(map(len, paths)) > 1 and len(names) > 1:
+        paths = [parts[:-1] for parts in paths]
+    depth = 1
+    while len({parts[-depth:] for parts in paths}) < len(set(paths)):
+        depth += 1
+    return ["/".join(parts[-depth:]) for parts in paths]
 
 
 def _title(name: str, row: Metrics) -> str:
@@ -430,7 +443,8 @@ def marks(group: Group, runs: Sequence[Run]) -> list[Mark]:
     for entry in group.entries():
         row, kind = entry.row, kind_of(entry.name, entry.row)
         guided = kind == "teacher" and row["guidance"] != 1.0
-        label = steps_of(row) if kind and entry.title != entry.name else PurePath(entry.title).name
+        plain = kind and entry.title == _title(entry.name, row)
+        label = steps_of(row) if plain else PurePath(entry.title).name
         style, meaning = entry.style, KINDS[kind] + (", guided" if guided else "") if kind else "Model"
         if len(runs) > 1:
             style = "teacher" if entry.shared else series_class(runs.index(entry.run))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.evaluation.charts import Banded, band_chart
+from fastvideo.evaluation.figures import short_names
 from fastvideo.evaluation.report import write_report
 from fastvideo.evaluation.report_run import VideoFile
 from fastvideo.evaluation.report_streams import points, strip
@@ -48,7 +49,7 @@ def test_several_models_and_runs(tmp_path: Path) -> None:
     text = write_report([both, other], tmp_path / "page.html").read_text()
     chart = next(found for found in text.split('<figure class="chart">') if "<span>Right digit" in found)
     assert chart.count("<polyline") == 5  # the teacher, both students, the other run's student, and real streams
-    assert "outputs/causvid/student: both" in chart
+    assert "causvid: both" in chart
 
 
 def test_undefined_values_are_left_out() -> None:
@@ -67,3 +68,11 @@ def test_a_strip_has_the_last_frame_of_any_stream(tmp_path: Path) -> None:
     found = strip("a", VideoFile(video_bytes(video, ".apng", 8), ".apng"))
     assert found.title == "a: frames 1, 33, 37"
     assert found.pictures == 3
+
+
+def test_names_of_models_are_as_short_as_they_can_be() -> None:
+    assert short_names(["outputs/causvid/student", "outputs/self_forcing/student"]) == ["causvid", "self_forcing"]
+    assert short_names(["a/x/b", "c/x/b", "c/y/b"]) == ["a/x", "c/x", "c/y"]
+    assert short_names(["out/a:1", "out/a:4"]) == ["a:1", "a:4"]
+    assert short_names(["one", "one/two"]) == ["one", "two"]
+    assert short_names(["alone/student"]) == ["student"]
