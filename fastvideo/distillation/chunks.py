@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fastvideo.distillation.types import Condition, Given
+from fastvideo.distillation.types import Batch, Condition, Given
 from fastvideo.errors import UserError
 
 Span = tuple[int, int]
@@ -177,12 +178,27 @@ Contexts = tuple[Context | None, Context | None]
 
 
 def frames_of(condition: Condition, start: int, end: int) -> Condition:
-    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it."""
+    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it.
+
+    Frames behind those of the condition's video are generated ones.
+    """
     cut = condition.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
     given = condition.given
-    if given is not None:
-        given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
-    return Condition(cut.tensors, given)
+    if given is None or start >= given.mask.shape[1]:
+        return Condition(cut.tensors)
+    behind = max(0, end - given.mask.shape[1])
+    mask = functional.pad(given.mask[:, start:end], (0, behind))
+    clean = functional.pad(given.clean[:, :, start:end], (0, 0, 0, 0, 0, behind))
+    return Condition(cut.tensors, Given(mask, clean))
+
+
+def batch_of(batch: Batch, start: int, end: int) -> Batch:
+    """A run of latent frames of a batch."""
+    channels, _, *size = batch.shape[1:]
+    condition = frames_of(batch.condition, start, end)
+    negative = Condition(frames_of(batch.negative, start, end).tensors, condition.given)
+    x0 = None if batch.x0 is None else batch.x0[:, :, start:end]
+    return Batch((len(batch), channels, end - start, *size), condition, negative, x0)
 
 
 def repeated(condition: Condition) -> Condition:

