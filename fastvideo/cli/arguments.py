@@ -30,7 +30,7 @@ OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavio
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 OptionalPlace = Annotated[str | None, tyro.conf.arg(metavar="FILE|URL", help_behavior_hint="")]
 OnSwitch = Literal["recache", "keep", "flush", "cut"]
-"""Policies of ``fastvideo.inference.switching``, which takes a second to import."""
+"""Policies of ``fastvideo.distillation.causal_rollout``, which takes a second to import."""
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 

@@ -10,13 +10,15 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import bound
-from fastvideo.distillation.chunks import Contexts, spans
+from fastvideo.distillation.causal_rollout import OnSwitch, bound
+from fastvideo.distillation.chunks import Contexts, Past, spans
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.locks import lock_of
-from fastvideo.inference.switching import POLICIES, OnSwitch
+
+Texts = tuple[Condition, Condition]
+"""Condition of the prompts, and the negative one."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,17 @@ class StreamBatch:
         """The noise streams at their beginning."""
         return SampleNoise(self.seeds, self.model.adapter.device)
 
-    def under(self, prompts: Sequence[str], noise: SampleNoise) -> Stream:
-        """The model's stream of other prompts."""
-        conditions = _conditions(self.model, self.sampler, prompts)
-        return streaming(self.model.denoiser, noise, self.sampler, *conditions, called=self.called)
+    def under(self, texts: Texts, noise: SampleNoise) -> Stream:
+        """The model's stream of these texts."""
+        return streaming(self.model.denoiser, noise, self.sampler, *texts, called=self.called)
+
+    def texts(self, prompts: Sequence[str]) -> Texts:
+        """Condition of prompts, and the negative one."""
+        conditioner = self.model.adapter.conditioner
+        condition = conditioner.encode_prompts(prompts)
+        if self.sampler.guidance == 1.0:
+            return condition, condition
+        return condition, conditioner.encode_prompts([conditioner.negative_prompt] * len(prompts))
 
     def start(self, noise: SampleNoise, frames: int) -> Tensor:
         """Noise of the next ``frames`` latent frames."""
@@ -51,8 +60,9 @@ class StreamBatch:
 
     def made(self, stream: Stream, past: Contexts, noise: SampleNoise, start: Tensor) -> Tensor:
         """Clean latents of the chunk behind a past."""
+        opening = not isinstance(past[0], Past) or not past[0].length
         with lock_of(self.model.denoiser.network):
-            return solved(self.sampler, noise, bound(stream, past), start)
+            return solved(self.sampler, noise, bound(stream, past), start, opening=opening)
 
 
 @dataclass(frozen=True)
@@ -102,13 +112,12 @@ def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None)
         UserError: as :func:`latent_frames`, or for a family that cannot decode frame by frame.
     """
     codec, noise = batch.model.adapter.codec, batch.noise
-    stream, decode = batch.under(batch.prompts, noise), codec.frame_decoder()
+    stream, decode = batch.under(batch.texts(batch.prompts), noise), codec.frame_decoder()
     past, last, latents, done = stream.opened, None, 0, 0
     for count in chain(stream.chunks(latent_frames(batch.model, frames)), repeat(_chunk(batch.sampler))):
         begin, start = time.perf_counter(), batch.start(noise, count)
         if change is not None and latents == change.latent and last is not None:
-            after = batch.under(change.prompts, noise)
-            past, stream = POLICIES[change.on_switch](stream, after, past, last), after
+            past, stream = _switched(batch, change, stream, past, last, noise)
             decode = codec.frame_decoder() if change.on_switch == "cut" else decode
         elif last is not None:
             past = stream.commit(past, last)
@@ -121,6 +130,17 @@ def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None)
             seconds = 0.0
             if done == frames:
                 return
+
+
+def _switched(
+    batch: StreamBatch, change: Change, stream: Stream, past: Contexts, last: Tensor, noise: SampleNoise
+) -> tuple[Contexts, Stream]:
+    """The past of the next chunk, and the stream of the new prompts."""
+    texts = batch.texts(change.prompts)
+    after = batch.under(texts, noise)
+    if change.on_switch == "cut":
+        return after.opened, after
+    return stream.switched(stream.commit(past, last), *texts, change.on_switch), after
 
 
 def _chunk(sampler: SamplerSpec) -> int:
@@ -140,7 +160,7 @@ def continued(batch: StreamBatch, latents: Tensor, places: Sequence[int], frames
         A place, and the last real video frame with the ``frames`` made behind it: ``[B, 3, 1 + frames, H, W]``.
     """
     noise, decode = batch.noise, batch.model.adapter.codec.frame_decoder()
-    stream = batch.under(batch.prompts, noise)
+    stream = batch.under(batch.texts(batch.prompts), noise)
     past, seen = stream.opened, None
     for start, end in spans(latents.shape[2], _chunk(batch.sampler)):
         if start in places and seen is not None:
@@ -165,11 +185,3 @@ def _continuation(
         past = stream.commit(past, made)
         pieces.append(decode(made).float().cpu())
     return torch.cat(pieces, dim=2)[:, :, :frames]
-
-
-def _conditions(model: LoadedModel, sampler: SamplerSpec, prompts: Sequence[str]) -> tuple[Condition, Condition]:
-    conditioner = model.adapter.conditioner
-    condition = conditioner.encode_prompts(prompts)
-    if sampler.guidance == 1.0:
-        return condition, condition
-    return condition, conditioner.encode_prompts([conditioner.negative_prompt] * len(prompts))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.causal_rollout import OnSwitch
 from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
@@ -28,7 +29,6 @@ from fastvideo.evaluation.streams.world import STRIDE, StreamJudge
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import BATCH_SIZE
 from fastvideo.inference.stream_batches import Change, latent_frames
-from fastvideo.inference.switching import OnSwitch
 from fastvideo.tiny.classifier import FRAMES, WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.switches import switch_pairs

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastvideo.cli.evaluate import EvaluateArguments, run_evaluate
 from fastvideo.data.video_io import to_frames
+from fastvideo.distillation.causal_rollout import OnSwitch
 from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.distillation.types import UserError
@@ -25,7 +27,6 @@ from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.inference.stream_batches import Change, StreamBatch, continued, stream_frames
 from fastvideo.inference.streaming import Streamer
-from fastvideo.inference.switching import POLICIES, OnSwitch
 from fastvideo.tests.distillation.tiny import wan_folder
 
 PROMPTS = ("a green seven moving left", "a red three")
@@ -64,7 +65,7 @@ def test_streams_are_samples_decoded_whole(model: LoadedModel, reach: Reach | No
     assert torch.equal(frames(batch(model, sampler), 25), model.adapter.codec.decode(latents).clamp(-1, 1))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", get_args(OnSwitch))
 def test_a_switch_is_that_of_a_single_stream(model: LoadedModel, policy: OnSwitch) -> None:
     """The third chunk, frame 9, is the first under the new prompt; a cut begins a new video."""
     sampler = model.sampler()
