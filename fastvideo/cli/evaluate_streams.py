@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ def _add_windows(out: Table, title: str, series: Mapping[str, Series], ends: boo
 
     starts = series["digit"].at
     for number, place in enumerate((0, len(starts) - 1) if ends else spread(len(starts), MOST_WINDOWS)):
-        figures = (shown(series[name][place], digits) for name, digits in DRIFT.items())
+        figures = (cell(series[name][place], digits) for name, digits in DRIFT.items())
         out.add_row("" if number else title, f"{starts[place] + 1}-{starts[place] + FRAMES}", *figures)
     out.add_section()
 
@@ -125,10 +126,13 @@ def _figures(rows: Mapping[str, StreamRow], columns: Mapping[str, tuple[str, int
     for heading, _ in columns.values():
         out.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
-        cells = (_cell(row.figures.get(key), digits) for key, (_, digits) in columns.items())
+        cells = (cell(row.figures.get(key), digits) for key, (_, digits) in columns.items())
         out.add_row(name, str(row.network_calls), *cells)
     return out
 
 
-def _cell(figure: Estimate | float | None, digits: int) -> str:
-    return "" if figure is None or isinstance(figure, float) else shown(figure, digits)
+def cell(figure: Estimate | float | None, digits: int) -> str:
+    """A figure with its interval; nothing for an undefined one, and an infinite number of frames is "never"."""
+    if figure is None or isinstance(figure, float) or math.isnan(figure.value):
+        return ""
+    return shown(figure, digits).replace("inf-inf", "").replace("inf", "never")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,6 +33,11 @@ def shown_from(frame: int) -> Tensor:
     return torch.cat([switched(pair, FRAMES, frame) for pair in PAIRS])
 
 
+@lru_cache
+def measured_from(frame: int) -> dict[str, Estimate]:
+    return measure(shown_from(frame))
+
+
 def test_pairs_change_one_attribute_and_are_a_function_of_the_seed() -> None:
     for pair in switch_pairs(200, 3):
         before, after = (parse_caption(text) for text in (pair.before, pair.after))
@@ -43,7 +50,7 @@ def test_pairs_change_one_attribute_and_are_a_function_of_the_seed() -> None:
 
 
 def test_an_instant_switch_takes_the_floor() -> None:
-    found = measure(shown_from(SWITCH))
+    found = measured_from(SWITCH)
     assert FLOOR - 1 <= found["switch_median"].value <= FLOOR + 1
     assert found["switch_p90"].value <= 9
     assert found["switch_never"].value == 0.0
@@ -53,12 +60,12 @@ def test_an_instant_switch_takes_the_floor() -> None:
 
 
 def test_a_late_switch_takes_as_much_longer() -> None:
-    now, later = measure(shown_from(SWITCH)), measure(shown_from(SWITCH + 8))
+    now, later = measured_from(SWITCH), measured_from(SWITCH + 8)
     assert later["switch_median"].value == now["switch_median"].value + 8
 
 
 def test_no_switch_is_never() -> None:
-    found = measure(shown_from(FRAMES))
+    found = measured_from(FRAMES)
     assert found["switch_never"].value == 1.0
     assert found["switch_median"].value == float("inf")
     assert found["kept_after"].value >= 0.95

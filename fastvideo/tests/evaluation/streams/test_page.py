@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fastvideo.cli.evaluate_streams import cell, spread
 from fastvideo.evaluation.charts import Banded, band_chart
 from fastvideo.evaluation.figures import short_names
 from fastvideo.evaluation.report import write_report
 from fastvideo.evaluation.report_run import VideoFile
 from fastvideo.evaluation.report_streams import points, strip
+from fastvideo.evaluation.statistics import Estimate
 from fastvideo.tests.evaluation.runs import make_run
 from fastvideo.tests.evaluation.streams.rows import measured_streams
 
@@ -76,3 +78,12 @@ def test_names_of_models_are_as_short_as_they_can_be() -> None:
     assert short_names(["out/a:1", "out/a:4"]) == ["a:1", "a:4"]
     assert short_names(["one", "one/two"]) == ["one", "two"]
     assert short_names(["alone/student"]) == ["student"]
+
+
+def test_cells_of_the_terminal() -> None:
+    assert cell(Estimate(7.0, 5.0, 9.0, 8), 0) == "7\n[dim]5-9[/dim]"
+    assert cell(Estimate(7.0, 5.0, float("inf"), 8), 0) == "7\n[dim]5-never[/dim]"
+    assert cell(Estimate(float("inf"), float("inf"), float("inf"), 8), 0) == "never\n[dim][/dim]"
+    assert cell(Estimate(float("nan"), float("nan"), float("nan"), 0), 0) == cell(None, 0) == ""
+    assert spread(3, 5) == range(3)
+    assert spread(8, 5) == [0, 2, 4, 5, 7]
