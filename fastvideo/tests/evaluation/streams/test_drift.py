@@ -81,6 +81,7 @@ def test_a_frozen_stream(videos: Tensor, measure: Measure) -> None:
     assert found["digit_last"].value > 0.9
 
 
+@pytest.mark.slow
 def test_a_slower_and_a_racing_stream(videos: Tensor, measure: Measure) -> None:
     slow = [min(frame, 16) + max(frame - 16, 0) // 2 for frame in range(FRAMES)]
     assert measure(videos[:, :, slow])["speed_last"].value == pytest.approx(0.5, abs=0.02)
@@ -104,6 +105,7 @@ def test_a_stream_that_brightens(videos: Tensor, measure: Measure) -> None:
     assert found["saturation_slope"].value == pytest.approx(0.0, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_stream_that_pales(videos: Tensor, measure: Measure) -> None:
     share = torch.linspace(0, 1, FRAMES).view(1, 1, -1, 1, 1)
     found = measure(videos.lerp(videos.amax(1, keepdim=True).expand_as(videos), share))
