@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.causal_rollout import OnSwitch
 from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.types import UserError
@@ -32,6 +33,7 @@ from fastvideo.inference.stream_batches import Change, latent_frames
 from fastvideo.tiny.classifier import FRAMES, WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.switches import switch_pairs
+from fastvideo.tiny.world import SIZE
 
 FLOORED = (*(f"{name}_last" for name in ATTRIBUTES), "frechet_last")
 """Figures beside which a row has those of real streams, as ``NAME_floor``."""
@@ -112,7 +114,7 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
     latents, whole = latent_frames(source.model, source.frames), first_frame(codec.latent_shape[1], codec.temporal)
     if source.model.adapter.conditioner.needs_frames:
         raise UserError(f"{name} goes on from given frames: streams start from text alone")
-    codec.frame_decoder()
+    _check_size(name, codec)
     if reach is not None:
         spans(latents, reach.chunk)
         if switches:
@@ -124,6 +126,17 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
         )
     elif switches:
         raise UserError(f"{name} makes whole videos at once and has no prompt switches: leave out --switches")
+
+
+def _check_size(name: str, codec: Codec) -> None:
+    """Check that a model's frames are the tiny world's, by decoding one of zeros."""
+    channels, _, *size = codec.latent_shape
+    frame = codec.frame_decoder()(torch.zeros(1, channels, 1, *size, device=codec.device))
+    if tuple(frame.shape[-2:]) != (SIZE, SIZE):
+        raise UserError(
+            f"streams are measured on the tiny world, whose frames are {SIZE}x{SIZE}; {name} makes "
+            f"{frame.shape[-2]}x{frame.shape[-1]}"
+        )
 
 
 def switch_latent(frames: int, reach: Reach, temporal: int) -> int:

@@ -27,6 +27,10 @@ from fastvideo.inference.stream_batches import (
 from fastvideo.tiny.classifier import FRAMES
 
 
+FRAMES_TOGETHER = 8192
+"""Frames of real streams that are drawn and encoded together: some hundred megabytes."""
+
+
 @dataclass(frozen=True)
 class RealStreams:
     """Real streams of the prompts through a codec: what they show, and their latents ``[N, C, F, H, W]``."""
@@ -55,8 +59,9 @@ class SampledStreams:
 def real_streams(model: LoadedModel, judge: StreamJudge, batch_size: int) -> RealStreams:
     """The prompts' real streams after the VAE: what a perfect model of the latents would show."""
     codec, seen, latents = model.adapter.codec, [], []
+    together = max(1, min(batch_size, FRAMES_TOGETHER // judge.frames))
     with PatientBar("real streams through the VAE", len(judge.prompts)) as bar:
-        for videos in judge.real_batches(batch_size):
+        for videos in judge.real_batches(together):
             encoded = codec.encode(videos.to(model.adapter.device))
             decode, observer = codec.frame_decoder(), StreamObserver(judge.starts)
             for frame in torch.split(encoded, 1, dim=2):

@@ -156,6 +156,15 @@ def test_bad_arguments(folder: str, arguments: dict[str, object], message: str) 
         run_evaluate(EvaluateArguments((folder,), **{"prompts": 2, **arguments}))  # type: ignore[arg-type]
 
 
+def test_models_of_another_size_are_refused(folder: str, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(folder, wide)
+    recipe = json.loads((wide / "recipe.json").read_text())
+    (wide / "recipe.json").write_text(json.dumps({**recipe, "model": {**SIZE, "height": 16}}))
+    with pytest.raises(UserError, match=r"whose frames are 32x32; .*wide makes 16x32"):
+        run_evaluate(EvaluateArguments((str(wide),), long=25, prompts=2))
+
+
 def test_models_of_whole_videos_are_measured_at_their_own_length() -> None:
     with pytest.raises(UserError, match=r"tiny makes whole videos of 9 frames.*no `streaming`"):
         run_evaluate(EvaluateArguments(("tiny",), long=25, prompts=2))
