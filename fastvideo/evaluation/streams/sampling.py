@@ -26,7 +26,6 @@ from fastvideo.inference.stream_batches import (
 )
 from fastvideo.tiny.classifier import FRAMES
 
-
 FRAMES_TOGETHER = 8192
 """Frames of real streams that are drawn and encoded together: some hundred megabytes."""
 
