@@ -23,6 +23,8 @@ _BANDS: dict[str, tuple[str, Callable[[Any], Band]]] = {
     "contrast": ("contrast", lambda ratios: (ratios[0], math.inf)),
     "saturation": ("saturation", lambda ratios: (ratios[0], ratios[1])),
     "motion": ("motion", lambda ratios: (ratios[0], ratios[1])),
+    "late_motion": ("late_motion", lambda least: (least, math.inf)),
+    "late_brightness": ("late_brightness", lambda ratios: (ratios[0], ratios[1])),
     "brightness": ("brightness", lambda most: (-most, most)),
     "colour": ("colour", lambda most: (-most, most)),
     "grid": ("grid", lambda most: (0.0, most)),
@@ -33,6 +35,7 @@ _BANDS: dict[str, tuple[str, Callable[[Any], Band]]] = {
     "critic_lag": ("critic_lag", lambda most: (0.0, most)),
 }
 """By figure: the field of ``HealthConfig``, and its value as a band."""
+_RATIOS = (*("contrast", "saturation", "motion", "late_motion", "late_brightness", "grid", "diversity", "latent_std"),)
 DIFFERENCES = ("brightness", "latent_mean", "colour")
 """Figures compared by difference; the others by ratio."""
 
@@ -59,9 +62,7 @@ def compare(live: Figures, reference: Figures) -> dict[str, float]:
     differences = {name: live[name] - reference[name] for name in ("brightness", "latent_mean") if name in live}
     channels = [live[name] - reference[name] for name in ("red", "green", "blue")]
     ratios = {
-        name: live[name] / reference[name]
-        for name in ("contrast", "saturation", "motion", "grid", "diversity", "latent_std")
-        if name in live and reference.get(name, 0.0) > FAINT
+        name: live[name] / reference[name] for name in _RATIOS if name in live and reference.get(name, 0.0) > FAINT
     }
     return {**ratios, **differences, "colour": max(channels, key=abs)}
 
@@ -96,6 +97,16 @@ _RULES = (
     _Rule(
         *("motion", "high", "flickering"),
         "motion is {percent}: the student flickers. Lower its learning rate.",
+    ),
+    _Rule(
+        *("late_motion", "low", "motion decays"),
+        "motion of the last quarter over that of the first is {percent}: it dies down in the course of a video. "
+        "Train on longer streams of the student's own, or go back to an earlier checkpoint.",
+    ),
+    _Rule(
+        *("late_brightness", "both", "brightness drifts"),
+        "brightness of the last quarter over that of the first is {percent}: it drifts in the course of a "
+        "video. Train on the student's own streams (self_forcing), or lower the teacher's guidance.",
     ),
     _Rule(
         *("saturation", "high", "over-saturated"),

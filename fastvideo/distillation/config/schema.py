@@ -254,6 +254,10 @@ class HealthConfig(Section):
     """Shares of the teacher's saturation outside which the student is grey or over-saturated."""
     motion: Band = (0.5, 2.5)
     """Shares of the teacher's motion outside which the student freezes or flickers."""
+    late_motion: NonNegativeFloat = 0.6
+    """Smallest motion of a long video's last quarter over that of its first, as a share of the teacher's."""
+    late_brightness: Band = (0.7, 1.4)
+    """The same for brightness, and the largest."""
     brightness: NonNegativeFloat = 0.15
     """Largest difference from the teacher's brightness, of 1."""
     colour: NonNegativeFloat = 0.1
