@@ -30,6 +30,7 @@ _BANDS: dict[str, tuple[str, Callable[[Any], Band]]] = {
     "latent_std": ("latent_std", lambda most: (0.0, most)),
     "update_balance": ("update_balance", lambda least: (least, math.inf)),
     "dmd_gradient_rms": ("gradient", lambda most: (0.0, most)),
+    "critic_lag": ("critic_lag", lambda most: (0.0, most)),
 }
 """By figure: the field of ``HealthConfig``, and its value as a band."""
 DIFFERENCES = ("brightness", "latent_mean", "colour")
@@ -135,6 +136,11 @@ _RULES = (
         "the RMS of the DMD gradient is {value} where about 1 is usual: teacher and critic disagree more than the "
         "student is wrong. Warm up the critic, or lower the guidance.",
     ),
+    _Rule(
+        *("critic_lag", "high", "late critic"),
+        "the critic's error in the last chunk is {value} times that in the first: it lags behind the student where "
+        "streams get long, and grids begin there. Raise its learning rate or method.generator_update_interval.",
+    ),
 )
 _TINTING = {"over-saturated", "grey"}
 """Alarms that cause a tint, so that it raises none of its own."""
@@ -146,8 +152,8 @@ def find_alarms(live: Figures, reference: Figures | None, training: Figures, lim
     Args:
         live: figures of the student, from :func:`fastvideo.evaluation.health.measure`.
         reference: of the teacher or of real videos; ``None`` checks only finiteness and ``training``.
-        training: ``update_balance`` (movement of the critic per step over the student's) and ``dmd_gradient_rms``, as
-            far as the method has them.
+        training: ``update_balance`` (movement of the critic per step over the student's), ``dmd_gradient_rms``
+            and ``critic_lag`` (its error in the last chunk over that in the first), as far as the method has them.
     """
     if not all(math.isfinite(value) for value in live.values()):
         return [Alarm("exploding", "the student's videos are not finite: it is exploding. Lower the learning rates.")]

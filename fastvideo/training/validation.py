@@ -52,7 +52,9 @@ def build_validation(
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
         conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
-    sampler = replace(sampler, reach=method.reach_of(method.config), context_time=method.context_time_of(method.config))
+    reach, context_time = method.reach_of(method.config), method.context_time_of(method.config)
+    first_times = method.first_times_of(method.config)
+    sampler = replace(sampler, reach=reach, context_time=context_time, first_times=first_times)
     wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
     shared = SharedSampler(adapter, processes)
 

@@ -103,6 +103,9 @@ class DataConfig(Section):
     """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None
     """Text file with one prompt per line, instead of `path`; local or a URL."""
+    switch_prompts: str | None = None
+    """Text file with the prompt that follows each line of `prompts`, for streams that switch (`method.switch_frames`);
+    the tiny worlds make their own, which differ in one attribute."""
     long_prompts: Annotated[Literal["skip", "raise"], RESUMABLE] = "skip"
     """Reaction to prompts of `prompts` with more tokens than the text encoder takes: leave them out and list them in
     the run's folder, or stop with an error."""
@@ -265,6 +268,8 @@ class HealthConfig(Section):
     """Smallest ratio of the critic's movement per step to the student's."""
     gradient: NonNegativeFloat = 3.0
     """Largest RMS of the DMD gradient."""
+    critic_lag: NonNegativeFloat = 2.0
+    """Largest ratio of the critic's squared error in the last chunk of a stream to that in the first."""
 
 
 class TrackingConfig(Section):
