@@ -17,8 +17,8 @@ from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
 
 STREAMING = "streaming"
-"""Key of a model that generates chunk by chunk: the fields of its ``Reach``, ``context_time``, and ``first_ladder`` if the
-first chunk takes other times."""
+"""Key of a model that generates chunk by chunk: the fields of its ``Reach``, ``context_time``, and ``first_ladder`` of
+a first chunk with other times."""
 _REACH = [field.name for field in fields(Reach)]
 Weights = Literal["ema", "live"]
 """Averaged weights, or those of the last step."""

@@ -64,6 +64,31 @@ def test_ranks_that_drop_other_captions_stay_in_step(tmp_path: Path, method: str
     assert all(math.isfinite(loss) for loss in losses.values())
 
 
+STREAMS = {
+    "self_forcing": {"min_frames": 3, "max_frames": 6, "same_exit": False},
+    "streaming_tuning": {"max_frames": 8, "min_new_frames": 1, "switch_frames": [4, 6]},
+}
+"""Methods whose forwards are drawn, with options that vary lengths, exits and switches."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STREAMS)
+def test_ranks_that_share_networks_roll_streams_in_step(tmp_path: Path, method: str) -> None:
+    """Sharded forwards hang where one rank makes more of them than another."""
+    roles = {"student": {"trainable": True}, "teacher": {"trainable": False}, "critic": {"trainable": True}}
+    values = {"distill_model": "wan", "distill_method": method, "output": str(tmp_path / "run"), "roles": roles}
+    values |= {"model": {"path": "tiny"}, "data": {"path": "tiny", "size": 23, "batch_size": 2}, "device": "cpu"}
+    options = {"reach": {"window": 2, "sink": 1}, "generator_update_interval": 2, "teacher_guidance": 1.5}
+    values |= {"method": {**options, **STREAMS[method]}, "parallel": {"timeout": 60.0, "shard": 2}}
+    values |= {"trainer": {"max_steps": 6, "log_every": 1, "threads": 1}, "checkpoint": {"every": 6}}
+    for child in ranks(2, train(values)):
+        assert child.wait() == 0, child.text[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["critic/loss"] for line in lines if "critic/loss" in line]
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
+
+
 @pytest.mark.slow
 def test_one_rank_that_is_asked_to_stop_stops_all_at_the_same_step(values: dict[str, Any]) -> None:
     processes = ranks(2, train(values), waiting(values))
