@@ -53,7 +53,7 @@ def taken(stream: Iterable[Frames], count: int | None = None) -> Frames:
         spec(Reach(3)),
         spec(Reach(2, window=2), guidance=1.5),
         replace(spec(Reach(2)), kind="euler", guidance=2.0),
-        replace(spec(Reach(2, window=2)), context_time=0.1),
+        replace(spec(Reach(2, window=2)), context_time=0.1, first_times=(1.0, 0.7, 0.4)),
     ],
     ids=str,
 )
