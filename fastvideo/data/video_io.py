@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import av
@@ -68,36 +70,97 @@ def write_video(path: Path | str, video: Tensor, fps: int = FPS, scale: int = 1)
     Raises:
         UserError: for a suffix that is not in :data:`FORMATS`, or more frames per second than its format holds.
     """
-    video_format(path, fps)
-    path = Path(path)
-    data = video_bytes(video, path.suffix, fps, scale)
+    with writing_video(path, fps, scale) as writer:
+        writer.write(to_frames(video))
+    return Path(path)
+
+
+@contextmanager
+def writing_video(path: Path | str, fps: int = FPS, scale: int = 1) -> Iterator[VideoWriter]:
+    """Yield a writer of frames; the video replaces ``path`` at the end, and not at all if the body raises.
+
+    Raises:
+        UserError: as :func:`write_video`.
+    """
+    path, chosen = Path(path), video_format(path, fps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    return path
+    with replacing(path) as temporary, VideoWriter(str(temporary), chosen, fps, scale) as writer:
+        yield writer
 
 
 def video_bytes(video: Tensor, suffix: str = ".apng", fps: int = FPS, scale: int = 1) -> bytes:
     """The file that :func:`write_video` would write, for embedding; ``.apng`` is exact and loops in every browser."""
-    chosen = video_format(f"video{suffix}")
-    frames = _to_frames(video, scale)
-    if chosen.pixels == "yuv420p":
-        frames = _even(frames)
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=chosen.container, options=chosen.container_options) as container:
-        stream = container.add_stream(chosen.codec, rate=fps, options=chosen.codec_options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], chosen.pixels
-        for frame in _paletted(frames, fps) if chosen.pixels == "pal8" else _plain(frames):
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    with VideoWriter(buffer, video_format(f"video{suffix}"), fps, scale) as writer:
+        writer.write(to_frames(video))
     return buffer.getvalue()
 
 
-def _to_frames(video: Tensor, scale: int) -> Frames:
-    """uint8 ``[T, scale H, scale W, 3]`` of a video ``[3, T, H, W]`` in ``[-1, 1]``."""
+class VideoWriter:
+    """Encoder of one video, frame by frame; as a context it finishes the file. A GIF waits for all of its colours.
+
+    Args:
+        target: name of a file, or a buffer that can seek.
+        fps, scale: as for :func:`write_video`.
+    """
+
+    def __init__(self, target: str | io.BytesIO, chosen: VideoFormat, fps: int, scale: int) -> None:
+        self._format, self._fps, self._scale = chosen, fps, scale
+        self._container = av.open(target, "w", format=chosen.container, options=chosen.container_options)
+        self._stream: Any = None
+        self._palette: _Palette | None = None
+
+    def write(self, frames: Frames) -> None:
+        """Append frames, uint8 ``[n, H, W, 3]``."""
+        frames = _enlarged(frames, self._scale)
+        if self._format.pixels == "yuv420p":
+            frames = _even(frames)
+        if self._stream is None:
+            self._begin(*frames.shape[1:3])
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if self._palette is None:
+                self._encode(picture)
+            else:
+                self._palette.push(picture)
+
+    def _begin(self, height: int, width: int) -> None:
+        chosen = self._format
+        self._stream = self._container.add_stream(chosen.codec, rate=self._fps, options=chosen.codec_options)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, chosen.pixels
+        if chosen.pixels == "pal8":
+            self._palette = _Palette(height, width, self._fps)
+
+    def _encode(self, picture: Any) -> None:
+        self._container.mux(self._stream.encode(picture))
+
+    def _finish(self) -> None:
+        for picture in self._palette.pull() if self._palette is not None else ():
+            self._encode(picture)
+        self._encode(None)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and self._stream is not None:
+                self._finish()
+        finally:
+            self._container.close()
+
+
+def to_frames(video: Tensor) -> Frames:
+    """uint8 ``[T, H, W, 3]`` of a video ``[3, T, H, W]`` in ``[-1, 1]``."""
     if video.ndim != 4 or video.shape[0] != 3:
         raise ValueError(f"a video is [3, T, H, W], got {list(video.shape)}")
     frames = ((video.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    return np.ascontiguousarray(frames)
+
+
+def _enlarged(frames: Frames, scale: int) -> Frames:
     return np.ascontiguousarray(frames.repeat(scale, axis=1).repeat(scale, axis=2))
 
 
@@ -107,27 +170,27 @@ def _even(frames: Frames) -> Frames:
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _plain(frames: Frames) -> Iterator[Any]:
-    for frame in frames:
-        yield av.VideoFrame.from_ndarray(frame, format="rgb24")
-
-
-def _paletted(frames: Frames, fps: int) -> Iterator[Any]:
+class _Palette:
     """GIF frames with one palette made for this video: the fixed 256 colours show bands."""
-    graph = av.filter.Graph()
-    height, width = frames.shape[1:3]
-    source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/{fps}:pixel_aspect=1/1")
-    split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
-    use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
-    source.link_to(split)
-    split.link_to(use, 0, 0)
-    split.link_to(palette, 1, 0)
-    palette.link_to(use, 0, 1)
-    use.link_to(sink)
-    graph.configure()
-    for index, frame in enumerate(_plain(frames)):
-        frame.pts = index
-        graph.push(frame)
-    graph.push(None)
-    for _ in frames:
-        yield graph.pull()
+
+    def __init__(self, height: int, width: int, fps: int) -> None:
+        graph = av.filter.Graph()
+        source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/{fps}:pixel_aspect=1/1")
+        split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
+        use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+        source.link_to(split)
+        split.link_to(use, 0, 0)
+        split.link_to(palette, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+        graph.configure()
+        self._graph, self._count = graph, 0
+
+    def push(self, picture: Any) -> None:
+        picture.pts, self._count = self._count, self._count + 1
+        self._graph.push(picture)
+
+    def pull(self) -> Iterator[Any]:
+        self._graph.push(None)
+        for _ in range(self._count):
+            yield self._graph.pull()

@@ -15,6 +15,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import is_quantised
 from fastvideo.distillation.adapters.export.lora import read_lora
 from fastvideo.distillation.bridge import bridge_between
 from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
+from fastvideo.distillation.chunks import spans
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
@@ -309,6 +310,7 @@ def check_run(
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
     _check_derivatives(config, families.main, processes)
+    _check_reach(config, families.main, processes)
     check_states(config.trainer.optimizer_states, optimizers)
 
 
@@ -376,6 +378,24 @@ def _check_derivatives(config: Config, family: Adapter, processes: Processes) ->
             f"parallel.context: {config.distill_method} takes forward-mode derivatives, which attention over several "
             f"processes does not have; set method.jvp: central_difference, or parallel.context: 1"
         )
+
+
+def _check_reach(config: Config, family: Adapter, processes: Processes) -> None:
+    """A student that generates chunk by chunk needs chunks, a ladder from pure noise, and whole samples."""
+    method, name = load_method(config.distill_method), config.distill_method
+    if (reach := method.reach_of(config.method)) is None:
+        return
+    if processes.context > 1:
+        raise UserError(
+            f"parallel.context: {name} attends chunk by chunk, which attention over several processes does not do; set "
+            f"parallel.context: 1, and parallel.shard for memory"
+        )
+    try:
+        spans(family.codec.latent_shape[1], reach.chunk)
+    except UserError as error:
+        raise UserError(f"method.{error}") from error
+    if not method.makes_teachers and config.ladder.times[0] < 1.0:
+        raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
 
 def _rounded_student(config: Config, processes: Processes) -> str | None:

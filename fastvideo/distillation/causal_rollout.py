@@ -1,7 +1,7 @@
 """Rollouts chunk by chunk: each one from noise to clean latents on the past of those before it.
 
 Training, sampling and live streams run these lines. A :class:`Streaming` is a network with role, condition and guidance
-bound; its past is opaque here, as guidance needs two.
+bound; its past is opaque here, as guidance needs two. Teacher forcing puts data in the place of the past.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from fastvideo.distillation.chunks import Masked, Reach
+from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Velocity
 
 PastT = TypeVar("PastT")
@@ -50,3 +53,11 @@ def bound(stream: Streaming[PastT], past: PastT) -> Velocity:
         return stream.predict(past, x_t, t, r=r)
 
     return predict
+
+
+def forced(reach: Reach, x0: Tensor, context_time: float, rng: RandomStreams) -> Masked:
+    """Teacher forcing on ``x0`` ``[B, C, F, H, W]``, with noise at a time drawn uniformly up to ``context_time``."""
+    if not context_time:
+        return Masked(reach, x0)
+    time = context_time * rng.shared_uniform()
+    return Masked(reach, add_noise(x0, rng.normal_like(x0), full_time(x0, time)), time)

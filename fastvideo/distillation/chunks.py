@@ -7,7 +7,7 @@ finished chunks. No network is causal: a call is, by its ``context``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -80,6 +80,12 @@ def per_frame(values: Tensor, frames: int, chunk: int) -> Tensor:
     """One value per chunk ``[B, n]`` as one per frame ``[B, frames]``."""
     counts = torch.tensor([end - start for start, end in spans(frames, chunk)], device=values.device)
     return values.repeat_interleave(counts, dim=1, output_size=frames)
+
+
+def by_chunk(draw: Callable[[int], Tensor], x0: Tensor, chunk: int) -> Tensor:
+    """Values ``[B, F]``, one per chunk of the videos ``x0`` ``[B, C, F, H, W]``, of all that ``draw(count)`` makes."""
+    videos, frames = x0.shape[0], x0.shape[2]
+    return per_frame(draw(videos * len(spans(frames, chunk))).view(videos, -1), frames, chunk)
 
 
 @dataclass(frozen=True)

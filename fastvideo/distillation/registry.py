@@ -28,6 +28,7 @@ METHODS = {
     "rcm": "fastvideo.distillation.methods.distribution_matching.rcm:RCMMethod",
     "scm": "fastvideo.distillation.methods.consistency_model.scm:SCMMethod",
     "sft": "fastvideo.distillation.methods.fine_tuning.sft:SFTMethod",
+    "causal_sft": "fastvideo.distillation.methods.fine_tuning.causal_sft:CausalSFTMethod",
 }
 """Algorithms, by name."""
 

@@ -95,6 +95,10 @@ class RandomStreams:
         """Integer in ``0..high - 1``, equal on all ranks."""
         return int(torch.randint(high, (), generator=self.shared))
 
+    def shared_uniform(self) -> float:
+        """Number in ``[0, 1)``, equal on all ranks."""
+        return float(torch.rand((), generator=self.shared))
+
     def shared_choice(self, shares: Sequence[float]) -> int:
         """Integer ``i`` with probability proportional to ``shares[i]``, equal on all ranks."""
         return int(torch.multinomial(torch.tensor(shares), 1, generator=self.shared))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections import Counter
@@ -15,8 +16,9 @@ from torch import Tensor
 from fastvideo.distillation.causal_rollout import roll
 from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
+from fastvideo.distillation.rollout import NoiseLike, SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
 
@@ -33,11 +35,17 @@ class SamplerSpec:
     kind: SamplerKind
     reach: Reach | None = None
     """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
+    context_time: float = 0.0
+    """Time in [0, 1] of the noise on finished chunks, as the next ones see them."""
 
     @property
     def network_calls(self) -> int:
         """Forward passes per sample, or per chunk without its commit: guidance needs two per step."""
         return len(self.times) * (1 if self.guidance == 1.0 else 2)
+
+    def calls_of(self, frames: int) -> int:
+        """Forward passes of a video of ``frames`` latent frames, without commits."""
+        return self.network_calls * (1 if self.reach is None else len(spans(frames, self.reach.chunk)))
 
     @classmethod
     def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
@@ -78,6 +86,12 @@ class SampleNoise:
         """Next noise for a batch of latents."""
         return self.draw(x.shape[1:])
 
+    def fork(self) -> SampleNoise:
+        """The same streams at the same positions, apart from these from now on."""
+        other = copy.copy(self)
+        other._streams = [stream.clone_state() for stream in self._streams]
+        return other
+
 
 def sample(
     denoiser: Denoiser,
@@ -94,7 +108,8 @@ def sample(
 
     Args:
         denoiser: network to sample from.
-        noise: streams of the batch; the first draw is the starting point.
+        noise: streams of the batch. A chunk draws its starting point when it begins, so that a longer video of the same
+            seed begins like a shorter one.
         shape: ``(C, F, H, W)`` of one sample.
         sampler: times, guidance and kind of steps.
         condition: of the batch.
@@ -102,12 +117,29 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
-    stream = Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called)
-    chunks = torch.split(noise.draw(shape), stream.chunks(shape[1]), dim=2)
-    return torch.cat(list(roll(stream, stream.opened, chunks, partial(_solved, sampler, noise))), dim=2)
+    stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
+    channels, frames, *size = shape
+    starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
+    return torch.cat(list(roll(stream, stream.opened, starts, partial(solved, sampler, noise))), dim=2)
 
 
-def _solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+def streaming(
+    denoiser: Denoiser,
+    noise: SampleNoise,
+    sampler: SamplerSpec,
+    condition: Condition,
+    negative: Condition | None = None,
+    *,
+    visit: Visit | None = None,
+    called: Callable[[], None] | None = None,
+) -> Stream:
+    """The stream of a sampler; arguments as for :func:`sample`."""
+    context = (sampler.context_time, noise.like) if sampler.context_time else None
+    return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
+
+
+def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
+    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient."""
     return generate(sampler.kind, velocity, start, sampler.times, noise.like)
 
 
@@ -118,6 +150,7 @@ class Stream:
         denoiser, condition, negative, guidance: as for ``Denoiser.guided_velocity``, with conditions of whole videos.
         reach: ``None`` for a network that sees all frames at once: its only chunk is the video.
         visit, called: as for :func:`sample`.
+        context: time in [0, 1] of the noise on finished chunks, and that noise; without it they stay clean.
     """
 
     def __init__(
@@ -129,9 +162,16 @@ class Stream:
         reach: Reach | None,
         visit: Visit | None = None,
         called: Callable[[], None] | None = None,
+        context: tuple[float, NoiseLike] | None = None,
     ) -> None:
         self.denoiser, self.condition, self.negative, self.guidance = denoiser, condition, negative, guidance
         self.reach, self._visit, self._called, self._steps = reach, visit, called, itertools.count()
+        self._context = context
+
+    @property
+    def context_time(self) -> float:
+        """Time of the noise on finished chunks."""
+        return 0.0 if self._context is None else self._context[0]
 
     @property
     def opened(self) -> Contexts:
@@ -158,10 +198,14 @@ class Stream:
         assert isinstance(conditional, Past)
         assert isinstance(unconditional, Past)
         condition, negative = self._of_chunk(past, x0)
-        after = self.denoiser.commit(conditional, x0, condition)
+        time = 0.0
+        if self._context is not None:
+            time, noise_like = self._context
+            x0 = add_noise(x0, noise_like(x0), full_time(x0, time))
+        after = self.denoiser.commit(conditional, x0, condition, time)
         if self.guidance == 1.0:
             return after, after
-        return after, self.denoiser.commit(unconditional, x0, negative)
+        return after, self.denoiser.commit(unconditional, x0, negative, time)
 
     def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
         if not isinstance(past[0], Past):

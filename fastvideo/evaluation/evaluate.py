@@ -137,7 +137,8 @@ def _sample_row(
 ) -> tuple[Sampled, Observed]:
     """One video per prompt, and further ones of the diversity prompts."""
     again = [judge.prompts[i] for i in judge.diversity_task.positions.tolist() for _ in range(DIVERSITY_SEEDS - 1)]
-    units = (len(judge.prompts) + len(again)) * (spec.network_calls + DECODE_UNITS)
+    calls = spec.calls_of(model.adapter.codec.latent_shape[1])
+    units = (len(judge.prompts) + len(again)) * (calls + DECODE_UNITS)
     with PatientBar(label, units) as bar:
         frames = judge.first_frames(model.adapter.conditioner)
         sampled = sample_videos(model, spec, judge, judge.prompts, judge.seed, batch_size, keep, bar, frames=frames)

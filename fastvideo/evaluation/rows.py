@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import OpenedModel, load_recipe, student_sampler
+from fastvideo.inference.recipe import streaming_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class RowSpec:
         guidance: standard convention, 1 = none.
         ladder: times of the student's sampler, also for a teacher or a student of another ladder.
         kind: the sampler over ``ladder``.
+        like: recipe of the student whose chunks a ladder is sampled in; the model's own if ``None``.
     """
 
     folder: str
@@ -28,6 +32,7 @@ class RowSpec:
     guidance: float | None = None
     ladder: tuple[float, ...] | None = None
     kind: SamplerKind | None = None
+    like: Mapping[str, Any] | None = None
 
     def sampler(self, model: OpenedModel) -> SamplerSpec:
         """The sampler of this row.
@@ -37,7 +42,8 @@ class RowSpec:
         """
         if self.ladder is not None:
             guidance = 1.0 if self.guidance is None else self.guidance
-            return SamplerSpec.student(Ladder(self.ladder), guidance, self.kind or student_sampler(model.recipe))
+            spec = SamplerSpec.student(Ladder(self.ladder), guidance, self.kind or student_sampler(model.recipe))
+            return replace(spec, **streaming_of(model.recipe if self.like is None else self.like))
         return model.sampler(self.steps, self.guidance)
 
 
@@ -59,7 +65,7 @@ def comparison_rows(teacher: str, student: str, teacher_steps: int = 50) -> dict
         f"teacher_{teacher_steps}": RowSpec(teacher, steps=teacher_steps),
         f"teacher_{few}": RowSpec(teacher, steps=few),
         "teacher_1": RowSpec(teacher, steps=1),
-        f"untrained_{few}": RowSpec(teacher, ladder=ladder, kind=student_sampler(recipe)),
+        f"untrained_{few}": RowSpec(teacher, ladder=ladder, kind=student_sampler(recipe), like=recipe),
         f"student_{few}": RowSpec(student),
         "student_1": RowSpec(student, steps=1),
     }

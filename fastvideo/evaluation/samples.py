@@ -126,7 +126,8 @@ def fill(
     """Sample what ``samples`` lacks of a ``share``, and keep every batch at once; returns how many there were."""
     missing = samples.missing(share)
     wanted = Sampling(samples.clips.prompts, spec, samples.clips.seed, batch_size, rows=missing)
-    with PatientBar(f"{label}: sampling", max(1, len(missing)) * spec.network_calls) as bar:
+    calls = spec.calls_of(model.adapter.codec.latent_shape[1])
+    with PatientBar(f"{label}: sampling", max(1, len(missing)) * calls) as bar:
         batches = sample_batches(model.adapter, model.denoiser, wanted, bar)
         for rows, batch in zip(wanted.batches, batches, strict=True):
             samples.write(rows, batch.latents, batch.seconds / len(rows))

@@ -28,10 +28,11 @@ def sweep_guidance(
     judge = Judge(prompts, seed, split="train")
     warm_up(model, judge.prompts)
     frames = judge.first_frames(model.adapter.conditioner)
+    latent_frames = model.adapter.codec.latent_shape[1]
     found: dict[float, Estimate] = {}
     for scale in scales:
         sampler = replace(spec, guidance=scale).sampler(model)
-        with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.network_calls + 2)) as bar:
+        with PatientBar(f"guidance {scale:g}", len(judge.prompts) * (sampler.calls_of(latent_frames) + 2)) as bar:
             sampled = sample_videos(model, sampler, judge, judge.prompts, seed, batch_size, 0, bar, frames=frames)
         found[scale] = judge.distances(sampled.seen)[0]
     return found

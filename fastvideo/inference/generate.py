@@ -25,7 +25,7 @@ def generate_video(
     Raises:
         UserError: for a prompt that the text encoder cannot take.
     """
-    with PatientBar("generating", spec.network_calls) as bar:
+    with PatientBar("generating", spec.calls_of(model.adapter.codec.latent_shape[1])) as bar:
         wanted = Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames)
         latents = sample_latents(model.adapter, model.denoiser, wanted, bar)
     return model.adapter.codec.decode(latents.to(model.adapter.device))[0].float().cpu().clamp(-1, 1)

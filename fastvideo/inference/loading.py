@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any, cast, get_args
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from fastvideo.data.model import check_sizes, pipeline_class
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import families, load_adapter
@@ -19,6 +20,7 @@ from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.recipe import streaming_of
 
 RECIPE = "recipe.json"
 TEACHER_STEPS = 50
@@ -37,6 +39,12 @@ class OpenedModel:
         """True for a distilled model: its recipe holds a ladder."""
         return "ladder" in self.recipe
 
+    @property
+    def is_embedded(self) -> bool:
+        """True for a model of an embedded world, shipped or distilled from one."""
+        folders = {str(files("fastvideo").joinpath(folder)) for folder in EMBEDDED.values()}
+        return self.recipe.get("model", {}).get("path") in EMBEDDED or self.source in folders
+
     def sampler(
         self, steps: int | None = None, guidance: float | None = None, ladder: Sequence[float] = ()
     ) -> SamplerSpec:
@@ -54,6 +62,9 @@ class OpenedModel:
             raise UserError(f"--ladder is for students; {self.source} is none: give --steps")
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
+        return replace(self._sampler(steps, guidance, ladder), **streaming_of(self.recipe))
+
+    def _sampler(self, steps: int | None, guidance: float | None, ladder: Sequence[float]) -> SamplerSpec:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
         guidance = float(default if guidance is None else guidance)
         if not self.is_student:

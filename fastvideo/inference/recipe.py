@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.builder import Config
+from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.registry import load_method
+from fastvideo.errors import UserError
 
+STREAMING = "streaming"
+"""Key of a model that generates chunk by chunk: the fields of its ``Reach``, and ``context_time``."""
+_REACH = [field.name for field in fields(Reach)]
 Weights = Literal["ema", "live"]
 """Averaged weights, or those of the last step."""
 
 
 def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: int) -> dict[str, Any]:
     """The recipe of a run's student after ``step`` steps."""
+    method = load_method(config.distill_method)
     recipe: dict[str, Any] = {
         "distill_model": config.distill_model,
         "method": config.distill_method,
         "model": config.model.model_dump(mode="json"),
-        "sampler": load_method(config.distill_method).sampler,
+        "sampler": method.sampler,
         "weights": weights,
         "steps": step,
     }
-    if not load_method(config.distill_method).makes_teachers:
+    if (reach := method.reach_of(config.method)) is not None:
+        recipe[STREAMING] = {**asdict(reach), "context_time": method.context_time_of(config.method)}
+    if not method.makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
     if "guidance" in folder.recipe:
         # The result is a teacher: any number of steps, with the guidance of its base model.
         return recipe | {"guidance": folder.recipe["guidance"]}
     return recipe
+
+
+def streaming_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``reach`` and ``context_time`` of a sampler; empty for a model that makes whole videos at once.
+
+    Raises:
+        UserError: if the recipe's values are none.
+    """
+    if STREAMING not in recipe:
+        return {}
+    given = recipe[STREAMING]
+    try:
+        values = TypeAdapter(dict[str, Any]).validate_python(given, strict=True)
+        reach = TypeAdapter(Reach).validate_python({name: values[name] for name in _REACH if name in values})
+        return {"reach": reach, "context_time": TypeAdapter(Time).validate_python(values.get("context_time", 0.0))}
+    except (ValidationError, UserError) as error:
+        raise UserError(f"recipe.json: {STREAMING} {given!r} is not what a stream needs: {error}") from error

@@ -14,6 +14,7 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds, sample
 from fastvideo.distillation.types import Condition
+from fastvideo.inference.locks import lock_of
 
 BATCH_SIZE = 64
 ProgressFn = Callable[[int], None]
@@ -68,7 +69,9 @@ def sample_batches(
         begin = time.perf_counter()
         noise = SampleNoise([seeds[row] for row in rows], family.device)
         called = None if progress is None else _counted(progress, len(rows), wanted.sampler)
-        latents = sample(denoiser, noise, family.codec.latent_shape, wanted.sampler, condition, negative, called=called)
+        shape = family.codec.latent_shape
+        with lock_of(denoiser.network):
+            latents = sample(denoiser, noise, shape, wanted.sampler, condition, negative, called=called)
         latents = latents.float().cpu()  # waits for a GPU, so that the clock is right
         yield LatentBatch(latents, time.perf_counter() - begin)
 

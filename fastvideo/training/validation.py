@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def build_validation(
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
         conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
+    sampler = replace(sampler, reach=method.reach_of(method.config), context_time=method.context_time_of(method.config))
     wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
     shared = SharedSampler(adapter, processes)
 

@@ -38,6 +38,10 @@ class FrameDecoder(Protocol):
         """Frames ``[B, 3, n, H, W]`` of the next normalised latents ``[B, C, c, h, w]``, in ``[-1, 1]``."""
         ...
 
+    def fork(self) -> FrameDecoder:
+        """A decoder that goes on from the same state, apart from this one from now on."""
+        ...
+
 
 class Codec(ABC):
     """Videos ``[B, 3, T, H, W]`` in ``[-1, 1]`` to latents ``[B, C, F, H, W]`` of about unit variance, and back."""
@@ -49,6 +53,11 @@ class Codec(ABC):
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int, int]:
         """``(C, F, H, W)`` of one sample."""
+
+    @property
+    def temporal(self) -> int:
+        """Video frames per latent frame; the first video frame is a latent frame of its own."""
+        return 1
 
     @property
     @abstractmethod

@@ -63,10 +63,13 @@ class CogVideoXCodec(DiffusersCodec):
     """``AutoencoderKLCogVideoX``: one scaling factor."""
 
     @property
+    def temporal(self) -> int:
+        return int(self.pipeline.vae_config["temporal_compression_ratio"])
+
+    @property
     def _video_frames(self) -> int:
         """Latent frames of a video, without padding."""
-        factor = int(self.pipeline.vae_config["temporal_compression_ratio"])
-        return (int(self.pipeline.config.num_frames) - 1) // factor + 1
+        return (int(self.pipeline.config.num_frames) - 1) // self.temporal + 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ TI2V-5B reads it as the first latent frame itself, clean and at time 0 (:class:`
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
@@ -276,7 +277,6 @@ class WanCodec(StatisticsCodec):
 
     @property
     def temporal(self) -> int:
-        """Video frames per latent frame; the first video frame is a latent frame of its own."""
         return int(self.pipeline.vae_config["scale_factor_temporal"])
 
     @property
@@ -303,12 +303,17 @@ class WanFrameDecoder:
 
     def __init__(self, codec: WanCodec) -> None:
         self.codec, self._first = codec, True
-        self._cache: list[Any] = [None] * codec.vae._conv_num
+        self._cache: list[Any] = [None] * _causal_convolutions(codec.vae.decoder)
 
     @property
     def bytes(self) -> int:
         tensors = (value for value in self._cache if isinstance(value, Tensor))
         return sum(value.numel() * value.element_size() for value in tensors)
+
+    def fork(self) -> WanFrameDecoder:
+        other = copy.copy(self)
+        other._cache = list(self._cache)  # a decode replaces the tensors in it and writes to none
+        return other
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -320,6 +325,12 @@ class WanFrameDecoder:
             self._first = False
         video, patch = torch.cat(pieces, dim=2), vae.config.patch_size
         return (video if patch is None else unpatchify(video, patch_size=patch)).clamp(-1.0, 1.0)
+
+
+def _causal_convolutions(network: nn.Module) -> int:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return sum(isinstance(module, WanCausalConv3d) for module in network.modules())
 
 
 class WanConditioner(DiffusersConditioner[WanConfig]):

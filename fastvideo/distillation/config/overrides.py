@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import create_model
 
 from fastvideo.distillation.config.base import Section
 from fastvideo.errors import UserError, nearest
@@ -77,7 +80,18 @@ def annotation_at(schema: type[Section], keys: Sequence[str]) -> Any:
 
 def section_in(kind: Any) -> type[Section] | None:
     """Section in a field's type, be it alone, optional or in a mapping."""
-    return next((one for one in kinds(kind) if isinstance(one, type) and issubclass(one, Section)), None)
+    found = (one for one in kinds(kind) if isinstance(one, type))
+    return next((as_section(one) for one in found if issubclass(one, Section) or is_dataclass(one)), None)
+
+
+@cache
+def as_section(kind: type[Any]) -> type[Section]:
+    """A section, or the fields of a value (a dataclass) as one."""
+    if issubclass(kind, Section):
+        return kind
+    types = get_type_hints(kind)
+    options = {field.name: (types[field.name], field.default) for field in fields(kind)}
+    return create_model(kind.__name__, __base__=Section, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def kinds(annotation: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastvideo.distillation.config.base import AdapterConfig
-from fastvideo.distillation.config.overrides import NOT_YAML, with_overrides
+from fastvideo.distillation.config.overrides import NOT_YAML, as_section, with_overrides
 from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.registry import load_adapter, run_schema
@@ -20,6 +20,8 @@ from fastvideo.texts import read_text
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 NAMES = ("distill_model", "distill_method")
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's names of a key that a section, or a value that is a dataclass, does not have."""
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Sequence[str]] | None = None) -> RunConfig[Any, Any]:
@@ -123,7 +125,7 @@ def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> C
 def explain(schema: type[BaseModel], problem: dict[str, Any]) -> str:
     """One line about a problem of pydantic: the key's full path and the error."""
     path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-    if problem["type"] != "extra_forbidden":
+    if problem["type"] not in UNKNOWN_KEY:
         message = problem["msg"].removeprefix("Value error, ")
         given = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
         return f"{path}: {message}{given}"
@@ -144,4 +146,4 @@ def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         options = [one for one in get_args(current) if one is not type(None)]
         if isinstance(current, UnionType) and len(options) == 1:  # optional section
             current = options[0]
-    return list(current.model_fields)
+    return list(as_section(current).model_fields)

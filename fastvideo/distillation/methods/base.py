@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
+from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.config.base import CausalOptions, MethodConfig, OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
@@ -64,7 +65,17 @@ class DistillMethod(ABC, Generic[ConfigT]):
     @classmethod
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
-        return frozenset()
+        return frozenset() if cls.reach_of(config) is None else frozenset({"chunks"})
+
+    @classmethod
+    def reach_of(cls, config: ConfigT) -> Reach | None:
+        """Frames that a chunk of the student sees; ``None`` for a student that makes whole videos at once."""
+        return config.reach if isinstance(config, CausalOptions) else None
+
+    @classmethod
+    def context_time_of(cls, config: ConfigT) -> float:
+        """Time at which the student's finished chunks are committed."""
+        return config.context_time if isinstance(config, CausalOptions) else 0.0
 
     @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:

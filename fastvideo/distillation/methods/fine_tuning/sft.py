@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions, TimeRange
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
@@ -64,10 +65,14 @@ class SFTMethod(DistillMethod[SFTConfig]):
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         noise, t = self.rng.normal_like(batch.latents), self.times(len(batch))
+        yield RoleLoss("student", batch.mean(self.errors(batch, noise, t)))
+
+    def errors(self, batch: Batch, noise: Tensor, t: Tensor, context: Context | None = None) -> Tensor:
+        """Weighted squared errors ``[B, C, F, H, W]`` of the velocity at times ``t``, ``[B]`` or per frame."""
         x_t = add_noise(batch.latents, noise, t)
-        u = self.bundle["student"].velocity(x_t, t, self.dropped(batch))
+        u = self.bundle["student"].velocity(x_t, t, self.dropped(batch), context=context)
         error = (u - velocity_target(batch.latents, noise)).square()
-        yield RoleLoss("student", batch.mean(expand_time(self.weight(t), error) * error))
+        return expand_time(self.weight(t), error) * error
 
     def times(self, count: int) -> Tensor:
         """Training times ``[count]``."""

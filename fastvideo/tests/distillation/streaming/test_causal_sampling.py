@@ -51,10 +51,10 @@ def test_against_a_loop_by_hand(student: Denoiser, conditions: tuple[Condition, 
     """Chunks of 2 (the first takes the remainder, 3), Euler, and a past of each kind for guidance."""
     reach = Reach(2, window=2)
     found = sample(student, SampleNoise([1, 2]), SHAPE, spec(reach), *conditions)
-    noise, pasts, chunks = SampleNoise([1, 2]).draw(SHAPE), [Past(reach), Past(reach)], []
+    noise, pasts, chunks = SampleNoise([1, 2]), [Past(reach), Past(reach)], []
     with torch.no_grad():
-        for start, end in ((0, 3), (3, 5)):
-            x = noise[:, :, start:end]
+        for frames in (3, 2):
+            x = noise.draw((16, frames, 4, 4))
             for t, after in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
                 both = [
                     student.velocity(x, full_time(x, t), c, context=p) for c, p in zip(conditions, pasts, strict=True)
@@ -84,7 +84,8 @@ def test_teacher_forcing_is_what_sampling_sees(student: Denoiser, conditions: tu
     reach, condition = Reach(1), conditions[0]
     one = SamplerSpec((0.9,), 1.0, "renoise", reach)
     video = sample(student, SampleNoise([1, 2]), SHAPE, one, condition)
-    noise = SampleNoise([1, 2]).draw(SHAPE)
+    streams = SampleNoise([1, 2])
+    noise = torch.cat([streams.draw((16, 1, 4, 4)) for _ in range(SHAPE[1])], dim=2)
     times = torch.full((2, SHAPE[1]), 0.9)
     with torch.no_grad():
         u = student.velocity(noise, times, condition, context=Masked(reach, video))

@@ -35,6 +35,20 @@ def test_every_split(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor
     assert torch.equal(torch.cat(pieces, dim=2), whole)
 
 
+def test_a_decoder_of_a_codec_that_decoded_nothing(latents: torch.Tensor, whole: torch.Tensor) -> None:
+    assert torch.equal(WanAdapter(WanConfig()).codec.frame_decoder()(latents), whole)
+
+
+def test_a_fork_goes_on_alone(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
+    decode = codec.frame_decoder()
+    begun = [decode(latents[:, :, :3])]
+    fork = decode.fork()
+    other = torch.cat([fork(latents[:, :, 3:5]), fork(-latents[:, :, 5:])], dim=2)
+    assert torch.equal(torch.cat([*begun, decode(latents[:, :, 3:])], dim=2), whole)
+    assert torch.equal(other[:, :, :8], whole[:, :, 9:17])
+    assert not torch.equal(other[:, :, 8:], whole[:, :, 17:])
+
+
 def test_streams_and_whole_videos_interleaved(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
     one, two = codec.frame_decoder(), codec.frame_decoder()
     mine, theirs, sizes = [], [], []
