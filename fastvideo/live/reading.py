@@ -1,4 +1,4 @@
-"""The judge of the tiny world on a stream: what it reads in the latest frames, and since when that is what was asked."""
+"""The judge of the tiny world on a stream: its readings frame by frame, and the frame from which they are as asked."""
 
 from __future__ import annotations
 

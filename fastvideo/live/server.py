@@ -86,7 +86,7 @@ async def _serve(server: uvicorn.Server, session: Session, listening: socket.soc
 
 
 async def _end_together(server: uvicorn.Server, session: Session) -> None:
-    """Close the session when the server is asked to stop, as that waits for the pages, and the server after the session."""
+    """Close the session when the server is asked to stop, as that waits for its pages, and stop the server after it."""
     while not server.should_exit and not session.over:
         await asyncio.sleep(0.05)
     server.should_exit = True
@@ -100,7 +100,7 @@ def application(session: Session, page: str) -> Starlette:
         return HTMLResponse(page, headers=HEADERS)
 
     async def events(request: Request) -> Response:
-        return StreamingResponse(_events(session), media_type="text/event-stream", headers=HEADERS)
+        return StreamingResponse(feed(session), media_type="text/event-stream", headers=HEADERS)
 
     async def prompt(request: Request) -> Response:
         return await _prompt(session, request)
@@ -112,7 +112,7 @@ def application(session: Session, page: str) -> Starlette:
     )
 
 
-async def _events(session: Session) -> AsyncIterator[bytes]:
+async def feed(session: Session) -> AsyncIterator[bytes]:
     """Events for one page, until it goes, falls behind or the session ends."""
     loop, waiting = asyncio.get_running_loop(), asyncio.Queue[bytes | None](MOST_WAITING + 1)
 

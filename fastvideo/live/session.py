@@ -11,17 +11,16 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from fastvideo.errors import UserError, did_you_mean
+from fastvideo.inference.stream_stats import StreamStats
+from fastvideo.inference.streaming import Streamer
+from fastvideo.inference.video_stream import VideoStream
 from fastvideo.live.clock import Clock
 from fastvideo.live.reading import Reader
 from fastvideo.live.sprites import sprite
 from fastvideo.live.steering import Asked, asked, attributes_of, changed
-
-if TYPE_CHECKING:
-    from fastvideo.inference.stream_stats import StreamStats
-    from fastvideo.inference.streaming import Streamer, VideoStream
 
 Kind = Literal["switch", "cut", "again"]
 """Ways to take a prompt: go on with the scene, begin another one, or start over from the first noise."""
@@ -70,7 +69,7 @@ class Session:
     """
 
     def __init__(self, streamer: Streamer, prompt: str, clock: Clock, reader: Reader | None = None) -> None:
-        self._streamer, self._clock, self._reader = streamer, clock, reader
+        self.streamer, self._clock, self._reader = streamer, clock, reader
         self._changed = threading.Condition()
         self._viewers: dict[int, Send] = {}
         self._numbers = itertools.count(1)
@@ -205,7 +204,7 @@ class Session:
         """Let the next chunk be the first one under a prompt."""
         stream = self._stream
         if stream is None or wish.kind == "again":
-            stream = self._streamer.resume(self._opening)
+            stream = self.streamer.resume(self._opening)
             stream.prompt(wish.prompt, on_switch="keep")
         else:
             stream.prompt(wish.prompt, on_switch="cut" if wish.kind == "cut" else "recache")

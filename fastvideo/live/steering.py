@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastvideo.errors import UserError, did_you_mean
+from fastvideo.inference.streaming import check_caption
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of, parse_caption
 
 WORDS: Mapping[str, tuple[str, ...]] = {"digit": DIGITS, "colour": COLOURS, "direction": DIRECTIONS}
@@ -21,10 +22,8 @@ def attributes_of(prompt: str) -> Attributes:
     Raises:
         UserError: for a prompt outside of the tiny world, with its own message.
     """
-    try:
-        return parse_caption(prompt)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_caption(prompt)
+    return parse_caption(prompt)
 
 
 def asked(attributes: Attributes) -> Asked:

@@ -93,7 +93,10 @@ class Page:
                 return data
             assert found != "end", f"no {name} came"
 
-    def leave(self) -> None:
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Break the connection without a word."""
         self._answer.close()
         self._connection.close()

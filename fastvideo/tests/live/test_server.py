@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import http.client
 import io
 import re
-import socket
 import time
 import urllib.request
 
@@ -15,12 +14,13 @@ import pytest
 from PIL import Image
 
 from fastvideo.errors import UserError
-from fastvideo.live import server
+from fastvideo.live.clock import Clock
 from fastvideo.live.page import render
-from fastvideo.live.server import MOST_WAITING, listen
+from fastvideo.live.server import MOST_WAITING, feed, listen
+from fastvideo.live.session import Session
 from fastvideo.live.sprites import sprite
 from fastvideo.tests.live.serving import PROMPT, Page, live
-from fastvideo.tests.live.world_stream import BROKEN
+from fastvideo.tests.live.world_stream import BROKEN, WorldStreamer
 
 
 def test_the_page_is_one_file_that_may_load_nothing() -> None:
@@ -47,8 +47,7 @@ def test_frames_arrive_as_they_are() -> None:
 
 
 def test_a_prompt_answers_twice() -> None:
-    with live() as running:
-        page = Page(running)
+    with live() as running, Page(running) as page:
         status, answer = running.post({"viewer": page.number, "prompt": PROMPT, "change": {"direction": "up"}})
         assert status == 202
         assert answer["prompt"] == "a red seven moving up"
@@ -58,8 +57,7 @@ def test_a_prompt_answers_twice() -> None:
 
 
 def test_bad_words_are_answered_and_the_stream_goes_on() -> None:
-    with live() as running:
-        page = Page(running)
+    with live() as running, Page(running) as page:
         status, answer = running.post({"viewer": page.number, "prompt": "a rod seven"})
         assert status == 422
         assert "unknown word rod. The tiny world knows: a, an, digit" in answer["error"]
@@ -88,13 +86,14 @@ def test_requests_that_are_refused(body: object, kind: str, host: str, status: i
 
 def test_pages_come_and_go() -> None:
     with live() as running:
-        first, second = Page(running), Page(running)
-        assert not second.wait("role")["drives"]
-        assert running.post({"viewer": second.number, "prompt": PROMPT})[0] == 403
-        first.leave()
-        assert second.wait("role") == {"drives": True, "viewers": 1}
-        assert running.post({"viewer": second.number, "prompt": PROMPT})[0] == 202
-        second.leave()
+        with Page(running) as driver, Page(running) as watcher:
+            assert driver.wait("role")["drives"]
+            assert not watcher.wait("role")["drives"]
+            assert running.post({"viewer": watcher.number, "prompt": PROMPT})[0] == 403
+        with Page(running) as alone:
+            while alone.wait("role") != {"drives": True, "viewers": 1}:
+                pass
+            assert running.post({"viewer": alone.number, "prompt": PROMPT})[0] == 202
         made = -1
         deadline = time.monotonic() + 5
         while made != running.session.frames and time.monotonic() < deadline:
@@ -103,33 +102,34 @@ def test_pages_come_and_go() -> None:
         assert made == running.session.frames, "nobody watches: the worker sleeps"
 
 
-def test_a_page_that_is_too_slow_is_cut_off_and_no_other_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MOST_WAITING", 4)
-    with live(fps=1e6) as running, socket.create_connection(("127.0.0.1", running.port)) as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.sendall(b"GET /events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        quick = Page(running)
-        assert not quick.wait("role")["drives"]
-        while not quick.wait("role")["drives"]:
-            pass
-    assert MOST_WAITING > 4
+def test_a_page_that_is_too_slow_is_cut_off_and_nothing_waits_for_it() -> None:
+    async def read_late() -> list[bytes]:
+        session = Session(WorldStreamer(), PROMPT, Clock(1e6))  # type: ignore[arg-type]
+        session.start()
+        events = feed(session)
+        first = [await anext(events)]
+        while session.frames < 5 * MOST_WAITING:
+            await asyncio.sleep(0.01)
+        got = first + [event async for event in events]
+        session.close()
+        return got
+
+    assert 10 < len(asyncio.run(read_late())) <= MOST_WAITING + 1
 
 
 def test_the_end_of_the_session_ends_the_server_and_the_pages() -> None:
-    with live() as running:
-        page = Page(running)
+    with live() as running, Page(running) as page:
         running.session.close()
         page.wait("bye")
         assert page.next() == ("end", None)
         running.thread.join(5)
         assert not running.thread.is_alive()
         with pytest.raises(ConnectionRefusedError):
-            http.client.HTTPConnection("127.0.0.1", running.port).request("GET", "/")
+            running.post({})
 
 
 def test_a_failure_of_the_model_ends_the_server_with_it() -> None:
-    with live() as running:
-        page = Page(running)
+    with live() as running, Page(running) as page:
         running.post({"viewer": page.number, "prompt": BROKEN})
         assert page.wait("failed")["message"] == "the network is broken"
         running.thread.join(5)
