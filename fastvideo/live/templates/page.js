@@ -9,7 +9,7 @@ const LOG_LINES = 4;
 let source = null, viewer = null, drives = false, ended = false;
 let waiting = [], due = 0, full = 1, drawn = [], shownAt = [];
 const marks = new Set();
-let asked = {}, askedAt = 0, askedBy = null, held = new Set(), pressing = 0;
+let asked = {}, askedAt = 0, askedBy = null, edited = false, held = new Set(), pressing = 0;
 
 const seconds = frames => `${(frames / fps).toFixed(1)} s`;
 const frames = count => `${count} frame${count === 1 ? "" : "s"}`;
@@ -87,6 +87,7 @@ const EVENTS = {
   },
   role(data) {
     setRole(data.drives);
+    edited = edited && data.drives;
     say(data.drives ? "Live. You drive." : "Live. Another page drives, you watch.");
     $("m-viewers").textContent = data.viewers;
   },
@@ -178,8 +179,8 @@ function showReading(frame) {
   }
   $("latency").classList.toggle("found", found);
   $("latency").textContent = found
-    ? `All that was asked is read ${frames(frame.latency)} (${seconds(frame.latency)}) after the prompt took effect.`
-    : "Not yet all that was asked: nine frames are read at a time.";
+    ? `All asked is read ${frames(frame.latency)} (${seconds(frame.latency)}) after the prompt took effect`
+    : "Not yet all that is asked: nine frames are read at a time";
 }
 
 function drawStrip() {
@@ -211,8 +212,11 @@ function drawMark(pen, x, height, colour) {
 
 // Steering
 
+$("prompt").oninput = () => { edited = true; };
+
 function showPrompt(text, words) {
-  $("prompt").value = text;
+  // What is being typed stays.
+  if (!edited) $("prompt").value = text;
   for (const group of document.querySelectorAll("[data-word]"))
     for (const button of group.querySelectorAll("button"))
       button.setAttribute("aria-pressed", String(button.value === ((words || {})[group.dataset.word] || "")));
@@ -241,7 +245,7 @@ function noteLatency(frame) {
 
 async function ask(kind, change) {
   if (!drives) return;
-  const body = JSON.stringify({ viewer, prompt: $("prompt").value, kind, change });
+  const sent = $("prompt").value, body = JSON.stringify({ viewer, prompt: sent, kind, change });
   let answer, data;
   try {
     answer = await fetch("prompt", { method: "POST", headers: { "content-type": "application/json" }, body });
@@ -249,6 +253,7 @@ async function ask(kind, change) {
   } catch { return complain("The server does not answer."); }
   complain(data.error);
   if (!answer.ok) return;
+  if ($("prompt").value === sent) edited = false;
   showPrompt(data.prompt, data.asked);
   // The events may have come first.
   if (!$("log").querySelector(`[data-id="${data.received}"]`)) note(data.received, data.prompt, "received");
