@@ -179,8 +179,8 @@ function showReading(frame) {
   }
   $("latency").classList.toggle("found", found);
   $("latency").textContent = found
-    ? `All asked is read ${frames(frame.latency)} (${seconds(frame.latency)}) after the prompt took effect`
-    : "Not yet all that is asked: nine frames are read at a time";
+    ? `Read as asked after ${frames(frame.latency)} (${seconds(frame.latency)})`
+    : "Not yet as asked: nine frames are read at a time";
 }
 
 function drawStrip() {
@@ -240,7 +240,7 @@ function note(id, prompt, what) {
 
 function noteLatency(frame) {
   const line = $("log").querySelector(`[data-id="${frame.askedBy}"] small`);
-  if (line) line.textContent += `; read ${frames(frame.latency)} (${seconds(frame.latency)}) after that`;
+  if (line) line.textContent += `; read as asked ${frames(frame.latency)} (${seconds(frame.latency)}) after that`;
 }
 
 async function ask(kind, change) {

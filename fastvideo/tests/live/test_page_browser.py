@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
 NAMELESS = """
 return [...document.querySelectorAll('button, input, textarea, canvas, [role=meter]')].filter(element =>
-  !(element.ariaLabel || element.textContent.trim() || (element.labels && element.labels.length))).map(e => e.outerHTML);
+  !(element.ariaLabel || element.textContent.trim() || element.labels?.length)).map(element => element.outerHTML);
 """
 INK = """
 const canvas = document.getElementById('video'), data = canvas.getContext('2d').getImageData(0, 0, 32, 32).data;
@@ -86,7 +86,7 @@ def prompt_is(browser: Chrome, wanted: str) -> Callable[[], bool]:
 
 def test_page_is_readable_everywhere_and_quiet(page: tuple[Live, Chrome]) -> None:
     running, browser = page
-    assert wait_for(lambda: "All asked is read 9 frames" in text(browser, "latency"))
+    assert wait_for(lambda: "Read as asked after 9 frames" in text(browser, "latency"))
     grounds = set()
     for width, scheme in VIEWS:
         look(browser, width, scheme)
