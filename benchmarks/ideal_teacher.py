@@ -21,6 +21,7 @@ from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
 from fastvideo.evaluation.judge import Judge
 from fastvideo.tiny.latents import cached_latents
+from fastvideo.tiny.world import TinyWorld
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     torch.set_flush_denormal(True)
     adapter, judge = WanAdapter(WanConfig()), Judge(arguments.samples, seed=0)
-    latents = cached_latents(adapter.codec, arguments.latents, 0, arguments.cache).latents
+    latents = cached_latents(adapter.codec, TinyWorld("train"), arguments.latents, 0, arguments.cache).latents
     data, shape = latents.flatten(1), latents.shape[1:]
     noise = normal((arguments.samples, data.shape[1]), seeded(0))
     print("steps  Frechet  pixel Frechet")

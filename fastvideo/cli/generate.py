@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -23,12 +23,16 @@ from fastvideo.cli.arguments import (
     OptionalTokens,
     parse,
 )
+from fastvideo.errors import UserError
 from fastvideo.ranges import Scale, Seed, WrittenRate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastvideo.inference.sampler import SamplerSpec
+    from fastvideo.distillation.sample import SamplerSpec
+    from fastvideo.inference.loading import LoadedModel
+
+OnSwitch = Literal["recache", "keep", "flush", "cut"]
 
 WATCHABLE = 256
 """Pixels of height below which a video is enlarged for the file."""
@@ -44,7 +48,7 @@ class GenerateArguments:
     """Content of the video, such as "a green seven moving up and left"."""
     image: OptionalPath = None
     """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
-    output: Path = Path("video.mp4")
+    out: Path = Path("video.mp4")
     """Video file; .mp4, .gif, .webp or .apng."""
     steps: OptionalSteps = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
@@ -65,10 +69,17 @@ class GenerateArguments:
     """Video height in pixels. Default of all four sizes: those in the recipe; a folder without one needs them given."""
     width: OptionalPixels = None
     """Video width in pixels."""
-    num_frames: OptionalFrames = None
-    """Frames of the video."""
+    frames: OptionalFrames = None
+    """Frames of the video. A streaming student makes any number, written as they come."""
     max_sequence_length: OptionalTokens = None
     """Tokens of a prompt that the model sees."""
+    switch: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FRAME:PROMPT")] = ()
+    """Change the prompt of a stream from a frame on, such as 65:"a red seven moving up"; may be repeated."""
+    on_switch: OnSwitch = "recache"
+    """Past of a stream at a switch: read it again under the new prompt (recache), leave it as it is (keep), keep its
+    sink and last chunk (flush), or begin a new video (cut)."""
+    window: OptionalFrames = None
+    """Latent frames of the past that a streaming student sees, instead of those it was trained with."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
 
@@ -84,30 +95,71 @@ def run_generate(arguments: GenerateArguments) -> str:
     """Generate and write one video; returns a summary.
 
     Raises:
-        UserError: for a bad folder, prompt, image, number of steps or file name, before anything is written.
+        UserError: for a bad folder, prompt, image, number of steps, switch or file name, before anything is written.
+        Stopped: for a stream that a signal ended; its file plays.
     """
-    from fastvideo.data.video_io import video_format, write_video
-    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+    from fastvideo.data.video_io import video_format
+    from fastvideo.inference.loading import load_model
+
+    video_format(arguments.out, arguments.fps)
+    model = load_model(arguments.folder, _sizes(arguments), arguments.device)
+    spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
+    return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
+
+
+def _sizes(arguments: GenerateArguments) -> dict[str, int]:
+    """Fields of the model's config."""
+    names = {"height": "height", "width": "width", "num_frames": "frames", "max_sequence_length": "max_sequence_length"}
+    found = {field: getattr(arguments, name) for field, name in names.items()}
+    return {field: value for field, value in found.items() if value is not None}
+
+
+def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) -> str:
+    """A video that is made at once."""
+    from fastvideo.data.video_io import write_video
     from fastvideo.inference.first_frames import first_frames
     from fastvideo.inference.generate import generate_video
-    from fastvideo.inference.loading import load_model
     from fastvideo.tiny.captions import outside_note
 
-    video_format(arguments.output, arguments.fps)
-    sizes = ("height", "width", "num_frames", "max_sequence_length")
-    options = {name: value for name, value in vars(arguments).items() if name in sizes and value is not None}
-    model = load_model(arguments.folder, options, arguments.device)
-    embedded = arguments.folder in EMBEDDED or model.recipe.get("model", {}).get("path") in EMBEDDED
-    if embedded and (note := outside_note([arguments.prompt])):
+    if flag := "--switch" if arguments.switch else "--window" if arguments.window else None:
+        raise UserError(
+            f"{flag} is for streaming students, and the model in {model.source} makes whole videos at once: its "
+            f"recipe.json has no `streaming`, which training with a causal method writes"
+        )
+    if model.is_embedded and (note := outside_note([arguments.prompt])):
         print(note, file=sys.stderr)
-    spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     frames = first_frames(model, arguments.image)
     begin = time.perf_counter()
     video = generate_video(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
     seconds = time.perf_counter() - begin
-    scale = arguments.scale or max(1, math.ceil(WATCHABLE / video.shape[2]))
-    path = write_video(arguments.output, video, arguments.fps, scale)
+    path = write_video(arguments.out, video, arguments.fps, _scale(arguments, video.shape[2]))
     return _summary(path, video, spec, seconds)
+
+
+def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) -> str:
+    """A video that is written while it is made."""
+    from fastvideo.inference.stream_file import write_stream
+    from fastvideo.inference.streaming import Streamer, window_note, with_window
+    from fastvideo.inference.switch_plan import parse_switch, plan_switches
+
+    if arguments.image is not None:
+        raise UserError(f"--image {arguments.image}: a stream starts from text alone")
+    seen, config = with_window(spec, arguments.window), model.adapter.config
+    streamer = Streamer(model, seen, arguments.seed, arguments.negative_prompt)
+    plan = plan_switches(streamer, config.num_frames, [*map(parse_switch, arguments.switch)], arguments.on_switch)
+    for note in filter(None, (window_note(spec, arguments.window), *plan.notes)):
+        print(note, file=sys.stderr)
+    begin, scale = time.perf_counter(), _scale(arguments, config.height)
+    with streamer.open(arguments.prompt, frames=config.num_frames) as stream:
+        stats = write_stream(stream, plan, config.num_frames, arguments.out, arguments.fps, scale)
+    seconds = time.perf_counter() - begin
+    size = f"{config.width}x{config.height}"
+    made = f"{stats.frames} frames of {size} in {stats.chunks} chunks, {seconds:.2f} s, {stats.fps:.1f} frames/s"
+    return f"{arguments.out}: {made}\n{streamer.describe(stats.past_bytes)}"
+
+
+def _scale(arguments: GenerateArguments, height: int) -> int:
+    return arguments.scale or max(1, math.ceil(WATCHABLE / height))
 
 
 def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:

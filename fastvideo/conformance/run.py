@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastvideo.conformance import feature_checks, folder_checks, network_checks, stock_checks
+from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
@@ -22,7 +22,7 @@ from fastvideo.distillation.registry import ADAPTERS, load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.progress import tracked
 
-RULES = (network_checks, feature_checks, folder_checks, stock_checks)
+RULES = (network_checks, chunk_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
 
 

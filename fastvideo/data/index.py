@@ -62,7 +62,8 @@ def dataset_files(path: str) -> list[Place]:
     """
     root = place(path)
     if isinstance(root, Path) and not root.exists():
-        raise UserError(f"data.path: {path!r} does not exist; 'tiny', a Parquet file or a folder of them is expected")
+        expected = "'tiny', 'tiny_stream', a Parquet file or a folder of them is expected"
+        raise UserError(f"data.path: {path!r} does not exist; {expected}")
     if is_file(root):
         return [root]
     found = files_below(root, ".parquet")

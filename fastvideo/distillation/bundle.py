@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class Training(Protocol):
 
     def undo(self) -> None:
         """Undo the schedule's part of a skipped step."""
+        ...
+
+    def averaged(self, handle: RoleHandle) -> AbstractContextManager[None]:
+        """Give the role its averaged weights inside."""
         ...
 
     def resume_schedule(self, state: Mapping[str, Any]) -> None:
@@ -86,6 +90,13 @@ class RoleHandle(Denoiser):
     def shares_network(self) -> bool:
         """True if other roles hold the same network, so that this one owns its adapter alone (or nothing)."""
         return self._trained is not None
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the role its averaged weights inside, for forwards without gradient; the live ones if it has no average.
+
+        Forwards with gradient begin after it.
+        """
+        return nullcontext() if self.training is None else self.training.averaged(self)
 
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters."""

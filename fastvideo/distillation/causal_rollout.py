@@ -7,18 +7,26 @@ bound; its past is opaque here, as guidance needs two. Teacher forcing puts data
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from fastvideo.distillation.chunks import Masked, Reach
+from fastvideo.distillation.chunks import Masked, Past, Reach, frames_of
+from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Velocity
+from fastvideo.distillation.rollout import NoiseLike, Velocity
+from fastvideo.distillation.types import Condition
 
 PastT = TypeVar("PastT")
 Solve = Callable[[Velocity, Tensor], Tensor]
 """From the velocity and the noise of a chunk ``[B, C, c, H, W]`` to its clean latents, such as ``rollout.few_step``."""
+
+OnSwitch = Literal["recache", "keep", "flush", "cut"]
+"""Treatment of the past when the prompt changes: ``recache`` computes it anew with the new prompt (LongLive,
+arXiv 2509.22622), ``keep`` changes nothing, ``flush`` leaves the sink and the last chunk (Infinity-RoPE,
+arXiv 2511.20649), ``cut`` begins an empty one."""
 
 
 class Streaming(Protocol[PastT]):
@@ -46,6 +54,41 @@ def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve:
         yield chunk
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A denoiser that continues a past, with the condition of its video bound.
+
+    Attributes:
+        denoiser: the network.
+        condition: of the whole video.
+        context_time: time of the noise on finished chunks, as the next ones see them; 0 keeps them clean.
+        noise_like: that noise.
+    """
+
+    denoiser: Denoiser
+    condition: Condition
+    context_time: float
+    noise_like: NoiseLike
+
+    def predict(self, past: Past, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        """Velocity of the next chunk."""
+        return self.denoiser.velocity(x_t, t, self._of_chunk(past, x_t), r=r, context=past)
+
+    def commit(self, past: Past, x0: Tensor) -> Past:
+        """The past after one more chunk, without gradient."""
+        if self.context_time:
+            x0 = add_noise(x0, self.noise_like(x0), full_time(x0, self.context_time))
+        return self.denoiser.commit(past, x0, self._of_chunk(past, x0), self.context_time)
+
+    def switched(self, past: Past, condition: Condition, policy: OnSwitch) -> tuple[Continuation, Past]:
+        """The same with another condition, and the past for it."""
+        after = switched(self.denoiser, past, condition, policy, t=self.context_time)
+        return replace(self, condition=condition), after
+
+    def _of_chunk(self, past: Past, x: Tensor) -> Condition:
+        return frames_of(self.condition, past.length, past.length + x.shape[2])
+
+
 def bound(stream: Streaming[PastT], past: PastT) -> Velocity:
     """The velocity of the chunk behind a past."""
 
@@ -61,3 +104,22 @@ def forced(reach: Reach, x0: Tensor, context_time: float, rng: RandomStreams) ->
         return Masked(reach, x0)
     time = context_time * rng.shared_uniform()
     return Masked(reach, add_noise(x0, rng.normal_like(x0), full_time(x0, time)), time)
+
+
+def switched(denoiser: Denoiser, past: Past, condition: Condition, policy: OnSwitch, *, t: float = 0.0) -> Past:
+    """The past for chunks with another ``condition``; ``t`` is the time at which its chunks were committed."""
+    if policy == "recache":
+        return recache(denoiser, past, condition, t=t)
+    if policy == "flush":
+        sink = (piece for piece in past.pieces[:-1] if piece.start < past.reach.sink)
+        return replace(past, pieces=(*sink, *past.pieces[-1:]))
+    return Past(past.reach) if policy == "cut" else past
+
+
+def recache(denoiser: Denoiser, past: Past, condition: Condition, *, t: float = 0.0) -> Past:
+    """The past whose kept chunks, sink and window, were seen with ``condition``; without gradient."""
+    anew = Past(past.reach)
+    for piece in past.pieces:
+        own = frames_of(condition, piece.start, piece.start + piece.frames)
+        anew = denoiser.commit(replace(anew, length=piece.start), piece.latents, own, t)
+    return anew

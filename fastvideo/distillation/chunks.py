@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.types import Condition, Given
+from fastvideo.distillation.types import Batch, Condition, Given
 from fastvideo.errors import UserError
 
 Span = tuple[int, int]
@@ -183,6 +183,15 @@ def frames_of(condition: Condition, start: int, end: int) -> Condition:
     if given is not None:
         given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
     return Condition(cut.tensors, given)
+
+
+def batch_of(batch: Batch, start: int, end: int) -> Batch:
+    """A run of latent frames of a batch."""
+    channels, _, *size = batch.shape[1:]
+    condition = frames_of(batch.condition, start, end)
+    negative = Condition(frames_of(batch.negative, start, end).tensors, condition.given)
+    x0 = None if batch.x0 is None else batch.x0[:, :, start:end]
+    return Batch((len(batch), channels, end - start, *size), condition, negative, x0)
 
 
 def repeated(condition: Condition) -> Condition:

@@ -108,7 +108,7 @@ class Denoiser:
         if self.select is not None:
             self.select()
         with torch.no_grad():
-            return self.adapter.commit(self.network, past, x0, condition, t)
+            return self.adapter.commit(self.network, past, x0.detach(), condition, t)
 
     def guided_velocity(
         self,

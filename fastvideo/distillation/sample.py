@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import roll
+from fastvideo.distillation.causal_rollout import OnSwitch, roll, switched
 from fastvideo.distillation.chunks import Contexts, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
@@ -76,7 +76,8 @@ class SampleNoise:
     """Random stream per sample (one of ``seeds``), drawn on the CPU so that every device gets the same noise."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._streams, self._device = [seeded(seed) for seed in seeds], torch.device(device)
+        self.seeds, self._device = tuple(seeds), torch.device(device)
+        self._streams = [seeded(seed) for seed in seeds]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Standard normal ``[len(seeds), *shape]``."""
@@ -169,11 +170,6 @@ class Stream:
         self._context = context
 
     @property
-    def context_time(self) -> float:
-        """Time of the noise on finished chunks."""
-        return 0.0 if self._context is None else self._context[0]
-
-    @property
     def opened(self) -> Contexts:
         """The empty pasts of both predictions."""
         return (None, None) if self.reach is None else (Past(self.reach), Past(self.reach))
@@ -206,6 +202,17 @@ class Stream:
         if self.guidance == 1.0:
             return after, after
         return after, self.denoiser.commit(unconditional, x0, negative, time)
+
+    def switched(self, pasts: Contexts, condition: Condition, negative: Condition, policy: OnSwitch) -> Contexts:
+        """Both pasts for chunks under another condition; what is seen without it stays if nothing is forgotten."""
+        conditional, unconditional = pasts
+        assert isinstance(conditional, Past)
+        assert isinstance(unconditional, Past)
+        time = 0.0 if self._context is None else self._context[0]
+        after = switched(self.denoiser, conditional, condition, policy, t=time)
+        if self.guidance == 1.0:
+            return after, after
+        return after, switched(self.denoiser, unconditional, negative, "keep" if policy == "recache" else policy)
 
     def _of_chunk(self, past: Contexts, x: Tensor) -> tuple[Condition, Condition]:
         if not isinstance(past[0], Past):

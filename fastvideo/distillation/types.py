@@ -22,19 +22,25 @@ features inside the network, times per frame ``[B, F]``, causal calls on a past.
 
 
 @dataclass(frozen=True)
-class Given:
-    """Conditioning frames: latent frames that are not generated, such as the first one of a continued image.
-
-    ``mask`` is bool ``[B, F]``, true on conditioning frames; ``clean`` are latents ``[B, C, F, H, W]``, valid there.
-    """
+class FrameMask:
+    """Some latent frames of each sample: ``mask`` is bool ``[B, F]``, true on them."""
 
     mask: Tensor
-    clean: Tensor
 
     @property
     def frames(self) -> Tensor:
         """The mask as ``[B, 1, F, 1, 1]``, which broadcasts against latents."""
         return self.mask[:, None, :, None, None]
+
+
+@dataclass(frozen=True)
+class Given(FrameMask):
+    """Conditioning frames: latent frames that are not generated, such as the first one of a continued image.
+
+    ``mask`` is true on conditioning frames; ``clean`` are latents ``[B, C, F, H, W]``, valid there.
+    """
+
+    clean: Tensor
 
     def fill(self, x: Tensor) -> Tensor:
         """``x`` ``[B, C, F, H, W]`` with the clean conditioning frames put in, bit-exact and without gradient."""
@@ -46,8 +52,8 @@ class Given:
         return per_frame.masked_fill(self.mask, 0.0)
 
 
-def mean_over_generated(x: Tensor, given: Given | None) -> Tensor:
-    """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its generated frames."""
+def mean_over_generated(x: Tensor, given: FrameMask | None) -> Tensor:
+    """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its frames but the ``given`` ones."""
     dims = tuple(range(1, x.ndim))
     if given is None:
         return x.mean(dim=dims, keepdim=True)
@@ -145,6 +151,7 @@ class Batch:
 
     ``x0`` are normalised clean latents, float32, or ``None`` in a text-only run; ``shape`` is theirs.
     ``negative`` is the condition of the unconditional prediction and holds the same conditioning frames.
+    The first ``unscored`` frames are seen by networks as all others, and left out by losses.
     """
 
     shape: tuple[int, ...]
@@ -152,6 +159,7 @@ class Batch:
     negative: Condition
     x0: Tensor | None = None
     trajectory: Trajectory | None = None
+    unscored: int = 0
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:
@@ -170,10 +178,18 @@ class Batch:
             )
         return self.x0
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean of ``x`` ``[B, C, F, H, W]`` over generated frames, samples weighted alike; losses average with it."""
+    def left_out(self, x: Tensor) -> FrameMask | None:
+        """Frames of ``x`` ``[B, C, F, H, W]`` that losses leave out: conditioning frames and ``unscored`` ones."""
         given = self.condition.given
-        return x.mean() if given is None else mean_over_generated(x, given).mean()
+        if not self.unscored:
+            return given
+        first = torch.arange(x.shape[2], device=x.device).expand(len(x), -1) < self.unscored
+        return FrameMask(first if given is None else first | given.mask)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of ``x`` ``[B, C, F, H, W]`` without :meth:`left_out`, samples alike; losses average with it."""
+        left_out = self.left_out(x)
+        return x.mean() if left_out is None else mean_over_generated(x, left_out).mean()
 
 
 @dataclass(frozen=True)

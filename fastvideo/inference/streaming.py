@@ -97,7 +97,7 @@ class Streamer:
             UserError: for a prompt that the model cannot take, or a number of frames that no video has.
         """
         clock = Clock(self.model.adapter.device)
-        first = self.reach.chunk if frames is None else self._first_chunk(frames)
+        first = self.reach.chunk if frames is None else self.first_chunk(frames)
         noise = SampleNoise(prompt_seeds(self.seed if seed is None else seed, [prompt]), self.model.adapter.device)
         texts, pasts = self._encode(prompt), (Past(self.reach), Past(self.reach))
         moment = Snapshot(prompt, texts, pasts, noise, self._maker.new_decoder(), first, frames)
@@ -122,8 +122,24 @@ class Streamer:
         past = "" if past_bytes is None else f", past {readable_size(past_bytes)}"
         return f"stream: chunks of {reach.chunk}, {seen}{sink}, {calls}{past}"
 
-    def _first_chunk(self, frames: int) -> int:
-        """Latent frames of the first chunk of a video of ``frames`` frames."""
+    def check_prompt(self, prompt: str) -> None:
+        """Check a prompt before it is used.
+
+        Raises:
+            UserError: if the model cannot take it.
+        """
+        self._encode(prompt)
+
+    def video_frames(self, latents: int) -> int:
+        """Frames of a video of so many latent frames."""
+        return 1 + (latents - 1) * self.model.adapter.codec.temporal
+
+    def first_chunk(self, frames: int) -> int:
+        """Latent frames of the first chunk of a video of ``frames`` frames.
+
+        Raises:
+            UserError: if no video has so many.
+        """
         temporal = self.model.adapter.codec.temporal
         if frames < 1 or (frames - 1) % temporal:
             below = max(0, (frames - 1) // temporal) * temporal + 1

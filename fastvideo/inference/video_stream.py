@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from fastvideo.data.video_io import to_frames
 from fastvideo.distillation.adapters.base import FrameDecoder
-from fastvideo.distillation.causal_rollout import bound
+from fastvideo.distillation.causal_rollout import OnSwitch, bound
 from fastvideo.distillation.chunks import Contexts, Past
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
 from fastvideo.distillation.types import Condition
+from fastvideo.errors import UserError, did_you_mean
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock, StreamStats
-from fastvideo.inference.switching import POLICIES, OnSwitch, checked_policy
 
 Frames = npt.NDArray[np.uint8]
 Texts = tuple[Condition, Condition]
@@ -130,9 +131,12 @@ class Maker:
         now = replace(moment, prompt=switch.prompt, texts=switch.texts, switch=switch, asked=None, last=None)
         if moment.last is None:
             return now
-        policy, old, new = POLICIES[switch.on_switch], self._stream(moment), self._stream(now)
-        decode = self.new_decoder() if switch.on_switch == "cut" else moment.decode
-        return replace(now, pasts=policy(old, new, moment.pasts, moment.last), decode=decode)
+        if switch.on_switch == "cut":
+            return replace(now, pasts=self._stream(now).opened, decode=self.new_decoder())
+        stream = self._stream(moment)
+        return replace(
+            now, pasts=stream.switched(stream.commit(moment.pasts, moment.last), *switch.texts, switch.on_switch)
+        )
 
     def _stream(self, moment: Snapshot) -> Stream:
         return streaming(self.denoiser, moment.noise, self.sampler, *moment.texts)
@@ -181,7 +185,7 @@ class VideoStream:
         Raises:
             UserError: for a prompt that the model cannot take, or an unknown policy; the stream goes on as before.
         """
-        self._asked.append(Switch(text, checked_policy(on_switch), self._maker.encode(text)))
+        self._asked.append(Switch(text, _checked(on_switch), self._maker.encode(text)))
 
     def snapshot(self) -> Snapshot:
         """The stream now; during a chunk, after it."""
@@ -222,3 +226,11 @@ class VideoStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _checked(policy: OnSwitch) -> OnSwitch:
+    """The policy, which callers of Python may have misspelt."""
+    known = get_args(OnSwitch)
+    if policy not in known:
+        raise UserError(f"on_switch {policy!r}: one of {', '.join(known)} is expected{did_you_mean(policy, known)}")
+    return policy

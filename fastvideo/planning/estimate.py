@@ -21,6 +21,7 @@ from fastvideo.planning.layout import (
 )
 from fastvideo.planning.simulate import StepCost, simulate
 from fastvideo.planning.validating import validation_bytes
+from fastvideo.tiny.world import WORLDS
 
 ALL_TO_ALL = 4
 """Tensors that context parallelism exchanges per attention: queries, keys, values and the answer."""
@@ -127,7 +128,7 @@ class Planner:
 
 def encodes(config: Config) -> bool:
     """True if a run encodes prompts itself; a dataset is taken to hold its texts."""
-    return config.data.prompts is not None or config.data.path == "tiny"
+    return config.data.prompts is not None or config.data.path in WORLDS
 
 
 def _sent(run: FakeRun, roles: Sequence[RolePlan], step: StepCost) -> float:

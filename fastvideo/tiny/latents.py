@@ -1,4 +1,4 @@
-"""Latents of the tiny world, cached in a safetensors file per codec and draw."""
+"""Latents of a tiny world, cached in a safetensors file per codec and draw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from fastvideo.files import replacing
 from fastvideo.inference.progress import tracked
-from fastvideo.tiny.world import Split, TinyWorld
+from fastvideo.tiny.world import TinyWorld
 
 BATCH = 64
 FORMAT = 3  # increase it when the world or the file's meaning changes
@@ -38,30 +38,29 @@ class LatentCodec(Protocol):
     def encode(self, videos: torch.Tensor) -> torch.Tensor: ...
 
 
-def cached_latents(codec: LatentCodec, n: int, seed: int, folder: Path, split: Split = "train") -> LatentSet:
-    """Latents of `TinyWorld(split).sample(n, seed)`, from `folder` if this codec has encoded them before.
+def cached_latents(codec: LatentCodec, world: TinyWorld, n: int, seed: int, folder: Path) -> LatentSet:
+    """Latents of ``world.sample(n, seed)``, from `folder` if this codec has encoded them before.
 
-    The file name holds a hash of codec, split, `n` and `seed`, so a stale file is never read.
+    The file name holds a hash of codec, world, `n` and `seed`, so a stale file is never read.
     """
-    path = folder / f"latents-{cache_key(codec, n, seed, split)}.safetensors"
+    path = folder / f"latents-{cache_key(codec, world, n, seed)}.safetensors"
     if not path.is_file():
-        _write(path, encode_world(codec, n, seed, split))
+        _write(path, encode_world(codec, world, n, seed))
     return _read(path)
 
 
-def encode_world(codec: LatentCodec, n: int, seed: int, split: Split) -> LatentSet:
-    """Encode `TinyWorld(split).sample(n, seed)`, with a progress bar: about 2 ms per video on one core."""
-    batches = TinyWorld(split).batches(n, seed, BATCH)
+def encode_world(codec: LatentCodec, world: TinyWorld, n: int, seed: int) -> LatentSet:
+    """Encode ``world.sample(n, seed)``, with a progress bar: about 2 ms per video of 9 frames on one core."""
     pieces, captions = [], []
-    for sample in tracked(batches, "latents", total=-(-n // BATCH)):
+    for sample in tracked(world.batches(n, seed, BATCH), "latents", total=-(-n // BATCH)):
         pieces.append(codec.encode(sample.videos).cpu())
         captions += sample.captions
     return LatentSet(torch.cat(pieces), captions)
 
 
-def cache_key(codec: LatentCodec, n: int, seed: int, split: Split) -> str:
+def cache_key(codec: LatentCodec, world: TinyWorld, n: int, seed: int) -> str:
     """Sixteen hexadecimal digits of everything that the latents depend on."""
-    inputs = json.dumps([FORMAT, split, n, seed, codec.latent_key])
+    inputs = json.dumps([FORMAT, world.key, n, seed, codec.latent_key])
     return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 

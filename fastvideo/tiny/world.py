@@ -13,7 +13,7 @@ other, so motion never ends, a caption stays true, and a video of any length beg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -123,6 +123,11 @@ class TinyWorld:
         self.open_probabilities = np.array(open_probabilities)
         self.images, self.labels = split_images(split)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Everything that a sample depends on beside its number and seed."""
+        return (self.split, self.frames, self.wrap, *self.open_probabilities.tolist())
+
     def sample(self, n: int, seed: int) -> WorldSample:
         """The first `n` videos of the stream `seed`."""
         return self._build(self._uniforms(n, seed))
@@ -170,6 +175,10 @@ class TinyWorld:
 def torus(split: Split, frames: int = STREAM_FRAMES) -> TinyWorld:
     """The streaming world."""
     return TinyWorld(split, frames, wrap=True, open_probabilities=STREAM_OPEN_PROBABILITIES)
+
+
+WORLDS: Mapping[str, Callable[[Split, int], TinyWorld]] = {"tiny": TinyWorld, "tiny_stream": torus}
+"""Worlds of a split, with the frames of a video, by the name that stands for their data."""
 
 
 def jitter_colour(rgb: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

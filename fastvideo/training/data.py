@@ -24,12 +24,12 @@ from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
+from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.texts import usable_prompts
 
 if TYPE_CHECKING:
     from fastvideo.data.fits import DataRequirements
 
-TINY = "tiny"
 READ_AHEAD = 2
 """Batches that a thread reads, and pins for CUDA, while the networks are busy."""
 
@@ -65,7 +65,7 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
     if config.data.prompts is not None:
         _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)
         count = len(read_prompts(config.data.prompts))
-    elif config.data.path != TINY:
+    elif config.data.path not in WORLDS:
         check_own_texts(config.data.path, texts_made(config.data.path), adapter.conditioner, config.model.path)
         count = _rows(config.data.path, enough=shard.per_round)
     else:
@@ -122,7 +122,7 @@ def open_source(
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
         return _prompts(config, adapter, with_latents, others)
-    if config.data.path != TINY:
+    if config.data.path not in WORLDS:
         return _dataset(config, adapter, with_latents, faults, others)
     return _tiny_world(config, adapter, with_latents)
 
@@ -133,7 +133,7 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     from fastvideo.data.parquet import ParquetSource
     from fastvideo.data.trajectories import check_made_for, metadata_at
 
-    if config.data.prompts is not None or config.data.path == TINY:
+    if config.data.prompts is not None or config.data.path in WORLDS:
         raise UserError(
             f"data.path: {config.distill_method} trains on a teacher's trajectories; make them with: fastvideo "
             f"precompute-trajectories --config CONFIG --out FOLDER, and give the folder as data.path"
@@ -165,15 +165,14 @@ def _prompts(config: Config, adapter: Adapter, with_latents: bool, others: Seque
 
 
 def _tiny_world(config: Config, adapter: Adapter, with_latents: bool) -> tuple[Source, str]:
-    size, seed = config.data.size, config.seed
+    path, size, seed = config.data.path, config.data.size, config.seed
+    world = WORLDS[path]("train", config.model.model_dump().get("num_frames", FRAMES))
     if not with_latents:
-        from fastvideo.tiny.world import TinyWorld
-
-        return MemorySource(TinyWorld("train").sample_captions(size, seed)), f"{size} captions of the tiny world"
+        return MemorySource(world.sample_captions(size, seed)), f"{size} captions of the world {path!r}"
     from fastvideo.tiny.latents import cached_latents
 
-    encoded = cached_latents(adapter.codec, size, seed, Path(config.data.cache))
-    return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the tiny world"
+    encoded = cached_latents(adapter.codec, world, size, seed, Path(config.data.cache))
+    return MemorySource(encoded.captions, encoded.latents), f"{size} videos of the world {path!r}"
 
 
 def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequence[Conditioner]) -> DataRequirements:

@@ -31,6 +31,7 @@ from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
 from fastvideo.files import replace_file
 from fastvideo.inference.sampler import Sampling
+from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.shared_sampling import SharedSampler
 
 PANEL_TIME, PANEL_VIDEOS = 0.5, 4
@@ -108,11 +109,10 @@ class HealthCheck:
         if source == "teacher":
             return self._of_teacher()
         data, adapter = self.config.data, self.shared.family
-        if data.path != "tiny" or data.prompts is not None or not self.shared.writes:
+        if data.path not in WORLDS or data.prompts is not None or not self.shared.writes:
             return {}
-        from fastvideo.tiny.world import TinyWorld
-
-        videos = TinyWorld("heldout").sample(4 * len(self.wanted.prompts), self.wanted.seed).videos
+        world = WORLDS[data.path]("heldout", self.config.model.model_dump().get("num_frames", FRAMES))
+        videos = world.sample(4 * len(self.wanted.prompts), self.wanted.seed).videos
         latents = adapter.codec.encode(videos.to(adapter.device)).cpu()
         figures = self._measure(videos, latents)
         return {name: value for name, value in figures.items() if name != "diversity"}  # not of one prompt

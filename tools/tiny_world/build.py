@@ -127,7 +127,15 @@ COGVIDEOX = TinyFamily(
         "teacher": cogvideox_teacher.train_teacher,
     },
 )
-STREAM = TinyFamily(StreamRecipe(), {"vae": stream.vae_stage, "decoder": stream.decoder_stage})
+STREAM = TinyFamily(
+    StreamRecipe(),
+    {
+        "vae": stream.vae_stage,
+        "decoder": stream.decoder_stage,
+        "transformer": stream.network_stage,
+        "teacher": stream.teacher_stage,
+    },
+)
 FAMILIES = {"wan": WAN, "cogvideox": COGVIDEOX, "stream": STREAM}
 
 

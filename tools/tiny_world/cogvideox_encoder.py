@@ -6,6 +6,8 @@ target trains an encoder in minutes; the decoder follows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
@@ -14,7 +16,7 @@ from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world.cogvideox_recipe import CogVideoXVaeRecipe
 from tools.tiny_world.cogvideox_vae import build_vae, kernels
-from tools.tiny_world.train_vae import optimise, use_channels_last
+from tools.tiny_world.train_vae import optimise, training_batches, use_channels_last
 from tools.tiny_world.vae import CHANNELS, encode_moments
 
 
@@ -26,12 +28,13 @@ def train_encoder(recipe: CogVideoXVaeRecipe) -> tuple[AutoencoderKLCogVideoX, f
         parameter.requires_grad_(name.startswith("encoder."))
     target, error = WanTarget(), torch.zeros(())
 
-    def loss(step: int, videos: Tensor) -> Tensor:
+    def losses() -> Iterator[Tensor]:
         nonlocal error
-        error, width = target.errors(vae, videos)
-        return error + recipe.width_weight * width
+        for sample in training_batches(recipe, TinyWorld("train")):
+            error, width = target.errors(vae, sample.videos)
+            yield error + recipe.width_weight * width
 
-    optimise(vae, kernels(vae), recipe, "encoder", loss, TinyWorld("train"))
+    optimise(vae, kernels(vae), recipe, "encoder", losses())
     return vae.eval().requires_grad_(False), error.item()
 
 

@@ -23,6 +23,7 @@ from fastvideo.distillation.types import Condition
 from fastvideo.inference.progress import tracked
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of
 from fastvideo.tiny.latents import LatentSet, cached_latents
+from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe, ImitationRecipe
 from tools.tiny_world.cogvideox_start import start_from_wan
 from tools.tiny_world.teacher import install_network
@@ -50,7 +51,7 @@ def train_teacher(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
     network: Any = ours.folder.load_network()
     source: Any = wan.folder.load_network().requires_grad_(False)
     start_from_wan(network, source, ours.folder.grid)
-    data = cached_latents(ours.codec, recipe.imitation.videos, recipe.imitation.seed, out / "cache")
+    data = cached_latents(ours.codec, TinyWorld("train"), recipe.imitation.videos, recipe.imitation.seed, out / "cache")
     student, teacher = Network(ours, network, network.transformer_blocks), Network(wan, source, source.blocks)
     error = imitate(student, teacher, Draws.of(data, recipe.imitation))
     install_network(network, pipeline, GUIDANCE, recipe.text)

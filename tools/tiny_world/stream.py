@@ -1,12 +1,14 @@
-"""The VAE of the streaming world: the shipped one, trained on until it holds for videos of any length.
+"""The pipeline of the streaming world: the shipped one, trained on until it holds for videos of any length.
 
 Causal convolutions that only saw nine frames never saw full caches: the shipped VAE is at 20.7 dB on 129 frames, where
-it is at 36.1 dB on nine. Videos of :func:`fastvideo.tiny.world.torus` teach it, up to the length that they have: see
-docs/log.md.
+it is at 36.1 dB on nine. Videos of 33 frames teach it their own length and no more (docs/log.md); streams teach it the
+rest.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,22 +17,26 @@ from diffusers import AutoencoderKLWan
 
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 from fastvideo.tiny.world import torus
+from tools.tiny_world import teacher
 from tools.tiny_world.pipeline import save_half
-from tools.tiny_world.recipe import SharpenRecipe, VaeRecipe
-from tools.tiny_world.sharpen import sharpen_decoder
+from tools.tiny_world.recipe import VaeRecipe
+from tools.tiny_world.stream_vae import SharpStreamRecipe, StreamVaeRecipe, fit_on_streams, sharpen_on_streams
 from tools.tiny_world.train_vae import WAN, fit_vae
 from tools.tiny_world.vae import encode_moments, psnr
 
+CONFIG = teacher.CONFIG.with_name("tiny_wan_causal_sft.yaml")
 BLOCK = 16  # frames between two readings of the reconstruction's quality
 
 
 @dataclass(frozen=True)
 class StreamRecipe:
-    """Training of the streaming VAE.
+    """Training of the streaming pipeline.
 
     Attributes:
-        vae: encoder and decoder together, from the shipped weights; half of its steps see 17 frames.
-        sharpen: the decoder alone, with fixed latents.
+        vae: encoder and decoder together on 33 frames, from the shipped weights; half of the steps see 17.
+        streams: both, on streams of up to 129 frames.
+        sharpen: the decoder alone on such streams, with fixed latents.
+        longest_axis: positions in the network's own table, for bidirectional calls; causal calls compute theirs.
         report_videos, report_frames: held-out videos behind the printed figures, and their length.
     """
 
@@ -39,24 +45,42 @@ class StreamRecipe:
             steps=2400, batch_size=8, muon_rate=3e-3, adam_rate=1.5e-3, short_frames=17, short_share=0.5, seed=21
         )
     )
-    sharpen: SharpenRecipe = field(default_factory=lambda: SharpenRecipe(steps=1800, batch_size=6, seed=22))
+    streams: StreamVaeRecipe = field(default_factory=StreamVaeRecipe)
+    sharpen: SharpStreamRecipe = field(default_factory=SharpStreamRecipe)
+    longest_axis: int = 1024
     report_videos: int = 64
     report_frames: int = 129
 
 
 def vae_stage(out: Path, recipe: StreamRecipe) -> dict[str, float]:
-    """Train the shipped VAE on long videos and save it; returns its quality."""
+    """Train the shipped VAE on long videos, then on streams, and save it; returns its quality."""
     vae = fit_vae(WAN.load(PIPELINE_FOLDER / "vae"), recipe.vae, torus("train"))
-    save_half(vae, out / "pipeline" / "vae")
+    save_half(fit_on_streams(vae.requires_grad_(True), recipe.streams), out / "pipeline" / "vae")
     return reconstruction(vae, recipe)
 
 
 def decoder_stage(out: Path, recipe: StreamRecipe) -> dict[str, float]:
     """Train the decoder of the VAE in ``out`` and save it; returns the quality of the VAE then."""
-    vae = WAN.load(out / "pipeline" / "vae")
-    sharpen_decoder(vae, recipe.sharpen, torus("train"))
+    vae = sharpen_on_streams(WAN.load(out / "pipeline" / "vae"), recipe.sharpen)
     save_half(vae, out / "pipeline" / "vae")
     return reconstruction(vae, recipe)
+
+
+def network_stage(out: Path, recipe: StreamRecipe) -> dict[str, float]:
+    """Copy the other parts of the shipped pipeline, whose network knows captions and motion already."""
+    shutil.copytree(PIPELINE_FOLDER, out / "pipeline", ignore=shutil.ignore_patterns("vae"), dirs_exist_ok=True)
+    file = out / "pipeline" / "transformer" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"rope_max_seq_len": recipe.longest_axis}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {}
+
+
+def teacher_stage(out: Path, recipe: StreamRecipe) -> dict[str, float]:
+    """Train the network as an autoregressive and as a bidirectional teacher, and install it; returns its last loss."""
+    run = out / "teacher"
+    teacher.distil(CONFIG, out / "pipeline", run, {})
+    teacher.install(run / "student", out / "pipeline")
+    return {"loss": teacher.last_loss(run)}
 
 
 @torch.no_grad()

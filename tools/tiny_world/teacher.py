@@ -35,8 +35,13 @@ def train_teacher(out: Path) -> dict[str, float]:
     for before, run in itertools.pairwise(runs):
         distil(CONFIG, out / "pipeline", run, {**FURTHER, "--roles.student.path": str(before / "student")})
     install(runs[-1] / "student", out / "pipeline")
-    last = (runs[-1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    return {"loss": json.loads(last)["student/loss"]}
+    return {"loss": last_loss(runs[-1])}
+
+
+def last_loss(run: Path) -> float:
+    """Loss of the last logged step of a run."""
+    last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return float(json.loads(last)["student/loss"])
 
 
 def distil(config: Path, pipeline: Path, output: Path, flags: dict[str, str]) -> None:

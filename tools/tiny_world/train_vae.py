@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from fastvideo.inference.progress import tracked
 from fastvideo.tiny.classifier import TinyClassifier
-from fastvideo.tiny.world import TinyWorld
+from fastvideo.tiny.world import TinyWorld, WorldSample
 from tools.tiny_world import cogvideox_vae
 from tools.tiny_world import vae as wan_vae
 from tools.tiny_world.muon import Muon
@@ -59,12 +59,13 @@ def fit_vae(vae: AutoencoderKLWan, recipe: VaeRecipe, world: TinyWorld) -> Autoe
     use_channels_last(vae)
     generator = torch.Generator().manual_seed(recipe.seed)
 
-    def loss(step: int, videos: torch.Tensor) -> torch.Tensor:
-        short = step < recipe.short_share * recipe.steps
-        return vae_loss(vae, videos[:, :, : recipe.short_frames] if short else videos, recipe, generator)
+    def losses() -> Iterator[torch.Tensor]:
+        for step, sample in enumerate(training_batches(recipe, world)):
+            frames = recipe.short_frames if step < recipe.short_share * recipe.steps else world.frames
+            yield vae_loss(vae, sample.videos[:, :, :frames], recipe, generator)
 
-    optimise(vae, wan_vae.kernels(vae), recipe, "vae", loss, world)
-    mean, std = measure_statistics(vae, recipe, world)
+    optimise(vae, wan_vae.kernels(vae), recipe, "vae", losses())
+    mean, std = measure_statistics(vae, world, recipe.statistics_videos, recipe.seed + 1)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae.eval().requires_grad_(False)
 
@@ -87,19 +88,19 @@ def ink_error(decoded: torch.Tensor, videos: torch.Tensor, ink_weight: float, sq
     return ((1.0 + ink_weight * ink) * (error.abs() + squared_weight * error.square())).mean()
 
 
+def training_batches(recipe: VaeTraining, world: TinyWorld) -> Iterator[WorldSample]:
+    """A batch of videos of ``world`` for each step."""
+    return world.batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
+
+
 def optimise(
-    vae: Vae,
-    kernels: list[nn.Parameter],
-    recipe: VaeTraining,
-    label: str,
-    loss: Callable[[int, torch.Tensor], torch.Tensor],
-    world: TinyWorld,
+    vae: Vae, kernels: list[nn.Parameter], recipe: VaeTraining, label: str, losses: Iterator[torch.Tensor]
 ) -> None:
     """Train the parameters of `vae` that require gradients, in place: `kernels` by Muon, the others by Adam.
 
     Args:
         label: of the progress bar.
-        loss: scalar, of a step's number and videos [B, 3, frames, 32, 32] of ``world``.
+        losses: one scalar per step, each computed when it is asked for.
     """
     parameters, taken = [p for p in vae.parameters() if p.requires_grad], {id(p) for p in kernels}
     optimizers = [
@@ -108,10 +109,9 @@ def optimise(
     ]
     share = warmed_cosine(recipe.warm_up, recipe.steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
-    samples = world.batches(recipe.steps * recipe.batch_size, recipe.seed, recipe.batch_size)
-    for step, sample in enumerate(tracked(samples, label, total=recipe.steps)):
+    for loss in tracked(losses, label, total=recipe.steps):
         vae.zero_grad()
-        loss(step, sample.videos).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -132,9 +132,9 @@ def use_channels_last(vae: Vae) -> None:
 
 
 @torch.no_grad()
-def measure_statistics(vae: Vae, recipe: VaeRecipe, world: TinyWorld) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [16] per channel of the latents of ``world``, float64."""
-    batches = world.batches(recipe.statistics_videos, recipe.seed + 1, 64)
+def measure_statistics(vae: Vae, world: TinyWorld, videos: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [16] per channel of the latents of ``world.sample(videos, seed)``, float64."""
+    batches = world.batches(videos, seed, 64)
     latents = torch.cat([encode_moments(vae, sample.videos)[0] for sample in batches])
     std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3, 4))
     return mean, std

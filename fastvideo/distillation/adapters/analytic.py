@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.analytic_networks import (
     FrameConsistency,
     FrameDenoiser,
+    Frames,
     GaussianConsistency,
     GaussianMeanVelocity,
     MixtureConsistency,
     MixtureDenoiser,
+    Seen,
     SiteMLP,
     standardised,
 )
@@ -36,9 +38,8 @@ from fastvideo.distillation.adapters.base import (
     Taps,
     Tokens,
     check_taps,
-    refused_context,
 )
-from fastvideo.distillation.chunks import Context
+from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, masked_runs
 from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
@@ -108,7 +109,7 @@ def build_network(kind: str, config: AnalyticConfig) -> nn.Module:
     mean, std, components = config.means[0], config.stds[0], (config.means, config.stds, config.weights)
     if config.correlation and kind != "mean_velocity":
         frames = FrameDenoiser if kind == "denoiser" else FrameConsistency
-        return frames(mean, std, config.correlation, config.shape[1])
+        return frames(mean, std, config.correlation)
     if kind == "denoiser":
         return MixtureDenoiser(*components)
     if kind == "consistency":
@@ -220,7 +221,7 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
 
     Config = AnalyticConfig
     summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
-    supports = frozenset({"features", "flow_map", "jvp", "frame_times"})
+    supports = frozenset({"features", "flow_map", "jvp", "frame_times", "chunks"})
 
     @cached_property
     def codec(self) -> AnalyticCodec:
@@ -244,10 +245,30 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         r: Tensor | None = None,
         context: Context | None = None,
     ) -> Tensor:
-        if context is not None:
-            raise refused_context(type(self).__name__)
-        down_to = {} if r is None else {"r": r}
-        return network(x_t, t, self._shift(condition), **down_to)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {} if r is None else {"r": r}
+        if isinstance(context, Past):
+            context.check(x_t)
+        if context is None or not isinstance(network, Frames):  # other frames are independent of a past
+            return network(x_t, t, self._shift(condition), **options)  # type: ignore[no-any-return]
+        if isinstance(context, Past):
+            return network(x_t, t, self._shift(condition), _past_seen(context))  # type: ignore[no-any-return]
+        return self._masked(network, x_t, t, condition, context)
+
+    def _masked(self, network: Frames, x_t: Tensor, t: Tensor, condition: Condition, context: Masked) -> Tensor:
+        """Chunk by chunk, each on the clean or noisy frames that it sees."""
+        latents, times = x_t, t
+        if context.clean is not None:
+            latents, times = context.clean, torch.full_like(t, context.clean_time)
+        chunks = []
+        for run in masked_runs(x_t.shape[2], context.reach, forced=False):
+            own, seen = slice(*run.queries), _masked_seen(latents, times, run.keys[:-1], run.queries[0])
+            chunks.append(network(x_t[:, :, own], t[:, own], self._shift(condition), seen))
+        return torch.cat(chunks, dim=2)
+
+    def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        """Remember a chunk as its latents and their times: what follows from them is computed at each call."""
+        past.check(x0)
+        return past.add(Piece(past.length, x0, ((x0, x0.new_full((len(x0), x0.shape[2]), t)),)))
 
     def _shift(self, condition: Condition) -> Tensor:
         return condition.of(self.conditioner.key)["shift"]
@@ -278,3 +299,17 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
         t = torch.ones(len(noise), dtype=torch.float32, device=self.device)
         end = build_network("consistency", self.config).to(self.device).requires_grad_(False)
         return velocity_to_x0(noise, end(noise, t, self._shift(condition)), t)
+
+
+def _past_seen(past: Past) -> Seen | None:
+    if not past.pieces:
+        return None
+    latents = torch.cat([piece.latents for piece in past.pieces], dim=2)
+    times = torch.cat([piece.layers[0][1] for piece in past.pieces], dim=1)
+    positions = [i for piece in past.pieces for i in range(piece.start, piece.start + piece.frames)]
+    return Seen(latents, times, tuple(positions), past.length)
+
+
+def _masked_seen(latents: Tensor, times: Tensor, spans: Sequence[Span], start: int) -> Seen | None:
+    positions = [i for span in spans for i in range(*span)]
+    return Seen(latents[:, :, positions], times[:, positions], tuple(positions), start) if positions else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -174,56 +175,87 @@ class VectorMixtureDenoiser(Mixture):
         return (log_density.softmax(-1) * per_component).sum(-1)
 
 
-class FrameDenoiser(Gaussian):
-    """Exact velocity of Gaussian frames with correlation ``a^|i - j|``: AR(1), ``N(mean, std^2 R)`` at every pixel.
+@dataclass(frozen=True)
+class Seen:
+    """Frames that a chunk sees beside its own.
+
+    Attributes:
+        latents: ``[B, C, n, H, W]``, noisy where a time is above 0.
+        times: of each frame, ``[B, n]``.
+        positions: numbers of those frames in the video.
+        start: number of the chunk's first frame.
+    """
+
+    latents: Tensor
+    times: Tensor
+    positions: tuple[int, ...]
+    start: int
+
+
+class Frames(Gaussian):
+    """Gaussian frames with correlation ``a^|i - j|``: AR(1), ``N(mean, std^2 R)`` at every pixel.
+
+    A chunk that sees frames is their conditional Gaussian, exact at any of their times.
+    """
+
+    correlation: Tensor
+
+    def __init__(self, mean: float, std: float, correlation: float) -> None:
+        super().__init__(mean, std)
+        self.register_buffer("correlation", torch.tensor(correlation))
+
+    def correlations(self, positions: Sequence[int]) -> Tensor:
+        """Correlations ``[F, F]`` of frames with these numbers."""
+        at = torch.tensor(positions, device=self.correlation.device)
+        return torch.pow(self.correlation, (at[:, None] - at[None, :]).abs())
+
+    def prior(self, x_t: Tensor, shift: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor]:
+        """Mean, to broadcast against ``x_t``, and covariance ``[F, F]`` or ``[B, F, F]`` of its clean frames."""
+        mean, own = shifted(self.mean, shift, x_t), x_t.shape[2]
+        if seen is None:
+            return mean, self.std**2 * self.correlations(range(own))
+        positions = (*seen.positions, *range(seen.start, seen.start + own))
+        covariance, count = self.std**2 * self.correlations(positions), len(seen.positions)
+        alpha = 1 - seen.times
+        cross = covariance[count:, :count] * alpha[:, None, :]
+        noisy = alpha[:, :, None] * covariance[:count, :count] * alpha[:, None, :]
+        gain = cross @ torch.linalg.inv(noisy + torch.diag_embed(seen.times**2))
+        y = seen.latents - alpha[:, None, :, None, None] * mean
+        answer = torch.einsum("bij,bcjhw->bcihw", gain, y)
+        return mean + answer, covariance[count:, count:] - gain @ cross.transpose(1, 2)
+
+
+class FrameDenoiser(Frames):
+    """Exact velocity of correlated frames.
 
     Times may differ per frame: with ``A = diag(1 - t)``, ``S = diag(t)`` and ``M = A Sigma A + S^2`` it is
     ``(S - Sigma A) M^{-1} (x - A mean) - mean``.
     """
 
-    correlations: Tensor
-
-    def __init__(self, mean: float, std: float, correlation: float, frames: int) -> None:
-        super().__init__(mean, std)
-        self.register_buffer("correlations", autoregressive(correlation, frames))
-
-    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, seen: Seen | None = None) -> Tensor:
         """Velocity, in the dtype of ``x_t``."""
         sigma = (t if t.ndim == 2 else t[:, None]).expand(-1, x_t.shape[2])
-        alpha, covariance = 1 - sigma, self.std**2 * self.correlations
-        mean = shifted(self.mean, shift, x_t)
+        alpha, (mean, covariance) = 1 - sigma, self.prior(x_t, shift, seen)
         y = (x_t - alpha[:, None, :, None, None] * mean).movedim(2, -1)
         joint = alpha[:, :, None] * covariance * alpha[:, None, :] + torch.diag_embed(sigma**2)
         gain = (torch.diag_embed(sigma) - covariance * alpha[:, None, :]) @ torch.linalg.inv(joint)
         return torch.einsum("bij,bchwj->bchwi", gain, y).movedim(-1, 2) - mean
 
 
-class FrameConsistency(Gaussian):
-    """Velocity form of the exact consistency function of AR(1) frames; from noise: ``mean + Sigma^(1/2) noise``."""
+class FrameConsistency(Frames):
+    """Velocity form of the exact consistency function of correlated frames; from noise ``mean + Sigma^(1/2) noise``."""
 
-    basis: Tensor
-    spectrum: Tensor
-
-    def __init__(self, mean: float, std: float, correlation: float, frames: int) -> None:
-        super().__init__(mean, std)
-        spectrum, basis = torch.linalg.eigh(autoregressive(correlation, frames).double())
-        self.register_buffer("spectrum", spectrum.float())
-        self.register_buffer("basis", basis.float().contiguous())
-
-    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, shift: Tensor, seen: Seen | None = None) -> Tensor:
         """Velocity, in the dtype of ``x_t``; all frames share their time."""
-        sigma, mean = expand_time(t, x_t), shifted(self.mean, shift, x_t)
-        variance = self.std**2 * self.spectrum
-        scale = (variance / ((1 - sigma.movedim(2, -1)) ** 2 * variance + sigma.movedim(2, -1) ** 2)).sqrt()
-        y = (x_t - (1 - sigma) * mean).movedim(2, -1) @ self.basis
-        end = mean + ((scale * y) @ self.basis.T).movedim(-1, 2)
+        sigma, (mean, covariance) = expand_time(t, x_t), self.prior(x_t, shift, seen)
+        values, vectors = torch.linalg.eigh(covariance.double())
+        spectrum = values.to(x_t.dtype).view(-1, 1, 1, 1, x_t.shape[2])
+        basis: Tensor = vectors.to(x_t.dtype).view(-1, 1, 1, *vectors.shape[-2:])
+        level = sigma.movedim(2, -1)[..., :1]
+        scale = (spectrum / ((1 - level) ** 2 * spectrum + level**2)).sqrt()
+        y = (x_t - (1 - sigma) * mean).movedim(2, -1) @ basis
+        end: Tensor = mean + ((scale * y) @ basis.mT).movedim(-1, 2)
         return (x_t - end) / sigma.clamp_min(1e-6)
-
-
-def autoregressive(correlation: float, frames: int) -> Tensor:
-    """Correlations ``a^|i - j|`` of AR(1) frames, ``[F, F]``."""
-    index = torch.arange(frames)
-    return torch.tensor(correlation) ** (index[:, None] - index[None, :]).abs()
 
 
 class SiteMLP(nn.Module):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.config.sections import EMAConfig
-from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
+from fastvideo.distillation.engine.parallel.sharding import local
 from fastvideo.distillation.engine.training import training_of
 
 
@@ -64,26 +63,3 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
 def has_average(handle: RoleHandle) -> bool:
     """True if the role keeps averaged weights."""
     return handle.training is not None and handle.training.ema is not None
-
-
-@contextmanager
-def averaged(handle: RoleHandle) -> Iterator[None]:
-    """Give the role its averaged weights; the live ones return, to the bit, when the context ends."""
-    _exchange(handle)
-    try:
-        yield
-    finally:
-        _exchange(handle)
-
-
-@torch.no_grad()
-def _exchange(handle: RoleHandle) -> None:
-    averages = training_of(handle).ema
-    if averages is None:
-        raise RuntimeError(f"role {handle.name!r} has no average")
-    free_gathered(handle.network)  # gathered blocks would keep the other weights
-    for name, tensor in handle.tensors().items():
-        average, live = local(averages[name]), local(tensor)
-        kept = live.clone()
-        live.copy_(average)
-        average.copy_(kept)

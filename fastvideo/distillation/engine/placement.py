@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
-from fastvideo.distillation.engine.ema import averaged, has_average
 from fastvideo.distillation.engine.lora import (
     ADAPTER_FILE,
     add_adapter,
@@ -239,7 +238,7 @@ def result_of(
     All processes take part, because each may hold a shard; only the main one gets the network.
     """
     switch, files = switch_of(handle), {}
-    with averaged(handle) if has_average(handle) else nullcontext():
+    with handle.averaged():
         whole = whole_network(handle, source, processes)
         if switch is not None:
             files[ADAPTER_FILE] = portable(gather_adapter(handle), switch.scaling)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from fastvideo.distillation.bundle import RoleHandle, Training
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.engine.optional.eight_bit import adamw_8bit, check_installed
-from fastvideo.distillation.engine.parallel.sharding import local
+from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
 from fastvideo.errors import UserError
 
 States = Literal["float32", "8bit"]
@@ -65,6 +66,21 @@ class RoleTraining:
         self.lr_scheduler.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+    @contextmanager
+    def averaged(self, handle: RoleHandle) -> Iterator[None]:
+        """Give the role its averaged weights inside; the live ones return, to the bit. Without averages it keeps them.
+
+        Weights are exchanged in place: forwards inside are without gradient, and those with gradient begin afterwards.
+        """
+        if self.ema is None:
+            yield
+            return
+        _exchange(handle, self.ema)
+        try:
+            yield
+        finally:
+            _exchange(handle, self.ema)
 
     def resume_schedule(self, state: Mapping[str, Any]) -> None:
         """Continue at the schedule's update of ``state``, with the rate that this run's own schedule has there."""
@@ -136,6 +152,16 @@ def warmup_cosine(warmup: int, decay: int, step: int) -> float:
     if decay == 0:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay)))
+
+
+@torch.no_grad()
+def _exchange(handle: RoleHandle, averages: Mapping[str, Tensor]) -> None:
+    free_gathered(handle.network)  # gathered blocks would keep the other weights
+    for name, tensor in handle.tensors().items():
+        average, live = local(averages[name]), local(tensor)
+        kept = live.clone()
+        live.copy_(average)
+        average.copy_(kept)
 
 
 @torch.no_grad()

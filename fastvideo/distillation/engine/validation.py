@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.engine.ema import averaged, has_average
+from fastvideo.distillation.engine.ema import has_average
 from fastvideo.errors import Stopped
 
 Sample = Callable[[Denoiser], Tensor | None]
@@ -80,7 +80,7 @@ class ValidationHook:
         if self.weights != "ema" or not has_average(self.handle):
             scores |= self._show("student", self.sample(self.handle), step, self.sinks)
         if self.weights != "live" and has_average(self.handle):
-            with averaged(self.handle):
+            with self.handle.averaged():
                 scores |= self._show("ema", self.sample(self.handle), step, self.sinks)
         if self.sinks.health is not None:
             scores |= self.sinks.health(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastvideo.distillation.adapters.analytic import (
     AnalyticConfig,
     AnalyticFolder,
 )
-from fastvideo.distillation.chunks import Context
+from fastvideo.distillation.chunks import Context, Masked, Past
 from fastvideo.distillation.registry import ADAPTERS
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES
@@ -148,6 +149,61 @@ def test_a_broken_family_is_caught_by_name(mistake: str, tmp_path: Path) -> None
     failed = [outcome for outcome in outcomes if outcome.result == "FAILED"]
     assert any(outcome.name.startswith(rule) for outcome in failed), [outcome.name for outcome in failed]
     assert all(outcome.message and outcome.where for outcome in failed)
+
+
+class Bidirectional(AnalyticAdapter):
+    """Sees all frames in a masked call."""
+
+    def velocity(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        seen = None if isinstance(context, Masked) else context
+        return super().velocity(network, x_t, t, condition, r=r, context=seen)
+
+
+def growing(past: Past, *_: Any) -> Past:
+    """Writes into what it was given, so that the pasts before it change too."""
+    for piece in past.pieces[:-1]:
+        for value in piece.layers[0]:
+            value.add_(0.1)
+    return past
+
+
+def attached(past: Past, *_: Any) -> Past:
+    """Keeps a graph."""
+    last = past.pieces[-1]
+    latents, times = last.layers[0]
+    return replace(past, pieces=(*past.pieces[:-1], replace(last, layers=((latents.clone().requires_grad_(), times),))))
+
+
+CAUSAL: Mapping[str, tuple[type[AnalyticAdapter], str]] = {
+    "bidirectional": (Bidirectional, "a later chunk changes nothing before it"),
+    "no past": (
+        changed("commit", lambda past, *_: replace(past, pieces=())),
+        "chunks on their past equal one call of teacher forcing",
+    ),
+    "forgetful": (
+        changed("commit", lambda past, *_: replace(past, pieces=past.pieces[-1:])),  # enough for clean frames of AR(1)
+        "chunks on a noisy past equal one call of diffusion forcing",
+    ),
+    "growing": (changed("commit", growing), "a past is a value"),
+    "attached": (changed("commit", attached), "a past is a value"),
+}
+
+
+@pytest.mark.parametrize("mistake", CAUSAL)
+def test_a_family_with_broken_chunks_is_caught_by_name(mistake: str, tmp_path: Path) -> None:
+    cls, rule = CAUSAL[mistake]
+    subject = Subject(cls(AnalyticConfig(correlation=0.9, shape=(1, 3, 2, 2))), ("0.5", "-1"), tmp_path)
+    rules = [each for each in CHECKS if each.where.endswith("commit()")]
+    assert [o.name for o in examine(subject, rules) if o.result == "FAILED"].count(rule) == 1
 
 
 def test_an_exception_is_reported_with_its_place(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
-from fastvideo.distillation.engine.ema import averaged
 from fastvideo.distillation.registry import METHODS
 from fastvideo.tests.distillation.resuming import STEPS, differences, same_bits, toy_run
 
@@ -118,7 +117,7 @@ def test_every_averaged_role_has_its_average_and_the_live_weights_come_back(tmp_
         handle = run.trainer.method.bundle[role]
         live = {name: tensor.clone() for name, tensor in handle.tensors().items()}
         stored = role_weights(checkpoint, role, "ema")
-        with averaged(handle):
+        with handle.averaged():
             inside = handle.network.state_dict()
             assert all(torch.equal(inside[name], stored[name]) for name in stored)
             assert not all(torch.equal(inside[name], live[name]) for name in stored)

@@ -185,9 +185,8 @@ def test_reordering_the_batch_reorders_the_gradients(name: str) -> None:
             batch = Batch(batch.shape, condition, batch.negative, batch.x0[ORDER], walk)
         method = toy_method(name, adapter, mean=-0.5, std=1.2, rng=streams)
         found.append(output_gradients(method, adapter, batch))
-    assert found[0]
+    assert torch.stack([one.abs().sum(dim=(1, 2, 3, 4)) for one in found[0]]).sum(0).min() > 0
     for one, other in zip(*found, strict=True):
-        assert one.abs().sum(dim=(1, 2, 3, 4)).min() > 0
         torch.testing.assert_close(one[ORDER], other, rtol=1e-4, atol=1e-7)
 
 

@@ -28,7 +28,7 @@ from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.checkpoint.manifest import Manifest
 from fastvideo.distillation.engine.checkpoint.restore import damage, restore, role_weights
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state
-from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.ema import EMAHook
 from fastvideo.distillation.engine.lora import AdapterSwitch, add_adapter
 from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -139,7 +139,7 @@ def exchanged(rank: int, size: int, folder: Path, adapter: bool) -> bool:
     x = torch.ones(1, WIDTHS[0])
     with torch.no_grad():
         live = run.handle.network(x)
-        with averaged(run.handle):
+        with run.handle.averaged():
             average = run.handle.network(x)
         again = run.handle.network(x)
     return bool(torch.equal(live, again) and not torch.equal(live, average))

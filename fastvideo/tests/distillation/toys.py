@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.chunks import Context
+from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, initialising
@@ -37,6 +37,17 @@ class Call:
     condition: Condition
     output: Tensor
     r: Tensor | None = None
+    context: Context | None = None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One chunk that was added to a past."""
+
+    past: Past
+    x0: Tensor
+    condition: Condition
+    t: float
 
 
 class SpyAdapter(AnalyticAdapter):
@@ -46,6 +57,7 @@ class SpyAdapter(AnalyticAdapter):
         super().__init__(config)
         self.calls: list[Call] = []
         self.feature_calls: list[Call] = []
+        self.commits: list[Commit] = []
 
     def velocity(
         self,
@@ -60,8 +72,12 @@ class SpyAdapter(AnalyticAdapter):
         output = super().velocity(network, x_t, t, condition, r=r, context=context)
         if output.requires_grad:
             output.retain_grad()
-        self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output, r))
+        self.calls.append(Call(network, torch.is_grad_enabled(), x_t, t, condition, output, r, context))
         return output
+
+    def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
+        self.commits.append(Commit(past, x0, condition, t))
+        return super().commit(network, past, x0, condition, t)
 
     def features(
         self,
@@ -178,9 +194,14 @@ TOYS = {
     "kd": Toy({}, student="consistency", sampler=Ladder((1.0,))),
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
+    "causal_cd": Toy(
+        {"teacher_guidance": 1.0, "grid_steps": 1000, "grid_shift": 1.0, "reach": {"chunk": 1}}, student="consistency"
+    ),
     "anyflow": Toy({"teacher_guidance": 1.0, **FLOW_MAP, "score_time_shift": 1.0}, student="mean_velocity"),
     "anyflow_pretrain": Toy(FLOW_MAP, student="mean_velocity"),
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "causvid": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "self_forcing": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),
@@ -198,6 +219,7 @@ TOYS = {
     ),
     "scm": Toy({"teacher_guidance": 1.0, "tangent_warmup_steps": 1}, student="consistency", optional=("teacher",)),
     "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
+    "causal_sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
 }
 
 

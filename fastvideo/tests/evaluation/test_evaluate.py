@@ -168,14 +168,14 @@ def test_rows_are_named_as_given() -> None:
 def test_generate_writes_the_video_that_the_seed_names(student: str, tmp_path: Path) -> None:
     first, again, other = (tmp_path / f"{name}.apng" for name in ("first", "again", "other"))
     prompt = "a green seven moving up and left"
-    line = run_generate(GenerateArguments(student, prompt, output=first, seed=3))
+    line = run_generate(GenerateArguments(student, prompt, out=first, seed=3))
     assert "9 frames of 32x32, 4 steps (4 network calls)" in line
-    run_generate(GenerateArguments(student, prompt, output=again, seed=3))
-    run_generate(GenerateArguments(student, prompt, output=other, seed=4))
+    run_generate(GenerateArguments(student, prompt, out=again, seed=3))
+    run_generate(GenerateArguments(student, prompt, out=other, seed=4))
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
 
 
 def test_generate_refuses_a_long_prompt_and_writes_nothing(student: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tokens"):
-        run_generate(GenerateArguments(student, "a seven " * 40, output=tmp_path / "seven.mp4"))
+        run_generate(GenerateArguments(student, "a seven " * 40, out=tmp_path / "seven.mp4"))
     assert not list(tmp_path.iterdir())

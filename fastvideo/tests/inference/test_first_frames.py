@@ -67,7 +67,7 @@ def psnr(one: Tensor, other: Tensor) -> float:
 def test_a_video_begins_with_its_image(student: str, video: Tensor, tmp_path: Path) -> None:
     image = save_image(tmp_path / "first.png", video[:, 0])
     output = tmp_path / "v.apng"
-    line = run_generate(GenerateArguments(student, "a red three moving up", output=output, image=image, scale=1))
+    line = run_generate(GenerateArguments(student, "a red three moving up", out=output, image=image, scale=1))
     assert "9 frames of 32x32" in line
     written = read_first_frames(output, 32, 32, 1)[0]
     model = load_model(student)
@@ -119,7 +119,7 @@ def test_a_bad_image_is_refused_before_anything_is_written(
     image = tmp_path / "first.png"
     if content is not None:
         image.write_bytes(content)
-    arguments = GenerateArguments(student, "a red three", output=tmp_path / "v.mp4", image=image)
+    arguments = GenerateArguments(student, "a red three", out=tmp_path / "v.mp4", image=image)
     with pytest.raises(UserError, match=rf"image .*first\.png:? {message}"):
         run_generate(arguments)
     assert not (tmp_path / "v.mp4").exists()
@@ -129,12 +129,12 @@ def test_a_model_and_an_image_that_do_not_go_together_are_refused(
     student: str, clip_student: str, video: Tensor, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="needs an image: give it with --image"):
-        run_generate(GenerateArguments(student, "a red three", output=tmp_path / "v.mp4"))
+        run_generate(GenerateArguments(student, "a red three", out=tmp_path / "v.mp4"))
     with pytest.raises(UserError, match="needs a clip of 5 frames: give it with --image"):
-        run_generate(GenerateArguments(clip_student, "a red three", output=tmp_path / "v.mp4"))
+        run_generate(GenerateArguments(clip_student, "a red three", out=tmp_path / "v.mp4"))
     image = save_image(tmp_path / "first.png", video[:, 0])
     with pytest.raises(UserError, match="generates from text alone"):
-        run_generate(GenerateArguments("tiny", "a red three", output=tmp_path / "v.mp4", image=image))
+        run_generate(GenerateArguments("tiny", "a red three", out=tmp_path / "v.mp4", image=image))
 
 
 def test_evaluation_goes_on_from_the_real_videos_of_its_prompts(student: str) -> None:

@@ -170,7 +170,7 @@ def test_wrong_option_names_the_folder(tmp_path: Path) -> None:
 
 def test_file_name_is_checked_before_anything_is_loaded() -> None:
     with pytest.raises(UserError, match=r"seven\.avi"):
-        run_generate(GenerateArguments("./nowhere", "a seven", output=Path("seven.avi")))
+        run_generate(GenerateArguments("./nowhere", "a seven", out=Path("seven.avi")))
 
 
 def test_a_named_ladder_replaces_the_students_own() -> None:

@@ -10,9 +10,13 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.builder import build_adapter
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
 from fastvideo.tiny.latents import cache_key, cached_latents
 from fastvideo.tiny.paths import PIPELINE_FOLDER
-from fastvideo.tiny.world import TinyWorld
+from fastvideo.tiny.world import TinyWorld, torus
+from fastvideo.training.data import open_source
 
 
 @dataclass
@@ -34,8 +38,8 @@ def codec() -> Codec:
 
 
 def test_latents_are_encoded_once_and_read_back(codec: Codec, tmp_path: Path) -> None:
-    first = cached_latents(codec, n=5, seed=1, folder=tmp_path)
-    again = cached_latents(codec, n=5, seed=1, folder=tmp_path)
+    first = cached_latents(codec, TinyWorld("train"), n=5, seed=1, folder=tmp_path)
+    again = cached_latents(codec, TinyWorld("train"), n=5, seed=1, folder=tmp_path)
     world = TinyWorld("train").sample(5, seed=1)
     assert torch.equal(first.latents, codec.encode(world.videos))
     assert torch.equal(first.latents, again.latents)
@@ -44,10 +48,14 @@ def test_latents_are_encoded_once_and_read_back(codec: Codec, tmp_path: Path) ->
 
 
 def test_another_codec_or_draw_has_another_key(codec: Codec) -> None:
-    key = cache_key(codec, 5, 1, "train")
-    assert key == cache_key(codec, 5, 1, "train")
-    others = [cache_key(codec, 6, 1, "train"), cache_key(codec, 5, 2, "train"), cache_key(codec, 5, 1, "heldout")]
-    assert key not in [*others, cache_key(Codec(codec.vae, "second"), 5, 1, "train")]
+    train = TinyWorld("train")
+    key = cache_key(codec, train, 5, 1)
+    assert key == cache_key(codec, TinyWorld("train"), 5, 1)
+    worlds = [TinyWorld("heldout"), TinyWorld("train", frames=33), torus("train", frames=train.frames)]
+    others = [cache_key(codec, world, 5, 1) for world in worlds]
+    others += [cache_key(codec, train, 6, 1), cache_key(codec, train, 5, 2)]
+    assert key not in [*others, cache_key(Codec(codec.vae, "second"), train, 5, 1)]
+    assert len(set(others)) == len(others)
 
 
 def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
@@ -55,3 +63,23 @@ def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
     with torch.no_grad():
         second.codec.vae.quant_conv.bias += 1e-3
     assert first.codec.latent_key != second.codec.latent_key
+
+
+def test_a_run_trains_on_videos_of_the_world_that_its_config_names(tmp_path: Path) -> None:
+    values = {
+        "distill_model": "wan",
+        "distill_method": "sft",
+        "output": str(tmp_path / "run"),
+        "model": {"num_frames": 17},
+        "method": {},
+        "roles": {"student": {"trainable": True}},
+        "data": {"path": "tiny_stream", "size": 3, "batch_size": 2, "cache": str(tmp_path)},
+    }
+    config = validate(run_schema("wan", "sft"), values, "test")
+    adapter = build_adapter(config)
+    source, description = open_source(config, adapter)
+    world = torus("train", frames=17).sample(3, config.seed)
+    read = source.read(range(3))
+    assert torch.equal(read.latents, adapter.codec.encode(world.videos))
+    assert list(read.captions) == world.captions
+    assert description == "3 videos of the world 'tiny_stream'"

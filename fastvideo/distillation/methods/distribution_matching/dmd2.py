@@ -24,7 +24,7 @@ from fastvideo.distillation.noise import add_noise, shift_time, velocity_target,
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, few_step
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Given, RoleLoss, UserError, mean_over_generated
+from fastvideo.distillation.types import Batch, FrameMask, RoleLoss, UserError, mean_over_generated
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
         """The student's loss on its steps, then the critic's on the same sample, detached."""
         student_step = "student" in self.active_roles(step)
         with torch.set_grad_enabled(student_step):
-            x0 = self.to_teacher(self.rollout(batch))
+            x0, batch = self.sample(batch)
         if student_step and self.config.score_and_train:
             yield from self.joint_losses(x0, batch)
             return
@@ -80,6 +80,10 @@ class DMD2Method(DistillMethod[DMD2Config]):
             yield self.student_loss(x0, batch)
         x0 = x0.detach()
         yield from self.critic_losses(x0, batch)
+
+    def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """Clean sample of the student in the teacher's space, and the batch that scores it."""
+        return self.to_teacher(self.rollout(batch)), batch
 
     def critic_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
         """Losses on the student's sample ``x0``, detached; a subclass adds its own."""
@@ -109,17 +113,24 @@ class DMD2Method(DistillMethod[DMD2Config]):
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
             gradient = self.gradient(x0, real, fake, batch)
         loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
-        return RoleLoss("student", loss, {"dmd_gradient_rms": batch.mean(gradient.square()).sqrt()})
+        squares = gradient.square()
+        squared = {"dmd_gradient_rms": batch.mean(squares), **self.chunk_metrics("dmd_gradient_rms", squares, batch)}
+        return RoleLoss("student", loss, {name: mean.sqrt() for name, mean in squared.items()})
 
     def gradient(self, x0: Tensor, real: Tensor, fake: Tensor, batch: Batch) -> Tensor:
         """DMD gradient ``[B, C, F, H, W]`` of the clean estimates ``real`` and ``fake``; variants override it."""
-        return dmd_gradient(x0, real=real, fake=fake, given=batch.condition.given)
+        return dmd_gradient(x0, real=real, fake=fake, given=batch.left_out(x0))
 
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Conditional flow matching on the student's samples."""
         x_t, t, target = self.renoise_sample(x0)
         u = self.critic.velocity(x_t, t, batch.condition)
-        return RoleLoss("critic", batch.mean((u - target).square()))
+        squares = (u - target).square()
+        return RoleLoss("critic", batch.mean(squares), self.chunk_metrics("loss", squares.detach(), batch))
+
+    def chunk_metrics(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+        """Means of ``squares`` ``[B, C, F, H, W]`` in each chunk, as metrics; none for a method without chunks."""
+        return {}
 
     def joint_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
         """Both losses from one call of the critic, whose graph outlives the student's backward."""
@@ -138,7 +149,9 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return shift_time(self.rng.uniform(count), self.config.score_time_shift).clamp(*self.config.score_time_range)
 
 
-def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: Given | None = None, eps: float = 1e-6) -> Tensor:
+def dmd_gradient(
+    x0: Tensor, *, real: Tensor, fake: Tensor, given: FrameMask | None = None, eps: float = 1e-6
+) -> Tensor:
     """``(fake - real) / (mean |x0 - real| + eps)``, the mean over each sample's generated frames (DMD eq. 8)."""
     precise = torch.promote_types(x0.dtype, torch.float32)
     x0, real, fake = x0.to(precise), real.to(precise), fake.to(precise)

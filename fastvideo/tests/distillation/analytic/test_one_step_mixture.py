@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.engine.ema import EMAHook, averaged
+from fastvideo.distillation.engine.ema import EMAHook
 from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams, initialising
@@ -102,7 +102,7 @@ def test_a_one_step_student_keeps_all_three_modes(name: str) -> None:
         return pool[step % run.pool]
 
     train(method, batches, run.steps, run.rates, betas=run.betas)
-    with averaged(method.student):
+    with method.student.averaged():
         samples = one_step(method)
     assert wasserstein_1(samples) <= 0.05
     assert mode_shares(samples) == pytest.approx(WEIGHTS, abs=0.05)

@@ -16,7 +16,6 @@ from fastvideo.distillation.adapters.analytic_networks import (
     MixtureDenoiser,
     SiteMLP,
     VectorMixtureDenoiser,
-    autoregressive,
     mixture_flow_map,
 )
 from fastvideo.distillation.types import UserError
@@ -81,7 +80,7 @@ def test_the_quantile_map_has_exact_derivatives() -> None:
 
 @pytest.mark.parametrize("correlation", [0.9, -0.5])
 def test_the_frames_flow_is_the_symmetric_root_of_their_covariance(correlation: float) -> None:
-    network = FrameConsistency(0.0, 1.0, correlation, 2).double()
+    network = FrameConsistency(0.0, 1.0, correlation).double()
     noise = torch.randn(5, 1, 2, 1, 1, dtype=torch.float64)
     t = torch.ones(5, dtype=torch.float64)
     end = noise - network(noise, t, t * 0)
@@ -93,7 +92,7 @@ def test_the_frames_flow_is_the_symmetric_root_of_their_covariance(correlation: 
 
 
 def test_the_frames_flow_is_the_flow_of_their_exact_velocity() -> None:
-    denoiser, consistency = (cls(0.7, 0.4, 0.8, 3).double() for cls in (FrameDenoiser, FrameConsistency))
+    denoiser, consistency = (cls(0.7, 0.4, 0.8).double() for cls in (FrameDenoiser, FrameConsistency))
     noise = torch.randn(4, 2, 3, 2, 1, dtype=torch.float64)
     t = torch.ones(4, dtype=torch.float64)
     with torch.no_grad():
@@ -105,12 +104,12 @@ def test_the_frames_velocity_is_a_regression_at_times_that_differ() -> None:
     """Against least squares on 200,000 draws; frame 0 is nearly clean, frame 1 noisy."""
     t = torch.tensor([0.1, 0.7], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    root = torch.linalg.cholesky(autoregressive(0.9, 2).double())
+    root = torch.linalg.cholesky(FrameDenoiser(0.0, 1.0, 0.9).correlations(range(2)).double())
     x0 = torch.randn(200_000, 2, generator=generator, dtype=torch.float64) @ root.T
     noise = torch.randn(200_000, 2, generator=generator, dtype=torch.float64)
     x_t = (1 - t) * x0 + t * noise
     fitted = torch.linalg.lstsq(x_t, noise - x0).solution
-    network = FrameDenoiser(0.0, 1.0, 0.9, 2).double()
+    network = FrameDenoiser(0.0, 1.0, 0.9).double()
     unit = torch.eye(2, dtype=torch.float64).view(2, 1, 2, 1, 1)
     gain = network(unit, t.expand(2, 2), torch.zeros(2, dtype=torch.float64)).detach()[:, 0, :, 0, 0]
     torch.testing.assert_close(gain, fitted, rtol=0, atol=0.02)
@@ -120,7 +119,7 @@ def test_without_correlation_frames_are_the_plain_gaussian() -> None:
     x, t = torch.randn(3, 1, 2, 2, 2), torch.tensor([0.2, 0.5, 0.9])
     shift = torch.tensor([0.0, 1.0, -2.0])
     plain = MixtureDenoiser((0.7,), (0.4,), (1.0,))(x, t, shift)
-    torch.testing.assert_close(FrameDenoiser(0.7, 0.4, 0.0, 2)(x, t, shift), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(FrameDenoiser(0.7, 0.4, 0.0)(x, t, shift), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mixture_over_channels_chooses_one_component_for_all_of_them() -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.view import Grid, rotate, view_of
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, per_frame, spans
@@ -259,11 +261,13 @@ def test_a_past_of_other_videos_is_refused(student: Denoiser, condition: Conditi
         student.velocity(draw(1)[:1], torch.full((1,), 0.5), condition.rows(slice(0, 1)), context=past)
 
 
-def test_a_family_without_chunks_says_so() -> None:
-    from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+class Whole(AnalyticAdapter):
+    """A family that generates whole videos."""
 
-    family = AnalyticAdapter(AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 2, 1, 1)))
-    assert "chunks" not in family.supports
-    role = Denoiser(family, family.folder.load_network())
-    with pytest.raises(UserError, match="chunk by chunk"):
-        role.velocity(torch.zeros(1, 1, 2, 1, 1), torch.ones(1), Condition({}), context=Past(Reach(1)))
+    commit = DistillAdapter.commit
+
+
+def test_a_family_without_chunks_says_so() -> None:
+    family = Whole(AnalyticConfig())
+    with pytest.raises(UserError, match="Whole does not generate chunk by chunk"):
+        Denoiser(family, family.folder.load_network()).commit(Past(Reach(1)), draw(1), Condition({}))

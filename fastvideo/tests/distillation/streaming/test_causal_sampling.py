@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.causal_rollout import recache
 from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import full_time, guide, velocity_to_x0
@@ -90,3 +91,48 @@ def test_teacher_forcing_is_what_sampling_sees(student: Denoiser, conditions: tu
     with torch.no_grad():
         u = student.velocity(noise, times, condition, context=Masked(reach, video))
     torch.testing.assert_close(velocity_to_x0(noise, u, times), video, rtol=1e-4, atol=1e-4)
+
+
+def committed(student: Denoiser, reach: Reach, condition: Condition, frames: int) -> Past:
+    past = Past(reach)
+    for chunk in SampleNoise([1, 2]).draw((16, frames, 4, 4)).split(1, dim=2):
+        past = student.commit(past, chunk, condition)
+    return past
+
+
+def difference(one: Past, other: Past) -> float:
+    """Largest difference of what the network remembers."""
+    assert [piece.start for piece in one.pieces] == [piece.start for piece in other.pieces]
+    pairs = zip(one.pieces, other.pieces, strict=True)
+    layers = (
+        (a, b) for p, q in pairs for x, y in zip(p.layers, q.layers, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    return max(float((a - b).abs().max()) for a, b in layers)
+
+
+def test_recaching_with_the_same_prompt_gives_the_whole_past_again(
+    student: Denoiser, conditions: tuple[Condition, Condition]
+) -> None:
+    past = committed(student, Reach(1), conditions[0], 4)
+    assert difference(recache(student, past, conditions[0]), past) < 1e-5
+    other = recache(student, past, conditions[1])
+    assert difference(other, past) > 0.01
+    assert difference(other, committed(student, Reach(1), conditions[1], 4)) < 1e-5
+    assert other.length == past.length
+
+
+def test_a_recached_window_is_a_video_of_the_kept_frames_alone(
+    student: Denoiser, conditions: tuple[Condition, Condition]
+) -> None:
+    """Frames that have left the window, and shaped the keys of those inside, are forgotten with the old prompt."""
+    reach = Reach(1, window=2, sink=1)
+    past = recache(student, committed(student, reach, conditions[0], 6), conditions[1])
+    kept = torch.cat([piece.latents for piece in past.pieces], dim=2)
+    assert [piece.start for piece in past.pieces] == [0, 4, 5]
+    fresh = Past(reach)
+    for chunk in kept.split(1, dim=2):
+        fresh = student.commit(fresh, chunk, conditions[1])
+    x, t = SampleNoise([3, 4]).draw((16, 1, 4, 4)), torch.full((2,), 0.6)
+    with torch.no_grad():
+        found, expected = (student.velocity(x, t, conditions[1], context=context) for context in (past, fresh))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

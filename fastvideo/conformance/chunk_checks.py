@@ -1,0 +1,119 @@
+"""Rules about causal calls: chunks on a past, and the same in one masked call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvideo.conformance.subject import COUNT, NotApplicable, Subject, check, require, require_close
+from fastvideo.distillation.chunks import Masked, Past, Reach, spans
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.rng import normal, seeded
+
+CAUSAL = "velocity(context=), commit()"
+FRAMES = 5
+REACHES = (Reach(2), Reach(1, window=2, sink=1))
+"""All of the past in chunks of two (the first has three frames), and a window that moves on, beside a sink."""
+TOLERANCE = 1e-4
+
+
+def _role(subject: Subject) -> Denoiser:
+    if "chunks" not in subject.adapter.supports:
+        raise NotApplicable("the family generates whole videos, not chunk by chunk")
+    if subject.adapter.conditioner.needs_frames:
+        raise NotApplicable("the model goes on from frames of its own length of video")
+    return Denoiser(subject.adapter, subject.network)
+
+
+def _video(subject: Subject, seed: int) -> Tensor:
+    channels, _, height, width = subject.adapter.codec.latent_shape
+    return normal((COUNT, channels, FRAMES, height, width), seeded(seed)).to(subject.adapter.device)
+
+
+def _times(subject: Subject, reach: Reach) -> list[Tensor]:
+    """Times ``[B]`` of each chunk."""
+    return [subject.times * (1 - 0.1 * index) for index in range(len(spans(FRAMES, reach.chunk)))]
+
+
+def _per_frame(times: list[Tensor], reach: Reach) -> Tensor:
+    counts = [end - start for start, end in spans(FRAMES, reach.chunk)]
+    return torch.cat([t[:, None].expand(-1, count) for t, count in zip(times, counts, strict=True)], dim=1)
+
+
+@torch.no_grad()
+def _streamed(subject: Subject, role: Denoiser, reach: Reach, noisy: Tensor, clean: Tensor) -> Tensor:
+    """Velocity of every chunk of ``noisy``, each on the clean ones before it."""
+    past, found = Past(reach), []
+    for (start, end), t in zip(spans(FRAMES, reach.chunk), _times(subject, reach), strict=True):
+        found.append(role.velocity(noisy[:, :, start:end], t, subject.condition, context=past))
+        past = role.commit(past, clean[:, :, start:end], subject.condition)
+    return torch.cat(found, dim=2)
+
+
+@check(CAUSAL)
+def chunks_on_their_past_equal_one_call_of_teacher_forcing(subject: Subject) -> None:
+    role, noisy, clean = _role(subject), _video(subject, 4), _video(subject, 5)
+    for reach in REACHES:
+        times = _per_frame(_times(subject, reach), reach)
+        with torch.no_grad():
+            masked = role.velocity(noisy, times, subject.condition, context=Masked(reach, clean))
+        require_close(_streamed(subject, role, reach, noisy, clean), masked, f"chunks of {reach}", TOLERANCE)
+
+
+@check(CAUSAL)
+def chunks_on_a_noisy_past_equal_one_call_of_diffusion_forcing(subject: Subject) -> None:
+    role, noisy = _role(subject), _video(subject, 4)
+    if "frame_times" not in subject.adapter.supports:
+        raise NotApplicable("the family's network takes one time per sample")
+    for reach in REACHES:
+        past, found = Past(reach), []
+        levels = [0.9, 0.3, 0.6, 0.8, 0.5]
+        for (start, end), level in zip(spans(FRAMES, reach.chunk), levels, strict=False):
+            chunk, t = noisy[:, :, start:end], torch.full_like(subject.times, level)
+            with torch.no_grad():
+                found.append(role.velocity(chunk, t, subject.condition, context=past))
+            past = role.commit(past, chunk, subject.condition, level)
+        times = _per_frame([torch.full_like(subject.times, level) for level in levels[: len(found)]], reach)
+        with torch.no_grad():
+            masked = role.velocity(noisy, times, subject.condition, context=Masked(reach))
+        require_close(torch.cat(found, dim=2), masked, f"noisy chunks of {reach}", TOLERANCE)
+
+
+@check(CAUSAL)
+def a_later_chunk_changes_nothing_before_it(subject: Subject) -> None:
+    role, noisy, clean = _role(subject), _video(subject, 4), _video(subject, 5)
+    start, reach = spans(FRAMES, 2)[-1][0], Reach(2)
+    times = _per_frame(_times(subject, reach), reach)
+    found = []
+    for last in (noisy[:, :, start:], clean[:, :, start:]):
+        changed = [torch.cat([video[:, :, :start], last], dim=2) for video in (noisy, clean)]
+        with torch.no_grad():
+            u = role.velocity(changed[0], times, subject.condition, context=Masked(reach, changed[1]))
+        found.append(u[:, :, :start])
+    require_close(found[1], found[0], "the chunks before a changed one")
+
+
+@check(CAUSAL)
+def a_past_is_a_value(subject: Subject) -> None:
+    """Later chunks leave it as it was, and it holds no graph."""
+    role, noisy, clean = _role(subject), _video(subject, 4), _video(subject, 5)
+    past = role.commit(Past(Reach(1)), clean[:, :, :1].requires_grad_(), subject.condition)
+    held = [value for piece in past.pieces for layer in piece.layers for value in layer]
+    require(not any(value.requires_grad for value in held), "the past carries gradient: detach what commit() keeps")
+    require((past.length, past.frames) == (1, 1), f"one frame gave {past.length}, of which it keeps {past.frames}")
+    arguments = noisy[:, :, 1:2], subject.times, subject.condition
+    with torch.no_grad():
+        before = role.velocity(*arguments, context=past)
+        role.commit(role.commit(past, clean[:, :, 1:2], subject.condition), clean[:, :, 2:3], subject.condition)
+        after = role.velocity(*arguments, context=past)
+    require(torch.equal(before, after), "a chunk on it gave another result after later chunks were committed")
+
+
+@check(CAUSAL)
+def a_past_serves_training_after_sampling(subject: Subject) -> None:
+    role, noisy, clean = _role(subject), _video(subject, 4), _video(subject, 5)
+    past = role.commit(Past(Reach(1)), clean[:, :, :1], subject.condition)
+    x_t = noisy[:, :, 1:2].clone().requires_grad_()
+    u = role.velocity(x_t, subject.times, subject.condition, context=past)
+    (gradient,) = torch.autograd.grad(u.square().sum(), x_t)
+    require(gradient.isfinite().all() and gradient.abs().sum() > 0, "no gradient reaches the chunk")

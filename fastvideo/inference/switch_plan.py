@@ -1,0 +1,95 @@
+"""Prompt switches of a video that is planned whole: frames where chunks begin, and the prompts from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fastvideo.distillation.causal_rollout import OnSwitch
+from fastvideo.errors import UserError
+from fastvideo.inference.streaming import Streamer
+
+FORM = 'FRAME:"PROMPT", such as 65:"a red seven moving up", is expected'
+
+
+@dataclass(frozen=True)
+class PlannedSwitch:
+    """A prompt from video frame ``frame`` on, counted from 0."""
+
+    frame: int
+    prompt: str
+
+
+def parse_switch(text: str) -> PlannedSwitch:
+    """Read ``FRAME:PROMPT``.
+
+    Raises:
+        UserError: if it has another form.
+    """
+    frame, _, prompt = text.partition(":")
+    prompt = prompt.strip().strip("\"'")
+    if not (frame.strip().isdecimal() and prompt):
+        raise UserError(f"--switch {text!r}: {FORM}")
+    return PlannedSwitch(int(frame), prompt)
+
+
+@dataclass(frozen=True)
+class SwitchPlan:
+    """Prompts by the frame of the chunk that begins with each, and notes on those that were asked for elsewhere."""
+
+    prompts: Mapping[int, str]
+    on_switch: OnSwitch
+    notes: tuple[str, ...] = ()
+
+
+def plan_switches(
+    streamer: Streamer, frames: int, wanted: Sequence[PlannedSwitch], on_switch: OnSwitch = "recache"
+) -> SwitchPlan:
+    """Move every switch to the next chunk, and check its prompt.
+
+    Raises:
+        UserError: for a switch at the start, behind the last chunk or at the chunk of another one, and for a prompt
+            that the model cannot take.
+    """
+    starts = chunk_starts(streamer, frames, [one.frame for one in wanted], restarts=on_switch == "cut")
+    prompts: dict[int, str] = {}
+    notes = []
+    for one in sorted(wanted, key=lambda one: one.frame):
+        at = _chunk_of(one, starts, frames)
+        if at in prompts:
+            raise UserError(f"--switch {one.frame}: the chunk at frame {at} has another switch already")
+        if at != one.frame:
+            notes.append(f"--switch {one.frame}: inside a chunk; its prompt holds from frame {at} on")
+        streamer.check_prompt(one.prompt)
+        prompts[at] = one.prompt
+    return SwitchPlan(prompts, on_switch, tuple(notes))
+
+
+def _chunk_of(one: PlannedSwitch, starts: Sequence[int], frames: int) -> int:
+    if one.frame == 0:
+        raise UserError("--switch 0: the video begins with --prompt; a switch comes later")
+    found = next((start for start in starts if start >= one.frame), None)
+    if found is None:
+        has = f"the video has frames 0 to {frames - 1}"
+        raise UserError(f"--switch {one.frame}: {has}, and its last chunk begins at frame {starts[-1]}")
+    return found
+
+
+def chunk_starts(streamer: Streamer, frames: int, wanted: Sequence[int], *, restarts: bool) -> list[int]:
+    """First video frames of all chunks; with ``restarts`` a new video, which begins with one frame, at every switch.
+
+    Raises:
+        UserError: for a number of frames that no video has.
+    """
+    return list(_starts(streamer, frames, sorted(wanted), restarts))
+
+
+def _starts(streamer: Streamer, frames: int, wanted: Sequence[int], restarts: bool) -> Iterator[int]:
+    start, latents, begun, waiting = 0, streamer.first_chunk(frames), 0, list(wanted)
+    while start < frames:
+        yield start
+        if waiting and 0 < waiting[0] <= start:
+            waiting.pop(0)
+            begun, latents = (start, streamer.reach.chunk) if restarts else (begun, latents)
+        start = begun + streamer.video_frames(latents)
+        latents += streamer.reach.chunk
