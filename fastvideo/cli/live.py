@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,14 +80,17 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     Raises:
         UserError: for a model that cannot stream, or a prompt that it cannot take.
     """
-    from fastvideo.inference.streaming import Streamer
+    from fastvideo.inference.loading import load_model
+    from fastvideo.inference.streaming import Streamer, window_note, with_window
     from fastvideo.live.clock import Clock
     from fastvideo.live.page import render
     from fastvideo.live.reading import Reader
     from fastvideo.live.session import Session
 
-    streamer = Streamer.load(arguments.folder, arguments.seed, window=arguments.window, device=arguments.device)
-    world = streamer.model.is_embedded
+    model = load_model(arguments.folder, device=arguments.device)
+    if note := window_note(model.sampler(), arguments.window):
+        print(note, file=sys.stderr)
+    streamer, world = Streamer(model, with_window(model.sampler(), arguments.window), arguments.seed), model.is_embedded
     prompt = arguments.prompt or (FIRST_PROMPT if world else None)
     if prompt is None:
         raise UserError(f"--prompt: the first prompt is needed, as {arguments.folder} is no model of the tiny world")

@@ -88,9 +88,9 @@ class Session:
     def close(self) -> None:
         """Stop the worker after its chunk, and tell all pages."""
         with self._changed:
-            self._closed = True
-            for send in self._viewers.values():
+            for send in () if self._closed else self._viewers.values():
                 self._dismiss(send)
+            self._closed = True
             self._changed.notify_all()
         if self._worker.is_alive():
             self._worker.join()
