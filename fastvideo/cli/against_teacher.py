@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastvideo.cli.evaluate import KEPT_VIDEOS, EvaluateArguments, row_specs, shown, write_out
+from fastvideo.cli.evaluate import KEPT_VIDEOS, EvaluateArguments, row_specs, shown, world_prompts, write_out
 from fastvideo.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def read_task_prompts(arguments: EvaluateArguments) -> Prompts:
     spec = next(iter(row_specs([arguments.teacher or ""]).values()))
     if spec.folder not in EMBEDDED and load_recipe(spec.folder).get("model", {}).get("path") not in EMBEDDED:
         raise UserError(f"--prompts FILE: {spec.folder} needs prompts of its own world, one per line in a text file")
-    judge = Judge(arguments.prompts, arguments.seed)
+    judge = Judge(world_prompts(arguments), arguments.seed)
     return Prompts(judge.prompts, judge)
 
 

@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import INT, OptionalFile, OptionalGuidance, OptionalPath, OptionalText, check_number, parse
+from fastvideo.cli.arguments import (
+    INT,
+    OnSwitch,
+    OptionalFile,
+    OptionalFrames,
+    OptionalGuidance,
+    OptionalPath,
+    OptionalText,
+    check_number,
+    parse,
+)
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
-from fastvideo.ranges import BatchSize, GuidanceScale, Samples, Seed, Steps
+from fastvideo.ranges import BatchSize, GuidanceScale, HeldOut, Samples, Seed, Steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
     from fastvideo.evaluation.rows import RowSpec
     from fastvideo.evaluation.statistics import Estimate
 
+PROMPTS, STREAMS = 512, 128
+"""Prompts of the tiny world unless said otherwise: of nine frames, and of streams."""
 KEPT_VIDEOS = 12
 """Videos per model that a folder keeps; the page shows the first of them."""
 
@@ -38,9 +50,17 @@ class EvaluateArguments:
     teacher: OptionalText = None
     """The teacher that judges the models, FOLDER or FOLDER:STEPS: distance from its videos, prompts found, motion and
     looks, all relative to its own. Needs --out, which keeps all samples: the same call again continues."""
-    prompts: Annotated[Samples | str, tyro.conf.arg(metavar="FILE|URL|INT", help_behavior_hint="")] = 512
-    """Text file (or a URL) with a prompt per line, for --teacher; or how many held-out prompts of the tiny world. All
-    models get the same ones, and the same noise."""
+    long: OptionalFrames = None
+    """Stream this many frames of the tiny world without edges, such as 129, and measure what becomes of them: drift,
+    seams, exposure bias. For models whose recipe.json has `streaming`."""
+    switches: HeldOut = 0
+    """With --long, also so many streams whose prompt changes in the middle: frames until it shows, and its price."""
+    on_switch: OnSwitch = "recache"
+    """What a stream remembers when its prompt changes: the past read again under the new prompt, as it was, its sink
+    and last chunk alone, or nothing."""
+    prompts: Annotated[Samples | str | None, tyro.conf.arg(metavar="FILE|URL|INT", help_behavior_hint="")] = None
+    """Text file (or a URL) with a prompt per line, for --teacher; or how many held-out prompts of the tiny world
+    (default: 512, with --long 128). All models get the same ones, and the same noise."""
     seed: Seed = 0
     """Seed of prompts and noise."""
     guidance: OptionalGuidance = None
@@ -96,6 +116,7 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     console = console or standard_output()
     if not arguments.folders and arguments.teacher is None:
         raise UserError("evaluate: give at least one model folder, or `tiny`")
+    _check_together(arguments)
     if arguments.sweep_guidance is not None:
         run_sweep(arguments, console)
         return
@@ -105,6 +126,11 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
         run_against_teacher(arguments, console)
         return
     _check_without_teacher(arguments)
+    if arguments.long is not None:
+        from fastvideo.cli.evaluate_streams import run_streams
+
+        run_streams(arguments, console)
+        return
     rows = row_specs(arguments.folders, arguments.guidance, arguments.ladder)
     alone = arguments.out is not None and arguments.out.suffix == ".json"
     if arguments.out is not None and not alone:
@@ -128,12 +154,25 @@ def world_prompts(arguments: EvaluateArguments) -> int:
     Raises:
         UserError: for a prompts file: only a teacher can judge videos of any prompts.
     """
+    if arguments.prompts is None:
+        return PROMPTS if arguments.long is None else STREAMS
     if isinstance(arguments.prompts, int):
         return arguments.prompts
     raise UserError(
         f"--prompts {arguments.prompts}: without --teacher the tiny world measures its own models on prompts of its "
         f"own; add --teacher FOLDER:STEPS, or give a number of prompts"
     )
+
+
+def _check_together(arguments: EvaluateArguments) -> None:
+    """Refuse options of streams without ``--long``, and ``--long`` beside other measurements."""
+    if arguments.long is None:
+        if arguments.switches or arguments.on_switch != "recache":
+            raise UserError("--switches and --on-switch are for streams: add --long FRAMES, such as --long 129")
+        return
+    for name in ("teacher", "sweep_guidance"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--long measures streams of the tiny world: leave out --{name.replace('_', '-')}")
 
 
 def _check_without_teacher(arguments: EvaluateArguments) -> None:
@@ -239,7 +278,7 @@ def run_sweep(arguments: EvaluateArguments, console: Console) -> None:
             device=arguments.device,
         )
         best = min(found, key=lambda scale: found[scale].value)
-        title = f"{name}: {arguments.prompts} training prompts"
+        title = f"{name}: {world_prompts(arguments)} training prompts"
         out = Table("guidance", "Frechet", title=title, min_width=len(title) + 4)
         for scale, figure in found.items():
             out.add_row(f"{scale:g}", shown(figure, 2), style="bold" if scale == best else None)

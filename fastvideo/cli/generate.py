@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fastvideo.cli.arguments import (
     INT,
+    OnSwitch,
     OptionalFrames,
     OptionalGuidance,
     OptionalPath,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
     from fastvideo.distillation.sample import SamplerSpec
     from fastvideo.inference.loading import LoadedModel
-
-OnSwitch = Literal["recache", "keep", "flush", "cut"]
 
 WATCHABLE = 256
 """Pixels of height below which a video is enlarged for the file."""

@@ -22,13 +22,18 @@ class TrajectoryArguments:
     """
 
     config: Path
-    """The YAML file, or the recipe, of the run that will train on them; its method is kd."""
+    """The YAML file, or the recipe, of the run that will train on them; its method is kd or causal_kd."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the Parquet files; the run's data.path."""
     prompts: OptionalPlace = None
     """Text file, one prompt per line. Default: captions of the embedded tiny world."""
+    causal: Switch = False
+    """Let the teacher make each chunk of a video on the clean chunks before it, for causal_kd."""
+    data: OptionalPlace = None
+    """Videos whose chunks are gone on from with --causal, as data.path of a run takes them; captions come with them.
+    Default: the embedded tiny world."""
     count: PositiveInt = 4096
-    """Number of trajectories; fewer prompts are repeated."""
+    """Number of trajectories; fewer prompts or videos are repeated."""
     workers: Workers = 1
     """Processes, each with one thread; the rows do not depend on their number."""
     rows_per_file: PositiveInt = 256
@@ -45,15 +50,42 @@ def main(argv: Sequence[str]) -> int:
     """Precompute; returns the exit code."""
     arguments = parse(TrajectoryArguments, argv, "precompute-trajectories")
 
-    from fastvideo.data.trajectories import precompute
+    from fastvideo.data.trajectories import check_kind, precompute
     from fastvideo.distillation.config.reading import read_config
+    from fastvideo.errors import UserError
 
     config = read_config(arguments.config)
-    captions = _captions(arguments.prompts, arguments.count, config)
+    check_kind(config, "causal" if arguments.causal else "bidirectional")
+    videos, captions = None, list[str]()
+    if arguments.causal:
+        videos, captions = _videos(arguments, config)
+    elif arguments.data is not None:
+        raise UserError("--data: videos are for --causal; prompts are given with --prompts")
+    else:
+        captions = _captions(arguments.prompts, arguments.count, config)
     options = {"per_file": arguments.rows_per_file}
     options |= {name: getattr(arguments, name) for name in ("workers", "batch_size", "device", "overwrite")}
-    print(precompute(config, captions, arguments.out, options))
+    print(precompute(config, captions, arguments.out, options, videos))
     return 0
+
+
+def _videos(arguments: TrajectoryArguments, config: Any) -> tuple[Any, list[str]]:
+    """The videos that chunks go on from, and the caption of each trajectory."""
+    from fastvideo.data.order import MemorySource
+    from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+    from fastvideo.distillation.builder import build_adapter
+    from fastvideo.errors import UserError
+    from fastvideo.training.data import open_videos
+
+    if arguments.prompts is not None:
+        raise UserError("--prompts: with --causal captions come with the videos of --data")
+    if arguments.data is None and config.model.path not in EMBEDDED:
+        raise UserError("--data: give the videos whose chunks are gone on from; the tiny world alone has its own")
+    wanted = {"path": arguments.data or "tiny", "prompts": None, "size": arguments.count, "buckets": False}
+    changed = config.model_copy(update={"data": config.data.model_copy(update=wanted)})
+    source, _ = open_videos(changed, build_adapter(config))
+    captions = source.captions if isinstance(source, MemorySource) else source.captions()
+    return source, [captions[i % len(captions)] for i in range(arguments.count)]
 
 
 def _captions(prompts: str | None, count: int, config: Any) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Protocol
@@ -89,11 +89,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class MemorySource:
-    """Samples in memory: captions, and optional latents ``[N, C, F, H, W]`` and extras ``[N, ...]``."""
+    """Samples in memory: captions, and optional latents ``[N, C, F, H, W]``, extras ``[N, ...]``, second captions."""
 
     captions: Sequence[str]
     latents: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    switches: Sequence[str] = ()
 
     @property
     def buckets(self) -> Sequence[Bucket]:
@@ -103,7 +104,8 @@ class MemorySource:
         index = torch.as_tensor(rows)
         latents = None if self.latents is None else self.latents[index]
         extras = {name: value[index] for name, value in self.extras.items()}
-        return RawBatch(tuple(self.captions[i] for i in rows), latents, extras)
+        switches = tuple(self.switches[i] for i in rows) if self.switches else ()
+        return RawBatch(tuple(self.captions[i] for i in rows), latents, extras, switches)
 
 
 class SampleStream:
@@ -215,7 +217,8 @@ def pinned(source: Source, rows: Sequence[int]) -> RawBatch:
     """Samples by number, in page-locked memory."""
     raw = source.read(rows)
     latents = None if raw.latents is None else raw.latents.pin_memory()
-    return RawBatch(raw.captions, latents, {name: value.pin_memory() for name, value in raw.extras.items()})
+    extras = {name: value.pin_memory() for name, value in raw.extras.items()}
+    return replace(raw, latents=latents, extras=extras)
 
 
 def too_few(sizes: Sequence[int], shard: Shard) -> str:

@@ -1,8 +1,11 @@
 """``fastvideo precompute-trajectories``: a teacher's trajectories from noise to data, in Parquet, with their settings.
 
 One row is one trajectory: the teacher's states at the times of the student's ladder, those times, and the end (as
-``vae_latent``). A row's noise is a function of (seed, row), and the rows of a file go through the network in batches of
-a fixed size, so that any number of processes and interruptions gives the same bytes.
+``vae_latent``). A causal one has the end among its states, at time 0, and as ``vae_latent`` the video of the dataset
+that each of its chunks went on from.
+
+A row's noise is a function of (seed, row), and the rows of a file go through the network in batches of a fixed size, so
+that any number of processes and interruptions gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +23,34 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.data.index import dataset_files, index_file
+from fastvideo.data.order import Source
 from fastvideo.data.output import open_output, shard_path
 from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_columns
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config
+from fastvideo.distillation.causal_rollout import forced_velocity
+from fastvideo.distillation.chunks import Masked
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
 from fastvideo.distillation.rng import sample_seed
+from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
+from fastvideo.distillation.types import STATE_TIMES, STATES, RawBatch, TrajectoryKind, UserError
 
 FORMAT = 1
 """Increase it when the same settings give other rows."""
 COMMAND, STEM = "fastvideo precompute-trajectories", "trajectories"
-FIELDS = {"teacher": "teacher weights", "ladder": "ladder", "guidance": "guidance", "solver_times": "teacher steps"}
+KIND = "trajectory_kind"
+FIELDS = {
+    "teacher": "teacher weights",
+    "reach": "reach",
+    "ladder": "ladder",
+    "guidance": "guidance",
+    "solver_times": "teacher steps",
+}
 """Settings that a file shares with a run that trains on it, and their names in messages."""
 
 
@@ -44,6 +58,12 @@ def trajectory_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
     """The teacher's times: its own sampler's, with the ladder's among them."""
     own = Ladder(adapter.folder.teacher_times(config.method.teacher_steps))
     return own.joined(Ladder(config.ladder.times)).times
+
+
+def state_times(config: Config, kind: TrajectoryKind) -> tuple[float, ...]:
+    """Times of the stored states; a causal trajectory has its end among them."""
+    ladder = Ladder(config.ladder.times)
+    return ladder.with_end if kind == "causal" else ladder.times
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -55,9 +75,12 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def provenance(config: Config, adapter: Adapter, teacher: nn.Module) -> dict[str, Any]:
+def provenance(config: Config, adapter: Adapter, teacher: nn.Module, kind: TrajectoryKind) -> dict[str, Any]:
     """Settings of a trajectory, as JSON: stored in a file and compared with a run's."""
+    reach = load_method(config.distill_method).reach_of(config.method) if kind == "causal" else None
     return {
+        KIND: kind,
+        "reach": None if reach is None else asdict(reach),
         "format": FORMAT,
         "latents": "normalised",
         "codec_key": adapter.codec.latent_key,
@@ -81,12 +104,14 @@ class TrajectoryJob(FileJob):
         captions: one trajectory each.
         batch_size: trajectories per network call.
         made: :func:`provenance` with the settings of the rows.
+        videos: clean pasts of causal trajectories, one each, in turn; ``None`` for bidirectional ones.
     """
 
     config: Mapping[str, Any]
     captions: Sequence[str]
     batch_size: int
     made: Mapping[str, Any]
+    videos: Source | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -96,7 +121,34 @@ class TrajectoryJob(FileJob):
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
         teacher = Denoiser(adapter, adapter.folder.load_network(config.method.teacher_path))
-        return partial(self._write, partial(self._sample, config, adapter, teacher))
+        draw = self._sample if self.videos is None else self._continue
+        return partial(self._write, partial(draw, config, adapter, teacher))
+
+    def _continue(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
+        """States ``[B, K + 1, C, F, H, W]``, the last at time 0, and the videos whose chunks ``rows`` went on from."""
+        raw, reach = self._clean(rows), load_method(config.distill_method).reach_of(config.method)
+        assert raw.latents is not None
+        assert reach is not None
+        clean = raw.latents.to(adapter.device)
+        conditions = adapter.conditioner.text_of(raw), adapter.conditioner.negative(len(rows))
+        velocity = forced_velocity(teacher, Masked(reach, clean), *conditions, config.method.teacher_guidance)
+        states, times = list[Tensor](), trajectory_times(config, adapter)
+        left = iter(times)
+
+        def seen(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+            if next(left) in config.ladder.times:
+                states.append(x_t)
+            return velocity(x_t, t)
+
+        noise = SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
+        states.append(euler(seen, noise.draw(clean.shape[1:]), times))
+        return torch.stack(states, dim=1).float().cpu(), clean.float().cpu()
+
+    def _clean(self, rows: range) -> RawBatch:
+        """The videos of ``rows``, each in turn."""
+        assert self.videos is not None
+        count = sum(len(bucket.rows) for bucket in self.videos.buckets)
+        return self.videos.read([row % count for row in rows])
 
     def _sample(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
         """States ``[B, K, C, F, H, W]`` and end ``[B, C, F, H, W]`` of ``rows``, float32 on the CPU."""
@@ -124,14 +176,17 @@ class TrajectoryJob(FileJob):
             file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(self.made)})
 
     def _columns(self, rows: range, states: Tensor, ends: Tensor) -> Iterator[dict[str, Any]]:
-        times = torch.tensor(self.made["ladder"], dtype=torch.float32).numpy()
+        ladder = Ladder(tuple(self.made["ladder"]))
+        times = torch.tensor(ladder.with_end if self.made[KIND] == "causal" else ladder.times).numpy()
         for row, state, end in zip(rows, states, ends, strict=True):
             columns = {"id": f"{row:08d}", "caption": self.captions[row], "media_type": "trajectory"}
             columns |= tensor_columns(LATENT, end.numpy()) | tensor_columns(STATES, state.numpy())
             yield columns | tensor_columns(STATE_TIMES, times)
 
 
-def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapping[str, Any]) -> str:
+def precompute(
+    config: Config, captions: Sequence[str], out: Path, options: Mapping[str, Any], videos: Source | None = None
+) -> str:
     """Write the missing files; returns a line for the terminal.
 
     Args:
@@ -139,24 +194,27 @@ def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapp
         captions: one trajectory each.
         out: the folder.
         options: ``workers``, ``per_file``, ``batch_size``, ``device`` and ``overwrite``.
+        videos: for causal trajectories, the clean pasts; row by row those of ``captions``.
 
     Raises:
-        UserError: for another method than kd, a model with conditioning frames, a caption that is too long, or a folder
+        UserError: for a method without stored trajectories or with another kind, a teacher that does not generate chunk
+            by chunk where it must, a model with conditioning frames, a caption that is too long, or a folder
             with other settings.
         RunError: if a process dies; the same call then continues.
     """
-    if not load_method(config.distill_method).needs_trajectories:
-        raise UserError(f"{config.distill_method} trains on no trajectories; the config's distill_method must be kd")
+    kind: TrajectoryKind = "bidirectional" if videos is None else "causal"
+    check_kind(config, kind)
     if options["workers"] > 1:
         start_server(__name__)
     adapter = load_adapter(config.distill_model)(config.model, options["device"])
     if adapter.conditioner.needs_frames:
         raise UserError(f"{config.model.path}: trajectories of a model with conditioning frames cannot be stored")
     adapter.conditioner.check_prompts(captions)
-    made = provenance(config, adapter, adapter.folder.load_network(config.method.teacher_path))
+    _check_teacher(config, adapter, kind)
+    made = provenance(config, adapter, adapter.folder.load_network(config.method.teacher_path), kind)
     made |= {"seed": config.seed, "rows_per_file": options["per_file"], "batch_size": options["batch_size"]}
     values, batch_size = config.model_dump(mode="json"), options["batch_size"]
-    job = TrajectoryJob(out, options["per_file"], options["device"], values, tuple(captions), batch_size, made)
+    job = TrajectoryJob(out, options["per_file"], options["device"], values, tuple(captions), batch_size, made, videos)
     sources = hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
     manifest = {"command": COMMAND, "settings": made, "sources": sources, "videos": len(captions), "files": job.files}
     missing = open_output(out, manifest, overwrite=options["overwrite"], stem=STEM)
@@ -165,6 +223,27 @@ def precompute(config: Config, captions: Sequence[str], out: Path, options: Mapp
         write_files(job, missing, options["workers"], show)
     calls = len(made["solver_times"]) * (1 if made["guidance"] == 1.0 else 2)
     return f"{out}: {len(captions)} trajectories, {left} of them new, {calls} network calls each"
+
+
+def check_kind(config: Config, kind: TrajectoryKind) -> None:
+    """Check that the config's method trains on these trajectories."""
+    method, name = load_method(config.distill_method), config.distill_method
+    if not method.needs_trajectories:
+        raise UserError(f"{name} trains on no trajectories; the config's distill_method must be kd or causal_kd")
+    if kind not in (kinds := method.trajectory_kinds(config.method)):
+        hint = "give --causal" if "causal" in kinds else "leave --causal out, or set distill_method: causal_kd"
+        raise UserError(f"{name} trains on {' or '.join(kinds)} trajectories, and these would be {kind}: {hint}")
+
+
+def _check_teacher(config: Config, adapter: Adapter, kind: TrajectoryKind) -> None:
+    """Refuse a teacher that has only seen whole videos where chunks go on from clean ones."""
+    path, trusted = config.method.teacher_path, load_method(config.distill_method).trusts_teachers(config.method)
+    if kind == "causal" and not trusted and "streaming" not in adapter.folder.recipe_of(path):
+        raise UserError(
+            f"method.teacher_path: {path or config.model.path} makes whole videos at once (its recipe.json has no "
+            f"`streaming`), and --causal needs a teacher that generates chunk by chunk: train one with causal_sft, or "
+            f"set method.allow_bidirectional_pairs: true if it is one"
+        )
 
 
 def metadata_at(path: str) -> list[dict[str, Any]]:
@@ -176,8 +255,8 @@ def metadata_at(path: str) -> list[dict[str, Any]]:
     return [index_file(file).made for file in dataset_files(path)]
 
 
-def check_made_for(made: Mapping[str, Any], config: Config, adapter: Adapter, teacher: nn.Module) -> None:
-    """Refuse trajectories that were made with other settings than the run's.
+def check_made_for(made: Mapping[str, Any], config: Config, adapter: Adapter, teacher: nn.Module) -> TrajectoryKind:
+    """The kind of trajectories that were made with the run's settings.
 
     Raises:
         UserError: with both values of every difference.
@@ -188,17 +267,26 @@ def check_made_for(made: Mapping[str, Any], config: Config, adapter: Adapter, te
             f"data.path: {path} holds no trajectories, which {config.distill_method} trains on; make them with: "
             f"{COMMAND} --config CONFIG --out FOLDER"
         )
-    wanted = provenance(config, adapter, teacher)
+    kind: TrajectoryKind = made.get(KIND, "bidirectional")
+    kinds = load_method(config.distill_method).trajectory_kinds(config.method)
+    if kind not in kinds:
+        option = ", or set method.allow_bidirectional_pairs: true" if kind == "bidirectional" else ""
+        raise UserError(
+            f"data.path: the trajectories in {path} are {kind}, and {config.distill_method} trains on "
+            f"{' or '.join(kinds)} ones: make them with {COMMAND}{' --causal' if 'causal' in kinds else ''}{option}"
+        )
+    wanted = provenance(config, adapter, teacher, kind)
     wrong = [
-        f"{name}: made with {_short(made[key])}, configured {_short(wanted[key])}"
+        f"{name}: made with {_short(made.get(key))}, configured {_short(wanted[key])}"
         for key, name in FIELDS.items()
-        if made[key] != wanted[key]
+        if made.get(key) != wanted[key]
     ]
     if wrong:
         raise UserError(
             f"data.path: the trajectories in {path} are not this run's ({'; '.join(wrong)}). Make them again with "
             f"{COMMAND}, or configure what they were made with"
         )
+    return kind
 
 
 def _short(value: Any) -> str:

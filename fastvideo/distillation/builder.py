@@ -310,7 +310,7 @@ def check_run(
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
     _check_derivatives(config, families.main, processes)
-    _check_reach(config, families.main, processes)
+    _check_reach(config, families, processes)
     check_states(config.trainer.optimizer_states, optimizers)
 
 
@@ -380,7 +380,7 @@ def _check_derivatives(config: Config, family: Adapter, processes: Processes) ->
         )
 
 
-def _check_reach(config: Config, family: Adapter, processes: Processes) -> None:
+def _check_reach(config: Config, families: Families, processes: Processes) -> None:
     """A student that generates chunk by chunk needs chunks, a ladder from pure noise, and whole samples."""
     method, name = load_method(config.distill_method), config.distill_method
     if (reach := method.reach_of(config.method)) is None:
@@ -391,11 +391,25 @@ def _check_reach(config: Config, family: Adapter, processes: Processes) -> None:
             f"parallel.context: 1, and parallel.shard for memory"
         )
     try:
-        spans(family.codec.latent_shape[1], reach.chunk)
+        spans(families.main.codec.latent_shape[1], reach.chunk)
     except UserError as error:
         raise UserError(f"method.{error}") from error
+    _check_autoregressive(config, families)
     if not method.makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
+
+
+def _check_autoregressive(config: Config, families: Families) -> None:
+    """Refuse a teacher that has only seen whole videos where one is needed that continues a past."""
+    method = load_method(config.distill_method)
+    for role in () if method.trusts_teachers(config.method) else method.autoregressive_roles:
+        options = config.roles[role]
+        if options.init_from is None and "streaming" not in families.by_role[role].folder.recipe_of(options.path):
+            raise UserError(
+                f"roles.{role}.path: {options.path or config.model.path} makes whole videos at once (its recipe.json "
+                f"has no `streaming`), and {config.distill_method} needs a {role} that generates chunk by chunk: train "
+                f"one with causal_sft, or set method.allow_bidirectional_teacher: true if it is one"
+            )
 
 
 def _rounded_student(config: Config, processes: Processes) -> str | None:

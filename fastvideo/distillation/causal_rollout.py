@@ -49,7 +49,7 @@ def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve:
     chunk: Tensor | None = None
     for noise in noises:
         if chunk is not None:
-            past = stream.commit(past, chunk.detach())
+            past = stream.commit(past, chunk)
         chunk = solve(bound(stream, past), noise)
         yield chunk
 
@@ -123,3 +123,15 @@ def recache(denoiser: Denoiser, past: Past, condition: Condition, *, t: float = 
         own = frames_of(condition, piece.start, piece.start + piece.frames)
         anew = denoiser.commit(replace(anew, length=piece.start), piece.latents, own, t)
     return anew
+
+
+def forced_velocity(
+    denoiser: Denoiser, past: Masked, condition: Condition, negative: Condition, guidance: float
+) -> Velocity:
+    """The guided velocity of all chunks of a video at one time ``t`` ``[B]``, each on its clean past."""
+
+    def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
+        times = t[:, None].expand(-1, x_t.shape[2])
+        return denoiser.guided_velocity(x_t, times, condition, negative, guidance, r=r, contexts=(past, past))
+
+    return predict

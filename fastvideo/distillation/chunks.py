@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastvideo.distillation.types import Batch, Condition, Given
 from fastvideo.errors import UserError
@@ -177,12 +178,18 @@ Contexts = tuple[Context | None, Context | None]
 
 
 def frames_of(condition: Condition, start: int, end: int) -> Condition:
-    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it."""
+    """Condition of a run of latent frames: conditioning frames and tensors ``[B, C, F, H, W]`` are cut to it.
+
+    Frames behind those of the condition's video are generated ones.
+    """
     cut = condition.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
     given = condition.given
-    if given is not None:
-        given = Given(given.mask[:, start:end], given.clean[:, :, start:end])
-    return Condition(cut.tensors, given)
+    if given is None or start >= given.mask.shape[1]:
+        return Condition(cut.tensors)
+    behind = max(0, end - given.mask.shape[1])
+    mask = functional.pad(given.mask[:, start:end], (0, behind))
+    clean = functional.pad(given.clean[:, :, start:end], (0, 0, 0, 0, 0, behind))
+    return Condition(cut.tensors, Given(mask, clean))
 
 
 def batch_of(batch: Batch, start: int, end: int) -> Batch:

@@ -16,6 +16,7 @@ from fastvideo.errors import UserError, did_you_mean
 
 METHODS = {
     "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",
+    "causal_kd": "fastvideo.distillation.methods.knowledge_distillation.causal_kd:CausalKDMethod",
     "cm": "fastvideo.distillation.methods.consistency_model.cm:CMMethod",
     "causal_cd": "fastvideo.distillation.methods.consistency_model.causal_cd:CausalCDMethod",
     "tcm": "fastvideo.distillation.methods.consistency_model.tcm:TCMMethod",
@@ -23,6 +24,7 @@ METHODS = {
     "anyflow_pretrain": "fastvideo.distillation.methods.distribution_matching.anyflow:AnyFlowPretrainMethod",
     "causvid": "fastvideo.distillation.methods.distribution_matching.causvid:CausVidMethod",
     "self_forcing": "fastvideo.distillation.methods.distribution_matching.self_forcing:SelfForcingMethod",
+    "streaming_tuning": "fastvideo.distillation.methods.distribution_matching.streaming_tuning:StreamingTuningMethod",
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",

@@ -8,7 +8,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +36,8 @@ class SamplerSpec:
     """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
     context_time: float = 0.0
     """Time in [0, 1] of the noise on finished chunks, as the next ones see them."""
+    first_times: tuple[float, ...] = ()
+    """Times of the first chunk of a stream, where it takes others."""
 
     @property
     def network_calls(self) -> int:
@@ -45,7 +46,13 @@ class SamplerSpec:
 
     def calls_of(self, frames: int) -> int:
         """Forward passes of a video of ``frames`` latent frames, without commits."""
-        return self.network_calls * (1 if self.reach is None else len(spans(frames, self.reach.chunk)))
+        chunks = 1 if self.reach is None else len(spans(frames, self.reach.chunk))
+        others = len(self.times_of(opening=True)) - len(self.times)
+        return self.network_calls * chunks + others * (1 if self.guidance == 1.0 else 2)
+
+    def times_of(self, *, opening: bool) -> tuple[float, ...]:
+        """Times of a chunk, which is the first one of its video or not."""
+        return self.first_times if opening and self.first_times else self.times
 
     @classmethod
     def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
@@ -121,7 +128,12 @@ def sample(
     stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
     channels, frames, *size = shape
     starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
-    return torch.cat(list(roll(stream, stream.opened, starts, partial(solved, sampler, noise))), dim=2)
+    opening = itertools.chain([True], itertools.repeat(False))
+
+    def solve(velocity: Velocity, start: Tensor) -> Tensor:
+        return solved(sampler, noise, velocity, start, opening=next(opening))
+
+    return torch.cat(list(roll(stream, stream.opened, starts, solve)), dim=2)
 
 
 def streaming(
@@ -139,9 +151,9 @@ def streaming(
     return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
 
 
-def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor) -> Tensor:
-    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient."""
-    return generate(sampler.kind, velocity, start, sampler.times, noise.like)
+def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor, *, opening: bool) -> Tensor:
+    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient; ``opening``: nothing is before it."""
+    return generate(sampler.kind, velocity, start, sampler.times_of(opening=opening), noise.like)
 
 
 class Stream:

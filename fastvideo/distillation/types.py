@@ -16,6 +16,8 @@ from fastvideo.errors import UserError as UserError
 
 STATES, STATE_TIMES = "trajectory", "trajectory_times"
 """Names of a teacher's trajectory among the extras of a :class:`RawBatch`."""
+TrajectoryKind = Literal["bidirectional", "causal"]
+"""Trajectories of whole videos, or of chunks that each went on from clean data."""
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""
@@ -119,12 +121,14 @@ class RawBatch:
     """One micro-batch of a data source: captions, and normalised clean latents ``[B, C, F, H, W]`` if it has them.
 
     ``extras`` are precomputed tensors by name, batched: ``text_embedding`` ``[B, L, D]``, those that a family declares
-    (``Conditioner.stored_shapes``), and a teacher's ``trajectory`` with its ``trajectory_times``.
+    (``Conditioner.stored_shapes``), and a teacher's ``trajectory`` with its ``trajectory_times``. ``switches`` are
+    prompts to which a stream of each sample may switch.
     """
 
     captions: tuple[str, ...]
     latents: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,8 @@ class Batch:
 
     ``x0`` are normalised clean latents, float32, or ``None`` in a text-only run; ``shape`` is theirs.
     ``negative`` is the condition of the unconditional prediction and holds the same conditioning frames.
-    The first ``unscored`` frames are seen by networks as all others, and left out by losses.
+    The first ``unscored`` frames are seen by networks as all others, and left out by losses. ``switch`` is the
+    condition of the prompts that follow, in a stream that switches.
     """
 
     shape: tuple[int, ...]
@@ -160,6 +165,7 @@ class Batch:
     x0: Tensor | None = None
     trajectory: Trajectory | None = None
     unscored: int = 0
+    switch: Condition | None = None
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:

@@ -23,6 +23,8 @@ _BANDS: dict[str, tuple[str, Callable[[Any], Band]]] = {
     "contrast": ("contrast", lambda ratios: (ratios[0], math.inf)),
     "saturation": ("saturation", lambda ratios: (ratios[0], ratios[1])),
     "motion": ("motion", lambda ratios: (ratios[0], ratios[1])),
+    "late_motion": ("late_motion", lambda least: (least, math.inf)),
+    "late_brightness": ("late_brightness", lambda ratios: (ratios[0], ratios[1])),
     "brightness": ("brightness", lambda most: (-most, most)),
     "colour": ("colour", lambda most: (-most, most)),
     "grid": ("grid", lambda most: (0.0, most)),
@@ -30,8 +32,10 @@ _BANDS: dict[str, tuple[str, Callable[[Any], Band]]] = {
     "latent_std": ("latent_std", lambda most: (0.0, most)),
     "update_balance": ("update_balance", lambda least: (least, math.inf)),
     "dmd_gradient_rms": ("gradient", lambda most: (0.0, most)),
+    "critic_lag": ("critic_lag", lambda most: (0.0, most)),
 }
 """By figure: the field of ``HealthConfig``, and its value as a band."""
+_RATIOS = (*("contrast", "saturation", "motion", "late_motion", "late_brightness", "grid", "diversity", "latent_std"),)
 DIFFERENCES = ("brightness", "latent_mean", "colour")
 """Figures compared by difference; the others by ratio."""
 
@@ -58,9 +62,7 @@ def compare(live: Figures, reference: Figures) -> dict[str, float]:
     differences = {name: live[name] - reference[name] for name in ("brightness", "latent_mean") if name in live}
     channels = [live[name] - reference[name] for name in ("red", "green", "blue")]
     ratios = {
-        name: live[name] / reference[name]
-        for name in ("contrast", "saturation", "motion", "grid", "diversity", "latent_std")
-        if name in live and reference.get(name, 0.0) > FAINT
+        name: live[name] / reference[name] for name in _RATIOS if name in live and reference.get(name, 0.0) > FAINT
     }
     return {**ratios, **differences, "colour": max(channels, key=abs)}
 
@@ -95,6 +97,16 @@ _RULES = (
     _Rule(
         *("motion", "high", "flickering"),
         "motion is {percent}: the student flickers. Lower its learning rate.",
+    ),
+    _Rule(
+        *("late_motion", "low", "motion decays"),
+        "motion of the last quarter over that of the first is {percent}: it dies down in the course of a video. "
+        "Train on longer streams of the student's own, or go back to an earlier checkpoint.",
+    ),
+    _Rule(
+        *("late_brightness", "both", "brightness drifts"),
+        "brightness of the last quarter over that of the first is {percent}: it drifts in the course of a "
+        "video. Train on the student's own streams (self_forcing), or lower the teacher's guidance.",
     ),
     _Rule(
         *("saturation", "high", "over-saturated"),
@@ -135,6 +147,11 @@ _RULES = (
         "the RMS of the DMD gradient is {value} where about 1 is usual: teacher and critic disagree more than the "
         "student is wrong. Warm up the critic, or lower the guidance.",
     ),
+    _Rule(
+        *("critic_lag", "high", "late critic"),
+        "the critic's error in the last chunk is {value} times that in the first: it lags behind the student where "
+        "streams get long, and grids begin there. Raise its learning rate or method.generator_update_interval.",
+    ),
 )
 _TINTING = {"over-saturated", "grey"}
 """Alarms that cause a tint, so that it raises none of its own."""
@@ -146,8 +163,8 @@ def find_alarms(live: Figures, reference: Figures | None, training: Figures, lim
     Args:
         live: figures of the student, from :func:`fastvideo.evaluation.health.measure`.
         reference: of the teacher or of real videos; ``None`` checks only finiteness and ``training``.
-        training: ``update_balance`` (movement of the critic per step over the student's) and ``dmd_gradient_rms``, as
-            far as the method has them.
+        training: ``update_balance`` (movement of the critic per step over the student's), ``dmd_gradient_rms``
+            and ``critic_lag`` (its error in the last chunk over that in the first), as far as the method has them.
     """
     if not all(math.isfinite(value) for value in live.values()):
         return [Alarm("exploding", "the student's videos are not finite: it is exploding. Lower the learning rates.")]

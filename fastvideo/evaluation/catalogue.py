@@ -81,8 +81,30 @@ RELATIVE = (
     *(Figure(f"vbench_{name}", f"VBench {name.replace('_', ' ')}", 3) for name in VBENCH_DIMENSIONS),
 )
 """Figures against a teacher."""
-CATALOGUE = (*WORLD, *RELATIVE)
-DIGIT, FRECHET, FROM_TEACHER = WORLD[0], WORLD[3], RELATIVE[0]
+STREAM = (
+    Figure("digit_last", "digit", 1, percent=True, floor="digit_last_floor"),
+    Figure("colour_last", "colour", 1, percent=True, floor="colour_last_floor"),
+    Figure("direction_last", "direction", 1, percent=True, floor="direction_last_floor"),
+    Figure("frechet_last", "Fréchet", 1, lower_is_better=True, floor="frechet_last_floor"),
+    Figure("speed_last", "speed", 2, target=1.0),
+    Figure("identity_last", "identity", 2, target=1.0),
+    Figure("ink_slope", "brightness slope", 1, percent=True, target=0.0),
+    Figure("saturation_slope", "saturation slope", 1, percent=True, target=0.0),
+    Figure("seam_acceleration", "jerk at seams", 2, target=1.0),
+    Figure("frechet_bias_last", "exposure bias", 1, lower_is_better=True),
+)
+"""Figures of streams: of the last window, slopes per 100 frames, and the whole stream."""
+SWITCHES = (
+    Figure("switch_median", "median latency", 0, lower_is_better=True),
+    Figure("switch_p90", "90 % of latencies", 0, lower_is_better=True),
+    Figure("switch_never", "never", 1, lower_is_better=True, percent=True),
+    Figure("kept_before", "rest right before", 1, percent=True),
+    Figure("kept_after", "rest right after", 1, percent=True),
+    Figure("continuous", "no jump", 1, percent=True),
+)
+"""Figures of prompt switches."""
+CATALOGUE = (*WORLD, *RELATIVE, *STREAM, *SWITCHES)
+DIGIT, FRECHET, FROM_TEACHER, LAST_FRECHET = WORLD[0], WORLD[3], RELATIVE[0], STREAM[3]
 
 
 def present(row: Metrics, figures: Sequence[Figure] = CATALOGUE) -> list[Figure]:
@@ -91,8 +113,9 @@ def present(row: Metrics, figures: Sequence[Figure] = CATALOGUE) -> list[Figure]
 
 
 def distance_of(row: Metrics) -> Figure:
-    """The distance by which models are compared: from real videos where the world is known, else from the teacher's.
+    """The distance by which models are compared: from real videos where the world is known (of streams, that of the
+    last window), else from the teacher's.
 
     Without either, the first figure that the row holds.
     """
-    return present(row, (FRECHET, FROM_TEACHER, *CATALOGUE))[0]
+    return present(row, (FRECHET, LAST_FRECHET, FROM_TEACHER, *CATALOGUE))[0]

@@ -91,6 +91,43 @@ def line_chart(title: str, series: Series) -> str:
     return f'<figure class="chart">{caption}{svg(described, parts)}</figure>'
 
 
+@dataclass(frozen=True)
+class Banded:
+    """A curve with its interval: name, colour class, and (x, value, low, high) of each point."""
+
+    name: str
+    style: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def band_chart(title: str, curves: Sequence[Banded], note: str = "", label: str = "frame") -> str:
+    """Curves over frames, each on the band of its interval; curves without points are left out."""
+    curves = [curve for curve in curves if curve.points]
+    ends = [end for curve in curves for _, *three in curve.points for end in three]
+    x = Axis.over([point[0] for curve in curves for point in curve.points], LEFT, WIDTH - RIGHT)
+    y = Axis.over(ends, HEIGHT - BOTTOM, TOP)
+    if max(ends) == 1.0 and min(ends) >= 0.0:  # a share: nothing above it exists
+        y = replace(y, high=1.0)
+    parts = grid(x, y)
+    parts += [_band(x, y, curve) for curve in curves]
+    for curve in curves:
+        parts += _curve(x, y, curve.style, curve.name, [point[:2] for point in curve.points])
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(label)}</text>')
+    described = f"{title}: " + "; ".join(
+        f"{c.name} from {c.points[0][1]:.4g} to {c.points[-1][1]:.4g} at {label} {c.points[-1][0]:.0f}" for c in curves
+    )
+    keys = legend([(curve.style, curve.name) for curve in curves])
+    small = f" <small>{escape(note)}</small>" if note else ""
+    caption = f"<figcaption><span>{escape(title)}{small}</span>{keys}</figcaption>"
+    return f'<figure class="chart">{caption}{svg(described, parts)}</figure>'
+
+
+def _band(x: Axis, y: Axis, curve: Banded) -> str:
+    low, high = (thinned([(point[0], point[end]) for point in curve.points]) for end in (2, 3))
+    path = " ".join(f"{x(a)},{y(b)}" for a, b in [*low, *reversed(high)])
+    return f'<polygon class="band {curve.style}" points="{path}"/>'
+
+
 def legend(entries: Sequence[tuple[str, str]]) -> str:
     keys = "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in entries)
     return f'<span class="keys">{keys}</span>' if keys else ""

@@ -11,8 +11,11 @@ from typing import NamedTuple
 from fastvideo.evaluation.catalogue import (
     DIGIT,
     FRECHET,
+    LAST_FRECHET,
     RELATIVE,
     SPACE,
+    STREAM,
+    SWITCHES,
     WORLD,
     Figure,
     Metrics,
@@ -62,9 +65,22 @@ def kind_of(name: str, row: Metrics) -> str:
 
 
 def titles_of(metrics: Metrics) -> dict[str, str]:
-    """Titles of all rows, such as "Teacher, 50 steps, guided"; rows with equal titles keep their names."""
+    """Titles of all rows, such as "Teacher, 50 steps, guided"; equal ones are told apart by folder."""
     titles = {name: _title(name, metrics[name]) for name in row_names(metrics)}
-    return {name: title if list(titles.values()).count(title) == 1 else name for name, title in titles.items()}
+    alike = {title: [name for name, other in titles.items() if other == title] for title in titles.values()}
+    own = {name: short for names in alike.values() for name, short in zip(names, short_names(names), strict=True)}
+    return {name: title if len(alike[title]) == 1 else own[name] for name, title in titles.items()}
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The part of each path that tells it from the others, such as "causvid" for ``outputs/causvid/student``."""
+    paths = [PurePath(name).parts for name in names]
+    while len({parts[-1] for parts in paths}) == 1 and min(map(len, paths)) > 1 and len(names) > 1:
+        paths = [parts[:-1] for parts in paths]
+    depth = 1
+    while len({parts[-depth:] for parts in paths}) < len(set(paths)):
+        depth += 1
+    return ["/".join(parts[-depth:]) for parts in paths]
 
 
 def _title(name: str, row: Metrics) -> str:
@@ -103,7 +119,8 @@ def headline(metrics: Metrics) -> str:
         return f"Figures of {names[0]}" if len(names) == 1 else f"{len(names)} models side by side"
     teacher, student = found
     faster = teacher["denoise_seconds_per_video"] / student["denoise_seconds_per_video"]
-    return f"{student['network_calls']} network calls instead of {teacher['network_calls']}: {faster:.0f}\u00d7 faster"
+    calls = "network calls per chunk" if "series" in student else "network calls"
+    return f"{student['network_calls']} {calls} instead of {teacher['network_calls']}: {faster:.0f}\u00d7 faster"
 
 
 def lead(metrics: Metrics) -> str:
@@ -112,6 +129,8 @@ def lead(metrics: Metrics) -> str:
     if found is None:
         return "Each model on the same prompts and noise."
     teacher, student = found
+    if "frechet_last" in student:
+        return _lead_of_streams(teacher, student)
     if "frechet" not in student:
         return _lead_of_teacher(teacher, student)
     few = [row for row in of_kind(metrics, "teacher") if row["steps"] == student["steps"] and row is not teacher]
@@ -121,6 +140,18 @@ def lead(metrics: Metrics) -> str:
         f"The student's videos lie at a Fréchet distance of {FRECHET.text(student['frechet'])} from real ones, its "
         f"teacher's at {FRECHET.text(teacher['frechet'])} with {teacher['steps']}{guided} steps{in_few}; a perfect "
         f"model would score {FRECHET.text(student['frechet_floor'])}."
+    )
+
+
+def _lead_of_streams(teacher: Metrics, student: Metrics) -> str:
+    """The main figures of streams."""
+    ours, theirs, floor = (
+        LAST_FRECHET.text(value)
+        for value in (student["frechet_last"], teacher["frechet_last"], student["frechet_last_floor"])
+    )
+    return (
+        f"In the last window the student's streams lie at a Fréchet distance of {ours} from real ones, its teacher's "
+        f"at {theirs} with {teacher['steps']} steps; real streams through the VAE score {floor}."
     )
 
 
@@ -148,7 +179,8 @@ def measured_on(metrics: Metrics) -> str:
     samples = metrics[row_names(metrics)[0]]["samples"]
     split = {"heldout": "held-out", "train": "training"}.get(settings.get("split"), "")
     seed = f", seed {settings['seed']}" if "seed" in settings else ""
-    return " ".join(filter(None, (str(samples), split, "prompts"))) + seed
+    length = f", streams of {settings['frames']} frames" if "frames" in settings else ""
+    return " ".join(filter(None, (str(samples), split, "prompts"))) + length + seed
 
 
 def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
@@ -158,9 +190,15 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
         return []
     teacher, student = found
     distance = distance_of(student)
-    name = "Fréchet distance" if distance is FRECHET else distance.head.capitalize()
-    items = [(name, distance.text(student[distance.key]), _direction(distance, distance.cell(student).small))]
-    for key, title in (("digit_accuracy", "Right digit"), ("prompt_match", "Right prompt")):
+    items = [
+        (
+            distance_name(distance),
+            distance.text(student[distance.key]),
+            _direction(distance, distance.cell(student).small),
+        )
+    ]
+    titles = {"digit_accuracy": "Right digit", "digit_last": "Right digit, last window", "prompt_match": "Right prompt"}
+    for key, title in titles.items():
         if key in student:
             items.append((title, DIGIT.text(student[key]), f"teacher {DIGIT.text(teacher[key])}"))
     items.append(("Denoising one video", time_of(student), f"teacher {time_of(teacher)}"))
@@ -169,6 +207,12 @@ def facts(metrics: Metrics) -> list[tuple[str, str, str]]:
         updates = f"{run['student_updates']} student updates" if "student_updates" in run else ""
         items.append(("Distillation", duration(run["wall_seconds"]), updates))
     return items
+
+
+def distance_name(distance: Figure) -> str:
+    """The name of the distance by which models are compared."""
+    names = {FRECHET: "Fréchet distance", LAST_FRECHET: "Fréchet distance, last window"}
+    return names.get(distance, distance.head.capitalize())
 
 
 def _direction(figure: Figure, interval: str) -> str:
@@ -267,8 +311,11 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 
 def figures_tables(groups: Sequence[Group], several: bool) -> dict[str, Table]:
-    """All rows of all groups, with the differences between ``several`` runs: by kind, ``world`` and ``relative``."""
-    kinds = {"world": WORLD, "relative": RELATIVE}
+    """All rows of all groups, with the differences between ``several`` runs, by kind.
+
+    Kinds are ``world``, ``relative``, ``stream`` and ``switches``.
+    """
+    kinds = {"world": WORLD, "relative": RELATIVE, "stream": STREAM, "switches": SWITCHES}
     found = {kind: _figures_table(groups, several, figures) for kind, figures in kinds.items()}
     return {kind: table for kind, table in found.items() if table is not None}
 
@@ -300,6 +347,8 @@ def _group_lines(group: Group, figures: Sequence[Figure], several: bool) -> list
             if entry is not section[0]:
                 lines.append(_difference_line(entry, section[0], figures))
     floors = [Cell(f.text(group.first[f.floor]) if f.floor in group.first else "") for f in figures]
+    if not any(figure.floor for figure in figures):
+        return lines
     title = Cell("Real videos through the VAE", "floor: a perfect model, same sample size")
     if figures[0] in RELATIVE:
         title = Cell("Floor or chance", "the teacher from half to half of the prompts; a blind guess")
@@ -379,8 +428,8 @@ def _verdict(student: Metrics, title: str, other: Metrics) -> Line:
     distance = distance_of(student)
     found = difference(student, other, distance.key)
     assert found is not None, "a distance is always defined"
-    better = "closer to real videos" if distance is FRECHET else "better"
-    worse = "further away" if distance is FRECHET else "worse"
+    real = distance in (FRECHET, LAST_FRECHET)
+    better, worse = ("closer to real videos", "further away") if real else ("better", "worse")
     sign = distance.badness(student[distance.key]) - distance.badness(other[distance.key])
     word = "not told apart" if not found.sure else better if sign < 0 else worse
     delta = Cell(distance.text(found.value, True), distance.interval(found.low, found.high, True))
@@ -394,7 +443,8 @@ def marks(group: Group, runs: Sequence[Run]) -> list[Mark]:
     for entry in group.entries():
         row, kind = entry.row, kind_of(entry.name, entry.row)
         guided = kind == "teacher" and row["guidance"] != 1.0
-        label = steps_of(row) if kind and entry.title != entry.name else PurePath(entry.title).name
+        plain = kind and entry.title == _title(entry.name, row)
+        label = steps_of(row) if plain else PurePath(entry.title).name
         style, meaning = entry.style, KINDS[kind] + (", guided" if guided else "") if kind else "Model"
         if len(runs) > 1:
             style = "teacher" if entry.shared else series_class(runs.index(entry.run))

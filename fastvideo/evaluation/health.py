@@ -11,6 +11,8 @@ from torch import Tensor
 from fastvideo.evaluation.alarms import FAINT
 
 LUMINANCE = (0.299, 0.587, 0.114)
+LONG = 17
+"""Frames of a video that has a course: its last quarter is compared with its first."""
 
 
 def measure(videos: Tensor, latents: Tensor | None = None, block: int = 8) -> dict[str, float]:
@@ -24,7 +26,8 @@ def measure(videos: Tensor, latents: Tensor | None = None, block: int = 8) -> di
     Returns:
         ``brightness`` and ``saturation`` (chroma without a common tint) in [0, 1]; ``contrast``: spread of luminance
         within a frame; ``red``, ``green``, ``blue``: mean deviation from grey; ``motion`` and ``diversity``: difference
-        between neighbouring frames, and between seeds of a prompt, over contrast; ``grid``: steepness of block borders
+        between neighbouring frames, and between seeds of a prompt, over contrast; ``late_motion`` and
+        ``late_brightness``: ratios of a long video's last quarter to its first; ``grid``: steepness of block borders
         over the rest; ``latent_mean``, ``latent_std``. Undefined figures are absent.
     """
     x = (videos.float().clamp(-1, 1) + 1) / 2
@@ -41,6 +44,8 @@ def measure(videos: Tensor, latents: Tensor | None = None, block: int = 8) -> di
     }
     if light.shape[2] > 1:
         found["motion"] = light.diff(dim=2).abs().mean() / scale
+    if light.shape[2] >= LONG:
+        found |= _late(light)
     if x.shape[1] > 1:
         found["diversity"] = _between_seeds(x) / scale
     if 1 < block < min(light.shape[-2:]):
@@ -48,6 +53,16 @@ def measure(videos: Tensor, latents: Tensor | None = None, block: int = 8) -> di
     if latents is not None:
         found |= {"latent_mean": latents.float().mean(), "latent_std": latents.float().std()}
     return {name: float(value) for name, value in found.items()}
+
+
+def _late(light: Tensor) -> dict[str, Tensor]:
+    """Motion and brightness of the last quarter over those of the first; without what is not there at first."""
+    quarter = light.shape[2] // 4
+    ends = light[:, :, :quarter], light[:, :, -quarter:]
+    motion = [end.diff(dim=2).abs().mean() / end.std(dim=(-2, -1)).mean().clamp_min(FAINT) for end in ends]
+    brightness = [end.mean() for end in ends]
+    pairs = {"late_motion": motion, "late_brightness": brightness}
+    return {name: late / first for name, (first, late) in pairs.items() if first > FAINT}
 
 
 def _between_seeds(x: Tensor) -> Tensor:

@@ -59,18 +59,25 @@ class Diversity:
 
 
 @lru_cache(maxsize=1)
-def _instruments() -> tuple[TinyClassifier, PixelPCA]:
-    """The classifier and the pixel components of every judge."""
-    pca = PixelPCA.fit(TinyWorld("train").sample(PCA_VIDEOS, PCA_SEED).videos, COMPONENTS)
-    return TinyClassifier.load(CLASSIFIER_FOLDER), pca
+def frozen_classifier() -> TinyClassifier:
+    """The network of every judge."""
+    return TinyClassifier.load(CLASSIFIER_FOLDER)
+
+
+@lru_cache(maxsize=1)
+def _components() -> PixelPCA:
+    """The pixel components of every judge."""
+    return PixelPCA.fit(TinyWorld("train").sample(PCA_VIDEOS, PCA_SEED).videos, COMPONENTS)
 
 
 @torch.no_grad()
 def observe(videos: Tensor) -> Observed:
     """Features, pixel coordinates and labels of videos ``[N, 3, 9, 32, 32]`` in ``[-1, 1]``."""
-    classifier, pca = _instruments()
+    classifier = frozen_classifier()
     features = classifier.features(videos)
-    return Observed(features, pca(videos), torch.stack([scores.argmax(1) for scores in classifier.heads(features)], 1))
+    return Observed(
+        features, _components()(videos), torch.stack([scores.argmax(1) for scores in classifier.heads(features)], 1)
+    )
 
 
 @lru_cache(maxsize=4)

@@ -47,11 +47,11 @@ class SampledRow:
         counts: dict[str, int] = {}
         for name, value in self.values.items():
             if isinstance(value, Estimate):
-                intervals[name] = [_rounded(end) for end in (value.low, value.high)]
+                intervals[name] = [rounded(end) for end in (value.low, value.high)]
                 counts[name] = value.count
-                values[name] = _rounded(value.value)
+                values[name] = rounded(value.value)
             else:
-                values[name] = _rounded(value) if isinstance(value, float) else value
+                values[name] = rounded(value) if isinstance(value, float) else value
         return {**values, "intervals": intervals, "counts": counts}
 
 
@@ -86,9 +86,9 @@ class JudgedRow(SampledRow):
         return {**own.pop("figures"), **own}
 
 
-def _rounded(value: float) -> float | None:
-    """Six significant digits; JSON has no NaN, so a figure without observations is null."""
-    return None if math.isnan(value) else float(f"{value:.6g}")
+def rounded(value: float) -> float | None:
+    """Six significant digits; JSON has neither NaN (a figure without observations) nor infinity: both are null."""
+    return None if not math.isfinite(value) else float(f"{value:.6g}")
 
 
 def named_attributes(captions: Sequence[str]) -> Tensor:

@@ -12,11 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastvideo.errors import UserError
 from fastvideo.evaluation import figures as figure
-from fastvideo.evaluation.catalogue import distance_of
+from fastvideo.evaluation.catalogue import FRECHET, LAST_FRECHET, distance_of
 from fastvideo.evaluation.charts import cost_chart
-from fastvideo.evaluation.figures import Entry, Group, groups_of
+from fastvideo.evaluation.figures import Entry, Group, distance_name, groups_of
 from fastvideo.evaluation.report_media import ModelVideos, PromptGrid, gallery, validation_strips
 from fastvideo.evaluation.report_run import Run, read_runs
+from fastvideo.evaluation.report_streams import frame_strips, stream_charts
 from fastvideo.evaluation.report_training import alarm_list, chart_groups, curves_of, health_table, once_table
 from fastvideo.evaluation.tables import Cell, Line, Table
 from fastvideo.files import replace_file
@@ -77,6 +78,8 @@ def render(runs: Sequence[Run]) -> str:
         validations=validation_strips(runs),
         worth=figure.verdicts(runs[0].metrics) if alone else None,
         figures=figure.figures_tables(groups, not alone),
+        streams=stream_charts(groups, alone),
+        frames=frame_strips(groups, alone),
         cost=_cost(runs, groups[0]) if len(groups) == 1 else None,
         alarms=alarm_list(runs),
         health=health_table(runs),
@@ -132,8 +135,9 @@ def _cost(runs: Sequence[Run], group: Group) -> str | None:
     distance = distance_of(group.first)
     if not distance.floor:
         return None
-    label = "Fréchet distance" if distance.key == "frechet" else distance.head.capitalize()
-    note = "a perfect model (floor)" if distance.key == "frechet" else "the teacher, from itself (floor)"
+    real = distance in (FRECHET, LAST_FRECHET)
+    label = distance_name(distance)
+    note = "a perfect model (floor)" if real else "the teacher, from itself (floor)"
     return cost_chart(figure.marks(group, runs), group.first[distance.floor], label, note)
 
 

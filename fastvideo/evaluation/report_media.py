@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -109,19 +110,28 @@ def _strip(title: str, file: VideoFile, run: Run, left: int) -> Strip:
 
 def picture(file: VideoFile, described: str) -> Picture:
     """A video and its middle frame, embedded."""
-    moving = _data(MIME[file.suffix], file.data)
-    return Picture(moving, _data("image/png", middle_frame(file)), file.suffix == ".mp4", described)
+    moving = data_uri(MIME[file.suffix], file.data)
+    return Picture(moving, data_uri("image/png", middle_frame(file)), file.suffix == ".mp4", described)
 
 
 def middle_frame(file: VideoFile) -> bytes:
-    with av.open(io.BytesIO(file.data)) as container:
-        frames = list(container.decode(video=0))
+    frames = all_frames(file)
     frame = frames[len(frames) // 2]
     share = min(1.0, WIDEST_STILL / frame.width)
-    frame = frame.reformat(round(frame.width * share), round(frame.height * share), format="rgb24")
+    return png(frame.reformat(round(frame.width * share), round(frame.height * share), format="rgb24"))
+
+
+def all_frames(file: VideoFile) -> list[av.VideoFrame]:
+    """Every frame of a video."""
+    with av.open(io.BytesIO(file.data)) as container:
+        return list(container.decode(video=0))
+
+
+def png(frame: av.VideoFrame) -> bytes:
+    """An RGB frame as a file."""
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "rgb24"
-    codec.time_base = frame.time_base
+    codec.time_base = frame.time_base or Fraction(1)
     return b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
 
 
@@ -135,5 +145,5 @@ def _characters(one: Picture) -> int:
     return len(one.moving) + len(one.still)
 
 
-def _data(mime: str, data: bytes) -> str:
+def data_uri(mime: str, data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

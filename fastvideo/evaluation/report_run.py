@@ -32,6 +32,7 @@ NOTES = ("evaluation", "distillation")
 """Keys of ``metrics.json`` that are no rows."""
 MEASURED_WITH = (
     *("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256"),
+    *("frames", "switches", "reference_windows"),
     *("teacher_key", "metrics", "data", "data_videos"),
 )
 """Settings of an evaluation that runs with comparable figures share."""

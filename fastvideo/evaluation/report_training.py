@@ -22,6 +22,8 @@ WORDS = {
     "latent_mean": "mean of the latents",
     "colour": "tint, worst channel",
     "grid": "grid at block borders",
+    "late_motion": "motion, last quarter over first",
+    "late_brightness": "brightness, last quarter over first",
     "diversity": "difference between seeds",
     "update_balance": "critic's movement over the student's",
 }

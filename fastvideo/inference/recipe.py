@@ -13,10 +13,12 @@ from fastvideo.distillation.builder import Config
 from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.registry import load_method
+from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError
 
 STREAMING = "streaming"
-"""Key of a model that generates chunk by chunk: the fields of its ``Reach``, and ``context_time``."""
+"""Key of a model that generates chunk by chunk: the fields of its ``Reach``, ``context_time``, and ``first_ladder`` if the
+first chunk takes other times."""
 _REACH = [field.name for field in fields(Reach)]
 Weights = Literal["ema", "live"]
 """Averaged weights, or those of the last step."""
@@ -35,6 +37,8 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
     }
     if (reach := method.reach_of(config.method)) is not None:
         recipe[STREAMING] = {**asdict(reach), "context_time": method.context_time_of(config.method)}
+        if first := method.first_times_of(config.method):
+            recipe[STREAMING]["first_ladder"] = list(first)
     if not method.makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
     if "guidance" in folder.recipe:
@@ -44,7 +48,7 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
 
 
 def streaming_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``reach`` and ``context_time`` of a sampler; empty for a model that makes whole videos at once.
+    """The fields of a sampler that a stream adds; empty for a model that makes whole videos at once.
 
     Raises:
         UserError: if the recipe's values are none.
@@ -55,6 +59,8 @@ def streaming_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     try:
         values = TypeAdapter(dict[str, Any]).validate_python(given, strict=True)
         reach = TypeAdapter(Reach).validate_python({name: values[name] for name in _REACH if name in values})
-        return {"reach": reach, "context_time": TypeAdapter(Time).validate_python(values.get("context_time", 0.0))}
+        context_time = TypeAdapter(Time).validate_python(values.get("context_time", 0.0))
+        first = TypeAdapter(tuple[Time, ...]).validate_python(values.get("first_ladder", ()))
+        return {"reach": reach, "context_time": context_time, "first_times": first and Ladder(first).times}
     except (ValidationError, UserError) as error:
         raise UserError(f"recipe.json: {STREAMING} {given!r} is not what a stream needs: {error}") from error

@@ -116,8 +116,9 @@ class Maker:
             with clock.part("commit"):
                 moment = self.settled(moment)
             with clock.part("denoise"):
-                velocity = bound(self._stream(moment), moment.pasts)
-                return moment, solved(self.sampler, moment.noise, velocity, start)
+                velocity, (past, _) = bound(self._stream(moment), moment.pasts), moment.pasts
+                opening = not isinstance(past, Past) or not past.length
+                return moment, solved(self.sampler, moment.noise, velocity, start, opening=opening)
 
     def settled(self, moment: Snapshot) -> Snapshot:
         """The moment with its last chunk in the past, and with the prompt that was asked for."""

@@ -103,6 +103,9 @@ class WorstCase(RandomStreams):
     def shared_index(self, high: int) -> int:
         return high - 1 if self.longest else 0
 
+    def shared_uniform(self) -> float:
+        return 1.0 - 2**-24 if self.longest else 0.0
+
     def shared_choice(self, shares: Sequence[float]) -> int:
         return self.shared_index(len(shares))
 

@@ -13,8 +13,8 @@ other, so motion never ends, a caption stays true, and a video of any length beg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastvideo.tiny.captions import COLOURS, DIRECTIONS, Attributes, caption_of
+from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of, parse_caption
 from fastvideo.tiny.render import Motion, render
 
 Split = Literal["train", "heldout"]
@@ -186,3 +186,19 @@ def jitter_colour(rgb: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     brightness = 0.8 + 0.2 * u[:, :1]
     hue = 0.12 * (u[:, 1:] - 0.5)
     return ((rgb + hue) * brightness).clamp(0.0, 1.0)
+
+
+def switched_captions(captions: Sequence[str], seed: int) -> list[str]:
+    """For each caption another that differs in exactly one attribute, one that it names; an open one names a motion."""
+    draws = np.random.default_rng([seed, len(_SPLIT_ID)]).random((len(captions), 2))
+    return [_switched(caption, *draw) for caption, draw in zip(captions, draws.tolist(), strict=True)]
+
+
+def _switched(caption: str, which: float, other: float) -> str:
+    values = {"digit": len(DIGITS), "colour": len(COLOURS), "direction": len(DIRECTIONS)}
+    attributes = parse_caption(caption)
+    named = [name for name in values if getattr(attributes, name) is not None] or ["direction"]
+    name = named[int(which * len(named))]
+    old, count = getattr(attributes, name), values[name]
+    new = int(other * count) if old is None else (old + 1 + int(other * (count - 1))) % count
+    return caption_of(replace(attributes, **{name: new}))

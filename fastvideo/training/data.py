@@ -25,6 +25,7 @@ from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
 from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
 from fastvideo.tiny.world import FRAMES, WORLDS
+from fastvideo.training.switches import check_switches, with_switches
 from fastvideo.training.texts import usable_prompts
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def build_data(
     """
     faults = Faults(config.data.faults, config.data.max_faults)
     source, description = open_source(config, adapter, faults, others)
+    source = with_switches(config, source, [adapter.conditioner, *others])
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     on_disk = not isinstance(source, MemorySource)
     on_cuda = processes.device.type == "cuda"
@@ -61,6 +63,7 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
             Parquet files, or fewer samples than one batch.
     """
     method = load_method(config.distill_method)
+    check_switches(config)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     if config.data.prompts is not None:
         _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)
@@ -122,6 +125,17 @@ def open_source(
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
         return _prompts(config, adapter, with_latents, others)
+    return open_videos(config, adapter, with_latents, faults, others)
+
+
+def open_videos(
+    config: Config,
+    adapter: Adapter,
+    with_latents: bool = True,
+    faults: Faults | None = None,
+    others: Sequence[Conditioner] = (),
+) -> tuple[Source, str]:
+    """Open ``data.path`` as videos with captions, whatever the method trains on."""
     if config.data.path not in WORLDS:
         return _dataset(config, adapter, with_latents, faults, others)
     return _tiny_world(config, adapter, with_latents)
@@ -131,7 +145,7 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     """Open a teacher's trajectories, if they were made for this config."""
     from fastvideo.data.fits import DataRequirements
     from fastvideo.data.parquet import ParquetSource
-    from fastvideo.data.trajectories import check_made_for, metadata_at
+    from fastvideo.data.trajectories import check_made_for, metadata_at, state_times
 
     if config.data.prompts is not None or config.data.path in WORLDS:
         raise UserError(
@@ -139,9 +153,10 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
             f"precompute-trajectories --config CONFIG --out FOLDER, and give the folder as data.path"
         )
     teacher = adapter.folder.load_network(config.method.teacher_path)
-    for made in metadata_at(config.data.path):
-        check_made_for(made, config, adapter, teacher)
-    steps = len(config.ladder.times)
+    kinds = {check_made_for(made, config, adapter, teacher) for made in metadata_at(config.data.path)}
+    if len(kinds) > 1:
+        raise UserError(f"data.path: {config.data.path} holds causal and bidirectional trajectories: keep one kind")
+    steps = len(state_times(config, kinds.pop()))
     extras = {STATES: (steps, *adapter.codec.latent_shape), STATE_TIMES: (steps,)}
     wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
     source = ParquetSource(config.data.path, wanted)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
+from fastvideo.distillation.chunks import Masked, spans
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
@@ -121,6 +122,8 @@ class HealthCheck:
         teacher = self.method.bundle["teacher"]
         family = teacher.adapter
         sampler = SamplerSpec.teacher(family.folder.teacher_times(self.options.teacher_steps), self._guidance(family))
+        if "teacher" in self.method.autoregressive_roles:
+            sampler = replace(sampler, reach=self.wanted.sampler.reach)
         shared, wanted = replace(self.shared, family=family), replace(self.wanted, sampler=sampler)
         made = shared.latents_and_videos(teacher, wanted, "the teacher's videos")
         if made is None:
@@ -160,7 +163,17 @@ class HealthCheck:
         if self.shared.writes and self._shows_panels:
             self._write_panels([torch.cat(row).cpu() for row in list(zip(*parts, strict=True))[:-1]], step)
         rms = float(torch.cat([gradient for *_, gradient in parts]).square().mean().sqrt())
-        return {"dmd_gradient_rms": rms} if math.isfinite(rms) else {}
+        found = {"dmd_gradient_rms": rms, **self._critic_lag(parts)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _critic_lag(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
+        """The critic's squared error in the last chunk over that in the first, of a student that has chunks."""
+        reach = self.method.reach_of(self.method.config)
+        if reach is None:
+            return {}
+        squares = torch.cat([(fake - x0).square() for x0, _, fake, *_ in parts])
+        means = [squares[:, :, a:b].mean() for a, b in spans(squares.shape[2], reach.chunk)]
+        return {"critic_lag": float(means[-1] / means[0])}
 
     @property
     def _shows_panels(self) -> bool:
@@ -172,7 +185,11 @@ class HealthCheck:
         """Latents of a batch, then estimates by student, critic and teacher, then the DMD gradient."""
         bundle, teacher = self.method.bundle, self.method.bundle["teacher"].adapter
         condition, negative = self._conditions(rows)
-        own = bundle["student"].x0(*self._noised(x0, rows), condition)
+        reach = self.method.reach_of(self.method.config)
+        context = None if reach is None else Masked(reach, x0)
+        x_t, t = self._noised(x0, rows)
+        times = t if context is None else t[:, None].expand(-1, x0.shape[2])
+        own = bundle["student"].x0(x_t, times, condition, context=context)
         scored = bundle.bridge("student", "teacher")(x0)
         x_t, t = self._noised(scored, rows)
         real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(teacher))

@@ -61,7 +61,14 @@ def _check_overwrite(config: Config, output: Path) -> None:
         raise UserError(
             f"--overwrite: {output} was not made by a run (no {' and '.join(RUN_FILES)}); delete it yourself"
         )
-    sources = [config.model.path, config.data.path, config.data.prompts, *(r.path for r in config.roles.values())]
+    data = config.data
+    sources = [
+        config.model.path,
+        data.path,
+        data.prompts,
+        data.switch_prompts,
+        *(r.path for r in config.roles.values()),
+    ]
     sources += [str(parse_origin(r.init_from).folder) for r in config.roles.values() if r.init_from]
     sources += [file for role in config.roles.values() for file in role.lora_files]
     for source in filter(None, sources):

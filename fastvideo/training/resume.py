@@ -37,7 +37,8 @@ def survivors(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parts of a run beside its roles: those that all processes hold alike, and each process's own."""
     shared = {"method": trainer.method} | ({} if validation is None else {"validation": validation})
-    return shared, {"trainer": trainer, "rng": trainer.method.rng, "data": data}
+    own = {"trainer": trainer, "rng": trainer.method.rng, "data": data}
+    return shared, own | dict(trainer.method.own_parts)
 
 
 def run_facts(config: Config) -> RunFacts:

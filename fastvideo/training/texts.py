@@ -73,8 +73,8 @@ def _captions(data: SampleStream, batches: int, number: int, conditioner: Condit
     if isinstance(source, MemorySource):
         if name in source.extras:
             return ()
-        whole = batches >= data.rounds
-        return source.captions if whole else [source.captions[row] for row in data.rows_ahead(batches)]
+        rows = range(len(source.captions)) if batches >= data.rounds else data.rows_ahead(batches)
+        return [captions[row] for captions in (source.captions, source.switches) if captions for row in rows]
     return source.captions() if isinstance(source, StoredSource) and name not in source.texts else ()
 
 

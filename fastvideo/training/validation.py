@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from fastvideo.inference.sampler import Sampling
 from fastvideo.training.health import HealthCheck
 from fastvideo.training.shared_sampling import SharedSampler
 from fastvideo.training.texts import conditioners_of
+
+if TYPE_CHECKING:
+    from fastvideo.evaluation.judge import Judge
+    from fastvideo.evaluation.streams.world import StreamJudge
 
 WATCHABLE = 128
 """Pixels of height below which a validation video is enlarged."""
@@ -42,9 +47,7 @@ def build_validation(
     prompts: list[str] = list(options.prompts)
     score = None
     if options.world_prompts:
-        from fastvideo.evaluation.judge import Judge
-
-        judge = Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
+        judge = _world_judge(options.world_prompts, options.seed, adapter)
         prompts, score = list(judge.prompts), judge.score
         frames = judge.first_frames(adapter.conditioner)
     else:
@@ -52,7 +55,9 @@ def build_validation(
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
         conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
-    sampler = replace(sampler, reach=method.reach_of(method.config), context_time=method.context_time_of(method.config))
+    reach, context_time = method.reach_of(method.config), method.context_time_of(method.config)
+    first_times = method.first_times_of(method.config)
+    sampler = replace(sampler, reach=reach, context_time=context_time, first_times=first_times)
     wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
     shared = SharedSampler(adapter, processes)
 
@@ -67,6 +72,19 @@ def build_validation(
         health = HealthCheck(config, method, shared, _of_health(config, wanted), folder, tracker, write)
     sinks = ValidationSinks(tracker.log, write, score, health)
     return ValidationHook(student, sample, sinks, folder, every=every, weights=options.weights)
+
+
+def _world_judge(prompts: int, seed: int, adapter: Adapter) -> Judge | StreamJudge:
+    """The judge of the tiny world, or of the one without edges for videos longer than that world's."""
+    from fastvideo.evaluation.judge import Judge
+    from fastvideo.evaluation.streams.world import StreamJudge
+    from fastvideo.tiny.classifier import FRAMES
+
+    codec = adapter.codec
+    frames = 1 + (codec.latent_shape[1] - 1) * codec.temporal
+    if frames <= FRAMES:
+        return Judge(prompts, seed, reference=VALIDATION_REFERENCE)
+    return StreamJudge(prompts, seed, frames, reference=VALIDATION_REFERENCE)
 
 
 def _of_health(config: Config, wanted: Sampling) -> Sampling:

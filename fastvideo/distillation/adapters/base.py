@@ -239,6 +239,10 @@ class ModelFolder(ABC):
         """``recipe.json`` of the folder; empty if it has none."""
         return {}
 
+    def recipe_of(self, path: str | None) -> Mapping[str, Any]:
+        """``recipe.json`` of another folder with a network of the family; empty if it has none."""
+        return {}
+
     @cached_property
     def kernels(self) -> str:
         """Kernels that compute the network, in one line for the log."""

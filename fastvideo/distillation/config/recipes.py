@@ -36,13 +36,16 @@ def find_config(config: str | Path) -> Path:
 
 
 def with_own_files(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Values of a recipe, with its missing prompts file replaced by the one beside it.
+    """Values of a recipe, with its missing prompts files replaced by those beside it.
 
     Recipes name paths as seen from a clone, but a run may start in any folder, and a wheel has no ``examples``.
     """
     data = values.get("data")
-    prompts = data.get("prompts") if isinstance(data, dict) else None
-    if file.parent not in (IN_WHEEL, IN_CLONE) or not isinstance(prompts, str) or Path(prompts).exists():
+    if file.parent not in (IN_WHEEL, IN_CLONE) or not isinstance(data, dict):
         return values
-    beside = file.parent / Path(prompts).name
-    return {**values, "data": {**data, "prompts": str(beside)}} if data and beside.is_file() else values
+    beside = {
+        key: str(file.parent / Path(data[key]).name)
+        for key in ("prompts", "switch_prompts")
+        if isinstance(data.get(key), str) and not Path(data[key]).exists()
+    }
+    return {**values, "data": data | {key: path for key, path in beside.items() if Path(path).is_file()}}

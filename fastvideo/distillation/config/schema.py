@@ -103,6 +103,9 @@ class DataConfig(Section):
     """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None
     """Text file with one prompt per line, instead of `path`; local or a URL."""
+    switch_prompts: str | None = None
+    """Text file with the prompt that follows each line of `prompts`, for streams that switch (`method.switch_frames`);
+    the tiny worlds make their own, which differ in one attribute."""
     long_prompts: Annotated[Literal["skip", "raise"], RESUMABLE] = "skip"
     """Reaction to prompts of `prompts` with more tokens than the text encoder takes: leave them out and list them in
     the run's folder, or stop with an error."""
@@ -251,6 +254,10 @@ class HealthConfig(Section):
     """Shares of the teacher's saturation outside which the student is grey or over-saturated."""
     motion: Band = (0.5, 2.5)
     """Shares of the teacher's motion outside which the student freezes or flickers."""
+    late_motion: NonNegativeFloat = 0.6
+    """Smallest motion of a long video's last quarter over that of its first, as a share of the teacher's."""
+    late_brightness: Band = (0.7, 1.4)
+    """The same for brightness, and the largest."""
     brightness: NonNegativeFloat = 0.15
     """Largest difference from the teacher's brightness, of 1."""
     colour: NonNegativeFloat = 0.1
@@ -265,6 +272,8 @@ class HealthConfig(Section):
     """Smallest ratio of the critic's movement per step to the student's."""
     gradient: NonNegativeFloat = 3.0
     """Largest RMS of the DMD gradient."""
+    critic_lag: NonNegativeFloat = 2.0
+    """Largest ratio of the critic's squared error in the last chunk of a stream to that in the first."""
 
 
 class TrackingConfig(Section):

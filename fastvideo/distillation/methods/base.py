@@ -15,7 +15,7 @@ from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.distillation.types import Batch, Need, RoleLoss, TrajectoryKind
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -36,6 +36,8 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """Frozen roles that a run may omit; the method documents the effect."""
     sampler: ClassVar[SamplerKind]
     """Sampler that the training matches; validation, generation and the result's recipe use it."""
+    autoregressive_roles: ClassVar[tuple[str, ...]] = ()
+    """Frozen roles that continue a past as the student does: their weights come from a model that was trained to."""
     needs_trajectories: ClassVar[bool] = False
     """True if it trains on a teacher's stored trajectories."""
     bridges: ClassVar[bool] = False
@@ -63,6 +65,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return True
 
     @classmethod
+    def uses_switches(cls, config: ConfigT) -> bool:
+        """True if this config needs a second prompt of every sample, for a switch in mid-video."""
+        return False
+
+    @classmethod
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
         return frozenset() if cls.reach_of(config) is None else frozenset({"chunks"})
@@ -76,6 +83,21 @@ class DistillMethod(ABC, Generic[ConfigT]):
     def context_time_of(cls, config: ConfigT) -> float:
         """Time at which the student's finished chunks are committed."""
         return config.context_time if isinstance(config, CausalOptions) else 0.0
+
+    @classmethod
+    def trajectory_kinds(cls, config: ConfigT) -> tuple[TrajectoryKind, ...]:
+        """Kinds of stored trajectories that it trains on, if it does."""
+        return ("bidirectional",)
+
+    @classmethod
+    def trusts_teachers(cls, config: ConfigT) -> bool:
+        """True if autoregressive roles are taken whose model folder does not say that it generates chunk by chunk."""
+        return False
+
+    @classmethod
+    def first_times_of(cls, config: ConfigT) -> tuple[float, ...]:
+        """Times of the first chunk of a stream; empty for those of the ladder."""
+        return ()
 
     @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
@@ -99,3 +121,9 @@ class DistillMethod(ABC, Generic[ConfigT]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+
+    @property
+    def own_parts(self) -> Mapping[str, Any]:
+        """State that differs between processes, by name: parts with ``state_dict``, ``load_state_dict`` and
+        ``load_foreign_state``, as :class:`~fastvideo.distillation.rng.RandomStreams` has them."""
+        return {}

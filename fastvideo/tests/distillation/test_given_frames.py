@@ -63,6 +63,8 @@ def made(name: str, frames: int = FRAMES, **options: Any) -> tuple[DistillMethod
     rng = RandomStreams(3) if frames == FRAMES else FreeFrames(3)
     if issubclass(load_method(name).Config, CausalOptions):
         options["reach"] = Reach(frames)  # one chunk, so that there are as many draws for fewer frames
+    if name == "streaming_tuning":
+        options["max_frames"] = frames
     method = toy_method(name, adapter, mean=-0.5, std=1.2, rng=rng, **options)
     assert whole.trajectory is not None
     walk = Trajectory(whole.trajectory.states[:, :, :, FRAMES - frames :], whole.trajectory.times)

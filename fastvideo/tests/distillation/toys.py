@@ -192,6 +192,7 @@ FLOW_MAP = {"fused_guidance": 1.0, "flow_time_shift": 1.0, "caption_dropout": 0.
 
 TOYS = {
     "kd": Toy({}, student="consistency", sampler=Ladder((1.0,))),
+    "causal_kd": Toy({"allow_bidirectional_pairs": True}, student="consistency"),
     "cm": Toy({"teacher_guidance": 1.0, "ratio_base": 1000.0}, student="consistency", optional=("teacher",)),
     "tcm": Toy({"teacher_guidance": 1.0}, student="consistency", optional=("teacher",)),
     "causal_cd": Toy(
@@ -202,6 +203,10 @@ TOYS = {
     "dmd2": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "causvid": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "self_forcing": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
+    "streaming_tuning": Toy(
+        {"teacher_guidance": 1.0, "generator_update_interval": 2, "first_frame": "keep", "max_frames": 3},
+        student="consistency",
+    ),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),

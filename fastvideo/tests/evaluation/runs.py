@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def measured(student_frechet: float = 30.0, side: int = 32, **settings: object) 
     return Evaluation(rows, videos, PROMPTS, {**SETTINGS, **settings})
 
 
-def make_run(folder: Path, evaluation: Evaluation[Row] | None = measured(), guidance: float = 2.0) -> Path:  # noqa: B008
+def make_run(folder: Path, evaluation: Evaluation[Any] | None = measured(), guidance: float = 2.0) -> Path:  # noqa: B008
     """A run of 400 steps with config, environment, curves and, if it was measured, figures and videos."""
     folder.mkdir(parents=True)
     config = f"distill_model: wan\ndistill_method: dmd2\noutput: {folder}\nmethod:\n  teacher_guidance: {guidance}\n"

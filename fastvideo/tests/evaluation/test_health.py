@@ -15,7 +15,7 @@ from fastvideo.distillation.config.schema import HealthConfig
 from fastvideo.evaluation.alarms import Alarm, find_alarms
 from fastvideo.evaluation.health import measure
 from fastvideo.evaluation.report import write_report
-from fastvideo.tiny.world import TinyWorld
+from fastvideo.tiny.world import TinyWorld, torus
 
 LIMITS = HealthConfig()
 PROMPTS, SEEDS = 8, 2
@@ -89,7 +89,12 @@ def test_an_exploding_student_raises_that_alone(scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "name"), [({"update_balance": 0.2}, "slow critic"), ({"dmd_gradient_rms": 5.0}, "gradient")]
+    ("training", "name"),
+    [
+        ({"update_balance": 0.2}, "slow critic"),
+        ({"dmd_gradient_rms": 5.0}, "gradient"),
+        ({"critic_lag": 3.0}, "late critic"),
+    ],
 )
 def test_figures_of_the_training_raise_their_alarms(training: dict[str, float], name: str) -> None:
     videos = scene(1)
@@ -98,7 +103,7 @@ def test_figures_of_the_training_raise_their_alarms(training: dict[str, float], 
 
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_other_videos_of_the_same_kind_raise_nothing(seed: int) -> None:
-    assert alarms_of(scene(seed), scene(1), update_balance=4.0, dmd_gradient_rms=0.9) == []
+    assert alarms_of(scene(seed), scene(1), update_balance=4.0, dmd_gradient_rms=0.9, critic_lag=1.5) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -107,6 +112,30 @@ def test_real_videos_of_the_tiny_world_raise_nothing(seed: int) -> None:
         TinyWorld("heldout").sample(PROMPTS * SEEDS, s).videos.unflatten(0, (PROMPTS, SEEDS)) for s in (100, seed)
     )
     assert alarms_of(second, first) == []
+
+
+def streams(seed: int) -> Tensor:
+    """Real streams ``[8, 2, 3, 33, 32, 32]``."""
+    return torus("heldout").sample(PROMPTS * SEEDS, seed).videos.unflatten(0, (PROMPTS, SEEDS))
+
+
+SLOWING = [min(t, 8 + max(t - 8, 0) // 3) for t in range(33)]
+COURSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "motion decays": lambda x: x[:, :, :, SLOWING],
+    "brightness drifts": lambda x: (x + 1) * torch.linspace(1, 0.5, 33).view(-1, 1, 1) - 1,
+}
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_a_stream_that_drifts_raises_its_alarm(name: str) -> None:
+    real = streams(0)
+    names = [alarm.name for alarm in alarms_of(COURSES[name](real), streams(1))]
+    assert names == [name]
+
+
+def test_real_streams_raise_nothing_and_short_videos_have_no_course() -> None:
+    assert alarms_of(streams(0), streams(1)) == []
+    assert not {"late_motion", "late_brightness"} & set(measure(scene(1)))
 
 
 def test_without_a_reference_only_what_is_not_finite_is_an_alarm() -> None:

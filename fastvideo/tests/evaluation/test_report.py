@@ -121,7 +121,7 @@ def test_headline_compares_the_fullest_rows() -> None:
     student = row(kind="student")
     two = Evaluation({"a/student": student, "b/student": student, "tiny": row(kind="teacher")}, {}, (), {}).to_dict()
     assert headline(two) == "3 models side by side", "of two students with equal calls none is the one"
-    assert titles_of(two) == {"a/student": "a/student", "b/student": "b/student", "tiny": "Teacher, 4 steps"}
+    assert titles_of(two) == {"a/student": "a", "b/student": "b", "tiny": "Teacher, 4 steps"}
 
 
 def test_a_difference_is_sure_only_if_its_interval_leaves_zero_out() -> None:

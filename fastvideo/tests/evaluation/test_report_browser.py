@@ -15,8 +15,9 @@ from selenium.webdriver.common.keys import Keys
 from fastvideo.evaluation.report import write_report
 from fastvideo.tests.evaluation.browser import FAINT, OUTSIDE, chromium, complaints, look, show, wait_for
 from fastvideo.tests.evaluation.runs import add_validation, make_run, measured
+from fastvideo.tests.evaluation.streams.rows import measured_streams
 
-PAGES = ("run", "large", "compare", "unlike", "trained", "trainings")
+PAGES = ("run", "large", "compare", "unlike", "trained", "trainings", "streams", "streams_compared")
 VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
 
 
@@ -35,7 +36,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     few = make_run(root / "few", measured(prompts=48))
     bare = make_run(root / "bare", None)
     trained = [add_validation(make_run(root / name, None)) for name in ("early", "late")]
+    streams, drifting = (
+        make_run(root / name, measured_streams(drift, students))
+        for name, drift, students in (("streams", 0.1, 2), ("drifting", 0.5, 1))
+    )
     return {
+        "streams": write_report([streams], root / "streams.html"),
+        "streams_compared": write_report([streams, drifting], root / "streams_compared.html"),
         "run": write_report([first], root / "run.html"),
         "large": write_report([large], root / "large.html"),
         "compare": write_report([first, second], root / "compare.html"),

@@ -51,6 +51,9 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
     def recipe(self) -> Mapping[str, Any]:
         return read_recipe(self.pipeline.source)
 
+    def recipe_of(self, path: str | None) -> Mapping[str, Any]:
+        return {} if is_single_file(path) else read_recipe(self.pipeline.resolved(path))
+
     @cached_property
     def kernels(self) -> str:
         """Attention kernel with torch's choice behind it, compiled or eager blocks, and precision."""

@@ -49,7 +49,7 @@ class CausalCDMethod(DistillMethod[CausalCDConfig]):
     Config = CausalCDConfig
     trainable_roles = ("student",)
     frozen_roles = ("teacher",)
-    causal_roles = ("student", "teacher")
+    autoregressive_roles = ("teacher",)
     sampler = "renoise"
     summary = "causal consistency distillation of an autoregressive teacher (arXiv 2605.15141)"
 
@@ -62,6 +62,10 @@ class CausalCDMethod(DistillMethod[CausalCDConfig]):
     @classmethod
     def optimizers(cls, config: CausalCDConfig) -> Mapping[str, OptimizerConfig]:
         return {"student": config.optimizer_of(config.learning_rate)}
+
+    @classmethod
+    def trusts_teachers(cls, config: CausalCDConfig) -> bool:
+        return config.allow_bidirectional_teacher
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         x0, noise = batch.latents, self.rng.normal_like(batch.latents)

@@ -38,6 +38,7 @@ class CausVidMethod(DMD2Method):
 
     Config = CausVidConfig
     config: CausVidConfig
+    bridges = False
     summary = "CausVid: DMD2 for a causal student on noised data (arXiv 2412.07772)"
 
     @classmethod

@@ -95,6 +95,11 @@ class SelfForcingMethod(DMD2Method):
         super().__init__(config, bundle, ladder, rng)
         self.first_times = Ladder(config.first_ladder).times if config.first_ladder else ladder.times
 
+    @classmethod
+    def first_times_of(cls, config: DMD2Config) -> Times:
+        assert isinstance(config, SelfForcingConfig)
+        return config.first_ladder
+
     def rollout(self, batch: Batch) -> Tensor:
         """Stream of the student, whose last scored frames have the gradient of one call per chunk."""
         frames = self.length(batch)
@@ -119,32 +124,31 @@ class SelfForcingMethod(DMD2Method):
 
         return solve
 
-    def exits(self, chunks: int) -> list[Times]:
-        """Times of each chunk's calls, the last one with gradient; equal on all ranks, so that they run together."""
-        ladders = [self.first_times, *[self.ladder.times] * (chunks - 1)]
+    def exits(self, chunks: int, *, opening: bool = True) -> list[Times]:
+        """Times of each chunk's calls, the last one with gradient; equal on all ranks, so that they run together.
+
+        ``opening``: the first of them is the first one of a video.
+        """
+        first_times = self.first_times if opening else self.ladder.times
+        ladders = [first_times, *[self.ladder.times] * (chunks - 1)]
         if self.config.last_exit_only:
             return ladders
         if not self.config.same_exit:
             return [times[: self.rng.shared_index(len(times)) + 1] for times in ladders]
-        first, other = len(self.first_times), len(self.ladder)
+        first, other = len(first_times), len(self.ladder)
         drawn = self.rng.shared_index(first)
         rest = drawn if first == other else self.rng.shared_index(other)
-        return [self.first_times[: drawn + 1], *[self.ladder.times[: rest + 1]] * (chunks - 1)]
+        return [first_times[: drawn + 1], *[self.ladder.times[: rest + 1]] * (chunks - 1)]
 
     def length(self, batch: Batch) -> int:
-        """Latent frames of the next rollout, equal on all ranks.
-
-        Raises:
-            UserError: if conditioning frames fix another length.
-        """
-        most = self.config.max_frames or batch.shape[2]
-        if most > batch.shape[2] and batch.condition.given is not None:
-            raise UserError(
-                f"method.max_frames: a rollout that goes on from given frames has those of the model's videos "
-                f"({batch.shape[2]} latent frames), got {most}"
-            )
+        """Latent frames of the next rollout, equal on all ranks."""
+        most = self.longest(batch)
         least, chunk = self.config.min_frames or most, self.config.reach.chunk
         return most if least == most else least + chunk * self.rng.shared_index((most - least) // chunk + 1)
+
+    def longest(self, batch: Batch) -> int:
+        """Latent frames of the longest rollout."""
+        return self.config.max_frames or batch.shape[2]
 
     def window(self, batch: Batch, frames: int) -> int:
         """Scored latent frames of a rollout of ``frames``.
@@ -171,9 +175,17 @@ class SelfForcingMethod(DMD2Method):
         """Frames from ``start`` on with the first one as an image latent, and the batch that scores them.
 
         ``before`` are clean latents up to the first one; the first ``overlap`` frames were scored already.
+
+        Raises:
+            UserError: if nothing is left to score.
         """
         if start == 0 or self.config.first_frame == "keep":
             return x0, replace(batch, unscored=overlap)
+        if x0.shape[2] == 1:
+            raise UserError(
+                f"method.first_frame: {self.config.first_frame} leaves the first of 1 scored latent frame out, so that "
+                f"none is left; raise model.num_frames or method.scored_frames, or set keep"
+            )
         if self.config.first_frame == "reencode":
             x0 = torch.cat([self.image_latent(before), x0[:, :, 1:]], dim=2)
         return x0, replace(batch, unscored=max(overlap, 1))

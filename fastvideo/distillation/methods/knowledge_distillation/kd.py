@@ -7,12 +7,14 @@ From any of these states the student regresses the end. Its sampler takes Euler 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.types import Batch, RoleLoss, Trajectory, UserError
 from fastvideo.ranges import LearningRate, Steps
@@ -40,7 +42,7 @@ class KDMethod(DistillMethod[KDConfig]):
     Config = KDConfig
     trainable_roles = ("student",)
     needs_trajectories = True
-    sampler = "euler"
+    sampler: ClassVar[SamplerKind] = "euler"
     summary = "knowledge distillation, regression on the teacher's stored trajectories (arXiv 2101.02388)"
 
     @classmethod
@@ -49,20 +51,20 @@ class KDMethod(DistillMethod[KDConfig]):
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         """``1/2 mean (D(X_i, t_i) - X_end)^2`` at a ladder step ``i`` drawn per sample."""
-        trajectory = self.checked(batch)
+        trajectory = self.checked(batch, self.ladder.times)
         rung = self.rng.index(len(batch), len(self.ladder))
         rows = torch.arange(len(batch), device=rung.device)
         t = torch.tensor(self.ladder.times, dtype=torch.float32, device=rung.device)[rung]
         x0 = self.bundle["student"].x0(trajectory.states[rows, rung], t, batch.condition)
         yield RoleLoss("student", 0.5 * batch.mean((x0 - batch.latents).square()))
 
-    def checked(self, batch: Batch) -> Trajectory:
-        """Trajectories of the batch, with states exactly at the ladder's times.
+    def checked(self, batch: Batch, times: Sequence[float]) -> Trajectory:
+        """Trajectories of the batch, with states exactly at ``times``.
 
         Raises:
             UserError: if there are none, or they were made for another ladder.
         """
-        trajectory, wanted = batch.trajectory, torch.tensor(self.ladder.times, dtype=torch.float32)
+        trajectory, wanted = batch.trajectory, torch.tensor(times, dtype=torch.float32)
         if trajectory is None or batch.x0 is None:
             raise UserError("KD needs trajectories: data.path is a folder that fastvideo precompute-trajectories made")
         found = trajectory.times

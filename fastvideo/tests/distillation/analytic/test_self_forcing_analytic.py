@@ -305,7 +305,16 @@ def test_what_the_models_videos_do_not_allow() -> None:
     batch = prompts(adapter)
     with pytest.raises(UserError, match=r"scored_frames: the model's videos have 3 latent frames"):
         self_forcing(adapter, scored_frames=4).sample(batch)
-    given = Condition({}, Given(torch.ones(2, 3, dtype=torch.bool), torch.zeros(batch.shape)))
+
+
+def test_given_frames_begin_a_rollout_of_any_length() -> None:
+    adapter = spy_of(3)
+    batch = exact_batch(adapter, 2)
+    mask = torch.tensor([[True, True, False]]).expand(2, -1)
+    given = Condition({}, Given(mask, batch.latents))
     batch = replace(batch, condition=batch.condition | given, negative=batch.negative | given)
-    with pytest.raises(UserError, match="goes on from given frames"):
-        self_forcing(adapter, max_frames=5).sample(batch)
+    method = self_forcing(adapter, max_frames=6)
+    x0 = method.rollout(batch)
+    torch.testing.assert_close(x0[:, :, :2], batch.latents[:, :, :2])
+    assert x0.shape[2] == 6
+    assert not torch.allclose(x0[:, :, 2], batch.latents[:, :, 2])

@@ -14,6 +14,8 @@ from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import full_time, guide, velocity_to_x0
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition
+from fastvideo.errors import UserError
+from fastvideo.inference.recipe import streaming_of
 
 SHAPE = (16, 5, 4, 4)
 TIMES = (1.0, 0.7, 0.4)
@@ -136,3 +138,18 @@ def test_a_recached_window_is_a_video_of_the_kept_frames_alone(
     with torch.no_grad():
         found, expected = (student.velocity(x, t, conditions[1], context=context) for context in (past, fresh))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_chunk_takes_its_own_times(student: Denoiser, conditions: tuple[Condition, Condition]) -> None:
+    calls = []
+    spec = SamplerSpec((1.0,), 1.0, "renoise", Reach(1), first_times=(1.0, 0.6, 0.3))
+    assert spec.calls_of(SHAPE[1]) == 3 + 4
+    options = {"visit": lambda step, x: calls.append(x.shape[2])}
+    sample(student, SampleNoise([1, 2]), SHAPE, spec, conditions[0], **options)
+    assert len(calls) == 3 + 4
+    ladder = {"chunk": 1, "first_ladder": [1.0, 0.6, 0.3]}
+    assert streaming_of({"streaming": ladder})["first_times"] == spec.first_times
+    assert streaming_of({"streaming": {"chunk": 1}})["first_times"] == ()
+    for wrong in ("1.0", [0.3, 0.6], [2.0]):
+        with pytest.raises(UserError, match="streaming"):
+            streaming_of({"streaming": {**ladder, "first_ladder": wrong}})

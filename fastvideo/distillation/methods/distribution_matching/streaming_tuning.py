@@ -1,0 +1,164 @@
+"""Streaming tuning: Self-Forcing on long streams that go on from step to step, with switches of the prompt (LongLive,
+arXiv 2509.22622).
+
+A stream survives its step: the next one continues it from its past by some frames, and teacher and critic score the
+window that ends with them. Its earlier frames are context there, without gradient. So the student trains on pasts as
+long as those it will meet, at the cost of a short rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.causal_rollout import Continuation, OnSwitch, bound
+from fastvideo.distillation.chunks import Past, frames_of, spans
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.running_stream import RunningStream, StreamKeeper
+from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingConfig, SelfForcingMethod
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import Batch, Condition, UserError
+from fastvideo.ranges import LearningRate, PositiveInt
+
+STREAM = 2
+"""Frames of a stream in those of the model's videos, where the config names none."""
+
+
+class StreamingTuningConfig(SelfForcingConfig):
+    """Options of streaming tuning, besides those of Self-Forcing."""
+
+    max_frames: PositiveInt | None = None
+    """Latent frames after which a stream ends and another begins; twice those of the model's videos if not given."""
+    min_frames: PositiveInt | None = None
+    """Latent frames of the shortest stream, whose length is then drawn between both, in steps of a chunk; if not given,
+    every stream has `max_frames`."""
+    min_new_frames: PositiveInt | None = None
+    """Fewest latent frames by which a step continues a stream, drawn up to `scored_frames`; all of these but one chunk
+    if not given. A step ends where the prompt switches."""
+    switch_frames: tuple[PositiveInt, ...] = ()
+    """Latent frames of which each stream draws one, at whose chunk its prompt switches to the second one of its sample
+    (`data.switch_prompts`); empty for no switches."""
+    on_switch: OnSwitch = "recache"
+    """Past at a switch: `recache` computes it anew with the new prompt, `keep` changes nothing, `flush` leaves the sink
+    and the last chunk, `cut` begins an empty one."""
+    student_learning_rate: LearningRate = 1e-5
+    """AdamW learning rate of the student."""
+    critic_learning_rate: LearningRate = 2e-6
+    """AdamW learning rate of the critic."""
+
+    @model_validator(mode="after")
+    def _switches(self) -> StreamingTuningConfig:
+        if self.max_frames and any(frame >= self.max_frames for frame in self.switch_frames):
+            raise ValueError(f"switch_frames: below max_frames {self.max_frames}, got {list(self.switch_frames)}")
+        if self.min_new_frames and self.scored_frames and self.min_new_frames > self.scored_frames:
+            raise ValueError(f"min_new_frames: at most scored_frames {self.scored_frames}, got {self.min_new_frames}")
+        return self
+
+
+class StreamingTuningMethod(SelfForcingMethod):
+    """Causal student, frozen bidirectional teacher, bidirectional critic."""
+
+    Config = StreamingTuningConfig
+    config: StreamingTuningConfig
+    summary = "streaming tuning: Self-Forcing on long streams, with prompt switches (LongLive, arXiv 2509.22622)"
+
+    def __init__(self, config: StreamingTuningConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
+        super().__init__(config, bundle, ladder, rng)
+        self.keeper = StreamKeeper(rng.device)
+
+    @classmethod
+    def uses_switches(cls, config: DMD2Config) -> bool:
+        assert isinstance(config, StreamingTuningConfig)
+        return bool(config.switch_frames)
+
+    @property
+    def own_parts(self) -> Mapping[str, Any]:
+        return {"stream": self.keeper}
+
+    def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """The window that ends with a stream's next frames, and its batch, with the prompt in force for them."""
+        before = self.next_stream(batch)
+        stream, new = self.extended(before, self.new_frames(before, batch))
+        frames = torch.cat([before.latents, new], dim=2)
+        first = max(0, frames.shape[2] - self.window(batch, frames.shape[2]))
+        window = frames[:, :, first:]
+        self.keeper.stream = replace(stream, latents=window.detach())
+        start = stream.length - window.shape[2]
+        condition = frames_of(stream.condition, start, stream.length)
+        scoring = Batch(tuple(window.shape), condition, Condition(batch.negative.tensors, condition.given))
+        return self.scored(window, frames[:, :, : first + 1], scoring, start, window.shape[2] - new.shape[2])
+
+    def next_stream(self, batch: Batch) -> RunningStream:
+        """The running stream with its prompt in force, or a new one of this batch, if that has come to its end."""
+        stream = self.keeper.stream
+        if stream is None or not stream.fits(batch) or stream.length + self.least_new(batch) > stream.most:
+            return self.begun(batch)
+        if stream.switch is None or stream.length != stream.switch_at:
+            return stream
+        _, past = self.continuation(stream).switched(stream.past, stream.switch, self.config.on_switch)
+        return replace(stream, past=past, condition=stream.switch, switch=None)
+
+    def begun(self, batch: Batch) -> RunningStream:
+        """A stream without a frame.
+
+        Raises:
+            UserError: if there are no prompts to switch to.
+        """
+        most, switch_at = self.length(batch), self.switch_frame(batch)
+        switches = switch_at is not None and switch_at < most
+        if switches and batch.switch is None:
+            raise UserError("method.switch_frames: the data has no prompts to switch to; give data.switch_prompts")
+        switch = batch.switch if switches else None
+        nothing = torch.empty((*batch.shape[:2], 0, *batch.shape[3:]), device=self.rng.device)
+        return RunningStream(Past(self.config.reach), nothing, batch.condition, switch, switch_at or 0, 0, most)
+
+    def longest(self, batch: Batch) -> int:
+        """Latent frames of the longest stream."""
+        return self.config.max_frames or STREAM * batch.shape[2]
+
+    def switch_frame(self, batch: Batch) -> int | None:
+        """First frame of the chunk where the next stream switches, equal on all ranks."""
+        if not self.config.switch_frames:
+            return None
+        wanted = self.config.switch_frames[self.rng.shared_index(len(self.config.switch_frames))]
+        chunk, window = self.config.reach.chunk, self.window(batch, batch.shape[2])
+        rest = window % chunk
+        return rest + chunk * max(1, -(-(wanted - rest) // chunk))
+
+    def least_new(self, batch: Batch) -> int:
+        """Fewest new frames of a step, whole chunks."""
+        chunk, window = self.config.reach.chunk, self.window(batch, batch.shape[2])
+        least = self.config.min_new_frames or max(chunk, window - chunk)
+        return chunk * max(1, min(-(-least // chunk), window // chunk))
+
+    def new_frames(self, stream: RunningStream, batch: Batch) -> int:
+        """New frames of this step, equal on all ranks: a window at first, then a drawn number of chunks."""
+        chunk, window = self.config.reach.chunk, self.window(batch, batch.shape[2])
+        least = self.least_new(batch) // chunk
+        count = window if not stream.length else chunk * (least + self.rng.shared_index(window // chunk - least + 1))
+        left = stream.most - stream.length
+        until = stream.switch_at - stream.length if stream.switch is not None else left
+        return min(count, until, left if not stream.length else left // chunk * chunk)
+
+    def extended(self, stream: RunningStream, count: int) -> tuple[RunningStream, Tensor]:
+        """The stream after ``count`` more frames, and those, with the gradient of one call per chunk."""
+        runs = [end - start for start, end in spans(count, self.config.reach.chunk)]
+        plan = zip(self.exits(len(runs), opening=not stream.length), [True] * len(runs), strict=True)
+        shape, solve = stream.latents.shape, self.solver(plan)
+        noise = self.rng.normal((*shape[:2], count, *shape[3:]))
+        student, past, chunks = self.continuation(stream), stream.past, []
+        for start in torch.split(noise, runs, dim=2):
+            chunks.append(solve(bound(student, past), start))
+            past = student.commit(past, chunks[-1])
+        return replace(stream, past=past, length=stream.length + count), torch.cat(chunks, dim=2)
+
+    def continuation(self, stream: RunningStream) -> Continuation:
+        """The student with the prompt in force."""
+        return Continuation(self.student, stream.condition, self.config.context_time, self.rng.normal_like)

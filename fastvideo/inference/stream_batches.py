@@ -1,0 +1,175 @@
+"""Streams of many prompts at once, frame by frame: one batch of :func:`sample` in a memory that does not grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor
+
+from fastvideo.distillation.causal_rollout import bound
+from fastvideo.distillation.chunks import Contexts, spans
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
+from fastvideo.distillation.types import Condition, UserError
+from fastvideo.inference.loading import LoadedModel
+from fastvideo.inference.locks import lock_of
+from fastvideo.inference.switching import POLICIES, OnSwitch
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """Prompts that are streamed together.
+
+    Attributes:
+        seeds: of the noise of each prompt.
+        called: called after each step's network calls.
+    """
+
+    model: LoadedModel
+    sampler: SamplerSpec
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    called: Callable[[], None] | None = None
+
+    @property
+    def noise(self) -> SampleNoise:
+        """The noise streams at their beginning."""
+        return SampleNoise(self.seeds, self.model.adapter.device)
+
+    def under(self, prompts: Sequence[str], noise: SampleNoise) -> Stream:
+        """The model's stream of other prompts."""
+        conditions = _conditions(self.model, self.sampler, prompts)
+        return streaming(self.model.denoiser, noise, self.sampler, *conditions, called=self.called)
+
+    def start(self, noise: SampleNoise, frames: int) -> Tensor:
+        """Noise of the next ``frames`` latent frames."""
+        channels, _, *size = self.model.adapter.codec.latent_shape
+        return noise.draw((channels, frames, *size))
+
+    def made(self, stream: Stream, past: Contexts, noise: SampleNoise, start: Tensor) -> Tensor:
+        """Clean latents of the chunk behind a past."""
+        with lock_of(self.model.denoiser.network):
+            return solved(self.sampler, noise, bound(stream, past), start)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Switch of all prompts of a batch.
+
+    Attributes:
+        prompts: new ones.
+        latent: first latent frame under them, where a chunk begins.
+        on_switch: treatment of the past.
+    """
+
+    prompts: Sequence[str]
+    latent: int
+    on_switch: OnSwitch
+
+
+@dataclass(frozen=True)
+class StreamPiece:
+    """The next frames ``[B, 3, n, H, W]`` in ``[-1, 1]``, float32 on the CPU, and the seconds that denoising took."""
+
+    frames: Tensor
+    seconds: float = 0.0
+
+
+def latent_frames(model: LoadedModel, frames: int) -> int:
+    """Latent frames of a video.
+
+    Raises:
+        UserError: for a number of frames that no video of the model has.
+    """
+    temporal = model.adapter.codec.temporal
+    if frames < 1 or (frames - 1) % temporal:
+        below = max(0, (frames - 1) // temporal) * temporal + 1
+        raise UserError(
+            f"{frames} frames: one more than a multiple of {temporal} is expected, such as {below} or "
+            f"{below + temporal}"
+        )
+    return (frames - 1) // temporal + 1
+
+
+@torch.no_grad()
+def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None) -> Iterator[StreamPiece]:
+    """Stream ``frames`` video frames; without a change, those of ``sample()`` and a decoding of the whole.
+
+    Raises:
+        UserError: as :func:`latent_frames`, or for a family that cannot decode frame by frame.
+    """
+    codec, noise = batch.model.adapter.codec, batch.noise
+    stream, decode = batch.under(batch.prompts, noise), codec.frame_decoder()
+    past, last, latents, done = stream.opened, None, 0, 0
+    for count in chain(stream.chunks(latent_frames(batch.model, frames)), repeat(_chunk(batch.sampler))):
+        begin, start = time.perf_counter(), batch.start(noise, count)
+        if change is not None and latents == change.latent and last is not None:
+            after = batch.under(change.prompts, noise)
+            past, stream = POLICIES[change.on_switch](stream, after, past, last), after
+            decode = codec.frame_decoder() if change.on_switch == "cut" else decode
+        elif last is not None:
+            past = stream.commit(past, last)
+        last = batch.made(stream, past, noise, start)
+        latents, seconds = latents + count, time.perf_counter() - begin
+        for frame in torch.split(last, 1, dim=2):
+            piece = decode(frame).float().cpu()[:, :, : frames - done]
+            done += piece.shape[2]
+            yield StreamPiece(piece, seconds)
+            seconds = 0.0
+            if done == frames:
+                return
+
+
+def _chunk(sampler: SamplerSpec) -> int:
+    return 1 if sampler.reach is None else sampler.reach.chunk
+
+
+@torch.no_grad()
+def continued(batch: StreamBatch, latents: Tensor, places: Sequence[int], frames: int) -> Iterator[tuple[int, Tensor]]:
+    """Continuations of real videos, from several places on: what the model makes of a past that is not its own.
+
+    Args:
+        latents: real ones ``[B, C, F, H, W]``, committed chunk by chunk as the model's own would be.
+        places: latent frames, not the first, at which a chunk begins.
+        frames: video frames of a continuation.
+
+    Yields:
+        A place, and the last real video frame with the ``frames`` made behind it: ``[B, 3, 1 + frames, H, W]``.
+    """
+    noise, decode = batch.noise, batch.model.adapter.codec.frame_decoder()
+    stream = batch.under(batch.prompts, noise)
+    past, seen = stream.opened, None
+    for start, end in spans(latents.shape[2], _chunk(batch.sampler)):
+        if start in places and seen is not None:
+            made = _continuation(batch, stream, past, noise, decode.fork(), frames)
+            yield start, torch.cat([seen, made], dim=2)
+        chunk = latents[:, :, start:end].to(batch.model.adapter.device)
+        past, seen = stream.commit(past, chunk), decode(chunk).float().cpu()[:, :, -1:]
+
+
+def _continuation(
+    batch: StreamBatch,
+    stream: Stream,
+    past: Contexts,
+    noise: SampleNoise,
+    decode: Callable[[Tensor], Tensor],
+    frames: int,
+) -> Tensor:
+    """Video frames ``[B, 3, frames, H, W]`` behind a past."""
+    pieces: list[Tensor] = []
+    while sum(piece.shape[2] for piece in pieces) < frames:
+        made = batch.made(stream, past, noise, batch.start(noise, _chunk(batch.sampler)))
+        past = stream.commit(past, made)
+        pieces.append(decode(made).float().cpu())
+    return torch.cat(pieces, dim=2)[:, :, :frames]
+
+
+def _conditions(model: LoadedModel, sampler: SamplerSpec, prompts: Sequence[str]) -> tuple[Condition, Condition]:
+    conditioner = model.adapter.conditioner
+    condition = conditioner.encode_prompts(prompts)
+    if sampler.guidance == 1.0:
+        return condition, condition
+    return condition, conditioner.encode_prompts([conditioner.negative_prompt] * len(prompts))

@@ -1,0 +1,34 @@
+"""Windows of long rollouts on Wan: the first latent is an image's, as teacher and critic know it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingConfig, SelfForcingMethod
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import RawBatch
+from fastvideo.tests.preparing import preparer
+
+
+def test_the_first_scored_latent_is_the_image_of_its_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = WanAdapter(WanConfig(num_frames=5))
+    adapter.ensure_negative_conditioning()
+    network = adapter.folder.load_network()
+    roles = [RoleHandle(name, adapter, network, name != "teacher") for name in ("student", "teacher", "critic")]
+    config = SelfForcingConfig(max_frames=4)
+    method = SelfForcingMethod(config, ModelBundle(roles), Ladder((1.0,)), RandomStreams(0))
+    batch = preparer(adapter)(RawBatch(("a red seven", "a four")))
+    rolled = method.rollout(batch).detach()
+    monkeypatch.setattr(method, "rollout", lambda batch: rolled)
+    x0, scored = method.sample(batch)
+    video = adapter.codec.decode(rolled)
+    assert video.shape[2] == 13
+    image = adapter.codec.encode(video[:, :, 8:9])  # the last of latent 2, the first scored one
+    assert scored.unscored == 1
+    assert x0.shape[2] == 2
+    torch.testing.assert_close(x0[:, :, :1], image, rtol=1e-4, atol=1e-4)
+    assert torch.equal(x0[:, :, 1:], rolled[:, :, 3:])
