@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from fastvideo.evaluation.streams.motion import centred, centres
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes
 from fastvideo.tiny.classifier import FRAMES, TinyClassifier
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
@@ -53,7 +53,7 @@ class Reader:
         if clip.shape[1] < FRAMES:
             return [None] * len(frames)
         windows = clip.unfold(1, FRAMES, 1).permute(1, 0, 4, 2, 3)[-len(frames) :]
-        found = self._judge.read(centred(windows)).tolist()
+        found = self._judge.read(centred(windows, centres(windows))).tolist()
         missing = len(frames) - len(found)
         for frame, reading in enumerate(found, first + missing):
             self._note(frame, reading)
@@ -71,22 +71,3 @@ def in_words(reading: Sequence[int]) -> Reading:
     """Indices of digit, colour and direction as words."""
     digit, colour, direction = reading
     return DIGITS[digit], COLOURS[colour], DIRECTIONS[direction]
-
-
-def centred(windows: Tensor) -> Tensor:
-    """Roll each window ``[n, 3, 9, H, W]`` by whole pixels over the torus until its middle frame is in the centre."""
-    return torch.stack([_rolled(window) for window in windows])
-
-
-def _rolled(window: Tensor) -> Tensor:
-    ink = (window[:, window.shape[1] // 2].amax(dim=0) + 1) / 2
-    shifts = [round(ink.shape[axis] / 2 - _circular_centre(ink.sum(dim=1 - axis))) for axis in (0, 1)]
-    return window.roll(shifts, dims=(2, 3))
-
-
-def _circular_centre(ink: Tensor) -> float:
-    """Centre in pixels of ink ``[n]`` on a circle: the phase of its first Fourier coefficient."""
-    n = len(ink)
-    angles = 2 * torch.pi * (torch.arange(n) + 0.5) / n
-    phase = torch.atan2((ink * angles.sin()).sum(), (ink * angles.cos()).sum())
-    return float(phase) % (2 * torch.pi) * n / (2 * torch.pi)

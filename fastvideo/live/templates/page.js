@@ -23,6 +23,7 @@ function say(text, off = false) {
 function complain(text) {
   $("problem").textContent = text || "";
   $("problem").hidden = !text;
+  $("prompt").setAttribute("aria-invalid", String(Boolean(text)));
 }
 
 // Connection
@@ -111,7 +112,7 @@ const EVENTS = {
   },
   replaced(data) { note(data.id, null, "replaced by the next one before it was applied"); },
   refused(data) { note(data.id, null, "refused"); complain(data.message); },
-  failed(data) { ended = true; disconnect(); $("play").textContent = "Play"; paused = true; say("The model stopped.", true); complain(`The model stopped: ${data.message}`); },
+  failed(data) { ended = true; disconnect(); $("play").textContent = "Play"; paused = true; say(`The model stopped: ${data.message}`, true); },
   bye() { ended = true; disconnect(); $("play").textContent = "Play"; paused = true; say("The server was stopped.", true); },
 };
 

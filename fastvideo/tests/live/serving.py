@@ -42,11 +42,13 @@ class Live:
 
 
 @contextmanager
-def live(seconds: float = 0.0, fps: float = 40.0, judged: bool = True, prompt: str = PROMPT) -> Iterator[Live]:
+def live(
+    seconds: float = 0.0, fps: float = 40.0, judged: bool = True, prompt: str = PROMPT, name: str = "tiny_stream"
+) -> Iterator[Live]:
     """A server of the true world; ``seconds`` per chunk."""
-    session = Session(WorldStreamer(seconds), prompt, Clock(fps), Reader() if judged else None)  # type: ignore[arg-type]
+    session = Session(WorldStreamer(seconds), PROMPT, Clock(fps), Reader() if judged else None)  # type: ignore[arg-type]
     socket, raised = listen(0), []
-    page = render("tiny_stream", "the true world", 32, 32, fps, world=judged)
+    page = render(name, "the true world", 32, 32, fps, world=judged)
 
     def run() -> None:
         try:

@@ -217,14 +217,16 @@ def test_the_ends_are_told(page: tuple[Live, Chrome]) -> None:
         box = element(browser, "#prompt")
         box.clear()
         box.send_keys(BROKEN, Keys.ENTER)
-        assert wait_for(lambda: text(browser, "status") == "The model stopped.")
-        assert "the network is broken" in text(browser, "problem")
+        assert wait_for(lambda: text(browser, "status") == "The model stopped: the network is broken")
 
 
 def test_other_models_have_neither_chips_nor_judge(browser: Chrome) -> None:
-    with live(seconds=0.02, fps=24.0, judged=False) as running:
+    name = "/data/outputs/self_forcing_with_a_long_name/checkpoints/student-ema-0.999-final"
+    with live(seconds=0.02, fps=24.0, judged=False, name=name) as running:
+        look(browser, 390)
         browser.get(running.url)
         assert wait_for(lambda: frame(browser) > 10)
+        assert browser.execute_script(OUTSIDE) == []
         assert not browser.find_elements(By.CSS_SELECTOR, ".judge, .words")
         box = element(browser, "textarea")
         box.clear()
