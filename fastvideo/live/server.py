@@ -122,7 +122,7 @@ async def feed(session: Session) -> AsyncIterator[bytes]:
         with suppress(asyncio.QueueFull):  # behind the end
             waiting.put_nowait(event)
 
-    viewer = session.join(lambda event: loop.call_soon_threadsafe(put, event))  # type: ignore[func-returns-value]
+    viewer = session.join(lambda event: loop.call_soon_threadsafe(put, event))
     try:
         yield RETRY
         while (event := await _next(waiting)) is not None:

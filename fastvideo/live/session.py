@@ -24,7 +24,7 @@ from fastvideo.live.steering import Asked, asked, attributes_of, changed
 
 Kind = Literal["switch", "cut", "again"]
 """Ways to take a prompt: go on with the scene, begin another one, or start over from the first noise."""
-Send = Callable[[bytes | None], None]
+Send = Callable[[bytes | None], object]
 """Takes events for a page from any thread and never waits; ``None`` is the end."""
 LONGEST = 2000
 """Characters of a prompt."""
