@@ -1,10 +1,12 @@
-"""One folder per session for what is built once, by all processes of the session together; no width of a terminal."""
+"""One folder per session for what is built once, by all its processes together; one thread; no width of a terminal."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 
@@ -24,6 +26,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if folder := config.stash.get(OWNED, None):
         shutil.rmtree(folder, ignore_errors=True)
         del os.environ[FOLDER]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch at one thread, whatever a recipe asks for: threads without cores of their own wait by spinning."""
+    import torch
+
+    torch.set_num_threads(1)
+    with patch.object(torch, "set_num_threads", lambda count: None):
+        yield
 
 
 OWNED = pytest.StashKey[str]()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from fastvideo.cli import VERBS
@@ -26,7 +27,6 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-METHODS_NEVER = ("diffusers", "transformers", "peft")
 
 
 def test_import_contracts() -> None:
@@ -36,9 +36,15 @@ def test_import_contracts() -> None:
     assert lint_imports(config_filename=str(ROOT / ".importlinter"), cache_dir=None) == 0, "run: make contracts"
 
 
+@cache
+def parsed(source: Path) -> ast.Module:
+    """A file's syntax tree, which several rules read."""
+    return ast.parse(source.read_text(encoding="utf-8"))
+
+
 def imports_of(source: Path) -> Iterator[str]:
     """Every module that a file imports, under TYPE_CHECKING and inside functions too."""
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -65,7 +71,7 @@ def test_every_import_is_a_declared_dependency() -> None:
 def functions() -> Iterator[tuple[str, int]]:
     """Name and length in lines of every function, its docstring included."""
     for source in [*SOURCES, *sorted(TOOLS.rglob("*.py"))]:
-        for node in ast.walk(ast.parse(source.read_text())):
+        for node in ast.walk(parsed(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 yield f"{source.relative_to(ROOT)}::{node.name}", node.end_lineno - node.lineno + 1
@@ -103,22 +109,9 @@ def test_help_is_instant() -> None:
     assert checked == [["checked"], *(["checked", verb] for verb in VERBS)]
 
 
-def loaded_after(statement: str) -> set[str]:
-    """The modules that a fresh interpreter has loaded after ``statement``."""
-    code = f"import sys\n{statement}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
-
-
-def test_methods_and_registries_do_not_load_diffusers() -> None:
-    loaded = loaded_after("import fastvideo.distillation.methods, fastvideo.distillation.builder")
-    assert not loaded & set(METHODS_NEVER)
-
-
 def unencoded(source: Path) -> Iterator[int]:
     """Lines of calls that read or write a file as text and do not name its encoding."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(source)):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
             continue
         call = ast.unparse(node)

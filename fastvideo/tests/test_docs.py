@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastvideo.cli import VERBS, main
 from fastvideo.distillation.registry import ADAPTERS, METHODS
@@ -65,10 +64,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     registries = [(registry, dict(registry)) for registry in (METHODS, ADAPTERS)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield tmp_path
-    torch.set_num_threads(threads)
     for registry, entries in registries:
         registry.clear()
         registry.update(entries)

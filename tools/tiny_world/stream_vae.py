@@ -80,10 +80,10 @@ def sharpen_on_streams(vae: AutoencoderKLWan, recipe: SharpStreamRecipe) -> Auto
 
 
 def stream_losses(vae: AutoencoderKLWan, recipe: StreamVaeRecipe, noise: torch.Generator | None) -> Iterator[Tensor]:
-    """Losses of steps without end; with ``noise`` on samples of the posteriors, otherwise on their means."""
+    """Losses of all steps; with ``noise`` on samples of the posteriors, otherwise on their means."""
     turn, fresh = random.Random(recipe.seed), videos_of(recipe)
     streams = [Stream(vae, next(fresh)) for _ in range(recipe.turns)]
-    while True:
+    for _ in range(recipe.steps):
         chosen = turn.randrange(recipe.turns)
         yield streams[chosen].loss(recipe, noise)
         if streams[chosen].ended:

@@ -7,6 +7,7 @@ import sys
 
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "sklearn", "tensorboard", "av")
 MODULES = (
+    "fastvideo.distillation.methods",
     "fastvideo.distillation.methods.distribution_matching.dmd2",
     "fastvideo.distillation.methods.fine_tuning.sft",
     "fastvideo.distillation.adapters.wan",

@@ -213,7 +213,7 @@ def test_the_truth_is_a_fixed_point_that_attracts(name: str, offset: float) -> N
         return analytic_batch(adapter, 64, seed=step)
 
     rates = {**dict.fromkeys(method.trainable_roles, 1e-3), **toy_of(name).rates}
-    train(method, batches, 200, rates)
+    train(method, batches, 100, {role: 2 * rate for role, rate in rates.items()})  # a student may move 0.1
     mean, std = moments(method.bundle["student"])
     if offset:
         assert MEAN + 0.01 < mean < MEAN + offset - 0.02, "it moves towards the truth, and cannot be there yet"

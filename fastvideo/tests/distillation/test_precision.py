@@ -65,7 +65,9 @@ def similarity(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("cuda_rules")
-@pytest.mark.parametrize("layout", ["context2", "shard2 x context2", pytest.param("shard2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["shard2 x context2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("context2", "shard2"))]
+)
 def test_layouts_train_in_bfloat16_what_one_process_trains_in_float32(
     layout: str, folders: Any, tmp_path: Path
 ) -> None:

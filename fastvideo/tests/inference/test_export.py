@@ -23,7 +23,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import generate
-from fastvideo.inference.loading import load_model
+from fastvideo.inference.loading import LoadedModel, load_model, open_model
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.distillation.tiny_images import i2v_config, ti2v_config
 from fastvideo.tests.inference.exporting import PROMPTS, export
@@ -42,31 +42,39 @@ def refusal(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags:
 
 
 def noise_of(folder: Path) -> Tensor:
-    return normal((len(PROMPTS), *load_model(str(folder)).adapter.codec.latent_shape), seeded(6))
+    return normal((len(PROMPTS), *open_model(str(folder)).adapter.codec.latent_shape), seeded(6))
 
 
 def stock(folder: Path, steps: int, scheduler: Any = None) -> np.ndarray:
-    """Videos ``[B, T, H, W, 3]`` in [0, 1] by the stock pipeline; its scheduler draws from the global generator."""
-    pipeline = WanPipeline.from_pretrained(folder)
+    """Videos ``[B, T, H, W, 3]`` in [0, 1] by the stock pipeline of a folder, with its scheduler or another."""
+    return sampled(WanPipeline.from_pretrained(folder), steps, noise_of(folder), scheduler)
+
+
+def sampled(pipeline: Any, steps: int, noise: Tensor, scheduler: Any = None) -> np.ndarray:
+    """The same by a loaded pipeline; its scheduler draws from the global generator."""
     pipeline.set_progress_bar_config(disable=True)
     if scheduler is not None:
         pipeline.scheduler = scheduler
     torch.manual_seed(7)
     size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
     return pipeline(
-        PROMPTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise_of(folder), output_type="np", **size
+        PROMPTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="np", **size
     ).frames
 
 
 def ours(folder: Path, steps: int | None = None) -> np.ndarray:
     """The same by our own sampler, from the same noise and the same draws."""
-    model = load_model(str(folder))
+    return sampled_by_us(load_model(str(folder)), steps)
+
+
+def sampled_by_us(model: LoadedModel, steps: int | None = None) -> np.ndarray:
+    """The same by a loaded model."""
     spec = model.sampler(steps)
     velocity = partial(
         model.adapter.velocity, model.network, condition=model.adapter.conditioner.encode_prompts(PROMPTS)
     )
     torch.manual_seed(7)
-    latents = generate(spec.kind, velocity, noise_of(folder), spec.times, lambda x: torch.randn(x.shape))
+    latents = generate(spec.kind, velocity, noise_of(Path(model.source)), spec.times, lambda x: torch.randn(x.shape))
     return (model.adapter.codec.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
 
 
@@ -82,8 +90,10 @@ def test_a_flow_map_is_exported_with_its_head_and_a_warning(student: Callable[..
     torch.nn.init.normal_(model.network.get_parameter("flow_map_head.last.weight"), std=0.3)
     model.adapter.folder.save(tmp_path / "mapped", model.network, dict(model.recipe))
     folder = export(tmp_path / "mapped", tmp_path / "out")
-    assert difference(ours(folder), ours(tmp_path / "mapped")) == 0.0
-    assert difference(ours(folder, 1), ours(folder)) > ONE_LEVEL
+    exported = load_model(str(folder))
+    found = sampled_by_us(exported)
+    assert difference(found, ours(tmp_path / "mapped")) == 0.0
+    assert difference(sampled_by_us(exported, 1), found) > ONE_LEVEL
     card = (folder / "README.md").read_text()
     assert "flow map" in card
     assert "`fastvideo generate`" in card
@@ -114,10 +124,11 @@ def test_stock_diffusers_makes_our_video(
 def test_the_figure_would_notice_another_sampler_or_ladder(student: Callable[..., Path], tmp_path: Path) -> None:
     source = student(ladder=SHIFTED)
     out, expected = export(source, tmp_path / "out"), ours(source)
+    pipeline, noise = WanPipeline.from_pretrained(out), noise_of(out)
     config = FlowMatchEulerDiscreteScheduler.load_config(out / "scheduler")
     for change in ({"stochastic_sampling": False}, {"shift": 1.0}, {"shift_terminal": None}):
         other = FlowMatchEulerDiscreteScheduler.from_config(config, **change)
-        assert difference(stock(out, 4, other), expected) > 2 * ONE_LEVEL, change
+        assert difference(sampled(pipeline, 4, noise, other), expected) > 2 * ONE_LEVEL, change
 
 
 def test_one_call_of_a_student_for_four_by_the_line_in_its_card(distilled: Path, tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ CHECKPOINTED = {"parallel": {"activation_checkpointing": "full"}}
 
 
 def test_every_layout_trains_wan_with_dmd2_as_one_process_does(folders: Any, tmp_path: Path) -> None:
+    """In four processes the case that uses most; the covering matrix has the others there."""
     cases = [Case("wan", "dmd2"), Case("wan", "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
-    check(folders, dict.fromkeys(["dp2", "shard2", "context2", "shard2 x context2"], cases), tmp_path)
+    check(folders, {"dp2": cases, "shard2": cases, "context2": cases, "shard2 x context2": cases[1:]}, tmp_path)
 
 
 def case_of(family: str, method: str, **parallel: Any) -> Case:
@@ -244,10 +245,15 @@ GATHERS = [
 """Roles, what stays gathered, and how often the first block is gathered in all."""
 
 
-def test_networks_that_stay_gathered_train_as_those_that_do_not(folders: Any, tmp_path: Path) -> None:
-    cases = [Case("wan", "dmd2", {"parallel": {"keep_gathered": kept}}, roles) for roles, kept, _ in GATHERS]
-    times = {case.name: count for case, (_, _, count) in zip(cases, GATHERS, strict=True)}
-    assert len(times) == len(GATHERS)
+@pytest.mark.parametrize("numbers", [(1, 2, 5), pytest.param((0, 3, 4), marks=pytest.mark.slow)], ids=["kept", "not"])
+def test_networks_that_stay_gathered_train_as_those_that_do_not(
+    numbers: tuple[int, ...], folders: Any, tmp_path: Path
+) -> None:
+    """Those of ``GATHERS`` where something stays gathered at each change, and the others."""
+    gathers = [GATHERS[number] for number in numbers]
+    cases = [Case("wan", "dmd2", {"parallel": {"keep_gathered": kept}}, roles) for roles, kept, _ in gathers]
+    times = {case.name: count for case, (_, _, count) in zip(cases, gathers, strict=True)}
+    assert len(times) == len(gathers)
 
     def expected(case: Case, folders: Any, data_ranks: int) -> Result:
         result = train_alone(case, folders, data_ranks)
@@ -256,9 +262,10 @@ def test_networks_that_stay_gathered_train_as_those_that_do_not(folders: Any, tm
     check(folders, {"shard2": cases}, tmp_path, train_counting, expected)
 
 
-def test_networks_in_host_memory_train_as_those_on_the_device(folders: Any, tmp_path: Path) -> None:
-    cases = [Case("wan", "dmd2", {"parallel": {"offload": which}}) for which in ("frozen", "all")]
-    check(folders, {"shard2": cases}, tmp_path, train_offloaded, plain)
+@pytest.mark.parametrize("which", ["all", pytest.param("frozen", marks=pytest.mark.slow)])
+def test_networks_in_host_memory_train_as_those_on_the_device(which: str, folders: Any, tmp_path: Path) -> None:
+    case = Case("wan", "dmd2", {"parallel": {"offload": which}})
+    check(folders, {"shard2": [case]}, tmp_path, train_offloaded, plain)
 
 
 @pytest.mark.parametrize(
