@@ -24,8 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +35,23 @@ DIRECTIONS = ("up", "down", "left", "right")
 
 @dataclass
 class Seen:
-    """Chunks as ``(seconds, frames)``, and the prompts that were applied as frame -> wait and latency."""
+    """Chunks as ``(seconds, frames)``; wait and latency in frames of each prompt that was applied; latest meters."""
 
     chunks: list[tuple[float, int]] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     read: list[int | None] = field(default_factory=list)
     meters: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, name: str, data: Any, now: float) -> None:
+        """Note an event."""
+        if name == "applied":
+            self.waits.append(data["waited"])
+            self.read.append(None)
+        elif name == "chunk":
+            self.chunks.append((now, data["count"]))
+            self.meters = data["meters"]
+            if self.read:
+                self.read[-1] = data["latency"]
 
 
 @contextmanager
@@ -57,13 +68,20 @@ def serving(model: str, fps: float) -> Iterator[int]:
             process.terminate()
 
 
-def events(port: int) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def events(port: int) -> Iterator[Iterator[tuple[str, Any]]]:
     """Events of the stream, without an end."""
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("GET", "/events")
-    answer, name = connection.getresponse(), ""
-    while line := answer.readline().decode():
-        key, _, value = line.rstrip("\n").partition(": ")
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.request("GET", "/events")
+        with connection.getresponse() as answer:
+            yield parsed(answer)
+
+
+def parsed(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    """Names and data of the events in the lines of a ``text/event-stream``."""
+    name = ""
+    for line in lines:
+        key, _, value = line.decode().rstrip("\n").partition(": ")
         if key == "event":
             name = value
         elif key == "data":
@@ -84,24 +102,17 @@ def watch(port: int, seconds: float, every: float) -> tuple[Seen, float]:
     seen, draw, viewer = Seen(), random.Random(0), 0
     begin = time.perf_counter()
     due, directions = every, DIRECTIONS * (1 + int(seconds / every))
-    for name, data in events(port):
-        now = time.perf_counter() - begin
-        if name == "hello":
-            viewer = data["viewer"]
-        elif name == "applied":
-            seen.waits.append(data["waited"])
-            seen.read.append(None)
-        elif name == "chunk":
-            seen.chunks.append((now, data["count"]))
-            seen.meters = data["meters"]
-            if seen.read:
-                seen.read[-1] = data["latency"]
-        if now > seconds:
-            break
-        if now > due:
-            time.sleep(draw.uniform(0.0, 0.2))
-            ask(port, viewer, directions[len(seen.waits)])
-            due = now + every * draw.uniform(0.8, 1.2)
+    with events(port) as stream:
+        for name, data in stream:
+            now = time.perf_counter() - begin
+            viewer = data.get("viewer", viewer)
+            seen.note(name, data, now)
+            if now > seconds:
+                break
+            if now > due:
+                time.sleep(draw.uniform(0.0, 0.2))
+                ask(port, viewer, directions[len(seen.waits)])
+                due = now + every * draw.uniform(0.8, 1.2)
     return seen, 1000 * seen.chunks[0][0]
 
 
