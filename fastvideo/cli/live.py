@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalFrames, OptionalText, Switch, parse
+from fastvideo.cli.arguments import INT, OptionalFrames, OptionalText, Switch, parse
 from fastvideo.cli.console import patience
 from fastvideo.errors import UserError
-from fastvideo.ranges import FrameRate, Port, Seed
+from fastvideo.ranges import FrameRate, Port, Seed, Workers
 
 if TYPE_CHECKING:
     from fastvideo.live.session import Session
@@ -41,6 +41,8 @@ class LiveArguments:
     """Latent frames of the past that a chunk sees, instead of those of the training."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
+    threads: Annotated[Workers | None, INT] = None
+    """Threads of the CPU for the model. Default: 1 for a model of the tiny world, which more do not help; else all."""
     open: Switch = False
     """Open the page in this machine's browser."""
 
@@ -80,6 +82,8 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     Raises:
         UserError: for a model that cannot stream, or a prompt that it cannot take.
     """
+    import torch
+
     from fastvideo.inference.loading import load_model
     from fastvideo.inference.streaming import Streamer, window_note, with_window
     from fastvideo.live.clock import Clock
@@ -91,6 +95,8 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     if note := window_note(model.sampler(), arguments.window):
         print(note, file=sys.stderr)
     streamer, world = Streamer(model, with_window(model.sampler(), arguments.window), arguments.seed), model.is_embedded
+    if threads := arguments.threads or (1 if world else None):
+        torch.set_num_threads(threads)
     prompt = arguments.prompt or (FIRST_PROMPT if world else None)
     if prompt is None:
         raise UserError(f"--prompt: the first prompt is needed, as {arguments.folder} is no model of the tiny world")
