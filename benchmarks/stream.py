@@ -5,7 +5,7 @@
     python benchmarks/stream.py --cpu-time               # on a machine that does other work too
 
 All on the tiny network with its shipped weights, chunks of one latent frame (4 video frames), 4 calls and a commit per
-chunk, window 8 + sink 1. Calls that are compared run in turn in one process, so that what disturbs one disturbs the other.
+chunk, window 8 + sink 1. What is compared runs in turn in one process, so that a disturbance meets both.
 
 recompute   a call of the last chunk on its past / one bidirectional call over all frames: what a cache saves. The tiny
             network has 4 tokens per frame, so that a call is mostly launches: its ratios are not those of a real model
@@ -32,8 +32,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.noise import full_time
@@ -160,8 +161,7 @@ class HandAttention:
         cos, sin = self.loop.tables[keys.shape[1]]
         own = slice(keys.shape[1] - query.shape[1], None)
         query, keys = rotated(query, cos[:, own], sin[:, own]), rotated(keys, cos, sin)
-        q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        mixed = dispatch_attention_fn(query, keys, values)
         return attn.to_out[1](attn.to_out[0](mixed.flatten(2, 3)))
 
 

@@ -303,6 +303,7 @@ class WanFrameDecoder:
 
     def __init__(self, codec: WanCodec) -> None:
         self.codec, self._first = codec, True
+        self._mean, self._std = codec.statistics(codec.device)
         self._cache: list[Any] = [None] * _causal_convolutions(codec.vae.decoder)
 
     @property
@@ -320,7 +321,7 @@ class WanFrameDecoder:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         vae, pieces = self.codec.vae, []
-        for frame in vae.post_quant_conv(self.codec.denormalise(latents)).split(1, dim=2):
+        for frame in vae.post_quant_conv(latents * self._std + self._mean).split(1, dim=2):
             pieces.append(vae.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
             self._first = False
         video, patch = torch.cat(pieces, dim=2), vae.config.patch_size

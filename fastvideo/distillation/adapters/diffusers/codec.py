@@ -40,17 +40,18 @@ class DiffusersCodec(Codec):
 class StatisticsCodec(DiffusersCodec):
     """Normalises each channel with the mean and deviation that the VAE's config holds."""
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Mean and deviation of the raw latents, ``[1, C, 1, 1, 1]``."""
         names, config = ("latents_mean", "latents_std"), self.pipeline.vae_config
-        return tuple(torch.tensor(config[name], device=like.device).view(1, -1, 1, 1, 1) for name in names)
+        return tuple(torch.tensor(config[name], device=device).view(1, -1, 1, 1, 1) for name in names)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
+        mean, std = self.statistics(latents.device)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The VAE's raw latents."""
-        mean, std = self._statistics(latents)
+        mean, std = self.statistics(latents.device)
         return latents * std + mean
 
     def _decode(self, latents: Tensor) -> Tensor:

@@ -65,11 +65,17 @@ class View:
             value = torch.cat([*(piece[layer][1] for piece in self.past), value], dim=1)
         if self.table is not None:
             query, key = rotate_last(query, self.table), rotate(key, self.table)
+        if self._sees_all(key):
+            return attention(query, key, value)
         queries = Cut.of(query, [part.queries for part in self.parts])
         keys, values = (Cut.of(x, [run for part in self.parts for run in part.keys]) for x in (key, value))
         cut = [(queries.joined([p.queries]), keys.joined(p.keys), values.joined(p.keys)) for p in self.parts]
         mixed = [self._attend(part, *tokens, attention) for part, tokens in zip(self.parts, cut, strict=True)]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+
+    def _sees_all(self, key: Tensor) -> bool:
+        """True if every query sees every key, as in a call of the next chunk: there is nothing to cut."""
+        return len(self.parts) == 1 and self.parts[0].table is None and self.parts[0].keys == ((0, key.shape[1]),)
 
     def _attend(self, part: Part, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
         if part.table is not None:
@@ -143,15 +149,15 @@ class Grid:
     def table(self, positions: tuple[int, ...], device: torch.device) -> Table:
         """Rotation of every token of frames at these positions: computed, so that no length ends it."""
         sizes = (positions, tuple(range(self.height)), tuple(range(self.width)))
-        axes = [axis_table(dim, at) for dim, at in zip(self.axes, sizes, strict=True)]
-        return self._spread([cos for cos, _ in axes], device), self._spread([sin for _, sin in axes], device)
+        axes = [[half.to(device) for half in axis_table(dim, at)] for dim, at in zip(self.axes, sizes, strict=True)]
+        return self._spread([cos for cos, _ in axes]), self._spread([sin for _, sin in axes])
 
-    def _spread(self, axes: Sequence[Tensor], device: torch.device) -> Tensor:
+    def _spread(self, axes: Sequence[Tensor]) -> Tensor:
         frames, rows, columns = axes
         shape = (len(frames), self.height, self.width, -1)
         spread = [frames[:, None, None].expand(shape), rows[None, :, None].expand(shape)]
         spread.append(columns[None, None].expand(shape))
-        return torch.cat(spread, dim=-1).reshape(1, len(frames) * self.tokens, 1, -1).to(device)
+        return torch.cat(spread, dim=-1).reshape(1, len(frames) * self.tokens, 1, -1)
 
 
 @lru_cache(maxsize=256)
