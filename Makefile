@@ -20,12 +20,12 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 # The ends of the ranges in pyproject.toml. What is tested there is what depends on other packages: every method on every
 # family (torch, diffusers, transformers), adapters (peft), stock pipelines, videos and Parquet (av, pyarrow), configs and
-# flags (pydantic, tyro), whole runs, checkpoints, locks (filelock), the metrics (scikit-learn). Older and newer packages
+# flags (pydantic, tyro), whole runs, checkpoints, locks (filelock), the metrics (scikit-learn), the live page (starlette, uvicorn). Older and newer packages
 # warn of more than the pinned ones, so warnings are no errors there.
 VERSION_TESTS := $(addprefix fastvideo/tests/, distillation/test_golden_losses.py distillation/test_lora.py \
 	distillation/test_wan_parity.py distillation/test_exact_resume.py inference/test_export.py data/test_clips.py \
 	data/test_parquet.py training/test_config.py training/test_flags.py training/test_run.py evaluation/test_metrics.py \
-	distillation/test_text_encoder.py test_doctor.py test_mount.py)
+	distillation/test_text_encoder.py test_doctor.py test_mount.py live/test_server.py)
 COMPILE := $(VENV)/bin/uv pip compile --quiet --no-annotate --no-header --extra dev --python-platform x86_64-manylinux_2_28
 
 .DEFAULT_GOAL := help

@@ -45,6 +45,8 @@ Threads = Annotated[int, Interval(ge=0, le=1024)]
 Workers = Annotated[int, Interval(ge=1, le=1024)]
 Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 """Processes of a run."""
+Port = Annotated[int, Interval(ge=0, le=65_535)]
+"""TCP port; 0 is any free one."""
 GuidanceScale = Annotated[float, Interval(ge=0, le=1000)]
 Bytes = Annotated[float, Interval(gt=0, le=1e18)]
 """Bytes, or bytes per second."""

@@ -24,6 +24,7 @@ VERBS = {
     ),
     "buckets": ("fastvideo.cli.buckets", "show the sizes in a dataset, and the batches that they give"),
     "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
+    "live": ("fastvideo.cli.live", "play a streaming student on a page of this machine, and steer it while it plays"),
     "evaluate": ("fastvideo.cli.evaluate", "measure how good a student is, against its teacher or a known truth"),
     "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
     "merge": ("fastvideo.cli.merge", "merge LoRA files of any program into a model, or read its network from one file"),

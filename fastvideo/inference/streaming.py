@@ -113,13 +113,14 @@ class Streamer:
             next(stream)
             next(stream)
 
-    def describe(self, past_bytes: int) -> str:
-        """One line for the terminal: chunks, reach, calls, and the memory of the past."""
+    def describe(self, past_bytes: int | None = None) -> str:
+        """One line for the terminal: chunks, reach, calls, and the memory of the past if it is given."""
         reach, twice = self.reach, self.sampler.guidance != 1.0
         seen = "the whole past" if reach.window is None else f"window {reach.window}"
         sink = f" + sink {reach.sink}" if reach.sink else ""
         calls = f"{self.sampler.network_calls} calls + {1 + twice} commit{'s' * twice} per chunk"
-        return f"stream: chunks of {reach.chunk}, {seen}{sink}, {calls}, past {readable_size(past_bytes)}"
+        past = "" if past_bytes is None else f", past {readable_size(past_bytes)}"
+        return f"stream: chunks of {reach.chunk}, {seen}{sink}, {calls}{past}"
 
     def check_prompt(self, prompt: str) -> None:
         """Check a prompt before it is used.

@@ -1,4 +1,4 @@
-"""A real headless Chromium for the report's tests, and what is asked of a page in it."""
+"""A real headless Chromium for the tests of pages, and what is asked of a page in it."""
 
 from __future__ import annotations
 
@@ -108,19 +108,19 @@ def show(browser: webdriver.Chrome, page: Path, width: int = 1280, motion: str =
     browser.execute_script("document.querySelectorAll('details').forEach(block => { block.open = true; })")
 
 
-def complaints(browser: webdriver.Chrome) -> list[str]:
-    """What the console says, and every request that is not the page itself or data inside it."""
+def complaints(browser: webdriver.Chrome, home: str = "file:") -> list[str]:
+    """What the console says, and every request that goes neither to the page's own ``home`` nor to data inside it."""
     found = [entry["message"] for entry in browser.get_log("browser")]
     requests: dict[str, str] = {}
     for entry in browser.get_log("performance"):
         event: dict[str, Any] = json.loads(entry["message"])["message"]
         about = event["params"]
-        # The browser's own start page asks for things too; it is no file.
-        if event["method"] == "Network.requestWillBeSent" and about["documentURL"].startswith("file:"):
+        # The browser's own start page asks for things too; it is at no home.
+        if event["method"] == "Network.requestWillBeSent" and about["documentURL"].startswith(home):
             requests[about["requestId"]] = about["request"]["url"]
         if event["method"] == "Network.loadingFailed" and about["requestId"] in requests:
             found.append(f"{about['errorText']}: {requests[about['requestId']][:90]}")
-    return found + [address for address in requests.values() if not address.startswith(("data:", "file:"))]
+    return found + [address for address in requests.values() if not address.startswith(("data:", home))]
 
 
 def wait_for(happens: Callable[[], bool], seconds: float = 5.0) -> bool:
