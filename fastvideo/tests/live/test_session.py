@@ -72,6 +72,17 @@ def test_frames_are_made_while_somebody_watches(session: Session) -> None:
     assert again.wait("chunk")["frame"] == asleep
 
 
+def test_a_model_that_is_faster_than_the_pages_waits_for_them() -> None:
+    session = Session(WorldStreamer(), PROMPT, Clock(0.5))  # type: ignore[arg-type]
+    session.start()
+    viewer = Viewer(session)
+    for _ in range(2):
+        viewer.wait("chunk")
+    time.sleep(0.3)
+    assert session.frames <= 9, "the first frame and two chunks"
+    session.close()
+
+
 def test_a_prompt_is_received_and_applied(session: Session) -> None:
     viewer = Viewer(session)
     for _ in range(8):
