@@ -258,7 +258,7 @@ def _without_files(config: Config) -> Config:
 
 
 def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
-    """Give a family a VAE without weights, which a bridge between latent spaces or a window of a stream runs; its config
+    """Give a family a VAE without weights, which a bridge between latent spaces or a stream's window runs; its config
     tells it apart."""
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]
