@@ -4,8 +4,8 @@
     python benchmarks/self_forcing_cost.py --rounds 9
 
 The law: a rollout makes ``(E[e] + 2) / (E[e] + 1)`` times the calls, 1.4 for 4 steps of the ladder; scores and the
-critic's loss are the same. Steps of both methods alternate, at every step of the ladder in turn; the figure is the ratio
-of CPU seconds, forward and backward, without the optimizer. The last line is JSON; exit code 1 above the target.
+critic's loss are the same. Steps of both methods alternate, at every step of the ladder in turn; the figure is their
+ratio of CPU seconds, forward and backward, without the optimizer. The last line is JSON; exit code 1 above the target.
 """
 
 from __future__ import annotations

@@ -210,11 +210,13 @@ class FakeRun:
         texts = [fake_text(each, len(latents)) for each in conditioners]
         first = [_fake_first_frames(each, latents) for each in conditioners if each.needs_frames]
         negative = [each.negative(len(latents)) for each in conditioners]
+        method, condition = load_method(config.distill_method), reduce(or_, [*texts, *first])
         return Batch(
             shape=tuple(latents.shape),
-            condition=reduce(or_, [*texts, *first]),
+            condition=condition,
             negative=reduce(or_, [*negative, *first]),
-            x0=latents if load_method(config.distill_method).uses_latents(config.method) else None,
+            x0=latents if method.uses_latents(config.method) else None,
+            switch=condition if method.uses_switches(config.method) else None,
         )
 
 
@@ -235,7 +237,7 @@ def fake_run(
         raise UserError(f"plan: {config.distill_model} has no networks whose size is worth a plan")
     placements = {family: FakePlacement(place, mode, depth, gathered) for family, place in real.placements.items()}
     for family in placements:
-        if len(placements) > 1:
+        if len(placements) > 1 or load_method(config.distill_method).reach_of(config.method) is not None:
             fake_codec(family, mode)
         with mode:
             family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
@@ -256,7 +258,8 @@ def _without_files(config: Config) -> Config:
 
 
 def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
-    """Give a family a VAE without weights, which a bridge between latent spaces runs; its config tells it apart."""
+    """Give a family a VAE without weights, which a bridge between latent spaces or a stream's window runs; its config
+    tells it apart."""
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]
         family.codec.vae = fake_network(vae.eval().requires_grad_(False), mode)

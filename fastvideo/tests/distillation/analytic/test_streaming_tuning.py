@@ -17,6 +17,7 @@ from fastvideo.distillation.methods.distribution_matching.streaming_tuning impor
     StreamingTuningMethod,
 )
 from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.analytic.test_self_forcing_analytic import A, Exit, bundle_of, prompts, spy_of
 from fastvideo.tests.distillation.toys import LADDER, SpyAdapter
@@ -159,6 +160,22 @@ def test_a_stream_comes_back_from_a_checkpoint_to_the_bit(steps: int) -> None:
     assert kept[1] is not None
     assert kept[0].length == kept[1].length
     assert torch.equal(kept[0].latents, kept[1].latents)
+
+
+def test_sampling_on_the_way_changes_nothing() -> None:
+    """As a validation does, over the same student."""
+    found = []
+    for validated in (False, True):
+        adapter = spy_of(4)
+        method, batch = tuning(adapter, max_frames=14, switch_frames=(6,)), switching(adapter)
+        values = []
+        for step in range(4):
+            values += [loss.value.detach() for loss in method.losses(batch, step)]
+            if validated:
+                spec = SamplerSpec(LADDER.times, 1.0, "renoise", Reach(1))
+                sample(method.student, SampleNoise([1, 2]), adapter.codec.latent_shape, spec, batch.condition)
+        found.append(torch.stack(values))
+    assert torch.equal(*found)
 
 
 def test_without_a_stream_there_is_no_state_and_other_processes_begin_anew() -> None:
