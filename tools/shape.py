@@ -149,14 +149,13 @@ def stepping(code: dict[str, Module], rollout: str) -> set[str]:
 
 
 def feeds_back(loop: ast.For | ast.While) -> bool:
-    """True if a network call reads a name that the previous pass set: a loop from noise to data."""
-    asked = {
-        part.id
-        for name, call in called(loop)
-        if name in NETWORK_CALLS
-        for part in ast.walk(call)
-        if isinstance(part, ast.Name)
-    }
+    """True if a network call reads a name that the previous pass set: a loop from noise to data.
+
+    The past of a causal call is not its input: a loop over given chunks carries it and samples nothing.
+    """
+    calls = [call for name, call in called(loop) if name in NETWORK_CALLS]
+    inputs = [part for call in calls for part in (*call.args, *(k for k in call.keywords if k.arg != "context"))]
+    asked = {part.id for node in inputs for part in ast.walk(node) if isinstance(part, ast.Name)}
     return bool(asked & carried(loop.body))
 
 
@@ -270,15 +269,15 @@ class Budget:
 
 
 BUDGETS = {
-    "dmd2_lines": Budget(1515, goal=1400),
+    "dmd2_lines": Budget(1615, goal=1400),
     "dmd2_files": Budget(13, goal=12),
-    "core_lines": Budget(5450, goal=2900),
+    "core_lines": Budget(5700, goal=2900),
     "core_files": Budget(34, goal=22),
     "velocity_definitions": Budget(2, goal=2),
     "sampling_loops": Budget(1, goal=1),
     "adapter_members": Budget(15, goal=15),
     "longest_function": Budget(60, goal=60),
-    "package_lines": Budget(30900, goal=19000),
+    "package_lines": Budget(37200, goal=19000),
 }
 """Lower a budget in the commit that earns it; raise it for a feature alone, in a commit that names it."""
 

@@ -15,6 +15,7 @@ CAUSAL = "velocity(context=), commit()"
 FRAMES = 5
 REACHES = (Reach(2), Reach(1, window=2, sink=1))
 """All of the past in chunks of two (the first has three frames), and a window that moves on, beside a sink."""
+LEVELS = (0.9, 0.3, 0.6, 0.8, 0.5)
 TOLERANCE = 1e-4
 
 
@@ -66,20 +67,25 @@ def chunks_on_their_past_equal_one_call_of_teacher_forcing(subject: Subject) -> 
         require_close(_streamed(subject, role, reach, noisy, clean), masked, f"chunks of {reach}", TOLERANCE)
 
 
+def _noisy_stream(subject: Subject, role: Denoiser, reach: Reach, noisy: Tensor) -> list[Tensor]:
+    """Velocity of every chunk of ``noisy``, each on the noisy ones before it, at times of their own."""
+    past, found = Past(reach), list[Tensor]()
+    for (start, end), level in zip(spans(FRAMES, reach.chunk), LEVELS, strict=False):
+        chunk, t = noisy[:, :, start:end], torch.full_like(subject.times, level)
+        with torch.no_grad():
+            found.append(role.velocity(chunk, t, subject.condition, context=past))
+        past = role.commit(past, chunk, subject.condition, level)
+    return found
+
+
 @check(CAUSAL)
 def chunks_on_a_noisy_past_equal_one_call_of_diffusion_forcing(subject: Subject) -> None:
     role, noisy = _role(subject), _video(subject, 4)
     if "frame_times" not in subject.adapter.supports:
         raise NotApplicable("the family's network takes one time per sample")
     for reach in REACHES:
-        past, found = Past(reach), []
-        levels = [0.9, 0.3, 0.6, 0.8, 0.5]
-        for (start, end), level in zip(spans(FRAMES, reach.chunk), levels, strict=False):
-            chunk, t = noisy[:, :, start:end], torch.full_like(subject.times, level)
-            with torch.no_grad():
-                found.append(role.velocity(chunk, t, subject.condition, context=past))
-            past = role.commit(past, chunk, subject.condition, level)
-        times = _per_frame([torch.full_like(subject.times, level) for level in levels[: len(found)]], reach)
+        found = _noisy_stream(subject, role, reach, noisy)
+        times = _per_frame([torch.full_like(subject.times, level) for level in LEVELS[: len(found)]], reach)
         with torch.no_grad():
             masked = role.velocity(noisy, times, subject.condition, context=Masked(reach))
         require_close(torch.cat(found, dim=2), masked, f"noisy chunks of {reach}", TOLERANCE)

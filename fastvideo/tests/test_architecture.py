@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastvideo"
 TOOLS = ROOT / "tools"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-MAX_FUNCTION, MAX_METHOD = 60, 150
+MAX_FUNCTION, MAX_METHOD = 60, 160
 HEAVY = ("torch", "diffusers", "transformers", "pydantic")
 DISTRIBUTIONS = {
     "PIL": "pillow",

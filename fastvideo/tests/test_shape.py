@@ -84,6 +84,8 @@ def test_sampling_loops(tmp_path: Path) -> None:
         far="from fastvideo.distillation import rollout\ndef f(v, n):\n    return rollout.euler(v, n, [1.0])\n",
         own=own,
         asks="def f(role, xs, t):\n    for x in xs:\n        u = role.velocity(x, t)\n        print(u)\n",
+        forced="def f(role, xs, past, t):\n    for x in xs:\n        u = role.velocity(x, t, context=past)\n"
+        "        past = role.commit(past, x)\n",
         fills="from fastvideo.distillation.rollout import full_time\ndef f(x):\n    return full_time(x, 1.0)\n",
         methods__own=own,
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from fastvideo.distillation.chunks import Reach
-from fastvideo.errors import UserError
-from fastvideo.ranges import Beta, Fraction, LearningRate, NonNegativeFloat, NonNegativeInt
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt
 
 
 class Section(BaseModel):
@@ -43,25 +41,6 @@ class AdapterConfig(Section):
 
 class MethodConfig(Section):
     """Base of every method's options."""
-
-
-def _checked_reach(value: object, validate: Callable[[object], Reach]) -> Reach:
-    """Numbers that do not belong together are an error of the config, with the field's path."""
-    try:
-        return validate(value)
-    except UserError as error:
-        raise ValueError(str(error).removeprefix("reach.")) from error
-
-
-class CausalOptions(MethodConfig):
-    """Options of every method whose student generates chunk by chunk."""
-
-    reach: Annotated[Reach, WrapValidator(_checked_reach)] = Reach()
-    """Latent frames of a chunk, and those that it sees beside its own: `chunk`, `window` (past frames; all without it),
-    `sink` (first frames that stay visible) and `positions` (`window` or `absolute`). Train with the window that you
-    stream with."""
-    context_time: Fraction = 0.0
-    """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean."""
 
 
 OptimizerKind = Literal["adamw", "radam"]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.chunks import Reach
-from fastvideo.distillation.config.base import CausalOptions, MethodConfig, OptimizerConfig
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss, TrajectoryKind
+
+if TYPE_CHECKING:
+    from fastvideo.distillation.chunks import Reach
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -77,12 +79,12 @@ class DistillMethod(ABC, Generic[ConfigT]):
     @classmethod
     def reach_of(cls, config: ConfigT) -> Reach | None:
         """Frames that a chunk of the student sees; ``None`` for a student that makes whole videos at once."""
-        return config.reach if isinstance(config, CausalOptions) else None
+        return None
 
     @classmethod
     def context_time_of(cls, config: ConfigT) -> float:
         """Time at which the student's finished chunks are committed."""
-        return config.context_time if isinstance(config, CausalOptions) else 0.0
+        return 0.0
 
     @classmethod
     def trajectory_kinds(cls, config: ConfigT) -> tuple[TrajectoryKind, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.chunks import Reach
-from fastvideo.distillation.config.base import CausalOptions
+from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.registry import METHODS, load_method

@@ -16,8 +16,10 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Masked, by_chunk
-from fastvideo.distillation.config.base import CausalOptions, OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Guidance, Ladder
@@ -43,7 +45,7 @@ class CausalCDConfig(CausalOptions, OptimizerOptions):
     """Momenta."""
 
 
-class CausalCDMethod(DistillMethod[CausalCDConfig]):
+class CausalCDMethod(Causal, DistillMethod[CausalCDConfig]):
     """Student, with its average as the target, and a frozen autoregressive teacher."""
 
     Config = CausalCDConfig

@@ -8,69 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.causal_rollout import Continuation, Solve, roll
 from fastvideo.distillation.chunks import Past, batch_of, spans
-from fastvideo.distillation.config.base import CausalOptions, Time
+from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.distribution_matching.chunk_metrics import means_by_chunk
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.self_forcing_config import (
+    SelfForcingConfig as SelfForcingConfig,
+)
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Velocity, few_step
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, UserError
-from fastvideo.ranges import LearningRate, PositiveInt
 
 Times = tuple[float, ...]
-
-
-class SelfForcingConfig(CausalOptions, DMD2Config):
-    """Options of Self-Forcing, besides those of DMD2."""
-
-    rollout: Literal["simulate"] = "simulate"
-    """Input of the student: its own stream, from noise."""
-    max_frames: PositiveInt | None = None
-    """Latent frames of a rollout; those of the model's videos if not given."""
-    min_frames: PositiveInt | None = None
-    """Fewest latent frames of a rollout, whose length is then drawn between both, in steps of a chunk; if not given,
-    every rollout has `max_frames`."""
-    scored_frames: PositiveInt | None = None
-    """Last latent frames of a rollout, which teacher and critic see and which carry gradient; as many as the model's
-    videos have if not given."""
-    first_frame: Literal["reencode", "mask", "keep"] = "reencode"
-    """First latent of scored frames that begin inside a rollout, where teacher and critic know an image latent:
-    `reencode` decodes and encodes its last video frame, and leaves it out of the losses; `mask` does only the latter;
-    `keep` scores it as it is."""
-    same_exit: bool = True
-    """Draw one step of the ladder for the calls with gradient of all chunks, instead of one for each chunk."""
-    last_exit_only: bool = False
-    """Take the last step of the ladder always."""
-    first_ladder: tuple[Time, ...] = ()
-    """Noise levels of the first chunk, falling from 1, where it needs more steps than the ladder of the others has
-    (Causal-Forcing++); empty for the same ones."""
-    teacher_guidance: Guidance = 4.0
-    """Guidance of the teacher, standard convention (published as 3 in the extra one)."""
-    critic_learning_rate: LearningRate = 4e-7
-    """AdamW learning rate of the critic."""
-
-    @model_validator(mode="after")
-    def _lengths(self) -> SelfForcingConfig:
-        least, most, chunk = self.min_frames, self.max_frames, self.reach.chunk
-        if least is not None and (most is None or least > most or (most - least) % chunk):
-            raise ValueError(f"min_frames: max_frames less a multiple of chunk {chunk}, got {least} and {most}")
-        if most is not None and min(most, least or most) < chunk:
-            raise ValueError(f"max_frames, min_frames: at least a chunk of {chunk}, got {most} and {least}")
-        if self.scored_frames and most and self.scored_frames > most:
-            raise ValueError(f"scored_frames: at most max_frames {most}, got {self.scored_frames}")
-        if self.first_ladder and self.first_ladder[0] != 1.0:
-            raise ValueError(f"first_ladder: a chunk starts from pure noise, 1.0, got {self.first_ladder[0]}")
-        return self
 
 
 class _Codec(Protocol):
@@ -83,7 +41,7 @@ class _WithCodec(Protocol):
     def codec(self) -> _Codec: ...
 
 
-class SelfForcingMethod(DMD2Method):
+class SelfForcingMethod(Causal, DMD2Method):
     """Causal student, frozen bidirectional teacher, bidirectional critic."""
 
     Config = SelfForcingConfig

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Context, Masked, by_chunk
-from fastvideo.distillation.config.base import CausalOptions
+from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Batch, RoleLoss, TrajectoryKind
@@ -36,7 +37,7 @@ class CausalKDConfig(CausalOptions, KDConfig):
     """AdamW learning rate."""
 
 
-class CausalKDMethod(KDMethod):
+class CausalKDMethod(Causal, KDMethod):
     """Student alone; the teacher is not in memory."""
 
     Config = CausalKDConfig

@@ -1,0 +1,32 @@
+"""Options of students that generate chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import WrapValidator
+
+from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.config.base import MethodConfig
+from fastvideo.errors import UserError
+from fastvideo.ranges import Fraction
+
+
+def _checked_reach(value: object, validate: Callable[[object], Reach]) -> Reach:
+    """Numbers that do not belong together are an error of the config, with the field's path."""
+    try:
+        return validate(value)
+    except UserError as error:
+        raise ValueError(str(error).removeprefix("reach.")) from error
+
+
+class CausalOptions(MethodConfig):
+    """Options of every method whose student generates chunk by chunk."""
+
+    reach: Annotated[Reach, WrapValidator(_checked_reach)] = Reach()
+    """Latent frames of a chunk, and those that it sees beside its own: `chunk`, `window` (past frames; all without it),
+    `sink` (first frames that stay visible) and `positions` (`window` or `absolute`). Train with the window that you
+    stream with."""
+    context_time: Fraction = 0.0
+    """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean."""
