@@ -28,6 +28,8 @@ class ConformanceArguments:
     """A run's config, whose `model` section the adapter is built from."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
     """Options of the family over it, such as path=my/folder height=32."""
+    tiny: bool = False
+    """Take the family's tiny pipeline of random weights, which is made on the spot: seconds, and nothing to download."""
     prompts: tuple[str, str] = ("a green seven moving up", "a red three")
     """Two prompts that the text encoder tells apart."""
     device: str = "cpu"
@@ -42,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
 
     family = find_family(arguments.family)
     options = model_options(arguments.config, arguments.set)
-    outcomes = conform(family, options, arguments.prompts, arguments.device)
+    tiny = arguments.family if arguments.tiny else None
+    outcomes = conform(family, options, arguments.prompts, arguments.device, tiny)
     console(160).print(table(outcomes))
     failed = sum(outcome.result == "FAILED" for outcome in outcomes)
     print(f"{family.__name__}: {len(outcomes) - failed} of {len(outcomes)} checks hold")

@@ -16,6 +16,7 @@ import torch
 
 from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
+from fastvideo.conformance.tiny import tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import ADAPTERS, load_adapter
@@ -105,15 +106,22 @@ def model_options(config: Path | None, settings: Iterable[str]) -> dict[str, Any
 
 
 def conform(
-    family: type[DistillAdapter[Any]], options: Mapping[str, Any], prompts: tuple[str, str], device: str
+    family: type[DistillAdapter[Any]],
+    options: Mapping[str, Any],
+    prompts: tuple[str, str],
+    device: str,
+    tiny: str | None = None,
 ) -> list[Outcome]:
     """Build the adapter and run every check on it, with a progress bar.
+
+    ``tiny`` names the family whose tiny pipeline is taken; ``options`` go over its own.
 
     Raises:
         UserError: for a wrong option, or an unreadable model folder.
     """
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
-        adapter = family(validate(family.Config, options, "of the model"), device)
+        own = {} if tiny is None else tiny_options(tiny, Path(folder) / "tiny")
+        adapter = family(validate(family.Config, {**own, **options}, "of the model"), device)
         subject = Subject(adapter, prompts, Path(folder))
         return list(tracked(examine(subject), "conformance", total=len(CHECKS)))

@@ -269,7 +269,7 @@ def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
 def fake_text(conditioner: Conditioner, count: int) -> Condition:
     """The condition of ``count`` prompts."""
     width = conditioner.stored_shapes["text_embedding"][-1]
-    stored = torch.empty(count, conditioner.text_length or 1, width or 1)
+    stored = torch.empty(count, conditioner.text_rows, width or 1)
     return conditioner.text_of(RawBatch(("",) * count, None, {"text_embedding": stored}))
 
 
