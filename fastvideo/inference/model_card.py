@@ -199,7 +199,7 @@ def _usage(facts: CardFacts) -> list[str]:
         f"    prompt={_prompt(facts)},",
         *(f"    {name}={value}," for name, value in call_options(facts).items()),
         '    output_type="pil",',
-        *SAVED_IMAGE if stills else SAVED_VIDEO,
+        *(SAVED_IMAGE if stills else SAVED_VIDEO),
     ]
     return ["```python", *lines, "```", "", *_notes(facts)]
 

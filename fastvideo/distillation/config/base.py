@@ -35,6 +35,8 @@ class AdapterConfig(Section):
 
     path: str = "tiny"
     """Weights: a model folder or a name; each family says what it accepts."""
+    own_sizes: ClassVar[frozenset[str]] = frozenset()
+    """Sizes whose default fits every model of the family; others are named for each model."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
 

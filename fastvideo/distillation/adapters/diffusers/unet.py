@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import model_validator
@@ -33,6 +33,7 @@ SCHEDULER = "DDIMScheduler"
 class ImageConfig(PipelineConfig):
     """Options of a family of images."""
 
+    own_sizes: ClassVar[frozenset[str]] = frozenset({"height", "width", "num_frames", "max_sequence_length"})
     num_frames: Frames = 1
     """Frames: 1, a still."""
     max_sequence_length: Tokens = 77
