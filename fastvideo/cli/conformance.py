@@ -29,7 +29,7 @@ class ConformanceArguments:
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
     """Options of the family over it, such as path=my/folder height=32."""
     tiny: bool = False
-    """Take the family's tiny pipeline of random weights, which is made on the spot: seconds, and nothing to download."""
+    """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download."""
     prompts: tuple[str, str] = ("a green seven moving up", "a red three")
     """Two prompts that the text encoder tells apart."""
     device: str = "cpu"

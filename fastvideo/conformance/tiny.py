@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvideo.distillation.rng import normal, seeded
 from fastvideo.errors import UserError
 
 WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry")
@@ -53,8 +54,9 @@ def _save(pipeline: Any, folder: Path) -> None:
 @torch.no_grad()
 def perturb(module: nn.Module) -> None:
     """Add noise to every parameter."""
+    stream = seeded(0)
     for parameter in module.parameters():
-        parameter += SPREAD * torch.randn_like(parameter)
+        parameter += SPREAD * normal(tuple(parameter.shape), stream)
 
 
 def word_tokenizer() -> Any:

@@ -1,8 +1,8 @@
 """SDXL (arXiv 2307.01952) over diffusers: ``UNet2DConditionModel``, ``AutoencoderKL``, two CLIP text encoders.
 
 The network reads the tokens of both encoders side by side, and adds to its time embedding the second one's pooled text
-and six numbers: the size of the picture that a sample was cut from, the cut's corner, and the size to make. As the stock
-pipeline does, whole pictures of the size of the latents are asked for.
+and six numbers: the size of the picture that a sample was cut from, the cut's corner, and the size to make. Like the
+stock pipeline, whole pictures of the size of the latents are asked for.
 """
 
 from __future__ import annotations

@@ -88,5 +88,5 @@ def test_another_kind_of_scheduler_is_refused(wrong: dict[str, Any], tiny_wan: P
     shutil.copytree(cogvideox_folder(tiny_wan.parent), folder)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
-    with pytest.raises(UserError, match="epsilon|has prediction_type v_prediction and rescale_betas_zero_snr true"):
+    with pytest.raises(UserError, match=r"epsilon|has prediction_type v_prediction and rescale_betas_zero_snr true"):
         CogVideoXAdapter(cogvideox_config(folder)).folder.teacher_times(4)

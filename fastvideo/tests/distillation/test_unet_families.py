@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
-from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.builder import lacks
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.noise import add_noise, expand_time, velocity_to_x0
 from fastvideo.distillation.registry import METHODS, load_adapter, load_exporter, load_method, run_schema
@@ -74,7 +74,10 @@ def test_four_guided_steps_give_the_pictures_of_the_stock_pipeline(
     adapter: DistillAdapter[Any], guidance: float
 ) -> None:
     adapter.ensure_negative_conditioning()
-    noise, role = normal((2, *adapter.codec.latent_shape), seeded(6)), RoleHandle("teacher", adapter, network_of(adapter))
+    noise, role = (
+        normal((2, *adapter.codec.latent_shape), seeded(6)),
+        RoleHandle("teacher", adapter, network_of(adapter)),
+    )
     times = load_exporter(adapter.config).stock_sampler([1.0] * 4, "euler").times
     condition, negative = adapter.conditioner.encode_prompts(PROMPTS), adapter.conditioner.negative(2)
     latents = euler(lambda x, t, r=None: role.guided_velocity(x, t, condition, negative, guidance), noise, times)
@@ -192,7 +195,9 @@ def test_the_encoders_are_freed_and_come_back(sdxl: Any) -> None:
     assert sdxl.conditioner.encoder_bytes == 0
     assert sdxl.conditioner.missing_texts([*PROMPTS, "up"]) == ["up"]
     key = sdxl.conditioner.key
-    assert torch.equal(sdxl.conditioner.encode_prompts(PROMPTS).of(key)["prompt_embeds"], first.of(key)["prompt_embeds"])
+    assert torch.equal(
+        sdxl.conditioner.encode_prompts(PROMPTS).of(key)["prompt_embeds"], first.of(key)["prompt_embeds"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_prompts_are_counted_by_both_tokenizers_and_long_ones_refused(tiny_wan: 
     with pytest.raises(UserError, match="prompt has 10 tokens, the text encoder takes 8"):
         sdxl.conditioner.encode_prompts(["a green red seven three moving up left blurry"])
     other = made_family("sdxl", tiny_wan.parent, max_sequence_length=77)
-    with pytest.raises(UserError, match="max_sequence_length is 77, the tokenizer of .* to 8 tokens"):
+    with pytest.raises(UserError, match=r"max_sequence_length is 77, the tokenizer of .* to 8 tokens"):
         other.conditioner.encode_prompts(PROMPTS)
 
 
@@ -259,7 +264,9 @@ def test_a_method_trains_the_student_and_leaves_a_model_that_samples(name: str, 
     model, before = load_model(str(student)), network_of(sdxl)
     after = dict(model.network.named_parameters())
     still = [key for key, value in before.named_parameters() if torch.equal(after[key], value)]
-    assert not [key for key in still if "norm2" not in key]  # of cross-attention, whose gradient is under Adam's epsilon
+    assert not [
+        key for key in still if "norm2" not in key
+    ]  # of cross-attention, whose gradient is under Adam's epsilon
     latents = sample_latents(model.adapter, model.denoiser, Sampling(["a green seven"], model.sampler(), 0))
     assert latents.shape == (1, 4, 1, 16, 16)
     assert latents.isfinite().all()

@@ -43,7 +43,7 @@ class ImageCodec(DiffusersCodec):
     @property
     def spatial(self) -> int:
         """Pixels per latent pixel."""
-        return 2 ** (len(self.pipeline.vae_config["block_out_channels"]) - 1)
+        return int(2 ** (len(self.pipeline.vae_config["block_out_channels"]) - 1))
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -61,13 +61,13 @@ class ImageCodec(DiffusersCodec):
         return float(config["scaling_factor"]), float(config["shift_factor"] or 0.0)
 
     def _encode(self, videos: Tensor) -> Tensor:
-        latents = self.vae.encode(videos.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
-        return self.normalise(latents.unflatten(0, (len(videos), -1)).transpose(1, 2))
+        latents: Tensor = self.vae.encode(videos.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+        return self.normalise(latents.view(len(videos), -1, *latents.shape[1:]).transpose(1, 2))
 
     def _decode(self, latents: Tensor) -> Tensor:
         scale, shift = self._scale_and_shift
         frames = self._decoded((latents / scale + shift).transpose(1, 2).flatten(0, 1))
-        return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
+        return frames.view(len(latents), -1, *frames.shape[1:]).transpose(1, 2)
 
 
 class StatisticsCodec(DiffusersCodec):

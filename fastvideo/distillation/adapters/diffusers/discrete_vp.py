@@ -3,8 +3,8 @@
 The checkpoint's scheduler holds the table (CogVideoX: ``snr_shift_scale`` 3 for 2B, 1 for 5B). Its first entry is a
 little noisy, ``t`` about 0.03 to 0.05. Its last is pure noise, ``alpha = 0`` (zero terminal SNR, arXiv 2305.08891), or
 nearly so: SDXL and Stable Diffusion 1.5 end at ``alpha = 0.068``, which is ``t = 0.936``, and their networks know no
-noisier sample. Their pipelines start there from pure noise all the same. :class:`NoiseGrid` does so at every time above:
-the network sees the sample, at unit variance, as one of its noisiest level.
+noisier sample. Their pipelines start there from pure noise all the same. :class:`NoiseGrid` does so at every time
+above: the network sees the sample, at unit variance, as one of its noisiest level.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvideo.distillation.adapters.diffusers.pipeline import library_class, load_config
 from fastvideo.distillation.noise import Interpolant, expand_time
@@ -33,8 +34,8 @@ class NoiseGrid:
         scheduler: diffusers' class of the deterministic sampler on this table, such as ``DDIMScheduler``.
 
     Raises:
-        UserError: for a prediction that is neither ``epsilon`` nor ``v_prediction``, or ``epsilon`` on a table that ends
-            in pure noise, which says nothing of a sample there.
+        UserError: for a prediction that is neither ``epsilon`` nor ``v_prediction``, or ``epsilon`` on a table that
+            ends in pure noise, which says nothing of a sample there.
     """
 
     def __init__(self, config: Mapping[str, Any], scheduler: str) -> None:
@@ -81,7 +82,9 @@ class NoiseGrid:
         if self.noisiest == 1.0:
             return u
         x0 = native.to_flow(x) - expand_time(known, x) * u
-        return torch.where((t > known).view(-1, *[1] * (x.ndim - 1)), (x_t - x0) / expand_time(t, x).clamp_min(self.noisiest), u)
+        return torch.where(
+            (t > known).view(-1, *[1] * (x.ndim - 1)), (x_t - x0) / expand_time(t, x).clamp_min(self.noisiest), u
+        )
 
     def timestep(self, t: Tensor) -> Tensor:
         """The timestep, float32 in ``[0, 999]``, whose noise level rectified-flow time ``t`` (any shape) has.
@@ -124,7 +127,8 @@ class NoiseGrid:
 @lru_cache(maxsize=8)
 def noise_grid(source: str, scheduler: str) -> NoiseGrid:
     """The noise levels of a pipeline folder; ``scheduler`` as for :class:`NoiseGrid`."""
-    return NoiseGrid(load_config(library_class("diffusers", scheduler), source, "scheduler"), scheduler)
+    with _disable_current_modes():  # numbers, where planning computes without them
+        return NoiseGrid(load_config(library_class("diffusers", scheduler), source, "scheduler"), scheduler)
 
 
 def variance_preserving(t: Tensor) -> Interpolant:

@@ -24,7 +24,9 @@ SAMPLE = 2**16
 
 
 def load_text_encoder(pipeline: Pipeline[Any], name: str | None = None, part: str = FOLDER) -> nn.Module:
-    """A frozen text encoder (the family's, or the class ``name`` in the subfolder ``part``) on the pipeline's device: bfloat16 on CUDA, float32 elsewhere.
+    """A frozen text encoder on the pipeline's device: bfloat16 on CUDA, float32 elsewhere.
+
+    It is the family's, or the class ``name`` in the subfolder ``part``.
 
     On CUDA the weights go from the mapped file to the device, so that the processes of a machine share one reading.
 

@@ -19,12 +19,11 @@ from fastvideo.distillation.adapters.base import Shape
 from fastvideo.distillation.adapters.diffusers.conditioner import (
     STORED,
     TEXT,
-    ConfigT,
     DiffusersConditioner,
     count_tokens,
 )
 from fastvideo.distillation.adapters.diffusers.encoder import encoder_settings, load_text_encoder
-from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, library_class, load_component
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_component
 from fastvideo.distillation.types import UserError
 
 SUFFIXES = ("", "_2", "_3")
@@ -92,7 +91,7 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         """The stock pipeline without encoders, network and autoencoder."""
         cls = library_class("diffusers", self._index["_class_name"])
         missing = {name: None for name, part in self._index.items() if isinstance(part, list)}
-        return cls(**missing | self.tokenizers | self._flags)
+        return cls(**{**missing, **self.tokenizers, **self._flags})
 
     @property
     def _flags(self) -> dict[str, Any]:

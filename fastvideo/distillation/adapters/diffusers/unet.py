@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import refused_context
-from fastvideo.distillation.adapters.diffusers.adapter import ConfigT, DiffusersAdapter, DiffusersScaling
+from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
-from fastvideo.distillation.adapters.diffusers.pipeline import PipelineConfig, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, PipelineConfig, resolve_pipeline
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import text_encoders
 from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.types import Condition, UserError

@@ -224,7 +224,9 @@ def _scale_beside(file: Path, metadata: Mapping[str, str]) -> Scale:
         return _peft_scale(_json_object(read_text(beside, str(beside)), str(beside)), file)
     if PEFT_METADATA in metadata:
         own = _json_object(metadata[PEFT_METADATA], f"{file}: {PEFT_METADATA} in its header")
-        return _peft_scale({key.removeprefix("transformer.").removeprefix("unet."): value for key, value in own.items()}, file)
+        return _peft_scale(
+            {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in own.items()}, file
+        )
     return NO_SCALE
 
 
@@ -285,7 +287,9 @@ class Layout:
         named: dict[str, Tensor] = {}
         for layer, (down, up) in factors.items():
             name = original(layer) if self.original else layer
-            name = (f"{part}." if self.prefix is None else self.prefix) + (name.replace(".", "_") if self.underscores else name)
+            name = (f"{part}." if self.prefix is None else self.prefix) + (
+                name.replace(".", "_") if self.underscores else name
+            )
             named |= {f"{name}{self.down}": down.contiguous(), f"{name}{self.up}": up.contiguous()}
             if self.alpha:
                 named[f"{name}{ALPHA}"] = torch.tensor(float(down.shape[0]))
