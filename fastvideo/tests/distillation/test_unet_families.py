@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
+from fastvideo.distillation.adapters.export.lora import LAYOUTS, read_lora
 from fastvideo.distillation.builder import lacks
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
@@ -21,6 +23,7 @@ from fastvideo.distillation.registry import METHODS, load_adapter, load_exporter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.types import RawBatch, UserError
+from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.tests.distillation.tiny import made_family
@@ -68,7 +71,7 @@ def stock_images(adapter: DistillAdapter[Any], folder: Path, noise: Tensor, guid
     return made
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.5, 7.0])
+@pytest.mark.parametrize("guidance", [3.5, 7.0])
 @torch.no_grad()
 def test_four_guided_steps_give_the_pictures_of_the_stock_pipeline(
     adapter: DistillAdapter[Any], guidance: float
@@ -224,6 +227,53 @@ def test_noise_prediction_on_a_table_that_ends_in_pure_noise_is_refused(tiny_wan
     adapter = rescheduled("sd15", tiny_wan.parent, tmp_path / "other", rescale_betas_zero_snr=True)
     with pytest.raises(UserError, match="prediction_type is epsilon on a table that ends in pure noise"):
         adapter.folder.teacher_times(4)
+
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@torch.no_grad()
+def test_a_lora_file_changes_the_stock_pipeline_as_it_changes_our_network(
+    name: str, layout: str, tiny_wan: Path, tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    adapter = made_family(name, tiny_wan.parent)
+    network, exporter = network_of(adapter), load_exporter(adapter.config)
+    layers = {key: m for key, m in network.named_modules() if isinstance(m, nn.Linear) and key.endswith(TARGETS)}
+    stream = seeded(4)
+    factors = {
+        key: (normal((2, m.in_features), stream), 0.3 * normal((m.out_features, 2), stream))
+        for key, m in layers.items()
+    }
+    own = LAYOUTS[layout]
+    save_file(own.write(factors, exporter.original_name, exporter.network_part), tmp_path / own.file)
+    found = read_lora(tmp_path, {k: tuple(v.shape) for k, v in network.named_parameters()}, exporter.original_name)
+    assert found.factors.keys() == factors.keys()
+    pipeline = DiffusionPipeline.from_pretrained(adapter.config.path)
+    before = pipeline.unet.state_dict()
+    pipeline.load_lora_weights(tmp_path, weight_name=own.file)
+    noise = normal((1, *adapter.codec.latent_shape), seeded(6))
+    given = adapter.conditioner.encode_prompts(PROMPTS[:1])
+    bare = adapter.velocity(network, noise, torch.tensor([0.5]), given)
+    for key, (down, up) in factors.items():
+        layers[key].weight += up @ down
+    merged = adapter.velocity(network, noise, torch.tensor([0.5]), given)
+    stock = adapter.velocity(pipeline.unet, noise, torch.tensor([0.5]), given)
+    assert before.keys() == network.state_dict().keys()
+    assert float((merged - bare).abs().max()) > 0.01
+    torch.testing.assert_close(stock, merged, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapters_file_has_the_pipelines_name_of_the_network(sdxl: Any, tmp_path: Path) -> None:
+    student = run(config_of("sdxl", "dmd2", sdxl.config.path, tmp_path, lora={"rank": 2}))
+    names = load_file(student / "pytorch_lora_weights.safetensors")
+    assert names
+    assert all(name.startswith("unet.") for name in names)
+    with pytest.raises(UserError, match="lora-comfy: sdxl has the layouts lora-diffusers, lora-peft, lora-kohya"):
+        run_export(str(tmp_path / "run"), tmp_path / "out", to="lora-comfy")
 
 
 def config_of(family: str, name: str, source: str, output: Path, **roles_of_student: Any) -> Any:
