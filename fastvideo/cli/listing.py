@@ -44,12 +44,13 @@ def method_table() -> Table:
 
 def combination_table() -> Table:
     """One row per method: its default needs, and for every family `yes` or the needs that it lacks."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fastvideo.distillation.builder import lacks
     from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
 
-    table = Table("method", "data", "needs of the family", *ADAPTERS, title="what goes together")
+    names = Column("method", min_width=max(map(len, METHODS)))
+    table = Table(names, "data", "needs of the family", *ADAPTERS, title="what goes together")
     for name in METHODS:
         method = load_method(name)
         config = method.Config()
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the tables; returns the exit code."""
     parse(ListArguments, argv, "list")
 
-    out = console()
+    out = console(160)
     for table in (method_table(), family_table(), combination_table()):
         out.print(table)
     out.print("Name a pair in a config (distill_method, distill_model), or with the flags of the same names.")

@@ -211,6 +211,18 @@ def library_class(library: str, name: str) -> Any:
     return getattr(import_module(library), name)
 
 
+def pipeline_library_class(name: str) -> Any:
+    """A stock pipeline's class, imported without transformers' remarks on image processors that nobody asked for."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return library_class("diffusers", name)
+    finally:
+        logging.set_verbosity(level)
+
+
 @contextmanager
 def _or_user_error(failed: str) -> Iterator[None]:
     try:

@@ -23,7 +23,13 @@ from fastvideo.distillation.adapters.diffusers.conditioner import (
     count_tokens,
 )
 from fastvideo.distillation.adapters.diffusers.encoder import encoder_settings, load_text_encoder
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_component
+from fastvideo.distillation.adapters.diffusers.pipeline import (
+    ConfigT,
+    Pipeline,
+    library_class,
+    load_component,
+    pipeline_library_class,
+)
 from fastvideo.distillation.types import UserError
 
 SUFFIXES = ("", "_2", "_3")
@@ -89,7 +95,7 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
     @cached_property
     def _stock(self) -> Any:
         """The stock pipeline without encoders, network and autoencoder."""
-        cls = library_class("diffusers", self._index["_class_name"])
+        cls = pipeline_library_class(self._index["_class_name"])
         missing = {name: None for name, part in self._index.items() if isinstance(part, list)}
         return cls(**{**missing, **self.tokenizers, **self._flags})
 
