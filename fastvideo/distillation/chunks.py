@@ -27,12 +27,12 @@ class Reach:
     """Frames that a chunk sees beside its own.
 
     Attributes:
-        chunk: latent frames of a chunk.
-        window: latest past frames that are seen; ``None`` for all. A published window often counts the sink and the
-            current chunk too: :meth:`from_visible` converts it.
-        sink: first frames of a video that stay visible for ever (StreamingLLM, arXiv 2309.17453).
-        positions: ``window`` numbers the visible frames from 0, so that distances stay those of the training;
-            ``absolute`` numbers the frames of the video.
+        chunk: Latent frames of a chunk.
+        window: Latest past frames that are seen; all if not given. A published window often counts the sink and the
+            current chunk too: 12 with a sink of 3 and chunks of 3 is 6 here.
+        sink: First frames of a video that stay visible for ever (StreamingLLM, arXiv 2309.17453).
+        positions: `window` numbers the visible frames from 0, so that distances stay those of the training; `absolute`
+            numbers the frames of the video.
 
     Raises:
         UserError: for numbers that do not belong together.
