@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -200,7 +199,6 @@ class Grid:
         return torch.cat(spread, dim=-1).reshape(1, len(frames) * self.tokens, 1, -1)
 
 
-@lru_cache(maxsize=256)
 def axis_table(dim: int, positions: tuple[int, ...]) -> Table:
     """Cosines and sines float32 ``[len(positions), dim]`` along one axis, in diffusers' own way."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
