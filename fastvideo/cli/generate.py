@@ -43,8 +43,8 @@ class GenerateArguments:
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Model folder, a hub id, or `tiny` or `tiny_cogvideox` for a teacher that ships with this package."""
-    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
-    """Content of the video, such as "a green seven moving up and left"."""
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """Content of the video, such as "a green seven moving up and left"; empty for a video of anything."""
     image: OptionalPath = None
     """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
     out: Path = Path("video.mp4")

@@ -395,6 +395,8 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
     except UserError as error:
         raise UserError(f"method.{error}") from error
     _check_autoregressive(config, families)
+    for role in ("student", *method.autoregressive_roles):
+        _check_chunk(config, role, families.by_role[role].folder.recipe_of(config.roles[role].path), reach.chunk)
     if not method.makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
@@ -410,6 +412,16 @@ def _check_autoregressive(config: Config, families: Families) -> None:
                 f"has no `streaming`), and {config.distill_method} needs a {role} that generates chunk by chunk: train "
                 f"one with causal_sft, or set method.allow_bidirectional_teacher: true if it is one"
             )
+
+
+def _check_chunk(config: Config, role: str, recipe: Mapping[str, Any], chunk: int) -> None:
+    """Refuse weights that were trained to generate chunks of another length."""
+    trained = recipe.get("streaming", {}).get("chunk", chunk)
+    if config.roles[role].init_from is None and trained != chunk:
+        raise UserError(
+            f"method.reach.chunk: {chunk}, but roles.{role}.path {config.roles[role].path or config.model.path} was "
+            f"trained on chunks of {trained} (its recipe.json says so); set method.reach.chunk: {trained}"
+        )
 
 
 def _rounded_student(config: Config, processes: Processes) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,12 +27,12 @@ class Reach:
     """Frames that a chunk sees beside its own.
 
     Attributes:
-        chunk: latent frames of a chunk.
-        window: latest past frames that are seen; ``None`` for all. A published window often counts the sink and the
-            current chunk too: :meth:`from_visible` converts it.
-        sink: first frames of a video that stay visible for ever (StreamingLLM, arXiv 2309.17453).
-        positions: ``window`` numbers the visible frames from 0, so that distances stay those of the training;
-            ``absolute`` numbers the frames of the video.
+        chunk: Latent frames of a chunk.
+        window: Latest past frames that are seen; all if not given. A published window often counts the sink and the
+            current chunk too: 12 with a sink of 3 and chunks of 3 is 6 here.
+        sink: First frames of a video that stay visible for ever (StreamingLLM, arXiv 2309.17453).
+        positions: `window` numbers the visible frames from 0, so that distances stay those of the training; `absolute`
+            numbers the frames of the video.
 
     Raises:
         UserError: for numbers that do not belong together.
@@ -130,11 +130,13 @@ class Past:
         reach: of every chunk.
         pieces: those that the next chunk sees, oldest first.
         length: frames committed so far, seen or not.
+        derived: what the family makes of a past for all calls on it, such as positions; a new past begins without.
     """
 
     reach: Reach
     pieces: tuple[Piece, ...] = ()
     length: int = 0
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def add(self, piece: Piece) -> Past:
         """The past after one more chunk; whole pieces beyond sink and window are dropped."""
@@ -182,8 +184,10 @@ def frames_of(condition: Condition, start: int, end: int) -> Condition:
 
     Frames behind those of the condition's video are generated ones.
     """
-    cut = condition.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
     given = condition.given
+    if given is None and not any(value.ndim == 5 for own in condition.tensors.values() for value in own.values()):
+        return condition
+    cut = condition.map(lambda value: value[:, :, start:end] if value.ndim == 5 else value)
     if given is None or start >= given.mask.shape[1]:
         return Condition(cut.tensors)
     behind = max(0, end - given.mask.shape[1])

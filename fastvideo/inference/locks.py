@@ -12,7 +12,7 @@ _making = threading.Lock()
 def lock_of(shared: object) -> threading.RLock:
     """The lock of a network or a conditioner, one for as long as it lives.
 
-    A causal call puts a hook on its network for a moment (``view.seeing``), and a text encoder's cache is no safer.
+    A causal call changes its network for a moment (``view.seeing``), and a text encoder's cache is no safer.
     """
     with _making:
         return _locks.setdefault(shared, threading.RLock())

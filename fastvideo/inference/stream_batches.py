@@ -59,10 +59,9 @@ class StreamBatch:
         return noise.draw((channels, frames, *size))
 
     def made(self, stream: Stream, past: Contexts, noise: SampleNoise, start: Tensor) -> Tensor:
-        """Clean latents of the chunk behind a past."""
+        """Clean latents of the chunk behind a past; the caller has the network's lock."""
         opening = not isinstance(past[0], Past) or not past[0].length
-        with lock_of(self.model.denoiser.network):
-            return solved(self.sampler, noise, bound(stream, past), start, opening=opening)
+        return solved(self.sampler, noise, bound(stream, past), start, opening=opening)
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,13 @@ def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None)
     past, last, latents, done = stream.opened, None, 0, 0
     for count in chain(stream.chunks(latent_frames(batch.model, frames)), repeat(_chunk(batch.sampler))):
         begin, start = time.perf_counter(), batch.start(noise, count)
-        if change is not None and latents == change.latent and last is not None:
-            past, stream = _switched(batch, change, stream, past, last, noise)
-            decode = codec.frame_decoder() if change.on_switch == "cut" else decode
-        elif last is not None:
-            past = stream.commit(past, last)
-        last = batch.made(stream, past, noise, start)
+        with lock_of(batch.model.denoiser.network):
+            if change is not None and latents == change.latent and last is not None:
+                past, stream = _switched(batch, change, stream, past, last, noise)
+                decode = codec.frame_decoder() if change.on_switch == "cut" else decode
+            elif last is not None:
+                past = stream.commit(past, last)
+            last = batch.made(stream, past, noise, start)
         latents, seconds = latents + count, time.perf_counter() - begin
         for frame in torch.split(last, 1, dim=2):
             piece = decode(frame).float().cpu()[:, :, : frames - done]
@@ -167,7 +167,9 @@ def continued(batch: StreamBatch, latents: Tensor, places: Sequence[int], frames
             made = _continuation(batch, stream, past, noise, decode.fork(), frames)
             yield start, torch.cat([seen, made], dim=2)
         chunk = latents[:, :, start:end].to(batch.model.adapter.device)
-        past, seen = stream.commit(past, chunk), decode(chunk).float().cpu()[:, :, -1:]
+        with lock_of(batch.model.denoiser.network):
+            past = stream.commit(past, chunk)
+        seen = decode(chunk).float().cpu()[:, :, -1:]
 
 
 def _continuation(
@@ -181,7 +183,8 @@ def _continuation(
     """Video frames ``[B, 3, frames, H, W]`` behind a past."""
     pieces: list[Tensor] = []
     while sum(piece.shape[2] for piece in pieces) < frames:
-        made = batch.made(stream, past, noise, batch.start(noise, _chunk(batch.sampler)))
-        past = stream.commit(past, made)
+        with lock_of(batch.model.denoiser.network):
+            made = batch.made(stream, past, noise, batch.start(noise, _chunk(batch.sampler)))
+            past = stream.commit(past, made)
         pieces.append(decode(made).float().cpu())
     return torch.cat(pieces, dim=2)[:, :, :frames]

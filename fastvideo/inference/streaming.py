@@ -202,7 +202,10 @@ def with_window(sampler: SamplerSpec, window: int | None) -> SamplerSpec:
     """
     if window is None or sampler.reach is None:
         return sampler
-    return replace(sampler, reach=replace(sampler.reach, window=window))
+    try:
+        return replace(sampler, reach=replace(sampler.reach, window=window))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("reach.")) from error
 
 
 def window_note(sampler: SamplerSpec, window: int | None) -> str | None:

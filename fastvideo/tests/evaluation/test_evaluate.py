@@ -95,7 +95,8 @@ def test_table_and_json(evaluation: Evaluation, tmp_path: Path) -> None:
 def test_comparison_has_the_six_rows(student: str) -> None:
     rows = comparison_rows("tiny", student)
     assert list(rows) == ["teacher_50", "teacher_4", "teacher_1", "untrained_4", "student_4", "student_1"]
-    assert rows["untrained_4"] == RowSpec("tiny", ladder=LADDER, kind="renoise")
+    recipe = json.loads((Path(student) / "recipe.json").read_text(encoding="utf-8"))
+    assert rows["untrained_4"] == RowSpec("tiny", ladder=LADDER, kind="renoise", like=recipe)
 
 
 def test_the_untrained_row_has_the_sampler_of_the_student(tmp_path: Path) -> None:

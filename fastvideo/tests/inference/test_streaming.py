@@ -239,5 +239,5 @@ def test_another_window_is_warned_of() -> None:
     assert window_note(spec(), 2) is None
     assert "trained with a window of 2, and window 4" in str(window_note(spec(), 4))
     assert with_window(spec(), 4).reach == Reach(1, window=4, sink=1)
-    with pytest.raises(UserError, match="positive multiple of chunk 3"):
+    with pytest.raises(UserError, match=r"^window: a positive multiple of chunk 3"):
         with_window(spec(Reach(3, window=3)), 4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -63,13 +63,15 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
         """Calls inside read ``span`` = ``t - r`` beside their times."""
         return reading(network, self._spec.time_embedding, span)
 
-    def _autocast(self, network: nn.Module, x_t: Tensor) -> torch.autocast:
+    def _autocast(self, network: nn.Module, x_t: Tensor) -> AbstractContextManager[object]:
         """Autocast of a network of float32 matrices or adapters in a bfloat16 run; one of bfloat16 matrices needs none.
 
         Not for a derivative: bfloat16 would leave mostly noise of it (arXiv 2410.11081).
         """
         derived = unpack_dual(x_t).tangent is not None  # type: ignore[no-untyped-call]
         enabled = self.config.precision == "bfloat16" and not derived and not self.scaling.computes_directly(network)
+        if not enabled and not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _input(self, network: nn.Module, value: Tensor) -> Tensor:

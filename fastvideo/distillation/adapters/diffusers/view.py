@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -62,8 +61,8 @@ class View:
         if self.taken is not None:
             self.taken.append((key, value))
         if self.past:
-            key = torch.cat([*(piece[layer][0] for piece in self.past), key], dim=1)
-            value = torch.cat([*(piece[layer][1] for piece in self.past), value], dim=1)
+            earlier = zip(*(piece[layer] for piece in self.past), strict=True)
+            key, value = (torch.cat((*old, own), dim=1) for old, own in zip(earlier, (key, value), strict=True))
         if self.table is not None:
             query, key = rotate_last(query, self.table), rotate(key, self.table)
         if self._sees_all(key):
@@ -200,7 +199,6 @@ class Grid:
         return torch.cat(spread, dim=-1).reshape(1, len(frames) * self.tokens, 1, -1)
 
 
-@lru_cache(maxsize=256)
 def axis_table(dim: int, positions: tuple[int, ...]) -> Table:
     """Cosines and sines float32 ``[len(positions), dim]`` along one axis, in diffusers' own way."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
@@ -213,9 +211,16 @@ def axis_table(dim: int, positions: tuple[int, ...]) -> Table:
 def next_view(past: Past, x: Tensor, grid: TokenGrid) -> View:
     """View of the next chunk ``x`` ``[B, C, c, H, W]`` on its past."""
     past.check(x)
-    frames = x.shape[2]
+    of_call = tuple(x.shape[2:]), x.device
+    if of_call not in past.derived:
+        past.derived[of_call] = _next_view(past, x.shape[2], grid, x.device)
+    return past.derived[of_call]  # type: ignore[no-any-return]
+
+
+@torch.inference_mode(False)
+def _next_view(past: Past, frames: int, grid: TokenGrid, device: torch.device) -> View:
     part = Part(grid.span((0, frames)), (grid.span((0, past.frames + frames)),), None)
-    return View((part,), grid.table(past.positions(frames), x.device), tuple(piece.layers for piece in past.pieces))
+    return View((part,), grid.table(past.positions(frames), device), tuple(piece.layers for piece in past.pieces))
 
 
 def view_of(runs: Sequence[Run], grid: Grid, device: torch.device) -> View:
@@ -247,7 +252,9 @@ def seeing(network: nn.Module, view: View | None) -> Iterator[None]:
         yield
         return
     rope: nn.Module = network.get_submodule("rope")
-    # Its own table has an end, which a long video would run over before the hook behind it answers.
-    first = rope.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, :, :1],))
-    with first, rope.register_forward_hook(lambda module, inputs, output: view):
+    # In place of its own table, which has an end that a long video would run over. Hooks would take twice as long.
+    rope.forward = lambda hidden_states: view
+    try:
         yield
+    finally:
+        del rope.forward

@@ -34,6 +34,11 @@ class RunningStream:
     length: int
     most: int
 
+    @property
+    def switches_now(self) -> bool:
+        """True if the next frame is the first one under the second prompt."""
+        return self.switch is not None and self.length == self.switch_at
+
     def fits(self, batch: Batch) -> bool:
         """True if a batch has as many videos, of the same size."""
         mine, theirs = self.latents.shape, batch.shape

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
-from fastvideo.distillation.schedule import Guidance
+from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.types import UserError
 from fastvideo.ranges import LearningRate, PositiveInt
 
 
@@ -51,6 +52,14 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
             raise ValueError(f"max_frames, min_frames: at least a chunk of {chunk}, got {most} and {least}")
         if self.scored_frames and most and self.scored_frames > most:
             raise ValueError(f"scored_frames: at most max_frames {most}, got {self.scored_frames}")
-        if self.first_ladder and self.first_ladder[0] != 1.0:
-            raise ValueError(f"first_ladder: a chunk starts from pure noise, 1.0, got {self.first_ladder[0]}")
         return self
+
+    @field_validator("first_ladder")
+    @classmethod
+    def _from_noise(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        if times and times[0] != 1.0:
+            raise ValueError(f"a chunk starts from pure noise, 1.0, got {times[0]}")
+        try:
+            return times and Ladder(times).times
+        except UserError as error:
+            raise ValueError(str(error)) from error

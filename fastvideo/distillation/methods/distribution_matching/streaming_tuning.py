@@ -66,12 +66,16 @@ class StreamingTuningMethod(SelfForcingMethod):
     def next_stream(self, batch: Batch) -> RunningStream:
         """The running stream with its prompt in force, or a new one of this batch, if that has come to its end."""
         stream = self.keeper.stream
-        if stream is None or not stream.fits(batch) or stream.length + self.least_new(batch) > stream.most:
+        if stream is None or not stream.fits(batch) or self.ended(stream, batch):
             return self.begun(batch)
-        if stream.switch is None or stream.length != stream.switch_at:
+        if stream.switch is None or not stream.switches_now:
             return stream
         _, past = self.continuation(stream).switched(stream.past, stream.switch, self.config.on_switch)
         return replace(stream, past=past, condition=stream.switch, switch=None)
+
+    def ended(self, stream: RunningStream, batch: Batch) -> bool:
+        """True if the next frames do not fit any more; behind a switch fewer of them do."""
+        return not stream.switches_now and stream.length + self.least_new(batch) > stream.most
 
     def begun(self, batch: Batch) -> RunningStream:
         """A stream without a frame.
@@ -80,7 +84,7 @@ class StreamingTuningMethod(SelfForcingMethod):
             UserError: if there are no prompts to switch to.
         """
         most, switch_at = self.length(batch), self.switch_frame(batch)
-        switches = switch_at is not None and switch_at < most
+        switches = switch_at is not None and switch_at + self.config.reach.chunk <= most
         if switches and batch.switch is None:
             raise UserError("method.switch_frames: the data has no prompts to switch to; give data.switch_prompts")
         switch = batch.switch if switches else None
@@ -92,13 +96,22 @@ class StreamingTuningMethod(SelfForcingMethod):
         return self.config.max_frames or STREAM * batch.shape[2]
 
     def switch_frame(self, batch: Batch) -> int | None:
-        """First frame of the chunk where the next stream switches, equal on all ranks."""
+        """First frame of the chunk where the next stream switches, equal on all ranks.
+
+        Raises:
+            UserError: for a frame that leaves the longest stream no chunk under the second prompt.
+        """
         if not self.config.switch_frames:
             return None
-        wanted = self.config.switch_frames[self.rng.shared_index(len(self.config.switch_frames))]
-        chunk, window = self.config.reach.chunk, self.window(batch, batch.shape[2])
-        rest = window % chunk
-        return rest + chunk * max(1, -(-(wanted - rest) // chunk))
+        chunk, longest = self.config.reach.chunk, self.longest(batch)
+        first = spans(self.window(batch, batch.shape[2]), chunk)[0][1]
+        starts = [first + chunk * max(0, -(-(frame - first) // chunk)) for frame in self.config.switch_frames]
+        if max(starts) + chunk > longest:
+            raise UserError(
+                f"method.switch_frames: a switch at latent frame {max(starts)} leaves no chunk of {chunk} in the "
+                f"longest stream (method.max_frames {longest}); {longest - chunk} is the last that would do"
+            )
+        return starts[self.rng.shared_index(len(starts))]
 
     def least_new(self, batch: Batch) -> int:
         """Fewest new frames of a step, whole chunks."""
@@ -118,7 +131,7 @@ class StreamingTuningMethod(SelfForcingMethod):
     def extended(self, stream: RunningStream, count: int) -> tuple[RunningStream, Tensor]:
         """The stream after ``count`` more frames, and those, with the gradient of one call per chunk."""
         runs = [end - start for start, end in spans(count, self.config.reach.chunk)]
-        plan = zip(self.exits(len(runs), opening=not stream.length), [True] * len(runs), strict=True)
+        plan = zip(self.exits(len(runs), opening=not stream.past.length), [True] * len(runs), strict=True)
         shape, solve = stream.latents.shape, self.solver(plan)
         noise = self.rng.normal((*shape[:2], count, *shape[3:]))
         student, past, chunks = self.continuation(stream), stream.past, []

@@ -19,7 +19,7 @@ class StreamingTuningConfig(SelfForcingConfig):
     every stream has `max_frames`."""
     min_new_frames: PositiveInt | None = None
     """Fewest latent frames by which a step continues a stream, drawn up to `scored_frames`; all of these but one chunk
-    if not given. A step ends where the prompt switches."""
+    if not given. A step ends where the prompt switches, and the last one behind a switch may have fewer."""
     switch_frames: tuple[PositiveInt, ...] = ()
     """Latent frames of which each stream draws one, at whose chunk its prompt switches to the second one of its sample
     (`data.switch_prompts`); empty for no switches."""
@@ -37,4 +37,6 @@ class StreamingTuningConfig(SelfForcingConfig):
             raise ValueError(f"switch_frames: below max_frames {self.max_frames}, got {list(self.switch_frames)}")
         if self.min_new_frames and self.scored_frames and self.min_new_frames > self.scored_frames:
             raise ValueError(f"min_new_frames: at most scored_frames {self.scored_frames}, got {self.min_new_frames}")
+        if self.scored_frames and self.scored_frames < self.reach.chunk:
+            raise ValueError(f"scored_frames: at least a chunk of {self.reach.chunk}, got {self.scored_frames}")
         return self

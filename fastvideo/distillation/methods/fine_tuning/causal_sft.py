@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from fastvideo.distillation.causal_rollout import forced
-from fastvideo.distillation.chunks import Context, Masked, by_chunk
+from fastvideo.distillation.chunks import Context, Masked, by_chunk, spans
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
@@ -66,7 +66,8 @@ class CausalSFTMethod(Causal, SFTMethod):
         errors = self.errors(batch, noise, t, self.context(batch))
         if batch.condition.given is not None:
             return RoleLoss("student", batch.mean(errors))
-        ends = {"first_chunk": errors[:, :, :chunk], "last_chunk": errors[:, :, -chunk:]}
+        (_, first), *_ = spans(x0.shape[2], chunk)
+        ends = {"first_chunk": errors[:, :, :first], "last_chunk": errors[:, :, -chunk:]}
         return RoleLoss("student", batch.mean(errors), {name: part.detach().mean() for name, part in ends.items()})
 
     def context(self, batch: Batch) -> Context:

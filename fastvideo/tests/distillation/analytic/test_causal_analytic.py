@@ -79,6 +79,13 @@ def test_the_loss_of_the_exact_velocity_is_the_variance_that_its_past_leaves(for
     assert float(loss.value.detach()) == pytest.approx((first + last) / 2, rel=0.02)
 
 
+def test_the_first_chunk_of_the_metrics_has_the_remainder_too() -> None:
+    """Seven frames are chunks of four and of three."""
+    loss = next(sft(Spy(7, 4), reach=Reach(3)).losses(batch_of(Spy(7, 4), 4), 0))
+    first, last = (float(loss.metrics[name]) for name in ("first_chunk", "last_chunk"))
+    assert float(loss.value.detach()) == pytest.approx((4 * first + 3 * last) / 7)
+
+
 def test_every_chunk_has_a_time_of_its_own() -> None:
     """Five frames in chunks of two: the first chunk has three."""
     adapter = Spy(5, 2)

@@ -291,7 +291,8 @@ def test_losses_of_chunks_are_logged() -> None:
         ({"min_frames": 4, "max_frames": 7, "reach": Reach(2)}, "less a multiple of chunk 2"),
         ({"max_frames": 2, "reach": Reach(3)}, "at least a chunk of 3"),
         ({"max_frames": 4, "scored_frames": 5}, "scored_frames: at most max_frames 4"),
-        ({"first_ladder": (0.9, 0.5)}, "starts from pure noise"),
+        ({"first_ladder": (0.9, 0.5)}, "first_ladder\n.*starts from pure noise"),
+        ({"first_ladder": (1.0, 0.5, 0.7)}, "first_ladder\n.*rises from 0.5 to 0.7"),
         ({"rollout": "data"}, "rollout"),
     ],
 )

@@ -100,6 +100,36 @@ def test_the_prompt_switches_at_its_chunk_and_the_past_with_it(policy: str) -> N
     assert seen[2] == (10, own, {new}, [*recached, *own])
 
 
+def test_a_switch_near_the_end_takes_place() -> None:
+    """The last frames are fewer than a step's fewest: they are made all the same, under the second prompt."""
+    adapter = spy_of(9)
+    method, seen = tuning(adapter, Exit(0), max_frames=17, min_new_frames=6, switch_frames=(12,)), []
+    for _ in range(4):
+        method.sample(switching(adapter))
+        assert method.keeper.stream is not None
+        seen.append((method.keeper.stream.length, shift(method.keeper.stream.condition)))
+    assert seen == [(9, 1.0), (12, 1.0), (17, -2.0), (9, 1.0)]
+
+
+def test_a_switch_that_leaves_no_chunk_is_refused() -> None:
+    adapter = spy_of(7)
+    method = tuning(adapter, reach=Reach(3), max_frames=22, switch_frames=(9, 20))
+    with pytest.raises(UserError, match=r"switch_frames: .* frame 22 leaves no chunk of 3 .* 19 is the last"):
+        method.sample(switching(adapter))
+
+
+def test_behind_a_cut_the_first_chunk_takes_its_own_times() -> None:
+    """As in a stream that is cut while it plays."""
+    adapter = spy_of(4)
+    options = {"on_switch": "cut", "first_ladder": (1.0, 0.9, 0.8), "last_exit_only": True}
+    method = tuning(adapter, max_frames=12, min_new_frames=2, switch_frames=(4,), **options)
+    for _ in range(2):
+        adapter.calls.clear()
+        method.sample(switching(adapter))
+        times = [round(float(call.t.flatten()[0]), 3) for call in adapter.of(method.student)]
+        assert times[:4] == [1.0, 0.9, 0.8, 1.0]
+
+
 def test_switches_are_drawn_and_begin_at_chunks() -> None:
     adapter = spy_of(7)
     method = tuning(adapter, reach=Reach(3), max_frames=40, switch_frames=(2, 9, 20))
@@ -124,6 +154,7 @@ def test_prompts_without_a_second_one_are_refused() -> None:
         ({"switch_frames": (8,), "max_frames": 8}, "switch_frames: below max_frames 8"),
         ({"min_new_frames": 5, "scored_frames": 4, "max_frames": 9}, "min_new_frames: at most scored_frames"),
         ({"on_switch": "forget"}, "on_switch"),
+        ({"scored_frames": 2, "reach": Reach(3)}, "scored_frames: at least a chunk of 3"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.diffusers.view import Grid, rotate, view_of
+from fastvideo.distillation.adapters.diffusers.view import Grid, next_view, rotate, view_of
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, per_frame, spans
 from fastvideo.distillation.denoiser import Denoiser
@@ -108,6 +109,28 @@ def test_a_chunk_of_all_frames_is_a_bidirectional_call(student: Denoiser, condit
         assert torch.equal(
             student.velocity(x, t, condition, context=Masked(Reach(3))), student.velocity(x, t, condition)
         )
+
+
+def test_calls_on_one_past_share_its_view(student: Denoiser, condition: Condition) -> None:
+    """Their tables are computed once, and never serve another past or another size of chunk."""
+    grid, x = Grid(2, 2, (16, 16, 16)), draw(2)
+    past = student.commit(Past(Reach(2, positions="absolute")), x, condition)
+    view = next_view(past, x, grid)
+    assert next_view(past, draw(2, seed=1), grid) is view
+    later = next_view(replace(past, length=4), x, grid)
+    assert view.table is not None
+    assert later.table is not None
+    assert not torch.equal(later.table[0], view.table[0])
+    assert next_view(past, draw(1), grid).parts[0].queries == (0, 4)
+
+
+def test_a_call_leaves_the_network_as_it_was(student: Denoiser, condition: Condition) -> None:
+    """After an error too: a bidirectional call that follows has positions of its own."""
+    x = draw(3)
+    before = student.velocity(x, torch.full((2,), 0.5), condition)
+    with pytest.raises(RuntimeError):
+        student.velocity(x[:, :3], torch.full((2,), 0.5), condition, context=Past(Reach(3)))
+    assert torch.equal(student.velocity(x, torch.full((2,), 0.5), condition), before)
 
 
 def test_parts_against_a_mask(adapter: WanAdapter) -> None:

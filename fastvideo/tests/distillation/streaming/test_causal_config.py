@@ -110,6 +110,12 @@ def test_a_teacher_of_whole_videos_is_refused(tiny_wan: Path, tmp_path: Path) ->
     roles = {**given["roles"], "teacher": {"trainable": False, "path": str(teacher)}}
     assert not refused(roles=roles)
     assert "every chunk starts from pure noise" in refused(roles=roles, ladder={"times": [0.9, 0.5]})
+    (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 3}}))
+    assert "trained on chunks of 3 (its recipe.json says so); set method.reach.chunk: 3" in refused(roles=roles)
+    starts = {**given["roles"], "student": {"trainable": True, "path": str(teacher)}}
+    assert "roles.student.path" in refused(
+        roles=starts, method={**given["method"], "allow_bidirectional_teacher": True}
+    )
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,7 @@ from fastvideo.evaluation.streams.exposure import exposure_places
 from fastvideo.evaluation.streams.measure import switch_latent
 from fastvideo.evaluation.streams.world import StreamJudge
 from fastvideo.inference.loading import LoadedModel, load_model
+from fastvideo.inference.locks import lock_of
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.inference.stream_batches import Change, StreamBatch, continued, stream_frames
 from fastvideo.inference.streaming import Streamer
@@ -95,6 +97,27 @@ def test_continuations_see_the_real_past_and_nothing_else(model: LoadedModel) ->
     assert found[3].shape == (2, 3, 9, 32, 32)
     assert torch.equal(other[3], found[3])
     assert not torch.equal(other[5][:, :, 1:], found[5][:, :, 1:])
+
+
+def test_every_call_has_the_networks_lock(model: LoadedModel) -> None:
+    """A page that plays the same model in another thread waits meanwhile."""
+    free = []
+
+    def take() -> bool:
+        if taken := (lock := lock_of(model.network)).acquire(blocking=False):
+            lock.release()
+        return taken
+
+    def look(*_: object) -> None:
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(take).result())
+
+    made, real = batch(model, model.sampler()), torch.zeros(2, 4, 7, 4, 4)
+    with model.network.register_forward_pre_hook(look):
+        frames(made, 9, Change(PROMPTS, 1, "recache"))
+        list(continued(made, real, (5,), 8))
+    assert free
+    assert not any(free)
 
 
 def test_places() -> None:
