@@ -29,6 +29,7 @@ SHORT_TRAINING = ["--trainer.max-steps", "2", "--data.size", "8", "--data.batch-
 NO_VALIDATION = ["--validation.every", "0"]
 TEACHER_STEPS, SHORT_TEACHER_STEPS = 25, 2
 KEPT_STREAMS = 4
+EVALUATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; the last line on standard output is the goals as one JSON object."""
     arguments = tyro.cli(StreamDemoArguments, args=argv, prog="python -m fastvideo.demo_stream")
     out = arguments.folder
+    check(arguments)
     students, cost = distil(arguments)
     goals = evaluate(arguments, students, cost)
     print_goals(goals)
@@ -80,6 +82,30 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{out / 'metrics.json'}: the figures")
     print(json.dumps({goal.name: goal.to_dict() for goal in goals}))
     return 0
+
+
+def check(arguments: StreamDemoArguments) -> None:
+    """Check before the training what is measured after it.
+
+    Raises:
+        UserError: for a teacher that does not stream, or a length or number that cannot be measured.
+    """
+    from fastvideo.errors import UserError
+    from fastvideo.evaluation.streams.measure import check_streams
+    from fastvideo.evaluation.streams.sampling import StreamSource
+    from fastvideo.evaluation.streams.world import StreamJudge
+    from fastvideo.inference.loading import load_model
+
+    extent, model = extent_of(arguments), load_model(arguments.model)
+    if extent.switches < 2:
+        raise UserError("--switches: at least 2 are expected, which have a spread")
+    judge = StreamJudge(extent.prompts, EVALUATION_SEED, extent.long)
+    source = StreamSource(arguments.model, model, model.sampler(), judge.frames, judge.seed, extent.prompts)
+    if source.sampler.reach is None:
+        raise UserError(
+            f"--model {arguments.model} makes whole videos; a teacher whose recipe.json has `streaming` is expected"
+        )
+    check_streams(source, switches=True)
 
 
 def distil(arguments: StreamDemoArguments) -> tuple[dict[str, str], dict[str, Any]]:
@@ -167,7 +193,7 @@ def measured(rows: Mapping[str, RowSpec], extent: Extent, frames: int, switches:
     from fastvideo.evaluation.streams.measure import StreamTask, measure_streams
     from fastvideo.evaluation.streams.world import StreamJudge
 
-    judge = StreamJudge(extent.prompts, 0, frames, extent.reference)
+    judge = StreamJudge(extent.prompts, EVALUATION_SEED, frames, extent.reference)
     return measure_streams(rows, StreamTask(judge, switches, keep=KEPT_STREAMS))
 
 
