@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 RECIPES = Path("examples/distillation")
 DEMO, SHORT_DEMO = Path("outputs/demo_stream"), Path("outputs/demo_stream_short")
-STEPS = {"causal_cd": 600, "self_forcing": 400, "causvid": 400}
+STEPS = {"causal_cd": 200, "self_forcing": 400, "causvid": 400}
+"""Steps of each training."""
 SHORT_TRAINING = ["--trainer.max-steps", "2", "--data.size", "8", "--data.batch-size", "2", "--trainer.log-every", "1"]
 NO_VALIDATION = ["--validation.every", "0"]
 TEACHER_STEPS, SHORT_TEACHER_STEPS = 25, 2
