@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,8 @@ CONFIG = Path("examples/distillation/tiny_wan_dmd2.yaml")
 DEMO, SHORT_DEMO = Path("outputs/demo"), Path("outputs/demo_short")
 SHORT = ["--trainer.max-steps", "10", "--validation.every", "5", "--validation.world-prompts", "16"]
 SHORT_PROMPTS = 48
+PICTURE = "comparison.gif"
+"""Picture in the output folder, the demo's last file."""
 VIDEOS, SHORT_VIDEOS = 1024, 64
 """Video files that the demo writes and reads back."""
 
@@ -54,28 +56,41 @@ def main(argv: list[str] | None = None) -> int:
 
 def distil(arguments: DemoArguments, out: Path) -> dict[str, Any]:
     """Train the student; returns wall time, updates and peak memory."""
+    from fastvideo.training.distillation import parse
+
+    flags = ["--config", str(arguments.config), "--output", str(out), "--seed", str(arguments.seed)]
+    flags += SHORT if arguments.short else []
+    _, config = parse(flags)
+    if config.data.path == "tiny" and config.data.prompts is None:
+        data = out.with_name(f"{out.name}_data")
+        dataset = preprocess_world(config, data, SHORT_VIDEOS if arguments.short else VIDEOS)
+        flags += ["--data.path", str(dataset)]
+    cost = train(flags, replace=is_earlier_demo(out, out, (DEMO, SHORT_DEMO)))
+    return {**cost, "student_updates": student_updates(config)}
+
+
+def train(flags: Sequence[str], *, replace: bool) -> dict[str, Any]:
+    """Run a training of these flags; returns wall time and peak memory.
+
+    Args:
+        replace: delete the contents of the output folder.
+    """
     import torch
 
     from fastvideo.distillation.engine.optional.performance import peak_memory
     from fastvideo.training.distillation import parse
     from fastvideo.training.run import run
 
-    flags = ["--config", str(arguments.config), "--output", str(out), "--seed", str(arguments.seed)]
-    flags += SHORT if arguments.short else []
     launch, config = parse(flags)
-    if config.data.path == "tiny" and config.data.prompts is None:
-        data = out.with_name(f"{out.name}_data")
-        dataset = preprocess_world(config, data, SHORT_VIDEOS if arguments.short else VIDEOS)
-        launch, config = parse([*flags, "--data.path", str(dataset)])
     begin = time.monotonic()
-    run(config, overwrite=launch.overwrite or _is_earlier_demo(out))
+    run(config, overwrite=launch.overwrite or replace)
     seconds = time.monotonic() - begin
-    interval = config.method.generator_update_interval
-    return {
-        "wall_seconds": round(seconds, 1),
-        "student_updates": len(range(0, config.trainer.max_steps, interval)),
-        "peak_rss_mb": round(peak_memory(torch.device("cpu")) / 2**20),
-    }
+    return {"wall_seconds": round(seconds, 1), "peak_rss_mb": round(peak_memory(torch.device("cpu")) / 2**20)}
+
+
+def student_updates(config: Config) -> int:
+    """Updates of the student in a run of DMD2 or of a method built on it."""
+    return len(range(0, config.trainer.max_steps, config.method.generator_update_interval))
 
 
 def preprocess_world(config: Config, folder: Path, count: int) -> Path:
@@ -95,9 +110,13 @@ def preprocess_world(config: Config, folder: Path, count: int) -> Path:
     return out
 
 
-def _is_earlier_demo(out: Path) -> bool:
-    """True if ``out`` may be replaced: another run's folder is refused."""
-    return (out / "config.yaml").is_file() and (out in (DEMO, SHORT_DEMO) or (out / "comparison.gif").is_file())
+def is_earlier_demo(folder: Path, out: Path, usual: Sequence[Path]) -> bool:
+    """True if the demo into ``out`` may replace a run in ``folder``: others' runs are refused.
+
+    Args:
+        usual: output folders of demos; others are known by their picture.
+    """
+    return (folder / "config.yaml").is_file() and (out in usual or (out / PICTURE).is_file())
 
 
 def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
@@ -114,7 +133,7 @@ def evaluate(out: Path, prompts: int, training: dict[str, Any]) -> None:
     evaluation = evaluate_rows(comparison_rows(teacher, student), prompts=prompts)
     save_measured(out, evaluation, distillation=training)
     write_report([out])
-    write_video(out / "comparison.gif", side_by_side(evaluation.videos), scale=3)
+    write_video(out / PICTURE, side_by_side(evaluation.videos), scale=3)
 
 
 def side_by_side(videos: Mapping[str, Tensor], columns: int = 8) -> Tensor:

@@ -1,4 +1,4 @@
-"""Folders of the shipped weights: two diffusers pipelines and the judge."""
+"""Folders of the shipped weights: three diffusers pipelines and the judge."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE_FOLDER = WEIGHTS / "pipeline"
 COGVIDEOX_FOLDER = WEIGHTS / "cogvideox"
+STREAM_FOLDER = WEIGHTS / "stream"
 CLASSIFIER_FOLDER = WEIGHTS / "classifier"

@@ -26,7 +26,7 @@ from fastvideo.tiny.latents import LatentSet, cached_latents
 from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe, ImitationRecipe
 from tools.tiny_world.cogvideox_start import start_from_wan
-from tools.tiny_world.teacher import install_network
+from tools.tiny_world.teacher import install_network, sampling
 from tools.tiny_world.train_vae import warmed_cosine
 
 Adapter = CogVideoXAdapter | WanAdapter
@@ -54,7 +54,7 @@ def train_teacher(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
     data = cached_latents(ours.codec, TinyWorld("train"), recipe.imitation.videos, recipe.imitation.seed, out / "cache")
     student, teacher = Network(ours, network, network.transformer_blocks), Network(wan, source, source.blocks)
     error = imitate(student, teacher, Draws.of(data, recipe.imitation))
-    install_network(network, pipeline, GUIDANCE, recipe.text)
+    install_network(network, pipeline, sampling(GUIDANCE, recipe.text))
     return {"velocity_error": error}
 
 

@@ -6,7 +6,9 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
@@ -34,7 +36,7 @@ def train_teacher(out: Path) -> dict[str, float]:
     distil(CONFIG, out / "pipeline", runs[0], {})
     for before, run in itertools.pairwise(runs):
         distil(CONFIG, out / "pipeline", run, {**FURTHER, "--roles.student.path": str(before / "student")})
-    install(runs[-1] / "student", out / "pipeline")
+    install(runs[-1] / "student", out / "pipeline", sampling(GUIDANCE, TextRecipe()))
     return {"loss": last_loss(runs[-1])}
 
 
@@ -52,20 +54,25 @@ def distil(config: Path, pipeline: Path, output: Path, flags: dict[str, str]) ->
     subprocess.run([sys.executable, "-m", "fastvideo.training.distillation", *options], check=True)
 
 
-def install(trained: Path, pipeline: Path) -> None:
+def install(trained: Path, pipeline: Path, recipe: Mapping[str, Any]) -> None:
     """Put the transformer of a trained model folder into `pipeline`; see :func:`install_network`."""
     transformer = WanTransformer3DModel.from_pretrained(trained, subfolder="transformer", torch_dtype=torch.float32)
-    install_network(transformer, pipeline, GUIDANCE, TextRecipe())
+    install_network(transformer, pipeline, recipe)
 
 
-def install_network(transformer: ModelMixin, pipeline: Path, guidance: float, text: TextRecipe) -> None:
-    """Put a transformer into `pipeline`, in half precision, with its sampling recipe.
+def install_network(transformer: ModelMixin, pipeline: Path, recipe: Mapping[str, Any]) -> None:
+    """Put a transformer into `pipeline`, in half precision, with its sampling recipe."""
+    save_half(transformer, pipeline / "transformer")
+    (pipeline / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def sampling(guidance: float, text: TextRecipe, frames: int = FRAMES) -> dict[str, Any]:
+    """The recipe of a teacher.
 
     Args:
         guidance: the best one of a sweep.
         text: prompt length of the training, for copies of the folder.
+        frames: of a video.
     """
-    save_half(transformer, pipeline / "transformer")
-    model = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": text.max_length}
-    sampled = {"sampler": "euler", "guidance": guidance, "model": model}
-    (pipeline / "recipe.json").write_text(json.dumps(sampled, indent=2) + "\n", encoding="utf-8")
+    model = {"height": SIZE, "width": SIZE, "num_frames": frames, "max_sequence_length": text.max_length}
+    return {"sampler": "euler", "guidance": guidance, "model": model}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
+from fastvideo.distillation.chunks import Reach
+from fastvideo.inference.loading import load_model
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 from fastvideo.tiny.world import TinyWorld
-from tools.tiny_world import teacher
-from tools.tiny_world.build import build
+from tools.tiny_world import stream, teacher
+from tools.tiny_world.build import STREAM, build
 from tools.tiny_world.muon import orthogonalise
 from tools.tiny_world.recipe import ClassifierRecipe, SharpenRecipe, TinyRecipe, VaeRecipe
 from tools.tiny_world.sharpen import decoder_loss, sharpen_decoder
@@ -23,6 +26,7 @@ from tools.tiny_world.train_vae import WAN, train_vae
 from tools.tiny_world.vae import build_vae, encode_moments
 
 pytestmark = pytest.mark.slow
+SHORT_RUN = {"--trainer.max-steps": "2", "--trainer.log-every": "1", "--data.size": "8", "--data.batch-size": "2"}
 SHORT = SharpenRecipe(steps=2, batch_size=2, warm_up=1)
 SMALL = VaeRecipe(encoder_width=8, decoder_width=8, steps=3, batch_size=2, warm_up=1, statistics_videos=16)
 
@@ -51,14 +55,29 @@ def test_a_sharper_decoder_leaves_the_latents_alone(small_vae: AutoencoderKLWan)
 @pytest.mark.slow
 def test_teacher_stage_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher stage runs the recipe three times, 2 steps each here, and installs the last weights."""
-    short = {"--trainer.max-steps": "2", "--trainer.log-every": "1", "--data.size": "8", "--data.batch-size": "2"}
     run = teacher.distil
-    monkeypatch.setattr(teacher, "distil", lambda config, pipe, out, flags: run(config, pipe, out, {**flags, **short}))
+    monkeypatch.setattr(
+        teacher, "distil", lambda config, pipe, out, flags: run(config, pipe, out, {**flags, **SHORT_RUN})
+    )
     shutil.copytree(PIPELINE_FOLDER, tmp_path / "pipeline")
     build(tmp_path, ["teacher"], TinyRecipe())
     installed = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
     trained = load_file(tmp_path / "teacher-3" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(installed[name], trained[name].half()) for name in trained)
+
+
+@pytest.mark.slow
+def test_teacher_stage_of_streams_says_how_it_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = teacher.distil
+    monkeypatch.setattr(
+        teacher, "distil", lambda config, pipe, out, flags: run(config, pipe, out, {**flags, **SHORT_RUN})
+    )
+    shutil.copytree(PIPELINE_FOLDER, tmp_path / "pipeline")
+    build(tmp_path, ["teacher"], STREAM.recipe, STREAM)
+    sampler = load_model(str(tmp_path / "pipeline")).sampler()
+    assert sampler.reach == Reach(1, window=6, sink=1)
+    assert (sampler.kind, sampler.guidance) == ("euler", stream.GUIDANCE)
+    assert json.loads((tmp_path / "pipeline" / "recipe.json").read_text())["model"]["num_frames"] == 33
 
 
 def test_vae_training_repeats_bit_for_bit_and_leaves_the_global_generator_alone() -> None:

@@ -18,7 +18,8 @@ from fastvideo.inference.loading import load_model
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER, PIPELINE_FOLDER, WEIGHTS
 from fastvideo.tiny.world import TinyWorld, WorldSample
-from tools.tiny_world.teacher import GUIDANCE, install
+from tools.tiny_world.recipe import TextRecipe
+from tools.tiny_world.teacher import GUIDANCE, install, sampling
 from tools.tiny_world.train_classifier import accuracy
 from tools.tiny_world.train_vae import vae_quality
 from tools.tiny_world.vae import decode_unclamped, encode_moments
@@ -134,7 +135,7 @@ def test_the_teacher_is_sampled_with_the_guidance_that_was_found_best() -> None:
 def test_a_copy_of_an_installed_pipeline_is_sampled_like_the_embedded_one(tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     shutil.copytree(PIPELINE_FOLDER, folder)
-    install(PIPELINE_FOLDER, folder)
+    install(PIPELINE_FOLDER, folder, sampling(GUIDANCE, TextRecipe()))
     copy, embedded = load_model(str(folder)), load_model("tiny")
     assert copy.sampler().guidance == GUIDANCE
     assert copy.adapter.config.model_copy(update={"path": "tiny"}) == WanConfig()

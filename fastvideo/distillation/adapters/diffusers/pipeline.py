@@ -25,7 +25,11 @@ from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
 from fastvideo.storage import is_remote, local_folder
 
-EMBEDDED = {"tiny": "tiny/weights/pipeline", "tiny_cogvideox": "tiny/weights/cogvideox"}
+EMBEDDED = {
+    "tiny": "tiny/weights/pipeline",
+    "tiny_cogvideox": "tiny/weights/cogvideox",
+    "tiny_stream": "tiny/weights/stream",
+}
 """Pipelines that ship inside the package, by the name that stands for their path."""
 EXPECTED = (
     "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "

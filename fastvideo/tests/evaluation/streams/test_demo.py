@@ -1,0 +1,52 @@
+"""The demo of streaming students, on a network with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastvideo.demo_stream import main
+from fastvideo.errors import UserError
+from fastvideo.tests.distillation.tiny import wan_folder
+
+GOALS = {"teacher_digit", "student_digit_over_teacher", "frechet_over_untrained", "digit_drop", "switch_latency"}
+
+
+@pytest.mark.slow
+def test_two_trainings_and_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, out = tmp_path / "teacher", tmp_path / "demo"
+    shutil.copytree(wan_folder(tmp_path / "wan"), teacher)
+    reach = {"chunk": 1, "window": 6, "sink": 1, "positions": "window", "context_time": 0.0}
+    size = {"height": 32, "width": 32, "num_frames": 33, "max_sequence_length": 16}
+    recipe = {"sampler": "euler", "guidance": 1.5, "streaming": reach, "model": size}
+    (teacher / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["--short", "--model", str(teacher), "--out", str(out), "--with-causvid"]) == 0
+    found, long = (json.loads((folder / "metrics.json").read_text()) for folder in (out, out / "long"))
+    assert found["goals"].keys() >= GOALS | {"exposure_bias_over_causvid"}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found["goals"]
+    assert [found[name]["kind"] for name in ("teacher_2", "untrained_4", "student_4")] == [
+        *("teacher", "untrained", "student")
+    ]
+    assert found["untrained_4"]["streaming"] == found["student_4"]["streaming"]
+    assert long["self_forcing"]["network_calls"] == 4
+    start = (tmp_path / "demo_causal_cd" / "student").resolve()
+    assert str(start) in (out / "config.yaml").read_text()  # Self-Forcing goes on from it
+    for page in (out / "report.html", out / "long" / "report.html"):
+        assert "Right digit" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "tiny"], "makes whole videos; a teacher whose recipe.json has `streaming`"),
+        (["--model", "tiny", "--switches", "1"], "--switches: at least 2"),
+        (["--model", "tiny", "--long", "9"], "too short to drift"),
+    ],
+)
+def test_what_cannot_be_measured_is_not_trained(tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([*flags, "--out", str(tmp_path / "demo")])
+    assert not list(tmp_path.iterdir())
