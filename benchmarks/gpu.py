@@ -67,6 +67,8 @@ class Bench:
         given |= {"--model.prompt-for-negative": "a", "--validation.every": "0", "--trainer.log-every": "1"}
         given |= {"--output": str(self.work / output), "--trainer.max-steps": str(self.steps)}
         given |= {"--checkpoint.every": str(self.half), "--checkpoint.keep": "9"}
+        if self.dry and "--model.attention-backend" not in more:
+            given["--model.attention-backend"] = "native"  # the recipe names a kernel of CUDA
         words = [word for pair in given.items() for word in pair]
         return ["--config", RECIPE, *words, *(TOY if self.dry else ()), *more]
 

@@ -62,7 +62,7 @@ class StreamDemoArguments:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured; ``reference``: real windows behind the reference of Frechet distances."""
+    """Size of a measurement; ``reference``: real windows behind the reference of Frechet distances."""
 
     prompts: int
     long: int

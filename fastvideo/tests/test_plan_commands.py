@@ -55,7 +55,9 @@ def planner() -> Planner:
 
 def test_commands_are_found() -> None:
     found = commands()
-    assert {recipe for recipe, _, _ in found} == {p.stem for p in (ROOT / "examples/distillation").glob("wan2.1*.yaml")}
+    assert {recipe for recipe, _, _ in found} == {
+        p.stem for p in (ROOT / "examples/distillation").glob("wan2.1*_dmd2*.yaml")
+    }
     assert ("wan2.1_t2v_14b_dmd2", 64, ()) in found
     assert ("wan2.1_t2v_1.3b_dmd2", 8, ()) in found
 

@@ -41,7 +41,7 @@ FLOORED = (*(f"{name}_last" for name in ATTRIBUTES), "frechet_last")
 
 @dataclass(frozen=True)
 class StreamTask:
-    """What is measured of every model.
+    """Measurement of every model.
 
     Attributes:
         judge: prompts and length of the streams.

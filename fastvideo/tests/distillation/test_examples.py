@@ -57,7 +57,10 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     values = read_yaml(recipe)
     if values["distill_model"] == "wan":
         streams = load_method(values["distill_method"]).autoregressive_roles
-        values["model"]["path"] = str(streaming(tiny_wan) if streams else tiny_wan)
+        reach = values["method"].get("reach", {})
+        values["model"]["path"] = str(streaming(tiny_wan, reach.get("chunk", 1)) if streams else tiny_wan)
+        for role in values["roles"].values():
+            role.pop("path", None)
     if values["distill_model"] == "cogvideox":
         values["model"]["path"] = str(cogvideox_folder(tiny_wan.parent))
     if values["distill_model"] == "sdxl":
@@ -76,12 +79,12 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
         assert (handle.training is not None) == handle.trainable
 
 
-def streaming(pipeline: Path) -> Path:
+def streaming(pipeline: Path, chunk: int) -> Path:
     """The pipeline as one that says that it generates chunk by chunk."""
-    folder = pipeline.parent / "streaming"
+    folder = pipeline.parent / f"streaming-{chunk}"
     if not folder.is_dir():
         shutil.copytree(pipeline, folder)
-        (folder / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 1}}))
+        (folder / "recipe.json").write_text(json.dumps({"streaming": {"chunk": chunk}}))
     return folder
 
 
