@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,15 +18,11 @@ from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition
+from fastvideo.ranges import OnSwitch
 
 PastT = TypeVar("PastT")
 Solve = Callable[[Velocity, Tensor], Tensor]
 """From the velocity and the noise of a chunk ``[B, C, c, H, W]`` to its clean latents, such as ``rollout.few_step``."""
-
-OnSwitch = Literal["recache", "keep", "flush", "cut"]
-"""Treatment of the past when the prompt changes: ``recache`` computes it anew with the new prompt (LongLive,
-arXiv 2509.22622), ``keep`` changes nothing, ``flush`` leaves the sink and the last chunk (Infinity-RoPE,
-arXiv 2511.20649), ``cut`` begins an empty one."""
 
 
 class Streaming(Protocol[PastT]):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import OnSwitch, forced_velocity, roll, switched
+from fastvideo.distillation.causal_rollout import forced_velocity, roll, switched
 from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
@@ -20,6 +20,7 @@ from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import NoiseLike, SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
+from fastvideo.ranges import OnSwitch
 
 Visit = Callable[[int, Tensor], None]
 """Callback with a step's number and the state ``[B, C, F, H, W]`` before it."""

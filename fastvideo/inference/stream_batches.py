@@ -10,12 +10,13 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import OnSwitch, bound
-from fastvideo.distillation.chunks import Contexts, Past, spans
+from fastvideo.distillation.causal_rollout import bound
+from fastvideo.distillation.chunks import Contexts, Past, latent_frames, spans
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.types import Condition
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.locks import lock_of
+from fastvideo.ranges import OnSwitch
 
 Texts = tuple[Condition, Condition]
 """Condition of the prompts, and the negative one."""
@@ -87,22 +88,6 @@ class StreamPiece:
     seconds: float = 0.0
 
 
-def latent_frames(model: LoadedModel, frames: int) -> int:
-    """Latent frames of a video.
-
-    Raises:
-        UserError: for a number of frames that no video of the model has.
-    """
-    temporal = model.adapter.codec.temporal
-    if frames < 1 or (frames - 1) % temporal:
-        below = max(0, (frames - 1) // temporal) * temporal + 1
-        raise UserError(
-            f"{frames} frames: one more than a multiple of {temporal} is expected, such as {below} or "
-            f"{below + temporal}"
-        )
-    return (frames - 1) // temporal + 1
-
-
 @torch.no_grad()
 def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None) -> Iterator[StreamPiece]:
     """Stream ``frames`` video frames; without a change, those of ``sample()`` and a decoding of the whole.
@@ -113,7 +98,7 @@ def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None)
     codec, noise = batch.model.adapter.codec, batch.noise
     stream, decode = batch.under(batch.texts(batch.prompts), noise), codec.frame_decoder()
     past, last, latents, done = stream.opened, None, 0, 0
-    for count in chain(stream.chunks(latent_frames(batch.model, frames)), repeat(_chunk(batch.sampler))):
+    for count in chain(stream.chunks(latent_frames(frames, codec.temporal)), repeat(_chunk(batch.sampler))):
         begin, start = time.perf_counter(), batch.start(noise, count)
         with lock_of(batch.model.denoiser.network):
             if change is not None and latents == change.latent and last is not None:

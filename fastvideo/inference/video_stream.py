@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvideo.data.video_io import to_frames
 from fastvideo.distillation.adapters.base import FrameDecoder
-from fastvideo.distillation.causal_rollout import OnSwitch, bound
+from fastvideo.distillation.causal_rollout import bound
 from fastvideo.distillation.chunks import Contexts, Past
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
@@ -23,6 +23,7 @@ from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError, did_you_mean
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock, StreamStats
+from fastvideo.ranges import OnSwitch
 
 Frames = npt.NDArray[np.uint8]
 Texts = tuple[Condition, Condition]

@@ -26,9 +26,6 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Condition, UserError
 
-STREAM = 2
-"""Frames of a stream in those of the model's videos, where the config names none."""
-
 
 class StreamingTuningMethod(SelfForcingMethod):
     """Causal student, frozen bidirectional teacher, bidirectional critic."""
@@ -91,27 +88,10 @@ class StreamingTuningMethod(SelfForcingMethod):
         nothing = torch.empty((*batch.shape[:2], 0, *batch.shape[3:]), device=self.rng.device)
         return RunningStream(Past(self.config.reach), nothing, batch.condition, switch, switch_at or 0, 0, most)
 
-    def longest(self, batch: Batch) -> int:
-        """Latent frames of the longest stream."""
-        return self.config.max_frames or STREAM * batch.shape[2]
-
     def switch_frame(self, batch: Batch) -> int | None:
-        """First frame of the chunk where the next stream switches, equal on all ranks.
-
-        Raises:
-            UserError: for a frame that leaves the longest stream no chunk under the second prompt.
-        """
-        if not self.config.switch_frames:
-            return None
-        chunk, longest = self.config.reach.chunk, self.longest(batch)
-        first = spans(self.window(batch, batch.shape[2]), chunk)[0][1]
-        starts = [first + chunk * max(0, -(-(frame - first) // chunk)) for frame in self.config.switch_frames]
-        if max(starts) + chunk > longest:
-            raise UserError(
-                f"method.switch_frames: a switch at latent frame {max(starts)} leaves no chunk of {chunk} in the "
-                f"longest stream (method.max_frames {longest}); {longest - chunk} is the last that would do"
-            )
-        return starts[self.rng.shared_index(len(starts))]
+        """First frame of the chunk where the next stream switches, equal on all ranks."""
+        starts = self.config.switch_starts(batch.shape[2])
+        return starts[self.rng.shared_index(len(starts))] if starts else None
 
     def least_new(self, batch: Batch) -> int:
         """Fewest new frames of a step, whole chunks."""

@@ -112,10 +112,9 @@ def test_a_switch_near_the_end_takes_place() -> None:
 
 
 def test_a_switch_that_leaves_no_chunk_is_refused() -> None:
-    adapter = spy_of(7)
-    method = tuning(adapter, reach=Reach(3), max_frames=22, switch_frames=(9, 20))
     with pytest.raises(UserError, match=r"switch_frames: .* frame 22 leaves no chunk of 3 .* 19 is the last"):
-        method.sample(switching(adapter))
+        StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 20)).check_frames(7)
+    StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 19)).check_frames(7)
 
 
 def test_behind_a_cut_the_first_chunk_takes_its_own_times() -> None:

@@ -28,6 +28,9 @@ from fastvideo.tests.distillation.tiny import wan_config
 REACH = Reach(1, window=2, sink=1)
 
 
+DMD2_ROLES = {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")}
+
+
 def values(folder: Path, **reach: Any) -> dict[str, Any]:
     model = {"path": str(folder), "height": 16, "width": 32, "num_frames": 17, "max_sequence_length": 8}
     method = {"reach": reach or {"chunk": 1, "window": 2, "sink": 1}, "context_time": 0.1}
@@ -66,6 +69,11 @@ def test_flags_reach_into_it(tiny_wan: Path) -> None:
     [
         ({"num_frames": 9}, 1, r"method.reach.chunk: a video of 3 latent frames has no chunk of 4"),
         ({}, 2, r"parallel.context: causal_sft attends chunk by chunk"),
+        (
+            {"distill_method": "self_forcing", "roles": DMD2_ROLES, "method": {"scored_frames": 6}},
+            1,
+            "method.scored_frames: the model's videos have 5 latent frames",
+        ),
         (
             {"distill_model": "cogvideox", "model": {"path": "tiny_cogvideox"}, "method": {"forcing": "diffusion"}},
             1,
