@@ -433,6 +433,12 @@ def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:
     if config.ema.enabled and wrong:
         trained = ", ".join(role for role in trainable if trainable[role])
         raise UserError(f"ema.roles: {', '.join(wrong)} is not trained; trained are {trained}")
+    for role in load_method(config.distill_method).averaged_roles:
+        if not config.ema.enabled or role not in config.ema.roles:
+            raise UserError(
+                f"ema: {config.distill_method} trains on the average of the {role}, and without one the target would "
+                f"be the {role} itself; set ema.enabled: true, with {role} in ema.roles"
+            )
 
 
 def build_wan_dmd2_method(

@@ -120,6 +120,8 @@ def test_a_teacher_of_whole_videos_is_refused(tiny_wan: Path, tmp_path: Path) ->
     assert "every chunk starts from pure noise" in refused(roles=roles, ladder={"times": [0.9, 0.5]})
     (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 3}}))
     assert "trained on chunks of 3 (its recipe.json says so); set method.reach.chunk: 3" in refused(roles=roles)
+    for ema in ({"enabled": False}, {"roles": []}):
+        assert "ema: causal_cd trains on the average of the student" in refused(roles=roles, ema=ema)
     starts = {**given["roles"], "student": {"trainable": True, "path": str(teacher)}}
     assert "roles.student.path" in refused(
         roles=starts, method={**given["method"], "allow_bidirectional_teacher": True}
