@@ -156,19 +156,21 @@ class Past:
         reach: of every chunk.
         pieces: those that the next chunk sees, oldest first.
         length: frames committed so far, seen or not.
+        maker: network and adapter that committed them; ``None`` for an empty one, and for one of a checkpoint.
         derived: what the family makes of a past for all calls on it, such as positions; a new past begins without.
     """
 
     reach: Reach
     pieces: tuple[Piece, ...] = ()
     length: int = 0
+    maker: Any = field(default=None, compare=False, repr=False)
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def add(self, piece: Piece) -> Past:
         """The past after one more chunk; whole pieces beyond sink and window are dropped."""
         length = self.length + piece.frames
         kept = (old for old in (*self.pieces, piece) if self.reach.sees(old.start, length))
-        return Past(self.reach, tuple(kept), length)
+        return Past(self.reach, tuple(kept), length, self.maker)
 
     @property
     def frames(self) -> int:
@@ -191,9 +193,11 @@ class Past:
         """Check that the next chunk ``[B, C, c, H, W]`` belongs to the same videos.
 
         Raises:
-            UserError: if its batch, channels or size differ.
+            UserError: if its batch, channels, size or dtype differ.
         """
         for piece in self.pieces[-1:]:
+            if x.dtype != piece.latents.dtype:
+                raise UserError(f"a past of {piece.latents.dtype} latents cannot continue with a chunk of {x.dtype}")
             mine, theirs = (tuple(v.shape[:2]) + tuple(v.shape[3:]) for v in (x, piece.latents))
             if mine != theirs:
                 raise UserError(f"a past of latents (B, C, H, W) = {theirs} cannot continue with a chunk of {mine}")

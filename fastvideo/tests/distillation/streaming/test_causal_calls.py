@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticCo
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.view import Grid, next_view, rotate, view_of
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.causal_rollout import recache
 from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, per_frame, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.types import Condition
@@ -282,6 +284,32 @@ def test_a_past_of_other_videos_is_refused(student: Denoiser, condition: Conditi
     past = student.commit(Past(Reach(1)), draw(1), condition)
     with pytest.raises(UserError, match="cannot continue with a chunk"):
         student.velocity(draw(1)[:1], torch.full((1,), 0.5), condition.rows(slice(0, 1)), context=past)
+
+
+def test_a_past_of_another_network_is_refused(student: Denoiser, condition: Condition) -> None:
+    """Of a teacher, say, with latents of the same size; or of the same weights under another role's adapter."""
+    half, past = torch.full((2,), 0.5), student.commit(Past(Reach(1)), draw(1), condition)
+    others = [Denoiser(student.adapter, copy.deepcopy(student.network))]
+    others.append(Denoiser(student.adapter, student.network, select=lambda: None))
+    for other in others:
+        with pytest.raises(UserError, match="made by another network"):
+            other.velocity(draw(1), half, condition, context=past)
+        with pytest.raises(UserError, match="made by another network"):
+            other.commit(past, draw(1), condition)
+        anew = recache(other, past, condition)
+        other.velocity(draw(1), half, condition, context=anew)
+    again = Denoiser(student.adapter, student.network)
+    again.velocity(draw(1), half, condition, context=past)
+
+
+def test_a_past_of_another_dtype_is_refused(student: Denoiser, condition: Condition) -> None:
+    half, past = torch.full((2,), 0.5), student.commit(Past(Reach(1)), draw(1), condition)
+    with pytest.raises(UserError, match=r"past of torch\.float32 latents .* a chunk of torch\.float64"):
+        student.velocity(draw(1).double(), half, condition, context=past)
+    layers = tuple(tuple(tensor.double() for tensor in layer) for layer in past.pieces[0].layers)
+    other = replace(past, pieces=(replace(past.pieces[0], layers=layers),))
+    with pytest.raises(UserError, match=r"past of torch\.float64 keys .* computes in torch\.float32"):
+        student.velocity(draw(1), half, condition, context=other)
 
 
 class Whole(AnalyticAdapter):
