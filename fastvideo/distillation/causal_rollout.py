@@ -1,7 +1,8 @@
 """Rollouts chunk by chunk: each one from noise to clean latents on the past of those before it.
 
-Training, sampling and live streams run these lines. A :class:`Streaming` is a network with role, condition and guidance
-bound; its past is opaque here, as guidance needs two. Teacher forcing puts data in the place of the past.
+Training, sampling and live streams make every chunk by :func:`next_chunk`. A :class:`Streaming` is a network with role,
+condition and guidance bound; its past is opaque here, as guidance needs two. Teacher forcing puts data in the place of
+the past.
 """
 
 from __future__ import annotations
@@ -37,17 +38,25 @@ class Streaming(Protocol[PastT]):
         ...
 
 
-def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve: Solve) -> Iterator[Tensor]:
-    """Clean chunks, one after the other, with the graph that ``solve`` leaves.
+def next_chunk(
+    stream: Streaming[PastT], past: PastT, last: Tensor | None, noise: Tensor, solve: Solve
+) -> tuple[PastT, Tensor]:
+    """The past with the chunk ``last``, if there is one, and the clean chunk behind it, with the graph of ``solve``.
 
-    A chunk is committed when the next one is asked for, so the last one never is.
+    So a chunk is committed when the next one is asked for, and the last one of a video never is.
     """
-    chunk: Tensor | None = None
+    past = past if last is None else stream.commit(past, last)
+    return past, solve(bound(stream, past), noise)
+
+
+def roll(
+    stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve: Solve
+) -> Iterator[tuple[PastT, Tensor]]:
+    """Clean chunks, one after the other, each with the past that it was made on."""
+    last: Tensor | None = None
     for noise in noises:
-        if chunk is not None:
-            past = stream.commit(past, chunk)
-        chunk = solve(bound(stream, past), noise)
-        yield chunk
+        past, last = next_chunk(stream, past, last, noise, solve)
+        yield past, last
 
 
 @dataclass(frozen=True)

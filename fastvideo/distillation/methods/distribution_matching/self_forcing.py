@@ -66,7 +66,8 @@ class SelfForcingMethod(Causal, DMD2Method):
         start = frames - self.window(batch, frames)
         plan = zip(self.exits(len(runs)), (end > start for _, end in runs), strict=True)
         chunks = torch.split(noise, [b - a for a, b in runs], dim=2)
-        return torch.cat(list(roll(self.stream(batch), Past(self.config.reach), chunks, self.solver(plan))), dim=2)
+        rolled = roll(self.stream(batch), Past(self.config.reach), chunks, self.solver(plan))
+        return torch.cat([chunk for _, chunk in rolled], dim=2)
 
     def stream(self, batch: Batch) -> Continuation:
         """The student with the batch's prompts."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.causal_rollout import Continuation, bound
+from fastvideo.distillation.causal_rollout import Continuation, roll
 from fastvideo.distillation.chunks import Past, frames_of, spans
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
 from fastvideo.distillation.methods.distribution_matching.running_stream import RunningStream, StreamKeeper
@@ -114,10 +114,9 @@ class StreamingTuningMethod(SelfForcingMethod):
         plan = zip(self.exits(len(runs), opening=not stream.past.length), [True] * len(runs), strict=True)
         shape, solve = stream.latents.shape, self.solver(plan)
         noise = self.rng.normal((*shape[:2], count, *shape[3:]))
-        student, past, chunks = self.continuation(stream), stream.past, []
-        for start in torch.split(noise, runs, dim=2):
-            chunks.append(solve(bound(student, past), start))
-            past = student.commit(past, chunks[-1])
+        student = self.continuation(stream)
+        pasts, chunks = zip(*roll(student, stream.past, torch.split(noise, runs, dim=2), solve), strict=True)
+        past = student.commit(pasts[-1], chunks[-1])
         return replace(stream, past=past, length=stream.length + count), torch.cat(chunks, dim=2)
 
     def continuation(self, stream: RunningStream) -> Continuation:
