@@ -26,6 +26,11 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, Condition, UserError
 
+LEAD = 12
+"""Latent frames before a window from which the image of its first one is decoded, if the stream has so many. A causal
+decoder that begins within a stream errs there; 12 latent frames later it is at 90 dB of the one that saw the whole
+(``test_scored_windows.py``)."""
+
 
 class StreamingTuningMethod(SelfForcingMethod):
     """Causal student, frozen bidirectional teacher, bidirectional critic."""
@@ -51,14 +56,14 @@ class StreamingTuningMethod(SelfForcingMethod):
         """The window that ends with a stream's next frames, and its batch, with the prompt in force for them."""
         before = self.next_stream(batch)
         stream, new = self.extended(before, self.new_frames(before, batch))
-        frames = torch.cat([before.latents, new], dim=2)
-        first = max(0, frames.shape[2] - self.window(batch, frames.shape[2]))
-        window = frames[:, :, first:]
-        self.keeper.stream = replace(stream, latents=window.detach())
-        start = stream.length - window.shape[2]
+        count = self.window(batch, stream.length)
+        frames = torch.cat([before.latents, new], dim=2)[:, :, -(LEAD + count) :]
+        self.keeper.stream = replace(stream, latents=frames.detach())
+        window, up_to_it = frames[:, :, -count:], frames[:, :, : frames.shape[2] - count + 1]
+        start = stream.length - count
         condition = frames_of(stream.condition, start, stream.length)
         scoring = Batch(tuple(window.shape), condition, Condition(batch.negative.tensors, condition.given))
-        return self.scored(window, frames[:, :, : first + 1], scoring, start, window.shape[2] - new.shape[2])
+        return self.scored(window, up_to_it, scoring, start, count - new.shape[2])
 
     def next_stream(self, batch: Batch) -> RunningStream:
         """The running stream with its prompt in force, or a new one of this batch, if that has come to its end."""
