@@ -16,10 +16,11 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.view import Grid, next_view, rotate, view_of
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
 from fastvideo.distillation.causal_rollout import recache
-from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, per_frame, spans
+from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError
+from fastvideo.tests.distillation.streaming.chunked import chunk_times, streamed
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +40,6 @@ def condition(adapter: WanAdapter) -> Condition:
 
 def draw(frames: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(2, 16, frames, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def chunk_times(frames: int, chunk: int) -> Tensor:
-    """A time per chunk, the same for both samples, ``[2, F]``."""
-    count = len(spans(frames, chunk))
-    return per_frame(torch.linspace(0.2, 0.9, count).expand(2, count), frames, chunk)
-
-
-@torch.no_grad()
-def streamed(
-    student: Denoiser, x: Tensor, t: Tensor, condition: Condition, reach: Reach, clean: Tensor | None = None
-) -> Tensor:
-    """Predictions chunk by chunk, after commits of noisy chunks at their own times, or of clean ones at 0."""
-    past, found = Past(reach), []
-    for start, end in spans(x.shape[2], reach.chunk):
-        chunk = x[:, :, start:end]
-        found.append(student.velocity(chunk, t[:, start:end], condition, context=past))
-        seen, time = (chunk, float(t[0, start])) if clean is None else (clean[:, :, start:end], 0.0)
-        past = student.commit(past, seen, condition, time)
-    return torch.cat(found, dim=2)
 
 
 REACHES = [
