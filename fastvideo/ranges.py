@@ -1,11 +1,11 @@
-"""Ranges of numbers that users give, in configs (pydantic reads them) and as arguments of verbs.
+"""Ranges of numbers, and choices, that users give in configs (pydantic reads them) and as arguments of verbs.
 
 An upper end is far above what anyone uses, and below what a library, a clock or a memory cannot take.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Interval
 
@@ -51,6 +51,10 @@ GuidanceScale = Annotated[float, Interval(ge=0, le=1000)]
 Bytes = Annotated[float, Interval(gt=0, le=1e18)]
 """Bytes, or bytes per second."""
 Flops = Annotated[float, Interval(gt=0, le=1e21)]
+OnSwitch = Literal["recache", "keep", "flush", "cut"]
+"""Treatment of a stream's past when its prompt changes: ``recache`` computes it anew with the new prompt (LongLive,
+arXiv 2509.22622), ``keep`` changes nothing, ``flush`` leaves the sink and the last chunk (Infinity-RoPE,
+arXiv 2511.20649), ``cut`` begins an empty one."""
 
 
 def shown(interval: Interval) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from annotated_types import Interval
@@ -29,8 +29,6 @@ OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 OptionalPlace = Annotated[str | None, tyro.conf.arg(metavar="FILE|URL", help_behavior_hint="")]
-OnSwitch = Literal["recache", "keep", "flush", "cut"]
-"""Policies of ``fastvideo.distillation.causal_rollout``, which takes a second to import."""
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 

@@ -12,7 +12,6 @@ import tyro
 
 from fastvideo.cli.arguments import (
     INT,
-    OnSwitch,
     OptionalFile,
     OptionalFrames,
     OptionalGuidance,
@@ -23,7 +22,7 @@ from fastvideo.cli.arguments import (
 )
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
-from fastvideo.ranges import BatchSize, GuidanceScale, HeldOut, Samples, Seed, Steps
+from fastvideo.ranges import BatchSize, GuidanceScale, HeldOut, OnSwitch, Samples, Seed, Steps
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,6 @@ import tyro
 
 from fastvideo.cli.arguments import (
     INT,
-    OnSwitch,
     OptionalFrames,
     OptionalGuidance,
     OptionalPath,
@@ -25,7 +24,7 @@ from fastvideo.cli.arguments import (
     parse,
 )
 from fastvideo.errors import UserError
-from fastvideo.ranges import Scale, Seed, WrittenRate
+from fastvideo.ranges import OnSwitch, Scale, Seed, WrittenRate
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from fastvideo.data.faults import VideoError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 """Files that are images; those that Pillow has no decoder for are listed with this reason."""
 ANIMATED = ("WEBP", "PNG", "AVIF")
-"""Formats whose further pictures are an animation, and no pages or thumbnails."""
+"""Formats whose further pictures are an animation, and no pages or thumbnails; Pillow counts those of each."""
 UNTIMED_MS = 100
 """Milliseconds on screen of an animation's frame that does not say: browsers show it for as long."""
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -49,7 +49,7 @@ def read_pictures(path: Path) -> Pictures:
     """
     try:
         with Image.open(path) as image:
-            still = image.format not in ANIMATED or getattr(image, "n_frames", 1) == 1
+            still = image.format not in ANIMATED or image.n_frames == 1
             if still:
                 return Pictures(iter([_frame(image, 0)]), Fraction(1), True)
             first = _milliseconds(image)

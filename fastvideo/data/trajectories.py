@@ -29,7 +29,7 @@ from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_colu
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config
-from fastvideo.distillation.chunks import Masked
+from fastvideo.distillation.chunks import STREAMING, Masked
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
@@ -237,11 +237,11 @@ def check_kind(config: Config, kind: TrajectoryKind) -> None:
 def _check_teacher(config: Config, adapter: Adapter, kind: TrajectoryKind) -> None:
     """Refuse a teacher that has only seen whole videos where chunks go on from clean ones."""
     path, trusted = config.method.teacher_path, load_method(config.distill_method).trusts_teachers(config.method)
-    if kind == "causal" and not trusted and "streaming" not in adapter.folder.recipe_of(path):
+    if kind == "causal" and not trusted and STREAMING not in adapter.folder.recipe_of(path):
         raise UserError(
             f"method.teacher_path: {path or config.model.path} makes whole videos at once (its recipe.json has no "
-            f"`streaming`), and --causal needs a teacher that generates chunk by chunk: train one with causal_sft, or "
-            f"set method.allow_bidirectional_pairs: true if it is one"
+            f"`{STREAMING}`), and --causal needs a teacher that generates chunk by chunk: train one with causal_sft, "
+            f"or set method.allow_bidirectional_pairs: true if it is one"
         )
 
 

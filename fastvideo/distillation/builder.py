@@ -15,7 +15,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import is_quantised
 from fastvideo.distillation.adapters.export.lora import read_lora
 from fastvideo.distillation.bridge import bridge_between
 from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
-from fastvideo.distillation.chunks import spans
+from fastvideo.distillation.chunks import STREAMING
 from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
@@ -390,10 +390,7 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
             f"parallel.context: {name} attends chunk by chunk, which attention over several processes does not do; set "
             f"parallel.context: 1, and parallel.shard for memory"
         )
-    try:
-        spans(families.main.codec.latent_shape[1], reach.chunk)
-    except UserError as error:
-        raise UserError(f"method.{error}") from error
+    config.method.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, families)
     for role in ("student", *method.autoregressive_roles):
         _check_chunk(config, role, families.by_role[role].folder.recipe_of(config.roles[role].path), reach.chunk)
@@ -406,17 +403,17 @@ def _check_autoregressive(config: Config, families: Families) -> None:
     method = load_method(config.distill_method)
     for role in () if method.trusts_teachers(config.method) else method.autoregressive_roles:
         options = config.roles[role]
-        if options.init_from is None and "streaming" not in families.by_role[role].folder.recipe_of(options.path):
+        if options.init_from is None and STREAMING not in families.by_role[role].folder.recipe_of(options.path):
             raise UserError(
                 f"roles.{role}.path: {options.path or config.model.path} makes whole videos at once (its recipe.json "
-                f"has no `streaming`), and {config.distill_method} needs a {role} that generates chunk by chunk: train "
-                f"one with causal_sft, or set method.allow_bidirectional_teacher: true if it is one"
+                f"has no `{STREAMING}`), and {config.distill_method} needs a {role} that generates chunk by chunk: "
+                f"train one with causal_sft, or set method.allow_bidirectional_teacher: true if it is one"
             )
 
 
 def _check_chunk(config: Config, role: str, recipe: Mapping[str, Any], chunk: int) -> None:
     """Refuse weights that were trained to generate chunks of another length."""
-    trained = recipe.get("streaming", {}).get("chunk", chunk)
+    trained = recipe.get(STREAMING, {}).get("chunk", chunk)
     if config.roles[role].init_from is None and trained != chunk:
         raise UserError(
             f"method.reach.chunk: {chunk}, but roles.{role}.path {config.roles[role].path or config.model.path} was "
@@ -436,6 +433,12 @@ def _check_averages(config: Config, trainable: Mapping[str, bool]) -> None:
     if config.ema.enabled and wrong:
         trained = ", ".join(role for role in trainable if trainable[role])
         raise UserError(f"ema.roles: {', '.join(wrong)} is not trained; trained are {trained}")
+    for role in load_method(config.distill_method).averaged_roles:
+        if not config.ema.enabled or role not in config.ema.roles:
+            raise UserError(
+                f"ema: {config.distill_method} trains on the average of the {role}, and without one the target would "
+                f"be the {role} itself; set ema.enabled: true, with {role} in ema.roles"
+            )
 
 
 def build_wan_dmd2_method(

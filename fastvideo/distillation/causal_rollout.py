@@ -1,14 +1,15 @@
 """Rollouts chunk by chunk: each one from noise to clean latents on the past of those before it.
 
-Training, sampling and live streams run these lines. A :class:`Streaming` is a network with role, condition and guidance
-bound; its past is opaque here, as guidance needs two. Teacher forcing puts data in the place of the past.
+Training, sampling and live streams make every chunk by :func:`next_chunk`. A :class:`Streaming` is a network with role,
+condition and guidance bound; its past is opaque here, as guidance needs two. Teacher forcing puts data in the place of
+the past.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,15 +19,11 @@ from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition
+from fastvideo.ranges import OnSwitch
 
 PastT = TypeVar("PastT")
 Solve = Callable[[Velocity, Tensor], Tensor]
 """From the velocity and the noise of a chunk ``[B, C, c, H, W]`` to its clean latents, such as ``rollout.few_step``."""
-
-OnSwitch = Literal["recache", "keep", "flush", "cut"]
-"""Treatment of the past when the prompt changes: ``recache`` computes it anew with the new prompt (LongLive,
-arXiv 2509.22622), ``keep`` changes nothing, ``flush`` leaves the sink and the last chunk (Infinity-RoPE,
-arXiv 2511.20649), ``cut`` begins an empty one."""
 
 
 class Streaming(Protocol[PastT]):
@@ -41,17 +38,25 @@ class Streaming(Protocol[PastT]):
         ...
 
 
-def roll(stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve: Solve) -> Iterator[Tensor]:
-    """Clean chunks, one after the other, with the graph that ``solve`` leaves.
+def next_chunk(
+    stream: Streaming[PastT], past: PastT, last: Tensor | None, noise: Tensor, solve: Solve
+) -> tuple[PastT, Tensor]:
+    """The past with the chunk ``last``, if there is one, and the clean chunk behind it, with the graph of ``solve``.
 
-    A chunk is committed when the next one is asked for, so the last one never is.
+    So a chunk is committed when the next one is asked for, and the last one of a video never is.
     """
-    chunk: Tensor | None = None
+    past = past if last is None else stream.commit(past, last)
+    return past, solve(bound(stream, past), noise)
+
+
+def roll(
+    stream: Streaming[PastT], past: PastT, noises: Iterable[Tensor], solve: Solve
+) -> Iterator[tuple[PastT, Tensor]]:
+    """Clean chunks, one after the other, each with the past that it was made on."""
+    last: Tensor | None = None
     for noise in noises:
-        if chunk is not None:
-            past = stream.commit(past, chunk)
-        chunk = solve(bound(stream, past), noise)
-        yield chunk
+        past, last = next_chunk(stream, past, last, noise, solve)
+        yield past, last
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,32 @@ Span = tuple[int, int]
 """Frames from the first number up to, and without, the second."""
 
 
+STREAMING = "streaming"
+"""Key of a ``recipe.json`` whose model generates chunk by chunk: the fields of its :class:`Reach`, ``context_time``,
+and ``first_ladder`` of a first chunk with other times."""
+
+
+def latent_frames(frames: int, temporal: int) -> int:
+    """Latent frames of a video of ``frames``: one for the first, and one for each ``temporal`` frames after it.
+
+    Raises:
+        UserError: for a number of frames that no video has.
+    """
+    rest = (frames - 1) % temporal
+    if frames < 1 or rest:
+        below = max(1, frames - rest)
+        raise UserError(
+            f"{frames} frames: one more than a multiple of {temporal} is expected, such as {below} or "
+            f"{below + temporal}"
+        )
+    return (frames - 1) // temporal + 1
+
+
+def first_frame(latent: int, temporal: int) -> int:
+    """First video frame of a latent frame: the video frames of those before it."""
+    return 0 if latent == 0 else 1 + (latent - 1) * temporal
+
+
 @dataclass(frozen=True)
 class Reach:
     """Frames that a chunk sees beside its own.
@@ -130,19 +156,21 @@ class Past:
         reach: of every chunk.
         pieces: those that the next chunk sees, oldest first.
         length: frames committed so far, seen or not.
+        maker: network and adapter that committed them; ``None`` for an empty one, and for one of a checkpoint.
         derived: what the family makes of a past for all calls on it, such as positions; a new past begins without.
     """
 
     reach: Reach
     pieces: tuple[Piece, ...] = ()
     length: int = 0
+    maker: Any = field(default=None, compare=False, repr=False)
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def add(self, piece: Piece) -> Past:
         """The past after one more chunk; whole pieces beyond sink and window are dropped."""
         length = self.length + piece.frames
         kept = (old for old in (*self.pieces, piece) if self.reach.sees(old.start, length))
-        return Past(self.reach, tuple(kept), length)
+        return Past(self.reach, tuple(kept), length, self.maker)
 
     @property
     def frames(self) -> int:
@@ -165,9 +193,11 @@ class Past:
         """Check that the next chunk ``[B, C, c, H, W]`` belongs to the same videos.
 
         Raises:
-            UserError: if its batch, channels or size differ.
+            UserError: if its batch, channels, size or dtype differ.
         """
         for piece in self.pieces[-1:]:
+            if x.dtype != piece.latents.dtype:
+                raise UserError(f"a past of {piece.latents.dtype} latents cannot continue with a chunk of {x.dtype}")
             mine, theirs = (tuple(v.shape[:2]) + tuple(v.shape[3:]) for v in (x, piece.latents))
             if mine != theirs:
                 raise UserError(f"a past of latents (B, C, H, W) = {theirs} cannot continue with a chunk of {mine}")

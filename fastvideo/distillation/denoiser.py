@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.chunks import Context, Contexts, Past
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
-from fastvideo.distillation.types import Condition
-
-if TYPE_CHECKING:
-    from fastvideo.distillation.chunks import Context, Contexts, Past
+from fastvideo.distillation.types import Condition, UserError
 
 Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
@@ -82,8 +81,13 @@ class Denoiser:
 
         The network sees conditioning frames clean, at time 0. Their known velocity ``(x_t - clean) / t`` replaces the
         prediction, so that formulas on velocities hold there, without gradient. Only flow maps take ``r``.
+
+        Raises:
+            UserError: for a past of another network.
         """
         given = condition.given
+        if isinstance(context, Past):
+            self._check_maker(context)
         seen, times = self._network_input(x_t, t, condition)
         # A family without flow maps or chunks need not know these arguments.
         options: dict[str, Any] = {} if context is None else {"context": context}
@@ -105,12 +109,17 @@ class Denoiser:
 
         ``t`` above 0 is for a context with noise: ``x0`` is then the noisy chunk. A past that is made in inference mode
         serves training too.
+
+        Raises:
+            UserError: for a past of another network.
         """
+        self._check_maker(past)
         if self.select is not None:
             self.select()
         with torch.inference_mode(False), torch.no_grad():
             x0 = x0.clone() if x0.is_inference() else x0
-            return self.adapter.commit(self.network, past, x0.detach(), condition, t)
+            after = self.adapter.commit(self.network, past, x0.detach(), condition, t)
+        return replace(after, maker=(self.network, self.select))
 
     def guided_velocity(
         self,
@@ -152,6 +161,14 @@ class Denoiser:
             if guidance != 1.0:
                 u = guide(self.velocity(x_t, t, negative), u, guidance)
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
+
+    def _check_maker(self, past: Past) -> None:
+        """Check that no other network, nor the same one under another role's adapter, made a past."""
+        if past.maker not in (None, (self.network, self.select)):
+            raise UserError(
+                "this past was made by another network, whose keys and values mean nothing to this one: begin with an "
+                "empty past, or commit its chunks to this one (causal_rollout.recache)"
+            )
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Select the role; latents and times that the network sees."""

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import OnSwitch, forced_velocity, roll, switched
+from fastvideo.distillation.causal_rollout import forced_velocity, next_chunk, switched
 from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import NoiseLike, SamplerKind, Velocity, generate
+from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition
+from fastvideo.ranges import OnSwitch
 
 Visit = Callable[[int, Tensor], None]
 """Callback with a step's number and the state ``[B, C, F, H, W]`` before it."""
@@ -125,30 +126,13 @@ def sample(
         visit: called before each step.
         called: called after each step's network calls.
     """
-    stream = streaming(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
+    stream = Stream(denoiser, noise, sampler, condition, negative, visit=visit, called=called)
     channels, frames, *size = shape
-    starts = (noise.draw((channels, count, *size)) for count in stream.chunks(frames))
-    opening = itertools.chain([True], itertools.repeat(False))
-
-    def solve(velocity: Velocity, start: Tensor) -> Tensor:
-        return solved(sampler, noise, velocity, start, opening=next(opening))
-
-    return torch.cat(list(roll(stream, stream.opened, starts, solve)), dim=2)
-
-
-def streaming(
-    denoiser: Denoiser,
-    noise: SampleNoise,
-    sampler: SamplerSpec,
-    condition: Condition,
-    negative: Condition | None = None,
-    *,
-    visit: Visit | None = None,
-    called: Callable[[], None] | None = None,
-) -> Stream:
-    """The stream of a sampler; arguments as for :func:`sample`."""
-    context = (sampler.context_time, noise.like) if sampler.context_time else None
-    return Stream(denoiser, condition, negative or condition, sampler.guidance, sampler.reach, visit, called, context)
+    pasts, last, chunks = stream.opened, None, []
+    for count in stream.chunks(frames):
+        pasts, last = stream.next_chunk(pasts, last, noise.draw((channels, count, *size)))
+        chunks.append(last)
+    return torch.cat(chunks, dim=2)
 
 
 @torch.no_grad()
@@ -172,51 +156,57 @@ def sample_forced(
     return generate(sampler.kind, predict, noise.like(past.clean), sampler.times, noise.like)
 
 
-def solved(sampler: SamplerSpec, noise: SampleNoise, velocity: Velocity, start: Tensor, *, opening: bool) -> Tensor:
-    """Clean latents of the noise ``start`` ``[B, C, F, H, W]``, without gradient; ``opening``: nothing is before it."""
-    return generate(sampler.kind, velocity, start, sampler.times_of(opening=opening), noise.like)
-
-
 class Stream:
-    """A denoiser with condition and guidance bound, for :func:`~fastvideo.distillation.causal_rollout.roll`.
+    """A denoiser with a sampler, noise and conditions of whole videos; arguments as for :func:`sample`.
 
-    Args:
-        denoiser, condition, negative, guidance: as for ``Denoiser.guided_velocity``, with conditions of whole videos.
-        reach: ``None`` for a network that sees all frames at once: its only chunk is the video.
-        visit, called: as for :func:`sample`.
-        context: time in [0, 1] of the noise on finished chunks, and that noise; without it they stay clean.
+    A network that sees all frames at once has one chunk, the video, and no past.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
+        noise: SampleNoise,
+        sampler: SamplerSpec,
         condition: Condition,
-        negative: Condition,
-        guidance: float,
-        reach: Reach | None,
+        negative: Condition | None = None,
+        *,
         visit: Visit | None = None,
         called: Callable[[], None] | None = None,
-        context: tuple[float, NoiseLike] | None = None,
     ) -> None:
-        self.denoiser, self.condition, self.negative, self.guidance = denoiser, condition, negative, guidance
-        self.reach, self._visit, self._called, self._steps = reach, visit, called, itertools.count()
-        self._context = context
+        self.denoiser, self.condition, self.negative = denoiser, condition, negative or condition
+        self.sampler, self._noise = sampler, noise
+        self._visit, self._called, self._steps = visit, called, itertools.count()
 
     @property
     def opened(self) -> Contexts:
         """The empty pasts of both predictions."""
-        return (None, None) if self.reach is None else (Past(self.reach), Past(self.reach))
+        reach = self.sampler.reach
+        return (None, None) if reach is None else (Past(reach), Past(reach))
 
     def chunks(self, frames: int) -> list[int]:
         """Frames of each chunk of a video."""
-        return [frames] if self.reach is None else [end - start for start, end in spans(frames, self.reach.chunk)]
+        reach = self.sampler.reach
+        return [frames] if reach is None else [end - start for start, end in spans(frames, reach.chunk)]
+
+    def next_chunk(self, pasts: Contexts, last: Tensor | None, start: Tensor) -> tuple[Contexts, Tensor]:
+        """Both pasts with the chunk ``last``, if there is one, and the clean chunk behind it, without gradient.
+
+        ``start`` is its noise ``[B, C, c, H, W]``.
+        """
+        opening = last is None and not (isinstance(pasts[0], Past) and pasts[0].length)
+        times = self.sampler.times_of(opening=opening)
+
+        def solve(velocity: Velocity, start: Tensor) -> Tensor:
+            return generate(self.sampler.kind, velocity, start, times, self._noise.like)
+
+        return next_chunk(self, pasts, last, start, solve)
 
     def predict(self, past: Contexts, x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
         """Guided velocity of the next chunk."""
         if self._visit is not None:
             self._visit(next(self._steps), x_t)
         condition, negative = self._of_chunk(past, x_t)
-        u = self.denoiser.guided_velocity(x_t, t, condition, negative, self.guidance, r=r, contexts=past)
+        u = self.denoiser.guided_velocity(x_t, t, condition, negative, self.sampler.guidance, r=r, contexts=past)
         if self._called is not None:
             self._called()
         return u
@@ -227,12 +217,10 @@ class Stream:
         assert isinstance(conditional, Past)
         assert isinstance(unconditional, Past)
         condition, negative = self._of_chunk(past, x0)
-        time = 0.0
-        if self._context is not None:
-            time, noise_like = self._context
-            x0 = add_noise(x0, noise_like(x0), full_time(x0, time))
+        if time := self.sampler.context_time:
+            x0 = add_noise(x0, self._noise.like(x0), full_time(x0, time))
         after = self.denoiser.commit(conditional, x0, condition, time)
-        if self.guidance == 1.0:
+        if self.sampler.guidance == 1.0:
             return after, after
         return after, self.denoiser.commit(unconditional, x0, negative, time)
 
@@ -241,9 +229,8 @@ class Stream:
         conditional, unconditional = pasts
         assert isinstance(conditional, Past)
         assert isinstance(unconditional, Past)
-        time = 0.0 if self._context is None else self._context[0]
-        after = switched(self.denoiser, conditional, condition, policy, t=time)
-        if self.guidance == 1.0:
+        after = switched(self.denoiser, conditional, condition, policy, t=self.sampler.context_time)
+        if self.sampler.guidance == 1.0:
             return after, after
         return after, switched(self.denoiser, unconditional, negative, "keep" if policy == "recache" else policy)
 

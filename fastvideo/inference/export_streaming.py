@@ -25,7 +25,7 @@ from fastvideo.distillation.adapters.export.streaming import (
     self_forcing_config,
     warped_steps,
 )
-from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.chunks import STREAMING, Reach
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
@@ -34,7 +34,7 @@ from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, model_card
-from fastvideo.inference.recipe import STREAMING, reach_text
+from fastvideo.inference.recipe import reach_text
 
 STREAMING_FORMATS = ("fastvideo", "self-forcing")
 MOST_FRAMES, MOST_CALLS = 3, 4

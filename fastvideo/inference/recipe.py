@@ -10,15 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.builder import Config
-from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.chunks import STREAMING, Reach
 from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.errors import UserError, counted
 
-STREAMING = "streaming"
-"""Key of a model that generates chunk by chunk: the fields of its ``Reach``, ``context_time``, and ``first_ladder`` of
-a first chunk with other times."""
 _REACH = [field.name for field in fields(Reach)]
 Weights = Literal["ema", "live"]
 """Averaged weights, or those of the last step."""

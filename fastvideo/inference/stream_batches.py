@@ -10,12 +10,12 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.causal_rollout import OnSwitch, bound
-from fastvideo.distillation.chunks import Contexts, Past, spans
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.chunks import Contexts, latent_frames, spans
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream
+from fastvideo.distillation.types import Condition
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.locks import lock_of
+from fastvideo.ranges import OnSwitch
 
 Texts = tuple[Condition, Condition]
 """Condition of the prompts, and the negative one."""
@@ -43,7 +43,7 @@ class StreamBatch:
 
     def under(self, texts: Texts, noise: SampleNoise) -> Stream:
         """The model's stream of these texts."""
-        return streaming(self.model.denoiser, noise, self.sampler, *texts, called=self.called)
+        return Stream(self.model.denoiser, noise, self.sampler, *texts, called=self.called)
 
     def texts(self, prompts: Sequence[str]) -> Texts:
         """Condition of prompts, and the negative one."""
@@ -57,11 +57,6 @@ class StreamBatch:
         """Noise of the next ``frames`` latent frames."""
         channels, _, *size = self.model.adapter.codec.latent_shape
         return noise.draw((channels, frames, *size))
-
-    def made(self, stream: Stream, past: Contexts, noise: SampleNoise, start: Tensor) -> Tensor:
-        """Clean latents of the chunk behind a past; the caller has the network's lock."""
-        opening = not isinstance(past[0], Past) or not past[0].length
-        return solved(self.sampler, noise, bound(stream, past), start, opening=opening)
 
 
 @dataclass(frozen=True)
@@ -87,22 +82,6 @@ class StreamPiece:
     seconds: float = 0.0
 
 
-def latent_frames(model: LoadedModel, frames: int) -> int:
-    """Latent frames of a video.
-
-    Raises:
-        UserError: for a number of frames that no video of the model has.
-    """
-    temporal = model.adapter.codec.temporal
-    if frames < 1 or (frames - 1) % temporal:
-        below = max(0, (frames - 1) // temporal) * temporal + 1
-        raise UserError(
-            f"{frames} frames: one more than a multiple of {temporal} is expected, such as {below} or "
-            f"{below + temporal}"
-        )
-    return (frames - 1) // temporal + 1
-
-
 @torch.no_grad()
 def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None) -> Iterator[StreamPiece]:
     """Stream ``frames`` video frames; without a change, those of ``sample()`` and a decoding of the whole.
@@ -113,15 +92,13 @@ def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None)
     codec, noise = batch.model.adapter.codec, batch.noise
     stream, decode = batch.under(batch.texts(batch.prompts), noise), codec.frame_decoder()
     past, last, latents, done = stream.opened, None, 0, 0
-    for count in chain(stream.chunks(latent_frames(batch.model, frames)), repeat(_chunk(batch.sampler))):
+    for count in chain(stream.chunks(latent_frames(frames, codec.temporal)), repeat(_chunk(batch.sampler))):
         begin, start = time.perf_counter(), batch.start(noise, count)
         with lock_of(batch.model.denoiser.network):
             if change is not None and latents == change.latent and last is not None:
                 past, stream = _switched(batch, change, stream, past, last, noise)
-                decode = codec.frame_decoder() if change.on_switch == "cut" else decode
-            elif last is not None:
-                past = stream.commit(past, last)
-            last = batch.made(stream, past, noise, start)
+                decode, last = codec.frame_decoder() if change.on_switch == "cut" else decode, None
+            past, last = stream.next_chunk(past, last, start)
         latents, seconds = latents + count, time.perf_counter() - begin
         for frame in torch.split(last, 1, dim=2):
             piece = decode(frame).float().cpu()[:, :, : frames - done]
@@ -182,9 +159,10 @@ def _continuation(
 ) -> Tensor:
     """Video frames ``[B, 3, frames, H, W]`` behind a past."""
     pieces: list[Tensor] = []
+    last: Tensor | None = None
     while sum(piece.shape[2] for piece in pieces) < frames:
+        start = batch.start(noise, _chunk(batch.sampler))
         with lock_of(batch.model.denoiser.network):
-            made = batch.made(stream, past, noise, batch.start(noise, _chunk(batch.sampler)))
-            past = stream.commit(past, made)
-        pieces.append(decode(made).float().cpu())
+            past, last = stream.next_chunk(past, last, start)
+        pieces.append(decode(last).float().cpu())
     return torch.cat(pieces, dim=2)[:, :, :frames]

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastvideo.distillation.chunks import Past, Reach, spans
+from fastvideo.distillation.chunks import Past, Reach, first_frame, latent_frames, spans
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.errors import UserError
 from fastvideo.files import readable_size
@@ -132,7 +132,7 @@ class Streamer:
 
     def video_frames(self, latents: int) -> int:
         """Frames of a video of so many latent frames."""
-        return 1 + (latents - 1) * self.model.adapter.codec.temporal
+        return first_frame(latents, self.model.adapter.codec.temporal)
 
     def first_chunk(self, frames: int) -> int:
         """Latent frames of the first chunk of a video of ``frames`` frames.
@@ -140,14 +140,7 @@ class Streamer:
         Raises:
             UserError: if no video has so many.
         """
-        temporal = self.model.adapter.codec.temporal
-        if frames < 1 or (frames - 1) % temporal:
-            below = max(0, (frames - 1) // temporal) * temporal + 1
-            near = f"{below} or {below + temporal}"
-            raise UserError(
-                f"frames: one more than a multiple of {temporal} is expected, got {frames}: {near} would do"
-            )
-        return spans((frames - 1) // temporal + 1, self.reach.chunk)[0][1]
+        return spans(latent_frames(frames, self.model.adapter.codec.temporal), self.reach.chunk)[0][1]
 
     def _encode(self, prompt: str) -> Texts:
         """Condition of a prompt, and the negative one."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastvideo.distillation.causal_rollout import OnSwitch
 from fastvideo.errors import UserError
 from fastvideo.inference.streaming import Streamer
+from fastvideo.ranges import OnSwitch
 
 FORM = 'FRAME:"PROMPT", such as 65:"a red seven moving up", is expected'
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fastvideo.data.video_io import to_frames
 from fastvideo.distillation.adapters.base import FrameDecoder
-from fastvideo.distillation.causal_rollout import OnSwitch, bound
 from fastvideo.distillation.chunks import Contexts, Past
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, solved, streaming
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError, did_you_mean
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock, StreamStats
+from fastvideo.ranges import OnSwitch
 
 Frames = npt.NDArray[np.uint8]
 Texts = tuple[Condition, Condition]
@@ -116,9 +116,7 @@ class Maker:
             with clock.part("commit"):
                 moment = self.settled(moment)
             with clock.part("denoise"):
-                velocity, (past, _) = bound(self._stream(moment), moment.pasts), moment.pasts
-                opening = not isinstance(past, Past) or not past.length
-                return moment, solved(self.sampler, moment.noise, velocity, start, opening=opening)
+                return moment, self._stream(moment).next_chunk(moment.pasts, None, start)[1]
 
     def settled(self, moment: Snapshot) -> Snapshot:
         """The moment with its last chunk in the past, and with the prompt that was asked for."""
@@ -140,7 +138,7 @@ class Maker:
         )
 
     def _stream(self, moment: Snapshot) -> Stream:
-        return streaming(self.denoiser, moment.noise, self.sampler, *moment.texts)
+        return Stream(self.denoiser, moment.noise, self.sampler, *moment.texts)
 
 
 class VideoStream:

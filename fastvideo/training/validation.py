@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
+from fastvideo.distillation.chunks import first_frame
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
@@ -81,7 +82,7 @@ def _world_judge(prompts: int, seed: int, adapter: Adapter) -> Judge | StreamJud
     from fastvideo.tiny.classifier import FRAMES
 
     codec = adapter.codec
-    frames = 1 + (codec.latent_shape[1] - 1) * codec.temporal
+    frames = first_frame(codec.latent_shape[1], codec.temporal)
     if frames <= FRAMES:
         return Judge(prompts, seed, reference=VALIDATION_REFERENCE)
     return StreamJudge(prompts, seed, frames, reference=VALIDATION_REFERENCE)

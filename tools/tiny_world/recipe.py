@@ -86,7 +86,24 @@ class VaeTraining:
 
 
 @dataclass(frozen=True)
-class VaeRecipe(VaeTraining):
+class WeighedTraining(VaeTraining):
+    """Training of a whole VAE.
+
+    Attributes:
+        ink_weight: a pixel of full ink counts 1 + this, black counts 1, as most of a frame is black.
+        squared_weight: of the squared error beside the absolute error.
+        kl_weight: of the KL divergence to a unit Gaussian, per latent element; it keeps the latents smooth.
+        statistics_videos: videos from which the mean and the deviation of the latents are measured afterwards.
+    """
+
+    ink_weight: float = 3.0
+    squared_weight: float = 4.0
+    kl_weight: float = 5e-4
+    statistics_videos: int = 2048
+
+
+@dataclass(frozen=True)
+class VaeRecipe(WeighedTraining):
     """Size and training of the VAE.
 
     Attributes:
@@ -94,9 +111,6 @@ class VaeRecipe(VaeTraining):
             resolutions (16, 8 and 4 pixels a side), residual blocks per stage.
         short_frames, short_share: first frames of each video, and share of the first steps that sees these alone: one
             temporal chunk of four teaches as much as two at half the cost.
-        ink_weight: a pixel of full ink counts 1 + this, black counts 1, as most of a frame is black.
-        squared_weight: of the squared error beside the absolute error.
-        kl_weight: of the KL divergence to a unit Gaussian, per latent element; it keeps the latents smooth.
     """
 
     encoder_width: int = 16
@@ -105,10 +119,6 @@ class VaeRecipe(VaeTraining):
     blocks: int = 1
     short_frames: int = 5
     short_share: float = 0.6
-    ink_weight: float = 3.0
-    squared_weight: float = 4.0
-    kl_weight: float = 5e-4
-    statistics_videos: int = 2048
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from torch import Tensor
 
 from fastvideo.tiny.world import torus
-from tools.tiny_world.recipe import VaeTraining
+from tools.tiny_world.recipe import WeighedTraining
 from tools.tiny_world.sharpen import freeze_encoder
 from tools.tiny_world.train_vae import ink_error, measure_statistics, optimise, use_channels_last
 from tools.tiny_world.vae import kernels
@@ -27,14 +27,13 @@ GROUP = 4  # video frames of a latent frame; the first one has a single frame
 
 
 @dataclass(frozen=True)
-class StreamVaeRecipe(VaeTraining):
+class StreamVaeRecipe(WeighedTraining):
     """Training on streams.
 
     Attributes:
         groups: latent frames of a step.
         turns: batches of videos that take turns.
         shortest, longest: length of a video in latent frames.
-        ink_weight, squared_weight, kl_weight, statistics_videos: as in :class:`~tools.tiny_world.recipe.VaeRecipe`.
     """
 
     steps: int = 3000
@@ -45,10 +44,6 @@ class StreamVaeRecipe(VaeTraining):
     turns: int = 6
     shortest: int = 5
     longest: int = 33
-    ink_weight: float = 3.0
-    squared_weight: float = 4.0
-    kl_weight: float = 5e-4
-    statistics_videos: int = 2048
     seed: int = 31
 
 

@@ -31,7 +31,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     resolve_pipeline,
 )
 from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
-from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span
+from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, latent_frames
 from fastvideo.distillation.config.base import Level
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
@@ -79,7 +79,7 @@ class CogVideoXCodec(DiffusersCodec):
     @property
     def _video_frames(self) -> int:
         """Latent frames of a video, without padding."""
-        return (int(self.pipeline.config.num_frames) - 1) // self.temporal + 1
+        return latent_frames(int(self.pipeline.config.num_frames), self.temporal)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

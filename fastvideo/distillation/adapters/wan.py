@@ -36,7 +36,16 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_config,
 )
 from fastvideo.distillation.adapters.diffusers.view import Grid, View, check_causal, next_view, seeing, view_of
-from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs, repeated
+from fastvideo.distillation.chunks import (
+    Context,
+    Masked,
+    Past,
+    Piece,
+    first_frame,
+    latent_frames,
+    masked_runs,
+    repeated,
+)
 from fastvideo.distillation.config.base import Level
 from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
@@ -283,7 +292,7 @@ class WanCodec(StatisticsCodec):
         """
         self.inputs.check(self.pipeline)
         vae, config = self.pipeline.vae_config, self.pipeline.config
-        frames, spatial = (config.num_frames - 1) // self.temporal + 1, vae["scale_factor_spatial"]
+        frames, spatial = latent_frames(config.num_frames, self.temporal), vae["scale_factor_spatial"]
         return vae["z_dim"], frames, config.height // spatial, config.width // spatial
 
     def frame_decoder(self) -> WanFrameDecoder:
@@ -360,7 +369,7 @@ class WanConditioner(DiffusersConditioner[WanConfig]):
         if self.inputs.concatenated:
             return (1,)
         if self.config.given_frames:
-            return (1 + (self.config.given_frames - 1) * self.codec.temporal,)
+            return (first_frame(self.config.given_frames, self.codec.temporal),)
         return (0, 1) if self.inputs.per_token_times else (0,)
 
     @property
@@ -373,26 +382,26 @@ class WanConditioner(DiffusersConditioner[WanConfig]):
         return {**super().stored_shapes, **self._image_shapes}
 
     def encode_stored(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        latent_frames = (videos.shape[2] - 1) // self.codec.temporal + 1
-        return {**super().encode_stored(videos, captions), **self._images(videos.to(self.device), latent_frames)}
+        frames = latent_frames(videos.shape[2], self.codec.temporal)
+        return {**super().encode_stored(videos, captions), **self._images(videos.to(self.device), frames)}
 
-    def _images(self, videos: Tensor, latent_frames: int) -> dict[str, Tensor]:
+    def _images(self, videos: Tensor, frames: int) -> dict[str, Tensor]:
         """All of ``_image_shapes`` for the first frames of ``videos`` ``[B, 3, T, H, W]``."""
         found: dict[str, Tensor] = {}
         if self.inputs.concatenated:
             # Encoded as the start of a grey video: grey is 0.
-            frames = (latent_frames - 1) * self.codec.temporal + 1
-            found[FRAME] = self.codec.encode(_followed_by_zeros(videos[:, :, :1], frames))
+            whole = _followed_by_zeros(videos[:, :, :1], first_frame(frames, self.codec.temporal))
+            found[FRAME] = self.codec.encode(whole)
         if self.inputs.image_width:
             found[CLIP] = self._clip(videos[:, :, 0])
         return found
 
     def _encode_frames(self, frames: Tensor) -> Condition:
-        latent_frames = self.codec.latent_shape[1]
+        whole = self.codec.latent_shape[1]
         if self.inputs.concatenated:
-            return self._beside_noise(self._images(frames.to(self.device), latent_frames))
+            return self._beside_noise(self._images(frames.to(self.device), whole))
         latents = self.codec.encode(frames)
-        return _as_given(latents, latents.shape[2], latent_frames)
+        return _as_given(latents, latents.shape[2], whole)
 
     def first_frames_of(self, raw: RawBatch) -> Condition:
         """Take them from the latents, at any size. A checkpoint that reads its image beside the noise takes them from

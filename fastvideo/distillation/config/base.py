@@ -51,6 +51,9 @@ class AdapterConfig(Section):
 class MethodConfig(Section):
     """Base of every method's options."""
 
+    def check_frames(self, frames: int) -> None:
+        """Check options against the ``frames`` latent frames of the model's videos; most methods have none to check."""
+
 
 OptimizerKind = Literal["adamw", "radam"]
 

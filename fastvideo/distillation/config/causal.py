@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import WrapValidator
 
-from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.errors import UserError
 from fastvideo.ranges import Fraction
@@ -30,3 +30,14 @@ class CausalOptions(MethodConfig):
     stream with."""
     context_time: Fraction = 0.0
     """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean."""
+
+    def check_frames(self, frames: int) -> None:
+        """Check all options that count latent frames, for a model whose videos have ``frames`` of them.
+
+        Raises:
+            UserError: naming the option.
+        """
+        try:
+            spans(frames, self.reach.chunk)
+        except UserError as error:
+            raise UserError(f"method.{error}") from error

@@ -40,6 +40,8 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """Sampler that the training matches; validation, generation and the result's recipe use it."""
     autoregressive_roles: ClassVar[tuple[str, ...]] = ()
     """Frozen roles that continue a past as the student does: their weights come from a model that was trained to."""
+    averaged_roles: ClassVar[tuple[str, ...]] = ()
+    """Trained roles whose average is part of the algorithm, so that a run without it is another one."""
     needs_trajectories: ClassVar[bool] = False
     """True if it trains on a teacher's stored trajectories."""
     bridges: ClassVar[bool] = False

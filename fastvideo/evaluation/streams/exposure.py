@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.chunks import Reach, first_frame, latent_frames, spans
 from fastvideo.evaluation.metrics import ATTRIBUTES, correctness
 from fastvideo.evaluation.streams.drift import Comparison
 from fastvideo.evaluation.streams.observer import SeenStreams
-from fastvideo.evaluation.streams.seams import first_frame
 from fastvideo.evaluation.streams.series import Series, frechet_series, mean_series
 from fastvideo.tiny.classifier import FRAMES
 
@@ -22,7 +21,7 @@ def exposure_places(frames: int, reach: Reach | None, temporal: int, stride: int
     """
     if reach is None:
         return ()
-    edges = [start for start, _ in spans((frames - 1) // temporal + 1, reach.chunk)[1:]]
+    edges = [start for start, _ in spans(latent_frames(frames, temporal), reach.chunk)[1:]]
     starts = {edge: first_frame(edge, temporal) - 1 for edge in edges}
     fitting = [edge for edge in edges if starts[edge] + FRAMES <= frames]
     wanted = range(stride, frames - FRAMES + 1, stride)

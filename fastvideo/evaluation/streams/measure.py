@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import Codec
-from fastvideo.distillation.causal_rollout import OnSwitch
-from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.chunks import Reach, first_frame, latent_frames, spans
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 from fastvideo.evaluation.evaluate import Evaluation, kind_of_row
@@ -24,12 +23,13 @@ from fastvideo.evaluation.streams.drift import drift_figures, drift_series
 from fastvideo.evaluation.streams.exposure import exposure_places, exposure_series
 from fastvideo.evaluation.streams.latency import switch_figures
 from fastvideo.evaluation.streams.sampling import RealStreams, SampledStreams, StreamSource, real_streams
-from fastvideo.evaluation.streams.seams import first_frame, seam_figures, seam_frames
+from fastvideo.evaluation.streams.seams import seam_figures, seam_frames
 from fastvideo.evaluation.streams.series import Series
 from fastvideo.evaluation.streams.world import STRIDE, StreamJudge
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import BATCH_SIZE
-from fastvideo.inference.stream_batches import Change, latent_frames
+from fastvideo.inference.stream_batches import Change
+from fastvideo.ranges import OnSwitch
 from fastvideo.tiny.classifier import FRAMES, WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.switches import switch_pairs
@@ -111,7 +111,7 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
         UserError: if not.
     """
     name, codec, reach = source.name, source.model.adapter.codec, source.sampler.reach
-    latents, whole = latent_frames(source.model, source.frames), first_frame(codec.latent_shape[1], codec.temporal)
+    latents, whole = latent_frames(source.frames, codec.temporal), first_frame(codec.latent_shape[1], codec.temporal)
     if source.model.adapter.conditioner.needs_frames:
         raise UserError(f"{name} goes on from given frames: streams start from text alone")
     _check_size(name, codec)
@@ -145,7 +145,7 @@ def switch_latent(frames: int, reach: Reach, temporal: int) -> int:
     Raises:
         UserError: if there is none with a whole window before it and one after it.
     """
-    latents = (frames - 1) // temporal + 1
+    latents = latent_frames(frames, temporal)
     edges = [start for start, _ in spans(latents, reach.chunk)[1:]]
     firsts = {edge: first_frame(edge, temporal) for edge in edges}
     fitting = [edge for edge in edges if FRAMES <= firsts[edge] <= frames - FRAMES]

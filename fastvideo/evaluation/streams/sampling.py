@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.chunks import latent_frames
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.evaluation.streams.observer import SeenStreams, StreamObserver
 from fastvideo.evaluation.streams.world import StreamJudge
@@ -21,7 +22,6 @@ from fastvideo.inference.stream_batches import (
     StreamBatch,
     StreamPiece,
     continued,
-    latent_frames,
     stream_frames,
 )
 from fastvideo.tiny.classifier import FRAMES
@@ -97,7 +97,7 @@ class StreamSource:
             keep: first streams to return whole.
             change: switch of all prompts.
         """
-        calls = self.sampler.calls_of(latent_frames(self.model, self.frames))
+        calls = self.sampler.calls_of(latent_frames(self.frames, self.model.adapter.codec.temporal))
         label = self.name if change is None else f"{self.name}, switches"
         with PatientBar(label, len(prompts) * calls) as bar:
             parts = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.chunks import Reach, first_frame, latent_frames, spans
 from fastvideo.evaluation.statistics import Estimate, estimate
 from fastvideo.evaluation.streams.motion import steps, wrapped
 from fastvideo.evaluation.streams.observer import SeenStreams
@@ -21,13 +21,8 @@ def seam_frames(frames: int, reach: Reach, temporal: int) -> tuple[int, ...]:
         frames: video frames.
         temporal: video frames per latent frame but the first.
     """
-    latents = (frames - 1) // temporal + 1
+    latents = latent_frames(frames, temporal)
     return tuple(first_frame(start, temporal) for start, _ in spans(latents, reach.chunk)[1:])
-
-
-def first_frame(latent: int, temporal: int) -> int:
-    """First video frame of a latent frame."""
-    return 0 if latent == 0 else 1 + (latent - 1) * temporal
 
 
 def seam_figures(seen: SeenStreams, seams: Sequence[int], counts: Tensor) -> dict[str, Estimate]:

@@ -61,6 +61,8 @@ class View:
         if self.taken is not None:
             self.taken.append((key, value))
         if self.past:
+            if (made := self.past[-1][layer][0].dtype) != key.dtype:
+                raise UserError(f"a past of {made} keys cannot continue in a network that computes in {key.dtype}")
             earlier = zip(*(piece[layer] for piece in self.past), strict=True)
             key, value = (torch.cat((*old, own), dim=1) for old, own in zip(earlier, (key, value), strict=True))
         if self.table is not None:

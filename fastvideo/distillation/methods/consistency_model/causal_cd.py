@@ -52,6 +52,7 @@ class CausalCDMethod(Causal, DistillMethod[CausalCDConfig]):
     trainable_roles = ("student",)
     frozen_roles = ("teacher",)
     autoregressive_roles = ("teacher",)
+    averaged_roles = ("student",)
     sampler = "renoise"
     summary = "causal consistency distillation of an autoregressive teacher (arXiv 2605.15141)"
 

@@ -19,7 +19,7 @@ class RunningStream:
 
     Attributes:
         past: of the student.
-        latents: last clean latents ``[B, C, n, H, W]``, as many as are scored.
+        latents: last clean latents ``[B, C, n, H, W]``: those that are scored, and some before them.
         condition: prompts in force.
         switch: prompts that follow at frame ``switch_at``; ``None`` if none do.
         length: latent frames so far.

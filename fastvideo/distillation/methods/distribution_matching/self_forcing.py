@@ -26,7 +26,7 @@ from fastvideo.distillation.methods.distribution_matching.self_forcing_config im
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Velocity, few_step
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, UserError
+from fastvideo.distillation.types import Batch
 
 Times = tuple[float, ...]
 
@@ -66,7 +66,8 @@ class SelfForcingMethod(Causal, DMD2Method):
         start = frames - self.window(batch, frames)
         plan = zip(self.exits(len(runs)), (end > start for _, end in runs), strict=True)
         chunks = torch.split(noise, [b - a for a, b in runs], dim=2)
-        return torch.cat(list(roll(self.stream(batch), Past(self.config.reach), chunks, self.solver(plan))), dim=2)
+        rolled = roll(self.stream(batch), Past(self.config.reach), chunks, self.solver(plan))
+        return torch.cat([chunk for _, chunk in rolled], dim=2)
 
     def stream(self, batch: Batch) -> Continuation:
         """The student with the batch's prompts."""
@@ -100,27 +101,13 @@ class SelfForcingMethod(Causal, DMD2Method):
 
     def length(self, batch: Batch) -> int:
         """Latent frames of the next rollout, equal on all ranks."""
-        most = self.longest(batch)
+        most = self.config.longest(batch.shape[2])
         least, chunk = self.config.min_frames or most, self.config.reach.chunk
         return most if least == most else least + chunk * self.rng.shared_index((most - least) // chunk + 1)
 
-    def longest(self, batch: Batch) -> int:
-        """Latent frames of the longest rollout."""
-        return self.config.max_frames or batch.shape[2]
-
     def window(self, batch: Batch, frames: int) -> int:
-        """Scored latent frames of a rollout of ``frames``.
-
-        Raises:
-            UserError: if they are more than teacher and critic know.
-        """
-        known = batch.shape[2]
-        if (self.config.scored_frames or 0) > known:
-            raise UserError(
-                f"method.scored_frames: the model's videos have {known} latent frames (model.num_frames), and teacher "
-                f"and critic see no more, got {self.config.scored_frames}"
-            )
-        return min(self.config.scored_frames or known, frames)
+        """Scored latent frames of a rollout of ``frames``."""
+        return min(self.config.scored_frames or batch.shape[2], frames)
 
     def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Scored frames of a stream, and their batch."""
@@ -133,17 +120,9 @@ class SelfForcingMethod(Causal, DMD2Method):
         """Frames from ``start`` on with the first one as an image latent, and the batch that scores them.
 
         ``before`` are clean latents up to the first one; the first ``overlap`` frames were scored already.
-
-        Raises:
-            UserError: if nothing is left to score.
         """
         if start == 0 or self.config.first_frame == "keep":
             return x0, replace(batch, unscored=overlap)
-        if x0.shape[2] == 1:
-            raise UserError(
-                f"method.first_frame: {self.config.first_frame} leaves the first of 1 scored latent frame out, so that "
-                f"none is left; raise model.num_frames or method.scored_frames, or set keep"
-            )
         if self.config.first_frame == "reencode":
             x0 = torch.cat([self.image_latent(before), x0[:, :, 1:]], dim=2)
         return x0, replace(batch, unscored=max(overlap, 1))

@@ -54,6 +54,24 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
             raise ValueError(f"scored_frames: at most max_frames {most}, got {self.scored_frames}")
         return self
 
+    def longest(self, frames: int) -> int:
+        """Latent frames of the longest rollout, for a model whose videos have ``frames``."""
+        return self.max_frames or frames
+
+    def check_frames(self, frames: int) -> None:
+        super().check_frames(frames)
+        scored = self.scored_frames or frames
+        if scored > frames:
+            raise UserError(
+                f"method.scored_frames: the model's videos have {frames} latent frames (model.num_frames), and teacher "
+                f"and critic see no more, got {scored}"
+            )
+        if scored == 1 < self.longest(frames) and self.first_frame != "keep":
+            raise UserError(
+                f"method.first_frame: {self.first_frame} leaves the first of 1 scored latent frame out, so that none "
+                f"is left; raise model.num_frames or method.scored_frames, or set keep"
+            )
+
     @field_validator("first_ladder")
     @classmethod
     def _from_noise(cls, times: tuple[float, ...]) -> tuple[float, ...]:

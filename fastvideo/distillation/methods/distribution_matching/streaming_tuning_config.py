@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from fastvideo.distillation.causal_rollout import OnSwitch
+from fastvideo.distillation.chunks import spans
 from fastvideo.distillation.methods.distribution_matching.self_forcing_config import SelfForcingConfig
-from fastvideo.ranges import LearningRate, PositiveInt
+from fastvideo.distillation.types import UserError
+from fastvideo.ranges import LearningRate, OnSwitch, PositiveInt
+
+STREAM = 2
+"""Frames of a stream in those of the model's videos, where the config names none."""
 
 
 class StreamingTuningConfig(SelfForcingConfig):
@@ -40,3 +44,21 @@ class StreamingTuningConfig(SelfForcingConfig):
         if self.scored_frames and self.scored_frames < self.reach.chunk:
             raise ValueError(f"scored_frames: at least a chunk of {self.reach.chunk}, got {self.scored_frames}")
         return self
+
+    def longest(self, frames: int) -> int:
+        return self.max_frames or STREAM * frames
+
+    def switch_starts(self, frames: int) -> list[int]:
+        """First frames of the chunks where streams switch, of a model whose videos have ``frames`` latent frames."""
+        chunk = self.reach.chunk
+        first = spans(min(self.scored_frames or frames, frames), chunk)[0][1]
+        return [first + chunk * max(0, -(-(frame - first) // chunk)) for frame in self.switch_frames]
+
+    def check_frames(self, frames: int) -> None:
+        super().check_frames(frames)
+        chunk, longest, last = self.reach.chunk, self.longest(frames), max(self.switch_starts(frames), default=0)
+        if last + chunk > longest:
+            raise UserError(
+                f"method.switch_frames: a switch at latent frame {last} leaves no chunk of {chunk} in the longest "
+                f"stream (method.max_frames {longest}); {longest - chunk} is the last that would do"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -301,11 +302,20 @@ def test_lengths_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         SelfForcingConfig(**options)
 
 
-def test_what_the_models_videos_do_not_allow() -> None:
-    adapter = spy_of(3)
-    batch = prompts(adapter)
-    with pytest.raises(UserError, match=r"scored_frames: the model's videos have 3 latent frames"):
-        self_forcing(adapter, scored_frames=4).sample(batch)
+@pytest.mark.parametrize(
+    ("options", "frames", "message"),
+    [
+        ({"scored_frames": 4}, 3, r"method.scored_frames: the model's videos have 3 latent frames .* got 4"),
+        ({"reach": Reach(4)}, 3, "method.reach.chunk: a video of 3 latent frames has no chunk of 4"),
+        ({"max_frames": 2}, 1, "method.first_frame: reencode leaves the first of 1"),
+        ({"scored_frames": 3, "max_frames": 6}, 3, ""),
+        ({"max_frames": 2, "first_frame": "keep"}, 1, ""),
+    ],
+)
+def test_what_the_models_videos_do_not_allow(options: dict[str, Any], frames: int, message: str) -> None:
+    config = SelfForcingConfig(**options)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        config.check_frames(frames)
 
 
 def test_given_frames_begin_a_rollout_of_any_length() -> None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.analytic_networks import FrameConsistency
-from fastvideo.distillation.causal_rollout import OnSwitch, recache, switched
+from fastvideo.distillation.causal_rollout import recache, switched
 from fastvideo.distillation.chunks import Past, Reach
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rollout import Velocity, few_step
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition
+from fastvideo.ranges import OnSwitch
 from fastvideo.tests.distillation.toys import LADDER
 
 A = 0.9

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from fastvideo.distillation.adapters.analytic import AnalyticCodec
 from fastvideo.distillation.adapters.analytic_networks import FrameDenoiser
 from fastvideo.distillation.chunks import Past, Reach
 from fastvideo.distillation.engine.checkpoint.state import join_state, split_state
@@ -51,7 +53,7 @@ def test_a_stream_goes_on_from_step_to_step_until_its_end() -> None:
         stream = method.keeper.stream
         assert stream is not None
         assert tuple(x0.shape) == scored.shape == (2, 1, 4, 4, 4)
-        assert torch.equal(stream.latents, torch.cat([stream.latents[:, :, :1], x0.detach()[:, :, 1:]], dim=2))
+        assert torch.equal(stream.latents[:, :, -3:], x0.detach()[:, :, 1:])
         assert stream.past.length == stream.length
         assert not stream.latents.requires_grad, "or graphs of all steps would hang on one another"
         if before is not None and stream.length > 4:
@@ -61,6 +63,29 @@ def test_a_stream_goes_on_from_step_to_step_until_its_end() -> None:
     assert lengths == [4, 7, 10, 4, 7]
     assert unscored == [0, 1, 1, 0, 1]
     assert len(adapter.of(method.student)) == len(adapter.commits) == 4 + 3 + 3 + 4 + 3
+
+
+class Remembering(AnalyticCodec):
+    """A causal decoder: every frame keeps two fifths of the one before."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        frames = [latents[:, :, 0]]
+        for latent in latents.unbind(2)[1:]:
+            frames.append(0.4 * frames[-1] + latent)
+        return torch.stack(frames, dim=2)
+
+
+def test_the_first_image_of_a_window_is_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded far enough from where the decoder begins, however few frames are new."""
+    adapter = spy_of(4)
+    monkeypatch.setattr(AnalyticCodec, "decode", Remembering.decode)
+    method = tuning(adapter, Exit(0), max_frames=40, min_new_frames=1)
+    for _ in range(20):
+        x0, _ = method.sample(prompts(adapter))
+        stream = torch.cat([commit.x0 for commit in adapter.commits], dim=2)
+        first = stream.shape[2] - 4
+        expected = adapter.codec.decode(stream[:, :, : first + 1])[:, :, -1] if first else stream[:, :, 0]
+        torch.testing.assert_close(x0[:, :, 0].detach(), expected, rtol=0, atol=1e-3)
 
 
 def test_overlap_is_context_without_gradient() -> None:
@@ -112,10 +137,9 @@ def test_a_switch_near_the_end_takes_place() -> None:
 
 
 def test_a_switch_that_leaves_no_chunk_is_refused() -> None:
-    adapter = spy_of(7)
-    method = tuning(adapter, reach=Reach(3), max_frames=22, switch_frames=(9, 20))
     with pytest.raises(UserError, match=r"switch_frames: .* frame 22 leaves no chunk of 3 .* 19 is the last"):
-        method.sample(switching(adapter))
+        StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 20)).check_frames(7)
+    StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 19)).check_frames(7)
 
 
 def test_behind_a_cut_the_first_chunk_takes_its_own_times() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -14,10 +15,12 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticCo
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.view import Grid, next_view, rotate, view_of
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, per_frame, spans
+from fastvideo.distillation.causal_rollout import recache
+from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError
+from fastvideo.tests.distillation.streaming.chunked import chunk_times, streamed
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +40,6 @@ def condition(adapter: WanAdapter) -> Condition:
 
 def draw(frames: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(2, 16, frames, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def chunk_times(frames: int, chunk: int) -> Tensor:
-    """A time per chunk, the same for both samples, ``[2, F]``."""
-    count = len(spans(frames, chunk))
-    return per_frame(torch.linspace(0.2, 0.9, count).expand(2, count), frames, chunk)
-
-
-@torch.no_grad()
-def streamed(
-    student: Denoiser, x: Tensor, t: Tensor, condition: Condition, reach: Reach, clean: Tensor | None = None
-) -> Tensor:
-    """Predictions chunk by chunk, after commits of noisy chunks at their own times, or of clean ones at 0."""
-    past, found = Past(reach), []
-    for start, end in spans(x.shape[2], reach.chunk):
-        chunk = x[:, :, start:end]
-        found.append(student.velocity(chunk, t[:, start:end], condition, context=past))
-        seen, time = (chunk, float(t[0, start])) if clean is None else (clean[:, :, start:end], 0.0)
-        past = student.commit(past, seen, condition, time)
-    return torch.cat(found, dim=2)
 
 
 REACHES = [
@@ -282,6 +265,32 @@ def test_a_past_of_other_videos_is_refused(student: Denoiser, condition: Conditi
     past = student.commit(Past(Reach(1)), draw(1), condition)
     with pytest.raises(UserError, match="cannot continue with a chunk"):
         student.velocity(draw(1)[:1], torch.full((1,), 0.5), condition.rows(slice(0, 1)), context=past)
+
+
+def test_a_past_of_another_network_is_refused(student: Denoiser, condition: Condition) -> None:
+    """Of a teacher, say, with latents of the same size; or of the same weights under another role's adapter."""
+    half, past = torch.full((2,), 0.5), student.commit(Past(Reach(1)), draw(1), condition)
+    others = [Denoiser(student.adapter, copy.deepcopy(student.network))]
+    others.append(Denoiser(student.adapter, student.network, select=lambda: None))
+    for other in others:
+        with pytest.raises(UserError, match="made by another network"):
+            other.velocity(draw(1), half, condition, context=past)
+        with pytest.raises(UserError, match="made by another network"):
+            other.commit(past, draw(1), condition)
+        anew = recache(other, past, condition)
+        other.velocity(draw(1), half, condition, context=anew)
+    again = Denoiser(student.adapter, student.network)
+    again.velocity(draw(1), half, condition, context=past)
+
+
+def test_a_past_of_another_dtype_is_refused(student: Denoiser, condition: Condition) -> None:
+    half, past = torch.full((2,), 0.5), student.commit(Past(Reach(1)), draw(1), condition)
+    with pytest.raises(UserError, match=r"past of torch\.float32 latents .* a chunk of torch\.float64"):
+        student.velocity(draw(1).double(), half, condition, context=past)
+    layers = tuple(tuple(tensor.double() for tensor in layer) for layer in past.pieces[0].layers)
+    other = replace(past, pieces=(replace(past.pieces[0], layers=layers),))
+    with pytest.raises(UserError, match=r"past of torch\.float64 keys .* computes in torch\.float32"):
+        student.velocity(draw(1), half, condition, context=other)
 
 
 class Whole(AnalyticAdapter):

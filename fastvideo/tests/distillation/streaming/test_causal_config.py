@@ -28,6 +28,9 @@ from fastvideo.tests.distillation.tiny import wan_config
 REACH = Reach(1, window=2, sink=1)
 
 
+DMD2_ROLES = {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")}
+
+
 def values(folder: Path, **reach: Any) -> dict[str, Any]:
     model = {"path": str(folder), "height": 16, "width": 32, "num_frames": 17, "max_sequence_length": 8}
     method = {"reach": reach or {"chunk": 1, "window": 2, "sink": 1}, "context_time": 0.1}
@@ -66,6 +69,11 @@ def test_flags_reach_into_it(tiny_wan: Path) -> None:
     [
         ({"num_frames": 9}, 1, r"method.reach.chunk: a video of 3 latent frames has no chunk of 4"),
         ({}, 2, r"parallel.context: causal_sft attends chunk by chunk"),
+        (
+            {"distill_method": "self_forcing", "roles": DMD2_ROLES, "method": {"scored_frames": 6}},
+            1,
+            "method.scored_frames: the model's videos have 5 latent frames",
+        ),
         (
             {"distill_model": "cogvideox", "model": {"path": "tiny_cogvideox"}, "method": {"forcing": "diffusion"}},
             1,
@@ -112,6 +120,8 @@ def test_a_teacher_of_whole_videos_is_refused(tiny_wan: Path, tmp_path: Path) ->
     assert "every chunk starts from pure noise" in refused(roles=roles, ladder={"times": [0.9, 0.5]})
     (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 3}}))
     assert "trained on chunks of 3 (its recipe.json says so); set method.reach.chunk: 3" in refused(roles=roles)
+    for ema in ({"enabled": False}, {"roles": []}):
+        assert "ema: causal_cd trains on the average of the student" in refused(roles=roles, ema=ema)
     starts = {**given["roles"], "student": {"trainable": True, "path": str(teacher)}}
     assert "roles.student.path" in refused(
         roles=starts, method={**given["method"], "allow_bidirectional_teacher": True}

@@ -57,12 +57,13 @@ def half(x: Tensor) -> Tensor:
 
 def rolled(student: Denoiser, condition: Condition, seed: int = 0, frames: int = 4) -> Tensor:
     """A video of one step per chunk, each with its graph, on pasts that move on before the backward pass."""
-    stream = Stream(student, condition, condition, 1.0, REACH)
+    stream = Stream(student, SampleNoise([]), SamplerSpec((1.0,), 1.0, "renoise", REACH), condition)
 
     def one_step(velocity: Velocity, noise: Tensor) -> Tensor:
         return velocity_to_x0(noise, velocity(noise, half(noise)), half(noise))
 
-    return torch.cat(list(roll(stream, stream.opened, draw(frames, seed).split(1, dim=2), one_step)), dim=2)
+    rolled = roll(stream, stream.opened, draw(frames, seed).split(1, dim=2), one_step)
+    return torch.cat([chunk for _, chunk in rolled], dim=2)
 
 
 # Adapters on one base

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, _rotary_table
 from fastvideo.distillation.adapters.diffusers.discrete_vp import variance_preserving
-from fastvideo.distillation.chunks import Masked, Past, Piece, Reach, masked_runs, per_frame, spans
+from fastvideo.distillation.chunks import Masked, Past, Piece, Reach, masked_runs
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition, Given
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.streaming import Streamer
+from fastvideo.tests.distillation.streaming.chunked import chunk_times, streamed
 from fastvideo.tests.distillation.tiny import (
     COGVIDEOX_2B,
     COGVIDEOX_5B,
@@ -59,25 +60,6 @@ def condition(student: Denoiser) -> Condition:
 
 def draw(frames: int, seed: int = 0) -> Tensor:
     return torch.randn(2, 4, frames, 2, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def chunk_times(frames: int, chunk: int) -> Tensor:
-    count = len(spans(frames, chunk))
-    return per_frame(torch.linspace(0.2, 0.9, count).expand(2, count), frames, chunk)
-
-
-@torch.no_grad()
-def streamed(
-    student: Denoiser, x: Tensor, t: Tensor, condition: Condition, reach: Reach, clean: Tensor | None = None
-) -> Tensor:
-    """Predictions chunk by chunk, after commits of noisy chunks at their own times, or of clean ones."""
-    past, found = Past(reach), []
-    for start, end in spans(x.shape[2], reach.chunk):
-        chunk = x[:, :, start:end]
-        found.append(student.velocity(chunk, t[:, start], condition, context=past))
-        seen, time = (chunk, float(t[0, start])) if clean is None else (clean[:, :, start:end], 0.0)
-        past = student.commit(past, seen, condition, time)
-    return torch.cat(found, dim=2)
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastvideo.cli.evaluate import EvaluateArguments, run_evaluate
 from fastvideo.data.video_io import to_frames
-from fastvideo.distillation.causal_rollout import OnSwitch
 from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.distillation.types import UserError
@@ -29,6 +28,7 @@ from fastvideo.inference.locks import lock_of
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.inference.stream_batches import Change, StreamBatch, continued, stream_frames
 from fastvideo.inference.streaming import Streamer
+from fastvideo.ranges import OnSwitch
 from fastvideo.tests.distillation.tiny import wan_folder
 
 PROMPTS = ("a green seven moving left", "a red three")
