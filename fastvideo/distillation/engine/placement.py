@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -38,6 +37,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
 )
 from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.scaling import Scaling
+from fastvideo.distillation.types import StoredTensor
 from fastvideo.errors import UserError
 
 
@@ -51,7 +51,7 @@ class NetworkFolder(Protocol):
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module: ...
-    def files(self, path: str | None) -> Mapping[str, Path]: ...
+    def files(self, path: str | None) -> Mapping[str, StoredTensor]: ...
 
 
 class NetworkSource(Protocol):
@@ -249,9 +249,10 @@ def result_of(
 
 def read_whole(folder: NetworkFolder, path: str | None) -> nn.Module:
     """Read a network to the host, in float32."""
-    network, files = folder.empty(path, torch.float32), folder.files(path)
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        state |= {name: tensor.float() for name, tensor in load_file(file).items()}
-    network.load_state_dict({n: t for n, t in state.items() if n in network.state_dict()}, strict=False, assign=True)
+    network, state = folder.empty(path, torch.float32), dict[str, Tensor]()
+    found = {name: stored for name, stored in folder.files(path).items() if name in network.state_dict()}
+    for file in sorted({stored.file for stored in found.values()}):
+        tensors = load_file(file)
+        state |= {name: tensors[stored.name].float() for name, stored in found.items() if stored.file == file}
+    network.load_state_dict(state, strict=False, assign=True)
     return network
