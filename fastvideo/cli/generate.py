@@ -24,6 +24,7 @@ from fastvideo.cli.arguments import (
     OptionalTokens,
     parse,
 )
+from fastvideo.distillation.guidance import guidance_text
 from fastvideo.errors import UserError
 from fastvideo.ranges import Scale, Seed, WrittenRate
 
@@ -163,7 +164,7 @@ def _scale(arguments: GenerateArguments, height: int) -> int:
 
 def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:
     frames, height, width = video.shape[1:]
-    guidance = "" if spec.guidance == 1.0 else f", guidance {spec.guidance:g}"
+    guidance = "" if spec.guidance == 1.0 else f", guidance {guidance_text(spec.guidance)}"
     return (
         f"{path}: {frames} frames of {width}x{height}, {len(spec.times)} steps{guidance} "
         f"({spec.network_calls} network calls), {seconds:.2f} s"

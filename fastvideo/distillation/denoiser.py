@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.experts import boundary_of
+from fastvideo.distillation.guidance import GuidanceValue, guidance_at
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition
 
@@ -124,21 +125,25 @@ class Denoiser:
         t: Tensor,
         condition: Condition,
         negative: Condition,
-        guidance: float,
+        guidance: GuidanceValue,
         *,
         r: Tensor | None = None,
         contexts: Contexts = (None, None),
     ) -> Tensor:
         """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two.
+        Guidance by time is that of each sample's ``t``, and costs two.
 
         ``contexts`` are those of the conditional and of the unconditional call: each has a past of its own.
         """
         conditional = self.velocity(x_t, t, condition, r=r, context=contexts[0])
         if guidance == 1.0:
             return conditional
-        return guide(self.velocity(x_t, t, negative, r=r, context=contexts[1]), conditional, guidance)
+        unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
+        return guide(unconditional, conditional, guidance_at(guidance, t))
 
-    def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
+    def x0_guided(
+        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue
+    ) -> Tensor:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""
         return _exact(velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t), condition)
 
@@ -148,7 +153,13 @@ class Denoiser:
         return self.adapter.features(self.network, seen, times, condition, taps)[1]
 
     def x0_guided_and_features(
-        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float, taps: Sequence[int]
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        negative: Condition,
+        guidance: GuidanceValue,
+        taps: Sequence[int],
     ) -> tuple[Tensor, Tokens]:
         """:meth:`x0_guided` without gradient, and :meth:`features` of its conditional call with it."""
         seen, times = self._network_input(x_t, t, condition)
@@ -156,7 +167,7 @@ class Denoiser:
         assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
-                u = guide(self.velocity(x_t, t, negative), u, guidance)
+                u = guide(self.velocity(x_t, t, negative), u, guidance_at(guidance, t))
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

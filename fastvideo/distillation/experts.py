@@ -13,9 +13,9 @@ from fastvideo.errors import UserError
 class Experts(nn.Module):
     """Calls ``transformer`` for samples at times from ``boundary`` up, and ``transformer_2`` for those below.
 
-    The children have diffusers' names, and so have all parameters. A call runs each expert at most once, on its samples,
-    and answers in the order of the batch. The expert that is not called gets no gradient: its ``grad`` stays ``None``,
-    and an optimizer leaves it alone, weight decay and moments too.
+    The children have diffusers' names, and so have all parameters. A call runs each expert at most once, on its
+    samples, and answers in the order of the batch. The expert that is not called gets no gradient: its ``grad`` stays
+    ``None``, and an optimizer leaves it alone, weight decay and moments too.
 
     Args:
         transformer: expert of high noise.
@@ -74,8 +74,8 @@ def check_boundary(times: tuple[float, ...], boundary: float, where: str) -> Non
     for time in times:
         if abs(time - boundary) < ON_BOUNDARY:
             raise UserError(
-                f"{where}: the step {time:g} is exactly the boundary between the two experts of the model, and rounding "
-                f"would choose between them; move it, for example to {time + 0.01:g} or {time - 0.01:g}"
+                f"{where}: the step {time:g} is exactly the boundary between the two experts of the model, and "
+                f"rounding would choose between them; move it, for example to {time + 0.01:g} or {time - 0.01:g}"
             )
 
 

@@ -65,8 +65,13 @@ def x0_to_velocity(x_t: Tensor, x0: Tensor, t: Tensor, eps: float = 1e-6) -> Ten
     return (x_t - x0) / expand_time(t, x_t).clamp_min(eps)
 
 
-def guide(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance in the standard convention: 1 is the conditional prediction, 0 the unconditional."""
+def guide(unconditional: Tensor, conditional: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance in the standard convention: 1 is the conditional prediction, 0 the unconditional.
+
+    A tensor holds a guidance per sample ``[B]`` or frame ``[B, F]``.
+    """
+    if isinstance(guidance, Tensor):
+        guidance = expand_time(guidance, conditional)
     return unconditional + guidance * (conditional - unconditional)
 
 

@@ -9,13 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import BeforeValidator
 
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import UserError
-from fastvideo.ranges import GuidanceScale
 
 TRAIN_STEPS = 1000
 """Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
@@ -93,20 +89,3 @@ class Ladder:
 def _shifted(time: float, shift: float) -> float:
     """``shift_time`` that keeps 1 exact; rounding gives 1.0000000000000002 for some shifts, such as 0.2."""
     return time if time == 1.0 else shift_time(time, shift)
-
-
-def standard_guidance(value: object) -> object:
-    """Convert guidance to the standard convention: a number or ``{"standard": g}`` is ``g``, ``{"extra": w}`` 1 + w."""
-    if not isinstance(value, dict):
-        return value
-    known = {"standard": 0.0, "extra": 1.0}
-    if len(value) != 1 or next(iter(value)) not in known:
-        raise ValueError(f"guidance is a number or one of {{standard: g}}, {{extra: w}}; got {value}")
-    convention, number = next(iter(value.items()))
-    if not isinstance(number, (int, float)):
-        raise ValueError(f"guidance: {convention} needs a number, got {number!r}")
-    return float(number) + known[convention]
-
-
-Guidance = Annotated[GuidanceScale, BeforeValidator(standard_guidance)]
-"""Guidance scale as a config field: standard convention, 1 = conditional only."""

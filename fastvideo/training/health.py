@@ -22,6 +22,7 @@ from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.chunks import Masked, spans
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
+from fastvideo.distillation.guidance import GuidanceValue, by_time
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
@@ -131,8 +132,8 @@ class HealthCheck:
         self.write(self.folder / "teacher.mp4", _row(made[1]))
         return self._measure(made[1], made[0])
 
-    def _guidance(self, family: Adapter) -> float:
-        return float(self.config.method.model_dump().get("teacher_guidance", family.folder.published_guidance))
+    def _guidance(self, family: Adapter) -> GuidanceValue:
+        return by_time(self.config.method.model_dump().get("teacher_guidance", family.folder.published_guidance))
 
     def _key(self) -> str:
         options = self.options.model_dump(include={"prompts", "seeds", "teacher_steps"})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.chunks import Context, Masked, Past, frames_of, spans
 from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.guidance import GuidanceValue
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Condition, Need, RawBatch, StoredTensor, UserError
 
@@ -235,7 +236,7 @@ class ModelFolder(ABC):
 
     parts: tuple[str, ...] = ()
     """Subfolders that hold the network."""
-    published_guidance: float = 1.0
+    published_guidance: GuidanceValue = 1.0
     """Guidance that the family's authors sample with, for a model folder that names none."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the network's matrix products."""
@@ -305,8 +306,8 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     summary: ClassVar[str]
     """One line: the family and its parameterisation."""
     supports: frozenset[Need] = frozenset()
-    """Abilities beyond :meth:`velocity` at one time per sample; a method that needs more is refused before loading. Some
-    models of a family have fewer than the class says."""
+    """Abilities beyond :meth:`velocity` at one time per sample; a method that needs more is refused before loading.
+    Some models of a family have fewer than the class says."""
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu", *, whole_forwards: bool = False) -> None:
         self.config = config

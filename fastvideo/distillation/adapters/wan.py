@@ -187,6 +187,13 @@ def _per_token(times: Tensor, x_t: Tensor, network: Any) -> Tensor:
 class WanFolder(DiffusersFolder[WanConfig]):
     """A Wan pipeline."""
 
+    def __init__(self, pipeline: Pipeline[WanConfig]) -> None:
+        super().__init__(pipeline)
+        if (boundary := self.boundary()) is not None:  # the authors' config: one per expert for text, one for images
+            network = pipeline.network_config()
+            text = network["in_channels"] == network["out_channels"]
+            self.published_guidance = ((boundary, 4.0), (0.0, 3.0)) if text else 3.5
+
     def _ready(self, network: Any, path: str | None) -> nn.Module:
         """With self-attention that takes causal calls, and computes the others as the stock one does."""
         from fastvideo.distillation.adapters.diffusers.view_attention import ViewAttention
@@ -199,7 +206,8 @@ class WanFolder(DiffusersFolder[WanConfig]):
         """With the boundary that the folder's index names, if there are two experts."""
         if len(networks) == 1:
             return networks[0]
-        return Experts(*networks, boundary_in(self.pipeline.resolved(path)), TIME_UNITS).eval()
+        high, low = networks
+        return Experts(high, low, boundary_in(self.pipeline.resolved(path)), TIME_UNITS).eval()
 
     def boundary(self, path: str | None = None) -> float | None:
         return boundary_in(self.pipeline.resolved(path)) if len(self._parts(path)) > 1 else None
@@ -217,8 +225,8 @@ class WanFolder(DiffusersFolder[WanConfig]):
         return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
 
     def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
-        """As every pipeline. The index notes what stock pipelines need to know: with ``given_frames`` times per token, as
-        TI2V-5B's does, so that ``WanImageToVideoPipeline`` keeps the first frame clean; the boundary of two experts,
+        """As every pipeline. The index notes what stock pipelines need to know: with ``given_frames`` times per token,
+        as TI2V-5B's does, so that ``WanImageToVideoPipeline`` keeps the first frame clean; the boundary of two experts,
         half-way between a student's steps."""
         super().save(folder, network, recipe, slim=slim)
         noted: dict[str, Any] = {"expand_timesteps": True} if self.config.given_frames else {}

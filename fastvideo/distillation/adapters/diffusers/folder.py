@@ -29,6 +29,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
 from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.guidance import GuidanceValue
 from fastvideo.distillation.types import StoredTensor
 from fastvideo.errors import UserError
 
@@ -45,7 +46,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
         self.pipeline, self.config, self.parts = pipeline, pipeline.config, pipeline.parts
-        self.published_guidance = pipeline.spec.published_guidance
+        self.published_guidance: GuidanceValue = pipeline.spec.published_guidance
         self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     @property
