@@ -26,6 +26,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
+from fastvideo.distillation.expert_checks import check_experts
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -305,6 +306,7 @@ def check_run(
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     _check_needs_of_others(config, families)
+    check_experts(config, families.by_role, processes)
     _check_averages(config, trainable)
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvideo.errors import UserError
+
+T = TypeVar("T")
 
 
 class Experts(nn.Module):
@@ -53,6 +56,26 @@ class Experts(nn.Module):
             return [self.assumed_side] * len(timestep)
         # diffusers compares in the network's units and float32 too, so both agree on the last bit.
         return (timestep >= self.boundary * self.time_units).tolist()
+
+
+SIDES = {"transformer": "high_noise", "transformer_2": "low_noise"}
+"""Names of the experts in files, by their place in the module."""
+
+
+def by_expert(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Values by the names of an expert's own parameters, under its name in :data:`SIDES`; ``""`` for one network."""
+    if not any(name.startswith("transformer_2.") for name in named):
+        return {"": dict(named)}
+    found: dict[str, dict[str, T]] = {side: {} for side in SIDES.values()}
+    for name, value in named.items():
+        part, _, own = name.partition(".")
+        found[SIDES[part]][own] = value
+    return found
+
+
+def side_file(side: str, name: str) -> str:
+    """Name of the file of one expert; that of a network which is one is ``name`` itself."""
+    return f"{side}_{name}" if side else name
 
 
 def boundary_of(network: nn.Module) -> float | None:

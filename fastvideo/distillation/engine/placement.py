@@ -17,12 +17,11 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.lora import (
-    ADAPTER_FILE,
+    adapter_files,
     add_adapter,
     gather_adapter,
     merge,
     merge_file,
-    portable,
     switch_of,
 )
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
@@ -239,11 +238,11 @@ def result_of(
 
     All processes take part, because each may hold a shard; only the main one gets the network.
     """
-    switch, files = switch_of(handle), {}
+    switch, files = switch_of(handle), dict[str, dict[str, Tensor]]()
     with handle.averaged():
         whole = whole_network(handle, source, processes)
         if switch is not None:
-            files[ADAPTER_FILE] = portable(gather_adapter(handle), switch.scaling, source.folder.parts[0])
+            files = adapter_files(gather_adapter(handle), switch.scaling, source.folder.parts[0])
         yield whole, files
 
 

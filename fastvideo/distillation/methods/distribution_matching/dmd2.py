@@ -20,6 +20,7 @@ from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
+from fastvideo.distillation.methods.distribution_matching.sides import on_one_side
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, few_step
@@ -44,6 +45,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     """Roles of further terms in a subclass."""
     sampler: ClassVar[SamplerKind] = "renoise"
     bridges = True
+    calls_one_expert = True
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2Config, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -97,7 +99,10 @@ class DMD2Method(DistillMethod[DMD2Config]):
             velocity = partial(self.student.velocity, condition=batch.condition)
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
         times = torch.tensor(self.ladder.times, dtype=torch.float32, device=noise.device)
-        t = times[self.rng.index(len(batch), len(self.ladder))]
+        index = self.rng.index(len(batch), len(self.ladder))
+        if self.student.boundary is not None:  # one expert for the batch
+            index.fill_(self.rng.shared_index(len(self.ladder)))
+        t = times[index]
         return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
@@ -145,8 +150,11 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return add_noise(x0, noise, t), t, velocity_target(x0, noise)
 
     def score_times(self, count: int) -> Tensor:
-        """Uniform times ``[count]``, shifted, then clamped; all frames of a sample share one."""
-        return shift_time(self.rng.uniform(count), self.config.score_time_shift).clamp(*self.config.score_time_range)
+        """Uniform times ``[count]``, shifted, then clamped; all frames of a sample share one, all samples an expert."""
+        u, shift = self.rng.uniform(count), self.config.score_time_shift
+        boundary = self.teacher.boundary or self.critic.boundary
+        t = shift_time(u, shift) if boundary is None else on_one_side(u, boundary, shift, self.rng)
+        return t.clamp(*self.config.score_time_range)
 
 
 def dmd_gradient(
