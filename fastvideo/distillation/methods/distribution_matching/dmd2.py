@@ -116,6 +116,11 @@ class DMD2Method(DistillMethod[DMD2Config]):
         """Loss with ``d loss / d x0 = gradient / numel`` (DMD eq. 7)."""
         with torch.no_grad():
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
+        return self.matching_loss(x0, batch, real, fake)
+
+    def matching_loss(self, x0: Tensor, batch: Batch, real: Tensor, fake: Tensor) -> RoleLoss:
+        """The loss of :meth:`dmd_loss`, from both estimates."""
+        with torch.no_grad():
             gradient = self.gradient(x0, real, fake, batch)
         loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
         squares = gradient.square()
