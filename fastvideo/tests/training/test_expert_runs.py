@@ -20,6 +20,7 @@ from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder
+from fastvideo.tests.launch import TRAIN, config_file, ranks
 from fastvideo.training.run import run
 
 LADDER = (1.0, 0.9375, 5 / 6, 0.625)
@@ -178,3 +179,47 @@ def test_methods_that_mix_noise_levels_are_refused_on_several_processes(model: P
     built(values)
     with pytest.raises(UserError, match="sft draws a time for every sample, so that 2 processes would call different"):
         built(values, Processes(world_size=2))
+
+
+@pytest.mark.parametrize(("side", "idle"), [("low", "transformer"), ("high", "transformer_2")])
+def test_the_expert_of_the_other_phase_stays_as_it_is_to_the_bit(
+    model: Path, tmp_path: Path, side: str, idle: str
+) -> None:
+    """Weight decay and averages are on, and one optimizer holds both experts."""
+    values = values_of(tmp_path, model, distill_method="phased_dmd", ema={"enabled": True})
+    values["roles"] = {role: {"trainable": role != "teacher"} for role in ("student", "teacher", "critic")}
+    values["method"] |= {"experts": side}
+    values["trainer"] = {"max_steps": 3, "log_every": 3}
+    student = run(config_of(values, "test"))
+    trained = {"transformer": "transformer_2", "transformer_2": "transformer"}[idle]
+    assert not changed(student, model, idle)
+    assert changed(student, model, trained)
+
+
+@pytest.mark.slow
+def test_phases_resume_exactly(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    students = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        values = values_of(tmp_path / name, model, distill_method="phased_dmd", checkpoint={"every": 2})
+        for stop in stops:
+            values["trainer"] = {"max_steps": stop, "log_every": 1}
+            students.append(run(config_of(values, "test"), resume=stop != stops[0]))
+    assert not changed(students[0], students[2], "transformer")
+    assert not changed(students[0], students[2], "transformer_2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dmd2", "phased_dmd"])
+def test_processes_that_share_two_experts_call_the_same_one(model: Path, tmp_path: Path, method: str) -> None:
+    """Sharded forwards of different experts would hang; each accumulated batch may be another expert's."""
+    values = values_of(tmp_path, model, distill_method=method, parallel={"timeout": 60.0, "shard": 2})
+    values["trainer"] = {"max_steps": 4, "log_every": 1, "threads": 1, "grad_accumulation": 2}
+    values["roles"]["critic"] = {"trainable": True}
+    for child in ranks(2, [*TRAIN, "--config", str(config_file(values))]):
+        assert child.wait() == 0, child.text[-2000:]
+    student = tmp_path / "run" / "student"
+    assert json.loads((student / "model_index.json").read_text())["boundary_ratio"] == MIDPOINT
+    assert changed(student, model, "transformer") or changed(student, model, "transformer_2")
+    assert video(student).isfinite().all()
