@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvideo.distillation.adapters.export.flow_match import flow_match_sampler
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.runtime import Processes
+from fastvideo.distillation.experts import SIDES
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
+from fastvideo.inference.merge import run_merge
+from fastvideo.planning.estimate import Planner
 from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder
 from fastvideo.tests.launch import TRAIN, config_file, ranks
 from fastvideo.training.run import run
@@ -179,6 +184,38 @@ def test_methods_that_mix_noise_levels_are_refused_on_several_processes(model: P
     built(values)
     with pytest.raises(UserError, match="sft draws a time for every sample, so that 2 processes would call different"):
         built(values, Processes(world_size=2))
+
+
+def test_both_files_are_read_again_each_for_its_expert(trained: Path, model: Path, tmp_path: Path) -> None:
+    values = values_of(tmp_path, model)
+    values["roles"]["student"]["lora"] |= {"init_from": str(trained / "student")}
+    student = built(values).bundle["student"]
+    own = {name: value for name, value in student.named_parameters().items() if ".lora_B." in name}
+    for part, side in SIDES.items():
+        stored = load_file(trained / "student" / f"{side}_pytorch_lora_weights.safetensors")
+        for name, value in own.items():
+            if name.startswith(f"{part}."):
+                found = value * 2.0  # alpha / rank
+                torch.testing.assert_close(found, stored[name.replace(f"{part}.", "transformer.", 1)])
+    run_merge(str(model), tmp_path / "merged", [str(trained / "student")], None, overwrite=False)
+    torch.testing.assert_close(video(tmp_path / "merged"), video(trained / "student"), rtol=0, atol=1e-5)
+
+
+def test_a_file_that_names_no_expert_is_refused(trained: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "student" / "low_noise_pytorch_lora_weights.safetensors", tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=r"no file here says in its name which it is for: high_noise or low_noise"):
+        run_merge(str(model), tmp_path / "merged", [str(tmp_path / "lora.safetensors")], None, overwrite=False)
+
+
+def test_a_plan_counts_both_experts_and_what_a_call_runs(model: Path, tmp_path: Path) -> None:
+    config = config_of(values_of(tmp_path, model, device="auto"), "test")
+    plan = Planner().plan(config, 1)
+    student = next(role for role in plan.roles if role.holds)
+    assert student.whole == 2 * student.called
+    with safe_open(model / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        one = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert student.called >= 4 * one
+    assert plan.step.calls["student"] > 1
 
 
 @pytest.mark.parametrize(("side", "idle"), [("low", "transformer"), ("high", "transformer_2")])
