@@ -24,7 +24,6 @@ from fastvideo.cli.arguments import (
     OptionalTokens,
     parse,
 )
-from fastvideo.distillation.guidance import guidance_text
 from fastvideo.errors import UserError
 from fastvideo.ranges import Scale, Seed, WrittenRate
 
@@ -163,6 +162,8 @@ def _scale(arguments: GenerateArguments, height: int) -> int:
 
 
 def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:
+    from fastvideo.distillation.schedule import guidance_text
+
     frames, height, width = video.shape[1:]
     guidance = "" if spec.guidance == 1.0 else f", guidance {guidance_text(spec.guidance)}"
     return (

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fastvideo.distillation.chunks import Masked, Past, Reach, frames_of
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.guidance import GuidanceValue
-from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.experts import boundary_of
-from fastvideo.distillation.guidance import GuidanceValue, guidance_at
-from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
+from fastvideo.distillation.noise import GuidanceValue, guidance_at, guide, velocity_to_x0, x0_to_velocity
 from fastvideo.distillation.types import Condition
 
 if TYPE_CHECKING:
@@ -67,11 +65,8 @@ class Denoiser:
 
     def __init__(self, adapter: Family, network: nn.Module, select: Callable[[], None] | None = None) -> None:
         self.adapter, self.network, self.select = adapter, network, select
-
-    @property
-    def boundary(self) -> float | None:
-        """Time at which the network changes from its expert of high noise to that of low noise; ``None`` for one."""
-        return boundary_of(self.network)
+        self.boundary: float | None = None
+        """Time at which the network changes from its expert of high noise to that of low noise, if it has two."""
 
     def velocity(
         self,

@@ -35,13 +35,19 @@ def check_experts(
             f"roles.critic: its experts change at {boundaries['critic']:g}, the teacher's at "
             f"{boundaries['teacher']:g}, and both score the same samples: give both one boundary_ratio"
         )
-    if processes.world_size > 1 and not load_method(config.distill_method).calls_one_expert:
+    if processes.world_size > 1 and not _calls_one_expert(config):
         able = [name for name in METHODS if load_method(name).calls_one_expert]
         raise UserError(
-            f"{config.distill_method} draws a time for every sample, so that {processes.world_size} processes would "
-            f"call different experts of {config.model.path} and wait for each other for ever: run it on one process, "
-            f"or take {' or '.join(able)}"
+            f"{config.distill_method} draws a time of its own for every sample, so that {processes.world_size} "
+            f"processes would call different experts of {config.model.path} and wait for each other for ever: run it "
+            f"on one process, or take {' or '.join(able)} with method.rollout: simulate"
         )
+
+
+def _calls_one_expert(config: RunConfig[Any, Any]) -> bool:
+    """True for a method whose calls are on one side, with options that keep it so."""
+    method = load_method(config.distill_method)
+    return method.calls_one_expert and not (config.distill_method == "dmd2" and method.uses_latents(config.method))
 
 
 def _check_needs(config: RunConfig[Any, Any], by_role: Mapping[str, DistillAdapter[Any]]) -> None:

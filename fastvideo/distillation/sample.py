@@ -15,8 +15,7 @@ from torch import Tensor
 from fastvideo.distillation.causal_rollout import OnSwitch, forced_velocity, roll, switched
 from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.guidance import GuidanceValue
-from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import NoiseLike, SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder

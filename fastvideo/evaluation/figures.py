@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
 
-from fastvideo.distillation.guidance import by_time, guidance_text
+from fastvideo.distillation.schedule import by_time, guidance_text
 from fastvideo.evaluation.catalogue import (
     DIGIT,
     FRECHET,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.guidance import GuidanceValue
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.statistics import Estimate, estimate, weighted_mean
 from fastvideo.tiny.captions import parse_caption

@@ -15,11 +15,11 @@ from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.guidance import GuidanceValue, by_time
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.schedule import Ladder, by_time
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import streaming_of
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.chunks import Context, Masked, Past, frames_of, spans
 from fastvideo.distillation.config.base import AdapterConfig
-from fastvideo.distillation.guidance import GuidanceValue
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import Condition, Need, RawBatch, StoredTensor, UserError
 

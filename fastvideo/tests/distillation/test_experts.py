@@ -17,10 +17,10 @@ from fastvideo.conformance.subject import Subject
 from fastvideo.distillation.adapters.wan import WanAdapter, boundary_in
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.experts import Experts, boundary_between, check_boundary
-from fastvideo.distillation.guidance import guidance_at, guidance_text
+from fastvideo.distillation.noise import guidance_at
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.schedule import Ladder, guidance_text
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.loading import load_model, open_model
 from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder, wan_config

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fastvideo.distillation.guidance import Guidance
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import UserError
 
 PUBLISHED = (1000, 750, 500, 250)

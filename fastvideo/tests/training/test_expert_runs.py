@@ -182,7 +182,13 @@ def test_methods_that_mix_noise_levels_are_refused_on_several_processes(model: P
     values = values_of(tmp_path, model, distill_method="sft", method={})
     values["roles"] = {"student": {"trainable": True}}
     built(values)
-    with pytest.raises(UserError, match="sft draws a time for every sample, so that 2 processes would call different"):
+    with pytest.raises(
+        UserError, match="sft draws a time of its own for every sample, so that 2 processes would call different"
+    ):
+        built(values, Processes(world_size=2))
+    values = values_of(tmp_path, model)
+    values["method"] |= {"rollout": "data"}
+    with pytest.raises(UserError, match=r"take dmd2 or phased_dmd with method\.rollout: simulate"):
         built(values, Processes(world_size=2))
 
 

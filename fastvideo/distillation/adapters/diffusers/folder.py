@@ -29,7 +29,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
 from fastvideo.distillation.experts import networks_of
-from fastvideo.distillation.guidance import GuidanceValue
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import StoredTensor
 from fastvideo.errors import UserError
 

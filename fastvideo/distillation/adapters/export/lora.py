@@ -116,7 +116,7 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name)
 def _read_experts(path: Path, experts: Mapping[str, Mapping[str, tuple[int, ...]]], original: Name) -> LoRAFile:
     """The files of two experts as one, under the names of the module that holds both."""
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    factors, differences = {}, {}
+    factors, differences = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
     for part, side in SIDES.items():
         own = [file for file in found if side in file.name]
         if len(own) > 1:

@@ -18,12 +18,11 @@ from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Masked, by_chunk
 from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.config.causal import CausalOptions
-from fastvideo.distillation.guidance import Guidance
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.schedule import Guidance, Ladder
 from fastvideo.distillation.types import Batch, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, PositiveFloat, Steps
 

@@ -20,7 +20,6 @@ from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
-from fastvideo.distillation.methods.distribution_matching.sides import on_one_side
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import SamplerKind, few_step
@@ -80,8 +79,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
             return
         if student_step:
             yield self.student_loss(x0, batch)
-        x0 = x0.detach()
-        yield from self.critic_losses(x0, batch)
+        yield from self.critic_losses(x0.detach(), batch)
 
     def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Clean sample of the student in the teacher's space, and the batch that scores it."""
@@ -99,10 +97,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
             velocity = partial(self.student.velocity, condition=batch.condition)
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
         times = torch.tensor(self.ladder.times, dtype=torch.float32, device=noise.device)
-        index = self.rng.index(len(batch), len(self.ladder))
-        if self.student.boundary is not None:  # one expert for the batch
-            index.fill_(self.rng.shared_index(len(self.ladder)))
-        t = times[index]
+        t = times[self.rng.index(len(batch), len(self.ladder))]
         return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
@@ -116,11 +111,6 @@ class DMD2Method(DistillMethod[DMD2Config]):
         """Loss with ``d loss / d x0 = gradient / numel`` (DMD eq. 7)."""
         with torch.no_grad():
             real = self.teacher.x0_guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance)
-        return self.matching_loss(x0, batch, real, fake)
-
-    def matching_loss(self, x0: Tensor, batch: Batch, real: Tensor, fake: Tensor) -> RoleLoss:
-        """The loss of :meth:`dmd_loss`, from both estimates."""
-        with torch.no_grad():
             gradient = self.gradient(x0, real, fake, batch)
         loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
         squares = gradient.square()
@@ -156,10 +146,9 @@ class DMD2Method(DistillMethod[DMD2Config]):
 
     def score_times(self, count: int) -> Tensor:
         """Uniform times ``[count]``, shifted, then clamped; all frames of a sample share one, all samples an expert."""
-        u, shift = self.rng.uniform(count), self.config.score_time_shift
-        boundary = self.teacher.boundary or self.critic.boundary
-        t = shift_time(u, shift) if boundary is None else on_one_side(u, boundary, shift, self.rng)
-        return t.clamp(*self.config.score_time_range)
+        shift, edge = self.config.score_time_shift, self.teacher.boundary or self.critic.boundary
+        u = self.rng.uniform(count) if edge is None else self.rng.on_one_side(count, shift_time(edge, 1 / shift))
+        return shift_time(u, shift).clamp(*self.config.score_time_range)
 
 
 def dmd_gradient(

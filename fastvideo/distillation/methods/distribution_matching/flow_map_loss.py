@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.guidance import GuidanceNumber
 from fastvideo.distillation.jvp import DerivativeConfig, JVPMode, derivative
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.schedule import GuidanceNumber
 from fastvideo.distillation.tangent import mean_velocity_target
 from fastvideo.distillation.types import Batch, mean_over_generated
 from fastvideo.ranges import Fraction, PositiveFloat

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastvideo.distillation.noise import expand_time
+from fastvideo.distillation.noise import expand_time, shift_time
+
+
+def within(u: Tensor, low: float, high: float, shift: float) -> Tensor:
+    """Times ``[B]`` of uniform draws ``u``, distributed as shifted uniform ones that fall into ``[low, high]``."""
+    start, end = shift_time(low, 1 / shift), shift_time(high, 1 / shift)
+    return shift_time(start + (end - start) * u, shift).clamp(low, high)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.experts import boundary_between
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
-from fastvideo.distillation.methods.distribution_matching.phase import Phase
-from fastvideo.distillation.methods.distribution_matching.sides import MARGIN, within
+from fastvideo.distillation.methods.distribution_matching.phase import Phase, within
 from fastvideo.distillation.noise import add_noise, full_time
-from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rng import MARGIN, RandomStreams
 from fastvideo.distillation.rollout import few_step, renoise
 from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
@@ -144,7 +143,9 @@ class PhasedDMDMethod(DMD2Method):
             fake = self.critic.velocity(x_t, t, batch.condition)
             real = self.teacher.guided_velocity(x_t, t, batch.condition, batch.negative, guidance)
             fake, real = (self.phase.estimate(x_t, u, t) for u in (fake, real))
-        return self.matching_loss(x0, batch, real, fake)
+            gradient = self.gradient(x0, real, fake, batch)
+        loss = 0.5 * batch.mean((x0 - (x0 - gradient).detach()).square())
+        return RoleLoss("student", loss, {"dmd_gradient_rms": batch.mean(gradient.square()).sqrt()})
 
     def renoise_sample(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As DMD2's; in the phase of high noise ``x0`` is ``x_s``."""

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.methods.distribution_matching.phase import Phase
-from fastvideo.distillation.methods.distribution_matching.sides import within
+from fastvideo.distillation.methods.distribution_matching.phase import Phase, within
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import UserError
