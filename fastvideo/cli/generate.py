@@ -161,8 +161,10 @@ def _scale(arguments: GenerateArguments, height: int) -> int:
 
 
 def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:
+    from fastvideo.distillation.schedule import guidance_text
+
     frames, height, width = video.shape[1:]
-    guidance = "" if spec.guidance == 1.0 else f", guidance {spec.guidance:g}"
+    guidance = "" if spec.guidance == 1.0 else f", guidance {guidance_text(spec.guidance)}"
     return (
         f"{path}: {frames} frames of {width}x{height}, {len(spec.times)} steps{guidance} "
         f"({spec.network_calls} network calls), {seconds:.2f} s"

@@ -12,8 +12,8 @@ FEATURES = "features(), blocks, feature_widths"
 
 
 def _taps(subject: Subject) -> tuple[int, ...]:
-    if not subject.adapter.feature_widths:
-        raise NotApplicable("the family declares no features, so methods with a discriminator refuse it")
+    if "features" not in subject.adapter.supports:
+        raise NotApplicable("the model has no features, so methods with a discriminator refuse it")
     return tuple(range(len(subject.adapter.feature_widths)))
 
 

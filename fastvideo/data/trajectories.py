@@ -86,7 +86,7 @@ def provenance(config: Config, adapter: Adapter, teacher: nn.Module, kind: Traje
         "model": config.method.teacher_path or config.model.path,
         "teacher": weights_hash(teacher),
         "ladder": list(config.ladder.times),
-        "guidance": config.method.teacher_guidance,
+        "guidance": config.method.model_dump(mode="json")["teacher_guidance"],
         "negative_prompt": adapter.conditioner.negative_prompt,
         "solver": "euler",
         "solver_times": list(trajectory_times(config, adapter)),

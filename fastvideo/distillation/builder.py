@@ -26,6 +26,8 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
+from fastvideo.distillation.expert_checks import check_experts
+from fastvideo.distillation.experts import boundary_of
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -279,6 +281,7 @@ def build_on(
     for name, role in config.roles.items():
         unit_done()
         handles.append(_handle(config, families, name, {**heads, **(networks or {})}, switches))
+        handles[-1].boundary = boundary_of(handles[-1].network)
         if role.init_from is not None:
             load = families.by_role[name].folder.load_network
             notes.append(start_from(handles[-1], role.init_from, load, processes))
@@ -305,6 +308,7 @@ def check_run(
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     _check_needs_of_others(config, families)
+    check_experts(config, families.by_role, processes)
     _check_averages(config, trainable)
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvideo.distillation.chunks import Masked, Past, Reach, frames_of
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition
@@ -131,7 +131,7 @@ def recache(denoiser: Denoiser, past: Past, condition: Condition, *, t: float = 
 
 
 def forced_velocity(
-    denoiser: Denoiser, past: Masked, condition: Condition, negative: Condition, guidance: float
+    denoiser: Denoiser, past: Masked, condition: Condition, negative: Condition, guidance: GuidanceValue
 ) -> Velocity:
     """The guided velocity of all chunks of a video at one time ``t`` ``[B]``, each on its clean past."""
 

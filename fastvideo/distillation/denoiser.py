@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.chunks import Context, Contexts, Past
-from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.noise import GuidanceValue, guidance_at, guide, velocity_to_x0, x0_to_velocity
+from fastvideo.distillation.types import Condition
+
+if TYPE_CHECKING:
+    from fastvideo.distillation.chunks import Context, Contexts, Past
 
 Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
@@ -64,6 +66,8 @@ class Denoiser:
 
     def __init__(self, adapter: Family, network: nn.Module, select: Callable[[], None] | None = None) -> None:
         self.adapter, self.network, self.select = adapter, network, select
+        self.boundary: float | None = None
+        """Time at which the network changes from its expert of high noise to that of low noise, if it has two."""
 
     def velocity(
         self,
@@ -86,8 +90,8 @@ class Denoiser:
             UserError: for a past of another network.
         """
         given = condition.given
-        if isinstance(context, Past):
-            self._check_maker(context)
+        if context is not None:
+            context.check_maker(self.network, self.select)
         seen, times = self._network_input(x_t, t, condition)
         # A family without flow maps or chunks need not know these arguments.
         options: dict[str, Any] = {} if context is None else {"context": context}
@@ -113,7 +117,7 @@ class Denoiser:
         Raises:
             UserError: for a past of another network.
         """
-        self._check_maker(past)
+        past.check_maker(self.network, self.select)
         if self.select is not None:
             self.select()
         with torch.inference_mode(False), torch.no_grad():
@@ -127,21 +131,25 @@ class Denoiser:
         t: Tensor,
         condition: Condition,
         negative: Condition,
-        guidance: float,
+        guidance: GuidanceValue,
         *,
         r: Tensor | None = None,
         contexts: Contexts = (None, None),
     ) -> Tensor:
         """Velocity under standard guidance; 1 is the conditional prediction and costs one call instead of two.
+        Guidance by time is that of each sample's ``t``, and costs two.
 
         ``contexts`` are those of the conditional and of the unconditional call: each has a past of its own.
         """
         conditional = self.velocity(x_t, t, condition, r=r, context=contexts[0])
         if guidance == 1.0:
             return conditional
-        return guide(self.velocity(x_t, t, negative, r=r, context=contexts[1]), conditional, guidance)
+        unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
+        return guide(unconditional, conditional, guidance_at(guidance, t))
 
-    def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
+    def x0_guided(
+        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue
+    ) -> Tensor:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""
         return _exact(velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t), condition)
 
@@ -151,7 +159,13 @@ class Denoiser:
         return self.adapter.features(self.network, seen, times, condition, taps)[1]
 
     def x0_guided_and_features(
-        self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float, taps: Sequence[int]
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        negative: Condition,
+        guidance: GuidanceValue,
+        taps: Sequence[int],
     ) -> tuple[Tensor, Tokens]:
         """:meth:`x0_guided` without gradient, and :meth:`features` of its conditional call with it."""
         seen, times = self._network_input(x_t, t, condition)
@@ -159,16 +173,8 @@ class Denoiser:
         assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
-                u = guide(self.velocity(x_t, t, negative), u, guidance)
+                u = guide(self.velocity(x_t, t, negative), u, guidance_at(guidance, t))
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
-
-    def _check_maker(self, past: Past) -> None:
-        """Check that no other network, nor the same one under another role's adapter, made a past."""
-        if past.maker not in (None, (self.network, self.select)):
-            raise UserError(
-                "this past was made by another network, whose keys and values mean nothing to this one: begin with an "
-                "empty past, or commit its chunks to this one (causal_rollout.recache)"
-            )
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Select the role; latents and times that the network sees."""

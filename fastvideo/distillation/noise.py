@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T", float, Tensor)
+GuidanceValue = float | tuple[tuple[float, float], ...]
+"""Guidance in the standard convention: a number, or pairs ``(t, g)`` that fall in ``t`` to 0, each the guidance from
+its time up to the one before."""
 TIME_DTYPES = (torch.float32, torch.float64)
 
 
@@ -65,9 +68,24 @@ def x0_to_velocity(x_t: Tensor, x0: Tensor, t: Tensor, eps: float = 1e-6) -> Ten
     return (x_t - x0) / expand_time(t, x_t).clamp_min(eps)
 
 
-def guide(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance in the standard convention: 1 is the conditional prediction, 0 the unconditional."""
+def guide(unconditional: Tensor, conditional: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance in the standard convention: 1 is the conditional prediction, 0 the unconditional.
+
+    A tensor holds a guidance per sample ``[B]`` or frame ``[B, F]``.
+    """
+    if isinstance(guidance, Tensor):
+        guidance = expand_time(guidance, conditional)
     return unconditional + guidance * (conditional - unconditional)
+
+
+def guidance_at(guidance: GuidanceValue, t: Tensor) -> float | Tensor:
+    """Guidance at times ``t`` ``[B]`` or ``[B, F]``: the number itself, or one for each time."""
+    if not isinstance(guidance, tuple):
+        return guidance
+    found = torch.full_like(t, guidance[-1][1])
+    for start, value in reversed(guidance[:-1]):
+        found = torch.where(t >= start, value, found)
+    return found
 
 
 def shift_time(t: T, shift: float) -> T:

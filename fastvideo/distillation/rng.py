@@ -63,6 +63,10 @@ def initialising(seed: int) -> Iterator[None]:
         yield
 
 
+MARGIN = 1e-4
+"""Distance that draws on one side keep from its edge, above the rounding of float32."""
+
+
 class RandomStreams:
     """Streams of one process: of data rank ``rank`` (one for all context-parallel ranks) of ``ranks``."""
 
@@ -102,6 +106,13 @@ class RandomStreams:
     def shared_choice(self, shares: Sequence[float]) -> int:
         """Integer ``i`` with probability proportional to ``shares[i]``, equal on all ranks."""
         return int(torch.multinomial(torch.tensor(shares), 1, generator=self.shared))
+
+    def on_one_side(self, count: int, share: float) -> Tensor:
+        """:meth:`uniform` draws all above ``share``, or all below, equal on all ranks and as often as one would be."""
+        u = self.uniform(count)
+        if self.shared_uniform() >= share:
+            return share + MARGIN + (1 - share - MARGIN) * u
+        return (share - MARGIN) * u
 
     def positions(self, count: int) -> Tensor:
         """Float32 ``[count]`` in ``[0, 1)``: positions of this rank's samples in an even grid over all ranks.

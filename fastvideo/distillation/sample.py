@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvideo.distillation.causal_rollout import forced_velocity, next_chunk, switched
 from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
-from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
 from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
 from fastvideo.distillation.schedule import Ladder
@@ -31,7 +31,7 @@ class SamplerSpec:
     """Times, guidance (standard convention, 1 = conditional only) and kind of steps."""
 
     times: tuple[float, ...]
-    guidance: float
+    guidance: GuidanceValue
     kind: SamplerKind
     reach: Reach | None = None
     """Frames that a chunk sees, for a network that generates chunk by chunk; ``None`` for whole videos at once."""
@@ -56,12 +56,12 @@ class SamplerSpec:
         return self.first_times if opening and self.first_times else self.times
 
     @classmethod
-    def student(cls, ladder: Ladder, guidance: float = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
+    def student(cls, ladder: Ladder, guidance: GuidanceValue = 1.0, kind: SamplerKind = "renoise") -> SamplerSpec:
         """Sampler of a student over its ladder."""
         return cls(ladder.times, guidance, kind)
 
     @classmethod
-    def teacher(cls, times: tuple[float, ...], guidance: float) -> SamplerSpec:
+    def teacher(cls, times: tuple[float, ...], guidance: GuidanceValue) -> SamplerSpec:
         """Euler steps of the guided flow, at the times of the family's own scheduler."""
         return cls(times, guidance, "euler")
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ TrajectoryKind = Literal["bidirectional", "causal"]
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""
+
+
+class StoredTensor(NamedTuple):
+    """Place of a tensor on disk: a safetensors file and its name in there."""
+
+    file: Path
+    name: str
 
 
 @dataclass(frozen=True)

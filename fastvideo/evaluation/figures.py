@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
 
+from fastvideo.distillation.schedule import by_time, guidance_text
 from fastvideo.evaluation.catalogue import (
     DIGIT,
     FRECHET,
@@ -358,7 +359,7 @@ def _group_lines(group: Group, figures: Sequence[Figure], several: bool) -> list
 def _figures_line(entry: Entry, section: Sequence[Entry], figures: Sequence[Figure], several: bool) -> Line:
     row = entry.row
     who = ("all runs; " if entry.shared else f"{entry.run.name}; ") if several else ""
-    guidance = "no guidance" if row["guidance"] == 1.0 else f"guidance {row['guidance']:g}"
+    guidance = "no guidance" if row["guidance"] == 1.0 else f"guidance {guidance_text(by_time(row['guidance']))}"
     calls = [other.row["network_calls"] for other in section]
     fewest = len(set(calls)) > 1 and row["network_calls"] == min(calls)
     cells = [Cell(str(row["network_calls"]), style="best" if fewest else "")]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.statistics import Estimate, estimate, weighted_mean
 from fastvideo.tiny.captions import parse_caption
@@ -28,7 +29,7 @@ class SampledRow:
     samples: int
     network_calls: int
     steps: int
-    guidance: float
+    guidance: GuidanceValue
     sampler: str
     denoise_seconds_per_video: float
     end_to_end_seconds_per_video: float

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
+from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
@@ -19,7 +20,7 @@ from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import ExportSource, find_source, load_source, source_recipe
 from fastvideo.inference.export_streaming import STREAMING_FORMATS, write_streaming
-from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text
+from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text, without_path
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
 from fastvideo.inference.recipe import Weights, reach_text, streaming_of
@@ -111,13 +112,16 @@ def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int 
     if "comfy" not in exporter.lora_layouts:
         raise UserError(f"--to comfy: {type(model.network).__name__} has no names of its authors here: --to diffusers")
     network = in_precision(model.network, dtype)
-    tensors = {exporter.original_name(name): value.contiguous() for name, value in network.state_dict().items()}
     sampling = {"sigmas": json.dumps([*spec.times, 0.0]), "sampler": spec.kind, "guidance": str(spec.guidance)}
     recipe = {**model.recipe, MARK: "comfy"}
     with replacing_folder(out) as partial:
-        save_file(tensors, partial / ONE_FILE, metadata={"format": "pt", "steps": str(len(spec.times)), **sampling})
+        for side, state in by_expert(network.state_dict()).items():
+            tensors = {exporter.original_name(name): value.contiguous() for name, value in state.items()}
+            header = {"format": "pt", "steps": str(len(spec.times)), **sampling}
+            save_file(tensors, partial / side_file(side, ONE_FILE), metadata=header)
         (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    return f"{out / ONE_FILE}: {len(tensors)} tensors under the authors' names; sigmas {ladder_text(spec.times)} 0"
+    files = " and ".join(str(out / side_file(side, ONE_FILE)) for side in by_expert(network.state_dict()))
+    return f"{files}: {len(network.state_dict())} tensors under the authors' names; sigmas {ladder_text(spec.times)} 0"
 
 
 def _check_format(name: str) -> None:
@@ -215,7 +219,7 @@ def _slim_warnings(folder: Path, model: LoadedModel, slim: bool) -> tuple[str, .
 def _write(out: Path, model: LoadedModel, facts: CardFacts, *, slim: bool) -> None:
     """Write the folder whole or not at all."""
     network = in_precision(model.network, facts.dtype)
-    network.register_to_config(_name_or_path="")  # otherwise a folder of this machine
+    without_path(network)
     try:
         with replacing_folder(out) as partial:
             model.adapter.folder.save(partial, network, facts.recipe, slim=slim)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID, resolve_pipeline
-from fastvideo.distillation.adapters.export.lora import FILES, LAYOUTS, PEFT_CONFIG
+from fastvideo.distillation.adapters.export.lora import LAYOUTS, PEFT_CONFIG
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, is_adapter, portable
-from fastvideo.distillation.registry import families, load_exporter, load_method
+from fastvideo.distillation.experts import SIDES, boundary_between, by_expert, side_file
+from fastvideo.distillation.registry import families, load_adapter, load_exporter, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import counted
 from fastvideo.files import replacing_folder
@@ -32,11 +33,14 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Everything that the files beside an adapter say of it."""
+    """Everything that the files beside an adapter say of it.
+
+    ``experts``: factors of each expert by its side, see :func:`by_expert`.
+    """
 
     source: ExportSource
     layout: str
-    factors: Factors
+    experts: Mapping[str, Factors]
     name: str
 
     @cached_property
@@ -69,16 +73,33 @@ class AdapterFacts:
 
     @property
     def rank(self) -> int:
-        return max(down.shape[0] for down, _ in self.factors.values())
+        return max(down.shape[0] for factors in self.experts.values() for down, _ in factors.values())
 
     @property
-    def file(self) -> str:
-        return LAYOUTS[self.layout].file
+    def files(self) -> dict[str, str]:
+        """File of each side."""
+        return {side: side_file(side, LAYOUTS[self.layout].file) for side in self.experts}
+
+    @cached_property
+    def boundary(self) -> float | None:
+        """Time between two experts, half-way between the steps beside it; ``None`` for one network."""
+        if "" in self.experts:
+            return None
+        options = self.source.run_config.model.model_copy(update={"path": self.base_path})
+        boundary = load_adapter(self.config["distill_model"])(options).folder.boundary()
+        return None if boundary is None else boundary_between(tuple(self.times), boundary)
 
     @property
     def header(self) -> dict[str, str]:
-        """Metadata of the safetensors file: what a player needs to sample as trained."""
-        sampling = {"steps": len(self.times), "sigmas": [*self.times, 0.0], "sampler": self.kind, "guidance": 1.0}
+        """Metadata of the safetensors files: what a player needs to sample as trained."""
+        sampling: dict[str, Any] = {
+            "steps": len(self.times),
+            "sigmas": [*self.times, 0.0],
+            "sampler": self.kind,
+            "guidance": 1.0,
+        }
+        if self.boundary is not None:
+            sampling["boundary_ratio"] = self.boundary
         named = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in sampling.items()}
         origin = {"base_model": self.base, "rank": str(self.rank), "method": self.config["distill_method"]}
         licence = read_front_matter(Path(self.base_path)).get("license")
@@ -95,20 +116,23 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
     """
     facts = AdapterFacts(source, layout.removeprefix("lora-"), read_adapter(source), out.name)
     exporter = load_exporter(source.run_config.model)
-    if facts.layout not in exporter.lora_layouts:
-        programs = ", ".join(f"lora-{name}" for name in exporter.lora_layouts)
+    able = [name for name in exporter.lora_layouts if "" in facts.experts or name != "peft"]  # one network has one file
+    if facts.layout not in able:
+        programs = ", ".join(f"lora-{name}" for name in able)
         raise UserError(f"export: {layout}: {source.config['distill_model']} has the layouts {programs}")
-    tensors = LAYOUTS[facts.layout].write(facts.factors, exporter.original_name, exporter.network_part)
     recipe = (load_recipe(str(source.folder)) if source.folder else {}) | {mark: layout}
     with replacing_folder(out) as partial:
-        save_file(tensors, partial / facts.file, metadata=facts.header)
+        for side, file in facts.files.items():
+            tensors = LAYOUTS[facts.layout].write(facts.experts[side], exporter.original_name, exporter.network_part)
+            save_file(tensors, partial / file, metadata=facts.header)
         (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        if facts.file == FILES[1]:
+        if facts.layout == "peft":
             (partial / PEFT_CONFIG).write_text(json.dumps(_peft_config(facts), indent=2) + "\n", encoding="utf-8")
         scheduler = _save_scheduler(facts, partial)
         (partial / "README.md").write_text(_read_me(facts, scheduler), encoding="utf-8")
-    layers = counted(len(facts.factors), "layer")
-    return f"{out / facts.file}: {layers} of rank {facts.rank}, over the base model {facts.base}; README.md loads both"
+    layers = counted(sum(map(len, facts.experts.values())), "layer")
+    files = " and ".join(str(out / file) for file in facts.files.values())
+    return f"{files}: {layers} of rank {facts.rank}, over the base model {facts.base}; README.md loads both"
 
 
 def _peft_config(facts: AdapterFacts) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def _peft_config(facts: AdapterFacts) -> dict[str, Any]:
         "base_model_name_or_path": facts.base,
         "r": facts.rank,
         "lora_alpha": facts.rank,  # alpha / rank is in the weights
-        "target_modules": sorted(facts.factors),
+        "target_modules": sorted(facts.experts[""]),
         "inference_mode": True,
     }
 
@@ -149,7 +173,12 @@ def _diffusers(facts: AdapterFacts, scheduler: str | None) -> list[str]:
     if facts.base in EMBEDDED:  # no name that diffusers knows
         imports.append("from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline")
         load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({facts.base!r}, ({pipeline!r},)))"
-    lines = [load, f"pipe.load_lora_weights({facts.name!r}, weight_name={facts.file!r})"]
+    lines = [load]
+    for side, file in facts.files.items():
+        second = ", load_into_transformer_2=True" if side == SIDES["transformer_2"] else ""
+        lines.append(f"pipe.load_lora_weights({facts.name!r}, weight_name={file!r}{second})")
+    if facts.boundary is not None:
+        lines.append(f"pipe.register_to_config(boundary_ratio={facts.boundary})")
     if scheduler:
         imports.insert(0, f"from diffusers import {scheduler}")
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({facts.name!r}, subfolder='scheduler')")
@@ -169,8 +198,9 @@ def _peft(facts: AdapterFacts) -> list[str]:
 def _comfy(facts: AdapterFacts) -> list[str]:
     sampler = "lcm" if facts.kind == "renoise" else "euler"
     sigmas = ", ".join(f"{time:g}" for time in (*facts.times, 0.0))
+    over = {side: f" over the {side} model" if side else "" for side in facts.files}
     rows = {
-        "LoRA": f"`{facts.file}`, strength 1",
+        "LoRA": "; ".join(f"`{file}`{over[side]}, strength 1" for side, file in facts.files.items()),
         "steps": len(facts.times),
         "cfg": "1 (no negative prompt)",
         "sampler": sampler,
@@ -186,27 +216,41 @@ def _lightx2v(facts: AdapterFacts) -> list[str]:
         "sample_shift": 1,  # the times are the shifted ones already
         "sample_guide_scale": 1,
         "enable_cfg": False,
-        "lora_configs": [{"path": facts.file, "strength": 1.0}],
+        "lora_configs": [
+            {**({"name": f"{side}_model"} if side else {}), "path": file, "strength": 1.0}
+            for side, file in facts.files.items()
+        ],
     }
+    if facts.boundary is not None:
+        config["boundary_step_index"] = sum(time >= facts.boundary for time in facts.times)
     return ["In LightX2V's config:", "", "```json", json.dumps(config, indent=2), "```"]
 
 
-def read_adapter(source: ExportSource) -> Factors:
-    """The adapter, with ``alpha / rank`` in ``B``.
+def read_adapter(source: ExportSource) -> dict[str, Factors]:
+    """The adapter, with ``alpha / rank`` in ``B``, or those of both experts by side.
 
     Raises:
         UserError: if the student was trained whole.
     """
+    return {side: _factors(tensors) for side, tensors in _tensors(source).items()}
+
+
+def _tensors(source: ExportSource) -> dict[str, dict[str, Tensor]]:
+    """Tensors of :func:`portable`, by side."""
     if source.checkpoint is None:
-        file = (source.folder or Path()) / ADAPTER_FILE
-        if not file.is_file():
+        folder = source.folder or Path()
+        found = {side: folder / side_file(side, ADAPTER_FILE) for side in ("", *SIDES.values())}
+        if not any(file.is_file() for file in found.values()):
             raise UserError(f"export: {source.folder} has no adapter ({ADAPTER_FILE}): the student was trained whole")
-        tensors = load_file(file)
-    else:
-        state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
-        if not is_adapter(state):
-            raise UserError(f"export: {source.checkpoint} has no adapter: the student is trained whole")
-        tensors = portable(state, adapter_scaling(source), "network")
+        return {side: load_file(file) for side, file in found.items() if file.is_file()}
+    state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
+    if not is_adapter(state):
+        raise UserError(f"export: {source.checkpoint} has no adapter: the student is trained whole")
+    scaling = adapter_scaling(source)
+    return {side: portable(own, scaling, "network") for side, own in by_expert(state).items()}
+
+
+def _factors(tensors: Mapping[str, Tensor]) -> Factors:
     downs = [name for name in tensors if name.endswith(".lora_A.weight")]
     layers = {name: name.partition(".")[2].removesuffix(".lora_A.weight") for name in downs}
     return {layer: (tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]) for name, layer in layers.items()}

@@ -31,7 +31,7 @@ from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import ExportSource
-from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text
+from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text, without_path
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, model_card
 from fastvideo.inference.recipe import reach_text
@@ -193,7 +193,7 @@ def _write_fastvideo(
 ) -> str:
     classes = student.classes
     network = in_precision(student.model.network, dtype)
-    network.register_to_config(_name_or_path="")
+    without_path(network)
     student.model.adapter.folder.save(folder, network, student.recipe, slim=slim)
     (part,) = student.model.adapter.folder.parts
     fields = fastvideo_network(classes, student.reach, student.frames)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from fastvideo.distillation.experts import networks_of
 
 MARK = "exported_to"
 """Key in the recipe of an export; only exports may be overwritten."""
@@ -31,11 +34,17 @@ def ladder_text(times: Sequence[float]) -> str:
     return " ".join(texts if len(texts) <= 8 else [*texts[:4], "...", *texts[-2:]])
 
 
+def without_path(network: nn.Module) -> None:
+    """Forget the folder of this machine that a network was loaded from, which its config would name."""
+    for one in networks_of(network):
+        one.register_to_config(_name_or_path="")
+
+
 def in_precision(network: Any, dtype: str | None) -> Any:
     """Round weights to ``dtype``, except those that diffusers keeps in float32."""
     if dtype is None:
         return network
-    kept = network._keep_in_fp32_modules or ()
+    kept = networks_of(network)[0]._keep_in_fp32_modules or ()
     for name, weight in network.named_parameters():
         if weight.is_floating_point() and not set(kept) & set(name.split(".")):
             weight.data = weight.data.to(getattr(torch, dtype))

@@ -15,15 +15,24 @@ from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.schedule import Ladder, by_time
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import streaming_of
 
 RECIPE = "recipe.json"
 TEACHER_STEPS = 50
+
+
+def _guidance(value: object) -> GuidanceValue:
+    """A model's guidance; UserError for a recipe that holds none."""
+    try:
+        return by_time(value)
+    except ValueError as error:
+        raise UserError(f"{RECIPE}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -66,13 +75,13 @@ class OpenedModel:
 
     def _sampler(self, steps: int | None, guidance: float | None, ladder: Sequence[float]) -> SamplerSpec:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
-        guidance = float(default if guidance is None else guidance)
+        wanted = _guidance(default if guidance is None else guidance)
         if not self.is_student:
-            return SamplerSpec.teacher(self.adapter.folder.teacher_times(steps or TEACHER_STEPS), guidance)
+            return SamplerSpec.teacher(self.adapter.folder.teacher_times(steps or TEACHER_STEPS), wanted)
         own, kind = Ladder(tuple(ladder or self.recipe["ladder"])), student_sampler(self.recipe)
         if kind == "flow_map" and steps not in (None, 1, len(own)):
-            return SamplerSpec.student(Ladder.uniform(steps), guidance, kind)  # it jumps between any two times
-        return SamplerSpec.student(own.first(steps or len(own)), guidance, kind)
+            return SamplerSpec.student(Ladder.uniform(steps), wanted, kind)  # it jumps between any two times
+        return SamplerSpec.student(own.first(steps or len(own)), wanted, kind)
 
 
 @dataclass(frozen=True)

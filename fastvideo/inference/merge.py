@@ -16,6 +16,7 @@ from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export import check_new_folder
+from fastvideo.inference.exported import without_path
 from fastvideo.inference.loading import LoadedModel, load_model
 
 MARK = "merged"
@@ -74,7 +75,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def _save(out: Path, loaded: LoadedModel, network: Any, recipe: dict[str, Any]) -> None:
-    network.register_to_config(_name_or_path="")  # otherwise a folder of this machine
+    without_path(network)
     try:
         with replacing_folder(out) as partial:
             loaded.adapter.folder.save(partial, network, recipe)

@@ -17,6 +17,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.schedule import guidance_text
 from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
@@ -160,7 +161,10 @@ def _streams(facts: CardFacts) -> str:
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
     model = facts.recipe.get("model", {})
-    options = {"num_inference_steps": len(facts.spec.times), "guidance_scale": facts.spec.guidance}
+    options: dict[str, Any] = {"num_inference_steps": len(facts.spec.times)}
+    guidance = facts.spec.guidance
+    scales = [g for _, g in guidance] if isinstance(guidance, tuple) else [guidance]
+    options |= dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=False))
     return options | {name: model[name] for name in facts.exporter.call_options if name in model}
 
 
@@ -226,7 +230,7 @@ def _notes(facts: CardFacts) -> list[str]:
 
 
 def _ladder(facts: CardFacts) -> str:
-    title = f"## Sampler\n\n{SAMPLERS[facts.spec.kind]}, guidance {facts.spec.guidance:g} (1 = none)."
+    title = f"## Sampler\n\n{SAMPLERS[facts.spec.kind]}, guidance {guidance_text(facts.spec.guidance)} (1 = none)."
     if facts.spec.reach:
         times = ", ".join(f"{time:.6f}" for time in facts.spec.times)
         return f"{title} Noise levels of every chunk: {times}."

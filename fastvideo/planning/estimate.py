@@ -140,7 +140,7 @@ def _sent(run: FakeRun, roles: Sequence[RolePlan], step: StepCost) -> float:
         updates = step.backwards[role.name] and min(1.0, step.backwards[role.name])
         if shard > 1 and role.block:
             reductions = backwards if parallel.sync_every_micro_batch else updates
-            sent += (shard - 1) / shard * role.whole * _gathers(run.config, role, forwards, backwards)
+            sent += (shard - 1) / shard * role.called * _gathers(run.config, role, forwards, backwards)
             sent += (shard - 1) * role.gradients * reductions
         sent += 2 * (copies - 1) / copies * role.gradients * updates
         if parallel.context > 1 and role.block:

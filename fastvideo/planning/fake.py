@@ -24,6 +24,7 @@ from fastvideo.distillation.builder import Adapter, Config, Families, Method, bu
 from fastvideo.distillation.bundle import RoleHandle, same_space
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
+from fastvideo.distillation.experts import Experts, networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
@@ -152,13 +153,20 @@ class FakePlacement(EmptyPlacement):
 
     def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         network = super()._new(path, self.source.folder.compute_dtype if self.gathered else dtype)
-        if self.depth is not None:
-            del stack(network)[self.depth :]
-        return network
+        for one in networks_of(network) if self.depth is not None else ():
+            del stack(one)[self.depth :]
+        return on_one_side(network)
 
     def _spread(self, network: nn.Module, path: str | None) -> None:
         super()._spread(network, path)
         self.made.append(fake_network(network, self.mode))
+
+
+def on_one_side(network: nn.Module) -> nn.Module:
+    """The network, whose experts take every sample for noisy: fake times have no values to choose by."""
+    if isinstance(network, Experts):
+        network.assumed_side = True
+    return network
 
 
 def stack(network: Any) -> nn.ModuleList:

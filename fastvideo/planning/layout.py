@@ -16,6 +16,7 @@ from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, RoleBytes, holders, own_parameters, role_bytes
 from fastvideo.distillation.engine.parallel.distributed import BUCKET
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
+from fastvideo.distillation.experts import networks_of
 from fastvideo.planning.fake import FakeRun
 
 ENCODER = "text encoder"
@@ -39,12 +40,14 @@ class RolePlan(RoleBytes):
         network_trained: something of the network is trained, by this role or by one that shares it.
         block: bytes of one repeated block, whole, in the compute dtype; 0 for a network that is never split.
         whole: bytes of the whole network in the compute dtype.
+        called: bytes of what a call of the network runs: all of it, or one of two experts.
     """
 
     holds: bool
     network_trained: bool
     block: int
     whole: int
+    called: int
 
     def stays_gathered(self, config: Config) -> bool:
         """True if the network is split, and whole from its first use to its last (in a step, if it is trained)."""
@@ -71,6 +74,7 @@ def _role(run: FakeRun, handle: RoleHandle, holds: bool) -> RolePlan:
         network_trained=is_trained(network),
         block=max(sizes, default=0),
         whole=kept.parameters * item.itemsize,
+        called=kept.parameters * item.itemsize // len(networks_of(network)),
     )
 
 

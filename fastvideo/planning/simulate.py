@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvideo.distillation.builder import Config, Method
 from fastvideo.distillation.bundle import frozen
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import Batch
 from fastvideo.planning.fake import (
@@ -67,7 +68,9 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
         leave: gradients are counted elsewhere, and leave at once.
     """
     config, whole_roles, kind = run.config, _whole(run.config), Kind(run.processes, split, leave)
-    depths = {handle.name: len(stack(handle.network)) for handle in run.method.bundle if run.placement(handle)}
+    depths = {
+        handle.name: len(stack(networks_of(handle.network)[0])) for handle in run.method.bundle if run.placement(handle)
+    }
     taps = "features" in load_method(config.distill_method).needs_of(config.method)
     whole = taps or max(depths.values()) <= DEPTHS[1]
     with one_thread(), warnings.catch_warnings():

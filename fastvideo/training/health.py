@@ -23,9 +23,10 @@ from fastvideo.distillation.chunks import Masked, spans
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
-from fastvideo.distillation.noise import add_noise, full_time
+from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.schedule import by_time
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import see
 from fastvideo.evaluation.alarms import Figures, find_alarms
@@ -131,8 +132,8 @@ class HealthCheck:
         self.write(self.folder / "teacher.mp4", _row(made[1]))
         return self._measure(made[1], made[0])
 
-    def _guidance(self, family: Adapter) -> float:
-        return float(self.config.method.model_dump().get("teacher_guidance", family.folder.published_guidance))
+    def _guidance(self, family: Adapter) -> GuidanceValue:
+        return by_time(self.config.method.model_dump().get("teacher_guidance", family.folder.published_guidance))
 
     def _key(self) -> str:
         options = self.options.model_dump(include={"prompts", "seeds", "teacher_steps"})

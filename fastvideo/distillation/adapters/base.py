@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.chunks import Context, Masked, Past, frames_of, spans
 from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.scaling import Scaling
-from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
+from fastvideo.distillation.types import Condition, Need, RawBatch, StoredTensor, UserError
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
 Taps = Sequence[int]
@@ -235,7 +236,7 @@ class ModelFolder(ABC):
 
     parts: tuple[str, ...] = ()
     """Subfolders that hold the network."""
-    published_guidance: float = 1.0
+    published_guidance: GuidanceValue = 1.0
     """Guidance that the family's authors sample with, for a model folder that names none."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the network's matrix products."""
@@ -262,12 +263,16 @@ class ModelFolder(ABC):
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in ``dtype``, but for parameters that the family keeps in float32."""
 
+    def boundary(self, path: str | None = None) -> float | None:
+        """Time at which the network of :meth:`load_network` changes experts; ``None`` for one network at all times."""
+        return None
+
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """The network of :meth:`load_network` with parameters on the meta device, without memory, and real buffers."""
         raise UserError(f"{type(self).__name__} has no networks without weights: its family is loaded whole")
 
-    def files(self, path: str | None) -> Mapping[str, Path]:
-        """The safetensors file of each parameter, by its name; a ``UserError`` if there are none."""
+    def files(self, path: str | None) -> Mapping[str, StoredTensor]:
+        """Where each parameter is stored, by its name; a ``UserError`` if there are no safetensors files."""
         raise UserError(f"{type(self).__name__} has no files by parameter: its family is loaded whole")
 
     def add_flow_map(self, network: nn.Module) -> None:
@@ -300,8 +305,9 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     Config: ClassVar[type[AdapterConfig]]
     summary: ClassVar[str]
     """One line: the family and its parameterisation."""
-    supports: ClassVar[frozenset[Need]] = frozenset()
-    """Abilities beyond :meth:`velocity` at one time per sample; a method that needs more is refused before loading."""
+    supports: frozenset[Need] = frozenset()
+    """Abilities beyond :meth:`velocity` at one time per sample; a method that needs more is refused before loading.
+    Some models of a family have fewer than the class says."""
 
     def __init__(self, config: ConfigT, device: torch.device | str = "cpu", *, whole_forwards: bool = False) -> None:
         self.config = config

@@ -1,9 +1,13 @@
-"""Wan 2.1 and TI2V-5B (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``, UMT5, CLIP.
+"""Wan 2.1, 2.2 A14B and TI2V-5B (arXiv 2503.20314) over diffusers: ``WanTransformer3DModel``, ``AutoencoderKLWan``,
+UMT5, CLIP.
 
 The network is rectified flow natively; its time embedding counts to 1000, and that factor exists only in
 :meth:`WanAdapter.network_time`. An image comes in one of two ways. Image-to-video checkpoints (Wan 2.1 I2V) read it
 beside the noisy latents, on channels of their own, and see CLIP features of it; every frame is generated. Wan 2.2
 TI2V-5B reads it as the first latent frame itself, clean and at time 0 (:class:`~fastvideo.distillation.types.Given`).
+
+Wan 2.2 A14B has two networks of 14B, one for high noise and one for low: they are one
+:class:`~fastvideo.distillation.experts.Experts` here, so that roles, checkpoints and averages hold it like any network.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     PipelineSpec,
     check_divisible,
     load_config,
+    read_index,
 )
 from fastvideo.distillation.adapters.diffusers.view import Grid, View, check_causal, next_view, seeing, view_of
 from fastvideo.distillation.chunks import (
@@ -47,6 +52,7 @@ from fastvideo.distillation.chunks import (
     repeated,
 )
 from fastvideo.distillation.config.base import Level
+from fastvideo.distillation.experts import Experts, boundary_between, boundary_of
 from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Tokens
@@ -66,6 +72,7 @@ SPEC = PipelineSpec(
     time_embedding="condition_embedder.time_embedder",
     blocks="blocks",
     published_guidance=5.0,
+    second="transformer_2",
 )
 
 
@@ -100,9 +107,14 @@ class WanAdapter(DiffusersAdapter[WanConfig]):
     """The Wan family."""
 
     Config = WanConfig
-    summary = "Wan 2.1 and TI2V-5B, from text and images: rectified flow, UMT5 text"
+    summary = "Wan 2.1, 2.2 A14B and TI2V-5B, from text and images: rectified flow, UMT5 text"
     supports = DiffusersAdapter.supports | {"frame_times", "chunks"}
     _spec = SPEC
+
+    def __init__(self, config: WanConfig, device: torch.device | str = "cpu", *, whole_forwards: bool = False) -> None:
+        super().__init__(config, device, whole_forwards=whole_forwards)
+        if len(self._pipeline.parts) > 1:
+            self.supports = frozenset()  # a sample at several times would need both experts, tokens of either differ
 
     @cached_property
     def codec(self) -> WanCodec:
@@ -186,6 +198,13 @@ def _per_token(times: Tensor, x_t: Tensor, network: Any) -> Tensor:
 class WanFolder(DiffusersFolder[WanConfig]):
     """A Wan pipeline."""
 
+    def __init__(self, pipeline: Pipeline[WanConfig]) -> None:
+        super().__init__(pipeline)
+        if (boundary := self.boundary()) is not None:  # the authors' config: one per expert for text, one for images
+            network = pipeline.network_config()
+            text = network["in_channels"] == network["out_channels"]
+            self.published_guidance = ((boundary, 4.0), (0.0, 3.0)) if text else 3.5
+
     def _ready(self, network: Any, path: str | None) -> nn.Module:
         """With self-attention that takes causal calls, and computes the others as the stock one does."""
         from fastvideo.distillation.adapters.diffusers.view_attention import ViewAttention
@@ -193,6 +212,16 @@ class WanFolder(DiffusersFolder[WanConfig]):
         for layer, block in enumerate(network.blocks):
             block.attn1.set_processor(ViewAttention(layer))
         return super()._ready(network, path)
+
+    def _joined(self, networks: Sequence[nn.Module], path: str | None) -> nn.Module:
+        """With the boundary that the folder's index names, if there are two experts."""
+        if len(networks) == 1:
+            return networks[0]
+        high, low = networks
+        return Experts(high, low, boundary_in(self.pipeline.resolved(path)), TIME_UNITS).eval()
+
+    def boundary(self, path: str | None = None) -> float | None:
+        return boundary_in(self.pipeline.resolved(path)) if len(self._parts(path)) > 1 else None
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Uniform, then shifted once by the scheduler config's shift: the flow grid of Wan's own UniPC.
@@ -207,13 +236,32 @@ class WanFolder(DiffusersFolder[WanConfig]):
         return tuple(shift_time(1 - i / steps, shift) for i in range(steps))
 
     def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
-        """As every pipeline. With ``given_frames`` the index notes times per token, as TI2V-5B's does: stock
-        ``WanImageToVideoPipeline`` then keeps the first frame clean."""
+        """As every pipeline. The index notes what stock pipelines need to know: with ``given_frames`` times per token,
+        as TI2V-5B's does, so that ``WanImageToVideoPipeline`` keeps the first frame clean; the boundary of two experts,
+        half-way between a student's steps."""
         super().save(folder, network, recipe, slim=slim)
-        if self.config.given_frames:
+        noted: dict[str, Any] = {"expand_timesteps": True} if self.config.given_frames else {}
+        if (boundary := boundary_of(network)) is not None:
+            noted["boundary_ratio"] = boundary_between(tuple(recipe.get("ladder", ())), boundary)
+        if noted:
             file = folder / "model_index.json"
-            index = json.loads(file.read_text(encoding="utf-8")) | {"expand_timesteps": True}
+            index = json.loads(file.read_text(encoding="utf-8")) | noted
             file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def boundary_in(source: str) -> float:
+    """The time between the two experts of a pipeline folder.
+
+    Raises:
+        UserError: if its index names none between 0 and 1.
+    """
+    ratio = read_index(source).get("boundary_ratio")
+    if not isinstance(ratio, float) or not 0.0 < ratio < 1.0:
+        raise UserError(
+            f"model folder {source}: it has two transformers, and boundary_ratio in its model_index.json, the time "
+            f"between them, is {ratio!r}; a number between 0 and 1 is expected (0.875 for Wan 2.2 T2V, 0.9 for I2V)"
+        )
+    return ratio
 
 
 @dataclass(frozen=True)
@@ -230,6 +278,8 @@ class NetworkInputs:
     """The checkpoint was trained with times per token (``expand_timesteps``), so that frames can be given."""
     patch: tuple[int, int]
     """Height and width of a patch, in latent pixels."""
+    experts: int
+    """Networks that take turns over time: 1, or 2."""
 
     @classmethod
     def read(cls, pipeline: Pipeline[Any]) -> NetworkInputs:
@@ -241,13 +291,13 @@ class NetworkInputs:
         source, config = pipeline.source, pipeline.network_config()
         if config["pos_embed_seq_len"] is not None:
             raise UserError(f"model {source!r} joins a first and a last frame: this family goes on from first frames")
-        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
         return cls(
             text_width=config["text_dim"],
             concatenated=config["in_channels"] != config["out_channels"],
             image_width=config["image_dim"],
-            per_token_times=bool(index.get("expand_timesteps")),
+            per_token_times=bool(read_index(source).get("expand_timesteps")),
             patch=(config["patch_size"][1], config["patch_size"][2]),
+            experts=len(pipeline.parts),
         )
 
     def check(self, pipeline: Pipeline[WanConfig]) -> None:
@@ -261,6 +311,11 @@ class NetworkInputs:
             raise UserError(
                 f"model.given_frames: {source} is an image-to-video checkpoint, which reads its image beside the "
                 f"noise; it takes 0, got {config.given_frames}"
+            )
+        if self.experts > 1 and config.given_frames:
+            raise UserError(
+                f"model.given_frames: {source} has two experts, which take one time per sample, and given frames have "
+                f"time 0; it takes 0, got {config.given_frames}"
             )
         if self.image_width and config.max_sequence_length != TEXT_BESIDE_CLIP:
             raise UserError(

@@ -155,14 +155,15 @@ def _put(schema: type[Section], values: dict[str, Any], keys: Sequence[str], val
 
 
 def _value(key: str, kind: Any, words: Sequence[str]) -> Any:
-    found = set(kinds(kind))
-    if tuple in found:
+    found, union = set(kinds(kind)), get_origin(kind) in (Union, UnionType)
+    options = [one for one in get_args(kind) if one is not type(None)] if union else [kind]
+    if all(tuple in kinds(one) for one in options):  # guidance, a number or a list, is one word of YAML
         return [_word(found, word) for word in words]
     if not words:
         if bool in found:
             return True
         raise UserError(f"{flag(key)}: a value is expected")
-    optional = get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind)
+    optional = union and type(None) in get_args(kind)
     if optional and words[0] in EMPTY:
         return None
     return _word(found, words[0]) if len(words) == 1 else list(words)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.engine.parallel.sharding import full
+from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
@@ -143,6 +144,14 @@ def portable(adapter: Mapping[str, Tensor], scaling: float, part: str) -> dict[s
         f"{part}.{name}": (tensor.float() * (scaling if ".lora_B." in name else 1.0)).contiguous()
         for name, tensor in adapter.items()
     }
+
+
+def adapter_files(adapter: Mapping[str, Tensor], scaling: float, part: str) -> dict[str, dict[str, Tensor]]:
+    """:func:`portable` adapters by file name: one, or one for each expert of a network of two.
+
+    Both name the network ``part``, as stock pipelines read the second with ``load_into_transformer_2=True``.
+    """
+    return {side_file(side, ADAPTER_FILE): portable(own, scaling, part) for side, own in by_expert(adapter).items()}
 
 
 def gather_adapter(handle: RoleHandle) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,12 +17,11 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.lora import (
-    ADAPTER_FILE,
+    adapter_files,
     add_adapter,
     gather_adapter,
     merge,
     merge_file,
-    portable,
     switch_of,
 )
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
@@ -38,6 +36,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
 )
 from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.scaling import Scaling
+from fastvideo.distillation.types import StoredTensor
 from fastvideo.errors import UserError
 
 
@@ -51,7 +50,7 @@ class NetworkFolder(Protocol):
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module: ...
-    def files(self, path: str | None) -> Mapping[str, Path]: ...
+    def files(self, path: str | None) -> Mapping[str, StoredTensor]: ...
 
 
 class NetworkSource(Protocol):
@@ -239,19 +238,20 @@ def result_of(
 
     All processes take part, because each may hold a shard; only the main one gets the network.
     """
-    switch, files = switch_of(handle), {}
+    switch, files = switch_of(handle), dict[str, dict[str, Tensor]]()
     with handle.averaged():
         whole = whole_network(handle, source, processes)
         if switch is not None:
-            files[ADAPTER_FILE] = portable(gather_adapter(handle), switch.scaling, source.folder.parts[0])
+            files = adapter_files(gather_adapter(handle), switch.scaling, source.folder.parts[0])
         yield whole, files
 
 
 def read_whole(folder: NetworkFolder, path: str | None) -> nn.Module:
     """Read a network to the host, in float32."""
-    network, files = folder.empty(path, torch.float32), folder.files(path)
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        state |= {name: tensor.float() for name, tensor in load_file(file).items()}
-    network.load_state_dict({n: t for n, t in state.items() if n in network.state_dict()}, strict=False, assign=True)
+    network, state = folder.empty(path, torch.float32), dict[str, Tensor]()
+    found = {name: stored for name, stored in folder.files(path).items() if name in network.state_dict()}
+    for file in sorted({stored.file for stored in found.values()}):
+        tensors = load_file(file)
+        state |= {name: tensors[stored.name].float() for name, stored in found.items() if stored.file == file}
+    network.load_state_dict(state, strict=False, assign=True)
     return network

@@ -98,6 +98,30 @@ def test_guidance_conventions_become_the_standard_one(written: object, standard:
     assert Options.model_validate({"guidance": written}).guidance == standard
 
 
+@pytest.mark.parametrize(
+    ("written", "standard"),
+    [
+        ([[0.875, 4], [0, 3]], ((0.875, 4.0), (0.0, 3.0))),
+        ([[0.5, {"extra": 2}], [0, 1]], ((0.5, 3.0), (0.0, 1.0))),
+        ([[0.875, 4], [0, 4]], 4.0),
+        ([[0, 1]], 1.0),
+    ],
+)
+def test_guidance_by_time_is_converted_once_and_survives_json(written: object, standard: object) -> None:
+    found = Options.model_validate({"guidance": written})
+    assert found.guidance == standard
+    assert Options.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    "written",
+    [[], [4.0], [[0, 4], [0.5, 3]], [[0.5, 4]], [[1.5, 4], [0, 3]], [[0.5, -1], [0, 3]], [[0.5, "4"], [0, 3]]],
+)
+def test_guidance_by_time_that_does_not_cover_all_times_is_refused(written: object) -> None:
+    with pytest.raises(ValidationError, match="guidance"):
+        Options.model_validate({"guidance": written})
+
+
 @pytest.mark.parametrize("written", [{"plus": 3.5}, {"extra": 1, "standard": 2}, {}, -0.5, {"extra": -2}])
 def test_an_unknown_convention_or_negative_guidance_is_refused(written: object) -> None:
     with pytest.raises(ValidationError, match="guidance"):

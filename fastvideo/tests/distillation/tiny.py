@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastvideo.conformance.tiny import LENGTH, WORDS, tiny_options, word_tokenizer
+from fastvideo.conformance.tiny import LENGTH, WORDS, perturb, tiny_options, word_tokenizer
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import validate
@@ -85,6 +85,28 @@ def _wan_pipeline(latent_std: Sequence[float]) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
     )
+
+
+BOUNDARY = 0.875
+"""Time between the two experts of :func:`experts_folder`, that of Wan 2.2 T2V."""
+
+
+def experts_folder(root: Path) -> Path:
+    """The pipeline of :func:`wan_folder` with a second network of other random weights, as Wan 2.2 A14B has it."""
+
+    def write(folder: Path) -> None:
+        from diffusers import WanPipeline
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            pipeline = WanPipeline.from_pretrained(wan_folder(root))
+            low = type(pipeline.transformer).from_config(pipeline.transformer.config)
+            for network in (pipeline.transformer, low):
+                perturb(network)
+            parts = {**pipeline.components, "transformer_2": low}
+            WanPipeline(**parts, boundary_ratio=BOUNDARY).save_pretrained(folder)
+
+    return built(root / "wan_experts", "wan_experts", write)
 
 
 def cogvideox_family(folder: Path) -> DistillAdapter[Any]:

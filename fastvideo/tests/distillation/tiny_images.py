@@ -44,6 +44,19 @@ def i2v_folder(root: Path, *, clip: bool = True) -> Path:
     return _built(root, "wan_i2v" if clip else "wan_i2v_without_clip", build)
 
 
+def i2v_experts_folder(root: Path) -> Path:
+    """Image-to-video with two experts and without CLIP features, as Wan 2.2 I2V A14B is."""
+
+    def build(text: Any) -> Any:
+        from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+
+        high, low = (WanTransformer3DModel(in_channels=12, out_channels=4, **NETWORK) for _ in range(2))
+        shared = {key: text.components[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
+        return WanImageToVideoPipeline(transformer=high, transformer_2=low, boundary_ratio=0.9, **shared)
+
+    return _built(root, "wan_i2v_experts", build)
+
+
 def _clip() -> dict[str, Any]:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 

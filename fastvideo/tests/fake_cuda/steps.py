@@ -29,7 +29,7 @@ from fastvideo.distillation.scaling import Scaling
 from fastvideo.distillation.types import RawBatch
 from fastvideo.inference.sampler import Sampling
 from fastvideo.planning.estimate import Plan, Planner
-from fastvideo.planning.fake import FakeMode, LiveBytes, fake_codec, fake_text
+from fastvideo.planning.fake import FakeMode, LiveBytes, fake_codec, fake_text, on_one_side
 from fastvideo.planning.published import without_weights
 from fastvideo.tests.fake_cuda.device import CALLS
 from fastvideo.training.distillation import parse
@@ -74,7 +74,7 @@ class CudaPlacement(EmptyPlacement):
                     module._parameters[name] = nn.Parameter(_like(p), p.requires_grad)
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = _like(buffer)
-            Placement._spread(self, network, path)
+            Placement._spread(self, on_one_side(network), path)
 
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
         dtype = self.source.folder.compute_dtype
@@ -89,8 +89,8 @@ def shortened(config: Config, folder: Path, blocks: int) -> Config:
     """The config over copies of its model folders whose networks have ``blocks`` blocks."""
     config = without_weights(config)
     shutil.copytree(config.model.path, folder / "model")
-    file = folder / "model" / "transformer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": blocks}))
+    for file in (folder / "model").glob("transformer*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": blocks}))
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder / "model")})})
 
 

@@ -118,13 +118,6 @@ def test_a_missing_component_is_one_message(tmp_path) -> None:
         adapter.folder.load_network()
 
 
-def test_two_experts_are_refused(tmp_path) -> None:
-    index = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="two transformers"):
-        build_adapter(wan_config(model={"path": str(tmp_path)}))
-
-
 def test_a_family_without_what_a_method_needs_is_refused_before_anything_is_loaded(
     analytic_values: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

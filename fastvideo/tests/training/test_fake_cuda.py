@@ -11,6 +11,7 @@ CASES = {
     "full, eight shards": ("wan2.1_t2v_1.3b_dmd2", 8, ()),
     "full, eight copies": ("wan2.1_t2v_1.3b_dmd2", 8, ("--parallel.shard", "1")),
     "adapters": ("wan2.1_t2v_1.3b_dmd2_lora", 1, ()),
+    "two experts, adapters, eight shards": ("wan2.2_t2v_a14b_dmd2_lora", 8, ()),
     "14B, shards and context": ("wan2.1_t2v_14b_dmd2", 64, ()),
 }
 

@@ -21,6 +21,7 @@ from fastvideo.distillation.adapters.base import DistillAdapter, Taps, Tokens, c
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, PipelineSpec
+from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.types import Condition
 
 
@@ -135,7 +136,8 @@ class DiffusersScaling:
         return repeated_blocks(network)
 
     def recompute(self, network: Any, checkpoint: Callable[..., Any]) -> None:
-        network.enable_gradient_checkpointing(checkpoint)
+        for one in networks_of(network):
+            one.enable_gradient_checkpointing(checkpoint)
 
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         config = self.pipeline.network_config(path)
@@ -155,7 +157,8 @@ class DiffusersScaling:
         for name in ("diffusers.models.modeling_utils", "diffusers.hooks.context_parallel"):
             logging.getLogger(name).setLevel(logging.ERROR)
         config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
-        network.enable_parallelism(config=config, cp_plan=self.plan())
+        for one in networks_of(network):
+            one.enable_parallelism(config=config, cp_plan=self.plan())
 
     def join_tokens(self, network: Any, tokens: Tokens) -> Tokens:
         """Tokens of all processes of a sample, from inside a network whose tokens are split."""

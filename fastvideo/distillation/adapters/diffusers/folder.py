@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -28,6 +28,9 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_config,
 )
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
+from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.noise import GuidanceValue
+from fastvideo.distillation.types import StoredTensor
 from fastvideo.errors import UserError
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
@@ -39,12 +42,11 @@ RETIRED = frozenset({"prompt_cache"})
 
 
 class DiffusersFolder(ModelFolder, Generic[ConfigT]):
-    """Folder of a diffusers pipeline with one network."""
+    """Folder of a diffusers pipeline, with one network or two experts."""
 
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
-        self.pipeline, self.config = pipeline, pipeline.config
-        (self._part,) = self.parts = pipeline.spec.parts
-        self.published_guidance = pipeline.spec.published_guidance
+        self.pipeline, self.config, self.parts = pipeline, pipeline.config, pipeline.parts
+        self.published_guidance: GuidanceValue = pipeline.spec.published_guidance
         self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     @property
@@ -74,21 +76,45 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in eval mode (published ones have no dropout), with a flow map's head."""
         if is_single_file(path):
-            network = self._skeleton(path, dtype)
+            network = self._skeletons(path, dtype)[0]
             load_single_file(network, str(path))
             return self._ready(network, path).to(self.pipeline.device)
-        network = load_component(self._class, self.pipeline.resolved(path), self._part, torch_dtype=dtype)
-        return self._ready(network, path).to(self.pipeline.device)
+        source, parts = self.pipeline.resolved(path), self._parts(path)
+        networks = [load_component(self._class, source, part, torch_dtype=dtype) for part in parts]
+        return self._joined([self._ready(network, path) for network in networks], path).to(self.pipeline.device)
 
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """Parameters on the meta device; buffers (tables of positions) and a flow map's head are real."""
-        return self._ready(self._skeleton(path, dtype), path)
+        return self._joined([self._ready(network, path) for network in self._skeletons(path, dtype)], path)
 
-    def _skeleton(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+    def _joined(self, networks: Sequence[nn.Module], path: str | None) -> nn.Module:
+        """One network of those in the parts of the folder behind ``path``."""
+        (network,) = networks
+        return network
+
+    def _parts(self, path: str | None) -> tuple[str, ...]:
+        """Parts of the folder behind ``path``, as many as the run's own model has.
+
+        Raises:
+            UserError: if it has more or fewer networks than the model, or is one file for a model of two.
+        """
+        found = self.pipeline.parts_of(self.pipeline.resolved(path))
+        if found != self.parts or (len(found) > 1 and is_single_file(path)):
+            what = "one file" if is_single_file(path) else f"a folder with {' and '.join(found)}"
+            raise UserError(
+                f"{path} is {what}, and the model {self.config.path} has {' and '.join(self.parts)}: all roles of a "
+                f"model need the same networks; give a folder of that kind"
+            )
+        return found
+
+    def _skeletons(self, path: str | None, dtype: torch.dtype) -> list[nn.Module]:
+        return [self._skeleton(path, dtype, part) for part in self._parts(path)]
+
+    def _skeleton(self, path: str | None, dtype: torch.dtype, part: str) -> nn.Module:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            network = self._class.from_config(load_config(self._class, self.pipeline.resolved(path), self._part))
+            network = self._class.from_config(load_config(self._class, self.pipeline.resolved(path), part))
         kept = set(network._keep_in_fp32_modules or ())
         for name, parameter in network.named_parameters():
             if not kept & set(name.split(".")):
@@ -103,23 +129,19 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         load_head(network, self.pipeline.spec.time_embedding, Path(self.pipeline.resolved(path)))
         return network.eval()
 
-    def files(self, path: str | None) -> Mapping[str, Path]:
-        """Files of the network's parameters: one for all, or several with an index."""
+    def files(self, path: str | None) -> Mapping[str, StoredTensor]:
+        """Where the network's parameters are: in one file for all of a part, or several with an index."""
         if is_single_file(path):
             raise UserError(
                 f"{path} is one file in another layout, which is read whole; for parallel.shard make a folder of it: "
                 f"fastvideo merge {self.config.path} --network {path} --out FOLDER"
             )
-        folder = Path(self.pipeline.resolved(path)) / self._part
-        if (folder / INDEX).is_file():
-            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in found.items()}
-        if not (folder / WHOLE).is_file():
-            raise UserError(f"{folder} has neither {WHOLE} nor {INDEX}: split networks are read from safetensors alone")
-        from safetensors import safe_open
-
-        with safe_open(folder / WHOLE, "pt") as stored:
-            return dict.fromkeys(stored.keys(), folder / WHOLE)
+        parts, found = self._parts(path), dict[str, StoredTensor]()
+        for part in parts:
+            prefix = f"{part}." if len(parts) > 1 else ""  # as in the module that holds both
+            files = _files_of(Path(self.pipeline.resolved(path)) / part)
+            found |= {f"{prefix}{name}": StoredTensor(file, name) for name, file in files.items()}
+        return found
 
     def add_flow_map(self, network: nn.Module) -> None:
         add_head(network, self.pipeline.spec.time_embedding)
@@ -149,10 +171,24 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
             else:
                 shutil.copy2(item, folder / item.name)
         with without_head(network) as head:
-            network.save_pretrained(folder / self._part)  # type: ignore[operator]
+            for part, own in zip(self.parts, networks_of(network), strict=True):
+                own.save_pretrained(folder / part)
         if head is not None:
             save_head(head, folder)
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor of a component."""
+    if (folder / INDEX).is_file():
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in found.items()}
+    if not (folder / WHOLE).is_file():
+        raise UserError(f"{folder} has neither {WHOLE} nor {INDEX}: split networks are read from safetensors alone")
+    from safetensors import safe_open
+
+    with safe_open(folder / WHOLE, "pt") as stored:
+        return dict.fromkeys(stored.keys(), folder / WHOLE)
 
 
 def read_recipe(source: str) -> dict[str, Any]:
@@ -178,11 +214,13 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
 
     A block inside another listed one is a part of that.
     """
-    names, found, inside = set(network._no_split_modules or ()), list[nn.Module](), set[nn.Module]()
-    for module in network.modules():
-        if type(module).__name__ in names and module not in inside:
-            found.append(module)
-            inside.update(module.modules())
+    found, inside = list[nn.Module](), set[nn.Module]()
+    for one in networks_of(network):
+        names = set(one._no_split_modules or ())
+        for module in one.modules():
+            if type(module).__name__ in names and module not in inside:
+                found.append(module)
+                inside.update(module.modules())
     return found
 
 

@@ -98,6 +98,8 @@ class PipelineSpec:
     """Guidance that the family's authors sample with."""
     parts: tuple[str, ...] = ("transformer",)
     """Subfolders that hold the network."""
+    second: str | None = None
+    """Subfolder that holds a second network in some of the family's pipelines, an expert of low noise."""
 
 
 class Pipeline(Generic[ConfigT]):
@@ -110,6 +112,7 @@ class Pipeline(Generic[ConfigT]):
     def __init__(self, spec: PipelineSpec, config: ConfigT, device: torch.device) -> None:
         self.spec, self.config, self.device = spec, config, device
         self.source = resolve_pipeline(config.path, config.pipelines)
+        self.parts = self.parts_of(self.source)
         self._read = cache(full_config)
 
     def resolved(self, path: str | None) -> str:
@@ -117,6 +120,12 @@ class Pipeline(Generic[ConfigT]):
         if path is None or is_single_file(path):
             return self.source
         return resolve_pipeline(path, self.config.pipelines)
+
+    def parts_of(self, source: str) -> tuple[str, ...]:
+        """Subfolders of a pipeline folder that hold its network, or its two experts."""
+        second = self.spec.second
+        held = second is not None and (read_index(source).get(second) or [None])[0] is not None
+        return (*self.spec.parts, second) if held and second else self.spec.parts
 
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
@@ -160,9 +169,12 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
             f"model folder {path!r} holds a {content.get('_class_name')}; "
             f"this family reads {' or '.join(pipeline_classes)}"
         )
-    if (content.get("transformer_2") or [None])[0] is not None:
-        raise UserError(f"model {path!r} has two transformers (Wan 2.2): this family runs pipelines with one")
     return str(folder)
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline folder."""
+    return dict(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8")))
 
 
 def _check_links(folder: Path) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.single_file import load_tensors
+from fastvideo.distillation.experts import SIDES, by_expert
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import did_you_mean
@@ -84,6 +85,9 @@ def find_file(path: Path) -> Path:
 def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name) -> LoRAFile:
     """Read an adapter of any layout for a network.
 
+    A network of two experts has a file for each, in one folder or one alone; ``high_noise`` or ``low_noise`` in its
+    name says whose it is.
+
     Args:
         path: its file, or a folder that holds it.
         shapes: shape of every parameter of the network, by diffusers' name.
@@ -93,6 +97,9 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name)
         UserError: if the file cannot be read, holds another kind of adapter or a name that no layer of the network has,
             or does not fit.
     """
+    experts = by_expert(shapes)
+    if "" not in experts:
+        return _read_experts(path, experts, original)
     file = find_file(path)
     tensors, metadata = load_tensors(file)
     _check_kind(file, tensors)
@@ -104,6 +111,26 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name)
     if not factors and not parts.differences:
         raise UserError(f"{file} holds no adapter: it has no low-rank factors (lora_A, lora_down) at all")
     return LoRAFile(file, factors, parts.differences)
+
+
+def _read_experts(path: Path, experts: Mapping[str, Mapping[str, tuple[int, ...]]], original: Name) -> LoRAFile:
+    """The files of two experts as one, under the names of the module that holds both."""
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    factors, differences = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
+    for part, side in SIDES.items():
+        own = [file for file in found if side in file.name]
+        if len(own) > 1:
+            raise UserError(f"{path} holds several files for {side}: {', '.join(file.name for file in own)}; keep one")
+        for file in own:
+            read = read_lora(file, experts[side], original)
+            factors |= {f"{part}.{name}": value for name, value in read.factors.items()}
+            differences |= {f"{part}.{name}": value for name, value in read.differences.items()}
+    if not factors and not differences:
+        raise UserError(
+            f"{path}: the network has two experts, and no file here says in its name which it is for: "
+            f"{' or '.join(SIDES.values())} is expected (such as high_noise_lora.safetensors)"
+        )
+    return LoRAFile(path, factors, differences)
 
 
 def _check_kind(file: Path, tensors: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients, make_mesh
+from fastvideo.distillation.types import StoredTensor
 
 Which = Literal["none", "frozen", "all"]
 """Networks that an option applies to."""
@@ -104,19 +104,19 @@ def _sum_over_context(network: nn.Module, data_size: int) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction with another factor
 
 
-def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.device) -> None:
+def load_shards(network: nn.Module, files: Mapping[str, StoredTensor], device: torch.device) -> None:
     """Fill a sharded network on the meta device; every process reads only its own slices.
 
     Args:
         network: as :func:`shard_network` left it.
-        files: the safetensors file of each parameter, by name; other parameters are left alone.
+        files: where each parameter is stored, by name; other parameters are left alone.
         device: see :func:`home_of`.
     """
     state = {}
     for name, parameter in network.named_parameters():
         stored = name.replace(".base_layer.", ".")  # where an adapter was put around a layer
         if stored in files and isinstance(parameter, DTensor):
-            local = _read_slice(files[stored], stored, parameter).to(device, parameter.dtype)
+            local = _read_slice(files[stored], parameter).to(device, parameter.dtype)
             state[name] = DTensor.from_local(
                 local,
                 parameter.device_mesh,
@@ -127,16 +127,16 @@ def load_shards(network: nn.Module, files: Mapping[str, Path], device: torch.dev
     network.load_state_dict(state, strict=False, assign=True)
 
 
-def _read_slice(file: Path, name: str, parameter: DTensor) -> Tensor:
+def _read_slice(where: StoredTensor, parameter: DTensor) -> Tensor:
     """Read this process's rows; as in ``torch.chunk``, the last processes may have fewer, or none."""
     placement = parameter.placements[-1]
     if not isinstance(placement, Shard) or placement.dim:
-        raise RuntimeError(f"{name} is not split along its first dimension")
+        raise RuntimeError(f"{where.name} is not split along its first dimension")
     mesh, rows = parameter.device_mesh, parameter.shape[0]
     per_process = -(-rows // mesh.size(mesh.ndim - 1))
     start = min(mesh.get_local_rank(mesh.ndim - 1) * per_process, rows)
-    with safe_open(file, "pt") as stored:
-        return stored.get_slice(name)[start : min(start + per_process, rows)]  # type: ignore[no-any-return]
+    with safe_open(where.file, "pt") as stored:
+        return stored.get_slice(where.name)[start : min(start + per_process, rows)]  # type: ignore[no-any-return]
 
 
 def gather_state(network: nn.Module) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     """Roles of further terms in a subclass."""
     sampler: ClassVar[SamplerKind] = "renoise"
     bridges = True
+    calls_one_expert = True
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2Config, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -78,8 +79,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
             return
         if student_step:
             yield self.student_loss(x0, batch)
-        x0 = x0.detach()
-        yield from self.critic_losses(x0, batch)
+        yield from self.critic_losses(x0.detach(), batch)
 
     def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Clean sample of the student in the teacher's space, and the batch that scores it."""
@@ -145,8 +145,10 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return add_noise(x0, noise, t), t, velocity_target(x0, noise)
 
     def score_times(self, count: int) -> Tensor:
-        """Uniform times ``[count]``, shifted, then clamped; all frames of a sample share one."""
-        return shift_time(self.rng.uniform(count), self.config.score_time_shift).clamp(*self.config.score_time_range)
+        """Uniform times ``[count]``, shifted, then clamped; all frames of a sample share one, all samples an expert."""
+        shift, edge = self.config.score_time_shift, self.teacher.boundary or self.critic.boundary
+        u = self.rng.uniform(count) if edge is None else self.rng.on_one_side(count, shift_time(edge, 1 / shift))
+        return shift_time(u, shift).clamp(*self.config.score_time_range)
 
 
 def dmd_gradient(

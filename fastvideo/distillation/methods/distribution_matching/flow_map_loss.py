@@ -15,7 +15,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.jvp import DerivativeConfig, JVPMode, derivative
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance
+from fastvideo.distillation.schedule import GuidanceNumber
 from fastvideo.distillation.tangent import mean_velocity_target
 from fastvideo.distillation.types import Batch, mean_over_generated
 from fastvideo.ranges import Fraction, PositiveFloat
@@ -34,7 +34,7 @@ class FlowMapLossConfig(DerivativeConfig):
     """Share with `r = 0`; the rest draws both times."""
     flow_time_shift: PositiveFloat = 5.0
     """Shift of both times."""
-    fused_guidance: Guidance = 3.0
+    fused_guidance: GuidanceNumber = 3.0
     """Guidance that is built into the network; 1 is none."""
     caption_dropout: Fraction = 0.1
     """Share of samples that train the negative prediction."""

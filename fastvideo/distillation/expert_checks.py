@@ -1,0 +1,60 @@
+"""Checks of a run whose models have two experts, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.experts import check_boundary
+from fastvideo.distillation.registry import METHODS, load_method
+from fastvideo.distillation.types import UserError
+
+
+def check_experts(
+    config: RunConfig[Any, Any], by_role: Mapping[str, DistillAdapter[Any]], processes: Processes
+) -> None:
+    """Check method, ladder and layout against the experts of the roles' models.
+
+    Raises:
+        UserError: if a method needs more than an expert has, a step of the ladder is on a boundary, roles that score
+            the same samples have different boundaries, or processes would call different experts.
+    """
+    found = {role: family.folder.boundary(config.roles[role].path) for role, family in by_role.items()}
+    boundaries = {role: boundary for role, boundary in found.items() if boundary is not None}
+    if not boundaries:
+        return
+    _check_needs(config, by_role)
+    if "student" in boundaries:
+        check_boundary(config.ladder.times, boundaries["student"], "ladder.times")
+    scoring = {boundaries[role] for role in ("teacher", "critic") if role in boundaries}
+    if len(scoring) > 1:
+        raise UserError(
+            f"roles.critic: its experts change at {boundaries['critic']:g}, the teacher's at "
+            f"{boundaries['teacher']:g}, and both score the same samples: give both one boundary_ratio"
+        )
+    if processes.world_size > 1 and not _calls_one_expert(config):
+        able = [name for name in METHODS if load_method(name).calls_one_expert]
+        raise UserError(
+            f"{config.distill_method} draws a time of its own for every sample, so that {processes.world_size} "
+            f"processes would call different experts of {config.model.path} and wait for each other for ever: run it "
+            f"on one process, or take {' or '.join(able)} with method.rollout: simulate"
+        )
+
+
+def _calls_one_expert(config: RunConfig[Any, Any]) -> bool:
+    """True for a method whose calls are on one side, with options that keep it so."""
+    method = load_method(config.distill_method)
+    return method.calls_one_expert and not (config.distill_method == "dmd2" and method.uses_latents(config.method))
+
+
+def _check_needs(config: RunConfig[Any, Any], by_role: Mapping[str, DistillAdapter[Any]]) -> None:
+    needs = load_method(config.distill_method).needs_of(config.method)
+    for role, family in by_role.items():
+        if family.folder.boundary(config.roles[role].path) is not None and needs - family.supports:
+            raise UserError(
+                f"{config.distill_method} needs {' and '.join(sorted(needs - family.supports))}, which a model of two "
+                f"experts does not have ({family.config.path}, role {role})"
+            )
