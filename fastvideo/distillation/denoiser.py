@@ -43,6 +43,10 @@ class Family(Protocol):
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, seen at time ``t``."""
         ...
 
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """A guided velocity as the family's samplers go on with it."""
+        ...
+
     def features(
         self,
         network: nn.Module,
@@ -130,7 +134,11 @@ class Denoiser:
         conditional = self.velocity(x_t, t, condition, r=r, context=contexts[0])
         if guidance == 1.0:
             return conditional
-        return guide(self.velocity(x_t, t, negative, r=r, context=contexts[1]), conditional, guidance)
+        unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
+        return self._guided(unconditional, conditional, guidance)
+
+    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        return self.adapter.rescale_guidance(guide(unconditional, conditional, guidance), conditional)
 
     def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""
@@ -150,7 +158,7 @@ class Denoiser:
         assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
-                u = guide(self.velocity(x_t, t, negative), u, guidance)
+                u = self._guided(self.velocity(x_t, t, negative), u, guidance)
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

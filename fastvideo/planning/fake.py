@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
+from fastvideo.distillation.adapters.diffusers.folder import block_classes
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.bundle import RoleHandle, same_space
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -163,7 +164,7 @@ class FakePlacement(EmptyPlacement):
 
 def stack(network: Any) -> nn.ModuleList:
     """The list of a network's repeated blocks that are alike, the one with most of its parameters."""
-    names = set(network._no_split_modules or ())
+    names = block_classes(network)
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) and _alike(m, names)]
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 

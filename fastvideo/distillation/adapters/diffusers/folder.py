@@ -178,12 +178,17 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
 
     A block inside another listed one is a part of that.
     """
-    names, found, inside = set(network._no_split_modules or ()), list[nn.Module](), set[nn.Module]()
+    names, found, inside = block_classes(network), list[nn.Module](), set[nn.Module]()
     for module in network.modules():
         if type(module).__name__ in names and module not in inside:
             found.append(module)
             inside.update(module.modules())
     return found
+
+
+def block_classes(network: Any) -> set[str]:
+    """Names of the classes of a diffusers network's repeated blocks."""
+    return set(network._no_split_modules or network._repeated_blocks or ())
 
 
 def compile_blocks(network: nn.Module) -> None:
