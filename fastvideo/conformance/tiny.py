@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def tiny_options(family: str, folder: Path) -> dict[str, Any]:
 
 def made_options(family: str, folder: Path) -> dict[str, Any]:
     """The ``model`` section of a tiny pipeline that lies in ``folder``."""
-    return {"path": str(folder), "height": 16, "width": 32, "max_sequence_length": MADE[family].length}
+    made = MADE[family]
+    return {"path": str(folder), **made.sizes, "max_sequence_length": made.length}
 
 
 def _save(pipeline: Any, folder: Path) -> None:
@@ -125,10 +126,12 @@ class Tiny:
     Attributes:
         make: makes it.
         length: tokens of its prompts.
+        sizes: of its samples.
     """
 
     make: Callable[[], Any]
     length: int = LENGTH
+    sizes: Mapping[str, int] = field(default_factory=lambda: {"height": 16, "width": 32})
 
 
 MADE: Mapping[str, Tiny] = {
@@ -138,5 +141,8 @@ MADE: Mapping[str, Tiny] = {
     "z_image": Tiny(tiny_flow.z_image, 12),
     "flux2": Tiny(tiny_flow.flux2, 12),
     "flux": Tiny(tiny_flow.flux, 12),
+    "krea2": Tiny(tiny_flow.krea2, 24),
+    "sd3": Tiny(tiny_flow.sd3, 12),
+    "ltx": Tiny(tiny_flow.ltx, 12, {"height": 32, "width": 64, "num_frames": 9}),
 }
 """Pipelines of the other families."""

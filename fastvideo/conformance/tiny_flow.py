@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, qwen3, qwen25_vl, t5, word_tokenizer
+from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, qwen3, qwen3_vl, qwen25_vl, t5, word_tokenizer
 
 BY_SIZE: Mapping[str, Any] = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 """Schedule of FLUX.1 and its kin: the shift grows with the size of the picture."""
@@ -15,7 +15,6 @@ BY_SIZE: Mapping[str, Any] = {"use_dynamic_shifting": True, "base_shift": 0.5, "
 
 def qwen_image() -> Any:
     from diffusers import (
-        AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
         QwenImagePipeline,
         QwenImageTransformer2DModel,
@@ -25,15 +24,15 @@ def qwen_image() -> Any:
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
         joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
     )  # fmt: skip
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 0.8],
-    )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(
         **{**BY_SIZE, "max_shift": 0.9, "max_image_seq_len": 8192}, shift_terminal=0.02, time_shift_type="exponential"
     )
     return QwenImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=qwen25_vl(), tokenizer=word_tokenizer(2048), transformer=transformer
+        scheduler=scheduler,
+        vae=_video_autoencoder(),
+        text_encoder=qwen25_vl(),
+        tokenizer=word_tokenizer(2048),
+        transformer=transformer,
     )
 
 
@@ -97,4 +96,79 @@ def flux() -> Any:
         text_encoder_2=t5(),
         tokenizer_2=word_tokenizer(64),
         transformer=transformer,
+    )
+
+
+def _video_autoencoder() -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 0.8],
+    )  # fmt: skip
+
+
+def krea2() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    transformer = Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=3, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**BY_SIZE, max_image_seq_len=6400),
+        vae=_video_autoencoder(),
+        text_encoder=qwen3_vl(),
+        tokenizer=word_tokenizer(64),
+        transformer=transformer,
+        text_encoder_select_layers=(0, 1, 2),
+    )
+
+
+def sd3() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(1.5305, 0.0609),
+        text_encoder=clip(projected=True),
+        tokenizer=word_tokenizer(LENGTH),
+        text_encoder_2=clip(projected=True),
+        tokenizer_2=word_tokenizer(LENGTH),
+        text_encoder_3=t5(64),
+        tokenizer_3=word_tokenizer(64),
+    )
+
+
+def ltx() -> Any:
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+    )  # fmt: skip
+    vae.latents_mean.copy_(0.1 * torch.arange(8))
+    vae.latents_std.copy_(0.5 + 0.2 * torch.arange(8))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+    )
+    return LTXPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=t5(), tokenizer=word_tokenizer(64), transformer=transformer
     )

@@ -74,10 +74,27 @@ def qwen3(*, lm_head: bool, layers: int = 3) -> Any:
     return (Qwen3ForCausalLM if lm_head else Qwen3Model)(config)
 
 
-def t5() -> Any:
-    """T5's encoder of hidden size 32."""
+def t5(width: int = 32) -> Any:
+    """T5's encoder."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
-        T5Config(vocab_size=len(WORDS) + 3, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0)
+        T5Config(vocab_size=len(WORDS) + 3, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0)
     )
+
+
+def qwen3_vl() -> Any:
+    """Qwen3-VL of hidden size 16, with its eyes."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, **special))

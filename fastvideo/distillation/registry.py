@@ -46,6 +46,9 @@ ADAPTERS = {
     "z_image": "fastvideo.distillation.adapters.z_image:ZImageAdapter",
     "flux2": "fastvideo.distillation.adapters.flux2:Flux2Adapter",
     "flux": "fastvideo.distillation.adapters.flux:FluxAdapter",
+    "krea2": "fastvideo.distillation.adapters.krea2:Krea2Adapter",
+    "sd3": "fastvideo.distillation.adapters.sd3:SD3Adapter",
+    "ltx": "fastvideo.distillation.adapters.ltx:LTXAdapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""
@@ -60,6 +63,9 @@ EXPORTERS = {
     "ZImagePipeline": FLOW,
     "Flux2KleinPipeline": FLOW,
     "FluxPipeline": FLOW,
+    "Krea2Pipeline": FLOW,
+    "StableDiffusion3Pipeline": FLOW,
+    "LTXPipeline": FLOW,
     "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
 }
 """Exporters, by the diffusers pipeline of their family."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.codec import StatisticsCodec
+from fastvideo.distillation.adapters.diffusers.codec import VideoStillsCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, parameters_of
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig, StockCall
@@ -42,16 +42,6 @@ class QwenImageConfig(FlowImageConfig):
     """The negative prompt, used wherever guidance is; the authors' is a space."""
 
 
-class QwenImageCodec(StatisticsCodec):
-    """``AutoencoderKLQwenImage``, of videos of one frame."""
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        vae, config = self.pipeline.vae_config, self.pipeline.config
-        spatial = 2 ** len(vae["temperal_downsample"])
-        return vae["z_dim"], config.num_frames, config.height // spatial, config.width // spatial
-
-
 class QwenImageConditioner(FlowTexts[QwenImageConfig]):
     """Qwen2.5-VL tokens behind the template's head, masked."""
 
@@ -78,7 +68,7 @@ class QwenImageAdapter(FlowAdapter[QwenImageConfig]):
     summary = "Qwen-Image, stills from text: rectified flow, Qwen2.5-VL text, guidance of the conditional's norm"
     time_projection = ("time_text_embed.time_proj", 1.0)
     token_output = 1
-    _codec, _texts = QwenImageCodec, QwenImageConditioner
+    _codec, _texts = VideoStillsCodec, QwenImageConditioner
     _spec = PipelineSpec(
         network="QwenImageTransformer2DModel",
         vae="AutoencoderKLQwenImage",

@@ -151,7 +151,7 @@ def made_family(name: str, root: Path, **options: Any) -> DistillAdapter[Any]:
     return family(validate(family.Config, {**tiny_options(name, root / name), **options}, "test"))
 
 
-LATER = ("z_image", "flux2", "flux")
+LATER = ("z_image", "flux2", "flux", "krea2", "sd3", "ltx")
 """Families whose rules the slow suite checks: they share all but a file with one that the fast suite checks."""
 FAMILIES = {
     "analytic": Family(analytic_family, ("0.5", "-1")),
@@ -160,6 +160,9 @@ FAMILIES = {
     "z_image": Family(partial(made_family, "z_image"), ("a green seven moving up", "red three")),
     "flux2": Family(partial(made_family, "flux2"), ("a green seven moving up", "red three")),
     "flux": Family(partial(made_family, "flux"), ("a green seven moving up", "red three")),
+    "krea2": Family(partial(made_family, "krea2"), ("a green seven moving up", "red three")),
+    "sd3": Family(partial(made_family, "sd3"), ("a green seven moving up", "red three")),
+    "ltx": Family(partial(made_family, "ltx"), ("a green seven moving up", "red three")),
     "sd15": Family(partial(made_family, "sd15"), ("a green seven moving up", "red three")),
     "sdxl": Family(partial(made_family, "sdxl"), ("a green seven moving up", "red three")),
     "wan": Family(wan_family, ("a green seven moving up", "red three")),

@@ -126,3 +126,13 @@ class StatisticsCodec(DiffusersCodec):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self._decoded(self.denormalise(latents))
+
+
+class VideoStillsCodec(StatisticsCodec):
+    """An autoencoder of videos that is given stills, each a video of one frame."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        vae, config = self.pipeline.vae_config, self.pipeline.config
+        spatial = 2 ** len(vae["temperal_downsample"])
+        return vae["z_dim"], config.num_frames, config.height // spatial, config.width // spatial

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
-from fastvideo.distillation.adapters.diffusers.flow_config import Flow, GuidedImageConfig
+from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig, GuidedImageConfig
 from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts
 from fastvideo.distillation.adapters.diffusers.packing import Packing
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_config
@@ -61,14 +61,16 @@ class FlowFolder(TextsFolder[ConfigT]):
             raise UserError(f"the scheduler of {source!r} is {config['_class_name']}; {SCHEDULER} is known")
         with _disable_current_modes():  # numbers, where planning computes without them
             scheduler = cls.from_config(config)
-            scheduler.set_timesteps(
-                sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._mu(scheduler.config, self._size, steps)
-            )
+            scheduler.set_timesteps(**self.grid(steps), mu=self._mu(scheduler.config, self._size, steps))
             return tuple(scheduler.sigmas[:-1].tolist())
+
+    def grid(self, steps: int) -> dict[str, Any]:
+        """What the stock pipeline asks its scheduler for."""
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
 
 class FlowAdapter(DiffusersAdapter[ConfigT]):
-    """A flow family. Its config class is a ``Flow``."""
+    """A flow family. Its config class is a ``FlowConfig``."""
 
     _codec: ClassVar[type[DiffusersCodec]]
     _texts: ClassVar[type[FlowTexts[Any]]]
@@ -91,7 +93,7 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
     @property
     def packing(self) -> Packing:
         """Layout of latents inside the network."""
-        return cast(Flow, self.config).packing
+        return cast(FlowConfig, self.config).packing
 
     @cached_property
     def codec(self) -> DiffusersCodec:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Patches
+from fastvideo.distillation.adapters.diffusers.pipeline import PipelineConfig
 from fastvideo.distillation.adapters.diffusers.stills import ImageConfig
 from fastvideo.ranges import GuidanceScale, Pixels, Tokens
 
@@ -36,14 +37,20 @@ class StockCall:
     lora_layouts: tuple[str, ...] = ("diffusers", "peft")
 
 
-class Flow(Protocol):
-    """Part of a flow family's config that exports read."""
+class FlowConfig(PipelineConfig):
+    """Options of a flow family."""
 
-    stock: ClassVar[StockCall]
-    packing: ClassVar[Packing]
+    stock: ClassVar[StockCall] = StockCall()
+    packing: ClassVar[Packing] = Patches(2)
+    """Layout of latents inside the network."""
+
+    @property
+    def call_arguments(self) -> Mapping[str, Any]:
+        """Further arguments of the stock pipeline's call."""
+        return {}
 
 
-class FlowImageConfig(ImageConfig):
+class FlowImageConfig(ImageConfig, FlowConfig):
     """Options of a flow family of images."""
 
     side: ClassVar[int] = 16
@@ -51,16 +58,8 @@ class FlowImageConfig(ImageConfig):
     """Picture height in pixels."""
     width: Pixels = 1024
     """Picture width in pixels."""
-    stock: ClassVar[StockCall] = StockCall()
-    packing: ClassVar[Packing] = Patches(2)
-    """Layout of latents inside the network."""
     max_sequence_length: Tokens = 512
     """Tokens that a prompt may have, with those that the pipeline puts around it."""
-
-    @property
-    def call_arguments(self) -> Mapping[str, Any]:
-        """Further arguments of the stock pipeline's call."""
-        return {}
 
 
 class GuidedImageConfig(FlowImageConfig):

@@ -55,7 +55,12 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
 
     @property
     def text_rows(self) -> int:
-        return self.config.max_sequence_length + len(self.pooled)
+        return self.token_rows + len(self.pooled)
+
+    @property
+    def token_rows(self) -> int:
+        """Tokens of a text, of all encoders."""
+        return self.config.max_sequence_length
 
     @cached_property
     def _suffixes(self) -> list[str]:
@@ -97,12 +102,9 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
     def _stock(self) -> Any:
         """The stock pipeline without encoders, network and autoencoder."""
         cls = pipeline_library_class(self.pipeline.index["_class_name"])
-        missing = {name: None for name, part in self.pipeline.index.items() if isinstance(part, list)}
-        return cls(**{**missing, **self.tokenizers, **self._flags})
-
-    @property
-    def _flags(self) -> dict[str, Any]:
-        return {name: value for name, value in self.pipeline.index.items() if isinstance(value, bool)}
+        options = {name: value for name, value in self.pipeline.index.items() if name[0] != "_"}
+        missing = {name: None for name, value in options.items() if _is_component(value)}
+        return cls(**{**options, **missing, **self.tokenizers})
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str], padding: Literal["max_length", "longest"]) -> list[Tensor]:
@@ -112,7 +114,7 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         stock.register_modules(**dict.fromkeys(self.text_encoder.keys()))  # so that they can be released
         below = [nn.functional.pad(one, (0, self.text_width - one.shape[1])) for one in pooled]
         rows = [torch.cat([row, *(one[i : i + 1] for one in below)]) for i, row in enumerate(tokens)]
-        zeros = bool(self._flags.get("force_zeros_for_empty_prompt"))
+        zeros = bool(self.pipeline.index.get("force_zeros_for_empty_prompt"))
         return [row * 0 if zeros and not prompt else row for prompt, row in zip(prompts, rows, strict=True)]
 
     def _encoded(self, stock: Any, prompts: list[str]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -123,7 +125,7 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         return tokens, pooled
 
     def _tensors(self, texts: Tensor) -> dict[str, Tensor]:
-        length = self.config.max_sequence_length
+        length = self.token_rows
         pooled = enumerate(self.pooled.items(), start=length)
         return {TEXT: texts[:, :length], **{name: texts[:, row, :width] for row, (name, width) in pooled}}
 
@@ -147,6 +149,11 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
                 f"data: text_embedding has {rows} rows, the model expects {wanted} (tokens, then pooled vectors)"
             )
         return super()._fitted(embedding)
+
+
+def _is_component(value: object) -> bool:
+    """True for the library and the class of a component in a pipeline's index, and not for an option."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str | None) for name in value)
 
 
 def text_encoders(pipeline: Pipeline[Any]) -> nn.ModuleDict:
