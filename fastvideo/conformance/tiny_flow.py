@@ -148,7 +148,8 @@ def sd3() -> Any:
     )
 
 
-def ltx() -> Any:
+def ltx(timed_decoder: bool = False) -> Any:
+    """With ``timed_decoder`` the decoder reads a time, as from 0.9.1 on."""
     from diffusers import (
         AutoencoderKLLTXVideo,
         FlowMatchEulerDiscreteScheduler,
@@ -162,7 +163,7 @@ def ltx() -> Any:
     )  # fmt: skip
     vae = AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, timestep_conditioning=timed_decoder,
     )  # fmt: skip
     vae.latents_mean.copy_(0.1 * torch.arange(8))
     vae.latents_std.copy_(0.5 + 0.2 * torch.arange(8))

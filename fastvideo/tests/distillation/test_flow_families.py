@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
-from fastvideo.distillation.adapters.diffusers.flow_texts import MASK
+from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, lengths
 from fastvideo.distillation.adapters.diffusers.packing import Patches, Pictures
 from fastvideo.distillation.adapters.export.lora import LAYOUTS, read_lora
 from fastvideo.distillation.bundle import RoleHandle
@@ -26,6 +26,7 @@ from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
+from fastvideo.planning.fake import FakeMode, stack
 from fastvideo.tests.distillation.tiny import LATER, made_family
 from fastvideo.training.run import run
 
@@ -244,6 +245,53 @@ def test_guidance_where_there_is_none_is_refused(tiny_wan: Path, tmp_path: Path)
         distilled.check_guidance(4.0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "columns"), [(2, 62), (16, 8), (6, 22)])
+@torch.no_grad()
+def test_z_image_fills_31_32_and_33_tokens_for_each_sample_alone(tiny_wan: Path, rows: int, columns: int) -> None:
+    family = made_family("z_image", tiny_wan.parent, max_sequence_length=40)
+    network, x = family.folder.load_network(), normal((3, 4, 1, rows, columns), seeded(3))
+    prompts, t = ["red", "green " * 31, "green " * 32], torch.tensor([0.2, 0.5, 0.8])  # and an end
+    condition = family.conditioner.encode_prompts(prompts)
+    assert condition.of(family.conditioner.key)[MASK].sum(1).tolist() == [2, 32, 33]
+    u = family.velocity(network, x, t, condition)
+    for row in range(3):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(
+            family.velocity(network, x[one], t[one], condition.rows(one)), u[one], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.slow
+def test_no_training_changes_the_statistics_of_flux2s_batch_norm(tiny_wan: Path) -> None:
+    family = made_family("flux2", tiny_wan.parent)
+    before = {name: value.clone() for name, value in family.codec.vae.bn.state_dict().items()}
+    latents = normal((2, *family.codec.latent_shape), seeded(1)).requires_grad_()
+    videos = family.codec.decode(latents, gradient=True)
+    family.codec.encode(videos, gradient=True).square().sum().backward()
+    assert not family.codec.vae.training
+    assert all(torch.equal(value, before[name]) for name, value in family.codec.vae.bn.state_dict().items())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_decoder_of_ltx_that_reads_a_time_gets_that_of_the_stock_pipeline(tiny_wan: Path, tmp_path: Path) -> None:
+    from fastvideo.conformance.tiny_flow import ltx
+
+    ltx(timed_decoder=True).save_pretrained(tmp_path)
+    family = made_family("ltx", tiny_wan.parent, path=str(tmp_path))
+    noise = normal((2, *family.codec.latent_shape), seeded(6))
+    ours = our_pictures(family, noise, 2.5, family.folder.teacher_times(4))
+    assert float((ours - stock_pictures(stock_pipeline(family), family, noise, 2.5)).abs().max()) <= CLOSE
+
+
+def test_a_plan_finds_the_blocks_and_takes_texts_for_full(family: Any) -> None:
+    blocks = stack(family.folder.load_network())
+    assert len(blocks) == len(family.feature_widths)
+    with FakeMode():
+        assert lengths(torch.empty(2, 5, dtype=torch.bool)) == [5, 5]
+
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "proj_mlp")
 PROGRAMS = [("qwen_image", "diffusers"), ("qwen_image", "kohya"), ("qwen_image", "comfy")]
 
@@ -279,11 +327,23 @@ def test_a_lora_file_changes_the_stock_pipeline_as_it_changes_our_network(
     torch.testing.assert_close(stock, merged, rtol=1e-4, atol=1e-4)
 
 
-def config_of(adapter: DistillAdapter[Any], family: str, name: str, output: Path) -> Any:
+@pytest.mark.slow
+def test_an_adapter_on_layers_that_nothing_reads_trains_and_exports(tiny_wan: Path, tmp_path: Path) -> None:
+    """Its file tells the stock pipeline's call."""
+    adapter = made_family("qwen_image", tiny_wan.parent)
+    run(config_of(adapter, "qwen_image", "dmd2", tmp_path, lora={"rank": 2, "targets": ["to_q", "add_q_proj"]}))
+    run_export(str(tmp_path / "run"), tmp_path / "out", to="lora-comfy")
+    run_export(str(tmp_path / "run"), tmp_path / "stock", to="lora-diffusers")
+    call = "num_inference_steps=3, sigmas=[1.0, 0.75, 0.5], true_cfg_scale=1.0, height=32, width=32"
+    assert call in (tmp_path / "stock" / "README.md").read_text()
+
+
+def config_of(adapter: DistillAdapter[Any], family: str, name: str, output: Path, **student: Any) -> Any:
     """Two steps of a method on stills of the tiny world."""
     method = load_method(name)
     roles: dict[str, Any] = {role: {"trainable": True} for role in method.trainable_roles}
     roles |= {role: {"trainable": False} for role in method.frozen_roles}
+    roles["student"] |= student
     rates = [field for field in method.Config.model_fields if field.endswith("learning_rate")]
     guided = {"teacher_guidance": 1.0} if family == "flux" and "teacher_guidance" in method.Config.model_fields else {}
     values = {
