@@ -1,11 +1,10 @@
-"""Rule: stock diffusers makes the same video from the same noise."""
+"""Rules: stock diffusers makes the same video from the same noise, with guidance too."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
@@ -14,45 +13,57 @@ from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
+from fastvideo.distillation.types import UserError
 
-STEPS, SEED = 4, 2
+STEPS, SEED, GUIDANCE = 4, 2, 3.0
 TOLERANCE = 2 / 255
 """Largest difference of a pixel in [0, 1]."""
 
 
 @check("velocity(), codec.decode(), conditioner.encode_prompts(), Exporter.stock_sampler()")
 def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
+    require_same_video(subject, 1.0)
+
+
+@check("velocity(), rescale_guidance(), Exporter.guidance_arguments()")
+def stock_diffusers_makes_the_same_guided_video(subject: Subject) -> None:
+    try:
+        subject.adapter.check_guidance(GUIDANCE)
+    except UserError as reason:
+        raise NotApplicable(str(reason)) from reason
+    require_same_video(subject, GUIDANCE)
+
+
+def require_same_video(subject: Subject, guidance: float) -> None:
+    """Sample four steps with this guidance here and in stock diffusers."""
     adapter = subject.adapter
     if not adapter.Config.pipelines:
         raise NotApplicable("the family has no diffusers pipeline")
+    adapter.ensure_negative_conditioning()
     stock = load_exporter(adapter.config).stock_sampler(adapter.folder.teacher_times(STEPS), "euler")
-    condition = adapter.conditioner.encode_prompts(subject.prompts[:1]) | subject.first_frames(1)
-    denoiser, sampler = Denoiser(adapter, subject.network), SamplerSpec.teacher(stock.times, 1.0)
-    latents = sample(denoiser, SampleNoise([SEED], adapter.device), adapter.codec.latent_shape, sampler, condition)
+    frames, noise = subject.first_frames(1), SampleNoise([SEED], adapter.device)
+    condition, negative = adapter.conditioner.encode_prompts(subject.prompts[:1]), adapter.conditioner.negative(1)
+    denoiser, sampler = Denoiser(adapter, subject.network), SamplerSpec.teacher(stock.times, guidance)
+    shape = adapter.codec.latent_shape
+    latents = sample(denoiser, noise.fork(), shape, sampler, condition | frames, negative | frames)
     ours = (adapter.codec.decode(latents).clamp(-1, 1) + 1) / 2
-    theirs = stock_video(subject, stock, SampleNoise([SEED], adapter.device).draw(adapter.codec.latent_shape))
+    theirs = stock_video(subject, stock, noise.draw(shape), guidance)
     require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
     worst = float((ours.cpu() - theirs).abs().max())
     require(worst <= TOLERANCE, f"pixels differ by up to {worst:.4f} after {STEPS} steps, {TOLERANCE:.4f} is allowed")
 
 
-def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
+def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: float) -> Tensor:
     """``[1, 3, T, H, W]`` in ``[0, 1]`` from the stock pipeline over the adapter's own folder."""
-    import diffusers
-
-    adapter = subject.adapter
-    folder = subject.folder / "stock"
-    adapter.folder.save(folder, subject.network, {})
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(adapter.device)
+    adapter, exporter, pipeline = subject.adapter, load_exporter(subject.adapter.config), subject.stock
     image = _image(subject, type(pipeline))
     pipeline.scheduler = stock.scheduler
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
         prompt=subject.prompts[0],
-        latents=load_exporter(adapter.config).stock_latents(noise),
-        num_inference_steps=len(stock.times),
-        guidance_scale=1.0,
+        latents=exporter.stock_latents(noise),
         output_type="pt",
+        **exporter.call_arguments(len(stock.times), guidance, stock.sigmas),
         **image,
         **_sizes(adapter.config, type(pipeline)),
     )[0]

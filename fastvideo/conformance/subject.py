@@ -35,6 +35,7 @@ def require(holds: bool | Tensor, message: str) -> None:
 def require_close(found: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> None:
     """Raise :class:`Violation` with the largest difference unless it is within ``tolerance`` of the largest value."""
     require(found.shape == wanted.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+    found, wanted = 1.0 * found, 1.0 * wanted  # masks too
     worst = float((found - wanted).detach().abs().max())
     allowed = tolerance * max(1.0, float(wanted.detach().abs().max()))
     require(worst <= allowed, f"{what}: differs by up to {worst:.1e}, {allowed:.1e} is allowed")
@@ -58,6 +59,15 @@ class Subject:
     def network(self) -> nn.Module:
         """One network; checks do not change it."""
         return self.adapter.folder.load_network()
+
+    @cached_property
+    def stock(self) -> Any:
+        """The stock pipeline over a folder that the adapter has written, in float32."""
+        from diffusers import DiffusionPipeline
+
+        folder = self.folder / "stock"
+        self.adapter.folder.save(folder, self.network, {})
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(self.adapter.device)
 
     @cached_property
     def condition(self) -> Condition:

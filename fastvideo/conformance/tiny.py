@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastvideo.conformance import tiny_flow
+from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, word_tokenizer
 from fastvideo.distillation.adapters.diffusers.pipeline import without_progress_bar
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.errors import UserError
 
-WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry")
-"""Vocabulary of the tiny text encoders."""
-LENGTH = 8
-"""Tokens of a prompt."""
 SPREAD = 0.02
 """Deviation of the noise on every parameter: zero layers of a fresh network would hide mistakes behind them."""
 
@@ -31,14 +30,22 @@ def tiny_options(family: str, folder: Path) -> dict[str, Any]:
         return dict(SHIPPED[family])
     if family not in MADE:
         raise UserError(f"--tiny: {family} has no tiny pipeline; {', '.join([*SHIPPED, *MADE])} have")
+    if folder.is_dir():  # made before
+        return made_options(family, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = MADE[family]()
+        pipeline = MADE[family].make()
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 perturb(part.eval())
         _save(pipeline, folder)
-    return {"path": str(folder), "height": 16, "width": 32, "max_sequence_length": LENGTH}
+    return made_options(family, folder)
+
+
+def made_options(family: str, folder: Path) -> dict[str, Any]:
+    """The ``model`` section of a tiny pipeline that lies in ``folder``."""
+    made = MADE[family]
+    return {"path": str(folder), **made.sizes, "max_sequence_length": made.length}
 
 
 def _save(pipeline: Any, folder: Path) -> None:
@@ -52,39 +59,6 @@ def perturb(module: nn.Module) -> None:
     stream = seeded(0)
     for parameter in module.parameters():
         parameter += SPREAD * normal(tuple(parameter.shape), stream)
-
-
-def word_tokenizer() -> Any:
-    """A tokenizer of :data:`WORDS`, with an end and without a start."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=LENGTH
-    )
-
-
-def _clip(projected: bool) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(WORDS) + 3, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=LENGTH, projection_dim=32, eos_token_id=1, bos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
-def _autoencoder(scale: float) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=scale,
-    )  # fmt: skip
 
 
 def _unet(cross_attention_dim: int, **options: Any) -> Any:
@@ -106,9 +80,9 @@ def _sdxl() -> Any:
 
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     return StableDiffusionXLPipeline(
-        vae=_autoencoder(0.13025),
-        text_encoder=_clip(projected=False),
-        text_encoder_2=_clip(projected=True),
+        vae=autoencoder(0.13025),
+        text_encoder=clip(projected=False),
+        text_encoder_2=clip(projected=True),
         tokenizer=word_tokenizer(),
         tokenizer_2=word_tokenizer(),
         unet=_unet(64, projection_class_embeddings_input_dim=80, transformer_layers_per_block=(1, 1), **added),
@@ -121,8 +95,8 @@ def _sd15() -> Any:
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     return StableDiffusionPipeline(
-        vae=_autoencoder(0.18215),
-        text_encoder=_clip(projected=False),
+        vae=autoencoder(0.18215),
+        text_encoder=clip(projected=False),
         tokenizer=word_tokenizer(),
         unet=_unet(32),
         scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
@@ -138,5 +112,32 @@ SHIPPED: Mapping[str, Mapping[str, Any]] = {
     "analytic": {},
 }
 """Options of families whose tiny model is a part of this package."""
-MADE: Mapping[str, Callable[[], Any]] = {"sdxl": _sdxl, "sd15": _sd15}
-"""Stock pipelines of the other families."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A stock pipeline of tiny parts.
+
+    Attributes:
+        make: makes it.
+        length: tokens of its prompts.
+        sizes: of its samples.
+    """
+
+    make: Callable[[], Any]
+    length: int = LENGTH
+    sizes: Mapping[str, int] = field(default_factory=lambda: {"height": 16, "width": 32})
+
+
+MADE: Mapping[str, Tiny] = {
+    "sdxl": Tiny(_sdxl),
+    "sd15": Tiny(_sd15),
+    "qwen_image": Tiny(tiny_flow.qwen_image, 24),
+    "z_image": Tiny(tiny_flow.z_image, 12),
+    "flux2": Tiny(tiny_flow.flux2, 12),
+    "flux": Tiny(tiny_flow.flux, 12),
+    "krea2": Tiny(tiny_flow.krea2, 24),
+    "sd3": Tiny(tiny_flow.sd3, 12),
+    "ltx": Tiny(tiny_flow.ltx, 12, {"height": 32, "width": 64, "num_frames": 9}),
+}
+"""Pipelines of the other families."""

@@ -313,9 +313,16 @@ def check_run(
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
+    _check_guidance(config, families)
     _check_derivatives(config, families.main, processes)
     _check_reach(config, families, processes)
     check_states(config.trainer.optimizer_states, optimizers)
+
+
+def _check_guidance(config: Config, families: Families) -> None:
+    guidance = dict(config.method).get("teacher_guidance")
+    if guidance is not None:
+        families.by_role.get("teacher", families.main).check_guidance(guidance)
 
 
 def _check_needs_of_others(config: Config, families: Families) -> None:

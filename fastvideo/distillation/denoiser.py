@@ -44,6 +44,10 @@ class Family(Protocol):
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, seen at time ``t``."""
         ...
 
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """A guided velocity as the family's samplers go on with it."""
+        ...
+
     def features(
         self,
         network: nn.Module,
@@ -145,7 +149,11 @@ class Denoiser:
         if guidance == 1.0:
             return conditional
         unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
-        return guide(unconditional, conditional, guidance_at(guidance, t))
+        return self._guided(unconditional, conditional, guidance, t)
+
+    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, t: Tensor) -> Tensor:
+        guided = guide(unconditional, conditional, guidance_at(guidance, t))
+        return self.adapter.rescale_guidance(guided, conditional)
 
     def x0_guided(
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue
@@ -173,7 +181,7 @@ class Denoiser:
         assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
-                u = guide(self.velocity(x_t, t, negative), u, guidance_at(guidance, t))
+                u = self._guided(self.velocity(x_t, t, negative), u, guidance, t)
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -43,15 +43,30 @@ ADAPTERS = {
     "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
     "sdxl": "fastvideo.distillation.adapters.sdxl:SDXLAdapter",
     "sd15": "fastvideo.distillation.adapters.sd15:SD15Adapter",
+    "qwen_image": "fastvideo.distillation.adapters.qwen_image:QwenImageAdapter",
+    "z_image": "fastvideo.distillation.adapters.z_image:ZImageAdapter",
+    "flux2": "fastvideo.distillation.adapters.flux2:Flux2Adapter",
+    "flux": "fastvideo.distillation.adapters.flux:FluxAdapter",
+    "krea2": "fastvideo.distillation.adapters.krea2:Krea2Adapter",
+    "sd3": "fastvideo.distillation.adapters.sd3:SD3Adapter",
+    "ltx": "fastvideo.distillation.adapters.ltx:LTXAdapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""
 
 STABLE_DIFFUSION = "fastvideo.distillation.adapters.export.stable_diffusion"
+FLOW = "fastvideo.distillation.adapters.export.flow:FlowExporter"
 EXPORTERS = {
     "WanPipeline": "fastvideo.distillation.adapters.export.wan:WanExporter",
     "StableDiffusionXLPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "StableDiffusionPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
+    "QwenImagePipeline": FLOW,
+    "ZImagePipeline": FLOW,
+    "Flux2KleinPipeline": FLOW,
+    "FluxPipeline": FLOW,
+    "Krea2Pipeline": FLOW,
+    "StableDiffusion3Pipeline": FLOW,
+    "LTXPipeline": FLOW,
     "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
 }
 """Exporters, by the diffusers pipeline of their family."""

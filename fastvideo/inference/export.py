@@ -204,7 +204,10 @@ def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
 def _recipe(model: LoadedModel, spec: SamplerSpec, stock: StockSampler | None) -> dict[str, Any]:
     recipe = {**model.recipe, "guidance": spec.guidance, "sampler": spec.kind, MARK: "diffusers"}
     # The ladder is as long as the scheduler's.
-    return recipe if stock is None else recipe | {"ladder": list(spec.times)}
+    if stock is None:
+        return recipe
+    call = load_exporter(model.adapter.config).call_arguments(len(spec.times), spec.guidance, stock.sigmas)
+    return recipe | {"ladder": list(spec.times), "stock_call": call}
 
 
 def _slim_warnings(folder: Path, model: LoadedModel, slim: bool) -> tuple[str, ...]:
@@ -248,5 +251,5 @@ def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:
     if facts.stock is not None:
         lines.append(f"  stock diffusers  {ladder_text(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")
     lines.append(f"  pipe = {facts.pipeline}.from_pretrained({str(out)!r})")
-    options = ", ".join(f"{name}={value}" for name, value in call_options(facts).items())
-    return "\n".join([*lines, f"  pipe(prompt, {options})"])
+    options = ", ".join(f"{name}={value!r}" for name, value in call_options(facts).items())
+    return "\n".join([*lines, f"  pipe(prompt=prompt, {options})"])

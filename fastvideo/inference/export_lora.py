@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID, resolve_pipeline
+from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.adapters.export.lora import LAYOUTS, PEFT_CONFIG
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, is_adapter, portable
@@ -128,8 +129,10 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
         (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         if facts.layout == "peft":
             (partial / PEFT_CONFIG).write_text(json.dumps(_peft_config(facts), indent=2) + "\n", encoding="utf-8")
-        scheduler = _save_scheduler(facts, partial)
-        (partial / "README.md").write_text(_read_me(facts, scheduler), encoding="utf-8")
+        stock = _stock_sampler(facts)
+        if stock is not None:
+            stock.scheduler.save_pretrained(partial / "scheduler")
+        (partial / "README.md").write_text(_read_me(facts, stock), encoding="utf-8")
     layers = counted(sum(map(len, facts.experts.values())), "layer")
     files = " and ".join(str(out / file) for file in facts.files.values())
     return f"{files}: {layers} of rank {facts.rank}, over the base model {facts.base}; README.md loads both"
@@ -146,25 +149,23 @@ def _peft_config(facts: AdapterFacts) -> dict[str, Any]:
     }
 
 
-def _save_scheduler(facts: AdapterFacts, folder: Path) -> str | None:
-    """Write the stock scheduler of the student's ladder; returns its class name, ``None`` for a flow map."""
+def _stock_sampler(facts: AdapterFacts) -> StockSampler | None:
+    """The stock scheduler of the student's ladder; ``None`` for a flow map."""
     if facts.kind == "flow_map":
         return None
     config = facts.source.run_config
-    scheduler = load_exporter(config.model).stock_sampler(config.ladder.times, facts.kind).scheduler
-    scheduler.save_pretrained(folder / "scheduler")
-    return type(scheduler).__name__
+    return load_exporter(config.model).stock_sampler(config.ladder.times, facts.kind)
 
 
-def _read_me(facts: AdapterFacts, scheduler: str | None) -> str:
+def _read_me(facts: AdapterFacts, stock: StockSampler | None) -> str:
     """README of the folder: how the program that reads this layout takes it."""
     steps = counted(len(facts.times), "step")
     head = f"# {facts.name}\n\nAn adapter (LoRA) over `{facts.base}`: with it that model samples in {steps}."
     usage = {"comfy": _comfy, "kohya": _comfy, "lightx2v": _lightx2v, "peft": _peft}.get(facts.layout)
-    return "\n".join([head, "", *(usage(facts) if usage else _diffusers(facts, scheduler)), ""])
+    return "\n".join([head, "", *(usage(facts) if usage else _diffusers(facts, stock)), ""])
 
 
-def _diffusers(facts: AdapterFacts, scheduler: str | None) -> list[str]:
+def _diffusers(facts: AdapterFacts, stock: StockSampler | None) -> list[str]:
     """Lines that load the adapter into its stock pipeline."""
     model = facts.config["model"]
     folder = facts.source.folder or resolve_pipeline(model["path"], tuple(families()))
@@ -179,13 +180,15 @@ def _diffusers(facts: AdapterFacts, scheduler: str | None) -> list[str]:
         lines.append(f"pipe.load_lora_weights({facts.name!r}, weight_name={file!r}{second})")
     if facts.boundary is not None:
         lines.append(f"pipe.register_to_config(boundary_ratio={facts.boundary})")
-    if scheduler:
+    if stock is not None:
+        scheduler = type(stock.scheduler).__name__
         imports.insert(0, f"from diffusers import {scheduler}")
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({facts.name!r}, subfolder='scheduler')")
     exporter = load_exporter(facts.source.run_config.model)
-    options = "".join(f", {key}={model[key]}" for key in exporter.call_options if key in model)
-    made = "image" if exporter.makes_images else "video"
-    lines.append(f"{made} = pipe(prompt, num_inference_steps={len(facts.times)}, guidance_scale=1.0{options})")
+    call = exporter.call_arguments(len(facts.times), 1.0, () if stock is None else stock.sigmas)
+    call |= {key: model[key] for key in exporter.call_options if key in model}
+    made, options = "image" if exporter.makes_images else "video", (f"{key}={value!r}" for key, value in call.items())
+    lines.append(f"{made} = pipe(prompt=prompt, {', '.join(options)})")
     return ["```python", *imports, "", *lines, "```"]
 
 

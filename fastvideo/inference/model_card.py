@@ -160,11 +160,9 @@ def _streams(facts: CardFacts) -> str:
 
 
 def call_options(facts: CardFacts) -> dict[str, Any]:
-    model = facts.recipe.get("model", {})
-    options: dict[str, Any] = {"num_inference_steps": len(facts.spec.times)}
-    guidance = facts.spec.guidance
-    scales = [g for _, g in guidance] if isinstance(guidance, tuple) else [guidance]
-    options |= dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=False))
+    """Arguments of the pipeline's call, beside the prompt."""
+    model, sigmas = facts.recipe.get("model", {}), () if facts.stock is None else facts.stock.sigmas
+    options = facts.exporter.call_arguments(len(facts.spec.times), facts.spec.guidance, sigmas)
     return options | {name: model[name] for name in facts.exporter.call_options if name in model}
 
 
@@ -201,7 +199,7 @@ def _usage(facts: CardFacts) -> list[str]:
         "image = pipe(" if stills else "video = pipe(",
         *(['    image=load_image("first_frame.png"),'] if facts.image else []),
         f"    prompt={_prompt(facts)},",
-        *(f"    {name}={value}," for name, value in call_options(facts).items()),
+        *(f"    {name}={value!r}," for name, value in call_options(facts).items()),
         '    output_type="pil",',
         *(SAVED_IMAGE if stills else SAVED_VIDEO),
     ]
@@ -216,6 +214,8 @@ def _notes(facts: CardFacts) -> list[str]:
     ]
     if facts.stock is not None:
         notes.append(f"* The scheduler is made for `num_inference_steps={steps}`, which the student was trained for.")
+    if facts.stock is not None and facts.stock.sigmas:
+        notes.append("* `sigmas` are the noise levels of the student's steps: without them the pipeline takes others.")
     if facts.stock is not None and facts.stock.scheduler.config.get("shift_terminal") is not None:
         notes.append(
             "* One call alone needs another scheduler (this one divides by zero): `pipe.scheduler = "

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
+from fastvideo.distillation.adapters.diffusers.folder import block_classes
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.bundle import RoleHandle, same_space
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -170,16 +171,20 @@ def on_one_side(network: nn.Module) -> nn.Module:
 
 
 def stack(network: Any) -> nn.ModuleList:
-    """The list of a network's repeated blocks that are alike, the one with most of its parameters."""
-    names = set(network._no_split_modules or ())
-    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) and _alike(m, names)]
-    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    """The list of a network's repeated blocks that are alike, the one with most of its parameters.
+
+    Where no list is alike throughout (Stable Diffusion 3's last block lacks parts) it is one of blocks of one class.
+    """
+    names = block_classes(network)
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and _of_one_class(m, names)]
+    alike = [m for m in lists if len({tuple(p.shape for p in block.parameters()) for block in m}) == 1]
+    return max(alike or lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def _alike(blocks: nn.ModuleList, names: Container[str]) -> bool:
-    """True for blocks of one of the classes ``names`` with the same parameters: a UNet's levels are not."""
-    kinds = {(type(block).__name__, tuple(p.shape for p in block.parameters())) for block in blocks}
-    return len(kinds) == 1 and next(iter(kinds))[0] in names
+def _of_one_class(blocks: nn.ModuleList, names: Container[str]) -> bool:
+    """True for blocks of one of the classes ``names``: a UNet's levels are of several."""
+    kinds = {type(block).__name__ for block in blocks}
+    return len(kinds) == 1 and next(iter(kinds)) in names
 
 
 def fake_network(network: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "wan2.2-ti2v-5b": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
     "cogvideox-2b": ("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"),
     "cogvideox-5b": ("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b"),
+    "qwen-image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
 }
 """Names of ``published/``, and the hub ids that they are the configs of."""
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
-from fastvideo.distillation.adapters.diffusers.unet import ImageConfig, UNetAdapter
+from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig
 from fastvideo.ranges import Pixels
 
 
-class SD15Config(ImageConfig):
+class SD15Config(UNetConfig):
     """Options of the Stable Diffusion family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)

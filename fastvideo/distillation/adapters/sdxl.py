@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
-from fastvideo.distillation.adapters.diffusers.unet import ImageConfig, UNetAdapter
+from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig
 from fastvideo.ranges import Pixels
 
 POOLED = "pooled_prompt_embeds"
@@ -24,7 +24,7 @@ NUMBERS = 6
 """Sizes and corner that the network reads."""
 
 
-class SDXLConfig(ImageConfig):
+class SDXLConfig(UNetConfig):
     """Options of the SDXL family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)

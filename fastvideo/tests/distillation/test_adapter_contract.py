@@ -25,12 +25,14 @@ from fastvideo.distillation.adapters.analytic import (
 from fastvideo.distillation.chunks import Context, Masked, Past
 from fastvideo.distillation.registry import ADAPTERS
 from fastvideo.distillation.types import Condition, UserError
-from fastvideo.tests.distillation.tiny import FAMILIES
+from fastvideo.tests.distillation.tiny import FAMILIES, LATER
 
 Change = Callable[..., Any]
 
 
-@pytest.fixture(params=ADAPTERS, scope="module")
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in ADAPTERS], scope="module"
+)
 def subject(request: pytest.FixtureRequest, tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """A registered family; one that has no tiny factory fails here, by name."""
     family = FAMILIES[request.param]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fastvideo.conformance.tiny import MADE
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import read_yaml, validate
@@ -63,10 +64,9 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
             role.pop("path", None)
     if values["distill_model"] == "cogvideox":
         values["model"]["path"] = str(cogvideox_folder(tiny_wan.parent))
-    if values["distill_model"] == "sdxl":
-        values["model"] |= made_family("sdxl", tiny_wan.parent).config.model_dump(
-            include={"path", "max_sequence_length"}
-        )
+    if (name := values["distill_model"]) in MADE:
+        made = made_family(name, tiny_wan.parent).config
+        values["model"] |= made.model_dump(include={"path", "max_sequence_length"})
     config = config_of(values, recipe)
     adapter = build_adapter(config)
     loaded = set(config.roles) - set(

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -50,8 +50,8 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
     ) -> tuple[Tensor | None, Tokens]:
         check_taps(taps, self.feature_widths, type(self).__name__)
         through = whole or self._whole_forwards
-        blocks = getattr(network, self._spec.blocks)
-        u, tokens = tapped(lambda: self.velocity(network, x_t, t, condition), blocks, taps, through)
+        blocks, read = self._blocks(network), partial(self._tokens, x_t)
+        u, tokens = tapped(lambda: self.velocity(network, x_t, t, condition), blocks, taps, through, read)
         if u is None or not through:
             return None, tokens
         tokens = self.scaling.join_tokens(network, tokens)
@@ -59,6 +59,15 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
             # In backward a split network is gathered when the gradient of its prediction comes, so one has to come.
             tokens = (tokens[0] + 0.0 * u.mean(), *tokens[1:])
         return (u if whole else None), tokens
+
+    def _blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The blocks that can be tapped."""
+        return getattr(network, self._spec.blocks)  # type: ignore[no-any-return]
+
+    def _tokens(self, x_t: Tensor, output: Any) -> Tensor:
+        """Tokens ``[B, L, D]`` of the sample ``x_t`` in what a block answers: all of it, or the first of several."""
+        value: Tensor = output if isinstance(output, Tensor) else output[0]
+        return value if value.ndim == 3 else value.flatten(2).mT  # a map [B, D, h, w] of a UNet
 
     def _reading(self, network: nn.Module, span: Tensor | None) -> AbstractContextManager[None]:
         """Calls inside read ``span`` = ``t - r`` beside their times."""
@@ -85,9 +94,13 @@ class _Reached(Exception):
 
 
 def tapped(
-    call: Callable[[], Tensor], blocks: Sequence[nn.Module], taps: Taps, through: bool
+    call: Callable[[], Tensor],
+    blocks: Sequence[nn.Module],
+    taps: Taps,
+    through: bool,
+    read: Callable[[Any], Tensor],
 ) -> tuple[Tensor | None, Tokens]:
-    """``call()`` and the tokens that the blocks ``taps`` give during it: their output, or the first of several.
+    """``call()`` and the tokens that the blocks ``taps`` give during it, which ``read`` finds in their output.
 
     Unless ``through`` it ends, with ``None``, at the door of the block after the last tap. Activation checkpointing
     inside the call is fine: the hooks are gone when it runs the blocks again.
@@ -96,8 +109,7 @@ def tapped(
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            value = output if isinstance(output, Tensor) else output[0]
-            found[index] = value if value.ndim == 3 else value.flatten(2).mT  # a map [B, D, h, w] of a UNet
+            found[index] = read(output)
 
         return hook
 

@@ -58,7 +58,7 @@ def choose_attention(network: Any, name: str) -> None:
         UserError: if there is no backend of that name, its package is missing, or the network cannot change its own.
     """
     check_attention(name)
-    processors = network.attn_processors.values() if name != NATIVE else ()
+    processors = [m.processor for m in network.modules() if "processor" in vars(m)] if name != NATIVE else []
     if any("_attention_backend" not in dir(processor) for processor in processors):
         raise UserError(
             f"model.attention_backend: {type(network).__name__} computes attention by itself, so only "

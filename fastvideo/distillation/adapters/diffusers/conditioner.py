@@ -127,7 +127,7 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
         self.__dict__.pop("text_encoder", None)
 
     def clean_prompt(self, prompt: str) -> str:
-        """The prompt as the family's pipeline cleans it before tokenizing."""
+        """The prompt as the family's pipeline gives it to the tokenizer: cleaned, or put into a template."""
         return prompt
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:

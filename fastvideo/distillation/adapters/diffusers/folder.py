@@ -216,12 +216,17 @@ def repeated_blocks(network: Any) -> list[nn.Module]:
     """
     found, inside = list[nn.Module](), set[nn.Module]()
     for one in networks_of(network):
-        names = set(one._no_split_modules or ())
+        names = block_classes(one)
         for module in one.modules():
             if type(module).__name__ in names and module not in inside:
                 found.append(module)
                 inside.update(module.modules())
     return found
+
+
+def block_classes(network: Any) -> set[str]:
+    """Names of the classes of a diffusers network's repeated blocks."""
+    return set(network._no_split_modules or network._repeated_blocks or ())
 
 
 def compile_blocks(network: nn.Module) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -130,6 +130,11 @@ class Pipeline(Generic[ConfigT]):
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
         return self._read(self.spec.network, self.resolved(path), self.spec.parts[0])
+
+    @cached_property
+    def index(self) -> Mapping[str, Any]:
+        """Components and options of the pipeline, from its ``model_index.json``."""
+        return json.loads((Path(self.source) / "model_index.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     @property
     def vae_config(self) -> Mapping[str, Any]:

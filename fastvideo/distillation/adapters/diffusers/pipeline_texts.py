@@ -6,11 +6,10 @@ then each pooled vector as a row under them. The condition holds them apart, by 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +36,17 @@ SUFFIXES = ("", "_2", "_3")
 
 
 class PipelineTexts(DiffusersConditioner[ConfigT]):
-    """Texts ``prompt_embeds`` ``[B, L, D]``, padding encoded like words, and ``pooled`` vectors ``[B, W]`` beside them.
+    """Texts ``prompt_embeds`` ``[B, L, D]``, with padding encoded like words, and ``pooled`` vectors ``[B, W]``.
 
     An empty prompt is the checkpoint's own unconditional one: zeros where its index says
     ``force_zeros_for_empty_prompt``, as the stock pipeline takes without a negative prompt.
     """
 
     encodes_padding = True
+    padded_by_tokenizers: ClassVar[bool] = True
+    """Every tokenizer pads to a length of its own, which is ``max_sequence_length``."""
+    whole_prompts: ClassVar[tuple[str, ...]] = SUFFIXES
+    """Ends of the names of the tokenizers that must not cut a prompt."""
 
     @property
     def pooled(self) -> Mapping[str, int]:
@@ -52,23 +55,25 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
 
     @property
     def text_rows(self) -> int:
-        return self.config.max_sequence_length + len(self.pooled)
+        return self.token_rows + len(self.pooled)
 
-    @cached_property
-    def _index(self) -> Mapping[str, Any]:
-        index = Path(self.pipeline.source) / "model_index.json"
-        return json.loads(index.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    @property
+    def token_rows(self) -> int:
+        """Tokens of a text, of all encoders."""
+        return self.config.max_sequence_length
 
     @cached_property
     def _suffixes(self) -> list[str]:
         """Ends of the names of those text encoders that the folder has."""
-        return [suffix for suffix in SUFFIXES if (self._index.get(f"text_encoder{suffix}") or [None])[0]]
+        return [suffix for suffix in SUFFIXES if (self.pipeline.index.get(f"text_encoder{suffix}") or [None])[0]]
 
     @cached_property
     def text_encoder(self) -> nn.ModuleDict:
         """The text encoders, by the names that the pipeline gives them."""
         names = [f"text_encoder{suffix}" for suffix in self._suffixes]
-        return nn.ModuleDict({name: load_text_encoder(self.pipeline, self._index[name][1], name) for name in names})
+        return nn.ModuleDict(
+            {name: load_text_encoder(self.pipeline, self.pipeline.index[name][1], name) for name in names}
+        )
 
     @cached_property
     def tokenizers(self) -> Mapping[str, Any]:
@@ -80,7 +85,7 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         auto, length = library_class("transformers", "AutoTokenizer"), self.config.max_sequence_length
         names = [f"tokenizer{suffix}" for suffix in self._suffixes]
         found = {name: load_component(auto, self.pipeline.source, name) for name in names}
-        for name, tokenizer in found.items():
+        for name, tokenizer in found.items() if self.padded_by_tokenizers else ():
             if tokenizer.model_max_length != length:
                 raise UserError(
                     f"model.max_sequence_length is {length}, the {name} of {self.pipeline.source!r} pads every prompt "
@@ -89,35 +94,38 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         return found
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        counts = [count_tokens(tokenizer, prompts) for tokenizer in self.tokenizers.values()]
-        return [max(each) for each in zip(*counts, strict=True)]
+        whole = [self.tokenizers[f"tokenizer{suffix}"] for suffix in self._suffixes if suffix in self.whole_prompts]
+        texts = [self.clean_prompt(prompt) for prompt in prompts]
+        return [max(each) for each in zip(*(count_tokens(one, texts) for one in whole), strict=True)]
 
     @cached_property
     def _stock(self) -> Any:
         """The stock pipeline without encoders, network and autoencoder."""
-        cls = pipeline_library_class(self._index["_class_name"])
-        missing = {name: None for name, part in self._index.items() if isinstance(part, list)}
-        return cls(**{**missing, **self.tokenizers, **self._flags})
-
-    @property
-    def _flags(self) -> dict[str, Any]:
-        return {name: value for name, value in self._index.items() if isinstance(value, bool)}
+        cls = pipeline_library_class(self.pipeline.index["_class_name"])
+        options = {name: value for name, value in self.pipeline.index.items() if name[0] != "_"}
+        missing = {name: None for name, value in options.items() if _is_component(value)}
+        return cls(**{**options, **missing, **self.tokenizers})
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str], padding: Literal["max_length", "longest"]) -> list[Tensor]:
         stock = self._stock
         stock.register_modules(**dict(self.text_encoder.items()))
-        tokens, *pooled = stock.encode_prompt(
-            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[::2]  # the others are of the negative prompt
+        tokens, pooled = self._encoded(stock, list(prompts))
         stock.register_modules(**dict.fromkeys(self.text_encoder.keys()))  # so that they can be released
-        below = [nn.functional.pad(one, (0, self.text_width - one.shape[1]))[:, None] for one in pooled]
-        rows = list(torch.cat([tokens, *below], dim=1))
-        zeros = bool(self._flags.get("force_zeros_for_empty_prompt"))
+        below = [nn.functional.pad(one, (0, self.text_width - one.shape[1])) for one in pooled]
+        rows = [torch.cat([row, *(one[i : i + 1] for one in below)]) for i, row in enumerate(tokens)]
+        zeros = bool(self.pipeline.index.get("force_zeros_for_empty_prompt"))
         return [row * 0 if zeros and not prompt else row for prompt, row in zip(prompts, rows, strict=True)]
 
+    def _encoded(self, stock: Any, prompts: list[str]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Tokens ``[L, D]`` of each prompt, and pooled vectors ``[B, W]``, by the pipeline's ``encode_prompt``."""
+        tokens, *pooled = stock.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[::2]  # the others are of the negative prompt
+        return tokens, pooled
+
     def _tensors(self, texts: Tensor) -> dict[str, Tensor]:
-        length = self.config.max_sequence_length
+        length = self.token_rows
         pooled = enumerate(self.pooled.items(), start=length)
         return {TEXT: texts[:, :length], **{name: texts[:, row, :width] for row, (name, width) in pooled}}
 
@@ -134,19 +142,23 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         return {STORED: (None, self.text_width)}
 
     def _fitted(self, embedding: Tensor) -> Tensor:
-        """Every row counts, so there are all of them, or zeros alone (an empty caption is stored without its zeros)."""
+        """Where every row counts there are all, or zeros alone (an empty caption is stored without its zeros)."""
         rows, wanted = embedding.shape[1], self.text_rows
-        if rows != wanted and embedding[:, : min(rows, wanted)].any():
+        if self.encodes_padding and rows != wanted and embedding[:, : min(rows, wanted)].any():
             raise UserError(
                 f"data: text_embedding has {rows} rows, the model expects {wanted} (tokens, then pooled vectors)"
             )
         return super()._fitted(embedding)
 
 
+def _is_component(value: object) -> bool:
+    """True for the library and the class of a component in a pipeline's index, and not for an option."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str | None) for name in value)
+
+
 def text_encoders(pipeline: Pipeline[Any]) -> nn.ModuleDict:
     """All text encoders of a pipeline on the meta device, for planning."""
-    folder = Path(pipeline.source)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    folder, index = Path(pipeline.source), pipeline.index
     found = nn.ModuleDict()
     with torch.device("meta"):
         for name in (f"text_encoder{suffix}" for suffix in SUFFIXES):

@@ -8,48 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import refused_context
-from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
+from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
-from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, PipelineConfig, resolve_pipeline
-from fastvideo.distillation.adapters.diffusers.pipeline_texts import text_encoders
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.stills import (
+    ImageConfig,
+    TextsFolder,
+    UnsplitScaling,
+    check_whole_sample,
+)
 from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.types import Condition, UserError
-from fastvideo.ranges import Frames, Tokens
+from fastvideo.ranges import Tokens
 
 SCHEDULER = "DDIMScheduler"
 """Class that reads the checkpoint's noise levels, and takes the same timesteps as its own scheduler."""
 
 
-class ImageConfig(PipelineConfig):
-    """Options of a family of images."""
+class UNetConfig(ImageConfig):
+    """Options of a family with a UNet."""
 
-    own_sizes: ClassVar[frozenset[str]] = frozenset({"height", "width", "num_frames", "max_sequence_length"})
-    num_frames: Frames = 1
-    """Frames: 1, a still."""
     max_sequence_length: Tokens = 77
     """Tokens that a prompt may have, start and end included: the length to which its tokenizers pad."""
 
-    @model_validator(mode="after")
-    def _a_still(self) -> ImageConfig:
-        if self.num_frames != 1:
-            raise ValueError(f"num_frames must be 1: the family makes images, got {self.num_frames}")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % 8:
-                raise ValueError(f"{name} must be a multiple of 8 (VAE factor), got {size}")
-        return self
 
-
-class UNetFolder(DiffusersFolder[ConfigT]):
+class UNetFolder(TextsFolder[ConfigT]):
     """A pipeline with a UNet."""
 
     @property
@@ -82,16 +71,6 @@ class UNetFolder(DiffusersFolder[ConfigT]):
         heads, widths = config["attention_head_dim"], config["block_out_channels"]
         return int(widths[-1] // (heads[-1] if isinstance(heads, Sequence) else heads))
 
-    def frozen_parts(self) -> Mapping[str, nn.Module]:
-        return {**super().frozen_parts(), "text encoder": text_encoders(self.pipeline)}
-
-
-class UNetScaling(DiffusersScaling):
-    """A UNet's tokens are not split: convolutions and attention take turns at several sizes."""
-
-    def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
-        return {"attention heads": 1, "tokens": latent_shape[2] * latent_shape[3]}
-
 
 class UNetAdapter(DiffusersAdapter[ConfigT]):
     """A family with a UNet."""
@@ -105,8 +84,8 @@ class UNetAdapter(DiffusersAdapter[ConfigT]):
         return UNetFolder(self._pipeline)
 
     @cached_property
-    def scaling(self) -> UNetScaling:
-        return UNetScaling(self._pipeline)
+    def scaling(self) -> UnsplitScaling:
+        return UnsplitScaling(self._pipeline)
 
     @cached_property
     def feature_widths(self) -> tuple[int, ...]:
@@ -131,10 +110,7 @@ class UNetAdapter(DiffusersAdapter[ConfigT]):
         r: Tensor | None = None,
         context: Context | None = None,
     ) -> Tensor:
-        if context is not None:
-            raise refused_context(type(self).__name__)
-        if t.ndim != 1:
-            raise UserError(f"{type(self).__name__} takes one time per sample: it makes stills")
+        check_whole_sample(type(self).__name__, t, context)
         grid, own = self.folder.grid, condition.of(self.conditioner.key)
         x = self._input(network, grid.network_input(x_t, t))
         with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import UserError
 
 
@@ -22,6 +23,8 @@ class StockSampler:
 
     scheduler: Any
     times: tuple[float, ...]
+    sigmas: tuple[float, ...] = ()
+    """Noise levels that the pipeline has to be called with; none where the scheduler holds them."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Exporter:
     streaming: ClassVar[StreamingClasses | None] = None
     """Classes of the programs that stream; ``None`` for a family that none of them has."""
 
-    network_part: ClassVar[str] = "transformer"
+    network_part: str = "transformer"
     """Name of the network in the diffusers pipeline, before the layers' names in a LoRA file of it."""
-    lora_layouts: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "kohya", "comfy", "lightx2v")
+    lora_layouts: tuple[str, ...] = ("diffusers", "peft", "kohya", "comfy", "lightx2v")
     """Layouts of LoRA files whose programs have the family, by their names in ``export.lora.LAYOUTS``."""
-    call_options: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames", "max_sequence_length")
+    call_options: tuple[str, ...] = ("height", "width", "num_frames", "max_sequence_length")
     """Options of the family that the diffusers pipeline is called with."""
-    makes_images: ClassVar[bool] = False
+    makes_images: bool = False
     """The diffusers pipeline returns ``images`` and not ``frames``."""
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -71,6 +74,22 @@ class Exporter:
             UserError: for a family without a diffusers pipeline, or a sampler that its schedulers do not have.
         """
         raise UserError(f"{type(self.config).__name__}: the family has no diffusers pipeline to export to")
+
+    def guidance_arguments(self, guidance: GuidanceValue) -> dict[str, Any]:
+        """Arguments of the diffusers pipeline's call for a standard guidance; 1 is none."""
+        scales = [g for _, g in guidance] if isinstance(guidance, tuple) else [guidance]
+        return dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=False))
+
+    def call_arguments(self, steps: int, guidance: GuidanceValue, sigmas: Sequence[float] = ()) -> dict[str, Any]:
+        """Arguments of the diffusers pipeline's call, beside the prompt and :attr:`call_options`.
+
+        Args:
+            steps: of the sampler.
+            guidance: in the standard convention.
+            sigmas: of the :class:`StockSampler`.
+        """
+        levels = {"sigmas": list(sigmas)} if sigmas else {}
+        return {"num_inference_steps": steps, **levels, **self.guidance_arguments(guidance)}
 
     def stock_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""

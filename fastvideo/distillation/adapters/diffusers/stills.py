@@ -1,0 +1,63 @@
+"""Families of images: a still is a video of one frame, and a sample is never split between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import refused_context
+from fastvideo.distillation.adapters.diffusers.adapter import DiffusersScaling
+from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, PipelineConfig
+from fastvideo.distillation.adapters.diffusers.pipeline_texts import text_encoders
+from fastvideo.distillation.chunks import Context
+from fastvideo.distillation.types import UserError
+from fastvideo.ranges import Frames
+
+
+class ImageConfig(PipelineConfig):
+    """Options of a family of images."""
+
+    own_sizes: ClassVar[frozenset[str]] = frozenset({"height", "width", "num_frames", "max_sequence_length"})
+    side: ClassVar[int] = 8
+    """Pixels of which height and width are multiples: the VAE's factor, times the side of a patch."""
+    num_frames: Frames = 1
+    """Frames: 1, a still."""
+
+    @model_validator(mode="after")
+    def _a_still(self) -> ImageConfig:
+        if self.num_frames != 1:
+            raise ValueError(f"num_frames must be 1: the family makes images, got {self.num_frames}")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % self.side:
+                raise ValueError(f"{name} must be a multiple of {self.side} (VAE factor and patch), got {size}")
+        return self
+
+
+class TextsFolder(DiffusersFolder[ConfigT]):
+    """A pipeline that may have several text encoders."""
+
+    def frozen_parts(self) -> Mapping[str, nn.Module]:
+        return {**super().frozen_parts(), "text encoder": text_encoders(self.pipeline)}
+
+
+class UnsplitScaling(DiffusersScaling):
+    """Tokens of a sample stay on one process."""
+
+    def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
+        return {"attention heads": 1, "tokens": latent_shape[1] * latent_shape[2] * latent_shape[3]}
+
+
+def check_whole_sample(family: str, t: Tensor, context: Context | None) -> None:
+    """Refuse chunks, and times per frame.
+
+    Raises:
+        UserError: naming the family.
+    """
+    if context is not None:
+        raise refused_context(family)
+    if t.ndim != 1:
+        raise UserError(f"{family} takes one time per sample, got {t.ndim} dimensions of times")
