@@ -1,6 +1,7 @@
 """``make demo-stream``: from the shipped autoregressive teacher to a student that streams, measured against it.
 
-Two trainings, consistency distillation and Self-Forcing; then streams as long as in training, and four times as long.
+Three trainings, consistency distillation, Self-Forcing and streaming tuning; then streams as long as in the first two,
+and four times as long.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path("examples/distillation")
 DEMO, SHORT_DEMO = Path("outputs/demo_stream"), Path("outputs/demo_stream_short")
-STEPS = {"causal_cd": 200, "self_forcing": 400, "causvid": 400}
+STEPS = {"causal_cd": 100, "self_forcing": 400, "streaming_tuning": 300, "causvid": 400}
 """Steps of each training."""
 SHORT_TRAINING = ["--trainer.max-steps", "2", "--data.size", "8", "--data.batch-size", "2", "--trainer.log-every", "1"]
 NO_VALIDATION = ["--validation.every", "0"]
@@ -110,24 +111,25 @@ def check(arguments: StreamDemoArguments) -> None:
 
 
 def distil(arguments: StreamDemoArguments) -> tuple[dict[str, str], dict[str, Any]]:
-    """Train the students; returns their folders by method, and what the trainings of the first cost together."""
+    """Train the students; returns their folders by method, and what the trainings of the last cost together."""
     from fastvideo.training.distillation import parse
 
     out = arguments.folder
-    start = out.with_name(f"{out.name}_causal_cd")
-    costs = [_train(arguments, "causal_cd", start), _train(arguments, "self_forcing", out, start)]
-    students = {"self_forcing": str(out / "student")}
+    runs = {method: out.with_name(f"{out.name}_{method}") for method in ("causal_cd", "self_forcing", "causvid")}
+    runs["streaming_tuning"] = out
+    order: list[tuple[str, Path | None]] = [("causal_cd", None), ("self_forcing", runs["causal_cd"])]
+    order.append(("streaming_tuning", runs["self_forcing"]))
+    costs = [_train(arguments, method, runs[method], start) for method, start in order]
     if arguments.with_causvid:
-        causvid = out.with_name(f"{out.name}_causvid")
-        _train(arguments, "causvid", causvid, start)
-        students["causvid"] = str(causvid / "student")
-    _, config = parse(["--config", str(out / "config.yaml")])
+        _train(arguments, "causvid", runs["causvid"], runs["causal_cd"])
+    matched = [parse(["--config", str(runs[method] / "config.yaml")])[1] for method, _ in order[1:]]
     cost = {
         "wall_seconds": round(sum(one["wall_seconds"] for one in costs), 1),
         "peak_rss_mb": max(one["peak_rss_mb"] for one in costs),
-        "student_updates": student_updates(config),
+        "student_updates": sum(map(student_updates, matched)),
     }
-    return students, cost
+    students = ["self_forcing", "streaming_tuning", *(["causvid"] if arguments.with_causvid else [])]
+    return {method: str(runs[method] / "student") for method in students}, cost
 
 
 def _train(arguments: StreamDemoArguments, method: str, folder: Path, start: Path | None = None) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def evaluate(arguments: StreamDemoArguments, students: Mapping[str, str], cost: 
     """Measure the streams, write figures, pages and picture; returns the goals.
 
     ``metrics.json`` of the output folder has the streams as long as in training, and all goals; ``long`` the others.
+    The goals are those of the student that was tuned.
     """
     from fastvideo.data.video_io import write_video
     from fastvideo.evaluation.report import write_report
@@ -153,11 +156,16 @@ def evaluate(arguments: StreamDemoArguments, students: Mapping[str, str], cost: 
     from fastvideo.evaluation.streams.goals import bias_goals, long_goals, short_goals
 
     out, extent = arguments.folder, extent_of(arguments)
-    rows = compared(arguments.model, students["self_forcing"], extent.teacher_steps)
-    short = measured(rows, extent, trained_frames(students["self_forcing"]), 0)
-    long = measured({name: RowSpec(folder) for name, folder in students.items()}, extent, extent.long, extent.switches)
-    goals = [*short_goals(*short.rows.values()), *long_goals(long.rows["self_forcing"])]
-    goals += bias_goals(*long.rows.values()) if "causvid" in students else []
+    rows = compared(arguments.model, students["streaming_tuning"], extent.teacher_steps)
+    teacher, untrained, student = rows
+    short = measured(
+        {**rows, "self_forcing": RowSpec(students["self_forcing"])}, extent, trained_frames(students["self_forcing"]), 0
+    )
+    streamed = students if "causvid" in students else {"streaming_tuning": students["streaming_tuning"]}
+    long = measured({name: RowSpec(folder) for name, folder in streamed.items()}, extent, extent.long, extent.switches)
+    goals = [*short_goals(*(short.rows[name] for name in (teacher, untrained, student)))]
+    goals += long_goals(long.rows["streaming_tuning"])
+    goals += bias_goals(long.rows["self_forcing"], long.rows["causvid"]) if "causvid" in students else []
     save_measured(out / "long", long)
     save_measured(out, short, distillation=cost, goals={goal.name: goal.to_dict() for goal in goals})
     write_report([out / "long"])

@@ -16,7 +16,7 @@ GOALS = {"teacher_digit", "student_digit_over_teacher", "frechet_over_untrained"
 
 
 @pytest.mark.slow
-def test_two_trainings_and_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_trainings_and_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, out = tmp_path / "teacher", tmp_path / "demo"
     shutil.copytree(wan_folder(tmp_path / "wan"), teacher)
     reach = {"chunk": 1, "window": 6, "sink": 1, "positions": "window", "context_time": 0.0}
@@ -31,9 +31,11 @@ def test_two_trainings_and_their_figures(tmp_path: Path, capsys: pytest.CaptureF
         *("teacher", "untrained", "student")
     ]
     assert found["untrained_4"]["streaming"] == found["student_4"]["streaming"]
-    assert long["self_forcing"]["network_calls"] == 4
-    start = (tmp_path / "demo_causal_cd" / "student").resolve()
-    assert str(start) in (out / "config.yaml").read_text()  # Self-Forcing goes on from it
+    assert found["self_forcing"]["samples"] == found["student_4"]["samples"]
+    assert long["streaming_tuning"]["network_calls"] == 4
+    for start, run in (("demo_causal_cd", tmp_path / "demo_self_forcing"), ("demo_self_forcing", out)):
+        student = (tmp_path / start / "student").resolve()
+        assert str(student) in (run / "config.yaml").read_text()  # each training goes on from the one before
     for page in (out / "report.html", out / "long" / "report.html"):
         assert "Right digit" in page.read_text()
 
