@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "cogvideox-2b": ("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"),
     "cogvideox-5b": ("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b"),
     "qwen-image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
+    "sdxl-base-1.0": ("stabilityai/stable-diffusion-xl-base-1.0",),
 }
 """Names of ``published/``, and the hub ids that they are the configs of."""
 

@@ -26,6 +26,7 @@ from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
+from fastvideo.planning.published import architecture_folder
 from fastvideo.tests.distillation.tiny import made_family
 from fastvideo.training.run import run
 
@@ -295,6 +296,26 @@ def config_of(family: str, name: str, source: str, output: Path, **roles_of_stud
         "trainer": {"max_steps": 2, "log_every": 1},
     }
     return validate(run_schema(family, name), values, "test")
+
+
+PUBLISHED = {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
+"""Parameters of SDXL's parts: half of the bytes of their weight files in half precision."""
+
+
+@pytest.mark.parametrize("part", PUBLISHED)
+def test_the_architecture_for_plans_is_the_published_one(part: str) -> None:
+    import diffusers
+    import transformers
+
+    folder = architecture_folder("sdxl-base-1.0")
+    library, name = json.loads((folder / "model_index.json").read_text())[part]
+    config = json.loads((folder / part / "config.json").read_text())
+    with torch.device("meta"):
+        if library == "diffusers":
+            network = getattr(diffusers, name).from_config(config)
+        else:
+            network = getattr(transformers, name)(transformers.CLIPTextConfig(**config))
+    assert sum(parameter.numel() for parameter in network.parameters()) == PUBLISHED[part]
 
 
 FITTING = [
