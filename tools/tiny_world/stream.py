@@ -25,7 +25,7 @@ from tools.tiny_world.train_vae import WAN, fit_vae
 from tools.tiny_world.vae import encode_moments, psnr
 
 CONFIG = teacher.CONFIG.with_name("tiny_wan_causal_sft.yaml")
-GUIDANCE = 3.0  # the best of: fastvideo evaluate FOLDER:25 --long 33 --prompts 64 --guidance G, for G in 1.5, 2, 3
+GUIDANCE = 4.0  # the best of: fastvideo evaluate FOLDER:25 --long 33 --prompts 256 --guidance G, for G in 3, 4
 BLOCK = 16  # frames between two readings of the reconstruction's quality
 
 
