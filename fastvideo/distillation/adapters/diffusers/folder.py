@@ -109,7 +109,6 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
         choose_attention(network, self.config.attention_backend)
-        self.check_kernels(trained=False)
         keep_dtype_of_attention(network)
         if self.config.compile_blocks:
             compile_blocks(network)
