@@ -107,7 +107,7 @@ def open_model(
     written = {key: value for key, value in recipe.get("model", {}).items() if key not in OF_THE_MACHINE}
     fields = {**written, **(options or {}), "path": source}
     if sized:
-        check_sizes(folder, fields, family.Config.model_fields)
+        check_sizes(folder, fields, family.Config)
     config = validate(family.Config, fields, f"of the model in {folder!r}")
     adapter = family(config, device)
     return OpenedModel(source, adapter, recipe)

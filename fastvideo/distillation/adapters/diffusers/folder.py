@@ -66,7 +66,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
 
     @property
     def head_width(self) -> int:
-        """Width of an attention head."""
+        """Channels of an attention head."""
         return int(self.pipeline.network_config()["attention_head_dim"])
 
     def check_kernels(self, *, trained: bool) -> None:
@@ -186,9 +186,16 @@ def read_recipe(source: str) -> dict[str, Any]:
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:
-    """The repeated blocks of a diffusers network, which it lists as not to be split between devices."""
-    names = set(network._no_split_modules or ())
-    return [module for module in network.modules() if type(module).__name__ in names]
+    """The repeated blocks of a diffusers network, which it lists as not to be split between devices.
+
+    A block inside another listed one is a part of that.
+    """
+    names, found, inside = set(network._no_split_modules or ()), list[nn.Module](), set[nn.Module]()
+    for module in network.modules():
+        if type(module).__name__ in names and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def compile_blocks(network: nn.Module) -> None:
