@@ -19,13 +19,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from fastvideo.distillation.adapters.diffusers.kernels import REFUSALS, attend, check_kernel
+from fastvideo.distillation.engine.optional.performance import peak_of
+from fastvideo.errors import UserError
 from fastvideo.planning.estimate import Plan, Planner
 from fastvideo.planning.published import architecture_folder, without_weights
 from fastvideo.training.distillation import parse
@@ -34,12 +36,8 @@ RECIPE = "wan2.1_t2v_1.3b_dmd2_lora"
 WORDS = "a green seven moving up and left\na red three moving down\n"
 """Prompts of words that the embedded tokenizer knows, which stands in for UMT5's."""
 TOY = ("--model.height", "32", "--model.width", "32", "--model.num-frames", "9", "--model.max-sequence-length", "16")
-BACKENDS = {
-    "as torch chooses": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "sage", "xformers")
+"""Attention by the names of `model.attention_backend`; `fastvideo plan --attention-flops` takes what they reach."""
 Figures = Mapping[str, Any]
 
 
@@ -126,29 +124,27 @@ def seconds(bench: Bench, call: Callable[[], object], repeat: int = 3) -> float:
 
 def attention(bench: Bench) -> Figures:
     """TFLOP/s of attention at the recipe's size, forward and with backward, by backend."""
+    return {"tflops": {name: rates(bench, name) for name in BACKENDS}}
+
+
+def rates(bench: Bench, name: str) -> Figures:
+    """TFLOP/s of one backend, or why it has none; without ``with_backward`` it cannot train."""
     heads, tokens, width = (2, 64, 16) if bench.dry else (12, 32760, 128)
-    made = [torch.randn(1, heads, tokens, width, device=bench.device, dtype=torch.bfloat16) for _ in range(3)]
-    for tensor in made:
-        tensor.requires_grad_(True)
+    made = [torch.randn(1, tokens, heads, width, device=bench.device, dtype=torch.bfloat16) for _ in range(3)]
     flops, grad, found = 4 * heads * tokens**2 * width, torch.randn_like(made[0]), {}
 
-    def forward() -> object:
-        with torch.no_grad():
-            return scaled_dot_product_attention(*made)
-
     def both() -> None:
-        scaled_dot_product_attention(*made).backward(grad)
+        attend(name, *made).backward(grad)
 
-    for name, kind in BACKENDS.items():
-        if kind is not None and bench.dry:
-            continue
-        try:
-            with sdpa_kernel(kind or [*filter(None, BACKENDS.values()), SDPBackend.MATH]):
-                one, two = seconds(bench, forward), seconds(bench, both)
-            found[name] = {"forward": flops / one / 1e12, "with_backward": 3.5 * flops / two / 1e12}
-        except RuntimeError as error:  # a kernel that this device or build does not have
-            found[name] = {"error": str(error).splitlines()[0]}
-    return {"tflops": found}
+    try:
+        found["forward"] = flops / seconds(bench, lambda: attend(name, *made)) / 1e12
+        check_kernel(name, width, torch.bfloat16, made[0].device, trained=True)
+        for tensor in made:
+            tensor.requires_grad_(True)
+        found["with_backward"] = 3.5 * flops / seconds(bench, both) / 1e12
+    except (*REFUSALS, UserError) as error:  # a kernel that this device or build does not have
+        return {**found, "error": str(error).splitlines()[0]}
+    return found
 
 
 def trained(bench: Bench, output: str, *more: str) -> Figures:
@@ -161,10 +157,12 @@ def trained(bench: Bench, output: str, *more: str) -> Figures:
     settled = rows[1:] or rows  # the first step compiles and allocates
     last = "performance/seconds_per_step"
     used = [row["performance/flops_utilisation"] for row in rows if "performance/flops_utilisation" in row]
+    pace, peak = sum(row[last] for row in settled) / len(settled), peak_of(torch.device(bench.device))
     return {
-        "seconds_per_step": sum(row[last] for row in settled) / len(settled),
+        "seconds_per_step": pace,
         "peak_gib": max(row["performance/peak_memory_bytes"] for row in rows) / 2**30,
         "utilisation": sum(used) / len(used) if used else None,
+        "utilisation_by_plan": planned(bench).flops / pace / peak if peak else None,
         "first_step": lines(bench.work / output / "startup.jsonl")[-1],
     }
 
@@ -174,8 +172,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@cache
 def planned(bench: Bench) -> Plan:
-    """The plan of the same run."""
+    """The plan of the same run, whose operations are those of every backend, compiled or not."""
     return Planner().plan(without_weights(parse(bench.flags("unused"))[1]), 1)
 
 

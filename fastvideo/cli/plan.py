@@ -36,12 +36,15 @@ class PlanArguments:
     """Published architecture for a model path that is neither a folder nor a known hub id."""
     flops: Annotated[Flops | None, FLOAT] = None
     """FLOP/s that one device reaches, for an estimate of the time (about 4e14 on an H100 in bfloat16)."""
+    attention_flops: Annotated[Flops | None, FLOAT] = None
+    """FLOP/s of attention by the config's backend, which `--flops` then leaves out. On an H200: 5.4e14 with `native` or
+    `_native_cudnn`, 3.2e14 with `_native_flash`, 1.4e14 with `_native_efficient`, each beside `--flops 2.4e14`."""
     bandwidth: Bytes = 1e11
     """Bytes per second that one device sends."""
     elsewhere: Switch = False
     """Plan for another machine: do not look for the data of the config on this one."""
     calibrate: Switch = False
-    """Measure this machine's FLOP/s for two seconds, instead of `--flops`."""
+    """Measure this machine's FLOP/s for four seconds, and those of the config's attention backend, instead of both."""
 
 
 def read_bytes(text: str, flag: str) -> int:
@@ -62,15 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; returns 0 if the run fits, else 1."""
     options, rest = tyro.cli(PlanArguments, args=argv, prog="fastvideo plan", return_unknown_args=True)
     check_ranges(options)
+    if options.attention_flops and not options.flops:
+        raise UserError("--attention-flops is the rate of attention alone: give --flops for the rest, or --calibrate")
     budget, reserve = read_bytes(options.gpu_memory, "--gpu-memory"), read_bytes(options.reserve, "--reserve")
 
     from fastvideo.distillation.config.overrides import read_flags
     from fastvideo.distillation.config.reading import read_config
     from fastvideo.planning.advice import advise, enough_gpus
     from fastvideo.planning.data import check_there
-    from fastvideo.planning.estimate import Planner, calibrate
+    from fastvideo.planning.estimate import Planner
     from fastvideo.planning.published import without_weights
-    from fastvideo.planning.report import Rates, advice_lines, step_lines, table, verdict
+    from fastvideo.planning.rates import Rates, measured_rates
+    from fastvideo.planning.report import advice_lines, step_lines, table, verdict
 
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of kernels that never run
     written = read_config(options.config, read_flags(rest))
@@ -78,14 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_there(written.data)
     planner = Planner()
     with patience("predicting; half a minute for a model of 1.3 billion parameters"):
-        plan = planner.plan(without_weights(written, options.architecture), options.gpus)
-        flops = calibrate(plan) if options.calibrate else options.flops
+        config = without_weights(written, options.architecture)
+        rates = None
+        if options.calibrate:
+            rates = measured_rates(config, dict(written.model).get("attention_backend"), options.bandwidth)
+        elif options.flops:
+            rates = Rates(options.flops, options.attention_flops or options.flops, options.bandwidth)
+        plan = planner.plan(config, options.gpus)
     parallel = plan.config.parallel
     print(
         f"{options.config}: {written.distill_model} x {written.distill_method} on {counted(plan.world, 'process')} "
         f"(shard {parallel.shard}, copies {plan.world // parallel.shard}, context {parallel.context})\n"
     )
-    print("\n".join(table(plan)), "", *step_lines(plan, Rates(flops, options.bandwidth) if flops else None), sep="\n")
+    print("\n".join(table(plan)), "", *step_lines(plan, rates), sep="\n")
     print("", verdict(plan, budget, reserve), sep="\n")
     room = budget - reserve
     if plan.total <= room:

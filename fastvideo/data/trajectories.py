@@ -118,6 +118,7 @@ class TrajectoryJob(FileJob):
         config = config_of(self.config, "of the trajectories")
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
+        adapter.folder.check_kernels(trained=False)
         teacher = Denoiser(adapter, adapter.folder.load_network(config.method.teacher_path))
         draw = self._sample if self.videos is None else self._continue
         return partial(self._write, partial(draw, config, adapter, teacher))

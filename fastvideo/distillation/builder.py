@@ -313,6 +313,7 @@ def check_run(
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
+        family.folder.check_kernels(trained=any(trainable[name] for name in paths))
     _check_guidance(config, families)
     _check_derivatives(config, families.main, processes)
     _check_reach(config, families, processes)

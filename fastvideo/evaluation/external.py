@@ -10,7 +10,10 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
+import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,14 @@ from fastvideo.evaluation.statistics import estimate, weighted_mean
 
 CLIP_FRAMES = 4
 """Frames of a video that CLIP sees, evenly spaced."""
-VBENCH_INSTALL = "pip install vbench"
+VBENCH_INSTALL = "pip install --no-deps vbench && pip install decord easydict omegaconf openai-clip pyiqa torchvision"
+"""VBench pins transformers 4.33 and numpy 1, for dimensions other than those here: they would replace this one's."""
+NAME, RESULTS = "fastvideo", "fastvideo_eval_results.json"
+"""Name of a measurement by VBench, and the file that it then writes."""
+VBENCH_PERCENT = ("imaging_quality",)
+"""Dimensions that VBench writes in percent for a video, and divides by 100 for all of them."""
+VBENCH_FAILURES = (OSError, ImportError, RuntimeError, ValueError, subprocess.CalledProcessError)
+"""Errors of VBench: a package or a download that is missing, weights that cannot be read."""
 
 
 class ClipScore(Metric):
@@ -111,7 +121,8 @@ class VBench(Metric):
 
     def __init__(self, dimensions: Sequence[str], device: str, fps: int) -> None:
         self.dimensions, self.device, self.fps = dimensions, device, fps
-        self._videos = tempfile.TemporaryDirectory(prefix="fastvideo-vbench-")
+        self._videos = Path(tempfile.mkdtemp(prefix="fastvideo-vbench-"))
+        weakref.finalize(self, shutil.rmtree, self._videos, ignore_errors=True)
         self._count = 0
 
     def observe(self, batch: Batch) -> Seen:
@@ -122,7 +133,7 @@ class VBench(Metric):
         return {"number": torch.tensor(numbers)}
 
     def _file(self, number: int) -> Path:
-        return Path(self._videos.name) / f"{number:06d}.mp4"
+        return self._videos / f"{number:06d}.mp4"
 
     def figures(self, seen: Seen, teacher: Seen, counts: Tensor) -> Figures:
         files = [self._file(number) for number in seen["number"].tolist()]
@@ -134,18 +145,29 @@ class VBench(Metric):
         return found
 
     def _scores(self, dimension: str, files: Sequence[Path]) -> Tensor:
-        """VBench's result of each file, float64 ``[N]``."""
-        vbench = importlib.import_module("vbench")
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        """VBench's result of each file, float64 ``[N]``.
+
+        Raises:
+            UserError: if VBench cannot measure it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
             videos = Path(folder) / "videos"
             videos.mkdir()
             for file in files:
                 (videos / file.name).symlink_to(file)
-            about = Path(vbench.__file__).with_name("VBench_full_info.json")
-            bench = vbench.VBench(torch.device(self.device), str(about), folder)
-            bench.evaluate(str(videos), "fastvideo", dimension_list=[dimension], mode="custom_input")
-            results = json.loads((Path(folder) / "fastvideo_eval_results.json").read_text(encoding="utf-8"))[dimension][
-                1
-            ]
-        by_name = {Path(one["video_path"]).name: float(one["video_results"]) for one in results}
-        return torch.tensor([by_name[file.name] for file in files], dtype=torch.float64)
+            try:
+                self._evaluate(dimension, videos)
+            except VBENCH_FAILURES as error:
+                raise UserError(f"vbench_{dimension}: {error}; it needs {VBENCH_INSTALL}") from error
+            written = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
+        by_name = {Path(one["video_path"]).name: float(one["video_results"]) for one in written[dimension][1]}
+        scores = torch.tensor([by_name[file.name] for file in files], dtype=torch.float64)
+        return scores / 100 if dimension in VBENCH_PERCENT else scores
+
+    def _evaluate(self, dimension: str, videos: Path) -> None:
+        """Let VBench write :data:`RESULTS` beside the folder of videos."""
+        vbench = importlib.import_module("vbench")
+        about = Path(vbench.__file__).with_name("VBench_full_info.json")
+        bench = vbench.VBench(torch.device(self.device), str(about), str(videos.parent))
+        with contextlib.redirect_stdout(io.StringIO()):
+            bench.evaluate(str(videos), NAME, dimension_list=[dimension], mode="custom_input")

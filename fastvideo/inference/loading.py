@@ -25,6 +25,8 @@ from fastvideo.inference.recipe import streaming_of
 
 RECIPE = "recipe.json"
 TEACHER_STEPS = 50
+OF_THE_MACHINE = frozenset({"attention_backend", "compile_blocks"})
+"""Fields of a recipe's ``model`` that say what a run trained with on its machine: another one may have neither."""
 
 
 def _guidance(value: object) -> GuidanceValue:
@@ -112,7 +114,8 @@ def open_model(
     source = resolve_pipeline(folder, tuple(families()))
     recipe = read_recipe(source)
     family = load_adapter(families()[pipeline_class(source)])
-    fields = {**recipe.get("model", {}), **(options or {}), "path": source}
+    written = {key: value for key, value in recipe.get("model", {}).items() if key not in OF_THE_MACHINE}
+    fields = {**written, **(options or {}), "path": source}
     if sized:
         check_sizes(folder, fields, family.Config)
     config = validate(family.Config, fields, f"of the model in {folder!r}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fastvideo.distillation.builder import Config, build_adapter
+from fastvideo.distillation.builder import Config
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout
 from fastvideo.planning.fake import FakeRun, fake_run
 from fastvideo.planning.layout import (
@@ -163,19 +161,3 @@ def _exchanged(run: FakeRun, role: str) -> float:
     tokens = max(counts.values()) * run.config.data.batch_size / context
     item = family.folder.compute_dtype.itemsize
     return ALL_TO_ALL * tokens * sum(family.feature_widths) * item * (context - 1) / context
-
-
-def calibrate(plan: Plan) -> float:
-    """Operations per second of this machine on matrix products as wide as the network's, a short measurement."""
-    import time
-
-    adapter = build_adapter(plan.config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    width = adapter.feature_widths[0]
-    left = torch.ones(1024, width, device=device, dtype=adapter.folder.compute_dtype)
-    right = torch.ones(width, 4 * width, device=device, dtype=adapter.folder.compute_dtype)
-    rounds, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 2.0:
-        (left @ right)[0, 0].item()
-        rounds += 1
-    return 2 * 1024 * width * 4 * width * rounds / (time.perf_counter() - start)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvideo.distillation.adapters.base import Conditioner
@@ -29,23 +28,6 @@ from fastvideo.distillation.experts import Experts, networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
-
-Shape = Sequence[int]
-
-
-def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""Operators that torch's counter has for other devices only."""
 
 
 class LiveBytes(TorchDispatchMode):

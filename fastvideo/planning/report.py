@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fastvideo.files import gib
 from fastvideo.planning.advice import Advice
 from fastvideo.planning.estimate import Plan
+from fastvideo.planning.rates import Rates
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Operations and bytes per second of one process."""
-
-    flops: float
-    bandwidth: float
 
 
 def table(plan: Plan) -> list[str]:
@@ -40,18 +32,31 @@ def step_lines(plan: Plan, rates: Rates | None) -> list[str]:
     backwards = sum(plan.step.backwards.values())
     lines = [
         "memory beyond what stays from step to step: " + memory_line(plan),
-        f"a step, on average: {plan.flops / 1e12:.4g} TFLOP per process; forwards per micro-batch: {calls}; "
-        f"backwards {backwards:.3g}",
+        f"a step, on average: {plan.flops / 1e12:.4g} TFLOP per process, {plan.step.attention:.0%} of it attention; "
+        f"forwards per micro-batch: {calls}; backwards {backwards:.3g}",
         f"traffic: each process sends {gib(plan.sent)} per step",
     ]
     if rates:
-        compute, traffic = plan.flops / rates.flops, plan.sent / rates.bandwidth
-        low, high = max(compute, traffic), compute + traffic
-        lines.append(
-            f"time: {compute:.3g} s of arithmetic at {rates.flops:.3g} FLOP/s, {traffic:.3g} s of traffic at "
-            f"{rates.bandwidth:.3g} B/s: {low:.3g} to {high:.3g} s per step, as they overlap"
-        )
+        lines.append(time_line(plan, rates))
     return lines
+
+
+def time_line(plan: Plan, rates: Rates) -> str:
+    """Seconds of a step: its arithmetic, attention apart if it has a rate of its own, and its traffic."""
+    seen = plan.flops * plan.step.attention
+    attention, rest, traffic = seen / rates.attention, (plan.flops - seen) / rates.flops, plan.sent / rates.bandwidth
+    if rates.attention == rates.flops:
+        arithmetic = f"{attention + rest:.3g} s of arithmetic at {rates.flops:.3g} FLOP/s"
+    else:
+        arithmetic = (
+            f"{attention:.3g} s of attention at {rates.attention:.3g} FLOP/s, {rest:.3g} s of other arithmetic at "
+            f"{rates.flops:.3g} FLOP/s"
+        )
+    low, high = max(attention + rest, traffic), attention + rest + traffic
+    return (
+        f"time: {arithmetic}, {traffic:.3g} s of traffic at {rates.bandwidth:.3g} B/s: {low:.3g} to {high:.3g} s per "
+        f"step, as they overlap"
+    )
 
 
 def memory_line(plan: Plan) -> str:

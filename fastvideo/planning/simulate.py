@@ -12,24 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo.distillation.builder import Config, Method
 from fastvideo.distillation.bundle import frozen
+from fastvideo.distillation.engine.optional.counting import Counter
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import Batch
-from fastvideo.planning.fake import (
-    CPU_ATTENTION,
-    FakeRun,
-    LiveBytes,
-    WorstCase,
-    drop_gradients,
-    fake_run,
-    one_thread,
-    stack,
-)
+from fastvideo.planning.fake import FakeRun, LiveBytes, WorstCase, drop_gradients, fake_run, one_thread, stack
 
 DEPTHS = (2, 4)
 """Blocks of the networks that are run in place of deep ones, for memory."""
@@ -46,12 +37,14 @@ class StepCost:
     Attributes:
         peaks: bytes alive at once while the loss of a role is made and differentiated, gradients among them.
         flops: floating point operations of matrix products and attention, a mean over steps and choices.
+        attention: part of them that is attention, 0 to 1; one that is differentiated forward counts as products.
         calls: forwards of each role's network, likewise.
         backwards: backward passes of each role's network, likewise.
     """
 
     peaks: Mapping[str, int]
     flops: float
+    attention: float
     calls: Mapping[str, float]
     backwards: Mapping[str, float]
 
@@ -85,6 +78,8 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
     return StepCost(
         peaks={role: int(at_depth(trained, DEPTHS, [found[role] for found in peaks])) for role in peaks[0]},
         flops=sum(calls[role] * forward[role] for role in calls) + sum(backwards.values()) * backward,
+        attention=at_depth(trained, FEWER, [run.attention for run in runs])
+        / at_depth(trained, FEWER, [run.total for run in runs]),
         calls=calls,
         backwards=backwards,
     )
@@ -128,24 +123,26 @@ def _peaks(config: Config, kind: Kind, depth: int | None) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Operations:
-    """Operations of a forward of each role, and of a backward."""
+    """Operations of a forward of each role, and of a backward; of the whole step, and those of attention in it."""
 
     forward: Mapping[str, float]
     backward: float
+    total: int
+    attention: int
 
 
 def _operations(config: Config, kind: Kind, depth: int | None) -> _Operations:
     """Operations of the same step, counted apart: their counter holds on to what recomputation would have freed."""
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter = Counter()
     with _ready(config, kind, depth) as (method, batch):
         spent, calls = dict.fromkeys(method.bundle.roles, 0), dict.fromkeys(method.bundle.roles, 0)
         for handle in method.bundle:
             _count_forwards(handle.network, counter, spent, calls, handle.name)
         with counter:
             backwards = _train(method, batch, 0)
-    rest = counter.get_total_flops() - sum(spent.values())
+    rest = counter.total - sum(spent.values())
     forward = {name: spent[name] / max(calls[name], 1) for name in spent}
-    return _Operations(forward, rest / max(sum(backwards.values()), 1))
+    return _Operations(forward, rest / max(sum(backwards.values()), 1), counter.total, counter.attention)
 
 
 @contextmanager
@@ -159,15 +156,15 @@ def _ready(config: Config, kind: Kind, depth: int | None) -> Iterator[tuple[Meth
 
 
 def _count_forwards(
-    network: nn.Module, counter: FlopCounterMode, spent: dict[str, int], calls: dict[str, int], name: str
+    network: nn.Module, counter: Counter, spent: dict[str, int], calls: dict[str, int], name: str
 ) -> None:
     """Add the operations of every forward to ``spent[name]``, and 1 to ``calls[name]``."""
 
     def before(*_: Any) -> None:
-        spent[name] -= counter.get_total_flops()
+        spent[name] -= counter.total
 
     def after(*_: Any) -> None:
-        spent[name] += counter.get_total_flops()
+        spent[name] += counter.total
         calls[name] += 1
 
     network.register_forward_pre_hook(before)

@@ -19,11 +19,13 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.data import check_there
-from fastvideo.planning.estimate import Planner, _gathers
+from fastvideo.planning.estimate import Plan, Planner, _gathers
 from fastvideo.planning.fake import LiveBytes, fake_run
 from fastvideo.planning.layout import device_bytes, frozen_parts, gathered_bytes, role_plans
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
-from fastvideo.planning.simulate import _train, simulate
+from fastvideo.planning.rates import Rates, measured_rates
+from fastvideo.planning.report import time_line
+from fastvideo.planning.simulate import StepCost, _train, simulate
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.distillation import parse
 
@@ -155,6 +157,8 @@ def test_a_deep_network_goes_on_from_two_small_depths(monkeypatch: pytest.Monkey
     shallow = simulate(run, split=True, leave=True)
     assert shallow.peaks == pytest.approx(whole.peaks, rel=0.01)
     assert shallow.flops == pytest.approx(whole.flops, rel=0.01)
+    assert shallow.attention == pytest.approx(whole.attention, rel=0.01)
+    assert 0 < whole.attention < 1
 
 
 @pytest.mark.slow
@@ -244,6 +248,31 @@ def test_advice_ends_as_soon_as_the_run_fits() -> None:
 def test_a_layout_must_divide_the_processes() -> None:
     with pytest.raises(UserError, match=r"4 does not divide the number of processes, 6; possible: 1, 2, 3, 6"):
         Planner().plan(config_of(TINY, "--parallel.shard", "4"), 6)
+
+
+def test_attention_takes_its_time_at_its_own_rate() -> None:
+    step = StepCost(peaks={}, flops=10e12, attention=0.75, calls={}, backwards={})
+    plan = Plan(config_of(TINY), 1, (), {}, 0, {}, 0, 0, step, sent=int(2e11))
+    one, two = time_line(plan, Rates(2e12, 2e12, 1e11)), time_line(plan, Rates(2.5e12, 5e12, 1e11))
+    assert one.startswith("time: 5 s of arithmetic at 2e+12 FLOP/s, 2 s of traffic at 1e+11 B/s: 5 to 7 s per step")
+    assert "1.5 s of attention at 5e+12 FLOP/s, 1 s of other arithmetic at 2.5e+12 FLOP/s" in two
+    assert "2.5 to 4.5 s per step" in two
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has the kernel")
+def test_rates_are_measured_with_the_backend_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvideo.planning.rates.SECONDS", 0.01)
+    monkeypatch.setattr("fastvideo.planning.rates.ROWS", {"cpu": 64})
+    found = measured_rates(config_of(TINY), "_native_math", 1e11)
+    assert min(found.flops, found.attention) > 1e6
+    assert found.flops != found.attention
+    with pytest.raises(UserError, match="'_native_cudnn' does not compute heads of width"):
+        measured_rates(config_of(TINY), "_native_cudnn", 1e11)
+
+
+def test_a_rate_of_attention_alone_is_not_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", TINY, "--attention-flops", "5e14"]) == 2
+    assert "give --flops for the rest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "count"), [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29)])

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 CARD, RESERVE = 79 * 2**30, 2 * 2**30
 SOURCES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*")]
 LAUNCH = re.compile(r"(?:torchrun|fastvideo plan|fastvideo distill|sbatch) .*?wan2\.1\S*_dmd2\S*.*")
-PER_RUN = ("--out", "--flops", "--bandwidth", "--gpu-memory", "--reserve", "--nproc-per-node", "--nnodes", "--gpus")
+PER_RUN = (
+    *("--out", "--flops", "--attention-flops", "--bandwidth", "--gpu-memory", "--reserve"),
+    *("--nproc-per-node", "--nnodes", "--gpus"),
+)
 Command = tuple[str, int, tuple[str, ...]]
 """Recipe, processes and overrides of its config."""
 

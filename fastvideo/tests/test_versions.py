@@ -75,6 +75,22 @@ def test_the_image_copies_what_is_there_and_let_in() -> None:
         assert any(name == one or name.startswith(f"{one}/") for one in sources), name
 
 
+def test_the_image_installs_what_is_declared_by_constraints_that_it_has() -> None:
+    """Every install names a constraints file that was copied before, and extras that there are."""
+    copied, optional = list[str](), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installs = 0
+    for line in DOCKERFILE.splitlines():
+        if line.startswith("COPY"):
+            copied += line.split()[1:-1]
+        if line.startswith("RUN pip install"):
+            installs += 1
+            (constraints,) = re.findall(r"-c (\S+)", line)
+            assert constraints in copied
+            for extra in re.findall(r"\[([\w,]+)\]", line):
+                assert set(extra.split(",")) <= optional["optional-dependencies"].keys()
+    assert installs == 2
+
+
 def test_the_image_runs_without_rights_and_with_an_allowed_python() -> None:
     *stages, last = re.split(r"^FROM ", DOCKERFILE, flags=re.M)[1:]
     assert re.search(r"^USER (?!root)", last, re.M)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -254,6 +254,17 @@ class ModelFolder(ABC):
     def kernels(self) -> str:
         """Kernels that compute the network, in one line for the log."""
         return "torch"
+
+    def check_kernels(self, *, trained: bool) -> None:  # noqa: B027  (most families need no check)
+        """Check that this device has the kernels that the config names, for networks that are ``trained``.
+
+        Raises:
+            UserError: for one that it does not have, or that has no gradient.
+        """
+
+    def counting(self, add: Callable[[int], None]) -> AbstractContextManager[None]:
+        """Give ``add`` the floating point operations that torch's counter does not see, of all calls inside."""
+        return nullcontext()
 
     @abstractmethod
     def teacher_times(self, steps: int) -> tuple[float, ...]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
+from torch.nn import functional as F
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.rng import RandomStreams
@@ -59,3 +63,21 @@ def bundle(adapter: SpyAdapter) -> ModelBundle:
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete Wan pipeline folder with random weights."""
     return wan_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let autocast compute norms in float32 and leave their output so, as on CUDA since torch 2.12.
+
+    Source: ``AT_FORALL_FP32`` in torch's ``ATen/autocast_mode.h``; the CPU has neither operation on its list.
+    """
+    for name in ("rms_norm", "layer_norm"):
+        monkeypatch.setattr(F, name, partial(_in_float32, getattr(F, name)))
+
+
+def _in_float32(norm: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
+        kwargs = {name: a.float() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+    found: Tensor = norm(*args, **kwargs)
+    return found

@@ -31,24 +31,6 @@ LAYOUTS = {"dp2": (1, 1), "context2": (1, 2), "shard2": (2, 1), "shard2 x contex
 """Degrees of shard and context of two processes."""
 
 
-@pytest.fixture
-def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let autocast compute norms in float32 and leave their output so, as on CUDA since torch 2.12.
-
-    Source: ``AT_FORALL_FP32`` in torch's ``ATen/autocast_mode.h``; the CPU has neither operation on its list.
-    """
-    for name in ("rms_norm", "layer_norm"):
-        monkeypatch.setattr(F, name, partial(_in_float32, getattr(F, name)))
-
-
-def _in_float32(norm: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-        kwargs = {name: a.float() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
-    found: Tensor = norm(*args, **kwargs)
-    return found
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     return role_folders(tmp_path_factory.mktemp("roles"))

@@ -169,7 +169,10 @@ def test_another_latent_shape_is_one_message_before_anything_is_sampled(prompts:
         ({"metrics": ("motion", "motion")}, "motion is given twice"),
         ({"metrics": ("clip_score",)}, "give --clip PATH"),
         ({"metrics": ("fvd",)}, "give --fvd-extractor FILE"),
-        ({"metrics": ("vbench_dynamic_degree",)}, "pip install vbench"),
+        (
+            {"metrics": ("vbench_dynamic_degree",)},
+            "vbench is missing: pip install --no-deps vbench && pip install decord",
+        ),
         ({"clip": "/nowhere"}, "--clip /nowhere: a CLIP model"),
         ({"fvd_extractor": Path("/nowhere.pt")}, "--fvd-extractor /nowhere.pt: a TorchScript module"),
         ({"out": None}, "needs --out FOLDER"),

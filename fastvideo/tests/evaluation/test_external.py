@@ -1,8 +1,9 @@
-"""CLIP score and FVD with small made-up weights, whose truth is known."""
+"""CLIP score and FVD with small made-up weights, whose truth is known; VBench by its own file format, and by itself."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fastvideo.distillation.rng import initialising, seeded
+from fastvideo.errors import UserError
 from fastvideo.evaluation.choice import absent, choose, external_metrics
-from fastvideo.evaluation.external import ClipScore, VideoDistance
+from fastvideo.evaluation.external import ClipScore, VBench, VideoDistance
 from fastvideo.evaluation.metric import Batch
 from fastvideo.evaluation.statistics import Estimate, resample_counts
 from fastvideo.tests.evaluation.runs import moving_dots
@@ -101,3 +103,57 @@ def test_given_weights_are_measured_and_the_others_named(clip: str, tmp_path: Pa
     assert [name for name, _ in absent(choice)] == ["vbench"]
     assert [type(metric) for metric in external_metrics(choice, "cpu")] == [ClipScore, VideoDistance]
     assert [name for name, _ in absent(choose(("motion",), None, None))] == ["clip_score", "fvd", "vbench"]
+
+
+PACKAGE = """
+import json, os
+import av
+
+class VBench:
+    def __init__(self, device, full_info_dir, output_path):
+        self.output_path = output_path
+
+    def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False, read_frame=False,
+                 mode="vbench_standard", **kwargs):
+        assert mode == "custom_input"
+        if dimension_list == ["subject_consistency"]:
+            raise NotImplementedError("UnImplemented dimension subject_consistency!, No module named 'timm'")
+        found = []
+        for file in reversed(sorted(os.listdir(videos_path))):
+            frames = [frame.to_ndarray(format="gray").mean() for frame in
+                      av.open(os.path.join(videos_path, file)).decode(video=0)]
+            found.append({"video_path": os.path.join(videos_path, file), "video_results": sum(frames) / len(frames)})
+        with open(os.path.join(self.output_path, name + "_eval_results.json"), "w") as out:
+            json.dump({dimension: [0.0, found] for dimension in dimension_list}, out)
+"""
+"""The interface of vbench 0.1.5; scores are the brightness of a video, 0 to 255, and files come in another order."""
+
+
+def measured(metric: VBench) -> dict[str, float]:
+    bright = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1, 1).expand(2, 3, 9, 32, 32)
+    seen = metric.observe(batch_of(bright, ("a", "b")))
+    figures = metric.figures(seen, {}, resample_counts(2, 0))
+    return {name: figure.value for name, figure in figures.items() if isinstance(figure, Estimate)}
+
+
+def test_vbench_is_called_and_read_by_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vbench").mkdir()
+    (tmp_path / "vbench" / "__init__.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "vbench", sys)  # so that the package is gone after the test
+    del sys.modules["vbench"]
+    assert choose(("vbench_dynamic_degree",), None, None).names == ("vbench_dynamic_degree",)
+    metric = VBench(["dynamic_degree", "imaging_quality"], "cpu", 8)
+    found = measured(metric)
+    assert found["vbench_dynamic_degree"] == pytest.approx(255 / 2, abs=3)
+    assert found["vbench_imaging_quality"] == pytest.approx(2.55 / 2, abs=0.03)
+    dark, bright = metric._scores("dynamic_degree", [metric._file(0), metric._file(1)]).tolist()
+    assert dark < 5 < 250 < bright
+    with pytest.raises(UserError, match=r"vbench_subject_consistency: .*No module named 'timm'; it needs pip install"):
+        measured(VBench(["subject_consistency"], "cpu", 8))
+
+
+def test_vbench_itself_measures_the_videos() -> None:
+    """A dimension without weights: still videos do not flicker."""
+    pytest.importorskip("vbench", reason="VBench is not installed")
+    assert measured(VBench(["temporal_flickering"], "cpu", 8))["vbench_temporal_flickering"] == pytest.approx(1.0)

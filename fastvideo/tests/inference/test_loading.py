@@ -161,6 +161,14 @@ def test_a_folder_of_an_earlier_version_loads(plain: Path) -> None:
     assert load_model(str(plain)).adapter.codec.latent_shape == (16, 3, 4, 4)
 
 
+def test_a_student_is_sampled_with_the_kernels_of_this_machine(plain: Path) -> None:
+    trained = {"attention_backend": "_native_cudnn", "compile_blocks": True, "precision": "bfloat16"}
+    (plain / "recipe.json").write_text(json.dumps({"model": MODEL | trained}))
+    found = load_model(str(plain)).adapter
+    assert (found.config.attention_backend, found.config.compile_blocks) == ("native", False)
+    assert found.config.precision == "bfloat16"
+
+
 def test_wrong_option_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     (tmp_path / "recipe.json").write_text(json.dumps({"model": MODEL}))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 
 from fastvideo import storage
 from fastvideo.cli import main
@@ -163,8 +165,27 @@ def test_what_is_not_there_or_not_allowed_is_one_message(bucket: str, monkeypatc
         read_prompts(f"{bucket}/prompts.txt")
     with pytest.raises(UserError, match=r"s4://: unknown protocol"):
         dataset_files("s4://bucket/data")
-    with pytest.raises(UserError, match=r"pip install 'fastvideo-distillation\[gcs\]'"):
-        dataset_files("gs://bucket/data")
+
+
+def test_a_protocol_without_its_package_is_named_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for protocol, package in (("gs", "gcsfs"), ("s3", "s3fs")):
+        storage._system.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
+        extra = {"gs": "gcs", "s3": "s3"}[protocol]
+        with pytest.raises(UserError, match=rf"{protocol}://.*pip install 'fastvideo-distillation\[{extra}\]'"):
+            dataset_files(f"{protocol}://bucket/data")
+    storage._system.cache_clear()
+
+
+def test_hub_urls_are_those_of_huggingface_hub() -> None:
+    """Nothing to install, and nothing is asked of the hub before a file is."""
+    found = storage.place("hf://datasets/owner/name/data")
+    assert isinstance(found, storage.Remote)
+    assert isinstance(found.system, HfFileSystem)
+    assert (found / "train.parquet").url == "hf://datasets/owner/name/data/train.parquet"
 
 
 def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention of diffusers networks: the backend by its name, torch's kernel behind its own backend, and the dtype."""
+"""Attention of diffusers networks: the backend by its name, and the dtype of what it gets."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 
 from fastvideo.errors import UserError, did_you_mean
 
@@ -17,23 +15,6 @@ NATIVE = "native"
 """Torch's scaled dot product attention, which every network and device has."""
 ATTENTION_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 """Modules that normalise queries and keys, by their names in diffusers' attention."""
-KERNELS = {
-    SDPBackend.MATH: "math",
-    SDPBackend.FLASH_ATTENTION: "flash",
-    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
-    SDPBackend.CUDNN_ATTENTION: "cuDNN",
-    SDPBackend.OVERRIDEABLE: "the device's own",
-}
-"""Kernels of torch's scaled dot product attention, for people."""
-TOKENS = 1024
-"""Tokens of the call that torch is asked about: a video has thousands."""
-
-
-def native_kernel(width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Name of the kernel that torch chooses on a device for training with heads of this width; nothing is computed."""
-    query = torch.empty(1, 2, TOKENS, width, dtype=dtype, device=device, requires_grad=True)
-    choice: int = torch._fused_sdp_choice(query, query, query)
-    return KERNELS[SDPBackend(choice)] + (" (CPU)" if device.type == "cpu" else "")
 
 
 def check_attention(name: str) -> None:

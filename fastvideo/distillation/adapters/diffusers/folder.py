@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -15,11 +16,12 @@ from torch import nn
 from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.adapters.diffusers.attention import (
     NATIVE,
+    check_attention,
     choose_attention,
     keep_dtype_of_attention,
-    native_kernel,
 )
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
+from fastvideo.distillation.adapters.diffusers.kernels import check_kernel, counting, native_kernel
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     ConfigT,
     Pipeline,
@@ -61,13 +63,23 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         """Attention kernel with torch's choice behind it, compiled or eager blocks, and precision."""
         backend, blocks = self.config.attention_backend, "compiled" if self.config.compile_blocks else "eager"
         if backend == NATIVE:
-            backend = f"{NATIVE} -> {native_kernel(self._head_width, self.compute_dtype, self.pipeline.device)}"
+            backend = f"{NATIVE} -> {native_kernel(self.head_width, self.compute_dtype, self.pipeline.device)}"
         return f"attention {backend}, blocks {blocks}, {self.config.precision}"
 
     @property
-    def _head_width(self) -> int:
+    def head_width(self) -> int:
         """Channels of an attention head."""
         return int(self.pipeline.network_config()["attention_head_dim"])
+
+    def check_kernels(self, *, trained: bool) -> None:
+        """Try the attention backend at the network's width, dtype and device."""
+        name, device = self.config.attention_backend, self.pipeline.device
+        check_attention(name)
+        check_kernel(name, self.head_width, self.compute_dtype, device, trained=trained)
+
+    def counting(self, add: Callable[[int], None]) -> AbstractContextManager[None]:
+        """Give ``add`` the operations of attention that torch's counter does not see."""
+        return counting(add)
 
     @cached_property
     def _class(self) -> Any:

@@ -65,7 +65,7 @@ class UNetFolder(TextsFolder[ConfigT]):
         return super().load_network(path, dtype)
 
     @property
-    def _head_width(self) -> int:
+    def head_width(self) -> int:
         """Of the first level with attention; diffusers calls the number of heads ``attention_head_dim`` here."""
         config = self.pipeline.network_config()
         heads, widths = config["attention_head_dim"], config["block_out_channels"]

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from time import monotonic
 from typing import Protocol
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.module_tracker import ModuleTracker
 
 from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.engine.optional.counting import Counter
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.placement import NetworkSource
+from fastvideo.distillation.engine.placement import NetworkFolder, NetworkSource
 from fastvideo.distillation.types import RawBatch
 
 PEAK_FLOPS = {
@@ -49,21 +48,19 @@ class LatentCodec(Protocol):
     def latent_shape(self) -> tuple[int, int, int, int]: ...
 
 
+class CountingFolder(NetworkFolder, Protocol):
+    """The part of a family's folder that knows which kernels torch's counter misses."""
+
+    def counting(self, add: Callable[[int], None]) -> AbstractContextManager[None]: ...
+
+
 class TokenSource(NetworkSource, Protocol):
-    """The part of an adapter that counts the tokens of a sample."""
+    """The part of an adapter that counts the tokens of a sample, and operations that torch does not see."""
 
     @property
     def codec(self) -> LatentCodec: ...
-
-
-class _NoModules(ModuleTracker):
-    """Counts for the whole step alone: the hooks of torch's own tracker keep all recomputed activations alive."""
-
-    def __enter__(self) -> _NoModules:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    @property
+    def folder(self) -> CountingFolder: ...
 
 
 COUNTED_STEPS = 8
@@ -75,10 +72,10 @@ class Performance:
     FLOPs are counted by torch's ``FlopCounterMode`` in ``COUNTED_STEPS`` steps of each set of active roles, after its
     first, and stand with their mean for the steps that follow, because a step's network calls are a matter of draws.
     They are counted only if the peak is known and no block is compiled. Matrix products, convolutions and attention
-    count, recomputed ones too.
+    count, recomputed ones too; attention by its formula where its kernel is another library's.
 
     Args:
-        source: family of the networks, for tokens per sample; tokens are not measured without it.
+        source: family of the networks, for tokens per sample and for such kernels; tokens are not measured without it.
         peak: FLOP/s of one device; ``None`` measures no utilisation.
     """
 
@@ -105,11 +102,10 @@ class Performance:
             yield
             flops = sum(counts) / max(len(counts), 1)
         else:
-            counter = FlopCounterMode(display=False)
-            counter.mod_tracker = _NoModules()
-            with counter:
+            counter = Counter()
+            with counter, self.source.folder.counting(counter.add) if self.source else nullcontext():
                 yield
-            flops = counter.get_total_flops()
+            flops = counter.total
             counts.append(flops)
         self._steps, self._done = self._steps + 1, self._done + flops
         self._known = self._known and bool(counts)
