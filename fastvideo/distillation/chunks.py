@@ -128,6 +128,9 @@ class Masked:
     clean: Tensor | None = None
     clean_time: float = 0.0
 
+    def check_maker(self, maker: object) -> None:
+        """Check nothing: latents are for every network."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -188,6 +191,18 @@ class Past:
         absolute = [i for piece in self.pieces for i in range(piece.start, piece.start + piece.frames)]
         absolute += range(self.length, self.length + frames)
         return tuple(absolute) if self.reach.positions == "absolute" else tuple(range(len(absolute)))
+
+    def check_maker(self, maker: object) -> None:
+        """Check that no other network, nor the same one under another role's adapter, committed the chunks.
+
+        Raises:
+            UserError: if one did.
+        """
+        if self.maker not in (None, maker):
+            raise UserError(
+                "this past was made by another network, whose keys and values mean nothing to this one: begin with an "
+                "empty past, or commit its chunks to this one (causal_rollout.recache)"
+            )
 
     def check(self, x: Tensor) -> None:
         """Check that the next chunk ``[B, C, c, H, W]`` belongs to the same videos.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.chunks import Context, Contexts, Past
 from fastvideo.distillation.noise import guide, velocity_to_x0, x0_to_velocity
-from fastvideo.distillation.types import Condition, UserError
+from fastvideo.distillation.types import Condition
+
+if TYPE_CHECKING:
+    from fastvideo.distillation.chunks import Context, Contexts, Past
 
 Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
@@ -86,8 +88,8 @@ class Denoiser:
             UserError: for a past of another network.
         """
         given = condition.given
-        if isinstance(context, Past):
-            self._check_maker(context)
+        if context is not None:
+            context.check_maker((self.network, self.select))
         seen, times = self._network_input(x_t, t, condition)
         # A family without flow maps or chunks need not know these arguments.
         options: dict[str, Any] = {} if context is None else {"context": context}
@@ -113,7 +115,7 @@ class Denoiser:
         Raises:
             UserError: for a past of another network.
         """
-        self._check_maker(past)
+        past.check_maker((self.network, self.select))
         if self.select is not None:
             self.select()
         with torch.inference_mode(False), torch.no_grad():
@@ -161,14 +163,6 @@ class Denoiser:
             if guidance != 1.0:
                 u = guide(self.velocity(x_t, t, negative), u, guidance)
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
-
-    def _check_maker(self, past: Past) -> None:
-        """Check that no other network, nor the same one under another role's adapter, made a past."""
-        if past.maker not in (None, (self.network, self.select)):
-            raise UserError(
-                "this past was made by another network, whose keys and values mean nothing to this one: begin with an "
-                "empty past, or commit its chunks to this one (causal_rollout.recache)"
-            )
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Select the role; latents and times that the network sees."""
