@@ -405,7 +405,7 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
     config.method.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, families)
     for role in ("student", *method.autoregressive_roles):
-        _check_chunk(config, role, families.by_role[role].folder.recipe_of(config.roles[role].path), reach.chunk)
+        _check_trained(config, role, families.by_role[role].folder.recipe_of(config.roles[role].path), reach.chunk)
     if not method.makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
@@ -423,13 +423,21 @@ def _check_autoregressive(config: Config, families: Families) -> None:
             )
 
 
-def _check_chunk(config: Config, role: str, recipe: Mapping[str, Any], chunk: int) -> None:
-    """Refuse weights that were trained to generate chunks of another length."""
-    trained = recipe.get(STREAMING, {}).get("chunk", chunk)
-    if config.roles[role].init_from is None and trained != chunk:
+def _check_trained(config: Config, role: str, recipe: Mapping[str, Any], chunk: int) -> None:
+    """Refuse weights of chunks of another length, and a teacher that never saw as much noise on a past."""
+    if STREAMING not in recipe or config.roles[role].init_from is not None:
+        return
+    path, trained = config.roles[role].path or config.model.path, recipe[STREAMING].get("chunk", chunk)
+    if trained != chunk:
         raise UserError(
-            f"method.reach.chunk: {chunk}, but roles.{role}.path {config.roles[role].path or config.model.path} was "
-            f"trained on chunks of {trained} (its recipe.json says so); set method.reach.chunk: {trained}"
+            f"method.reach.chunk: {chunk}, but roles.{role}.path {path} was trained on chunks of {trained} (its "
+            f"recipe.json says so); set method.reach.chunk: {trained}"
+        )
+    time, known = load_method(config.distill_method).context_time_of(config.method), recipe[STREAMING]
+    if role != "student" and time > (most := known.get("context_time", 0.0)):
+        raise UserError(
+            f"method.context_time: {time:g}, but roles.{role}.path {path} was trained with noise up to {most:g} on its "
+            f"past (its recipe.json says so); set {most:g} at most"
         )
 
 

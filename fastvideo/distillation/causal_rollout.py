@@ -104,7 +104,10 @@ def bound(stream: Streaming[PastT], past: PastT) -> Velocity:
 
 
 def forced(reach: Reach, x0: Tensor, context_time: float, rng: RandomStreams) -> Masked:
-    """Teacher forcing on ``x0`` ``[B, C, F, H, W]``, with noise at a time drawn uniformly up to ``context_time``."""
+    """Teacher forcing on ``x0`` ``[B, C, F, H, W]``, with noise at a time drawn uniformly up to ``context_time``.
+
+    Streams commit at ``context_time`` itself, the end of this range: they meet no time that the weights have not met.
+    """
     if not context_time:
         return Masked(reach, x0)
     time = context_time * rng.shared_uniform()

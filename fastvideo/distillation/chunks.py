@@ -128,8 +128,8 @@ class Masked:
     clean: Tensor | None = None
     clean_time: float = 0.0
 
-    def check_maker(self, *maker: object) -> None:
-        """Nothing: data have no maker."""
+    def check_maker(self, maker: object) -> None:
+        """Check nothing: latents are for every network."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ class Past:
         absolute += range(self.length, self.length + frames)
         return tuple(absolute) if self.reach.positions == "absolute" else tuple(range(len(absolute)))
 
-    def check_maker(self, *maker: object) -> None:
-        """Check that no other network, nor the same one under another role's adapter, committed this past.
+    def check_maker(self, maker: object) -> None:
+        """Check that no other network, nor the same one under another role's adapter, committed the chunks.
 
         Raises:
             UserError: if one did.

@@ -95,7 +95,7 @@ class Denoiser:
         """
         given = condition.given
         if context is not None:
-            context.check_maker(self.network, self.select)
+            context.check_maker((self.network, self.select))
         seen, times = self._network_input(x_t, t, condition)
         # A family without flow maps or chunks need not know these arguments.
         options: dict[str, Any] = {} if context is None else {"context": context}
@@ -121,7 +121,7 @@ class Denoiser:
         Raises:
             UserError: for a past of another network.
         """
-        past.check_maker(self.network, self.select)
+        past.check_maker((self.network, self.select))
         if self.select is not None:
             self.select()
         with torch.inference_mode(False), torch.no_grad():

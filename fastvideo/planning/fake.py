@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastvideo.data.trajectories import state_times
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.folder import block_classes
@@ -27,7 +28,7 @@ from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.experts import Experts, networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
+from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory, UserError
 
 
 class LiveBytes(TorchDispatchMode):
@@ -189,6 +190,8 @@ class FakeRun:
     families: Families
     method: Method
     mode: FakeTensorMode
+    times: Tensor | None = None
+    """Times ``[B, K]`` of a teacher's stored states, with numbers, for a method that trains on them."""
 
     @property
     def conditioners(self) -> dict[str, Conditioner]:
@@ -213,11 +216,13 @@ class FakeRun:
         first = [_fake_first_frames(each, latents) for each in conditioners if each.needs_frames]
         negative = [each.negative(len(latents)) for each in conditioners]
         method, condition = load_method(config.distill_method), reduce(or_, [*texts, *first])
+        states = None if self.times is None else torch.empty(*self.times.shape, *shape)
         return Batch(
             shape=tuple(latents.shape),
             condition=condition,
             negative=reduce(or_, [*negative, *first]),
             x0=latents if method.uses_latents(config.method) else None,
+            trajectory=None if self.times is None or states is None else Trajectory(states, self.times),
             switch=condition if method.uses_switches(config.method) else None,
         )
 
@@ -245,18 +250,28 @@ def fake_run(
             family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
     families = replace(real, placements=placements)
     method = build_on(_without_files(config), families, processes, rng=WorstCase(config.seed))
-    run = FakeRun(config, processes, families, method, mode)
+    run = FakeRun(config, processes, families, method, mode, _walked(config, method))
     for handle in method.bundle:
         if run.placement(handle) is None:
             fake_network(handle.network, mode)
     return run
 
 
+def _walked(config: Config, method: Method) -> Tensor | None:
+    if not method.needs_trajectories:
+        return None
+    kind, *_ = method.trajectory_kinds(config.method)
+    return torch.tensor(state_times(config, kind)).expand(config.data.batch_size, -1)
+
+
 def _without_files(config: Config) -> Config:
-    """The config without weights to start from, and without torchao, which is not needed to count its states."""
+    """The config without weights to start from, nor what they were trained for, and without torchao, which is not
+    needed to count its states."""
     roles = {name: role.without_start().model_copy(update={"loras": ()}) for name, role in config.roles.items()}
     trainer = config.trainer.model_copy(update={"optimizer_states": "float32"})
-    return config.model_copy(update={"roles": roles, "trainer": trainer})
+    trusted = {"allow_bidirectional_teacher": True} if load_method(config.distill_method).autoregressive_roles else {}
+    method = config.method.model_copy(update=trusted)
+    return config.model_copy(update={"roles": roles, "trainer": trainer, "method": method})
 
 
 def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:

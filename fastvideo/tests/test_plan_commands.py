@@ -7,6 +7,7 @@ import shlex
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,10 @@ from fastvideo.planning.published import without_weights
 ROOT = Path(__file__).parents[2]
 CARD, RESERVE = 79 * 2**30, 2 * 2**30
 SOURCES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*")]
-LAUNCH = re.compile(r"(?:torchrun|fastvideo plan|fastvideo distill|sbatch) .*?wan2\.1\S*_dmd2\S*.*")
+RECIPE = r"wan2\.1_\w+?_[\d.]+b_[a-z0-9_]+"
+LAUNCH = re.compile(rf"(?:torchrun|fastvideo plan|fastvideo distill|sbatch) .*?{RECIPE}.*")
+TRAINED = "wan2.1-t2v-1.3b"
+"""Architecture of models that another recipe trains first."""
 PER_RUN = (
     *("--out", "--flops", "--attention-flops", "--bandwidth", "--gpu-memory", "--reserve"),
     *("--nproc-per-node", "--nnodes", "--gpus"),
@@ -31,7 +35,7 @@ def command(line: str) -> Command:
     """A command line as what it asks for."""
     words = shlex.split(line, comments=True)
     value = dict(pairwise(words))
-    recipe = next(word for word in words if re.search(r"wan2\.1\S*_dmd2", word)).removesuffix(".yaml")
+    recipe = next(word for word in words if re.search(RECIPE, word)).removesuffix(".yaml")
     world = int(value.get("--gpus", value.get("--nproc-per-node", "8" if words[0] == "sbatch" else "1")))
     flags = [i for i, word in enumerate(words) if word.startswith("--") and "." in word and word not in PER_RUN]
     overrides = [part for i in flags for part in words[i : i + 2]]
@@ -58,16 +62,22 @@ def planner() -> Planner:
 
 def test_commands_are_found() -> None:
     found = commands()
-    assert {recipe for recipe, _, _ in found} == {
-        p.stem for p in (ROOT / "examples/distillation").glob("wan2.1*_dmd2*.yaml")
-    }
+    assert {recipe for recipe, _, _ in found} == {p.stem for p in (ROOT / "examples/distillation").glob("wan2.1*.yaml")}
     assert ("wan2.1_t2v_14b_dmd2", 64, ()) in found
     assert ("wan2.1_t2v_1.3b_dmd2", 8, ()) in found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "world", "flags"), commands(), ids=str)
+LONG = ("causvid", "self_forcing", "streaming_tuning")
+"""Recipes of many calls a step, whose plans take half a minute and more."""
+
+
+def marked(recipe: str, world: int, flags: tuple[str, ...]) -> Any:
+    """A case for the run that has the time for it."""
+    return pytest.param(recipe, world, flags, marks=pytest.mark.nightly if recipe.endswith(LONG) else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("recipe", "world", "flags"), [marked(*each) for each in commands()], ids=str)
 def test_a_command_fits_its_plan(recipe: str, world: int, flags: tuple[str, ...]) -> None:
-    config = without_weights(read_config(Path(recipe), read_flags(list(flags))))
+    config = without_weights(read_config(Path(recipe), read_flags(list(flags))), TRAINED)
     plan = planner().plan(config, world)
     assert plan.total + RESERVE <= CARD, plan

@@ -29,7 +29,9 @@ class CausalOptions(MethodConfig):
     `sink` (first frames that stay visible) and `positions` (`window` or `absolute`). Train with the window that you
     stream with."""
     context_time: Fraction = 0.0
-    """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean."""
+    """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean. Rollouts and
+    streams have this much; teacher forcing draws times up to it, as the code of Causal Forcing does, so that the
+    weights know less noise too, and can be the start of a method with less."""
 
     def check_frames(self, frames: int) -> None:
         """Check all options that count latent frames, for a model whose videos have ``frames`` of them.

@@ -8,6 +8,7 @@ From any of these states the student regresses the end. Its sampler takes Euler 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import sub
 from typing import ClassVar
 
 import torch
@@ -64,13 +65,13 @@ class KDMethod(DistillMethod[KDConfig]):
         Raises:
             UserError: if there are none, or they were made for another ladder.
         """
-        trajectory, wanted = batch.trajectory, torch.tensor(times, dtype=torch.float32)
+        trajectory = batch.trajectory
         if trajectory is None or batch.x0 is None:
             raise UserError("KD needs trajectories: data.path is a folder that fastvideo precompute-trajectories made")
-        found = trajectory.times
-        if found.shape[1:] != wanted.shape or not bool((found - wanted).abs().le(TOLERANCE).all()):
+        found: list[list[float]] = trajectory.times.tolist()
+        if any(len(row) != len(times) or max(map(abs, map(sub, row, times))) > TOLERANCE for row in found):
             raise UserError(
-                f"trajectories: the stored states are at times {found[0].tolist()}, the ladder has {wanted.tolist()}; "
-                f"run fastvideo precompute-trajectories with this config"
+                f"trajectories: the stored states are at times {[round(t, 6) for t in found[0]]}, the ladder has "
+                f"{list(times)}; run fastvideo precompute-trajectories with this config"
             )
         return trajectory

@@ -187,7 +187,7 @@ def test_states_at_other_times_are_refused_and_the_nearest_is_not_taken(
     batch = analytic_batch(adapter, 2)
     assert batch.trajectory is not None
     walk = Trajectory(batch.trajectory.states[:, : len(times)], torch.tensor(times).expand(2, -1))
-    with pytest.raises(UserError, match=r"stored states are at times \[.*the ladder has \[1.0, 0.8"):
+    with pytest.raises(UserError, match=r"stored states are at times \[.*the ladder has \[1.0, 0.9"):
         next(kd(adapter).losses(replace(batch, trajectory=walk), 0))
 
 

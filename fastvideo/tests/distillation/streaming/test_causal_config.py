@@ -114,10 +114,13 @@ def test_a_teacher_of_whole_videos_is_refused(tiny_wan: Path, tmp_path: Path) ->
     assert not refused(method={**given["method"], "allow_bidirectional_teacher": True})
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_wan, teacher)
-    (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 1}}))
+    (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 1, "context_time": 0.1}}))
     roles = {**given["roles"], "teacher": {"trainable": False, "path": str(teacher)}}
     assert not refused(roles=roles)
     assert "every chunk starts from pure noise" in refused(roles=roles, ladder={"times": [0.9, 0.5]})
+    assert "trained with noise up to 0.1 on its past" in refused(
+        roles=roles, method={**given["method"], "context_time": 0.2}
+    )
     (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 3}}))
     assert "trained on chunks of 3 (its recipe.json says so); set method.reach.chunk: 3" in refused(roles=roles)
     for ema in ({"enabled": False}, {"roles": []}):
