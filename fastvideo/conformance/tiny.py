@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvideo.distillation.adapters.diffusers.pipeline import without_progress_bar
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.errors import UserError
 
@@ -41,14 +42,8 @@ def tiny_options(family: str, folder: Path) -> dict[str, Any]:
 
 
 def _save(pipeline: Any, folder: Path) -> None:
-    """Without transformers' progress bar."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
+    with without_progress_bar():
         pipeline.save_pretrained(folder)
-    finally:
-        logging.enable_progress_bar()
 
 
 @torch.no_grad()
