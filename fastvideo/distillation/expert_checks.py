@@ -36,7 +36,8 @@ def check_experts(
             f"{boundaries['teacher']:g}, and both score the same samples: give both one boundary_ratio"
         )
     if processes.world_size > 1 and not _calls_one_expert(config):
-        able = [name for name in METHODS if load_method(name).calls_one_expert]
+        methods = {name: load_method(name) for name in METHODS}
+        able = [name for name, m in methods.items() if m.calls_one_expert and not m.needs_of(m.Config())]
         raise UserError(
             f"{config.distill_method} draws a time of its own for every sample, so that {processes.world_size} "
             f"processes would call different experts of {config.model.path} and wait for each other for ever: run it "

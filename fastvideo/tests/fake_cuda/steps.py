@@ -54,6 +54,9 @@ class Streams(RandomStreams):
     def shared_index(self, high: int) -> int:
         return high - 1
 
+    def shared_uniform(self) -> float:
+        return 1.0 - 2**-24
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 

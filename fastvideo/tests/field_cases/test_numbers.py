@@ -161,8 +161,6 @@ def config_values(family: str, method: str) -> dict[str, Any]:
     values["roles"] = {"student": {"trainable": True, "lora": {"rank": 4}}}
     if family not in ("analytic", "wan"):  # which have a model of their own
         values["model"] = {"path": "tiny_cogvideox"}
-    if family in ("sdxl", "sd15"):
-        values["model"] = {"path": "stabilityai/stable-diffusion-xl-base-1.0"}
     return values | ({"method": {"teacher_path": "tiny"}} if method == "kd" else {})
 
 
