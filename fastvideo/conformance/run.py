@@ -7,7 +7,9 @@ import inspect
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +107,26 @@ def model_options(config: Path | None, settings: Iterable[str]) -> dict[str, Any
     return options
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers' and transformers' progress bars and remarks off the terminal, where the findings belong."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = diffusers.utils.logging, transformers.utils.logging
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()
+
+
 def conform(
     family: type[DistillAdapter[Any]],
     options: Mapping[str, Any],
@@ -120,7 +142,7 @@ def conform(
         UserError: for a wrong option, or an unreadable model folder.
     """
     torch.set_flush_denormal(True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet() if family.Config.pipelines else nullcontext():
         own = {} if tiny is None else tiny_options(tiny, Path(folder) / "tiny")
         adapter = family(validate(family.Config, {**own, **options}, "of the model"), device)
         subject = Subject(adapter, prompts, Path(folder))

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastvideo.conformance import tiny_flow
 from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, word_tokenizer
+from fastvideo.distillation.adapters.diffusers.pipeline import without_progress_bar
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.errors import UserError
 
@@ -48,14 +49,8 @@ def made_options(family: str, folder: Path) -> dict[str, Any]:
 
 
 def _save(pipeline: Any, folder: Path) -> None:
-    """Without transformers' progress bar."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
+    with without_progress_bar():
         pipeline.save_pretrained(folder)
-    finally:
-        logging.enable_progress_bar()
 
 
 @torch.no_grad()

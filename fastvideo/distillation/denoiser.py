@@ -18,8 +18,21 @@ Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
 
 
+class Prescription(Protocol):
+    """Part of a model folder that says how its networks are sampled."""
+
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """A guided velocity as the family's samplers go on with it."""
+        ...
+
+
 class Family(Protocol):
     """Part of an adapter that calls networks."""
+
+    @property
+    def folder(self) -> Prescription:
+        """How networks are sampled."""
+        ...
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
@@ -41,10 +54,6 @@ class Family(Protocol):
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, seen at time ``t``."""
-        ...
-
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it."""
         ...
 
     def features(
@@ -138,7 +147,7 @@ class Denoiser:
         return self._guided(unconditional, conditional, guidance)
 
     def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
-        return self.adapter.rescale_guidance(guide(unconditional, conditional, guidance), conditional)
+        return self.adapter.folder.rescale_guidance(guide(unconditional, conditional, guidance), conditional)
 
     def x0_guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: float) -> Tensor:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""

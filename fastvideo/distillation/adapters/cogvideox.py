@@ -32,6 +32,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span
+from fastvideo.distillation.config.base import Level
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Frames, Tokens
@@ -54,6 +55,7 @@ class CogVideoXConfig(PipelineConfig):
     """Options of the CogVideoX family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
+    level: ClassVar[Level] = "tiny distillation"
     path: str
     """A diffusers CogVideoX pipeline: a folder, a hub id, or `tiny_cogvideox` for the one that ships here."""
     num_frames: Frames = 9

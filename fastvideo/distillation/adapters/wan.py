@@ -37,6 +37,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.adapters.diffusers.view import Grid, View, check_causal, next_view, seeing, view_of
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs, repeated
+from fastvideo.distillation.config.base import Level
 from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Tokens
@@ -63,6 +64,7 @@ class WanConfig(PipelineConfig):
     """Options of the Wan family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
+    level: ClassVar[Level] = "tiny distillation"
     path: str = "tiny"
     """A diffusers Wan pipeline: a folder, a hub id, or `tiny` for the one that ships with this package."""
     num_frames: Frames = 9

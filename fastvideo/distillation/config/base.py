@@ -30,6 +30,11 @@ class Resumable:
 RESUMABLE = Resumable()
 
 
+Level = Literal["closed form", "tiny equality", "tiny distillation", "real weights"]
+"""Proof of a family: equal to a formula; equal to its stock pipeline on tiny random weights; distilled on tiny trained
+ones; distilled on published ones."""
+
+
 class AdapterConfig(Section):
     """Base of every family's options."""
 
@@ -39,6 +44,10 @@ class AdapterConfig(Section):
     """Sizes whose default fits every model of the family; others are named for each model."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
+    reversed_time: ClassVar[bool] = False
+    """The network's own time falls towards pure noise."""
+    level: ClassVar[Level] = "tiny equality"
+    """How far the family has been proven."""
 
 
 class MethodConfig(Section):

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,22 @@ def test_a_rank_that_stalls_ends_the_run_with_the_stacks_of_all(values: dict[str
     recorded = [pickle.loads((Path(values["output"]) / "stacks" / f"gloo-rank-{rank}").read_bytes()) for rank in (0, 1)]
     called = [recorded[rank]["entries"][-1]["collective_seq_id"] for rank in (0, 1)]
     assert called[0] < called[1], "rank 0 never entered what rank 1 waits in"
+
+
+BREAKS = """
+import sys, time
+from pathlib import Path
+from fastvideo.distillation.engine.optional.watchdog import Watchdog
+with Watchdog(0.2, Path(sys.argv[1])).watching():
+    time.sleep(1)
+    raise ConnectionError("the others are gone")
+"""
+"""A process whose watchdog gives up while its main thread loses the connection to a rank that was faster to exit."""
+
+
+@pytest.mark.slow
+def test_a_lost_connection_does_not_exit_before_a_watchdog_that_gave_up(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", BREAKS, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 70, ended.stderr
+    assert "no process got on for 0.2 s" in (tmp_path / "rank-0.txt").read_text()
+    assert "the others are gone" not in ended.stderr

@@ -36,19 +36,26 @@ class Watchdog:
     def __init__(self, seconds: float, folder: Path, rank: int = 0) -> None:
         self.seconds, self.folder, self.rank = seconds, folder, rank
         self.poll = min(5.0, seconds / 10)
-        self._over = threading.Event()
+        self._over, self._given_up = threading.Event(), threading.Event()
         self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch until the context ends."""
+        """Watch until the context ends; once the watchdog gives up, it alone ends the process.
+
+        A rank that exits breaks the connections of those that still wait for it: their error must not exit before they
+        have written their stacks.
+        """
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if self.seconds:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            thread.start()
         try:
             yield
         finally:
             self._over.set()
+            if self._given_up.is_set():
+                thread.join()
 
     def _watch(self) -> None:
         idle, seen, before = 0.0, self._progress(), time.monotonic()
@@ -70,6 +77,7 @@ class Watchdog:
         return [int(self._store.get(key)) if self._store.check([key]) else -1 for key in keys]
 
     def _give_up(self, progress: list[int]) -> None:
+        self._given_up.set()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank-{self.rank}.txt"
         behind = [rank for rank, done in enumerate(progress) if done == min(progress)]
