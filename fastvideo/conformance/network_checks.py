@@ -60,7 +60,7 @@ def network_time_is_float32_and_rises_with_time(subject: Subject) -> None:
     t = torch.linspace(0.0, 1.0, 101, device=subject.adapter.device)
     times = subject.adapter.network_time(t, subject.adapter.config)
     require(times.dtype in (torch.float32, torch.float64), f"{times.dtype}: low precision moves the noise level")
-    rises = -times.diff() if subject.adapter.reversed_time else times.diff()
+    rises = -times.diff() if subject.adapter.config.reversed_time else times.diff()
     require((rises >= 0).all(), "t = 1 is pure noise, and the network's own time does not rise towards it")
 
 
@@ -111,14 +111,14 @@ def _needs_times_per_frame(subject: Subject) -> None:
         raise NotApplicable("the family's network takes one time per sample")
 
 
-@check("velocity(), folder.load_network()")
+@check("velocity(), folder.load_network(), folder.dead_parameters()")
 def gradient_flows_to_the_input_and_to_every_parameter(subject: Subject) -> None:
     x_t = subject.x_t.clone().requires_grad_()
     network = subject.adapter.folder.load_network().requires_grad_(True)
     subject.adapter.velocity(network, x_t, subject.times, subject.condition).square().sum().backward()
     require(x_t.grad is not None and x_t.grad.abs().sum() > 0, "no gradient reaches the input")
     found = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    declared = subject.adapter.dead_parameters(network)
+    declared = subject.adapter.folder.dead_parameters(network)
     dead, alive = sorted(found - declared), sorted(declared - found)
     require(not dead, f"no gradient reaches {', '.join(dead[:5])}{' ...' if len(dead) > 5 else ''}")
     require(not alive, f"declared dead, and gradient reaches them: {', '.join(alive[:5])}")
@@ -135,6 +135,6 @@ def guidance_of_one_is_the_conditional_prediction(subject: Subject) -> None:
         guided = {g: role.guided_velocity(*arguments, negative, g) for g in (0.0, 1.0, 3.0)}
         x0 = role.x0_guided(*arguments, negative, 3.0)
     require_close(guided[1.0], conditional, "guidance 1 and the conditional velocity")
-    unguided = subject.adapter.rescale_guidance(unconditional, conditional)
+    unguided = subject.adapter.folder.rescale_guidance(unconditional, conditional)
     require_close(guided[0.0], unguided, "guidance 0 and the unconditional velocity")
     require_close(x0, velocity_to_x0(subject.x_t, guided[3.0], subject.times), "guided x0 and guided velocity")

@@ -25,10 +25,10 @@ def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
     require_same_video(subject, 1.0)
 
 
-@check("velocity(), rescale_guidance(), Exporter.guidance_arguments()")
+@check("velocity(), folder.rescale_guidance(), Exporter.guidance_arguments()")
 def stock_diffusers_makes_the_same_guided_video(subject: Subject) -> None:
     try:
-        subject.adapter.check_guidance(GUIDANCE)
+        subject.adapter.folder.check_guidance(GUIDANCE)
     except UserError as reason:
         raise NotApplicable(str(reason)) from reason
     require_same_video(subject, GUIDANCE)

@@ -323,7 +323,7 @@ def check_run(
 def _check_guidance(config: Config, families: Families) -> None:
     guidance = dict(config.method).get("teacher_guidance")
     if guidance is not None:
-        families.by_role.get("teacher", families.main).check_guidance(guidance)
+        families.by_role.get("teacher", families.main).folder.check_guidance(guidance)
 
 
 def _check_needs_of_others(config: Config, families: Families) -> None:

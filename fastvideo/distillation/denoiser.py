@@ -19,8 +19,21 @@ Tokens = tuple[Tensor, ...]
 """Token features, float32 ``[B, L, D]``, one per tapped block."""
 
 
+class Prescription(Protocol):
+    """Part of a model folder that says how its networks are sampled."""
+
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """A guided velocity as the family's samplers go on with it."""
+        ...
+
+
 class Family(Protocol):
     """Part of an adapter that calls networks."""
+
+    @property
+    def folder(self) -> Prescription:
+        """How networks are sampled."""
+        ...
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
@@ -42,10 +55,6 @@ class Family(Protocol):
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, seen at time ``t``."""
-        ...
-
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it."""
         ...
 
     def features(
@@ -153,7 +162,7 @@ class Denoiser:
 
     def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, t: Tensor) -> Tensor:
         guided = guide(unconditional, conditional, guidance_at(guidance, t))
-        return self.adapter.rescale_guidance(guided, conditional)
+        return self.adapter.folder.rescale_guidance(guided, conditional)
 
     def x0_guided(
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue

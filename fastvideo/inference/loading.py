@@ -78,7 +78,7 @@ class OpenedModel:
     def _sampler(self, steps: int | None, guidance: float | None, ladder: Sequence[float]) -> SamplerSpec:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
         wanted = _guidance(default if guidance is None else guidance)
-        self.adapter.check_guidance(wanted)
+        self.adapter.folder.check_guidance(wanted)
         if not self.is_student:
             return SamplerSpec.teacher(self.adapter.folder.teacher_times(steps or TEACHER_STEPS), wanted)
         own, kind = Ladder(tuple(ladder or self.recipe["ladder"])), student_sampler(self.recipe)

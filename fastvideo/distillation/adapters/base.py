@@ -270,6 +270,18 @@ class ModelFolder(ABC):
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
 
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
+        return guided
+
+    def check_guidance(self, guidance: GuidanceValue) -> None:
+        """Refuse a guidance (1 is none) that the family's networks are not sampled with; called before a run."""
+        return None
+
+    def dead_parameters(self, network: nn.Module) -> frozenset[str]:
+        """Names of parameters that no velocity depends on, such as those of a text stream behind its last use."""
+        return frozenset()
+
     @abstractmethod
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in ``dtype``, but for parameters that the family keeps in float32."""
@@ -316,8 +328,6 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     Config: ClassVar[type[AdapterConfig]]
     summary: ClassVar[str]
     """One line: the family and its parameterisation."""
-    reversed_time: ClassVar[bool] = False
-    """The network's own time falls towards pure noise."""
     supports: frozenset[Need] = frozenset()
     """Abilities beyond :meth:`velocity` at one time per sample; a method that needs more is refused before loading.
     Some models of a family have fewer than the class says."""
@@ -372,18 +382,6 @@ class DistillAdapter(ABC, Generic[ConfigT]):
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, which the network sees at time ``t``."""
         raise refused_context(type(self).__name__)
-
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
-        return guided
-
-    def check_guidance(self, guidance: GuidanceValue) -> None:
-        """Refuse a guidance (1 is none) that the family's networks are not sampled with; called before a run."""
-        return None
-
-    def dead_parameters(self, network: nn.Module) -> frozenset[str]:
-        """Names of parameters that no velocity depends on, such as those of a text stream behind its last use."""
-        return frozenset()
 
     def _teacher_forced(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, context: Masked

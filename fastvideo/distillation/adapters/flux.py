@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, image_grid
 from fastvideo.distillation.adapters.diffusers.flow_config import GuidedImageConfig, StockCall
 from fastvideo.distillation.adapters.diffusers.flow_texts import GUIDANCE, FlowTexts
+from fastvideo.distillation.adapters.diffusers.image_codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 
 POOLED = "pooled_prompt_embeds"

@@ -8,20 +8,17 @@ shift of a teacher's schedule depends on the size of the picture and on the numb
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.diffusers.codec import PatchifiedCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
-from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder, image_grid, text_line
-from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig, StockCall, one_guidance
+from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, image_grid, text_line
+from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig, StockCall
 from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts
+from fastvideo.distillation.adapters.diffusers.image_codec import PatchifiedCodec
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Patches
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
-from fastvideo.distillation.noise import GuidanceValue
-from fastvideo.distillation.types import UserError
 
 AXES = 4
 """Axes of positions: time, row, column, place in the text."""
@@ -69,23 +66,6 @@ class Flux2Adapter(FlowAdapter[Flux2Config]):
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
         return float(compute_empirical_mu(tokens, steps))
-
-    @property
-    def _distilled(self) -> bool:
-        return bool(self._pipeline.index.get("is_distilled"))
-
-    @cached_property
-    def folder(self) -> FlowFolder[Flux2Config]:
-        found = super().folder
-        found.published_guidance = 1.0 if self._distilled else found.published_guidance
-        return found
-
-    def check_guidance(self, guidance: GuidanceValue) -> None:
-        if self._distilled and (wanted := one_guidance(guidance)) != 1.0:
-            raise UserError(
-                f"guidance {wanted:g}: {self.config.path} is distilled (is_distilled in its index) and sampled "
-                f"without, 1; take a base checkpoint as the teacher"
-            )
 
     def network_call(
         self, network: nn.Module, x: Tensor, time: Tensor, own: Mapping[str, Tensor], shape: Sequence[int]

@@ -8,17 +8,16 @@ the prompt and the end of its template. All tokens of a text have one position, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.codec import VideoStillsCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, count_tokens
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder, image_grid
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig, StockCall
 from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, FlowTexts
+from fastvideo.distillation.adapters.diffusers.image_codec import VideoStillsCodec
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 
 AXES = 3
@@ -58,12 +57,19 @@ class Krea2Conditioner(FlowTexts[Krea2Config]):
         return [row[used].flatten(1) for row, used in zip(texts, mask, strict=True)], ()
 
 
+class Krea2Folder(FlowFolder[Krea2Config]):
+    """A Krea 2 pipeline, of which a distilled one is called at one shift."""
+
+    def mu(self, scheduler: Mapping[str, Any], steps: int) -> float:
+        return DISTILLED_MU if self.distilled else super().mu(scheduler, steps)
+
+
 class Krea2Adapter(FlowAdapter[Krea2Config]):
     """The Krea 2 family."""
 
     Config = Krea2Config
     summary = "Krea 2, stills from text: rectified flow, several layers of Qwen3-VL"
-    _codec, _texts = VideoStillsCodec, Krea2Conditioner
+    _codec, _texts, _folder = VideoStillsCodec, Krea2Conditioner, Krea2Folder
     _spec = PipelineSpec(
         network="Krea2Transformer2DModel",
         vae="AutoencoderKLQwenImage",
@@ -72,15 +78,6 @@ class Krea2Adapter(FlowAdapter[Krea2Config]):
         blocks="transformer_blocks",
         published_guidance=5.5,  # the authors' 4.5 is added to the conditional prediction
     )
-
-    @cached_property
-    def folder(self) -> FlowFolder[Krea2Config]:
-        size = self.packing.tokens(self.codec.latent_shape)
-        if not self._pipeline.index.get("is_distilled"):
-            return FlowFolder(self._pipeline, size, self.mu)
-        found = FlowFolder(self._pipeline, size, lambda scheduler, tokens, steps: DISTILLED_MU)
-        found.published_guidance = 1.0
-        return found
 
     def network_call(
         self, network: Any, x: Tensor, time: Tensor, own: Mapping[str, Tensor], shape: Sequence[int]

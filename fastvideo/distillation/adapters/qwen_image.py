@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.codec import VideoStillsCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
-from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, parameters_of
+from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder, parameters_of
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig, StockCall
 from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, FlowTexts
+from fastvideo.distillation.adapters.diffusers.image_codec import VideoStillsCodec
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 from fastvideo.ranges import Pixels
 
@@ -61,6 +61,21 @@ class QwenImageConditioner(FlowTexts[QwenImageConfig]):
         return [row[: int(used.sum())] for row, used in zip(texts, mask, strict=True)], ()
 
 
+class QwenImageFolder(FlowFolder[QwenImageConfig]):
+    """A Qwen-Image pipeline."""
+
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """With the norm of the conditional velocity, patch by patch."""
+        packing, norm = self.config.packing, torch.linalg.vector_norm
+        patches, wanted = packing.pack(guided), packing.pack(conditional)
+        scale = norm(wanted, dim=-1, keepdim=True) / norm(patches, dim=-1, keepdim=True)
+        return packing.unpack(patches * scale, guided.shape)
+
+    def dead_parameters(self, network: Any) -> frozenset[str]:
+        last = len(network.transformer_blocks) - 1
+        return parameters_of(network, (f"transformer_blocks.{last}.{layer}" for layer in UNUSED))
+
+
 class QwenImageAdapter(FlowAdapter[QwenImageConfig]):
     """The Qwen-Image family."""
 
@@ -68,7 +83,7 @@ class QwenImageAdapter(FlowAdapter[QwenImageConfig]):
     summary = "Qwen-Image, stills from text: rectified flow, Qwen2.5-VL text, guidance of the conditional's norm"
     time_projection = ("time_text_embed.time_proj", 1.0)
     token_output = 1
-    _codec, _texts = VideoStillsCodec, QwenImageConditioner
+    _codec, _texts, _folder = VideoStillsCodec, QwenImageConditioner, QwenImageFolder
     _spec = PipelineSpec(
         network="QwenImageTransformer2DModel",
         vae="AutoencoderKLQwenImage",
@@ -86,13 +101,3 @@ class QwenImageAdapter(FlowAdapter[QwenImageConfig]):
             network.pos_embed(sizes, max_txt_seq_len=own[TEXT].shape[1], device=x.device)
         given = {"encoder_hidden_states": own[TEXT], "encoder_hidden_states_mask": own[MASK]}
         return network(x, timestep=time, img_shapes=sizes, **given, return_dict=False)[0]  # type: ignore[no-any-return]
-
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        patches, wanted = self.packing.pack(guided), self.packing.pack(conditional)
-        norm = torch.linalg.vector_norm
-        scale = norm(wanted, dim=-1, keepdim=True) / norm(patches, dim=-1, keepdim=True)
-        return self.packing.unpack(patches * scale, guided.shape)
-
-    def dead_parameters(self, network: Any) -> frozenset[str]:
-        last = len(network.transformer_blocks) - 1
-        return parameters_of(network, (f"transformer_blocks.{last}.{layer}" for layer in UNUSED))

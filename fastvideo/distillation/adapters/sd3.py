@@ -8,16 +8,15 @@ first 77 tokens of a prompt, as in the stock pipeline; T5 sees all of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastvideo.distillation.adapters.diffusers.codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder, parameters_of
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig
 from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts
+from fastvideo.distillation.adapters.diffusers.image_codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Pictures
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 from fastvideo.distillation.types import UserError
@@ -70,6 +69,10 @@ class SD3Folder(FlowFolder[SD3Config]):
     def grid(self, steps: int) -> dict[str, Any]:
         return {"num_inference_steps": steps}
 
+    def dead_parameters(self, network: Any) -> frozenset[str]:
+        last = len(network.transformer_blocks) - 1
+        return parameters_of(network, (f"transformer_blocks.{last}.{layer}" for layer in UNUSED))
+
 
 class SD3Adapter(FlowAdapter[SD3Config]):
     """The Stable Diffusion 3 family."""
@@ -78,7 +81,7 @@ class SD3Adapter(FlowAdapter[SD3Config]):
     summary = "Stable Diffusion 3 and 3.5, stills from text: rectified flow, two CLIP texts and T5"
     time_units = 1000.0
     token_output = 1
-    _codec, _texts = ImageCodec, SD3Conditioner
+    _codec, _texts, _folder = ImageCodec, SD3Conditioner, SD3Folder
     _spec = PipelineSpec(
         network="SD3Transformer2DModel",
         vae="AutoencoderKL",
@@ -88,16 +91,8 @@ class SD3Adapter(FlowAdapter[SD3Config]):
         published_guidance=7.0,
     )
 
-    @cached_property
-    def folder(self) -> SD3Folder:
-        return SD3Folder(self._pipeline, self.packing.tokens(self.codec.latent_shape), self.mu)
-
     def network_call(
         self, network: Any, x: Tensor, time: Tensor, own: Mapping[str, Tensor], shape: Sequence[int]
     ) -> Tensor:
         pooled = self._input(network, own[POOLED])
         return network(x, own[TEXT], pooled, time, return_dict=False)[0]  # type: ignore[no-any-return]
-
-    def dead_parameters(self, network: Any) -> frozenset[str]:
-        last = len(network.transformer_blocks) - 1
-        return parameters_of(network, (f"transformer_blocks.{last}.{layer}" for layer in UNUSED))

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.diffusers.codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowImageConfig, StockCall
 from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, FlowTexts, lengths
+from fastvideo.distillation.adapters.diffusers.image_codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Pictures
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 
@@ -31,6 +31,7 @@ class ZImageConfig(FlowImageConfig):
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
     stock: ClassVar[StockCall] = StockCall(offset=1.0)
     packing: ClassVar[Packing] = Pictures(2)
+    reversed_time: ClassVar[bool] = True
     path: str
     """A diffusers Z-Image pipeline: a folder, or a hub id such as `Tongyi-MAI/Z-Image`."""
 
@@ -60,14 +61,16 @@ class ZImageFolder(FlowFolder[ZImageConfig]):
         config = self.pipeline.network_config()
         return int(config["dim"] // config["n_heads"])
 
+    def dead_parameters(self, network: nn.Module) -> frozenset[str]:
+        return frozenset({"x_pad_token"} if self.tokens % MULTIPLE == 0 else ())
+
 
 class ZImageAdapter(FlowAdapter[ZImageConfig]):
     """The Z-Image family."""
 
     Config = ZImageConfig
     summary = "Z-Image, stills from text: rectified flow in reversed time, Qwen3 text"
-    reversed_time = True
-    _codec, _texts = ImageCodec, ZImageConditioner
+    _codec, _texts, _folder = ImageCodec, ZImageConditioner, ZImageFolder
     _spec = PipelineSpec(
         network="ZImageTransformer2DModel",
         vae="AutoencoderKL",
@@ -76,10 +79,6 @@ class ZImageAdapter(FlowAdapter[ZImageConfig]):
         blocks="layers",
         published_guidance=6.0,  # the authors' 5 is added to the conditional prediction
     )
-
-    @cached_property
-    def folder(self) -> ZImageFolder:
-        return ZImageFolder(self._pipeline, self.packing.tokens(self.codec.latent_shape), self.mu)
 
     @cached_property
     def feature_widths(self) -> tuple[int, ...]:
@@ -96,7 +95,3 @@ class ZImageAdapter(FlowAdapter[ZImageConfig]):
     def _tokens(self, x_t: Tensor, output: Any) -> Tensor:
         tokens: Tensor = output
         return tokens[:, : self.packing.tokens(x_t.shape[1:])]  # before filling and text
-
-    def dead_parameters(self, network: nn.Module) -> frozenset[str]:
-        whole = self.packing.tokens(self.codec.latent_shape) % MULTIPLE == 0
-        return frozenset({"x_pad_token"} if whole else ())

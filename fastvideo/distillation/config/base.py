@@ -44,6 +44,8 @@ class AdapterConfig(Section):
     """Sizes whose default fits every model of the family; others are named for each model."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
+    reversed_time: ClassVar[bool] = False
+    """The network's own time falls towards pure noise."""
     level: ClassVar[Level] = "tiny equality"
     """How far the family has been proven."""
 

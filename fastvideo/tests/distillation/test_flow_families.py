@@ -221,8 +221,8 @@ def test_the_guidance_that_flux_reads_is_a_condition(tiny_wan: Path) -> None:
     assert plain.conditioner.key != weak.conditioner.key
     assert load_exporter(weak.config).call_arguments(4, 1.0)["guidance_scale"] == 1.5
     with pytest.raises(UserError, match=r"guidance 4: the network reads a guidance \(3.5, model.guidance_embedded\)"):
-        plain.check_guidance(4.0)
-    plain.check_guidance(1.0)
+        plain.folder.check_guidance(4.0)
+    plain.folder.check_guidance(1.0)
 
 
 def copied(family: Any, folder: Path, file: str, **changes: Any) -> str:
@@ -238,11 +238,11 @@ def test_guidance_where_there_is_none_is_refused(tiny_wan: Path, tmp_path: Path)
     flux, klein = (made_family(name, tiny_wan.parent) for name in ("flux", "flux2"))
     schnell = copied(flux, tmp_path / "schnell", "transformer/config.json", guidance_embeds=False)
     with pytest.raises(UserError, match="reads no guidance"):
-        made_family_like(flux, path=schnell, guidance_embedded=2.0).check_guidance(1.0)
+        made_family_like(flux, path=schnell, guidance_embedded=2.0).folder.check_guidance(1.0)
     distilled = made_family_like(klein, path=copied(klein, tmp_path / "klein", "model_index.json", is_distilled=True))
     assert distilled.folder.published_guidance == 1.0
     with pytest.raises(UserError, match=r"is distilled \(is_distilled in its index\)"):
-        distilled.check_guidance(4.0)
+        distilled.folder.check_guidance(4.0)
 
 
 @pytest.mark.slow
@@ -375,7 +375,7 @@ def test_a_method_trains_the_student_and_leaves_a_model_that_samples_and_exports
     model = load_model(str(student))
     after = dict(model.network.named_parameters())
     still = {key for key, value in adapter.folder.load_network().named_parameters() if torch.equal(after[key], value)}
-    assert still <= adapter.dead_parameters(model.network)
+    assert still <= adapter.folder.dead_parameters(model.network)
     latents = sample_latents(model.adapter, model.denoiser, Sampling(["a green seven"], model.sampler(), 0))
     assert latents.shape == (1, *model.adapter.codec.latent_shape)
     assert latents.isfinite().all()

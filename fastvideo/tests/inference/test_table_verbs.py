@@ -75,11 +75,21 @@ def test_list_names_every_method_and_family(capsys: pytest.CaptureFixture[str]) 
     assert first >= {*METHODS, *ADAPTERS}
 
 
+def whole_rows(lines: list[list[str]], columns: int) -> dict[str, list[str]]:
+    """Rows of the table with so many columns, by their first cell; cells that were wrapped are joined."""
+    rows: dict[str, list[str]] = {}
+    for line in (line for line in lines if len(line) == columns):
+        if line[0]:
+            rows[line[0]] = row = line
+        else:
+            row[:] = [f"{cell} {more}".strip() for cell, more in zip(row, line, strict=True)]
+    return rows
+
+
 def test_list_says_what_goes_together(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanAdapter, "supports", frozenset({"flow_map"}))
     monkeypatch.setattr(SFTMethod, "needs_of", classmethod(lambda cls, config: frozenset({"flow_map", "jvp"})))
-    lines = shown(capsys, "list")
-    rows = {row[0]: row for row in lines if len(row) == 4 and row[0]}
+    rows = whole_rows(shown(capsys, "list"), 4)
     _, methods, fitting, others = rows["flow_map, jvp"]
     assert methods == "mean_flow, sft, causal_sft"
     assert "wan (jvp)" in others

@@ -22,7 +22,7 @@ from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig, GuidedImageConfig, one_guidance
-from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts
+from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts, embedded_guidance
 from fastvideo.distillation.adapters.diffusers.packing import Packing
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_config
 from fastvideo.distillation.adapters.diffusers.stills import (
@@ -50,7 +50,26 @@ class FlowFolder(TextsFolder[ConfigT]):
 
     def __init__(self, pipeline: Pipeline[ConfigT], tokens: int, mu: Mu) -> None:
         super().__init__(pipeline)
-        self._size, self._mu = tokens, mu
+        self.tokens, self._mu = tokens, mu
+        self.distilled = bool(pipeline.index.get("is_distilled"))
+        """The checkpoint is distilled already, and says so."""
+        if self.distilled:
+            self.published_guidance = 1.0
+
+    def check_guidance(self, guidance: GuidanceValue) -> None:
+        embedded, config, guidance = embedded_guidance(self.pipeline), self.config, one_guidance(guidance)
+        if guidance == 1.0:
+            return
+        if self.distilled:
+            raise UserError(
+                f"guidance {guidance:g}: {config.path} is distilled (is_distilled in its index) and sampled without "
+                f"it, 1; take a base checkpoint as the teacher"
+            )
+        if isinstance(config, GuidedImageConfig) and embedded is not None and not config.allow_cfg_on_distilled:
+            raise UserError(
+                f"guidance {guidance:g}: the network reads a guidance ({embedded:g}, model.guidance_embedded) and is "
+                f"sampled without another, 1; model.allow_cfg_on_distilled: true allows both"
+            )
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Those of the checkpoint's scheduler, asked as its pipeline asks."""
@@ -62,8 +81,12 @@ class FlowFolder(TextsFolder[ConfigT]):
             raise UserError(f"the scheduler of {source!r} is {config['_class_name']}; {SCHEDULER} is known")
         with _disable_current_modes():  # numbers, where planning computes without them
             scheduler = cls.from_config(config)
-            scheduler.set_timesteps(**self.grid(steps), mu=self._mu(scheduler.config, self._size, steps))
+            scheduler.set_timesteps(**self.grid(steps), mu=self.mu(scheduler.config, steps))
             return tuple(scheduler.sigmas[:-1].tolist())
+
+    def mu(self, scheduler: Mapping[str, Any], steps: int) -> float:
+        """How the schedule of a scheduler with this config depends on the sample's size and the number of steps."""
+        return self._mu(scheduler, self.tokens, steps)
 
     def grid(self, steps: int) -> dict[str, Any]:
         """What the stock pipeline asks its scheduler for."""
@@ -75,6 +98,7 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
 
     _codec: ClassVar[type[DiffusersCodec]]
     _texts: ClassVar[type[FlowTexts[Any]]]
+    _folder: ClassVar[type[FlowFolder[Any]]] = FlowFolder
     time_units: ClassVar[float] = 1.0
     """Time of pure noise, as the network takes it."""
     time_projection: ClassVar[tuple[str, float] | None] = None
@@ -106,7 +130,7 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
 
     @cached_property
     def folder(self) -> FlowFolder[ConfigT]:
-        return FlowFolder(self._pipeline, self.packing.tokens(self.codec.latent_shape), self.mu)
+        return self._folder(self._pipeline, self.packing.tokens(self.codec.latent_shape), self.mu)
 
     @cached_property
     def scaling(self) -> UnsplitScaling:
@@ -114,7 +138,7 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
 
     @classmethod
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
-        return cls.time_units * (1 - t if cls.reversed_time else t)
+        return cls.time_units * (1 - t if config.reversed_time else t)
 
     @abstractmethod
     def network_call(
@@ -126,16 +150,6 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
             own: the tensors of the condition; texts have the dtype of the network's matrices.
             shape: of the latents, ``(B, C, F, h, w)``.
         """
-
-    def check_guidance(self, guidance: GuidanceValue) -> None:
-        embedded, config, guidance = self.conditioner.guidance, self.config, one_guidance(guidance)
-        if embedded is None or guidance == 1.0:
-            return
-        if isinstance(config, GuidedImageConfig) and not config.allow_cfg_on_distilled:
-            raise UserError(
-                f"guidance {guidance:g}: the network reads a guidance ({embedded:g}, model.guidance_embedded) and is "
-                f"sampled without another, 1; model.allow_cfg_on_distilled: true allows both"
-            )
 
     def velocity(
         self,
@@ -158,7 +172,7 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
         ):
             answer = self.network_call(network, x, self.network_time(t, self.config), own, x_t.shape)
         u = self.packing.unpack(answer.float(), x_t.shape)
-        return -u if self.reversed_time else u
+        return -u if self.config.reversed_time else u
 
     def _tokens(self, x_t: Tensor, output: Any) -> Tensor:
         value: Tensor = output if isinstance(output, Tensor) else output[self.token_output]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow_config import GuidedImageConfig
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
 from fastvideo.distillation.types import UserError
 
@@ -19,6 +18,21 @@ MASK = "prompt_mask"
 """Name of the mask ``[B, L]`` of a condition's text: true on tokens, false on padding."""
 GUIDANCE = "guidance"
 """Name of the guidance ``[B]`` that a network reads."""
+
+
+def embedded_guidance(pipeline: Pipeline[Any]) -> float | None:
+    """Guidance that the network of a pipeline reads; ``None`` for one that reads none.
+
+    Raises:
+        UserError: if a run names one all the same.
+    """
+    config = pipeline.config
+    if not isinstance(config, GuidedImageConfig):
+        return None
+    reads = pipeline.network_config()["guidance_embeds"]
+    if config.guidance_embedded is not None and not reads:
+        raise UserError(f"model.guidance_embedded: the network of {config.path} reads no guidance: leave it out")
+    return config.embedded if reads else None
 
 
 class FlowTexts(PipelineTexts[ConfigT]):
@@ -35,21 +49,6 @@ class FlowTexts(PipelineTexts[ConfigT]):
     def text_width(self) -> int:
         return int(self.pipeline.network_config()[self.width_field])
 
-    @cached_property
-    def guidance(self) -> float | None:
-        """Guidance that the network reads; ``None`` for one that reads none.
-
-        Raises:
-            UserError: if a run names one all the same.
-        """
-        config = self.config
-        if not isinstance(config, GuidedImageConfig):
-            return None
-        reads = self.pipeline.network_config()["guidance_embeds"]
-        if config.guidance_embedded is not None and not reads:
-            raise UserError(f"model.guidance_embedded: the network of {config.path} reads no guidance: leave it out")
-        return config.embedded if reads else None
-
     @property
     def _key_fields(self) -> set[str]:
         return super()._key_fields | {"guidance_embedded"}
@@ -58,8 +57,9 @@ class FlowTexts(PipelineTexts[ConfigT]):
         found = super()._tensors(texts)
         if not self.encodes_padding:
             found[MASK] = found[TEXT].ne(0).any(-1)
-        if self.guidance is not None:
-            found[GUIDANCE] = texts.new_full((len(texts),), self.guidance)
+        guidance = embedded_guidance(self.pipeline)
+        if guidance is not None:
+            found[GUIDANCE] = texts.new_full((len(texts),), guidance)
         return found
 
     def _encoded(self, stock: Any, prompts: list[str]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
