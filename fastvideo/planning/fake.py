@@ -22,6 +22,7 @@ from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.bundle import RoleHandle, same_space
+from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.registry import load_method
@@ -261,7 +262,14 @@ def _without_files(config: Config) -> Config:
     """The config without weights to start from, and without torchao, which is not needed to count its states."""
     roles = {name: role.without_start().model_copy(update={"loras": ()}) for name, role in config.roles.items()}
     trainer = config.trainer.model_copy(update={"optimizer_states": "float32"})
-    return config.model_copy(update={"roles": roles, "trainer": trainer})
+    return config.model_copy(update={"roles": roles, "trainer": trainer, "method": _warmed_up(config.method)})
+
+
+def _warmed_up(method: MethodConfig) -> MethodConfig:
+    """The options with every term of the loss in it from the first step."""
+    if "frame_warmup_steps" not in type(method).model_fields:
+        return method
+    return method.model_copy(update={"frame_warmup_steps": 0, "trust_frame_teacher": True})
 
 
 def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:

@@ -144,6 +144,7 @@ def test_frames_are_made_smaller_without_aliasing_and_larger_evenly() -> None:
     stripes = torch.ones(1, 3, 16, 16)
     stripes[..., ::2] = -1.0
     assert float(resized(stripes, (8, 8)).abs().max()) < 0.2, "every second column alone would be all -1"
+    assert float(resized(stripes, (32, 8)).abs().max()) < 0.2, "smaller in one direction alone"
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     assert torch.equal(resized(ramp, (16, 16)), functional.interpolate(ramp, (16, 16), mode="bilinear"))
     assert resized(ramp, (8, 8)) is ramp

@@ -208,6 +208,17 @@ TOYS = {
         {"teacher_guidance": 1.0, "generator_update_interval": 2, "first_frame": "keep", "max_frames": 3},
         student="consistency",
     ),
+    "dmd2_frames": Toy(
+        {
+            "teacher_guidance": 1.0,
+            "frame_guidance": 1.0,
+            "generator_update_interval": 2,
+            "frames_per_video": 1,
+            "frame_warmup_steps": 0,
+            "trust_frame_teacher": True,
+        },
+        student="consistency",
+    ),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),
