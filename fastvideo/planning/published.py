@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "wan2.1-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
     "cogvideox-2b": ("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"),
     "cogvideox-5b": ("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b"),
+    "sdxl-base-1.0": ("stabilityai/stable-diffusion-xl-base-1.0",),
 }
 """Names of ``published/``, and the hub ids that they are the configs of."""
 

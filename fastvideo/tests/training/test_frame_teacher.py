@@ -132,7 +132,7 @@ def values(tmp_path: Path, still: dict[str, Any], **method: Any) -> dict[str, An
         "frame_critic": {"trainable": True, "model": still},
     }
     rates = {"student_learning_rate": 1e-4, "critic_learning_rate": 2e-4, "frame_critic_learning_rate": 2e-4}
-    options = {"generator_update_interval": 2, "frame_warmup_steps": 2, "trust_frame_teacher": True}
+    options = {"generator_update_interval": 2, "frame_warmup_steps": 1, "trust_frame_teacher": True}
     return {
         "distill_model": "wan",
         "distill_method": "dmd2_frames",
@@ -141,8 +141,8 @@ def values(tmp_path: Path, still: dict[str, Any], **method: Any) -> dict[str, An
         "roles": roles,
         "method": {**options, **rates, **method},
         "data": {"path": "tiny", "size": 8, "batch_size": 2, "cache": str(tmp_path / "cache")},
-        "trainer": {"log_every": 1, "max_steps": 8},
-        "checkpoint": {"every": 5},
+        "trainer": {"log_every": 1, "max_steps": 5},
+        "checkpoint": {"every": 3},
         "tracking": {"backends": []},
     }
 
@@ -152,13 +152,13 @@ def test_wan_under_sdxl_resumes_to_the_bit_and_exports(tmp_path: Path, still: di
     wanted = values(tmp_path, still)
     whole = run(config_of(wanted, "test"))
     again = config_of(wanted | {"output": str(tmp_path / "again")}, "test")
-    resumed = run(again, resume_from=tmp_path / "run" / "checkpoints" / "step-5")
+    resumed = run(again, resume_from=tmp_path / "run" / "checkpoints" / "step-3")
     name = "transformer/diffusion_pytorch_model.safetensors"
     first, second = load_file(whole / name), load_file(resumed / name)
     assert all(torch.equal(first[key], second[key]) for key in first)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gradients = [line["student/frame_gradient"] for line in lines if "student/frame_gradient" in line]
-    assert len(gradients) == 3
+    assert len(gradients) == 2
     assert all(gradient > 0 for gradient in gradients)
     assert all(0 < line["frame_critic/grad_norm"] < 1e3 for line in lines)
     assert main(["export", str(whole), "--out", str(tmp_path / "exported")]) == 0
