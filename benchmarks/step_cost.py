@@ -7,6 +7,7 @@ one disturbs all; a ratio is the median over cycles of the ratio to the loop's c
 
     python benchmarks/step_cost.py                  # the tiny world's network, 30 cycles
     python benchmarks/step_cost.py --size mid       # 320 tokens, width 384
+    python benchmarks/step_cost.py --cpu-time --cycles 10 --only framework frames_decoded frames_identity
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ SIZES: Mapping[str, dict[str, Any]] = {
     },
 }
 INTERVAL, GUIDANCE, TIMES, BETAS, DECAY = 5, 1.5, (1.0, 0.75, 0.5, 0.25), (0.0, 0.999), 0.01
+FRAMES = {"frame_weight": 0.25, "frame_warmup_steps": 0, "trust_frame_teacher": True}
+"""Options of DMD2 with a frame teacher: here the video's own network, on stills."""
 RATES = {"student": 1e-4, "critic": 2e-4}
 
 
@@ -143,17 +147,25 @@ class Bench:
     def config(
         self, model: Mapping[str, Any], method: Mapping[str, Any], parallel: Mapping[str, Any] | None = None
     ) -> Any:
+        frames = "frame_weight" in method
+        named = "dmd2_frames" if frames else "dmd2"
+        roles = {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")}
+        if frames:
+            still = {"path": self.folder, "num_frames": 1}
+            roles |= {
+                f"frame_{name}": {"trainable": name == "critic", "model": still} for name in ("teacher", "critic")
+            }
         values = {
-            "distill_model": "wan", "distill_method": "dmd2", "output": "unused",
+            "distill_model": "wan", "distill_method": named, "output": "unused",
             "model": {"path": self.folder, **SIZES[self.size]["video"], **model},
-            "roles": {"student": {"trainable": True}, "teacher": {"trainable": False}, "critic": {"trainable": True}},
+            "roles": roles,
             "ladder": {"times": TIMES},
             "method": {"rollout": "data", "teacher_guidance": GUIDANCE, "generator_update_interval": INTERVAL,
                        "student_learning_rate": RATES["student"], "critic_learning_rate": RATES["critic"],
                        "betas": BETAS, "weight_decay": DECAY, **method},
             "parallel": parallel or {}, "ema": {"enabled": False},
         }  # fmt: skip
-        return validate(run_schema("wan", "dmd2"), values, "benchmarks/step_cost.py")
+        return validate(run_schema("wan", named), values, "benchmarks/step_cost.py")
 
     def framework(
         self,
@@ -170,7 +182,8 @@ class Bench:
         data = SampleStream(MemorySource(["a red three moving up"] * batch, latents), 0, Shard(batch))
         silent = Tracker(Path(self.folder), enabled=False)
         options = TrainerConfig(max_steps=10**9, log_every=10**9)
-        prepare = BatchPreparer(adapter.codec, [adapter.conditioner])
+        others = {role.adapter.conditioner.key: role.adapter.conditioner for role in built.bundle}
+        prepare = BatchPreparer(adapter.codec, list({adapter.conditioner.key: adapter.conditioner, **others}.values()))
         trainer = DistillTrainer(built, prepare, options, Runtime(built, options, silent))
 
         def cycle() -> None:
@@ -266,6 +279,8 @@ def contestants(bench: Bench) -> dict[str, Callable[[], tuple[Callable[[], None]
         "keep_freed_memory+kept": bench.framework,
         "score_and_train": lambda: bench.framework(method={"score_and_train": True}),
         "activation_checkpointing": lambda: bench.framework(parallel={"activation_checkpointing": "full"}),
+        "frames_decoded": lambda: bench.framework(method={**FRAMES, "frame_space": "decoded"}),
+        "frames_identity": lambda: bench.framework(method={**FRAMES, "frame_space": "identity", "frames_per_video": 1}),
         "with_options+kept": lambda: bench.framework({"compile_blocks": True}),
     }
 
@@ -301,6 +316,11 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "loop_ms_per_cycle": round(statistics.median(seconds["loop"]) * 1000, 1),
         "framework_overhead": ratios.get("framework"),
         "with_options": ratios.get("with_options"),
+        "frames_over_dmd2": {
+            name.removeprefix("frames_"): round(statistics.median(map(truediv, times, seconds["framework"])), 3)
+            for name, times in seconds.items()
+            if name.startswith("frames_") and "framework" in seconds
+        },
         "options": {n: r for n, r in ratios.items() if n not in ("loop", "framework", "with_options")},
         "calls_per_cycle": counted.get("framework", {}),
         "calls_per_cycle_with_score_and_train": counted.get("score_and_train", {}),

@@ -25,7 +25,7 @@ class PixelCodec(Protocol):
 class LatentBridge:
     """Decodes with one codec and encodes with the other; their weights are frozen, so gradient reaches latents alone.
 
-    A decoder that clamps its pixels, such as diffusers' for Wan, gives saturated ones no gradient.
+    Pixels are not clamped in between, so that saturated ones have a gradient too.
 
     Args:
         source: codec of the latents that come in.

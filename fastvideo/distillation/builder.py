@@ -28,6 +28,7 @@ from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, c
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.expert_checks import check_experts
 from fastvideo.distillation.experts import boundary_of
+from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -115,15 +116,23 @@ def build_families(config: Config, main: Adapter, processes: Processes) -> Famil
     return Families(main, by_role, placements)
 
 
-def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, str], Bridge]:
-    """Bridges from the student's latent space to those of the other roles.
+def build_bridges(
+    config: Config, method: type[Method], families: Families
+) -> tuple[dict[tuple[str, str], Bridge], list[str]]:
+    """Bridges from the student's latent space to those of the other roles, and lines about them.
 
     Raises:
         UserError: if the method, or a model that goes on from frames, cannot cross latent spaces, or if teacher and
             critic do not share one.
     """
-    main, bridges = families.main, dict[tuple[str, str], Bridge]()
-    others = {role: family for role, family in families.by_role.items() if family is not main}
+    main, bridges, notes = families.main, dict[tuple[str, str], Bridge](), list[str]()
+    use = method.frames_of(config.method)
+    if use is not None:
+        to_frames, note = frame_bridge(use, main, families.by_role)
+        bridges |= {("student", role): to_frames for role in use.roles}
+        notes.append(note)
+    rest = [role for role in families.by_role if use is None or role not in use.roles]
+    others = {role: families.by_role[role] for role in rest if families.by_role[role] is not main}
     for role, family in others.items():
         bridge = bridge_between(main.codec, family.codec)
         if bridge is same_space:
@@ -139,7 +148,7 @@ def build_bridges(method: type[Method], families: Families) -> dict[tuple[str, s
             "roles.critic.model: teacher and critic score the same samples, so they need one latent space; give the "
             "critic the teacher's model section"
         )
-    return bridges
+    return bridges, notes
 
 
 def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:
@@ -273,7 +282,7 @@ def build_on(
         heads = method.heads(config.method, families.by_role)
     _check_heads(config, heads)
     _check_memory(config, families, processes, heads)
-    bridges = build_bridges(method, families)
+    bridges, crossings = build_bridges(config, method, families)
     for family in families.placements:
         family.ensure_negative_conditioning()
     switches = {} if networks else shared_networks(config, families)
@@ -290,7 +299,7 @@ def build_on(
     rank, ranks = processes.data_rank, processes.data_size
     rng = rng or RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
     built = method(config.method, ModelBundle(handles, bridges), Ladder(config.ladder.times), rng)
-    built.notes = (*notes, *built.notes)
+    built.notes = (*notes, *crossings, *built.notes)
     return built
 
 

@@ -27,6 +27,7 @@ METHODS = {
     "streaming_tuning": "fastvideo.distillation.methods.distribution_matching.streaming_tuning:StreamingTuningMethod",
     "dmd2": "fastvideo.distillation.methods.distribution_matching.dmd2:DMD2Method",
     "phased_dmd": "fastvideo.distillation.methods.distribution_matching.phased_dmd:PhasedDMDMethod",
+    "dmd2_frames": "fastvideo.distillation.methods.distribution_matching.dmd2_frames:DMD2FramesMethod",
     "dmd2_gan": "fastvideo.distillation.methods.distribution_matching.dmd2_gan:DMD2GANMethod",
     "f_distill": "fastvideo.distillation.methods.distribution_matching.f_distill:FDistillMethod",
     "ladd": "fastvideo.distillation.methods.distribution_matching.ladd:LADDMethod",

@@ -23,6 +23,7 @@ from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.folder import block_classes
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.bundle import RoleHandle, same_space
+from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.experts import Experts, networks_of
@@ -269,9 +270,17 @@ def _without_files(config: Config) -> Config:
     needed to count its states."""
     roles = {name: role.without_start().model_copy(update={"loras": ()}) for name, role in config.roles.items()}
     trainer = config.trainer.model_copy(update={"optimizer_states": "float32"})
-    trusted = {"allow_bidirectional_teacher": True} if load_method(config.distill_method).autoregressive_roles else {}
-    method = config.method.model_copy(update=trusted)
-    return config.model_copy(update={"roles": roles, "trainer": trainer, "method": method})
+    return config.model_copy(update={"roles": roles, "trainer": trainer, "method": _trusting(config)})
+
+
+def _trusting(config: Config) -> MethodConfig:
+    """The method's options with every term of the loss in it from the first step, and teachers taken as they come."""
+    trusted: dict[str, Any] = {}
+    if load_method(config.distill_method).autoregressive_roles:
+        trusted["allow_bidirectional_teacher"] = True
+    if "frame_warmup_steps" in type(config.method).model_fields:
+        trusted |= {"frame_warmup_steps": 0, "trust_frame_teacher": True}
+    return config.method.model_copy(update=trusted)
 
 
 def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:

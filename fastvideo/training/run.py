@@ -21,6 +21,7 @@ from fastvideo.inference.recipe import Weights, result_recipe
 from fastvideo.stopping import time_taken
 from fastvideo.storage import Place
 from fastvideo.training.data import build_data, check_buckets, check_data, prompt_notes
+from fastvideo.training.frames import frame_hooks, frame_notes
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.notes import idle_notes
 from fastvideo.training.output import check_output, next_commands, prepare_output, resume_command
@@ -109,7 +110,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
         tracker.say(line)
     tracker.rewind(trainer.step)
     checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
-    trainer.hooks = (start.report_to(tracker), validation, checkpoints)
+    trainer.hooks = (start.report_to(tracker), validation, *frame_hooks(trainer, tracker), checkpoints)
     trainer.on_stop = lambda step: (
         f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"
     )
@@ -118,6 +119,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     for note in (
         *prompt_notes(config, processes),
         *method.notes,
+        *frame_notes(config, method),
         *idle_notes(config, trainer, data),
         *encode_ahead(config, conditioners, data, trainer.step),
     ):

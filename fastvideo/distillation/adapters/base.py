@@ -56,6 +56,11 @@ class Codec(ABC):
         """``(C, F, H, W)`` of one sample."""
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a video frame in pixels."""
+        return self.latent_shape[2:]
+
+    @property
     def temporal(self) -> int:
         """Video frames per latent frame; the first video frame is a latent frame of its own."""
         return 1
@@ -71,9 +76,16 @@ class Codec(ABC):
             return self._encode(videos.to(self.device))
 
     def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor:
-        """Videos of normalised latents; ``gradient`` keeps the graph."""
+        """Videos of normalised latents; ``gradient`` keeps the graph, and pixels beyond ``[-1, 1]`` as they are."""
         with nullcontext() if gradient else torch.no_grad():
             return self._decode(latents)
+
+    def decode_frames(self, latents: Tensor, picks: Sequence[Sequence[int]]) -> Tensor:
+        """Some video frames ``[B, 3, n, H, W]`` of each sample, with the gradient of their own latent frame alone.
+
+        They are those of :meth:`decode` with ``gradient``. ``picks`` are ``n`` numbers of video frames per sample.
+        """
+        return whole_decodes(self, latents, picks)
 
     def frame_decoder(self) -> FrameDecoder:
         """A decoder for the chunks of one stream.
@@ -96,6 +108,24 @@ class Codec(ABC):
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor: ...
+
+
+def whole_decodes(codec: Codec, latents: Tensor, picks: Sequence[Sequence[int]]) -> Tensor:
+    """:meth:`Codec.decode_frames` by one decode of the whole videos per pick of a sample."""
+    found, rows = [], range(len(latents))
+    for frames in zip(*picks, strict=True):
+        own = torch.zeros(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
+        for row, frame in zip(rows, frames, strict=True):
+            own[row, latent_frame(frame, codec.temporal)] = True
+        only = latents.where(own[:, None, :, None, None], latents.detach())
+        videos = codec.decode(only, gradient=True)
+        found.append(torch.stack([videos[row, :, frame] for row, frame in zip(rows, frames, strict=True)]))
+    return torch.stack(found, dim=2)
+
+
+def latent_frame(frame: int, temporal: int) -> int:
+    """Number of the latent frame that holds a video frame; the first holds one, each of the others ``temporal``."""
+    return -(-frame // temporal)
 
 
 class Conditioner(ABC):
@@ -240,6 +270,8 @@ class ModelFolder(ABC):
     """Guidance that the family's authors sample with, for a model folder that names none."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the network's matrix products."""
+    trained_side: int | None = None
+    """Side in pixels of the pictures that an image family's network was trained on."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:

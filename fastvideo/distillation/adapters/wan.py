@@ -27,7 +27,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.adapters.base import Shape, latent_frame
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.codec import StatisticsCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, ClipImages, DiffusersConditioner, checked
@@ -350,6 +350,29 @@ class WanCodec(StatisticsCodec):
         frames, spatial = latent_frames(config.num_frames, self.temporal), vae["scale_factor_spatial"]
         return vae["z_dim"], frames, config.height // spatial, config.width // spatial
 
+    def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor:
+        """Diffusers' decode clamps its pixels, and a clamp stops the gradient of saturated ones."""
+        return WanFrameDecoder(self).unclamped(latents) if gradient else super().decode(latents)
+
+    def decode_frames(self, latents: Tensor, picks: Sequence[Sequence[int]]) -> Tensor:
+        """One latent frame at a time: the past of a picked one is decoded without gradient, and leaves its caches."""
+        decoder, rows, found = WanFrameDecoder(self), list(range(len(latents))), dict[tuple[int, int], Tensor]()
+        places = [[latent_frame(frame, self.temporal) for frame in own] for own in picks]
+        for number in range(max(map(max, places)) + 1):
+            frame = latents[rows, :, number : number + 1]
+            wanted = [place for place, row in enumerate(rows) if number in places[row]]
+            if wanted:
+                pixels = decoder.rows(wanted).unclamped(frame[wanted])
+                first = 1 + (number - 1) * self.temporal if number else 0
+                for at, row in enumerate(rows[place] for place in wanted):
+                    own = [(row, pick) for pick in picks[row] if latent_frame(pick, self.temporal) == number]
+                    found |= {key: pixels[at, :, key[1] - first] for key in own}
+            later = [place for place, row in enumerate(rows) if max(places[row]) > number]
+            decoder, rows, frame = decoder.rows(later), [rows[place] for place in later], frame[later]
+            if rows:
+                decoder(frame)
+        return torch.stack([torch.stack([found[row, pick] for pick in own], 1) for row, own in enumerate(picks)])
+
     def frame_decoder(self) -> WanFrameDecoder:
         return WanFrameDecoder(self)
 
@@ -375,8 +398,18 @@ class WanFrameDecoder:
         other._cache = list(self._cache)  # a decode replaces the tensors in it and writes to none
         return other
 
+    def rows(self, index: Sequence[int]) -> WanFrameDecoder:
+        """A decoder that goes on from the state of some samples."""
+        other = self.fork()
+        other._cache = [value[list(index)] if isinstance(value, Tensor) else value for value in self._cache]
+        return other
+
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
+        return self.unclamped(latents).clamp(-1.0, 1.0)
+
+    def unclamped(self, latents: Tensor) -> Tensor:
+        """Frames as the network makes them, with gradient to the latents."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         vae, pieces = self.codec.vae, []
@@ -384,7 +417,7 @@ class WanFrameDecoder:
             pieces.append(vae.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
             self._first = False
         video, patch = torch.cat(pieces, dim=2), vae.config.patch_size
-        return (video if patch is None else unpatchify(video, patch_size=patch)).clamp(-1.0, 1.0)
+        return video if patch is None else unpatchify(video, patch_size=patch)
 
 
 def _causal_convolutions(network: nn.Module) -> int:

@@ -61,7 +61,7 @@ def config_of(
 
 
 SIZES = ("height", "width", "num_frames")
-"""Fields that a role's own model section inherits from the run's."""
+"""Fields that a role's own model section inherits from the run's, unless its family has sizes of its own."""
 
 
 def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfig]:
@@ -84,7 +84,8 @@ def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfi
     known = ("family", *schema.model_fields)
     for key in set(values) - set(known):
         raise UserError(f"roles.{role}.model.{key}: unknown key{did_you_mean(key, known)}")
-    sizes = {key: value for key, value in config.model if key in SIZES and key in schema.model_fields}
+    shared = (set(SIZES) & schema.model_fields.keys()) - schema.own_sizes
+    sizes = {key: value for key, value in config.model if key in shared}
     try:
         return name, schema.model_validate(sizes | values)
     except ValidationError as error:

@@ -18,6 +18,7 @@ from fastvideo.distillation.types import Batch, Need, RoleLoss, TrajectoryKind
 
 if TYPE_CHECKING:
     from fastvideo.distillation.chunks import Reach
+    from fastvideo.distillation.frame_bridge import FrameUse
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -83,6 +84,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
     @classmethod
     def reach_of(cls, config: ConfigT) -> Reach | None:
         """Frames that a chunk of the student sees; ``None`` for a student that makes whole videos at once."""
+        return None
+
+    @classmethod
+    def frames_of(cls, config: ConfigT) -> FrameUse | None:
+        """Roles that score single frames of the student's videos, and how; ``None`` without such roles."""
         return None
 
     @classmethod

@@ -209,6 +209,17 @@ TOYS = {
         student="consistency",
     ),
     "phased_dmd": Toy({"teacher_guidance": 1.0, "generator_update_interval": 1}, student="consistency"),
+    "dmd2_frames": Toy(
+        {
+            "teacher_guidance": 1.0,
+            "frame_guidance": 1.0,
+            "generator_update_interval": 2,
+            "frames_per_video": 1,
+            "frame_warmup_steps": 0,
+            "trust_frame_teacher": True,
+        },
+        student="consistency",
+    ),
     "dmd2_gan": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "f_distill": Toy({"teacher_guidance": 1.0, "generator_update_interval": 2}, student="consistency"),
     "ladd": Toy({"renoise_mean": 0.0}, student="consistency", rates={"student": 5e-4, "discriminator": 1e-2}),

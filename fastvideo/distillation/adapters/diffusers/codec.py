@@ -24,6 +24,10 @@ class DiffusersCodec(Codec):
         autoencoder = library_class("diffusers", self.pipeline.spec.vae)
         return self.pipeline.frozen(autoencoder, "vae", torch_dtype=torch.float32)
 
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        return self.pipeline.config.height, self.pipeline.config.width
+
     @cached_property
     def latent_key(self) -> str:
         """SHA-256 of the VAE's config and weights."""

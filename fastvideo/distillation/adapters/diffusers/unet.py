@@ -46,6 +46,11 @@ class UNetFolder(TextsFolder[ConfigT]):
         """The noise levels that the network was trained on."""
         return noise_grid(self.pipeline.source, SCHEDULER)
 
+    @cached_property
+    def trained_side(self) -> int:  # type: ignore[override]
+        vae = self.pipeline.vae_config
+        return int(self.pipeline.network_config()["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
+
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """The times of the timesteps that the checkpoint's spacing gives for so many steps."""
         return self.grid.times_of(self.grid.teacher_timesteps(steps))

@@ -39,7 +39,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
 
     Config = DMD2Config
     trainable_roles: ClassVar[tuple[str, ...]] = ("student", "critic")
-    frozen_roles = ("teacher",)
+    frozen_roles: ClassVar[tuple[str, ...]] = ("teacher",)
     term_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of further terms in a subclass."""
     sampler: ClassVar[SamplerKind] = "renoise"
