@@ -196,7 +196,8 @@ def sampling_loops(code: dict[str, Module]) -> list[str]:
     for module in library(code):
         if module.within(METHODS, *ROLLOUTS):
             continue
-        names = [node.name for node in outermost(module) if samples(node, samplers_in(module, code))]
+        samplers = samplers_in(module, code)
+        names = [node.name for node in outermost(module) if samples(node, samplers)]
         found += [f"{module.path}::{name}" for name in (names[:1] if module.name == SAMPLE else names)]
     return found
 
@@ -269,15 +270,15 @@ class Budget:
 
 
 BUDGETS = {
-    "dmd2_lines": Budget(1615, goal=1400),
+    "dmd2_lines": Budget(1630, goal=1400),
     "dmd2_files": Budget(13, goal=12),
-    "core_lines": Budget(5700, goal=2900),
+    "core_lines": Budget(5800, goal=2900),
     "core_files": Budget(34, goal=22),
     "velocity_definitions": Budget(2, goal=2),
     "sampling_loops": Budget(1, goal=1),
     "adapter_members": Budget(15, goal=15),
     "longest_function": Budget(60, goal=60),
-    "package_lines": Budget(37600, goal=19000),
+    "package_lines": Budget(38400, goal=19000),
 }
 """Lower a budget in the commit that earns it; raise it for a feature alone, in a commit that names it."""
 

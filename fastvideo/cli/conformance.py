@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,8 @@ class ConformanceArguments:
     """A run's config, whose `model` section the adapter is built from."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
     """Options of the family over it, such as path=my/folder height=32."""
+    tiny: bool = False
+    """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download."""
     prompts: tuple[str, str] = ("a green seven moving up", "a red three")
     """Two prompts that the text encoder tells apart."""
     device: str = "cpu"
@@ -42,10 +47,17 @@ def main(argv: Sequence[str]) -> int:
 
     family = find_family(arguments.family)
     options = model_options(arguments.config, arguments.set)
-    outcomes = conform(family, options, arguments.prompts, arguments.device)
+    tiny = arguments.family if arguments.tiny else None
+    begun = time.monotonic()
+    outcomes = conform(family, options, arguments.prompts, arguments.device, tiny)
+    seconds = round(time.monotonic() - begun, 2)
     console(160).print(table(outcomes))
-    failed = sum(outcome.result == "FAILED" for outcome in outcomes)
-    print(f"{family.__name__}: {len(outcomes) - failed} of {len(outcomes)} checks hold")
+    counts = Counter(outcome.result for outcome in outcomes)
+    passed, failed, others = counts["passed"], counts["FAILED"], counts["not applicable"]
+    print(f"{family.__name__}: {passed} of {passed + failed} checks hold; {others} do not apply")
+    names = [outcome.name for outcome in outcomes if outcome.result == "FAILED"]
+    figures = {"family": arguments.family, "passed": passed, "failed": names, "not_applicable": others}
+    print(json.dumps({**figures, "seconds": seconds}))
     return 1 if failed else 0
 
 

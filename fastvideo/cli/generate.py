@@ -47,7 +47,7 @@ class GenerateArguments:
     image: OptionalPath = None
     """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
     out: Path = Path("video.mp4")
-    """Video file; .mp4, .gif, .webp or .apng."""
+    """Video file; .mp4, .gif, .webp or .apng; .png for a still."""
     steps: OptionalSteps = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()

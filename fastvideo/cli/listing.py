@@ -13,6 +13,8 @@ from fastvideo.cli.console import console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fastvideo.distillation.types import Need
+
 
 @dataclass(frozen=True)
 class ListArguments:
@@ -33,31 +35,14 @@ def method_table() -> Table:
 
     from fastvideo.distillation.registry import METHODS, load_method
 
-    table = Table("method", "what it does", "arXiv", "trained roles", "frozen roles", title="methods")
+    table = Table("method", "what it does", "arXiv", "trained roles", "frozen roles", "data", title="methods")
     for name in METHODS:
         method = load_method(name)
         what, paper = split_paper(method.summary)
         frozen = [*method.frozen_roles, *(f"{role} (optional)" for role in method.optional_roles)]
-        table.add_row(name, what, paper, ", ".join(method.trainable_roles), ", ".join(frozen) or "-")
-    return table
-
-
-def combination_table() -> Table:
-    """One row per method: its default needs, and for every family `yes` or the needs that it lacks."""
-    from rich.table import Table
-
-    from fastvideo.distillation.builder import lacks
-    from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
-
-    table = Table("method", "data", "needs of the family", *ADAPTERS, title="what goes together")
-    for name in METHODS:
-        method = load_method(name)
-        config = method.Config()
         stored = "stored trajectories" if method.needs_trajectories else "videos"
-        data = stored if method.uses_latents(config) else "prompts suffice"
-        lacking = [lacks(config, method, load_adapter(family)) for family in ADAPTERS]
-        cells = [f"no {', '.join(missing)}" if missing else "yes" for missing in lacking]
-        table.add_row(name, data, ", ".join(sorted(method.needs_of(config))) or "-", *cells)
+        data = stored if method.uses_latents(method.Config()) else "prompts suffice"
+        table.add_row(name, what, paper, ", ".join(method.trainable_roles), ", ".join(frozen) or "-", data)
     return table
 
 
@@ -67,9 +52,29 @@ def family_table() -> Table:
 
     from fastvideo.distillation.registry import ADAPTERS, load_adapter
 
-    table = Table("family", "what it is", title="model families")
+    table = Table("family", "what it is", "level", title="model families")
     for name in ADAPTERS:
-        table.add_row(name, load_adapter(name).summary)
+        table.add_row(name, load_adapter(name).summary, load_adapter(name).Config.level)
+    return table
+
+
+def combination_table() -> Table:
+    """One row per kind of needs: the methods that have them by default, the families that meet them, and the others."""
+    from rich.table import Table
+
+    from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method
+
+    groups: dict[frozenset[Need], list[str]] = {}
+    for name in METHODS:
+        method = load_method(name)
+        groups.setdefault(method.needs_of(method.Config()), []).append(name)
+    table = Table("needs of the family", "methods", "families", "families that lack", title="what goes together")
+    for needs in sorted(groups, key=lambda needs: (len(needs), sorted(needs))):
+        lacking = {name: sorted(needs - load_adapter(name).supports) for name in ADAPTERS}
+        others = [f"{name} ({', '.join(missing)})" for name, missing in lacking.items() if missing]
+        fitting = [name for name, missing in lacking.items() if not missing]
+        rows = [", ".join(sorted(needs)), ", ".join(groups[needs]), ", ".join(fitting), ", ".join(others)]
+        table.add_row(*(cell or "-" for cell in rows))
     return table
 
 
@@ -77,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the tables; returns the exit code."""
     parse(ListArguments, argv, "list")
 
-    out = console()
+    out = console(160)
     for table in (method_table(), family_table(), combination_table()):
         out.print(table)
     out.print("Name a pair in a config (distill_method, distill_model), or with the flags of the same names.")

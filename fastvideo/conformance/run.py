@@ -7,7 +7,9 @@ import inspect
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ import torch
 
 from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
+from fastvideo.conformance.tiny import tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import ADAPTERS, load_adapter
@@ -104,16 +107,43 @@ def model_options(config: Path | None, settings: Iterable[str]) -> dict[str, Any
     return options
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers' and transformers' progress bars and remarks off the terminal, where the findings belong."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = diffusers.utils.logging, transformers.utils.logging
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()
+
+
 def conform(
-    family: type[DistillAdapter[Any]], options: Mapping[str, Any], prompts: tuple[str, str], device: str
+    family: type[DistillAdapter[Any]],
+    options: Mapping[str, Any],
+    prompts: tuple[str, str],
+    device: str,
+    tiny: str | None = None,
 ) -> list[Outcome]:
     """Build the adapter and run every check on it, with a progress bar.
+
+    ``tiny`` names the family whose tiny pipeline is taken; ``options`` go over its own.
 
     Raises:
         UserError: for a wrong option, or an unreadable model folder.
     """
     torch.set_flush_denormal(True)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = family(validate(family.Config, options, "of the model"), device)
+    with tempfile.TemporaryDirectory() as folder, quiet() if family.Config.pipelines else nullcontext():
+        own = {} if tiny is None else tiny_options(tiny, Path(folder) / "tiny")
+        adapter = family(validate(family.Config, {**own, **options}, "of the model"), device)
         subject = Subject(adapter, prompts, Path(folder))
         return list(tracked(examine(subject), "conformance", total=len(CHECKS)))

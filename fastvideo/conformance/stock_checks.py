@@ -47,7 +47,7 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
     image = _image(subject, type(pipeline))
     pipeline.scheduler = stock.scheduler
     pipeline.set_progress_bar_config(disable=True)
-    frames = pipeline(
+    made = pipeline(
         prompt=subject.prompts[0],
         latents=load_exporter(adapter.config).stock_latents(noise),
         num_inference_steps=len(stock.times),
@@ -55,8 +55,9 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor) -> Tensor:
         output_type="pt",
         **image,
         **_sizes(adapter.config, type(pipeline)),
-    ).frames
-    return frames.transpose(1, 2).float().cpu()  # type: ignore[no-any-return]
+    )[0]
+    images = made[:, None] if made.ndim == 4 else made
+    return images.transpose(1, 2).float().cpu()  # type: ignore[no-any-return]
 
 
 def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:

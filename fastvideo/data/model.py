@@ -12,6 +12,7 @@ from typing import Any
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
 from fastvideo.distillation.builder import Adapter
+from fastvideo.distillation.config.base import AdapterConfig
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
@@ -62,7 +63,7 @@ def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
     known = {**_pipeline_sizes(path, pipeline), **read_recipe(source).get("model", {}), **named}
     config = load_adapter(family).Config
     fields = {name: value for name, value in known.items() if name in config.model_fields}
-    check_sizes(path, fields, config.model_fields)
+    check_sizes(path, fields, config)
     if "prompt_cache_mib" in config.model_fields:  # every caption is encoded once
         fields["prompt_cache_mib"] = 0
     return ModelChoice(family, validate(config, {**fields, "path": path}, f"of the model {path!r}").model_dump())
@@ -73,13 +74,13 @@ def pipeline_class(source: str) -> str:
     return str(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
 
 
-def check_sizes(path: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse a model without sizes: the config's defaults are those of the embedded model alone.
+def check_sizes(path: str, fields: Mapping[str, Any], config: type[AdapterConfig]) -> None:
+    """Refuse a model without sizes: the config's defaults are mostly those of the embedded model alone.
 
     Raises:
         UserError: with the flags of the missing sizes.
     """
-    missing = [name for name in SIZES if name in known and name not in fields]
+    missing = [name for name in SIZES if name in config.model_fields and name not in config.own_sizes | fields.keys()]
     if missing and path not in EMBEDDED:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise UserError(

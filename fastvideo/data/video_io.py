@@ -41,8 +41,9 @@ FORMATS = {
     ".gif": VideoFormat("gif", "gif", "pal8", "image/gif", {}, {"loop": "0"}, fastest=100),
     ".webp": VideoFormat("webp", "libwebp_anim", "bgra", "image/webp", {"lossless": "1"}, {"loop": "0"}),
     ".apng": VideoFormat("apng", "apng", "rgb24", "image/apng", {"pred": "mixed"}, {"plays": "0"}),
+    ".png": VideoFormat("apng", "apng", "rgb24", "image/png", {"pred": "mixed"}, {"plays": "0"}),
 }
-"""Formats by suffix. Animated images loop for ever; WebP and APNG are lossless."""
+"""Formats by suffix. Animated images loop for ever; WebP, APNG and PNG (the same file) are lossless."""
 
 
 def video_format(path: Path | str, fps: int = FPS) -> VideoFormat:

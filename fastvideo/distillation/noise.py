@@ -133,6 +133,11 @@ class Interpolant:
         alpha, sigma = expand_time(self.alpha, x), expand_time(self.sigma, x)
         return (sigma * x + alpha * v) / (alpha**2 + sigma**2)
 
+    def flow_velocity_from_noise(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Rectified-flow velocity ``noise - x0`` of a noise prediction; ``alpha`` must not be 0."""
+        alpha, sigma = expand_time(self.alpha, x), expand_time(self.sigma, x)
+        return ((alpha + sigma) * noise - x) / alpha
+
     def flow_velocity_from_v(self, x: Tensor, v: Tensor) -> Tensor:
         """Rectified-flow velocity ``noise - x0`` of a v-prediction, without division by a small number."""
         return self.noise_from_v(x, v) - self.x0_from_v(x, v)

@@ -40,12 +40,17 @@ METHODS = {
 ADAPTERS = {
     "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
     "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
+    "sdxl": "fastvideo.distillation.adapters.sdxl:SDXLAdapter",
+    "sd15": "fastvideo.distillation.adapters.sd15:SD15Adapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""
 
+STABLE_DIFFUSION = "fastvideo.distillation.adapters.export.stable_diffusion"
 EXPORTERS = {
     "WanPipeline": "fastvideo.distillation.adapters.export.wan:WanExporter",
+    "StableDiffusionXLPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
+    "StableDiffusionPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
 }
 """Exporters, by the diffusers pipeline of their family."""

@@ -103,11 +103,13 @@ def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int 
     """Write the network alone, in one file under the authors' names, as ComfyUI and LightX2V load it.
 
     Raises:
-        UserError: for a flow map, whose head other programs do not know.
+        UserError: for a flow map, whose head other programs do not know, and a family without the authors' names.
     """
     spec, exporter = model.sampler(steps), load_exporter(model.adapter.config)
     if spec.kind == "flow_map":
         raise UserError("--to comfy: this student is a flow map, whose second time only `fastvideo generate` passes on")
+    if "comfy" not in exporter.lora_layouts:
+        raise UserError(f"--to comfy: {type(model.network).__name__} has no names of its authors here: --to diffusers")
     network = in_precision(model.network, dtype)
     tensors = {exporter.original_name(name): value.contiguous() for name, value in network.state_dict().items()}
     sampling = {"sigmas": json.dumps([*spec.times, 0.0]), "sampler": spec.kind, "guidance": str(spec.guidance)}

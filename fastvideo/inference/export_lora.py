@@ -16,14 +16,14 @@ from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID, resolve_pipeline
 from fastvideo.distillation.adapters.export.lora import FILES, LAYOUTS, PEFT_CONFIG
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
-from fastvideo.distillation.engine.lora import ADAPTER_FILE, DIFFUSERS_PREFIX, is_adapter, portable
+from fastvideo.distillation.engine.lora import ADAPTER_FILE, is_adapter, portable
 from fastvideo.distillation.registry import families, load_exporter, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import counted
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
 from fastvideo.inference.loading import RECIPE, load_recipe
-from fastvideo.inference.model_card import CALL_OPTIONS, read_front_matter
+from fastvideo.inference.model_card import read_front_matter
 
 LORA_FORMATS = tuple(f"lora-{name}" for name in LAYOUTS)
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -91,10 +91,14 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
     The weights include ``alpha``, so that readers need not know it.
 
     Raises:
-        UserError: if the student was trained whole, or the layout has no names for its layers.
+        UserError: if the student was trained whole, or the layout's program does not have the family.
     """
     facts = AdapterFacts(source, layout.removeprefix("lora-"), read_adapter(source), out.name)
-    tensors = LAYOUTS[facts.layout].write(facts.factors, load_exporter(source.run_config.model).original_name)
+    exporter = load_exporter(source.run_config.model)
+    if facts.layout not in exporter.lora_layouts:
+        programs = ", ".join(f"lora-{name}" for name in exporter.lora_layouts)
+        raise UserError(f"export: {layout}: {source.config['distill_model']} has the layouts {programs}")
+    tensors = LAYOUTS[facts.layout].write(facts.factors, exporter.original_name, exporter.network_part)
     recipe = (load_recipe(str(source.folder)) if source.folder else {}) | {mark: layout}
     with replacing_folder(out) as partial:
         save_file(tensors, partial / facts.file, metadata=facts.header)
@@ -149,8 +153,10 @@ def _diffusers(facts: AdapterFacts, scheduler: str | None) -> list[str]:
     if scheduler:
         imports.insert(0, f"from diffusers import {scheduler}")
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({facts.name!r}, subfolder='scheduler')")
-    options = "".join(f", {key}={model[key]}" for key in CALL_OPTIONS if key in model)
-    lines.append(f"video = pipe(prompt, num_inference_steps={len(facts.times)}, guidance_scale=1.0{options})")
+    exporter = load_exporter(facts.source.run_config.model)
+    options = "".join(f", {key}={model[key]}" for key in exporter.call_options if key in model)
+    made = "image" if exporter.makes_images else "video"
+    lines.append(f"{made} = pipe(prompt, num_inference_steps={len(facts.times)}, guidance_scale=1.0{options})")
     return ["```python", *imports, "", *lines, "```"]
 
 
@@ -200,7 +206,7 @@ def read_adapter(source: ExportSource) -> Factors:
         state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
         if not is_adapter(state):
             raise UserError(f"export: {source.checkpoint} has no adapter: the student is trained whole")
-        tensors = portable(state, adapter_scaling(source))
+        tensors = portable(state, adapter_scaling(source), "network")
     downs = [name for name in tensors if name.endswith(".lora_A.weight")]
-    layers = {name: name.removeprefix(DIFFUSERS_PREFIX).removesuffix(".lora_A.weight") for name in downs}
+    layers = {name: name.partition(".")[2].removesuffix(".lora_A.weight") for name in downs}
     return {layer: (tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]) for name, layer in layers.items()}

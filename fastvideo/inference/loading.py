@@ -104,7 +104,7 @@ def open_model(
     family = load_adapter(families()[pipeline_class(source)])
     fields = {**recipe.get("model", {}), **(options or {}), "path": source}
     if sized:
-        check_sizes(folder, fields, family.Config.model_fields)
+        check_sizes(folder, fields, family.Config)
     config = validate(family.Config, fields, f"of the model in {folder!r}")
     adapter = family(config, device)
     return OpenedModel(source, adapter, recipe)

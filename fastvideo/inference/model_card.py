@@ -14,7 +14,8 @@ import yaml
 
 from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
-from fastvideo.distillation.adapters.export.base import StockSampler
+from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
@@ -24,12 +25,17 @@ from fastvideo.inference.recipe import reach_text
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."
-CALL_OPTIONS = ("height", "width", "num_frames", "max_sequence_length")
 SAMPLERS = {
     "renoise": "re-noising (after each call the clean estimate is noised again, with fresh noise, to the next time)",
     "euler": "Euler (deterministic steps along the velocity)",
     "flow_map": "flow map (deterministic jumps along the mean velocity of each step)",
 }
+SAVED_VIDEO = (
+    ").frames[0]",
+    'video[0].save("video.gif", save_all=True, append_images=video[1:], duration=125, loop=0)',
+)
+SAVED_IMAGE = (").images[0]", 'image.save("image.png")')
+"""Ends of the code that calls a pipeline."""
 PACKAGE_LICENSE = {"license": "apache-2.0"}
 """Licence of the embedded pipelines."""
 UNKNOWN_LICENSE = {"license": "other", "license_name": "same-as-base-model"}
@@ -56,6 +62,11 @@ class CardFacts:
     def image(self) -> bool:
         """True for image-to-video."""
         return self.model.adapter.conditioner.needs_frames
+
+    @cached_property
+    def exporter(self) -> Exporter:
+        """Conventions of the diffusers pipeline."""
+        return load_exporter(self.model.adapter.config)
 
     @property
     def pipeline(self) -> str:
@@ -114,7 +125,7 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
 
 def _front_matter(facts: CardFacts) -> str:
     method, family = facts.recipe.get("method"), facts.recipe.get("distill_model")
-    task = "image-to-video" if facts.image else "text-to-video"
+    task = "text-to-image" if facts.exporter.makes_images else "image-to-video" if facts.image else "text-to-video"
     library = "fastvideo" if facts.spec.reach else "diffusers"
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": task, **facts.license}
     base = facts.base if HUB_ID.fullmatch(facts.base) else facts.base_card.get("base_model")
@@ -150,7 +161,7 @@ def _streams(facts: CardFacts) -> str:
 def call_options(facts: CardFacts) -> dict[str, Any]:
     model = facts.recipe.get("model", {})
     options = {"num_inference_steps": len(facts.spec.times), "guidance_scale": facts.spec.guidance}
-    return options | {name: model[name] for name in CALL_OPTIONS if name in model}
+    return options | {name: model[name] for name in facts.exporter.call_options if name in model}
 
 
 def _prompt(facts: CardFacts) -> str:
@@ -175,7 +186,7 @@ def _stream_usage(facts: CardFacts) -> list[str]:
 
 
 def _usage(facts: CardFacts) -> list[str]:
-    dtype = f", torch_dtype=torch.{facts.dtype}" if facts.dtype else ""
+    dtype, stills = f", torch_dtype=torch.{facts.dtype}" if facts.dtype else "", facts.exporter.makes_images
     lines = [
         "import torch",
         f"from diffusers import {facts.pipeline}",
@@ -183,13 +194,12 @@ def _usage(facts: CardFacts) -> list[str]:
         "",
         f"pipe = {facts.pipeline}.from_pretrained({json.dumps(facts.name)}{dtype})",
         "torch.manual_seed(0)",
-        "video = pipe(",
+        "image = pipe(" if stills else "video = pipe(",
         *(['    image=load_image("first_frame.png"),'] if facts.image else []),
         f"    prompt={_prompt(facts)},",
         *(f"    {name}={value}," for name, value in call_options(facts).items()),
         '    output_type="pil",',
-        ").frames[0]",
-        'video[0].save("video.gif", save_all=True, append_images=video[1:], duration=125, loop=0)',
+        *(SAVED_IMAGE if stills else SAVED_VIDEO),
     ]
     return ["```python", *lines, "```", "", *_notes(facts)]
 
@@ -207,7 +217,7 @@ def _notes(facts: CardFacts) -> list[str]:
             "* One call alone needs another scheduler (this one divides by zero): `pipe.scheduler = "
             "type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=None)`."
         )
-    if "max_sequence_length" in model:
+    if "max_sequence_length" in model and "max_sequence_length" in facts.exporter.call_options:
         length = model["max_sequence_length"]
         notes.append(
             f"* Prompts were padded to {length} tokens in training; another `max_sequence_length` changes the video."

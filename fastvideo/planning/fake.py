@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -162,10 +162,17 @@ class FakePlacement(EmptyPlacement):
         self.made.append(fake_network(network, self.mode))
 
 
-def stack(network: nn.Module) -> nn.ModuleList:
-    """The list of a network's repeated blocks, the one with most of its parameters."""
-    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+def stack(network: Any) -> nn.ModuleList:
+    """The list of a network's repeated blocks that are alike, the one with most of its parameters."""
+    names = set(network._no_split_modules or ())
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) and _alike(m, names)]
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def _alike(blocks: nn.ModuleList, names: Container[str]) -> bool:
+    """True for blocks of one of the classes ``names`` with the same parameters: a UNet's levels are not."""
+    kinds = {(type(block).__name__, tuple(p.shape for p in block.parameters())) for block in blocks}
+    return len(kinds) == 1 and next(iter(kinds))[0] in names
 
 
 def fake_network(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -284,7 +291,7 @@ def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
 def fake_text(conditioner: Conditioner, count: int) -> Condition:
     """The condition of ``count`` prompts."""
     width = conditioner.stored_shapes["text_embedding"][-1]
-    stored = torch.empty(count, conditioner.text_length or 1, width or 1)
+    stored = torch.empty(count, conditioner.text_rows, width or 1)
     return conditioner.text_of(RawBatch(("",) * count, None, {"text_embedding": stored}))
 
 

@@ -208,7 +208,7 @@ def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequen
         any_size=config.data.buckets,
         extras=shapes,
         names=names,
-        text_length=adapter.conditioner.text_length,
+        text_length=adapter.conditioner.text_rows if adapter.conditioner.text_length else None,
         texts=made,
         normalise=adapter.codec.normalise,
         codec_key=adapter.codec.latent_key if with_latents else None,

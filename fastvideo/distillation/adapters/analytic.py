@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -40,7 +40,7 @@ from fastvideo.distillation.adapters.base import (
     check_taps,
 )
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, masked_runs
-from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.config.base import AdapterConfig, Level
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Number, PositiveFloat, PositiveInt
@@ -55,6 +55,7 @@ MOST_NUMBERS = 2**26
 class AnalyticConfig(AdapterConfig):
     """A Gaussian (one component) or a mixture."""
 
+    level: ClassVar[Level] = "closed form"
     path: str = "denoiser"
     """`denoiser` (the exact velocity), `consistency` (the exact map to the end of the flow), `mean_velocity` (the exact
     flow map; one component only), `mlp` (a small network with random weights, to learn any of them), or a folder that a

@@ -129,6 +129,12 @@ class Conditioner(ABC):
         return []
 
     @property
+    def text_rows(self) -> int:
+        """Rows of the longest text that a dataset stores; more than :attr:`text_length` where other vectors of a prompt
+        are stored under its tokens."""
+        return self.text_length or 1
+
+    @property
     def text_settings(self) -> Mapping[str, Any]:
         """Values that a stored text depends on besides its prompt; empty for a family whose texts are not stored."""
         return {}

@@ -22,7 +22,7 @@ from fastvideo.distillation.adapters.base import Shape
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import STORED, TEXT, DiffusersConditioner
-from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid, variance_preserving
+from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     PipelineConfig,
@@ -32,12 +32,15 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
 )
 from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, latent_frames
+from fastvideo.distillation.config.base import Level
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Frames, Tokens
 
 NORMS = frozenset({"conv_y", "conv_b"})
 """Caches of ``CogVideoXSpatialNorm3D``, by their names in its decoder."""
+SCHEDULER = "CogVideoXDDIMScheduler"
+"""Class that reads the checkpoint's noise levels, with their shift."""
 SPEC = PipelineSpec(
     network="CogVideoXTransformer3DModel",
     vae="AutoencoderKLCogVideoX",
@@ -52,6 +55,7 @@ class CogVideoXConfig(PipelineConfig):
     """Options of the CogVideoX family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
+    level: ClassVar[Level] = "tiny distillation"
     path: str
     """A diffusers CogVideoX pipeline: a folder, a hub id, or `tiny_cogvideox` for the one that ships here."""
     num_frames: Frames = 9
@@ -192,8 +196,18 @@ class CogVideoXFolder(DiffusersFolder[CogVideoXConfig]):
 
     @property
     def grid(self) -> NoiseGrid:
-        """The noise levels that the network was trained on."""
-        return noise_grid(self.pipeline.source)
+        """The noise levels that the network was trained on.
+
+        Raises:
+            UserError: for a scheduler that is not v-prediction on a table that ends in pure noise.
+        """
+        grid = noise_grid(self.pipeline.source, SCHEDULER)
+        if grid.prediction != "v_prediction" or grid.noisiest != 1.0:
+            raise UserError(
+                "the scheduler of a CogVideoX model has prediction_type v_prediction and rescale_betas_zero_snr true, "
+                f"that of {self.pipeline.source} {grid.prediction} and noise up to t = {grid.noisiest:.4f}"
+            )
+        return grid
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A ``CogVideoXTransformer3DModel`` in eval mode (published ones have no dropout).
@@ -247,7 +261,7 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
 
     @classmethod
     def network_time(cls, t: Tensor, config: CogVideoXConfig) -> Tensor:
-        return noise_grid(resolve_pipeline(config.path, config.pipelines)).timestep(t)
+        return noise_grid(resolve_pipeline(config.path, config.pipelines), SCHEDULER).timestep(t)
 
     def velocity(
         self,
@@ -283,17 +297,17 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
             raise UserError("CogVideoX takes one time per sample: given frames and per-frame noise need another family")
         if isinstance(positions, View):
             check_causal(network, SPEC.blocks)
-        native = variance_preserving(t)
-        x = self._input(network, native.from_flow(x_t))
+        grid = self.folder.grid
+        x = self._input(network, grid.network_input(x_t, t))
         with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):
             (v,) = network(
                 hidden_states=x.transpose(1, 2),
                 encoder_hidden_states=self._input(network, condition.of(self.conditioner.key)[TEXT]),
-                timestep=self.folder.grid.timestep(t),
+                timestep=grid.timestep(t),
                 image_rotary_emb=positions,
                 return_dict=False,
             )
-        return native.flow_velocity_from_v(x, v.float().transpose(1, 2))
+        return grid.flow_velocity(x_t, x, t, v.float().transpose(1, 2))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from fastvideo.distillation.chunks import (
     masked_runs,
     repeated,
 )
+from fastvideo.distillation.config.base import Level
 from fastvideo.distillation.noise import full_time, shift_time
 from fastvideo.distillation.types import Condition, Given, RawBatch, UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Tokens
@@ -72,6 +73,7 @@ class WanConfig(PipelineConfig):
     """Options of the Wan family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
+    level: ClassVar[Level] = "tiny distillation"
     path: str = "tiny"
     """A diffusers Wan pipeline: a folder, a hub id, or `tiny` for the one that ships with this package."""
     num_frames: Frames = 9

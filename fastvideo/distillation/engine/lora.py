@@ -25,7 +25,6 @@ from fastvideo.errors import UserError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """File name that diffusers' ``load_lora_weights`` expects in a folder."""
-DIFFUSERS_PREFIX = "transformer."
 Merge = tuple[LoRAFile, float]
 """A LoRA file and the factor with which it is added to a network."""
 
@@ -135,10 +134,13 @@ def is_adapter(state: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(".lora_A.weight") for name in state)
 
 
-def portable(adapter: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """An adapter under diffusers' names for a pipeline, float32, with ``alpha / rank`` multiplied into B."""
+def portable(adapter: Mapping[str, Tensor], scaling: float, part: str) -> dict[str, Tensor]:
+    """An adapter under diffusers' names for a pipeline, float32, with ``alpha / rank`` multiplied into B.
+
+    ``part`` is the pipeline's name of the network.
+    """
     return {
-        f"{DIFFUSERS_PREFIX}{name}": (tensor.float() * (scaling if ".lora_B." in name else 1.0)).contiguous()
+        f"{part}.{name}": (tensor.float() * (scaling if ".lora_B." in name else 1.0)).contiguous()
         for name, tensor in adapter.items()
     }
 

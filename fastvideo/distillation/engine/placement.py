@@ -45,6 +45,8 @@ class NetworkFolder(Protocol):
     """The part of a family's ``ModelFolder`` that loads networks."""
 
     @property
+    def parts(self) -> tuple[str, ...]: ...
+    @property
     def compute_dtype(self) -> torch.dtype: ...
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
@@ -241,7 +243,7 @@ def result_of(
     with handle.averaged():
         whole = whole_network(handle, source, processes)
         if switch is not None:
-            files[ADAPTER_FILE] = portable(gather_adapter(handle), switch.scaling)
+            files[ADAPTER_FILE] = portable(gather_adapter(handle), switch.scaling, source.folder.parts[0])
         yield whole, files
 
 

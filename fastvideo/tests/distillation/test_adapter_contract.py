@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -265,5 +266,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     shown = capsys.readouterr().out
     assert "it declares itself" in shown
     assert "FAILED" in shown
+    figures = json.loads(shown.splitlines()[-1])
+    assert (figures["family"], figures["failed"]) == ("conform_mine:Mine", ["it declares itself"])
     assert main(["conformance", "analytic", "--set", "meens=1"]) == 2
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+def test_a_tiny_pipeline_is_checked_without_a_word_of_the_libraries(capfd: pytest.CaptureFixture[str]) -> None:
+    from fastvideo.cli import main
+
+    assert main(["conformance", "sd15", "--tiny"]) == 0
+    shown = capfd.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["passed"] > 20
+    assert "Loading" not in shown.err
+    assert "deprecated" not in shown.err

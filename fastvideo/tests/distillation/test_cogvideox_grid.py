@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ import torch
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
-from fastvideo.distillation.adapters.export.cogvideox import euler_scheduler
+from fastvideo.distillation.adapters.export.discrete_vp import euler_scheduler
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import COGVIDEOX_5B, cogvideox_config, cogvideox_folder
 
+CLASS = "CogVideoXDDIMScheduler"
 SCHEDULER: dict[str, Any] = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 
 @pytest.fixture(params=[1.0, 3.0])
 def grid(request: pytest.FixtureRequest) -> NoiseGrid:
-    return NoiseGrid({**SCHEDULER, "snr_shift_scale": request.param, "timestep_spacing": "trailing"})
+    return NoiseGrid({**SCHEDULER, "snr_shift_scale": request.param, "timestep_spacing": "trailing"}, CLASS)
 
 
 def test_every_timestep_is_found_again_from_its_time(grid: NoiseGrid) -> None:
@@ -65,7 +68,7 @@ def test_a_teacher_is_called_where_its_scheduler_calls_it(tiny_wan: Path, spacin
 
 def test_a_spacing_that_misses_pure_noise_is_refused() -> None:
     with pytest.raises(UserError, match="timestep_spacing 'leading' starts at 750"):
-        NoiseGrid({**SCHEDULER, "timestep_spacing": "leading"}).teacher_timesteps(4)
+        NoiseGrid({**SCHEDULER, "timestep_spacing": "leading"}, CLASS).teacher_timesteps(4)
 
 
 def test_the_other_scheduler_of_the_published_pipelines_has_the_same_table(grid: NoiseGrid) -> None:
@@ -73,13 +76,17 @@ def test_the_other_scheduler_of_the_published_pipelines_has_the_same_table(grid:
     from diffusers import CogVideoXDPMScheduler
 
     other = NoiseGrid(
-        dict(CogVideoXDPMScheduler(**{**SCHEDULER, "snr_shift_scale": grid.config["snr_shift_scale"]}).config)
+        dict(CogVideoXDPMScheduler(**{**SCHEDULER, "snr_shift_scale": grid.config["snr_shift_scale"]}).config), CLASS
     )
     assert torch.equal(other.times, grid.times)
     assert type(euler_scheduler(other, 4)).__name__ == "CogVideoXDDIMScheduler"
 
 
 @pytest.mark.parametrize("wrong", [{"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": False}])
-def test_another_kind_of_scheduler_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="has prediction_type v_prediction and rescale_betas_zero_snr true, this one"):
-        NoiseGrid({**SCHEDULER, **wrong})
+def test_another_kind_of_scheduler_is_refused(wrong: dict[str, Any], tiny_wan: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(cogvideox_folder(tiny_wan.parent), folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(UserError, match=r"epsilon|has prediction_type v_prediction and rescale_betas_zero_snr true"):
+        CogVideoXAdapter(cogvideox_config(folder)).folder.teacher_times(4)

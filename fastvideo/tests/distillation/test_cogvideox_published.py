@@ -57,7 +57,7 @@ def test_four_published_steps_as_rectified_flow_times(shift: float, times: tuple
     alpha = (abar / (shift + (1 - shift) * abar)).sqrt()
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     sigma = (1 - alpha**2).sqrt()
-    grid = NoiseGrid({**SCHEDULER, "snr_shift_scale": shift})
+    grid = NoiseGrid({**SCHEDULER, "snr_shift_scale": shift}, "CogVideoXDDIMScheduler")
     torch.testing.assert_close(grid.times, sigma / (alpha + sigma))
     assert grid.teacher_timesteps(4) == [999, 749, 499, 249]
     assert grid.times_of([999, 749, 499, 249]) == pytest.approx(times, abs=1e-6)

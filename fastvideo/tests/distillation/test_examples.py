@@ -15,7 +15,7 @@ from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import load_method, run_schema
-from fastvideo.tests.distillation.tiny import cogvideox_folder
+from fastvideo.tests.distillation.tiny import cogvideox_folder, made_family
 from fastvideo.training.distillation import parse
 
 ROOT = Path(__file__).parents[3]
@@ -63,6 +63,10 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
             role.pop("path", None)
     if values["distill_model"] == "cogvideox":
         values["model"]["path"] = str(cogvideox_folder(tiny_wan.parent))
+    if values["distill_model"] == "sdxl":
+        values["model"] |= made_family("sdxl", tiny_wan.parent).config.model_dump(
+            include={"path", "max_sequence_length"}
+        )
     config = config_of(values, recipe)
     adapter = build_adapter(config)
     loaded = set(config.roles) - set(

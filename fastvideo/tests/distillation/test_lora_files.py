@@ -65,7 +65,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def written(subject: Subject, layout: str, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     own = LAYOUTS[layout]
-    save_file(own.write(subject.factors(), subject.original), folder / own.file)
+    save_file(own.write(subject.factors(), subject.original, "transformer"), folder / own.file)
     return folder / own.file
 
 
@@ -85,7 +85,7 @@ def test_diffusers_converters_are_the_inverse(wan: Subject, layout: str, tmp_pat
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
     found = WanLoraLoaderMixin.lora_state_dict(load_file(written(wan, layout, tmp_path)))
-    expected = LAYOUTS["diffusers"].write(wan.factors(), wan.original)
+    expected = LAYOUTS["diffusers"].write(wan.factors(), wan.original, "transformer")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from fastvideo.conformance.tiny import LENGTH, WORDS, tiny_options, word_tokenizer
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import load_adapter
 from fastvideo.tests.cache import built
 
-WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry")
+MADE_OPTIONS = {"height": 16, "width": 32, "max_sequence_length": LENGTH}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def _wan_pipeline(latent_std: Sequence[float]) -> Any:
         latents_mean=[0.1 * i for i in range(channels)], latents_std=list(latent_std),
     )  # fmt: skip
     return WanPipeline(
-        tokenizer=_word_tokenizer(),
+        tokenizer=word_tokenizer(),
         text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS) + 3, **sizes)).eval(),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -132,7 +135,7 @@ def _cogvideox_pipeline(network: Mapping[str, Any], shift: float, spacing: str) 
         sample_height=16, sample_width=32, scaling_factor=0.7,
     )  # fmt: skip
     return CogVideoXPipeline(
-        tokenizer=_word_tokenizer(),
+        tokenizer=word_tokenizer(),
         text_encoder=T5EncoderModel(T5Config(vocab_size=len(WORDS) + 3, **sizes)).eval(),
         vae=vae,
         scheduler=CogVideoXDDIMScheduler(
@@ -143,21 +146,17 @@ def _cogvideox_pipeline(network: Mapping[str, Any], shift: float, spacing: str) 
     )  # fmt: skip
 
 
-def _word_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8
-    )
+def made_family(name: str, root: Path, **options: Any) -> DistillAdapter[Any]:
+    """A family whose pipeline the conformance command makes: 16 x 32 pixels, latents [4, 1, 8, 16]."""
+    family = load_adapter(name)
+    found = tiny_options(name, folder) if not (folder := root / name).exists() else MADE_OPTIONS | {"path": str(folder)}
+    return family(validate(family.Config, {**found, **options}, "test"))
 
 
 FAMILIES = {
     "analytic": Family(analytic_family, ("0.5", "-1")),
     "cogvideox": Family(cogvideox_family, ("a green seven moving up", "red three")),
+    "sd15": Family(partial(made_family, "sd15"), ("a green seven moving up", "red three")),
+    "sdxl": Family(partial(made_family, "sdxl"), ("a green seven moving up", "red three")),
     "wan": Family(wan_family, ("a green seven moving up", "red three")),
 }

@@ -159,7 +159,7 @@ def config_values(family: str, method: str) -> dict[str, Any]:
     """The least that a config says; roles are checked later."""
     values = {"distill_model": family, "distill_method": method, "output": "o", "model": {}, "method": {}}
     values["roles"] = {"student": {"trainable": True, "lora": {"rank": 4}}}
-    if family == "cogvideox":
+    if family not in ("analytic", "wan"):  # which have a model of their own
         values["model"] = {"path": "tiny_cogvideox"}
     return values | ({"method": {"teacher_path": "tiny"}} if method == "kd" else {})
 

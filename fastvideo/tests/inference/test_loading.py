@@ -105,8 +105,8 @@ def test_folder_that_is_not_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_pipeline_of_an_unknown_family(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(UserError, match="StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
+    with pytest.raises(UserError, match="KolorsPipeline"):
         load_model(str(tmp_path))
 
 

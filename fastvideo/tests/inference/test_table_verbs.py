@@ -10,7 +10,7 @@ from fastvideo.cli import main
 from fastvideo.cli.listing import split_paper
 from fastvideo.cli.schedule import published_steps
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
+from fastvideo.distillation.methods.fine_tuning.sft import SFTMethod
 from fastvideo.distillation.registry import ADAPTERS, METHODS
 from fastvideo.tests.distillation.tiny import cogvideox_folder
 
@@ -77,14 +77,21 @@ def test_list_names_every_method_and_family(capsys: pytest.CaptureFixture[str]) 
 
 def test_list_says_what_goes_together(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanAdapter, "supports", frozenset({"flow_map"}))
-    monkeypatch.setattr(DMD2Method, "needs_of", classmethod(lambda cls, config: frozenset({"flow_map", "jvp"})))
-    rows = {row[0]: row for row in shown(capsys, "list") if len(row) == 3 + len(ADAPTERS) and row[0]}
-    assert set(rows) == set(METHODS)
-    assert rows["dmd2"][1:3] == ["prompts suffice", "flow_map, jvp"]
-    assert rows["sft"][1:3] == ["videos", "-"]
-    cells = dict(zip(ADAPTERS, rows["dmd2"][3:], strict=True))
-    assert (cells["wan"], cells["analytic"]) == ("no jvp", "yes")
-    assert set(rows["sft"][3:]) == {"yes"}
+    monkeypatch.setattr(SFTMethod, "needs_of", classmethod(lambda cls, config: frozenset({"flow_map", "jvp"})))
+    lines = shown(capsys, "list")
+    rows = {row[0]: row for row in lines if len(row) == 4 and row[0]}
+    _, methods, fitting, others = rows["flow_map, jvp"]
+    assert methods == "mean_flow, sft, causal_sft"
+    assert "wan (jvp)" in others
+    assert "analytic" in fitting
+    assert "wan" not in fitting
+    assert rows["-"][2] == ", ".join(ADAPTERS)
+
+
+def test_list_says_how_far_a_family_is_proven(capsys: pytest.CaptureFixture[str]) -> None:
+    levels = {row[0]: row[2] for row in shown(capsys, "list") if len(row) == 3 and row[0]}
+    assert levels["wan"] == "tiny distillation"
+    assert levels["analytic"] == "closed form"
 
 
 def test_the_time_that_is_shown_is_the_time_that_wan_is_given() -> None:

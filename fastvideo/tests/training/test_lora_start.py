@@ -60,7 +60,7 @@ def style(base: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRAFile:
         for layer in layers
     }
     file = tmp_path_factory.mktemp("style") / "style.safetensors"
-    save_file(LAYOUTS["comfy"].write(factors, load_exporter(model.adapter.config).original_name), file)
+    save_file(LAYOUTS["comfy"].write(factors, load_exporter(model.adapter.config).original_name, "transformer"), file)
     return LoRAFile(file, factors, {})
 
 

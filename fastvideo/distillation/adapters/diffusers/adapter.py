@@ -95,7 +95,8 @@ def tapped(
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[index] = output if isinstance(output, Tensor) else output[0]
+            value = output if isinstance(output, Tensor) else output[0]
+            found[index] = value if value.ndim == 3 else value.flatten(2).mT  # a map [B, D, h, w] of a UNet
 
         return hook
 

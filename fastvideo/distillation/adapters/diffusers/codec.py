@@ -1,4 +1,4 @@
-"""Video autoencoders of diffusers."""
+"""Autoencoders of diffusers: videos, or images frame by frame."""
 
 from __future__ import annotations
 
@@ -35,6 +35,39 @@ class DiffusersCodec(Codec):
     def _decoded(self, raw: Tensor) -> Tensor:
         """Videos of latents that are no longer normalised."""
         return self.vae.decode(raw, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+class ImageCodec(DiffusersCodec):
+    """An autoencoder of images (``AutoencoderKL``): one scale and one shift, every frame on its own."""
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent pixel."""
+        return int(2 ** (len(self.pipeline.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        config = self.pipeline.config
+        size = config.height // self.spatial, config.width // self.spatial
+        return self.pipeline.vae_config["latent_channels"], config.num_frames, *size
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        scale, shift = self._scale_and_shift
+        return (latents - shift) * scale
+
+    @property
+    def _scale_and_shift(self) -> tuple[float, float]:
+        config = self.pipeline.vae_config
+        return float(config["scaling_factor"]), float(config["shift_factor"] or 0.0)
+
+    def _encode(self, videos: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(videos.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+        return self.normalise(latents.view(len(videos), -1, *latents.shape[1:]).transpose(1, 2))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        scale, shift = self._scale_and_shift
+        frames = self._decoded((latents / scale + shift).transpose(1, 2).flatten(0, 1))
+        return frames.view(len(latents), -1, *frames.shape[1:]).transpose(1, 2)
 
 
 class StatisticsCodec(DiffusersCodec):

@@ -131,13 +131,7 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
         return prompt
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        tokenizer, texts = self.tokenizer, [self.clean_prompt(prompt) for prompt in prompts]
-        if not tokenizer.is_fast:
-            return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
-        backend = tokenizer.backend_tokenizer  # without the lists of Python integers of the call above
-        backend.no_truncation()
-        backend.no_padding()
-        return [len(found) for found in backend.encode_batch(texts)]
+        return count_tokens(self.tokenizer, [self.clean_prompt(prompt) for prompt in prompts])
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for start in range(0, len(prompts), TOKENIZED):
@@ -152,12 +146,20 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """``prompt_embeds`` ``[B, max_sequence_length, D]``; padding is zero unless the family encodes it."""
         self.check_prompts(self._prompts.missing(prompts))
+        return Condition({self.key: self._tensors(self._rows(prompts))})
+
+    def _rows(self, prompts: Sequence[str]) -> Tensor:
+        """Texts of prompts ``[B, text_rows, D]``, on the device in float32."""
         rows = [row.to(self.device, non_blocking=True) for row in self._prompts(prompts)]
-        return Condition({self.key: {TEXT: torch.stack([self._padded(row) for row in rows])}})
+        return torch.stack([self._padded(row) for row in rows])
+
+    def _tensors(self, texts: Tensor) -> dict[str, Tensor]:
+        """The tensors of a condition, by name, of texts ``[B, text_rows, D]`` as they are cached and stored."""
+        return {TEXT: texts}
 
     def _padded(self, embedding: Tensor) -> Tensor:
-        """``[..., L, D]`` in float32, followed by zeros up to ``max_sequence_length``."""
-        missing = self.config.max_sequence_length - embedding.shape[-2]
+        """``[..., L, D]`` in float32, followed by zeros up to ``text_rows``."""
+        missing = self.text_rows - embedding.shape[-2]
         return nn.functional.pad(embedding.float(), (0, 0, 0, missing))
 
     def _encode_text(self, prompt: str) -> Tensor:
@@ -213,12 +215,13 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
         return {STORED: (None, self.text_width)}
 
     def encode_stored(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        return {STORED: self.encode_prompts(captions).of(self.key)[TEXT]}
+        self.check_prompts(self._prompts.missing(captions))
+        return {STORED: self._rows(captions)}
 
     def text_of(self, raw: RawBatch) -> Condition:
         if STORED not in raw.extras:
             return self.encode_prompts(raw.captions)
-        return Condition({self.key: {TEXT: self._fitted(raw.extras[STORED])}})
+        return Condition({self.key: self._tensors(self._fitted(raw.extras[STORED]))})
 
     def _fitted(self, embedding: Tensor) -> Tensor:
         """A precomputed text embedding ``[B, L, D]`` as the network takes it, on the device.
@@ -226,7 +229,7 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
         Raises:
             UserError: if its width is another, or it has too many tokens that are not padding.
         """
-        length, width = self.config.max_sequence_length, self.text_width
+        length, width = self.text_rows, self.text_width
         if embedding.shape[2] != width:
             raise UserError(f"data: text_embedding has width {embedding.shape[2]}, the model's text has width {width}")
         if embedding.shape[1] > length and embedding[:, length:].any():
@@ -235,6 +238,16 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
                 f"(model.max_sequence_length)"
             )
         return self._padded(embedding[:, :length].to(self.device, non_blocking=True))
+
+
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, with those that the tokenizer adds."""
+    if not tokenizer.is_fast:
+        return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+    backend = tokenizer.backend_tokenizer  # without the lists of Python integers of the call above
+    backend.no_truncation()
+    backend.no_padding()
+    return [len(found) for found in backend.encode_batch(texts)]
 
 
 def checked(extras: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor | None:

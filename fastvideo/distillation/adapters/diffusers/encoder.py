@@ -23,8 +23,10 @@ SAMPLE = 2**16
 """Bytes at the beginning, middle and end of a weights file that tell it from others: a whole one has gigabytes."""
 
 
-def load_text_encoder(pipeline: Pipeline[Any]) -> nn.Module:
-    """The frozen text encoder on the pipeline's device: bfloat16 on CUDA, float32 elsewhere.
+def load_text_encoder(pipeline: Pipeline[Any], name: str | None = None, part: str = FOLDER) -> nn.Module:
+    """A frozen text encoder on the pipeline's device: bfloat16 on CUDA, float32 elsewhere.
+
+    It is the family's, or the class ``name`` in the subfolder ``part``.
 
     On CUDA the weights go from the mapped file to the device, so that the processes of a machine share one reading.
 
@@ -34,14 +36,14 @@ def load_text_encoder(pipeline: Pipeline[Any]) -> nn.Module:
     on_cuda = pipeline.device.type == "cuda"
     options: dict[str, Any] = {"device_map": {"": pipeline.device}} if on_cuda else {}
     options["dtype"] = torch.bfloat16 if on_cuda else torch.float32
-    cls = library_class("transformers", pipeline.spec.text_encoder)
-    encoder, info = load_component(cls, pipeline.source, FOLDER, output_loading_info=True, **options)
-    check_whole(encoder, info["missing_keys"], pipeline.source)
+    cls = library_class("transformers", name or pipeline.spec.text_encoder)
+    encoder, info = load_component(cls, pipeline.source, part, output_loading_info=True, **options)
+    check_whole(encoder, info["missing_keys"], pipeline.source, part)
     module: nn.Module = encoder.to(pipeline.device).eval().requires_grad_(False)
     return module
 
 
-def check_whole(encoder: Any, missing: Iterable[str], source: str) -> None:
+def check_whole(encoder: Any, missing: Iterable[str], source: str, part: str = FOLDER) -> None:
     """Refuse an encoder with weights that no file gave it: its embeddings would say nothing of the prompt.
 
     Published Wan checkpoints store ``shared.weight`` alone and say ``tie_word_embeddings: false``; some versions of
@@ -50,7 +52,7 @@ def check_whole(encoder: Any, missing: Iterable[str], source: str) -> None:
     Raises:
         UserError: naming the weights and the versions that are known for it.
     """
-    lacking = sorted({*missing, *_untied(encoder, source)})
+    lacking = sorted({*missing, *_untied(encoder, Path(source) / part)})
     if lacking:
         import transformers
 
@@ -62,7 +64,7 @@ def check_whole(encoder: Any, missing: Iterable[str], source: str) -> None:
         )
 
 
-def _untied(encoder: Any, source: str) -> list[str]:
+def _untied(encoder: Any, folder: Path) -> list[str]:
     """Tables of words, by name, that are neither the encoder's shared one nor in its files."""
     shared = encoder.get_input_embeddings().weight
     tables = [
@@ -71,30 +73,32 @@ def _untied(encoder: Any, source: str) -> list[str]:
         if isinstance(module, nn.Embedding) and module.weight.shape == shared.shape
     ]
     apart = [name for name, table in tables if table is not shared and not torch.equal(table, shared)]
-    return [name for name in apart if name not in _stored_names(source)]
+    return [name for name in apart if name not in _stored_names(folder)]
 
 
-def _stored_names(source: str) -> set[str]:
+def _stored_names(folder: Path) -> set[str]:
     from safetensors import safe_open
 
     names: set[str] = set()
-    for file in sorted((Path(source) / FOLDER).glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             names |= set(stored.keys())
     return names
 
 
-def encoder_settings(pipeline: Pipeline[Any]) -> Mapping[str, Any]:
+def encoder_settings(pipeline: Pipeline[Any], suffix: str = "") -> Mapping[str, Any]:
     """Values that an embedding depends on besides its prompt, as JSON; ``None`` for what the folder does not hold.
+
+    ``suffix`` is the end of the encoder's and the tokenizer's names in a pipeline that has several.
 
     They are those of the files, not of their place: a copied or moved model is the same one.
     """
     folder = Path(pipeline.source)
     return {
         "encoder": pipeline.spec.text_encoder,
-        "encoder_config": _config_hash(folder / FOLDER / "config.json"),
-        "encoder_weights": _weights_hash(folder / FOLDER),
-        "tokenizer": _vocabulary_hash(folder / "tokenizer"),
+        "encoder_config": _config_hash(folder / f"{FOLDER}{suffix}" / "config.json"),
+        "encoder_weights": _weights_hash(folder / f"{FOLDER}{suffix}"),
+        "tokenizer": _vocabulary_hash(folder / f"tokenizer{suffix}"),
         "max_sequence_length": pipeline.config.max_sequence_length,
     }
 

@@ -59,9 +59,13 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         """Attention kernel with torch's choice behind it, compiled or eager blocks, and precision."""
         backend, blocks = self.config.attention_backend, "compiled" if self.config.compile_blocks else "eager"
         if backend == NATIVE:
-            width = int(self.pipeline.network_config()["attention_head_dim"])
-            backend = f"{NATIVE} -> {native_kernel(width, self.compute_dtype, self.pipeline.device)}"
+            backend = f"{NATIVE} -> {native_kernel(self._head_width, self.compute_dtype, self.pipeline.device)}"
         return f"attention {backend}, blocks {blocks}, {self.config.precision}"
+
+    @property
+    def _head_width(self) -> int:
+        """Channels of an attention head."""
+        return int(self.pipeline.network_config()["attention_head_dim"])
 
     @cached_property
     def _class(self) -> Any:
@@ -170,9 +174,16 @@ def read_recipe(source: str) -> dict[str, Any]:
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:
-    """The repeated blocks of a diffusers network, which it lists as not to be split between devices."""
-    names = set(network._no_split_modules or ())
-    return [module for module in network.modules() if type(module).__name__ in names]
+    """The repeated blocks of a diffusers network, which it lists as not to be split between devices.
+
+    A block inside another listed one is a part of that.
+    """
+    names, found, inside = set(network._no_split_modules or ()), list[nn.Module](), set[nn.Module]()
+    for module in network.modules():
+        if type(module).__name__ in names and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def compile_blocks(network: nn.Module) -> None:

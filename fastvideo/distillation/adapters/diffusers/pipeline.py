@@ -215,6 +215,18 @@ def library_class(library: str, name: str) -> Any:
     return getattr(import_module(library), name)
 
 
+def pipeline_library_class(name: str) -> Any:
+    """A stock pipeline's class, imported without transformers' remarks on image processors that nobody asked for."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return library_class("diffusers", name)
+    finally:
+        logging.set_verbosity(level)
+
+
 @contextmanager
 def _or_user_error(failed: str) -> Iterator[None]:
     try:
@@ -243,14 +255,23 @@ def full_config(name: str, source: str, subfolder: str) -> dict[str, Any]:
 
 def load_component(cls: type[Any], source: str, subfolder: str, **options: Any) -> Any:
     """``cls.from_pretrained(source, subfolder=...)``, without transformers' progress bar."""
-    from transformers.utils import logging as transformers_logging
+    failed = f"cannot load {subfolder!r} ({cls.__name__}) from {source!r}"
+    with without_progress_bar(), _or_user_error(failed):
+        return cls.from_pretrained(source, subfolder=subfolder, **options)
 
-    transformers_logging.disable_progress_bar()
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal; those that somebody turned off before stay off."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        with _or_user_error(f"cannot load {subfolder!r} ({cls.__name__}) from {source!r}"):
-            return cls.from_pretrained(source, subfolder=subfolder, **options)
+        yield
     finally:
-        transformers_logging.enable_progress_bar()
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:

@@ -48,6 +48,15 @@ class Exporter:
     streaming: ClassVar[StreamingClasses | None] = None
     """Classes of the programs that stream; ``None`` for a family that none of them has."""
 
+    network_part: ClassVar[str] = "transformer"
+    """Name of the network in the diffusers pipeline, before the layers' names in a LoRA file of it."""
+    lora_layouts: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "kohya", "comfy", "lightx2v")
+    """Layouts of LoRA files whose programs have the family, by their names in ``export.lora.LAYOUTS``."""
+    call_options: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames", "max_sequence_length")
+    """Options of the family that the diffusers pipeline is called with."""
+    makes_images: ClassVar[bool] = False
+    """The diffusers pipeline returns ``images`` and not ``frames``."""
+
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
 

@@ -5,7 +5,7 @@ of its spellings, and a name that none of them explains is an error.
 
 | layout | prefix | layer | factors | alpha |
 |---|---|---|---|---|
-| diffusers | ``transformer.`` | diffusers' | ``lora_A``, ``lora_B`` | multiplied in |
+| diffusers | ``transformer.`` or ``unet.`` | diffusers' | ``lora_A``, ``lora_B`` | multiplied in |
 | peft | ``base_model.model.`` | diffusers' | ``lora_A``, ``lora_B`` | in ``adapter_config.json`` |
 | kohya (musubi-tuner) | ``lora_unet_`` | authors', dots as underscores | ``lora_down``, ``lora_up`` | in the file |
 | comfy | ``diffusion_model.`` | authors' | ``lora_A``, ``lora_B`` | multiplied in |
@@ -224,7 +224,9 @@ def _scale_beside(file: Path, metadata: Mapping[str, str]) -> Scale:
         return _peft_scale(_json_object(read_text(beside, str(beside)), str(beside)), file)
     if PEFT_METADATA in metadata:
         own = _json_object(metadata[PEFT_METADATA], f"{file}: {PEFT_METADATA} in its header")
-        return _peft_scale({key.removeprefix("transformer."): value for key, value in own.items()}, file)
+        return _peft_scale(
+            {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in own.items()}, file
+        )
     return NO_SCALE
 
 
@@ -261,22 +263,23 @@ class Layout:
 
     Attributes:
         file: name of the file.
-        prefix, down, up: of every layer, and of its factors.
+        prefix: of every layer; ``None`` is the pipeline's name of the network.
+        down, up: of every layer's factors.
         original: the authors' names of layers instead of diffusers'.
         underscores: dots in a layer's name are written so.
         alpha: readers want an ``alpha`` per layer; it is the rank, so that strength 1 is right everywhere.
     """
 
     file: str
-    prefix: str
+    prefix: str | None
     down: str = ".lora_A.weight"
     up: str = ".lora_B.weight"
     original: bool = False
     underscores: bool = False
     alpha: bool = False
 
-    def write(self, factors: Mapping[str, tuple[Tensor, Tensor]], original: Name) -> dict[str, Tensor]:
-        """The adapter under this program's names.
+    def write(self, factors: Mapping[str, tuple[Tensor, Tensor]], original: Name, part: str) -> dict[str, Tensor]:
+        """The adapter under this program's names; ``part`` is the pipeline's name of the network.
 
         Raises:
             UserError: for a layer that it has no name for.
@@ -284,7 +287,9 @@ class Layout:
         named: dict[str, Tensor] = {}
         for layer, (down, up) in factors.items():
             name = original(layer) if self.original else layer
-            name = self.prefix + (name.replace(".", "_") if self.underscores else name)
+            name = (f"{part}." if self.prefix is None else self.prefix) + (
+                name.replace(".", "_") if self.underscores else name
+            )
             named |= {f"{name}{self.down}": down.contiguous(), f"{name}{self.up}": up.contiguous()}
             if self.alpha:
                 named[f"{name}{ALPHA}"] = torch.tensor(float(down.shape[0]))
@@ -292,7 +297,7 @@ class Layout:
 
 
 LAYOUTS = {
-    "diffusers": Layout(FILES[0], "transformer."),
+    "diffusers": Layout(FILES[0], None),
     "peft": Layout(FILES[1], "base_model.model."),
     "kohya": Layout("kohya_lora.safetensors", "lora_unet_", DOWN[1], UP[1], True, underscores=True, alpha=True),
     "comfy": Layout("comfyui_lora.safetensors", "diffusion_model.", original=True),

@@ -12,6 +12,7 @@ from fastvideo.distillation.causal_rollout import recache
 from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import full_time, guide, velocity_to_x0
+from fastvideo.distillation.rollout import start
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError
@@ -88,7 +89,7 @@ def test_teacher_forcing_is_what_sampling_sees(student: Denoiser, conditions: tu
     one = SamplerSpec((0.9,), 1.0, "renoise", reach)
     video = sample(student, SampleNoise([1, 2]), SHAPE, one, condition)
     streams = SampleNoise([1, 2])
-    noise = torch.cat([streams.draw((16, 1, 4, 4)) for _ in range(SHAPE[1])], dim=2)
+    noise = start(torch.cat([streams.draw((16, 1, 4, 4)) for _ in range(SHAPE[1])], dim=2), 0.9)
     times = torch.full((2, SHAPE[1]), 0.9)
     with torch.no_grad():
         u = student.velocity(noise, times, condition, context=Masked(reach, video))

@@ -1,0 +1,156 @@
+"""Prompts through a stock pipeline's own ``encode_prompt``, for families with several text encoders or pooled texts.
+
+The pipeline is built from its text components alone. A prompt is one matrix, as it is cached and stored: its tokens,
+then each pooled vector as a row under them. The condition holds them apart, by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.adapters.diffusers.conditioner import (
+    STORED,
+    TEXT,
+    DiffusersConditioner,
+    count_tokens,
+)
+from fastvideo.distillation.adapters.diffusers.encoder import encoder_settings, load_text_encoder
+from fastvideo.distillation.adapters.diffusers.pipeline import (
+    ConfigT,
+    Pipeline,
+    library_class,
+    load_component,
+    pipeline_library_class,
+)
+from fastvideo.distillation.types import UserError
+
+SUFFIXES = ("", "_2", "_3")
+"""Ends of the names of a pipeline's text encoders and tokenizers."""
+
+
+class PipelineTexts(DiffusersConditioner[ConfigT]):
+    """Texts ``prompt_embeds`` ``[B, L, D]``, padding encoded like words, and ``pooled`` vectors ``[B, W]`` beside them.
+
+    An empty prompt is the checkpoint's own unconditional one: zeros where its index says
+    ``force_zeros_for_empty_prompt``, as the stock pipeline takes without a negative prompt.
+    """
+
+    encodes_padding = True
+
+    @property
+    def pooled(self) -> Mapping[str, int]:
+        """Width of each pooled vector, by its name, in the order of ``encode_prompt``; at most ``text_width``."""
+        return {}
+
+    @property
+    def text_rows(self) -> int:
+        return self.config.max_sequence_length + len(self.pooled)
+
+    @cached_property
+    def _index(self) -> Mapping[str, Any]:
+        index = Path(self.pipeline.source) / "model_index.json"
+        return json.loads(index.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    @cached_property
+    def _suffixes(self) -> list[str]:
+        """Ends of the names of those text encoders that the folder has."""
+        return [suffix for suffix in SUFFIXES if (self._index.get(f"text_encoder{suffix}") or [None])[0]]
+
+    @cached_property
+    def text_encoder(self) -> nn.ModuleDict:
+        """The text encoders, by the names that the pipeline gives them."""
+        names = [f"text_encoder{suffix}" for suffix in self._suffixes]
+        return nn.ModuleDict({name: load_text_encoder(self.pipeline, self._index[name][1], name) for name in names})
+
+    @cached_property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """The tokenizers, by the names that the pipeline gives them.
+
+        Raises:
+            UserError: if one cuts texts elsewhere than the config says.
+        """
+        auto, length = library_class("transformers", "AutoTokenizer"), self.config.max_sequence_length
+        names = [f"tokenizer{suffix}" for suffix in self._suffixes]
+        found = {name: load_component(auto, self.pipeline.source, name) for name in names}
+        for name, tokenizer in found.items():
+            if tokenizer.model_max_length != length:
+                raise UserError(
+                    f"model.max_sequence_length is {length}, the {name} of {self.pipeline.source!r} pads every prompt "
+                    f"to {tokenizer.model_max_length} tokens"
+                )
+        return found
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        counts = [count_tokens(tokenizer, prompts) for tokenizer in self.tokenizers.values()]
+        return [max(each) for each in zip(*counts, strict=True)]
+
+    @cached_property
+    def _stock(self) -> Any:
+        """The stock pipeline without encoders, network and autoencoder."""
+        cls = pipeline_library_class(self._index["_class_name"])
+        missing = {name: None for name, part in self._index.items() if isinstance(part, list)}
+        return cls(**{**missing, **self.tokenizers, **self._flags})
+
+    @property
+    def _flags(self) -> dict[str, Any]:
+        return {name: value for name, value in self._index.items() if isinstance(value, bool)}
+
+    @torch.no_grad()
+    def _encode_batch(self, prompts: Sequence[str], padding: Literal["max_length", "longest"]) -> list[Tensor]:
+        stock = self._stock
+        stock.register_modules(**dict(self.text_encoder.items()))
+        tokens, *pooled = stock.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[::2]  # the others are of the negative prompt
+        stock.register_modules(**dict.fromkeys(self.text_encoder.keys()))  # so that they can be released
+        below = [nn.functional.pad(one, (0, self.text_width - one.shape[1]))[:, None] for one in pooled]
+        rows = list(torch.cat([tokens, *below], dim=1))
+        zeros = bool(self._flags.get("force_zeros_for_empty_prompt"))
+        return [row * 0 if zeros and not prompt else row for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _tensors(self, texts: Tensor) -> dict[str, Tensor]:
+        length = self.config.max_sequence_length
+        pooled = enumerate(self.pooled.items(), start=length)
+        return {TEXT: texts[:, :length], **{name: texts[:, row, :width] for row, (name, width) in pooled}}
+
+    @property
+    def text_settings(self) -> Mapping[str, Any]:
+        found = dict(super().text_settings)
+        for suffix in self._suffixes[1:]:
+            more = encoder_settings(self.pipeline, suffix)
+            found |= {f"{key}{suffix}": value for key, value in more.items() if key != "max_sequence_length"}
+        return found
+
+    @property
+    def stored_shapes(self) -> Mapping[str, Shape]:
+        return {STORED: (None, self.text_width)}
+
+    def _fitted(self, embedding: Tensor) -> Tensor:
+        """Every row counts, so there are all of them, or zeros alone (an empty caption is stored without its zeros)."""
+        rows, wanted = embedding.shape[1], self.text_rows
+        if rows != wanted and embedding[:, : min(rows, wanted)].any():
+            raise UserError(
+                f"data: text_embedding has {rows} rows, the model expects {wanted} (tokens, then pooled vectors)"
+            )
+        return super()._fitted(embedding)
+
+
+def text_encoders(pipeline: Pipeline[Any]) -> nn.ModuleDict:
+    """All text encoders of a pipeline on the meta device, for planning."""
+    folder = Path(pipeline.source)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    found = nn.ModuleDict()
+    with torch.device("meta"):
+        for name in (f"text_encoder{suffix}" for suffix in SUFFIXES):
+            if (index.get(name) or [None])[0]:
+                cls = library_class("transformers", index[name][1])
+                found[name] = cls(cls.config_class.from_pretrained(folder / name))
+    return found
