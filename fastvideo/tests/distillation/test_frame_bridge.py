@@ -142,9 +142,9 @@ def test_gradient_of_the_bridge_equals_its_finite_difference(
 
 def test_frames_are_made_smaller_without_aliasing_and_larger_evenly() -> None:
     stripes = torch.ones(1, 3, 16, 16)
-    stripes[..., ::2] = -1.0
-    assert float(resized(stripes, (8, 8)).abs().max()) < 0.2, "every second column alone would be all -1"
-    assert float(resized(stripes, (32, 8)).abs().max()) < 0.2, "smaller in one direction alone"
+    stripes[..., 1::4] = stripes[..., 2::4] = -1.0
+    for size in ((4, 4), (32, 4)):  # the second is smaller in one direction alone
+        assert float(resized(stripes, size).abs().max()) < 0.5, "the columns in the middle alone would be all -1"
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     assert torch.equal(resized(ramp, (16, 16)), functional.interpolate(ramp, (16, 16), mode="bilinear"))
     assert resized(ramp, (8, 8)) is ramp
