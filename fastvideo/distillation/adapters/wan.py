@@ -358,19 +358,22 @@ class WanCodec(StatisticsCodec):
         """One latent frame at a time: the past of a picked one is decoded without gradient, and leaves its caches."""
         decoder, rows, found = WanFrameDecoder(self), list(range(len(latents))), dict[tuple[int, int], Tensor]()
         places = [[latent_frame(frame, self.temporal) for frame in own] for own in picks]
+        gradient = torch.is_grad_enabled() and latents.requires_grad
         for number in range(max(map(max, places)) + 1):
             frame = latents[rows, :, number : number + 1]
             wanted = [place for place, row in enumerate(rows) if number in places[row]]
-            if wanted:
-                pixels = decoder.rows(wanted).unclamped(frame[wanted])
-                first = 1 + (number - 1) * self.temporal if number else 0
-                for at, row in enumerate(rows[place] for place in wanted):
-                    own = [(row, pick) for pick in picks[row] if latent_frame(pick, self.temporal) == number]
-                    found |= {key: pixels[at, :, key[1] - first] for key in own}
             later = [place for place, row in enumerate(rows) if max(places[row]) > number]
-            decoder, rows, frame = decoder.rows(later), [rows[place] for place in later], frame[later]
-            if rows:
-                decoder(frame)
+            if not gradient:
+                pixels = decoder.unclamped(frame)[wanted]
+            elif wanted:
+                pixels = decoder.rows(wanted).unclamped(frame[wanted])
+            first = 1 + (number - 1) * self.temporal if number else 0
+            for at, row in enumerate(rows[place] for place in wanted):
+                own = [pick for pick in picks[row] if latent_frame(pick, self.temporal) == number]
+                found |= {(row, pick): pixels[at, :, pick - first] for pick in own}
+            decoder, rows = decoder.rows(later), [rows[place] for place in later]
+            if rows and gradient:
+                decoder(frame[later])
         return torch.stack([torch.stack([found[row, pick] for pick in own], 1) for row, own in enumerate(picks)])
 
     def frame_decoder(self) -> WanFrameDecoder:
