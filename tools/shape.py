@@ -272,7 +272,7 @@ class Budget:
 BUDGETS = {
     "dmd2_lines": Budget(1775, goal=1400),
     "dmd2_files": Budget(13, goal=12),
-    "core_lines": Budget(6425, goal=2900),
+    "core_lines": Budget(6430, goal=2900),
     "core_files": Budget(36, goal=22),
     "velocity_definitions": Budget(2, goal=2),
     "sampling_loops": Budget(1, goal=1),

@@ -59,11 +59,13 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: 
     image = _image(subject, type(pipeline))
     pipeline.scheduler = stock.scheduler
     pipeline.set_progress_bar_config(disable=True)
+    unwanted = adapter.conditioner.negative_prompt if guidance != 1.0 else ""
     made = pipeline(
         prompt=subject.prompts[0],
         latents=exporter.stock_latents(noise),
         output_type="pt",
-        **exporter.call_arguments(len(stock.times), guidance, stock.sigmas),
+        **({"negative_prompt": unwanted} if unwanted else {})
+        | exporter.call_arguments(len(stock.times), guidance, stock.sigmas),
         **image,
         **_sizes(adapter.config, type(pipeline)),
     )[0]

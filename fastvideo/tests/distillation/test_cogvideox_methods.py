@@ -24,8 +24,9 @@ FITTING = [
     name
     for name, method in ((name, load_method(name)) for name in METHODS)
     if not method.needs_trajectories and not lacks(method.Config(), method, CogVideoXAdapter)
+    if "frame_teacher" not in method.frozen_roles  # of an image family
 ]
-"""Methods that train this family on latents or prompts."""
+"""Methods that train this family alone on latents or prompts."""
 WORLD = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
 
 

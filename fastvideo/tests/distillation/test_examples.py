@@ -52,10 +52,21 @@ def test_recipe_names_data_that_is_there(recipe: Path) -> None:
         assert not load_method(config.distill_method).uses_latents(config.method)
 
 
+def use_toys(values: dict[str, Any], root: Path) -> None:
+    """Put tiny pipelines into the sections of roles with a family of their own."""
+    for role in values["roles"].values():
+        if (name := role.get("model", {}).get("family")) in MADE:
+            made = made_family(name, root).config.model_dump(include={"path", "max_sequence_length"})
+            role["model"] |= {**made, "height": 16, "width": 32}
+            values["method"]["allow_resize"] = True
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     """The whole builder, with toy networks of the real class instead of the recipe's weights."""
     values = read_yaml(recipe)
+    values["model"] |= {"attention_backend": "native"} if "attention_backend" in values["model"] else {}
+    use_toys(values, tiny_wan.parent)
     if values["distill_model"] == "wan":
         streams = load_method(values["distill_method"]).autoregressive_roles
         reach = values["method"].get("reach", {})

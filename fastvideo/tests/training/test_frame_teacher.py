@@ -121,7 +121,7 @@ def test_a_term_that_drowns_the_other_is_said_once(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def still(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Section of a tiny SDXL."""
-    options = tiny_options("sdxl", tmp_path_factory.mktemp("sdxl"))
+    options = tiny_options("sdxl", tmp_path_factory.mktemp("frames") / "sdxl")
     return {"family": "sdxl", **options, "height": 32, "width": 32}
 
 

@@ -135,7 +135,7 @@ def case_of(family: str, method: str, **parallel: Any) -> Case:
 FAMILIES = ("wan", "cogvideox")
 CAUSAL = tuple(name for name in METHODS if load_method(name).reach_of(load_method(name).Config()) is not None)
 """Methods of families with chunks alone, over layouts without `context`."""
-WHOLE = tuple(name for name in METHODS if name not in CAUSAL)
+WHOLE = tuple(name for name in METHODS if name not in (*CAUSAL, "phased_dmd", "dmd2_frames"))
 
 
 def covering() -> dict[str, list[Case]]:
