@@ -202,7 +202,7 @@ def try_numbers(count: int, seed: int) -> None:
 
 
 def test_numbers() -> None:
-    try_numbers(400, 0)
+    try_numbers(200, 0)
 
 
 @pytest.mark.nightly

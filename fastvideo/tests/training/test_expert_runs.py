@@ -213,6 +213,7 @@ def test_a_file_that_names_no_expert_is_refused(trained: Path, model: Path, tmp_
         run_merge(str(model), tmp_path / "merged", [str(tmp_path / "lora.safetensors")], None, overwrite=False)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_both_experts_and_what_a_call_runs(model: Path, tmp_path: Path) -> None:
     config = config_of(values_of(tmp_path, model, device="auto"), "test")
     plan = Planner().plan(config, 1)
