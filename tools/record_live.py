@@ -1,6 +1,6 @@
 """Record the page of ``fastvideo live`` as an animated picture, steered by keys, words and text: for the README.
 
-    python -m tools.record_live tiny_stream --out docs/images/live.webp
+    python -m tools.record_live outputs/demo_stream/student --out docs/images/live.webp
 
 It needs Chromium and chromedriver, and a quiet machine: pictures are taken as fast as the browser gives them, and shown
 at the times at which they were taken.

@@ -88,6 +88,17 @@ def test_teacher_with_its_own_guidance() -> None:
     assert model(sampler="euler", guidance=1.5).sampler(guidance=3.0).guidance == 3.0
 
 
+def test_teacher_with_its_own_steps() -> None:
+    assert len(model(steps=12).sampler().times) == 12
+    assert len(model(steps=12).sampler(steps=25).times) == 25
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, "many", True])
+def test_a_recipe_with_bad_steps_is_refused(steps: object) -> None:
+    with pytest.raises(UserError, match=r"recipe\.json: steps must be a whole number from 1"):
+        model(steps=steps).sampler()
+
+
 @pytest.mark.parametrize("recipe", [{}, {"ladder": LADDER}])
 def test_zero_steps_are_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="at least 1"):
