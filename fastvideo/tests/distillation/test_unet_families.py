@@ -322,6 +322,7 @@ FITTING = [
     name
     for name, method in ((name, load_method(name)) for name in METHODS)
     if not method.needs_trajectories and not lacks(method.Config(), method, load_adapter("sdxl"))
+    if "frame_teacher" not in method.frozen_roles  # which sees frames of videos
 ]
 """Methods that train these families on latents or prompts."""
 QUICK = ("dmd2",)

@@ -69,7 +69,10 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
     @property
     def head_width(self) -> int:
         """Channels of an attention head."""
-        return int(self.pipeline.network_config()["attention_head_dim"])
+        config = self.pipeline.network_config()
+        return int(
+            config["attention_head_dim"] if "attention_head_dim" in config else config["dim"] // config["n_heads"]
+        )
 
     def check_kernels(self, *, trained: bool) -> None:
         """Try the attention backend at the network's width, dtype and device."""

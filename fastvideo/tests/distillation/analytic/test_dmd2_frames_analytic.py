@@ -307,11 +307,15 @@ def fixed_point(weight: float, frame_times: tuple[float, float]) -> tuple[float,
 
 @pytest.mark.slow
 def test_frames_alone_neither_keep_nor_restore_motion() -> None:
-    """Variances become those of the frame teacher, and the correlation of the frames stays where it started."""
+    """Variances become those of the frame teacher, and the correlation of the frames stays where it started.
+
+    Nothing draws it back, so that it wanders a little with the draws.
+    """
     found = two_frames(
         -0.5, 50, video_weight=0.0, frame_weight=1.0, allow_frames_only=True, frame_time_range=(0.02, 0.98)
     )
-    assert found == pytest.approx((0.5, -0.5), abs=0.02)
+    assert found[0] == pytest.approx(0.5, abs=0.02)
+    assert found[1] == pytest.approx(-0.5, abs=0.04)
 
 
 @pytest.mark.slow
