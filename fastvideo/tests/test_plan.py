@@ -197,7 +197,7 @@ def test_a_text_encoder_stays_only_for_prompts_that_do_not_fit(tmp_path: Path) -
     assert "text encoder" not in frozen_parts(fake_run(config_of(TINY, "--data.path", "data/stored")))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_processes_hold_less_and_send_more() -> None:
     planner = Planner()
     plans = [planner.plan(config_of(TINY, "--parallel.shard", str(n)), n) for n in (1, 2, 4)]

@@ -43,7 +43,9 @@ def values_of(root: Path, output: Path, lora: dict[str, Any] | None) -> dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param({"rank": 4}, marks=pytest.mark.nightly)], ids=["whole", "adapters"]
+)
 def test_a_sharded_run_and_its_resume_end_where_a_data_parallel_run_does(lora: Any, tmp_path: Path) -> None:
     plain = launch(values_of(tmp_path, tmp_path / "plain", lora))
     sharded = values_of(tmp_path, tmp_path / "sharded", lora) | {"parallel": {"shard": 2}}
