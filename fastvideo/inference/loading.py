@@ -25,7 +25,7 @@ from fastvideo.inference.recipe import streaming_of
 
 RECIPE = "recipe.json"
 TEACHER_STEPS = 50
-"""Steps of a teacher whose recipe has no `steps` of its own."""
+"""Steps of a teacher whose recipe has no `sampling_steps`."""
 OF_THE_MACHINE = frozenset({"attention_backend", "compile_blocks"})
 """Fields of a recipe's ``model`` that say what a run trained with on its machine: another one may have neither."""
 
@@ -41,7 +41,7 @@ def _guidance(value: object) -> GuidanceValue:
 def _steps(value: object) -> int:
     """A teacher's own steps; UserError for a recipe that holds something else."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{RECIPE}: steps must be a whole number from 1, got {value!r}")
+        raise UserError(f"{RECIPE}: sampling_steps must be a whole number from 1, got {value!r}")
     return value
 
 
@@ -88,7 +88,7 @@ class OpenedModel:
         wanted = _guidance(default if guidance is None else guidance)
         self.adapter.folder.check_guidance(wanted)
         if not self.is_student:
-            count = steps or _steps(self.recipe.get("steps", TEACHER_STEPS))
+            count = steps or _steps(self.recipe.get("sampling_steps", TEACHER_STEPS))
             return SamplerSpec.teacher(self.adapter.folder.teacher_times(count), wanted)
         own, kind = Ladder(tuple(ladder or self.recipe["ladder"])), student_sampler(self.recipe)
         if kind == "flow_map" and steps not in (None, 1, len(own)):

@@ -38,10 +38,9 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
             recipe[STREAMING]["first_ladder"] = list(first)
     if not method.makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
-    if "guidance" in folder.recipe:
-        # The result is a teacher: any number of steps, with the guidance of its base model.
-        return recipe | {"guidance": folder.recipe["guidance"]}
-    return recipe
+    # The result is a teacher: any number of steps, with guidance and usual steps of its base model.
+    own = ("guidance", "sampling_steps")
+    return recipe | {key: folder.recipe[key] for key in own if key in folder.recipe}
 
 
 def streaming_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

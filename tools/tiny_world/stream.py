@@ -83,7 +83,7 @@ def teacher_stage(out: Path, recipe: StreamRecipe) -> dict[str, float]:
     teacher.distil(CONFIG, out / "pipeline", run, {})
     trained = json.loads((run / "student" / "recipe.json").read_text(encoding="utf-8"))
     recipe = teacher.sampling(GUIDANCE, TextRecipe(), trained["model"]["num_frames"])
-    recipe |= {"steps": STEPS, "streaming": trained["streaming"]}
+    recipe |= {"sampling_steps": STEPS, "streaming": trained["streaming"]}
     teacher.install(run / "student", out / "pipeline", recipe)
     return {"loss": teacher.last_loss(run)}
 

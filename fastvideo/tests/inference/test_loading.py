@@ -89,14 +89,14 @@ def test_teacher_with_its_own_guidance() -> None:
 
 
 def test_teacher_with_its_own_steps() -> None:
-    assert len(model(steps=12).sampler().times) == 12
-    assert len(model(steps=12).sampler(steps=25).times) == 25
+    assert len(model(sampling_steps=12).sampler().times) == 12
+    assert len(model(sampling_steps=12).sampler(steps=25).times) == 25
 
 
 @pytest.mark.parametrize("steps", [0, 2.5, "many", True])
 def test_a_recipe_with_bad_steps_is_refused(steps: object) -> None:
-    with pytest.raises(UserError, match=r"recipe\.json: steps must be a whole number from 1"):
-        model(steps=steps).sampler()
+    with pytest.raises(UserError, match=r"recipe\.json: sampling_steps must be a whole number from 1"):
+        model(sampling_steps=steps).sampler()
 
 
 @pytest.mark.parametrize("recipe", [{}, {"ladder": LADDER}])
