@@ -55,7 +55,7 @@ class EvaluateArguments:
     switches: HeldOut = 0
     """With --long, also so many streams whose prompt changes in the middle: frames until it shows, and its price."""
     on_switch: OnSwitch = "recache"
-    """What a stream remembers when its prompt changes: the past read again under the new prompt, as it was, its sink
+    """Memory of a stream when its prompt changes: the past read again under the new prompt, as it was, its sink
     and last chunk alone, or nothing."""
     prompts: Annotated[Samples | str | None, tyro.conf.arg(metavar="FILE|URL|INT", help_behavior_hint="")] = None
     """Text file (or a URL) with a prompt per line, for --teacher; or how many held-out prompts of the tiny world

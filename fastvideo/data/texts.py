@@ -127,7 +127,7 @@ class TextWriter:
 
 
 def _reasons(conditioners: Sequence[Conditioner], prompts: Sequence[str]) -> dict[int, str]:
-    """Why a prompt is left out, by its row."""
+    """Reasons for which prompts are left out, by row."""
     return {
         row: f"{count} tokens, the text encoder takes {each.text_length} (max_sequence_length)"
         for each in conditioners

@@ -32,7 +32,7 @@ class Family(Protocol):
 
     @property
     def folder(self) -> Prescription:
-        """How networks are sampled."""
+        """The part of the folder that says how networks are sampled."""
         ...
 
     @property

@@ -327,7 +327,7 @@ class ModelFolder(ABC):
         raise UserError(f"{type(self).__name__} has no networks without weights: its family is loaded whole")
 
     def files(self, path: str | None) -> Mapping[str, StoredTensor]:
-        """Where each parameter is stored, by its name; a ``UserError`` if there are no safetensors files."""
+        """Place of each stored parameter, by its name; a ``UserError`` if there are no safetensors files."""
         raise UserError(f"{type(self).__name__} has no files by parameter: its family is loaded whole")
 
     def add_flow_map(self, network: nn.Module) -> None:

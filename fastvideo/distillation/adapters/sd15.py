@@ -6,8 +6,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
-from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
-from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig
+from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig, UNetTexts
 from fastvideo.ranges import Pixels
 
 
@@ -23,12 +22,8 @@ class SD15Config(UNetConfig):
     """Picture width in pixels."""
 
 
-class SD15Conditioner(PipelineTexts[SD15Config]):
+class SD15Conditioner(UNetTexts[SD15Config]):
     """CLIP tokens."""
-
-    @property
-    def text_width(self) -> int:
-        return int(self.pipeline.network_config()["cross_attention_dim"])
 
 
 class SD15Adapter(UNetAdapter[SD15Config]):

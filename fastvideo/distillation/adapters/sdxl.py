@@ -14,8 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
-from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
-from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig
+from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig, UNetTexts
 from fastvideo.ranges import Pixels
 
 POOLED = "pooled_prompt_embeds"
@@ -36,12 +35,8 @@ class SDXLConfig(UNetConfig):
     """Picture width in pixels."""
 
 
-class SDXLConditioner(PipelineTexts[SDXLConfig]):
+class SDXLConditioner(UNetTexts[SDXLConfig]):
     """CLIP-L and CLIP-G tokens, and the pooled text of CLIP-G."""
-
-    @property
-    def text_width(self) -> int:
-        return int(self.pipeline.network_config()["cross_attention_dim"])
 
     @cached_property
     def pooled(self) -> Mapping[str, int]:

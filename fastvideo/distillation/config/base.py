@@ -47,7 +47,7 @@ class AdapterConfig(Section):
     reversed_time: ClassVar[bool] = False
     """The network's own time falls towards pure noise."""
     level: ClassVar[Level] = "tiny equality"
-    """How far the family has been proven."""
+    """Proof that the family has passed."""
 
 
 class MethodConfig(Section):

@@ -85,11 +85,11 @@ class FlowFolder(TextsFolder[ConfigT]):
             return tuple(scheduler.sigmas[:-1].tolist())
 
     def mu(self, scheduler: Mapping[str, Any], steps: int) -> float:
-        """How the schedule of a scheduler with this config depends on the sample's size and the number of steps."""
+        """Shift of a schedule with this config, by the sample's size and the number of steps."""
         return self._mu(scheduler, self.tokens, steps)
 
     def grid(self, steps: int) -> dict[str, Any]:
-        """What the stock pipeline asks its scheduler for."""
+        """Arguments with which the stock pipeline asks its scheduler for steps."""
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
 

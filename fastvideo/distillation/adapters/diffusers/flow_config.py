@@ -16,7 +16,7 @@ from fastvideo.ranges import GuidanceScale, Pixels, Tokens
 
 @dataclass(frozen=True)
 class StockCall:
-    """How a stock pipeline is called.
+    """The call of a stock pipeline.
 
     Attributes:
         guidance: its argument of guidance between two predictions; none for ``None``.
@@ -89,7 +89,7 @@ class GuidedImageConfig(FlowImageConfig):
 
     @property
     def embedded(self) -> float:
-        """What a network that reads a guidance gets."""
+        """The number for a network that reads a guidance."""
         return self.authors_guidance if self.guidance_embedded is None else self.guidance_embedded
 
     @property

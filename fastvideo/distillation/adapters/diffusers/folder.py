@@ -145,7 +145,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         return network.eval()
 
     def files(self, path: str | None) -> Mapping[str, StoredTensor]:
-        """Where the network's parameters are: in one file for all of a part, or several with an index."""
+        """Places of the network's parameters: in one file for all of a part, or several with an index."""
         if is_single_file(path):
             raise UserError(
                 f"{path} is one file in another layout, which is read whole; for parallel.shard make a folder of it: "

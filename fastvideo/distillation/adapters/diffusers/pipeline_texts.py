@@ -142,7 +142,7 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         return {STORED: (None, self.text_width)}
 
     def _fitted(self, embedding: Tensor) -> Tensor:
-        """Where every row counts there are all, or zeros alone (an empty caption is stored without its zeros)."""
+        """Texts with all rows where every row counts, or zeros alone (an empty caption is stored without them)."""
         rows, wanted = embedding.shape[1], self.text_rows
         if self.encodes_padding and rows != wanted and embedding[:, : min(rows, wanted)].any():
             raise UserError(

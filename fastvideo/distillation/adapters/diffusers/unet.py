@@ -17,6 +17,7 @@ from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
 from fastvideo.distillation.adapters.diffusers.image_codec import ImageCodec
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
 from fastvideo.distillation.adapters.diffusers.stills import (
     ImageConfig,
     TextsFolder,
@@ -36,6 +37,14 @@ class UNetConfig(ImageConfig):
 
     max_sequence_length: Tokens = 77
     """Tokens that a prompt may have, start and end included: the length to which its tokenizers pad."""
+
+
+class UNetTexts(PipelineTexts[ConfigT]):
+    """Texts that a UNet's cross-attention reads."""
+
+    @property
+    def text_width(self) -> int:
+        return int(self.pipeline.network_config()["cross_attention_dim"])
 
 
 class UNetFolder(TextsFolder[ConfigT]):
