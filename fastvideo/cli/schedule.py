@@ -53,7 +53,7 @@ def schedule_table(config: Config, written: object) -> Table:
     import torch
     from rich.table import Table
 
-    from fastvideo.distillation.noise import Interpolant
+    from fastvideo.distillation.interpolant import Interpolant
     from fastvideo.distillation.registry import load_adapter, load_method
 
     times = torch.tensor(config.ladder.times, dtype=torch.float64)

@@ -40,7 +40,7 @@ METHODS = {
 """Algorithms, by name."""
 
 ADAPTERS = {
-    "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
+    "wan": "fastvideo.distillation.adapters.wan_family.adapter:WanFamily",
     "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
     "sdxl": "fastvideo.distillation.adapters.sdxl:SDXLAdapter",
     "sd15": "fastvideo.distillation.adapters.sd15:SD15Adapter",

@@ -75,20 +75,6 @@ class Ladder:
         """Times with the final 0."""
         return (*self.times, 0.0)
 
-    def joined(self, other: Ladder, tolerance: float = 1e-6) -> Ladder:
-        """Times of both ladders; of two nearer than ``tolerance``, the one of ``other``."""
-        own = [t for t in self.times if all(abs(t - kept) > tolerance for kept in other.times)]
-        return Ladder(tuple(sorted((*own, *other.times), reverse=True)))
-
-    def first(self, count: int) -> Ladder:
-        """Ladder of ``count`` calls, which must be 1 (the first time) or ``len(self)``, as trained; else UserError."""
-        if count in (1, len(self)):
-            return Ladder(self.times[:count])
-        raise UserError(
-            f"this student was trained for the ladder {list(self.times)}: it runs with --steps {len(self.times)} "
-            f"or --steps 1, not {count}; name other times yourself: --ladder 1.0 0.5"
-        )
-
 
 def _shifted(time: float, shift: float) -> float:
     """``shift_time`` that keeps 1 exact; rounding gives 1.0000000000000002 for some shifts, such as 0.2."""
@@ -146,11 +132,3 @@ Guidance = Annotated[GuidanceScale | ByTime, BeforeValidator(by_time)]
 """Guidance as a config field, of samplers and of teachers: a number or pairs by time."""
 GuidanceNumber = Annotated[GuidanceScale, BeforeValidator(standard_guidance)]
 """Guidance that is the same at all times."""
-
-
-def guidance_text(guidance: GuidanceValue) -> str:
-    """Guidance for people: ``4.5``, ``4 from 0.875 up, 3 below``."""
-    if not isinstance(guidance, tuple):
-        return f"{guidance:g}"
-    parts = [f"{g:g} from {start:g} up" for start, g in guidance[:-1]]
-    return f"{', '.join(parts)}, {guidance[-1][1]:g} below"

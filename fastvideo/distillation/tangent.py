@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import Derivative, Field
-from fastvideo.distillation.noise import Interpolant, expand_time
+from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Given, mean_over_generated
 
 Tangent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]

@@ -11,7 +11,6 @@ from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.errors import Stopped
-from fastvideo.stopping import all_saved
 
 
 class Hook(Protocol):
@@ -100,8 +99,7 @@ class DistillTrainer:
         if number := self.runtime.stop_signal(meet=meet):
             self.settle()
             saved = self.on_stop(self.step)
-            self.runtime.stop_signal(meet=True)  # torchrun ends all processes as soon as one of them leaves
-            all_saved()
+            self.runtime.leave()
             self.runtime.log(self.step, self._spent(), closing=True)
             raise Stopped(number, f"at step {self.step}{saved}")
 

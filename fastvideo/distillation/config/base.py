@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from fastvideo.distillation.types import Need
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt
 
 
@@ -52,6 +53,9 @@ class AdapterConfig(Section):
 
 class MethodConfig(Section):
     """Base of every method's options."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """Abilities that these options need of the families."""
 
     def check_frames(self, frames: int) -> None:
         """Check options against the ``frames`` latent frames of the model's videos; most methods have none to check."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.config.sections import EMAConfig
 from fastvideo.distillation.engine.parallel.sharding import local
-from fastvideo.distillation.engine.training import training_of
+from fastvideo.distillation.engine.training import own_training, training_of
 
 
 class EMAHook:
@@ -62,4 +62,4 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
 
 def has_average(handle: RoleHandle) -> bool:
     """True if the role keeps averaged weights."""
-    return handle.training is not None and handle.training.ema is not None
+    return (training := own_training(handle)) is not None and training.ema is not None

@@ -221,6 +221,10 @@ class Runtime:
             return self._unsettled.finite.stop_signal()
         return self._stop_signal
 
+    def leave(self) -> None:
+        """Wait until every process has saved: torchrun ends all of them as soon as one leaves."""
+        self.agreement.leave()
+
     def _free_gathered(self) -> None:
         """Shard trained networks again before anything reads or changes their weights."""
         for handle in self.bundle:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fastvideo.distillation.bundle import RoleHandle, Training
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.engine.optional.eight_bit import adamw_8bit, check_installed
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
@@ -98,14 +98,20 @@ class RoleTraining:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def training_of(handle: RoleHandle) -> Training:
+def training_of(handle: RoleHandle) -> RoleTraining:
     """Training of a trained role.
 
     Raises:
         RuntimeError: for a frozen role.
     """
-    if handle.training is None:
+    if (training := own_training(handle)) is None:
         raise RuntimeError(f"role {handle.name!r} has no optimizer")
+    return training
+
+
+def own_training(handle: RoleHandle) -> RoleTraining | None:
+    """Training of a role; ``None`` for a frozen one."""
+    assert handle.training is None or isinstance(handle.training, RoleTraining)
     return handle.training
 
 
@@ -170,9 +176,9 @@ def relative_update(handle: RoleHandle) -> float | None:
 
     Reads Adam's moments alone, so repeated calls agree. Of sharded weights it measures this process's part.
     """
-    if handle.training is None:
+    if (training := own_training(handle)) is None:
         return None
-    optimizer = handle.training.optimizer
+    optimizer = training.optimizer
     moved = weight = 0.0
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -18,7 +18,8 @@ from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, initialising
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, Condition, Given, RawBatch
+from fastvideo.distillation.trajectory import STATE_TIMES, STATES
+from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
 from fastvideo.tests.preparing import preparer
 
 LADDER = Ladder((1.0, 0.9, 0.75, 0.5))

@@ -83,7 +83,7 @@ def test_a_cut_moves_the_chunks_behind_it(student: str, generate: Callable[..., 
 def test_a_signal_leaves_a_video_that_plays(
     student: str, tmp_path: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastvideo.distillation.adapters.wan import WanFrameDecoder
+    from fastvideo.distillation.adapters.wan_family.frames import WanFrameDecoder
 
     chunks, decode = [], WanFrameDecoder.__call__
 

@@ -16,8 +16,9 @@ from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
 from fastvideo.distillation.adapters.diffusers.image_codec import ImageCodec
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.adapters.diffusers.stills import (
     ImageConfig,
     TextsFolder,

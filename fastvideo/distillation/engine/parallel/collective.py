@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fastvideo.distillation.engine.parallel.distributed import largest_signal
 from fastvideo.errors import RunError, Stopped, UserError
-from fastvideo.stopping import received, step_done
+from fastvideo.stopping import all_saved, received, step_done
 
 T = TypeVar("T")
 PROBE_SECONDS = 5.0
@@ -87,6 +87,12 @@ class Agreement:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, value, group=self._group)
         return found
+
+    def leave(self) -> None:
+        """Wait for all ranks before this one ends, and ignore further signals from then on."""
+        self.step_done()
+        self.stop_signal()
+        all_saved()
 
     def step_done(self) -> None:
         """Tell the watchdog that this rank is alive."""

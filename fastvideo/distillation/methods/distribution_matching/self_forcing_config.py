@@ -54,6 +54,10 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
             raise ValueError(f"scored_frames: at most max_frames {most}, got {self.scored_frames}")
         return self
 
+    @property
+    def first_times(self) -> tuple[float, ...]:
+        return self.first_ladder
+
     def longest(self, frames: int) -> int:
         """Latent frames of the longest rollout, for a model whose videos have ``frames``."""
         return self.max_frames or frames

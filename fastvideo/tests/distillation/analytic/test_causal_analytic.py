@@ -23,7 +23,8 @@ from fastvideo.distillation.noise import guide, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, RawBatch, Trajectory, UserError
+from fastvideo.distillation.trajectory import Trajectory
+from fastvideo.distillation.types import Batch, RawBatch, UserError
 from fastvideo.tests.distillation.toys import SpyAdapter, train
 from fastvideo.tests.preparing import preparer
 
