@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +17,9 @@ from fastvideo.distillation.adapters.export.lora import read_lora
 from fastvideo.distillation.bridge import bridge_between
 from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.chunks import STREAMING
-from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
@@ -34,8 +36,8 @@ from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_exporter, load_method
-from fastvideo.distillation.rng import RandomStreams, initialising
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rng import RandomStreams, stream_seed
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Need, UserError
 from fastvideo.stopping import unit_done
 
@@ -302,6 +304,14 @@ def build_on(
     built = method(config.method, ModelBundle(handles, bridges), Ladder(config.ladder.times), rng)
     built.notes = (*notes, *crossings, *built.notes)
     return built
+
+
+@contextmanager
+def initialising(seed: int) -> Iterator[None]:
+    """Derive the first weights of networks made inside from ``seed``; torch's global state is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "heads"))
+        yield
 
 
 def check_run(

@@ -82,18 +82,6 @@ class RoleHandle(Denoiser):
         """Trained parameters."""
         return list(self.named_parameters().values())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Values that training changes, without graph: trained parameters, and the buffers of a network trained whole.
-
-        They share memory with the network, and are what a checkpoint and an average hold of this role.
-        """
-        if self._trained is not None:
-            return {name: parameter.detach() for name, parameter in self._trained.items()}
-        state, trained = self.network.state_dict(), self.named_parameters()
-        if len(trained) == sum(1 for _ in self.network.parameters()):
-            return state
-        return {name: state[name] for name in trained}
-
 
 @contextmanager
 def frozen(handles: Sequence[RoleHandle]) -> Iterator[None]:

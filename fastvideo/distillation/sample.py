@@ -17,8 +17,7 @@ from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity, generate
 from fastvideo.distillation.types import Condition
 from fastvideo.ranges import OnSwitch
 

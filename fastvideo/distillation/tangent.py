@@ -29,14 +29,6 @@ def trigflow_velocity(x: Tensor, u: Tensor, angle: Tensor) -> Tensor:
     return ((cos - sin) * x + u) / (cos + sin)
 
 
-def trigflow_rotate(x: Tensor, velocity: Tensor, by: Tensor) -> Tensor:
-    """Move ``x`` by the angle ``-by`` along the TrigFlow velocity ``F``: ``cos(by) x - sin(by) F``.
-
-    Unlike an Euler step it is exact for a pair of data and noise; by the whole angle it gives ``x0``.
-    """
-    return expand_time(by.cos(), x) * x - expand_time(by.sin(), x) * velocity
-
-
 def trig_field(velocity: Field) -> Field:
     """TrigFlow's ``F(x, angle)`` of a rectified-flow velocity ``u(x_t, t)``, at equal signal-to-noise ratio."""
 

@@ -14,13 +14,13 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.plain import read_recipe
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
+from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
-from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import Ladder, by_time
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import streaming_of
 

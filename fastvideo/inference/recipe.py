@@ -14,7 +14,7 @@ from fastvideo.distillation.chunks import STREAMING, Reach
 from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.registry import load_method
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.errors import UserError, counted
 
 _REACH = [field.name for field in fields(Reach)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.chunks import Masked, spans
+from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.causal import CausalOptions, reach_of
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
@@ -27,7 +28,6 @@ from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradie
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import by_time
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import see
 from fastvideo.evaluation.alarms import Figures, find_alarms

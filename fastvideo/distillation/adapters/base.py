@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.denoiser import Family, Taps, Tokens
 from fastvideo.distillation.frames import latent_frame
 from fastvideo.distillation.noise import GuidanceValue
@@ -387,7 +387,8 @@ class DistillAdapter(Family, ABC, Generic[ConfigT]):
         self.conditioner.ensure_negative_conditioning()
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
-        raise refused_context(type(self).__name__)
+        name = type(self).__name__
+        raise UserError(f"{name} does not generate chunk by chunk: its networks see all frames of a video at once")
 
     @classmethod
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
@@ -402,11 +403,6 @@ class DistillAdapter(Family, ABC, Generic[ConfigT]):
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
     ) -> tuple[Tensor | None, Tokens]:
         raise UserError(f"{type(self).__name__} has no features to tap: a family names its blocks and their widths")
-
-
-def refused_context(family: str) -> UserError:
-    """Error for a causal call of a family that has none."""
-    return UserError(f"{family} does not generate chunk by chunk: its networks see all frames of a video at once")
 
 
 def check_taps(taps: Taps, widths: Sequence[int], family: str) -> None:

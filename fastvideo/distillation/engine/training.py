@@ -29,7 +29,7 @@ class RoleTraining:
     """Trains one role.
 
     Attributes:
-        ema: averages of ``handle.tensors()`` by name, for a role that has them; shards where those are shards.
+        ema: averages of ``tensors_of(handle)`` by name, for a role that has them; shards where those are shards.
     """
 
     optimizer: Optimizer
@@ -115,6 +115,20 @@ def own_training(handle: RoleHandle) -> RoleTraining | None:
     return handle.training
 
 
+def tensors_of(handle: RoleHandle) -> dict[str, Tensor]:
+    """Values that training changes, without graph: trained parameters, and the buffers of a network trained whole.
+
+    They share memory with the network, and are what a checkpoint and an average hold of this role.
+    """
+    trained = handle.named_parameters()
+    if handle.shares_network:
+        return {name: parameter.detach() for name, parameter in trained.items()}
+    state = handle.network.state_dict()
+    if len(trained) == sum(1 for _ in handle.network.parameters()):
+        return state
+    return {name: state[name] for name in trained}
+
+
 def check_states(states: States, optimizers: Mapping[str, OptimizerConfig]) -> None:
     """Check that the optimizers of all roles can keep their moments in this format.
 
@@ -163,7 +177,7 @@ def warmup_cosine(warmup: int, decay: int, step: int) -> float:
 @torch.no_grad()
 def _exchange(handle: RoleHandle, averages: Mapping[str, Tensor]) -> None:
     free_gathered(handle.network)  # gathered blocks would keep the other weights
-    for name, tensor in handle.tensors().items():
+    for name, tensor in tensors_of(handle).items():
         average, live = local(averages[name]), local(tensor)
         kept = live.clone()
         live.copy_(average)

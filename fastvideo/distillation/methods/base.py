@@ -12,8 +12,7 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import SamplerKind
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.experts import Experts, boundary_between, check_boundary
 from fastvideo.distillation.noise import guidance_at
 from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, guidance_text, sample
-from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.loading import load_model, open_model
 from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder, wan_config

@@ -148,16 +148,21 @@ def test_trigflow_velocity_of_a_gaussian_is_the_slope_of_its_own_flow(pair: tupl
     close(found, -sin * MEAN + sin * cos * (1 - STD**2) / variance * (x - cos * MEAN), 1e-12)
 
 
+def rotated(x: Tensor, velocity: Tensor, by: Tensor) -> Tensor:
+    """``x`` moved by the angle ``-by`` along a TrigFlow velocity; by the whole angle it is ``x0``."""
+    return noise.expand_time(by.cos(), x) * x - noise.expand_time(by.sin(), x) * velocity
+
+
 def test_trigflow_velocity_of_a_pair_rotates_it_to_any_angle(pair: tuple[Tensor, Tensor]) -> None:
     angle = interpolant.flow_time_to_trigflow(TIMES)
     x0, eps = pair
     way = Interpolant.trigflow(angle)
     x = way.from_flow(noise.add_noise(x0, eps, TIMES))
     velocity = tangent.trigflow_velocity(x, noise.velocity_target(x0, eps), angle)
-    close(tangent.trigflow_rotate(x, velocity, angle), x0)
+    close(rotated(x, velocity, angle), x0)
     later = Interpolant.trigflow(angle - 0.1)
     moved = noise.expand_time(later.alpha, x) * x0 + noise.expand_time(later.sigma, x) * eps
-    close(tangent.trigflow_rotate(x, velocity, torch.full_like(angle, 0.1)), moved)
+    close(rotated(x, velocity, torch.full_like(angle, 0.1)), moved)
 
 
 def test_per_frame_times_act_on_their_frame_alone(pair: tuple[Tensor, Tensor]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.config.base import Guidance
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import first_steps
 

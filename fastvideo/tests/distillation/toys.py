@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.builder import initialising
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.distillation.rng import RandomStreams, initialising
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES
 from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
 from fastvideo.tests.preparing import preparer

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from fastvideo.cli.generate import GenerateArguments, run_generate
-from fastvideo.errors import Stopped, UserError
+from fastvideo.errors import UserError
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.streaming import Streamer
 from fastvideo.inference.switch_plan import chunk_starts
+from fastvideo.stopping import Stopped
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 

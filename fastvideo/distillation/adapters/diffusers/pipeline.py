@@ -16,7 +16,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
+from fastvideo.distillation.config.base import RESUMABLE
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
 
@@ -30,7 +31,6 @@ EXPECTED = (
     "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "
     f"or one of {sorted(EMBEDDED)} is expected"
 )
-ADAPTER_HINT = "it holds a LoRA, which goes into a role's `loras` or `lora.init_from`, or into `fastvideo merge`"
 
 
 class PipelineConfig(AdapterConfig):
@@ -121,7 +121,7 @@ class Pipeline(Generic[ConfigT]):
     @cached_property
     def index(self) -> Mapping[str, Any]:
         """Components and options of the pipeline, from its ``model_index.json``."""
-        return json.loads((Path(self.source) / "model_index.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return read_index(self.source)
 
     @property
     def vae_config(self) -> Mapping[str, Any]:
@@ -136,8 +136,12 @@ class Pipeline(Generic[ConfigT]):
 
 def local_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     """The folder ``path``, or the one that ships under this name, as :func:`checked_pipeline`."""
-    embedded = files("fastvideo").joinpath(EMBEDDED[path]) if path in EMBEDDED else path
-    return checked_pipeline(Path(str(embedded)), path, pipeline_classes)
+    return checked_pipeline(local_path(path), path, pipeline_classes)
+
+
+def local_path(path: str) -> Path:
+    """``path`` itself, or the folder that ships under this name."""
+    return Path(str(files("fastvideo").joinpath(EMBEDDED[path]))) if path in EMBEDDED else Path(path)
 
 
 def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...]) -> str:
@@ -146,13 +150,11 @@ def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...])
     Raises:
         UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
     """
-    _check_links(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         there = "has no model_index.json" if folder.is_dir() else "is a file"
         what = there if folder.exists() else "does not exist"
-        lora = f"; {ADAPTER_HINT}" if folder.is_dir() and _holds_adapter(folder) else ""
-        raise UserError(f"model folder {path!r} {what}: {EXPECTED}{lora}")
+        raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
     content = json.loads(index.read_text(encoding="utf-8"))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
@@ -165,21 +167,6 @@ def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...])
 def read_index(source: str) -> dict[str, Any]:
     """``model_index.json`` of a pipeline folder."""
     return dict(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8")))
-
-
-def _check_links(folder: Path) -> None:
-    """Refuse a slim folder whose links lead nowhere, as on another machine than that which made it."""
-    for item in folder.iterdir() if folder.is_dir() else ():
-        if item.is_symlink() and not item.exists():
-            raise UserError(
-                f"model folder {folder}: {item.name} is a link to {item.readlink()}, which is not there. The folder "
-                f"was saved slim, without what training does not change: copy it with its links followed (`cp -rL`, "
-                f"`rsync -aL`) from where it was made, or let {item.name} link to the same folder of its base model"
-            )
-
-
-def _holds_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors"))
 
 
 def first_line(error: Exception) -> str:

@@ -15,12 +15,13 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     Pipeline,
     checked_pipeline,
     first_line,
-    local_pipeline,
+    local_path,
 )
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.types import UserError
 from fastvideo.storage import is_remote, local_folder
 
+ADAPTER_HINT = "it holds a LoRA, which goes into a role's `loras` or `lora.init_from`, or into `fastvideo merge`"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -43,11 +44,35 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     Raises:
         UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
     """
+    folder = _fetched(path)
+    _check_links(folder)
+    if folder.is_dir() and not (folder / "model_index.json").exists() and _holds_adapter(folder):
+        raise UserError(f"model folder {path!r} has no model_index.json: {EXPECTED}; {ADAPTER_HINT}")
+    return checked_pipeline(folder, path, pipeline_classes)
+
+
+def _fetched(path: str) -> Path:
+    """The folder behind a path, a name, a hub id or a URL; it may not exist."""
     if is_remote(path):
-        return checked_pipeline(local_folder(path), path, pipeline_classes)
+        return local_folder(path)
     if path not in EMBEDDED and not Path(path).exists() and HUB_ID.fullmatch(path):
-        return checked_pipeline(_from_hub(path), path, pipeline_classes)
-    return local_pipeline(path, pipeline_classes)
+        return _from_hub(path)
+    return local_path(path)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a slim folder whose links lead nowhere, as on another machine than that which made it."""
+    for item in folder.iterdir() if folder.is_dir() else ():
+        if item.is_symlink() and not item.exists():
+            raise UserError(
+                f"model folder {folder}: {item.name} is a link to {item.readlink()}, which is not there. The folder "
+                f"was saved slim, without what training does not change: copy it with its links followed (`cp -rL`, "
+                f"`rsync -aL`) from where it was made, or let {item.name} link to the same folder of its base model"
+            )
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors"))
 
 
 @cache

@@ -25,7 +25,6 @@ from fastvideo.distillation.adapters.diffusers.stills import (
     UnsplitScaling,
     check_whole_sample,
 )
-from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Tokens
 
@@ -116,16 +115,9 @@ class UNetAdapter(DiffusersAdapter[ConfigT]):
         return None
 
     def velocity(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        r: Tensor | None = None,
-        context: Context | None = None,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
     ) -> Tensor:
-        check_whole_sample(type(self).__name__, t, context)
+        check_whole_sample(type(self).__name__, t)
         grid, own = self.folder.grid, condition.of(self.conditioner.key)
         x = self._input(network, grid.network_input(x_t, t))
         with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):

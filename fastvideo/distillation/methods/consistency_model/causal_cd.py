@@ -16,12 +16,12 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Masked, by_chunk
-from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, PositiveFloat, Steps
 

@@ -22,8 +22,7 @@ from fastvideo.distillation.methods.distribution_matching.self_forcing_config im
     SelfForcingConfig as SelfForcingConfig,
 )
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Velocity, few_step
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, Velocity, few_step
 from fastvideo.distillation.types import Batch
 
 Times = tuple[float, ...]

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from fastvideo.distillation.config.base import Time
+from fastvideo.distillation.config.base import Guidance, Time
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import LearningRate, PositiveInt
 

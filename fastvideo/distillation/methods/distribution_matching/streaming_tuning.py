@@ -22,7 +22,7 @@ from fastvideo.distillation.methods.distribution_matching.running_stream import 
 from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingMethod
 from fastvideo.distillation.methods.distribution_matching.streaming_tuning_config import StreamingTuningConfig
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Condition, UserError
 
 LEAD = 12

@@ -13,10 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rollout import SamplerKind
-from fastvideo.distillation.schedule import Guidance
 from fastvideo.distillation.trajectory import Trajectory, TrajectoryKind
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
 from fastvideo.ranges import LearningRate, Steps

@@ -11,7 +11,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingConfig, SelfForcingMethod
 from fastvideo.distillation.methods.distribution_matching.streaming_tuning import LEAD
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import RawBatch
 from fastvideo.tests.preparing import preparer
 from fastvideo.tiny.world import torus
