@@ -15,7 +15,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.noise import x0_to_velocity
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
@@ -52,7 +53,7 @@ def main() -> None:
     """Print one line per number of steps."""
     arguments = tyro.cli(Arguments)
     torch.set_flush_denormal(True)
-    adapter, judge = WanAdapter(WanConfig()), Judge(arguments.samples, seed=0)
+    adapter, judge = WanFamily(WanFamilyConfig()), Judge(arguments.samples, seed=0)
     latents = cached_latents(adapter.codec, TinyWorld("train"), arguments.latents, 0, arguments.cache).latents
     data, shape = latents.flatten(1), latents.shape[1:]
     noise = normal((arguments.samples, data.shape[1]), seeded(0))

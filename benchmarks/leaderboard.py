@@ -28,6 +28,7 @@ import tyro
 from leaderboard_page import write_page
 from safetensors.torch import load_file, save_file
 
+from fastvideo.distillation.config.causal import reach_of
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.environment import environment
 from fastvideo.errors import UserError
@@ -108,7 +109,7 @@ def chosen(arguments: Arguments) -> list[str]:
     for method in arguments.methods:
         if method not in METHODS or not recipe_of(method).is_file():
             raise UserError(f"--methods {method}: no such method, or no {recipe_of(method)}")
-    whole = [name for name in METHODS if load_method(name).reach_of(load_method(name).Config()) is None]
+    whole = [name for name in METHODS if reach_of(load_method(name).Config()) is None]
     return list(arguments.methods) or [method for method in whole if recipe_of(method).is_file()]
 
 

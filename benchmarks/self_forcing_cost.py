@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingConfig, SelfForcingMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, RawBatch
 
 TARGET = 1.6
@@ -49,7 +50,7 @@ class Exit(RandomStreams):
 
 def methods(size: int, chunk: int, videos: int) -> tuple[list[DMD2Method], Batch]:
     """DMD2 and Self-Forcing on equal networks, and their batch: 33 video frames of ``size`` pixels."""
-    adapter = WanAdapter(WanConfig(num_frames=33, height=size, width=size))
+    adapter = WanFamily(WanFamilyConfig(num_frames=33, height=size, width=size))
     adapter.ensure_negative_conditioning()
     batch = BatchPreparer(adapter.codec, [adapter.conditioner])(RawBatch(("a red seven moving left",) * videos))
     made: list[DMD2Method] = []

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.reading import validate
@@ -175,7 +176,7 @@ class Bench:
     ) -> tuple[Callable[[], None], Mapping[str, nn.Module]]:
         """A cycle of the trainer, as a user's config makes it, and its networks."""
         config = self.config(model or {}, method or {}, parallel)
-        adapter = WanAdapter(config.model)
+        adapter = WanFamily(config.model)
         built = build_method(config, adapter)
         batch = SIZES[self.size]["batch"]
         latents = torch.randn(batch, *adapter.codec.latent_shape)
@@ -196,7 +197,7 @@ class Bench:
 
     def loop(self, kind: type[Loop] = Loop, **options: Any) -> tuple[Callable[[], None], Mapping[str, nn.Module]]:
         """A cycle of the hand-written loop, and its networks."""
-        adapter = WanAdapter(WanConfig(path=self.folder, **SIZES[self.size]["video"]))
+        adapter = WanFamily(WanFamilyConfig(path=self.folder, **SIZES[self.size]["video"]))
         networks = {role: adapter.folder.load_network() for role in ("student", "teacher", "critic")}
         count = SIZES[self.size]["batch"]
         text = adapter.conditioner.encode_prompts(["a red three moving up", ""]).of(adapter.conditioner.key)[

@@ -18,7 +18,8 @@ import torch
 
 from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, CogVideoXConfig
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.chunks import spans
 
 
@@ -26,7 +27,7 @@ def codec_of(model: str, video_frames: int) -> Codec:
     """The codec of a family's pipeline."""
     if "cogvideox" in model:
         return CogVideoXAdapter(CogVideoXConfig(path=model, num_frames=video_frames)).codec
-    return WanAdapter(WanConfig(path=model, num_frames=video_frames)).codec
+    return WanFamily(WanFamilyConfig(path=model, num_frames=video_frames)).codec
 
 
 def streamed(codec: Codec, latents: torch.Tensor, chunk: int) -> tuple[torch.Tensor, int]:

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, Stopped, UserError, see
-from fastvideo.stopping import leave_word
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, UserError, see
+from fastvideo.stopping import Stopped, leave_word
 
 
 def speak_utf8() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,24 +17,6 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on: reason and remedy, exit code 1, no traceback."""
-
-
-class Stopped(Exception):
-    """A run that a signal stopped at a safe point.
-
-    Args:
-        number: of the signal.
-        message: step and saved checkpoint.
-    """
-
-    def __init__(self, number: int, message: str = "in preparation, before a step was taken; start it again") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} {message}")
-        self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        """130 for Ctrl-C, 75 for a scheduler's signal."""
-        return EXIT_INTERRUPTED if self.number == signal.SIGINT else EXIT_PREEMPTED
 
 
 def see(anchor: str) -> str:

@@ -55,17 +55,3 @@ OnSwitch = Literal["recache", "keep", "flush", "cut"]
 """Treatment of a stream's past when its prompt changes: ``recache`` computes it anew with the new prompt (LongLive,
 arXiv 2509.22622), ``keep`` changes nothing, ``flush`` leaves the sink and the last chunk (Infinity-RoPE,
 arXiv 2511.20649), ``cut`` begins an empty one."""
-
-
-def shown(interval: Interval) -> str:
-    """An interval in words: ``from 1 to 1000``, ``above 0, up to 1``."""
-    low = f"from {interval.ge}" if interval.ge is not None else f"above {interval.gt}"
-    joint = " to" if interval.ge is not None and interval.le is not None else ", up to"
-    return f"{low}{joint} {interval.le}" if interval.le is not None else f"{low}, below {interval.lt}"
-
-
-def holds(interval: Interval, value: float) -> bool:
-    """True for a number in an interval; never for one that is no number."""
-    above = value >= interval.ge if interval.ge is not None else value > interval.gt  # type: ignore[operator]
-    below = value <= interval.le if interval.le is not None else value < interval.lt  # type: ignore[operator]
-    return bool(above and below)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
-from fastvideo.errors import Stopped
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 GRACE_VARIABLE, DEFAULT_GRACE, GRACE_SINCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30, (2, 12)
 """Variable with torchrun's seconds between a signal and SIGKILL; its default; the first torch that reads it."""
@@ -31,6 +31,24 @@ _received: list[int] = []
 _received_at: list[float] = []
 _saved: list[bool] = []
 _units = [0]
+
+
+class Stopped(Exception):
+    """A run that a signal stopped at a safe point.
+
+    Args:
+        number: of the signal.
+        message: step and saved checkpoint.
+    """
+
+    def __init__(self, number: int, message: str = "in preparation, before a step was taken; start it again") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} {message}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 75 for a scheduler's signal."""
+        return EXIT_INTERRUPTED if self.number == signal.SIGINT else EXIT_PREEMPTED
 
 
 def received() -> int:

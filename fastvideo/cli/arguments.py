@@ -12,7 +12,7 @@ import tyro
 from annotated_types import Interval
 
 from fastvideo.errors import UserError, see
-from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens, holds, shown
+from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens
 
 T = TypeVar("T")
 FLATTENED_URL = re.compile(r"([a-z][a-z0-9+.-]+):/")
@@ -85,3 +85,17 @@ def ranges_in(hint: Any) -> Iterator[Interval]:
     yield from (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Interval))
     for inner in get_args(hint):
         yield from ranges_in(inner)
+
+
+def shown(interval: Interval) -> str:
+    """An interval in words: ``from 1 to 1000``, ``above 0, up to 1``."""
+    low = f"from {interval.ge}" if interval.ge is not None else f"above {interval.gt}"
+    joint = " to" if interval.ge is not None and interval.le is not None else ", up to"
+    return f"{low}{joint} {interval.le}" if interval.le is not None else f"{low}, below {interval.lt}"
+
+
+def holds(interval: Interval, value: float) -> bool:
+    """True for a number in an interval; never for one that is no number."""
+    above = value >= interval.ge if interval.ge is not None else value > interval.gt  # type: ignore[operator]
+    below = value <= interval.le if interval.le is not None else value < interval.lt  # type: ignore[operator]
+    return bool(above and below)

@@ -161,7 +161,7 @@ def _scale(arguments: GenerateArguments, height: int) -> int:
 
 
 def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> str:
-    from fastvideo.distillation.schedule import guidance_text
+    from fastvideo.distillation.sample import guidance_text
 
     frames, height, width = video.shape[1:]
     guidance = "" if spec.guidance == 1.0 else f", guidance {guidance_text(spec.guidance)}"

@@ -53,7 +53,7 @@ def schedule_table(config: Config, written: object) -> Table:
     import torch
     from rich.table import Table
 
-    from fastvideo.distillation.noise import Interpolant
+    from fastvideo.distillation.interpolant import Interpolant
     from fastvideo.distillation.registry import load_adapter, load_method
 
     times = torch.tensor(config.ladder.times, dtype=torch.float64)
@@ -82,7 +82,7 @@ def stock_ladder(config: Config, steps: int | None) -> str:
         UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
     """
     from fastvideo.distillation.registry import load_exporter, load_method
-    from fastvideo.distillation.schedule import Ladder
+    from fastvideo.distillation.rollout import Ladder
 
     wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
     sampler = load_exporter(config.model).stock_sampler(wanted, load_method(config.distill_method).sampler)

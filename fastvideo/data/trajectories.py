@@ -30,13 +30,15 @@ from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.chunks import STREAMING, Masked
+from fastvideo.distillation.config.causal import CausalOptions, reach_of
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
 from fastvideo.distillation.rng import sample_seed
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced
-from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import STATE_TIMES, STATES, RawBatch, TrajectoryKind, UserError
+from fastvideo.distillation.trajectory import STATE_TIMES, STATES, TrajectoryKind
+from fastvideo.distillation.types import RawBatch, UserError
 
 FORMAT = 1
 """Increase it when the same settings give other rows."""
@@ -54,8 +56,13 @@ FIELDS = {
 
 def trajectory_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
     """The teacher's times: its own sampler's, with the ladder's among them."""
-    own = Ladder(adapter.folder.teacher_times(config.method.teacher_steps))
-    return own.joined(Ladder(config.ladder.times)).times
+    return joined(adapter.folder.teacher_times(config.method.teacher_steps), config.ladder.times)
+
+
+def joined(times: Sequence[float], kept: Sequence[float], tolerance: float = 1e-6) -> tuple[float, ...]:
+    """Falling times of two ladders; of two nearer than ``tolerance``, the one that is ``kept``."""
+    own = [t for t in times if all(abs(t - one) > tolerance for one in kept)]
+    return tuple(sorted((*own, *kept), reverse=True))
 
 
 def state_times(config: Config, kind: TrajectoryKind) -> tuple[float, ...]:
@@ -75,7 +82,7 @@ def weights_hash(network: nn.Module) -> str:
 
 def provenance(config: Config, adapter: Adapter, teacher: nn.Module, kind: TrajectoryKind) -> dict[str, Any]:
     """Settings of a trajectory, as JSON: stored in a file and compared with a run's."""
-    reach = load_method(config.distill_method).reach_of(config.method) if kind == "causal" else None
+    reach = reach_of(config.method) if kind == "causal" else None
     return {
         KIND: kind,
         "reach": None if reach is None else asdict(reach),
@@ -125,7 +132,7 @@ class TrajectoryJob(FileJob):
 
     def _continue(self, config: Config, adapter: Adapter, teacher: Denoiser, rows: range) -> tuple[Tensor, Tensor]:
         """States ``[B, K + 1, C, F, H, W]``, the last at time 0, and the videos whose chunks ``rows`` went on from."""
-        raw, reach = self._clean(rows), load_method(config.distill_method).reach_of(config.method)
+        raw, reach = self._clean(rows), reach_of(config.method)
         assert raw.latents is not None
         assert reach is not None
         clean, sampler = raw.latents.to(adapter.device), _sampler(config, adapter)
@@ -230,14 +237,15 @@ def check_kind(config: Config, kind: TrajectoryKind) -> None:
     method, name = load_method(config.distill_method), config.distill_method
     if not method.needs_trajectories:
         raise UserError(f"{name} trains on no trajectories; the config's distill_method must be kd or causal_kd")
-    if kind not in (kinds := method.trajectory_kinds(config.method)):
+    if kind not in (kinds := config.method.trajectory_kinds):
         hint = "give --causal" if "causal" in kinds else "leave --causal out, or set distill_method: causal_kd"
         raise UserError(f"{name} trains on {' or '.join(kinds)} trajectories, and these would be {kind}: {hint}")
 
 
 def _check_teacher(config: Config, adapter: Adapter, kind: TrajectoryKind) -> None:
     """Refuse a teacher that has only seen whole videos where chunks go on from clean ones."""
-    path, trusted = config.method.teacher_path, load_method(config.distill_method).trusts_teachers(config.method)
+    path, own = config.method.teacher_path, config.method
+    trusted = isinstance(own, CausalOptions) and own.trusts_teachers
     if kind == "causal" and not trusted and STREAMING not in adapter.folder.recipe_of(path):
         raise UserError(
             f"method.teacher_path: {path or config.model.path} makes whole videos at once (its recipe.json has no "
@@ -268,7 +276,7 @@ def check_made_for(made: Mapping[str, Any], config: Config, adapter: Adapter, te
             f"{COMMAND} --config CONFIG --out FOLDER"
         )
     kind: TrajectoryKind = made.get(KIND, "bidirectional")
-    kinds = load_method(config.distill_method).trajectory_kinds(config.method)
+    kinds = config.method.trajectory_kinds
     if kind not in kinds:
         option = ", or set method.allow_bidirectional_pairs: true" if kind == "bidirectional" else ""
         raise UserError(

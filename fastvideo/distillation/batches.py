@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import Codec, Conditioner
-from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory, UserError
+from fastvideo.distillation.trajectory import Trajectory
+from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
 
 @dataclass(frozen=True)

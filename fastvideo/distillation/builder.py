@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,9 @@ from fastvideo.distillation.adapters.export.lora import read_lora
 from fastvideo.distillation.bridge import bridge_between
 from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.chunks import STREAMING
-from fastvideo.distillation.config.base import AdapterConfig, MethodConfig, OptimizerConfig
+from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
+from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
@@ -33,8 +36,8 @@ from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_exporter, load_method
-from fastvideo.distillation.rng import RandomStreams, initialising
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rng import RandomStreams, stream_seed
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Need, UserError
 from fastvideo.stopping import unit_done
 
@@ -303,6 +306,14 @@ def build_on(
     return built
 
 
+@contextmanager
+def initialising(seed: int) -> Iterator[None]:
+    """Derive the first weights of networks made inside from ``seed``; torch's global state is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "heads"))
+        yield
+
+
 def check_run(
     config: Config, families: Families, processes: Processes, optimizers: Mapping[str, OptimizerConfig]
 ) -> None:
@@ -403,26 +414,25 @@ def _check_derivatives(config: Config, family: Adapter, processes: Processes) ->
 
 def _check_reach(config: Config, families: Families, processes: Processes) -> None:
     """A student that generates chunk by chunk needs chunks, a ladder from pure noise, and whole samples."""
-    method, name = load_method(config.distill_method), config.distill_method
-    if (reach := method.reach_of(config.method)) is None:
+    own, name = config.method, config.distill_method
+    if not isinstance(own, CausalOptions):
         return
     if processes.context > 1:
         raise UserError(
             f"parallel.context: {name} attends chunk by chunk, which attention over several processes does not do; set "
             f"parallel.context: 1, and parallel.shard for memory"
         )
-    config.method.check_frames(families.main.codec.latent_shape[1])
-    _check_autoregressive(config, families)
-    for role in ("student", *method.autoregressive_roles):
-        _check_trained(config, role, families.by_role[role].folder.recipe_of(config.roles[role].path), reach.chunk)
-    if not method.makes_teachers and config.ladder.times[0] < 1.0:
+    own.check_frames(families.main.codec.latent_shape[1])
+    _check_autoregressive(config, own, families)
+    for role in ("student", *own.autoregressive_roles):
+        _check_trained(config, own, role, families.by_role[role].folder.recipe_of(config.roles[role].path))
+    if not load_method(name).makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
 
-def _check_autoregressive(config: Config, families: Families) -> None:
+def _check_autoregressive(config: Config, own: CausalOptions, families: Families) -> None:
     """Refuse a teacher that has only seen whole videos where one is needed that continues a past."""
-    method = load_method(config.distill_method)
-    for role in () if method.trusts_teachers(config.method) else method.autoregressive_roles:
+    for role in () if own.trusts_teachers else own.autoregressive_roles:
         options = config.roles[role]
         if options.init_from is None and STREAMING not in families.by_role[role].folder.recipe_of(options.path):
             raise UserError(
@@ -432,21 +442,20 @@ def _check_autoregressive(config: Config, families: Families) -> None:
             )
 
 
-def _check_trained(config: Config, role: str, recipe: Mapping[str, Any], chunk: int) -> None:
+def _check_trained(config: Config, own: CausalOptions, role: str, recipe: Mapping[str, Any]) -> None:
     """Refuse weights of chunks of another length, and a teacher that never saw as much noise on a past."""
     if STREAMING not in recipe or config.roles[role].init_from is not None:
         return
-    path, trained = config.roles[role].path or config.model.path, recipe[STREAMING].get("chunk", chunk)
-    if trained != chunk:
+    path, known, chunk = config.roles[role].path or config.model.path, recipe[STREAMING], own.reach.chunk
+    if (trained := known.get("chunk", chunk)) != chunk:
         raise UserError(
             f"method.reach.chunk: {chunk}, but roles.{role}.path {path} was trained on chunks of {trained} (its "
             f"recipe.json says so); set method.reach.chunk: {trained}"
         )
-    time, known = load_method(config.distill_method).context_time_of(config.method), recipe[STREAMING]
-    if role != "student" and time > (most := known.get("context_time", 0.0)):
+    if role != "student" and own.context_time > (most := known.get("context_time", 0.0)):
         raise UserError(
-            f"method.context_time: {time:g}, but roles.{role}.path {path} was trained with noise up to {most:g} on its "
-            f"past (its recipe.json says so); set {most:g} at most"
+            f"method.context_time: {own.context_time:g}, but roles.{role}.path {path} was trained with noise up to "
+            f"{most:g} on its past (its recipe.json says so); set {most:g} at most"
         )
 
 

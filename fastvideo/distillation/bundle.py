@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastvideo.distillation.denoiser import Denoiser, Family
@@ -23,31 +22,12 @@ def same_space(x0: Tensor) -> Tensor:
 
 
 class Training(Protocol):
-    """Trains one role: an optimizer, its lr schedule, averages of the trained tensors by name."""
+    """What trains one role; the engine's."""
 
-    optimizer: Optimizer
     lr_scheduler: LRScheduler | None
-    ema: dict[str, Tensor] | None
-
-    def step(self, skip: Tensor | None = None) -> None:
-        """Move optimizer and schedule together; the optimizer changes nothing where ``skip`` (a scalar) is 1."""
-        ...
-
-    def undo(self) -> None:
-        """Undo the schedule's part of a skipped step."""
-        ...
 
     def averaged(self, handle: RoleHandle) -> AbstractContextManager[None]:
         """Give the role its averaged weights inside."""
-        ...
-
-    def resume_schedule(self, state: Mapping[str, Any]) -> None:
-        """Continue the schedule at the update of ``state``."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Rate of the next step."""
         ...
 
 
@@ -101,18 +81,6 @@ class RoleHandle(Denoiser):
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters."""
         return list(self.named_parameters().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Values that training changes, without graph: trained parameters, and the buffers of a network trained whole.
-
-        They share memory with the network, and are what a checkpoint and an average hold of this role.
-        """
-        if self._trained is not None:
-            return {name: parameter.detach() for name, parameter in self._trained.items()}
-        state, trained = self.network.state_dict(), self.named_parameters()
-        if len(trained) == sum(1 for _ in self.network.parameters()):
-            return state
-        return {name: state[name] for name in trained}
 
 
 @contextmanager

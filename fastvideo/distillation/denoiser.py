@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,20 +16,25 @@ from fastvideo.distillation.types import Condition
 if TYPE_CHECKING:
     from fastvideo.distillation.chunks import Context, Contexts, Past
 
+Taps = Sequence[int]
+"""Numbers of repeated blocks whose tokens are read."""
 Tokens = tuple[Tensor, ...]
-"""Token features, float32 ``[B, L, D]``, one per tapped block."""
+"""Token features, float32 ``[B, L, D]`` frame by frame along ``L``, one per tap, in the order of the taps."""
 
 
 class Prescription(Protocol):
     """Part of a model folder that says how its networks are sampled."""
 
     def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it."""
+        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
         ...
 
 
 class Family(Protocol):
-    """Part of an adapter that calls networks."""
+    """Part of an adapter that calls networks. A call depends on its arguments alone.
+
+    So autograd and activation checkpointing just work.
+    """
 
     @property
     def folder(self) -> Prescription:
@@ -37,37 +43,34 @@ class Family(Protocol):
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
-        """Token width ``D`` after each block; empty for a family without features."""
+        """Width ``D`` of the tokens after each repeated block, known without the network; empty: no features."""
         ...
 
-    def velocity(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        r: Tensor | None = None,
-        context: Context | None = None,
-    ) -> Tensor:
-        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]`` at ``t`` in ``[0, 1]``, or its mean down to ``r``."""
+    @abstractmethod
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``; other predictions and schedules convert in here.
+
+        ``t`` are rectified-flow times, float32 ``[B]`` or, for families that support ``frame_times``, ``[B, F]``. Those
+        that support ``flow_map`` take ``r`` too (shape of ``t``, ``r <= t``) and answer the mean velocity over
+        ``[r, t]``: ``x_r = x_t - (t - r) u``. Those that support ``chunks`` take a ``context``.
+        """
         ...
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
-        """The past after the chunk ``x0`` ``[B, C, c, H, W]``, seen at time ``t``."""
+        """The past after the chunk ``x0`` ``[B, C, c, H, W]``, which the network sees at time ``t``."""
         ...
 
     def features(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        taps: Sequence[int],
-        *,
-        whole: bool = False,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
     ) -> tuple[Tensor | None, Tokens]:
-        """Tokens after the blocks ``taps``; with ``whole``, also the velocity of the same call."""
+        """Tokens after the blocks ``taps``, differentiable in ``x_t`` and in the network.
+
+        With ``whole`` the :meth:`velocity` of the same call comes first; otherwise ``None``, and nothing runs after the
+        last tap.
+
+        Raises:
+            UserError: for a tap that is no block, or a family without features.
+        """
         ...
 
 
@@ -170,7 +173,7 @@ class Denoiser:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""
         return _exact(velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t), condition)
 
-    def features(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int]) -> Tokens:
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps) -> Tokens:
         """Tokens ``[B, L, D]`` after blocks ``taps``; :func:`generated_tokens` masks those of conditioning frames."""
         seen, times = self._network_input(x_t, t, condition)
         return self.adapter.features(self.network, seen, times, condition, taps)[1]
@@ -182,7 +185,7 @@ class Denoiser:
         condition: Condition,
         negative: Condition,
         guidance: GuidanceValue,
-        taps: Sequence[int],
+        taps: Taps,
     ) -> tuple[Tensor, Tokens]:
         """:meth:`x0_guided` without gradient, and :meth:`features` of its conditional call with it."""
         seen, times = self._network_input(x_t, t, condition)

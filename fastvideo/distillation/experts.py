@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +47,21 @@ class Experts(nn.Module):
             found.append(self._expert(side)(*given, **options)[0])
         order = torch.tensor([*rows[True], *rows[False]], device=x.device).argsort()
         return (torch.cat(found)[order],)
+
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """Classes of the repeated blocks, as diffusers' networks name them."""
+        return self.transformer._no_split_modules  # type: ignore[return-value]
+
+    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
+        """As diffusers' networks have it, for both."""
+        for expert in networks_of(self):
+            expert.enable_gradient_checkpointing(checkpoint)
+
+    def enable_parallelism(self, **options: Any) -> None:
+        """As diffusers' networks have it, for both."""
+        for expert in networks_of(self):
+            expert.enable_parallelism(**options)
 
     def _expert(self, high: bool) -> nn.Module:
         return self.transformer if high else self.transformer_2

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.export.base import Exporter
-from fastvideo.distillation.config.base import AdapterConfig, MethodConfig
+from fastvideo.distillation.config.base import MethodConfig
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.errors import UserError, did_you_mean
@@ -40,7 +41,7 @@ METHODS = {
 """Algorithms, by name."""
 
 ADAPTERS = {
-    "wan": "fastvideo.distillation.adapters.wan:WanAdapter",
+    "wan": "fastvideo.distillation.adapters.wan_family.adapter:WanFamily",
     "cogvideox": "fastvideo.distillation.adapters.cogvideox:CogVideoXAdapter",
     "sdxl": "fastvideo.distillation.adapters.sdxl:SDXLAdapter",
     "sd15": "fastvideo.distillation.adapters.sd15:SD15Adapter",

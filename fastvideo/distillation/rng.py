@@ -7,8 +7,7 @@ sharded forwards cannot hang. Checkpoints hold both.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -53,14 +52,6 @@ def normal(
 ) -> Tensor:
     """Standard normal noise."""
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-
-@contextmanager
-def initialising(seed: int) -> Iterator[None]:
-    """Derive the first weights of networks made inside from ``seed``; torch's global state is restored."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "heads"))
-        yield
 
 
 MARGIN = 1e-4
@@ -113,16 +104,6 @@ class RandomStreams:
         if self.shared_uniform() >= share:
             return share + MARGIN + (1 - share - MARGIN) * u
         return (share - MARGIN) * u
-
-    def positions(self, count: int) -> Tensor:
-        """Float32 ``[count]`` in ``[0, 1)``: positions of this rank's samples in an even grid over all ranks.
-
-        Cutting the grid gives shares of the global batch, exact to one sample. Its start is drawn, equal on all ranks,
-        so that a batch of one meets every share in turn.
-        """
-        start = float(torch.rand((), generator=self.shared))
-        own = torch.arange(self.rank * count, (self.rank + 1) * count, dtype=torch.float64)
-        return ((start + own / (self.ranks * count)) % 1.0).float().to(self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """States of both generators and of torch's own (dropout)."""

@@ -1,6 +1,8 @@
-"""Rollouts: from noise to clean latents, by the steps that training and sampling share.
+"""The few-step ladder, and rollouts: from noise to clean latents, by the steps that training and sampling share.
 
-They take a velocity function ``(x_t [B, C, F, H, W], t [B]) -> u`` with role and condition bound.
+A ladder holds the noise levels at which a student runs, as real times in ``(0, 1]``: published step lists and shifts
+are converted once, when the config is read. Rollouts take a velocity function ``(x_t [B, C, F, H, W], t [B]) -> u``
+with role and condition bound.
 """
 
 from __future__ import annotations
@@ -8,15 +10,79 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.noise import add_noise, full_time, velocity_to_x0
+from fastvideo.distillation.noise import add_noise, full_time, shift_time, velocity_to_x0
+from fastvideo.distillation.types import UserError
 
+TRAIN_STEPS = 1000
+"""Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
+MOST_STEPS = 10_000
+"""Upper bound of a ladder's length."""
 NoiseLike = Callable[[Tensor], Tensor]
 SamplerKind = Literal["renoise", "euler", "flow_map"]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Decreasing times ``1 >= t_0 > t_1 > ... > t_{K-1} > 0``; the final 0 is implied.
+
+    Raises:
+        UserError: if the times are empty, not strictly decreasing, above 1 or not above 0.
+    """
+
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        shown = list(self.times)
+        if not self.times:
+            raise UserError("ladder: at least one time is needed, for example [1.0, 0.75, 0.5, 0.25]")
+        if self.times[0] > 1.0:
+            steps = "give integer timesteps as `steps:` with their `shift:`"
+            raise UserError(f"ladder {shown}: starts at {self.times[0]}, above 1 (pure noise); {steps}")
+        if not all(math.isfinite(time) for time in self.times):
+            raise UserError(f"ladder {shown}: every time must be a finite number")
+        for high, low in zip(self.times, self.times[1:], strict=False):
+            if low == high:
+                raise UserError(f"ladder {shown}: repeats {low}; every time must be lower than the one before")
+            if low > high:
+                raise UserError(f"ladder {shown}: rises from {high} to {low}; times must decrease")
+        if self.times[-1] <= 0.0:
+            raise UserError(f"ladder {shown}: ends at {self.times[-1]}; the final 0 is implied, leave it out")
+
+    @classmethod
+    def from_steps(cls, steps: Sequence[float], *, shift: float = 1.0, warp: bool = True) -> Ladder:
+        """Real times of a published step list; a trailing 0 is dropped.
+
+        With ``warp`` the steps are unshifted and the scheduler warps them (``t = S s / (1 + (S - 1) s)``, ``s = step /
+        1000``); otherwise they are final timesteps and ``shift`` does not act.
+        """
+        kept = [step for i, step in enumerate(steps) if not (step == 0 and i == len(steps) - 1)]
+        return cls(tuple(_shifted(step / TRAIN_STEPS, shift) if warp else step / TRAIN_STEPS for step in kept))
+
+    @classmethod
+    def uniform(cls, count: int, *, shift: float = 1.0) -> Ladder:
+        """Times of ``count`` Euler steps from 1, uniform before the shift; UserError above ``MOST_STEPS``."""
+        if count > MOST_STEPS:
+            raise UserError(f"count {count} is more than {MOST_STEPS} steps")
+        return cls(tuple(_shifted(1.0 - i / count, shift) for i in range(count)))
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def with_end(self) -> tuple[float, ...]:
+        """Times with the final 0."""
+        return (*self.times, 0.0)
+
+
+def _shifted(time: float, shift: float) -> float:
+    """``shift_time`` that keeps 1 exact; rounding gives 1.0000000000000002 for some shifts, such as 0.2."""
+    return time if time == 1.0 else shift_time(time, shift)
 
 
 class Velocity(Protocol):

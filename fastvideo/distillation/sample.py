@@ -17,8 +17,7 @@ from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import SamplerKind, Velocity, generate
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity, generate
 from fastvideo.distillation.types import Condition
 from fastvideo.ranges import OnSwitch
 
@@ -239,3 +238,11 @@ class Stream:
             return self.condition, self.negative
         start, end = past[0].length, past[0].length + x.shape[2]
         return frames_of(self.condition, start, end), frames_of(self.negative, start, end)
+
+
+def guidance_text(guidance: GuidanceValue) -> str:
+    """Guidance for people: ``4.5``, ``4 from 0.875 up, 3 below``."""
+    if not isinstance(guidance, tuple):
+        return f"{guidance:g}"
+    parts = [f"{g:g} from {start:g} up" for start, g in guidance[:-1]]
+    return f"{', '.join(parts)}, {guidance[-1][1]:g} below"

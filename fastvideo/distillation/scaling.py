@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
+
+
+class StoredTensor(NamedTuple):
+    """Place of a tensor on disk: a safetensors file and its name in there."""
+
+    file: Path
+    name: str
 
 
 class Scaling(Protocol):

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import Derivative, Field
-from fastvideo.distillation.noise import Interpolant, expand_time
+from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import Given, mean_over_generated
 
 Tangent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -26,14 +27,6 @@ def trigflow_velocity(x: Tensor, u: Tensor, angle: Tensor) -> Tensor:
     """
     cos, sin = expand_time(angle.cos(), x), expand_time(angle.sin(), x)
     return ((cos - sin) * x + u) / (cos + sin)
-
-
-def trigflow_rotate(x: Tensor, velocity: Tensor, by: Tensor) -> Tensor:
-    """Move ``x`` by the angle ``-by`` along the TrigFlow velocity ``F``: ``cos(by) x - sin(by) F``.
-
-    Unlike an Euler step it is exact for a pair of data and noise; by the whole angle it gives ``x0``.
-    """
-    return expand_time(by.cos(), x) * x - expand_time(by.sin(), x) * velocity
 
 
 def trig_field(velocity: Field) -> Field:

@@ -10,8 +10,6 @@ from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import Batch, RawBatch
-from fastvideo.errors import Stopped
-from fastvideo.stopping import all_saved
 
 
 class Hook(Protocol):
@@ -100,10 +98,8 @@ class DistillTrainer:
         if number := self.runtime.stop_signal(meet=meet):
             self.settle()
             saved = self.on_stop(self.step)
-            self.runtime.stop_signal(meet=True)  # torchrun ends all processes as soon as one of them leaves
-            all_saved()
             self.runtime.log(self.step, self._spent(), closing=True)
-            raise Stopped(number, f"at step {self.step}{saved}")
+            self.runtime.leave(number, f"at step {self.step}{saved}")
 
     def _spent(self) -> dict[str, float]:
         return {"cpu_seconds": self.cpu_seconds} if self.options.max_cpu_seconds else {}

@@ -7,28 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fastvideo.errors import UserError as UserError
 
-STATES, STATE_TIMES = "trajectory", "trajectory_times"
-"""Names of a teacher's trajectory among the extras of a :class:`RawBatch`."""
-TrajectoryKind = Literal["bidirectional", "causal"]
-"""Trajectories of whole videos, or of chunks that each went on from clean data."""
+if TYPE_CHECKING:
+    from fastvideo.distillation.trajectory import Trajectory
+
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""
-
-
-class StoredTensor(NamedTuple):
-    """Place of a tensor on disk: a safetensors file and its name in there."""
-
-    file: Path
-    name: str
 
 
 @dataclass(frozen=True)
@@ -69,11 +60,6 @@ def mean_over_generated(x: Tensor, given: FrameMask | None) -> Tensor:
         return x.mean(dim=dims, keepdim=True)
     free = x.masked_fill(given.frames, 0.0).sum(dim=dims, keepdim=True)
     return free / (~given.frames).expand(x.shape).sum(dim=dims, keepdim=True)
-
-
-def generated_tokens(count: int, given: Given) -> Tensor:
-    """Bool ``[B, count]``, true for tokens of generated frames; tokens run frame by frame."""
-    return ~given.mask.repeat_interleave(count // given.mask.shape[1], dim=1)
 
 
 @dataclass(frozen=True)
@@ -137,24 +123,6 @@ class RawBatch:
     latents: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     switches: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """States ``[B, K, C, F, H, W]`` of a teacher on the way from noise to a batch's data.
-
-    ``times`` are their rectified-flow times, float32 ``[B, K]`` on the CPU.
-    """
-
-    states: Tensor
-    times: Tensor
-
-    @classmethod
-    def of(cls, extras: Mapping[str, Tensor], device: torch.device) -> Trajectory | None:
-        """Trajectory among a raw batch's extras, moved to the device; ``None`` if there is none."""
-        if STATES not in extras:
-            return None
-        return cls(extras[STATES].to(device, torch.float32, non_blocking=True), extras[STATE_TIMES].float())
 
 
 @dataclass(frozen=True)

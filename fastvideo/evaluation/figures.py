@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
 
-from fastvideo.distillation.schedule import by_time, guidance_text
+from fastvideo.distillation.config.base import by_time
+from fastvideo.distillation.sample import guidance_text
 from fastvideo.evaluation.catalogue import (
     DIGIT,
     FRECHET,

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import OpenedModel, load_recipe, student_sampler
 from fastvideo.inference.recipe import streaming_of

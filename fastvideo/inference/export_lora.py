@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
-from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.sources import HUB_ID, resolve_pipeline
 from fastvideo.distillation.adapters.export.base import StockSampler
 from fastvideo.distillation.adapters.export.lora import LAYOUTS, PEFT_CONFIG
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
@@ -172,7 +173,7 @@ def _diffusers(facts: AdapterFacts, stock: StockSampler | None) -> list[str]:
     pipeline = pipeline_class(str(folder))
     imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({facts.base!r})"
     if facts.base in EMBEDDED:  # no name that diffusers knows
-        imports.append("from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline")
+        imports.append("from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline")
         load = f"pipe = {pipeline}.from_pretrained(resolve_pipeline({facts.base!r}, ({pipeline!r},)))"
     lines = [load]
     for side, file in facts.files.items():

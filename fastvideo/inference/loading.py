@@ -11,15 +11,16 @@ from torch import nn
 
 from fastvideo.data.model import check_sizes, pipeline_class
 from fastvideo.distillation.adapters.base import DistillAdapter
-from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.plain import read_recipe
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
+from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
-from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import Ladder, by_time
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.recipe import streaming_of
 
@@ -93,7 +94,17 @@ class OpenedModel:
         own, kind = Ladder(tuple(ladder or self.recipe["ladder"])), student_sampler(self.recipe)
         if kind == "flow_map" and steps not in (None, 1, len(own)):
             return SamplerSpec.student(Ladder.uniform(steps), wanted, kind)  # it jumps between any two times
-        return SamplerSpec.student(own.first(steps or len(own)), wanted, kind)
+        return SamplerSpec.student(first_steps(own, steps or len(own)), wanted, kind)
+
+
+def first_steps(ladder: Ladder, count: int) -> Ladder:
+    """Ladder of ``count`` calls, which must be 1 (the first time) or all, as trained; else UserError."""
+    if count in (1, len(ladder)):
+        return Ladder(ladder.times[:count])
+    raise UserError(
+        f"this student was trained for the ladder {list(ladder.times)}: it runs with --steps {len(ladder.times)} or "
+        f"--steps 1, not {count}; name other times yourself: --ladder 1.0 0.5"
+    )
 
 
 @dataclass(frozen=True)

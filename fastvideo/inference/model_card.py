@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from fastvideo.data.model import pipeline_class
-from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, HUB_ID
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.sources import HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.registry import load_exporter
-from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import guidance_text
+from fastvideo.distillation.sample import SamplerSpec, guidance_text
 from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource

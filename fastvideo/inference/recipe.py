@@ -12,8 +12,9 @@ from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.chunks import STREAMING, Reach
 from fastvideo.distillation.config.base import Time
+from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.registry import load_method
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.errors import UserError, counted
 
 _REACH = [field.name for field in fields(Reach)]
@@ -32,15 +33,15 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
         "weights": weights,
         "steps": step,
     }
-    if (reach := method.reach_of(config.method)) is not None:
-        recipe[STREAMING] = {**asdict(reach), "context_time": method.context_time_of(config.method)}
-        if first := method.first_times_of(config.method):
+    if isinstance(own := config.method, CausalOptions):
+        recipe[STREAMING] = {**asdict(own.reach), "context_time": own.context_time}
+        if first := own.first_times:
             recipe[STREAMING]["first_ladder"] = list(first)
     if not method.makes_teachers:
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
     # The result is a teacher: any number of steps, with guidance and usual steps of its base model.
-    own = ("guidance", "sampling_steps")
-    return recipe | {key: folder.recipe[key] for key in own if key in folder.recipe}
+    usual = ("guidance", "sampling_steps")
+    return recipe | {key: folder.recipe[key] for key in usual if key in folder.recipe}
 
 
 def streaming_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.chunks import Contexts, latent_frames, spans
+from fastvideo.distillation.chunks import Contexts, spans
+from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream
 from fastvideo.distillation.types import Condition
 from fastvideo.inference.loading import LoadedModel

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastvideo.distillation.chunks import Past, Reach, first_frame, latent_frames, spans
+from fastvideo.distillation.chunks import Past, Reach, spans
+from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.errors import UserError
 from fastvideo.files import readable_size

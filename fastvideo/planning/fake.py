@@ -24,12 +24,14 @@ from fastvideo.distillation.adapters.diffusers.folder import block_classes
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.bundle import RoleHandle, same_space
 from fastvideo.distillation.config.base import MethodConfig
+from fastvideo.distillation.config.causal import CausalOptions, reach_of, uses_switches
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.experts import Experts, networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.types import Batch, Condition, RawBatch, Trajectory, UserError
+from fastvideo.distillation.trajectory import Trajectory
+from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
 
 class LiveBytes(TorchDispatchMode):
@@ -224,7 +226,7 @@ class FakeRun:
             negative=reduce(or_, [*negative, *first]),
             x0=latents if method.uses_latents(config.method) else None,
             trajectory=None if self.times is None or states is None else Trajectory(states, self.times),
-            switch=condition if method.uses_switches(config.method) else None,
+            switch=condition if uses_switches(config.method) else None,
         )
 
 
@@ -245,7 +247,7 @@ def fake_run(
         raise UserError(f"plan: {config.distill_model} has no networks whose size is worth a plan")
     placements = {family: FakePlacement(place, mode, depth, gathered) for family, place in real.placements.items()}
     for family in placements:
-        if len(placements) > 1 or load_method(config.distill_method).reach_of(config.method) is not None:
+        if len(placements) > 1 or reach_of(config.method) is not None:
             fake_codec(family, mode)
         with mode:
             family.conditioner.ensure_negative_conditioning(fake_text(family.conditioner, 1))
@@ -261,7 +263,7 @@ def fake_run(
 def _walked(config: Config, method: Method) -> Tensor | None:
     if not method.needs_trajectories:
         return None
-    kind, *_ = method.trajectory_kinds(config.method)
+    kind, *_ = config.method.trajectory_kinds
     return torch.tensor(state_times(config, kind)).expand(config.data.batch_size, -1)
 
 
@@ -276,7 +278,7 @@ def _without_files(config: Config) -> Config:
 def _trusting(config: Config) -> MethodConfig:
     """The method's options with every term of the loss in it from the first step, and teachers taken as they come."""
     trusted: dict[str, Any] = {}
-    if load_method(config.distill_method).autoregressive_roles:
+    if isinstance(config.method, CausalOptions) and config.method.autoregressive_roles:
         trusted["allow_bidirectional_teacher"] = True
     if "frame_warmup_steps" in type(config.method).model_fields:
         trusted |= {"frame_warmup_steps": 0, "trust_frame_teacher": True}

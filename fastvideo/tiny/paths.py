@@ -7,5 +7,4 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE_FOLDER = WEIGHTS / "pipeline"
 COGVIDEOX_FOLDER = WEIGHTS / "cogvideox"
-STREAM_FOLDER = WEIGHTS / "stream"
 CLASSIFIER_FOLDER = WEIGHTS / "classifier"

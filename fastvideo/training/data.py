@@ -21,7 +21,8 @@ from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.placement import check_tokens
 from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_method
-from fastvideo.distillation.types import STATE_TIMES, STATES, UserError
+from fastvideo.distillation.trajectory import STATE_TIMES, STATES
+from fastvideo.distillation.types import UserError
 from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
 from fastvideo.tiny.world import FRAMES, WORLDS

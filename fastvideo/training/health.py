@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.chunks import Masked, spans
+from fastvideo.distillation.config.base import by_time
+from fastvideo.distillation.config.causal import CausalOptions, reach_of
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import by_time
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import see
 from fastvideo.evaluation.alarms import Figures, find_alarms
@@ -123,7 +124,7 @@ class HealthCheck:
         teacher = self.method.bundle["teacher"]
         family = teacher.adapter
         sampler = SamplerSpec.teacher(family.folder.teacher_times(self.options.teacher_steps), self._guidance(family))
-        if "teacher" in self.method.autoregressive_roles:
+        if isinstance(options := self.method.config, CausalOptions) and "teacher" in options.autoregressive_roles:
             sampler = replace(sampler, reach=self.wanted.sampler.reach)
         shared, wanted = replace(self.shared, family=family), replace(self.wanted, sampler=sampler)
         made = shared.latents_and_videos(teacher, wanted, "the teacher's videos")
@@ -169,7 +170,7 @@ class HealthCheck:
 
     def _critic_lag(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
         """The critic's squared error in the last chunk over that in the first, of a student that has chunks."""
-        reach = self.method.reach_of(self.method.config)
+        reach = reach_of(self.method.config)
         if reach is None:
             return {}
         squares = torch.cat([(fake - x0).square() for x0, _, fake, *_ in parts])
@@ -186,7 +187,7 @@ class HealthCheck:
         """Latents of a batch, then estimates by student, critic and teacher, then the DMD gradient."""
         bundle, teacher = self.method.bundle, self.method.bundle["teacher"].adapter
         condition, negative = self._conditions(rows)
-        reach = self.method.reach_of(self.method.config)
+        reach = reach_of(self.method.config)
         context = None if reach is None else Masked(reach, x0)
         x_t, t = self._noised(x0, rows)
         times = t if context is None else t[:, None].expand(-1, x0.shape[2])

@@ -10,10 +10,9 @@ from torch import Tensor
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes
-from fastvideo.errors import Stopped
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import Sampling, sample_latents
-from fastvideo.stopping import step_done
+from fastvideo.stopping import Stopped, step_done
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fastvideo.data.prompts import read_prompts, too_long
 from fastvideo.data.texts import refuse_long
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.builder import Config
-from fastvideo.distillation.registry import load_method
+from fastvideo.distillation.config.causal import uses_switches
 from fastvideo.errors import UserError
 from fastvideo.tiny.world import WORLDS, switched_captions
 
@@ -22,7 +22,7 @@ def check_switches(config: Config) -> None:
         UserError: if there are none, or another number than of first prompts, or if the method does not switch.
     """
     file, first = config.data.switch_prompts, config.data.prompts
-    if not load_method(config.distill_method).uses_switches(config.method):
+    if not uses_switches(config.method):
         if file is not None:
             raise UserError(
                 f"data.switch_prompts: {config.distill_method} (as configured) switches no prompts; streaming_tuning "
@@ -50,7 +50,7 @@ def with_switches(config: Config, source: Source, conditioners: Sequence[Conditi
     Raises:
         UserError: for a second prompt with more tokens than a text encoder takes.
     """
-    if not load_method(config.distill_method).uses_switches(config.method):
+    if not uses_switches(config.method):
         return source
     assert isinstance(source, MemorySource)
     if config.data.switch_prompts is None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.chunks import first_frame
+from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
+from fastvideo.distillation.frames import first_frame
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.sampler import Sampling
@@ -56,9 +57,8 @@ def build_validation(
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
         conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
-    reach, context_time = method.reach_of(method.config), method.context_time_of(method.config)
-    first_times = method.first_times_of(method.config)
-    sampler = replace(sampler, reach=reach, context_time=context_time, first_times=first_times)
+    if isinstance(own := method.config, CausalOptions):
+        sampler = replace(sampler, reach=own.reach, context_time=own.context_time, first_times=own.first_times)
     wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
     shared = SharedSampler(adapter, processes)
 

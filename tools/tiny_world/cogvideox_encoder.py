@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.tiny.world import TinyWorld
 from tools.tiny_world.cogvideox_recipe import CogVideoXVaeRecipe
 from tools.tiny_world.cogvideox_vae import build_vae, kernels
@@ -42,7 +43,7 @@ class WanTarget:
     """Posteriors of the shipped Wan VAE over normalised latents."""
 
     def __init__(self) -> None:
-        self.codec = WanAdapter(WanConfig()).codec
+        self.codec = WanFamily(WanFamilyConfig()).codec
         deviation = torch.tensor(self.codec.vae.config.latents_std)
         self.log_variance = 2 * deviation.log().view(1, CHANNELS, 1, 1, 1)
 

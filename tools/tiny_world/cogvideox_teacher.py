@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, CogVideoXConfig
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.noise import add_noise, shift_time
 from fastvideo.distillation.types import Condition
 from fastvideo.inference.progress import tracked
@@ -29,7 +30,7 @@ from tools.tiny_world.cogvideox_start import start_from_wan
 from tools.tiny_world.teacher import install_network, sampling
 from tools.tiny_world.train_vae import warmed_cosine
 
-Adapter = CogVideoXAdapter | WanAdapter
+Adapter = CogVideoXAdapter | WanFamily
 GUIDANCE = 2.0  # the Wan teacher's; of 80 digits 0.95 are right with 12 steps, and 0.68 at guidance 1
 
 
@@ -47,7 +48,7 @@ def train_teacher(out: Path, recipe: CogVideoXRecipe) -> dict[str, float]:
     """Train the transformer in `out`/pipeline and install it; returns the last squared error of a velocity."""
     pipeline, length = out / "pipeline", recipe.text.max_length
     ours = CogVideoXAdapter(CogVideoXConfig(path=str(pipeline), max_sequence_length=length))
-    wan = WanAdapter(WanConfig())
+    wan = WanFamily(WanFamilyConfig())
     network: Any = ours.folder.load_network()
     source: Any = wan.folder.load_network().requires_grad_(False)
     start_from_wan(network, source, ours.folder.grid)

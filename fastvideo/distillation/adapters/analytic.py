@@ -35,12 +35,11 @@ from fastvideo.distillation.adapters.base import (
     Conditioner,
     DistillAdapter,
     ModelFolder,
-    Taps,
-    Tokens,
     check_taps,
 )
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, masked_runs
-from fastvideo.distillation.config.base import AdapterConfig, Level
+from fastvideo.distillation.config.family import AdapterConfig, Level
+from fastvideo.distillation.denoiser import Taps, Tokens
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Number, PositiveFloat, PositiveInt

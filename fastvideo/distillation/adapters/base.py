@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.chunks import Context, Masked, Past, frames_of, spans
-from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.denoiser import Family, Taps, Tokens
+from fastvideo.distillation.frames import latent_frame
 from fastvideo.distillation.noise import GuidanceValue
-from fastvideo.distillation.scaling import Scaling
-from fastvideo.distillation.types import Condition, Need, RawBatch, StoredTensor, UserError
+from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
+
+if TYPE_CHECKING:
+    from fastvideo.distillation.chunks import Past
+    from fastvideo.distillation.scaling import Scaling, StoredTensor
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
-Taps = Sequence[int]
-"""Numbers of repeated blocks whose tokens are read."""
-Tokens = tuple[Tensor, ...]
-"""Token features, one ``[B, L, D]`` per tap, in the order of the taps."""
 Shape = tuple[int | None, ...]
 """Shape of one stored sample; ``None`` fits any size."""
 
@@ -121,11 +121,6 @@ def whole_decodes(codec: Codec, latents: Tensor, picks: Sequence[Sequence[int]])
         videos = codec.decode(only, gradient=True)
         found.append(torch.stack([videos[row, :, frame] for row, frame in zip(rows, frames, strict=True)]))
     return torch.stack(found, dim=2)
-
-
-def latent_frame(frame: int, temporal: int) -> int:
-    """Number of the latent frame that holds a video frame; the first holds one, each of the others ``temporal``."""
-    return -(-frame // temporal)
 
 
 class Conditioner(ABC):
@@ -346,10 +341,8 @@ class ModelFolder(ABC):
         return {}
 
 
-class DistillAdapter(ABC, Generic[ConfigT]):
+class DistillAdapter(Family, ABC, Generic[ConfigT]):
     """One model family: the call of its network here, everything else in the parts.
-
-    A call of :meth:`velocity` depends on its arguments alone, so that autograd and activation checkpointing just work.
 
     Args:
         config: the family's options.
@@ -393,58 +386,9 @@ class DistillAdapter(ABC, Generic[ConfigT]):
         """Make the condition of the unguided prediction, once; see :class:`Conditioner`."""
         self.conditioner.ensure_negative_conditioning()
 
-    @abstractmethod
-    def velocity(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        r: Tensor | None = None,
-        context: Context | None = None,
-    ) -> Tensor:
-        """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``; other predictions and schedules convert in here.
-
-        ``t`` are rectified-flow times, float32 ``[B]`` or, for families that support ``frame_times``, ``[B, F]``. With
-        ``r`` (shape of ``t``, ``r <= t``; families that support ``flow_map``) it is the mean velocity over ``[r, t]``:
-        ``x_r = x_t - (t - r) u``. A ``context`` is for families that support ``chunks``.
-        """
-
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
-        """The past after the chunk ``x0`` ``[B, C, c, H, W]``, which the network sees at time ``t``."""
-        raise refused_context(type(self).__name__)
-
-    def _teacher_forced(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, context: Masked
-    ) -> Tensor:
-        """A :class:`Masked` call in turn: each noisy chunk on the past of the clean chunks before it.
-
-        For families whose networks take one time per sample: their :meth:`velocity` answers ``Masked`` with it. The
-        numbers are those of one call over ``[clean, noisy]``; the gradient flows through the noisy chunks alone, as
-        pasts have none. ``t`` is ``[B, F]``, with one time per chunk.
-
-        Raises:
-            UserError: for diffusion forcing, and for conditioning frames.
-        """
-        name, clean = type(self).__name__, context.clean
-        if clean is None:
-            raise UserError(
-                f"{name} takes one time per sample: chunks that are noisy together, each at a time of its own "
-                f"(diffusion forcing), need another family; teacher forcing works"
-            )
-        if condition.given is not None:
-            raise UserError(f"{name} takes one time per sample: conditioning frames need another family")
-        past, found = Past(context.reach), list[Tensor]()
-        for start, end in spans(x_t.shape[2], context.reach.chunk):
-            if start:
-                before = slice(past.length, start)
-                with torch.no_grad():
-                    seen = frames_of(condition, past.length, start)
-                    past = self.commit(network, past, clean[:, :, before], seen, context.clean_time)
-            own = frames_of(condition, start, end)
-            found.append(self.velocity(network, x_t[:, :, start:end], t[:, start], own, context=past))
-        return torch.cat(found, dim=2)
+        name = type(self).__name__
+        raise UserError(f"{name} does not generate chunk by chunk: its networks see all frames of a video at once")
 
     @classmethod
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
@@ -453,33 +397,16 @@ class DistillAdapter(ABC, Generic[ConfigT]):
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
-        """Width ``D`` of the tokens after each repeated block, known without the network; empty: no features."""
         return ()
 
     def features(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
     ) -> tuple[Tensor | None, Tokens]:
-        """Tokens float32 ``[B, L, D]`` after each of the repeated blocks ``taps``, frame by frame along ``L``.
-
-        Differentiable in ``x_t`` and in the network. With ``whole`` the :meth:`velocity` of the same call comes first;
-        otherwise ``None``, and nothing runs after the last tap.
-
-        Raises:
-            UserError: for a tap that is no block, or a family without features.
-        """
-        check_taps(taps, self.feature_widths, type(self).__name__)
-        raise NotImplementedError(f"{type(self).__name__}.feature_widths promises it")
-
-
-def refused_context(family: str) -> UserError:
-    """Error for a causal call of a family that has none."""
-    return UserError(f"{family} does not generate chunk by chunk: its networks see all frames of a video at once")
+        raise UserError(f"{type(self).__name__} has no features to tap: a family names its blocks and their widths")
 
 
 def check_taps(taps: Taps, widths: Sequence[int], family: str) -> None:
-    """Check that every tap is a block of the network, for :meth:`DistillAdapter.features`."""
-    if not widths:
-        raise UserError(f"{family} has no features to tap: a family names its blocks and their widths for that")
+    """Check that every tap is a block of the network; ``widths`` are those of all blocks."""
     wrong = [tap for tap in taps if not 0 <= tap < len(widths)]
     if wrong or not taps:
         raise UserError(f"taps {list(taps)}: blocks 0 to {len(widths) - 1} of {family} can be tapped, at least one")

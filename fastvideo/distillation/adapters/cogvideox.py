@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.base import Shape
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
-from fastvideo.distillation.adapters.diffusers.conditioner import STORED, TEXT, DiffusersConditioner
+from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
-from fastvideo.distillation.adapters.diffusers.pipeline import (
-    PipelineConfig,
-    PipelineSpec,
-    check_divisible,
-    resolve_pipeline,
-)
+from fastvideo.distillation.adapters.diffusers.pipeline import PipelineConfig, PipelineSpec, check_divisible
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.stored_texts import STORED, DiffusersConditioner
+from fastvideo.distillation.adapters.diffusers.teacher_forced import teacher_forced
 from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
-from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, latent_frames
-from fastvideo.distillation.config.base import Level
+from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span
+from fastvideo.distillation.config.family import Level
+from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Frames, Tokens
@@ -274,7 +273,7 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         context: Context | None = None,
     ) -> Tensor:
         if isinstance(context, Masked):
-            return self._teacher_forced(network, x_t, t, condition, context)
+            return teacher_forced(self, network, x_t, t, condition, context)
         positions = _rotary(network, x_t) if context is None else next_view(context, x_t, RotaryGrid.of(network, x_t))
         return self._call(network, x_t, t, condition, positions, r)
 

@@ -1,13 +1,15 @@
-"""Bases of every config section. Pure values, below methods, families and engine."""
+"""Bases of every config section, and fields that several share. Pure values, below methods, families and engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt
+from fastvideo.distillation.noise import GuidanceValue
+from fastvideo.distillation.types import Need
+from fastvideo.ranges import Beta, Fraction, GuidanceScale, LearningRate, NonNegativeFloat, NonNegativeInt
 
 
 class Section(BaseModel):
@@ -30,28 +32,11 @@ class Resumable:
 RESUMABLE = Resumable()
 
 
-Level = Literal["closed form", "tiny equality", "tiny distillation", "real weights"]
-"""Proof of a family: equal to a formula; equal to its stock pipeline on tiny random weights; distilled on tiny trained
-ones; distilled on published ones."""
-
-
-class AdapterConfig(Section):
-    """Base of every family's options."""
-
-    path: str = "tiny"
-    """Weights: a model folder or a name; each family says what it accepts."""
-    own_sizes: ClassVar[frozenset[str]] = frozenset()
-    """Sizes whose default fits every model of the family; others are named for each model."""
-    pipelines: ClassVar[tuple[str, ...]] = ()
-    """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
-    reversed_time: ClassVar[bool] = False
-    """The network's own time falls towards pure noise."""
-    level: ClassVar[Level] = "tiny equality"
-    """Proof that the family has passed."""
-
-
 class MethodConfig(Section):
     """Base of every method's options."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """Abilities that these options need of the families."""
 
     def check_frames(self, frames: int) -> None:
         """Check options against the ``frames`` latent frames of the model's videos; most methods have none to check."""
@@ -100,3 +85,56 @@ Band = Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(order
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
 """Lower and upper time in [0, 1]."""
+
+
+CONVENTIONS = {"standard": 0.0, "extra": 1.0}
+"""Addition to the number of each convention that makes it standard."""
+MOST = 1000.0
+"""Largest guidance."""
+ByTime = tuple[tuple[Fraction, GuidanceScale], ...]
+"""Pairs ``(t, g)``, falling in ``t`` to 0: the guidance from each time up to the one before."""
+
+
+def standard_guidance(value: object) -> object:
+    """Convert guidance to the standard convention: a number or ``{"standard": g}`` is ``g``, ``{"extra": w}`` 1 + w."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or next(iter(value)) not in CONVENTIONS:
+        raise ValueError(f"guidance is a number or one of {{standard: g}}, {{extra: w}}; got {value}")
+    convention, number = next(iter(value.items()))
+    if not isinstance(number, (int, float)):
+        raise ValueError(f"guidance: {convention} needs a number, got {number!r}")
+    return float(number) + CONVENTIONS[convention]
+
+
+def by_time(value: object) -> GuidanceValue:
+    """Convert a guidance, or pairs ``[[t, g], ...]``, to the standard convention; pairs that all agree are a number."""
+    if not isinstance(value, (list, tuple)):
+        return _scale(value)
+    if not value or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise ValueError(f"guidance by time is a list of pairs such as [[0.875, 4.0], [0, 3.0]]; got {value!r}")
+    pairs = tuple((_number(start), _scale(g)) for start, g in value)
+    starts = [start for start, _ in pairs]
+    if starts != sorted(set(starts), reverse=True) or starts[-1] != 0.0 or starts[0] > 1.0:
+        raise ValueError(f"guidance by time: the times must fall from at most 1 to 0, got {starts}")
+    numbers = {g for _, g in pairs}
+    return numbers.pop() if len(numbers) == 1 else pairs
+
+
+def _scale(value: object) -> float:
+    number = _number(standard_guidance(value))
+    if not 0.0 <= number <= MOST:
+        raise ValueError(f"guidance must be from 0 to {MOST:g}, got {number}")
+    return number
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"guidance is a number, or a list of pairs [t, g] of numbers, got {value!r}")
+    return float(value)
+
+
+Guidance = Annotated[GuidanceScale | ByTime, BeforeValidator(by_time)]
+"""Guidance as a config field, of samplers and of teachers: a number or pairs by time."""
+GuidanceNumber = Annotated[GuidanceScale, BeforeValidator(standard_guidance)]
+"""Guidance that is the same at all times."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import WrapValidator
 
@@ -24,6 +24,9 @@ def _checked_reach(value: object, validate: Callable[[object], Reach]) -> Reach:
 class CausalOptions(MethodConfig):
     """Options of every method whose student generates chunk by chunk."""
 
+    needs = frozenset({"chunks"})
+    autoregressive_roles: ClassVar[tuple[str, ...]] = ()
+    """Frozen roles that continue a past as the student does: their weights come from a model that was trained to."""
     reach: Annotated[Reach, WrapValidator(_checked_reach)] = Reach()
     """Latent frames of a chunk, and those that it sees beside its own: `chunk`, `window` (past frames; all without it),
     `sink` (first frames that stay visible) and `positions` (`window` or `absolute`). Train with the window that you
@@ -32,6 +35,21 @@ class CausalOptions(MethodConfig):
     """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean. Rollouts and
     streams have this much; teacher forcing draws times up to it, as the code of Causal Forcing does, so that the
     weights know less noise too, and can be the start of a method with less."""
+
+    @property
+    def first_times(self) -> tuple[float, ...]:
+        """Times of the first chunk of a stream; empty for those of the ladder."""
+        return ()
+
+    @property
+    def trusts_teachers(self) -> bool:
+        """True if teachers are taken whose model folder does not say that they generate chunk by chunk."""
+        return False
+
+    @property
+    def switches(self) -> bool:
+        """True if every sample needs a second prompt, for a switch in mid-video."""
+        return False
 
     def check_frames(self, frames: int) -> None:
         """Check all options that count latent frames, for a model whose videos have ``frames`` of them.
@@ -43,3 +61,13 @@ class CausalOptions(MethodConfig):
             spans(frames, self.reach.chunk)
         except UserError as error:
             raise UserError(f"method.{error}") from error
+
+
+def reach_of(options: MethodConfig) -> Reach | None:
+    """Frames that a chunk of the student sees; ``None`` for a student that makes whole videos at once."""
+    return options.reach if isinstance(options, CausalOptions) else None
+
+
+def uses_switches(options: MethodConfig) -> bool:
+    """True for a method whose streams switch prompts, as configured."""
+    return isinstance(options, CausalOptions) and options.switches

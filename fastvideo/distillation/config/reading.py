@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastvideo.distillation.config.base import AdapterConfig
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.overrides import NOT_YAML, as_section, with_overrides
 from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig

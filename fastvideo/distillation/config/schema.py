@@ -12,9 +12,10 @@ from pydantic import (
     model_validator,
 )
 
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, MethodConfig, Section
+from fastvideo.distillation.config.base import RESUMABLE, Band, MethodConfig, Section
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.errors import UserError
 from fastvideo.ranges import (
     BatchSize,

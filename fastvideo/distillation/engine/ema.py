@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.config.sections import EMAConfig
 from fastvideo.distillation.engine.parallel.sharding import local
-from fastvideo.distillation.engine.training import training_of
+from fastvideo.distillation.engine.training import own_training, tensors_of, training_of
 
 
 class EMAHook:
@@ -23,7 +23,7 @@ class EMAHook:
     def __init__(self, handles: Sequence[RoleHandle], decay: float, start_step: int = 0) -> None:
         self.handles, self.decay, self.start_step = tuple(handles), decay, start_step
         for handle in self.handles:
-            training_of(handle).ema = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
+            training_of(handle).ema = {name: tensor.detach().clone() for name, tensor in tensors_of(handle).items()}
 
     @torch.no_grad()
     def after_update(self, step: int, active: Sequence[str], skip: Tensor) -> None:
@@ -36,7 +36,7 @@ class EMAHook:
         for handle in self.handles:
             averages = training_of(handle).ema
             if handle.name in active and averages is not None:
-                _blend(averages, handle.tensors(), weight)
+                _blend(averages, tensors_of(handle), weight)
 
 
 def keep_averages(bundle: ModelBundle, options: EMAConfig | None) -> EMAHook:
@@ -62,4 +62,4 @@ def _blend(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor], weight
 
 def has_average(handle: RoleHandle) -> bool:
     """True if the role keeps averaged weights."""
-    return handle.training is not None and handle.training.ema is not None
+    return (training := own_training(handle)) is not None and training.ema is not None

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.engine.parallel.sharding import full
+from fastvideo.distillation.engine.training import tensors_of
 from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.rng import seeded
@@ -156,7 +157,7 @@ def adapter_files(adapter: Mapping[str, Tensor], scaling: float, part: str) -> d
 
 def gather_adapter(handle: RoleHandle) -> dict[str, Tensor]:
     """Gather a role's adapter on the host; all processes take part."""
-    return {name: full(tensor).cpu() for name, tensor in handle.tensors().items()}
+    return {name: full(tensor).cpu() for name, tensor in tensors_of(handle).items()}
 
 
 def merge(network: nn.Module, adapter: Mapping[str, Tensor], scaling: float) -> None:

@@ -35,8 +35,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_network,
 )
 from fastvideo.distillation.rng import stream_seed
-from fastvideo.distillation.scaling import Scaling
-from fastvideo.distillation.types import StoredTensor
+from fastvideo.distillation.scaling import Scaling, StoredTensor
 from fastvideo.errors import UserError
 
 

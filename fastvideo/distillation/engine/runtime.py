@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -220,6 +220,14 @@ class Runtime:
         if self._unsettled is not None and self.processes.device.type == "cpu":  # the flag is on the host already
             return self._unsettled.finite.stop_signal()
         return self._stop_signal
+
+    def leave(self, number: int, message: str) -> NoReturn:
+        """Wait until every process has saved, as torchrun ends all of them as soon as one leaves.
+
+        Raises:
+            Stopped: by that signal, with the message.
+        """
+        self.agreement.leave(number, message)
 
     def _free_gathered(self) -> None:
         """Shard trained networks again before anything reads or changes their weights."""

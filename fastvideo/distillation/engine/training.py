@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fastvideo.distillation.bundle import RoleHandle, Training
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.engine.optional.eight_bit import adamw_8bit, check_installed
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, local
@@ -29,7 +29,7 @@ class RoleTraining:
     """Trains one role.
 
     Attributes:
-        ema: averages of ``handle.tensors()`` by name, for a role that has them; shards where those are shards.
+        ema: averages of ``tensors_of(handle)`` by name, for a role that has them; shards where those are shards.
     """
 
     optimizer: Optimizer
@@ -98,15 +98,35 @@ class RoleTraining:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def training_of(handle: RoleHandle) -> Training:
+def training_of(handle: RoleHandle) -> RoleTraining:
     """Training of a trained role.
 
     Raises:
         RuntimeError: for a frozen role.
     """
-    if handle.training is None:
+    if (training := own_training(handle)) is None:
         raise RuntimeError(f"role {handle.name!r} has no optimizer")
+    return training
+
+
+def own_training(handle: RoleHandle) -> RoleTraining | None:
+    """Training of a role; ``None`` for a frozen one."""
+    assert handle.training is None or isinstance(handle.training, RoleTraining)
     return handle.training
+
+
+def tensors_of(handle: RoleHandle) -> dict[str, Tensor]:
+    """Values that training changes, without graph: trained parameters, and the buffers of a network trained whole.
+
+    They share memory with the network, and are what a checkpoint and an average hold of this role.
+    """
+    trained = handle.named_parameters()
+    if handle.shares_network:
+        return {name: parameter.detach() for name, parameter in trained.items()}
+    state = handle.network.state_dict()
+    if len(trained) == sum(1 for _ in handle.network.parameters()):
+        return state
+    return {name: state[name] for name in trained}
 
 
 def check_states(states: States, optimizers: Mapping[str, OptimizerConfig]) -> None:
@@ -157,7 +177,7 @@ def warmup_cosine(warmup: int, decay: int, step: int) -> float:
 @torch.no_grad()
 def _exchange(handle: RoleHandle, averages: Mapping[str, Tensor]) -> None:
     free_gathered(handle.network)  # gathered blocks would keep the other weights
-    for name, tensor in handle.tensors().items():
+    for name, tensor in tensors_of(handle).items():
         average, live = local(averages[name]), local(tensor)
         kept = live.clone()
         live.copy_(average)
@@ -170,9 +190,9 @@ def relative_update(handle: RoleHandle) -> float | None:
 
     Reads Adam's moments alone, so repeated calls agree. Of sharded weights it measures this process's part.
     """
-    if handle.training is None:
+    if (training := own_training(handle)) is None:
         return None
-    optimizer = handle.training.optimizer
+    optimizer = training.optimizer
     moved = weight = 0.0
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.ema import has_average
-from fastvideo.errors import Stopped
+from fastvideo.stopping import Stopped
 
 Sample = Callable[[Denoiser], Tensor | None]
 """Generates videos ``[B, 3, T, H, W]`` for the fixed prompts and noise, on the main process; the others take part

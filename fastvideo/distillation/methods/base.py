@@ -12,12 +12,10 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import SamplerKind
-from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, Need, RoleLoss, TrajectoryKind
+from fastvideo.distillation.rollout import Ladder, SamplerKind
+from fastvideo.distillation.types import Batch, Need, RoleLoss
 
 if TYPE_CHECKING:
-    from fastvideo.distillation.chunks import Reach
     from fastvideo.distillation.frame_bridge import FrameUse
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
@@ -39,8 +37,6 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """Frozen roles that a run may omit; the method documents the effect."""
     sampler: ClassVar[SamplerKind]
     """Sampler that the training matches; validation, generation and the result's recipe use it."""
-    autoregressive_roles: ClassVar[tuple[str, ...]] = ()
-    """Frozen roles that continue a past as the student does: their weights come from a model that was trained to."""
     averaged_roles: ClassVar[tuple[str, ...]] = ()
     """Trained roles whose average is part of the algorithm, so that a run without it is another one."""
     needs_trajectories: ClassVar[bool] = False
@@ -72,44 +68,14 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return True
 
     @classmethod
-    def uses_switches(cls, config: ConfigT) -> bool:
-        """True if this config needs a second prompt of every sample, for a switch in mid-video."""
-        return False
-
-    @classmethod
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
-        return frozenset() if cls.reach_of(config) is None else frozenset({"chunks"})
-
-    @classmethod
-    def reach_of(cls, config: ConfigT) -> Reach | None:
-        """Frames that a chunk of the student sees; ``None`` for a student that makes whole videos at once."""
-        return None
+        return config.needs
 
     @classmethod
     def frames_of(cls, config: ConfigT) -> FrameUse | None:
         """Roles that score single frames of the student's videos, and how; ``None`` without such roles."""
         return None
-
-    @classmethod
-    def context_time_of(cls, config: ConfigT) -> float:
-        """Time at which the student's finished chunks are committed."""
-        return 0.0
-
-    @classmethod
-    def trajectory_kinds(cls, config: ConfigT) -> tuple[TrajectoryKind, ...]:
-        """Kinds of stored trajectories that it trains on, if it does."""
-        return ("bidirectional",)
-
-    @classmethod
-    def trusts_teachers(cls, config: ConfigT) -> bool:
-        """True if autoregressive roles are taken whose model folder does not say that it generates chunk by chunk."""
-        return False
-
-    @classmethod
-    def first_times_of(cls, config: ConfigT) -> tuple[float, ...]:
-        """Times of the first chunk of a stream; empty for those of the ladder."""
-        return ()
 
     @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastvideo.distillation.chunks import Reach, first_frame, latent_frames, spans
+from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.evaluation.metrics import ATTRIBUTES, correctness
 from fastvideo.evaluation.streams.drift import Comparison
 from fastvideo.evaluation.streams.observer import SeenStreams

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import Codec
-from fastvideo.distillation.chunks import Reach, first_frame, latent_frames, spans
+from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 from fastvideo.evaluation.evaluate import Evaluation, kind_of_row

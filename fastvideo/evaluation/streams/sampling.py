@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.chunks import latent_frames
+from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.evaluation.streams.observer import SeenStreams, StreamObserver
 from fastvideo.evaluation.streams.world import StreamJudge

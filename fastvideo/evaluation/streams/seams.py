@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.chunks import Reach, first_frame, latent_frames, spans
+from fastvideo.distillation.chunks import Reach, spans
+from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.evaluation.statistics import Estimate, estimate
 from fastvideo.evaluation.streams.motion import steps, wrapped
 from fastvideo.evaluation.streams.observer import SeenStreams

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.builder import lacks
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.noise import Interpolant, add_noise, expand_time
+from fastvideo.distillation.interpolant import Interpolant
+from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.registry import METHODS, load_method, run_schema
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.inference.loading import load_model

@@ -12,6 +12,7 @@ import torch
 
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.engine.checkpoint.restore import role_parts, role_weights
+from fastvideo.distillation.engine.training import tensors_of
 from fastvideo.distillation.registry import METHODS
 from fastvideo.tests.distillation.resuming import STEPS, differences, same_bits, toy_run
 
@@ -115,13 +116,13 @@ def test_every_averaged_role_has_its_average_and_the_live_weights_come_back(tmp_
     checkpoint = tmp_path / "checkpoints" / f"step-{STEPS}"
     for role in ("student", "critic"):
         handle = run.trainer.method.bundle[role]
-        live = {name: tensor.clone() for name, tensor in handle.tensors().items()}
+        live = {name: tensor.clone() for name, tensor in tensors_of(handle).items()}
         stored = role_weights(checkpoint, role, "ema")
         with handle.averaged():
             inside = handle.network.state_dict()
             assert all(torch.equal(inside[name], stored[name]) for name in stored)
             assert not all(torch.equal(inside[name], live[name]) for name in stored)
-        assert all(torch.equal(tensor, live[name]) for name, tensor in handle.tensors().items())
+        assert all(torch.equal(tensor, live[name]) for name, tensor in tensors_of(handle).items())
         assert role_parts(checkpoint, role) == {"network", "ema", "optimizer"}
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fastvideo.conformance.run import CHECKS, examine
 from fastvideo.conformance.subject import Subject
-from fastvideo.distillation.adapters.wan import WanAdapter, boundary_in
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily, boundary_in
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.experts import Experts, boundary_between, check_boundary
 from fastvideo.distillation.noise import guidance_at
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
-from fastvideo.distillation.schedule import Ladder, guidance_text
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, guidance_text, sample
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.loading import load_model, open_model
 from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder, wan_config
@@ -38,23 +38,23 @@ def folder(tiny_wan: Path) -> Path:
 
 
 @pytest.fixture
-def adapter(folder: Path) -> WanAdapter:
-    return WanAdapter(wan_config(folder))
+def adapter(folder: Path) -> WanFamily:
+    return WanFamily(wan_config(folder))
 
 
 @pytest.fixture
-def network(adapter: WanAdapter) -> Experts:
+def network(adapter: WanFamily) -> Experts:
     network = adapter.folder.load_network()
     assert isinstance(network, Experts)
     return network
 
 
-def inputs(adapter: WanAdapter, count: int) -> tuple[Tensor, Condition]:
+def inputs(adapter: WanFamily, count: int) -> tuple[Tensor, Condition]:
     x_t = normal((count, *adapter.codec.latent_shape), seeded(3))
     return x_t, adapter.conditioner.encode_prompts([PROMPTS[i % 2] for i in range(count)])
 
 
-def test_the_contract_holds_for_two_experts(adapter: WanAdapter, tmp_path: Path) -> None:
+def test_the_contract_holds_for_two_experts(adapter: WanFamily, tmp_path: Path) -> None:
     found = {outcome.name: outcome for outcome in examine(Subject(adapter, PROMPTS, tmp_path))}
     assert len(found) == len(CHECKS)
     assert [outcome for outcome in found.values() if outcome.result not in ("passed", "not applicable")] == []
@@ -63,7 +63,7 @@ def test_the_contract_holds_for_two_experts(adapter: WanAdapter, tmp_path: Path)
 
 
 @torch.no_grad()
-def test_every_sample_goes_to_the_expert_of_its_own_time(adapter: WanAdapter, network: Experts) -> None:
+def test_every_sample_goes_to_the_expert_of_its_own_time(adapter: WanFamily, network: Experts) -> None:
     x_t, condition = inputs(adapter, 4)
     t = torch.tensor([0.2, BOUNDARY, 0.95, 0.874999])
     calls = Counter[str]()
@@ -77,7 +77,7 @@ def test_every_sample_goes_to_the_expert_of_its_own_time(adapter: WanAdapter, ne
 
 
 @torch.no_grad()
-def test_a_batch_on_one_side_is_one_call_to_the_bit(adapter: WanAdapter, network: Experts) -> None:
+def test_a_batch_on_one_side_is_one_call_to_the_bit(adapter: WanFamily, network: Experts) -> None:
     x_t, condition = inputs(adapter, 2)
     t = torch.tensor([0.3, 0.5])
     network.transformer.register_forward_hook(lambda *_: pytest.fail("the expert of high noise was called"))
@@ -107,7 +107,7 @@ def _scheduler(times: tuple[float, ...]) -> Any:
 
 @pytest.mark.parametrize("guidance", [(3.0, 3.0), (4.0, 1.5)])
 def test_four_guided_steps_give_the_video_of_the_stock_pipeline(
-    adapter: WanAdapter, network: Experts, folder: Path, guidance: tuple[float, float]
+    adapter: WanFamily, network: Experts, folder: Path, guidance: tuple[float, float]
 ) -> None:
     times, noise = Ladder.uniform(4, shift=5.0).times, SampleNoise([2])
     conditions = [adapter.conditioner.encode_prompts([prompt]) for prompt in PROMPTS]
@@ -130,7 +130,7 @@ def test_guidance_by_time_is_that_of_each_samples_own_time() -> None:
 
 
 @torch.no_grad()
-def test_a_number_and_the_same_number_by_time_guide_alike(adapter: WanAdapter, network: Experts) -> None:
+def test_a_number_and_the_same_number_by_time_guide_alike(adapter: WanFamily, network: Experts) -> None:
     x_t, condition = inputs(adapter, 2)
     role, (_, negative), t = Denoiser(adapter, network), inputs(adapter, 2), torch.tensor([0.9, 0.4])
     negative = negative.map(lambda value: value.flip(0))
@@ -149,7 +149,7 @@ def test_a_teacher_is_sampled_with_the_guidance_of_each_expert(folder: Path, tin
 
 
 def test_an_exported_boundary_is_half_way_between_the_steps_beside_it(
-    adapter: WanAdapter, network: Experts, tmp_path: Path
+    adapter: WanFamily, network: Experts, tmp_path: Path
 ) -> None:
     ladder = list(Ladder.uniform(4, shift=5.0).times)
     adapter.folder.save(tmp_path / "student", network, {"ladder": ladder})
@@ -172,10 +172,10 @@ def test_two_networks_without_a_boundary_are_refused(folder: Path, tmp_path: Pat
     file = tmp_path / "model" / "model_index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"boundary_ratio": ratio}))
     with pytest.raises(UserError, match=r"boundary_ratio in its model_index\.json.*0\.875 for Wan 2\.2 T2V"):
-        WanAdapter(wan_config(tmp_path / "model")).folder.load_network()
+        WanFamily(wan_config(tmp_path / "model")).folder.load_network()
 
 
-def test_one_network_for_a_model_of_two_is_refused(adapter: WanAdapter, tiny_wan: Path, folder: Path) -> None:
+def test_one_network_for_a_model_of_two_is_refused(adapter: WanFamily, tiny_wan: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"a folder with transformer, and the model .* transformer and transformer_2"):
         adapter.folder.load_network(str(tiny_wan))
     with pytest.raises(UserError, match="is one file"):
@@ -184,11 +184,11 @@ def test_one_network_for_a_model_of_two_is_refused(adapter: WanAdapter, tiny_wan
 
 def test_frames_are_not_given_to_experts(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model\.given_frames: .* has two experts"):
-        _ = WanAdapter(wan_config(folder, given_frames=1)).codec.latent_shape
+        _ = WanFamily(wan_config(folder, given_frames=1)).codec.latent_shape
 
 
 def test_an_image_goes_beside_the_noise_of_both_experts(tiny_wan: Path, tmp_path: Path) -> None:
-    adapter = WanAdapter(wan_config(i2v_experts_folder(tiny_wan.parent), num_frames=9))
+    adapter = WanFamily(wan_config(i2v_experts_folder(tiny_wan.parent), num_frames=9))
     found = {outcome.name: outcome.result for outcome in examine(Subject(adapter, PROMPTS, tmp_path))}
     assert found["stock diffusers makes the same video"] == "passed"
     assert set(found.values()) <= {"passed", "not applicable"}

@@ -12,8 +12,9 @@ from torch import Tensor
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
+from fastvideo.distillation.methods.distribution_matching.discriminator import generated_tokens
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.types import Condition, Given, UserError, generated_tokens
+from fastvideo.distillation.types import Condition, Given, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES, cogvideox_config, wan_config
 from fastvideo.tests.distillation.toys import spy
 
@@ -81,7 +82,7 @@ def test_a_tap_that_is_no_block_is_refused(tiny_wan: Path) -> None:
     adapter = family("wan", tiny_wan.parent)
     network = adapter.folder.load_network()
     for taps in ((2,), (-1,), ()):
-        with pytest.raises(UserError, match="blocks 0 to 1 of WanAdapter"):
+        with pytest.raises(UserError, match="blocks 0 to 1 of WanFamily"):
             adapter.features(network, *inputs(adapter), taps)
 
 

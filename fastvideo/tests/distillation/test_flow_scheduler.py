@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from fastvideo.distillation.adapters.export.base import deviation
 from fastvideo.distillation.adapters.export.flow_match import flow_match_sampler
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_config
 
@@ -82,7 +83,7 @@ def test_a_sampler_that_stock_diffusers_lacks_is_refused() -> None:
 @pytest.mark.parametrize("weights", ["random", "embedded"])
 @torch.no_grad()
 def test_our_velocity_is_the_one_that_the_stock_step_moves_along(weights: str, tiny_wan: Path) -> None:
-    adapter = WanAdapter(wan_config(tiny_wan) if weights == "random" else WanConfig())
+    adapter = WanFamily(wan_config(tiny_wan) if weights == "random" else WanFamilyConfig())
     pipeline = WanPipeline.from_pretrained(adapter.folder.pipeline.source)
     scheduler, network = flow_match_sampler(SHIFTED, "euler").scheduler, adapter.folder.load_network()
     condition = adapter.conditioner.encode_prompts(["a green seven moving up", "red three"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastvideo.distillation.adapters.diffusers.kernels import attend, check_kernel
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.config.sections import ParallelConfig
@@ -90,20 +90,20 @@ def test_a_kernel_that_this_device_lacks_is_refused_before_anything_is_loaded(
     config = config_of(Case("wan", "dmd2", {"model": {"attention_backend": backend}}), folders, {})
     monkeypatch.setattr(Placement, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
-        build_method(config, WanAdapter(config.model))
+        build_method(config, WanFamily(config.model))
 
 
 @pytest.mark.usefixtures("foreign")
 def test_a_kernel_for_another_dtype_is_refused(tiny_wan: Path) -> None:
-    folder = WanAdapter(wan_config(tiny_wan, attention_backend="flash")).folder
+    folder = WanFamily(wan_config(tiny_wan, attention_backend="flash")).folder
     with pytest.raises(UserError, match=r"does not compute heads of width 12 in float32 on cpu \(FlashAttention only"):
         folder.check_kernels(trained=False)
-    WanAdapter(wan_config(tiny_wan, attention_backend="flash", precision="bfloat16")).folder.check_kernels(trained=True)
+    WanFamily(wan_config(tiny_wan, attention_backend="flash", precision="bfloat16")).folder.check_kernels(trained=True)
 
 
 @pytest.mark.usefixtures("foreign")
 def test_a_kernel_without_gradient_samples_and_does_not_train(tiny_wan: Path) -> None:
-    folder = WanAdapter(wan_config(tiny_wan, attention_backend="sage")).folder
+    folder = WanFamily(wan_config(tiny_wan, attention_backend="sage")).folder
     folder.check_kernels(trained=False)
     with pytest.raises(UserError, match="'sage' gives no gradient, so it cannot train"):
         folder.check_kernels(trained=True)
@@ -111,7 +111,7 @@ def test_a_kernel_without_gradient_samples_and_does_not_train(tiny_wan: Path) ->
 
 def trained(folder: Path, backend: str, recompute: str) -> tuple[float, list[int]]:
     """Gradient norm of a step in bfloat16, and its operations, as a run counts them in its second and third step."""
-    adapter = WanAdapter(wan_config(folder, attention_backend=backend, precision="bfloat16"))
+    adapter = WanFamily(wan_config(folder, attention_backend=backend, precision="bfloat16"))
     options = ParallelConfig(activation_checkpointing=recompute)
     network = Placement(adapter, Processes(), options).load(None, trained=True)
     performance = Performance(ModelBundle([RoleHandle("student", adapter, network, True)]), Processes(), adapter, 1e12)
@@ -137,7 +137,7 @@ def test_operations_and_gradients_are_those_of_torchs_own_kernel(recompute: str,
 @pytest.mark.usefixtures("foreign")
 def test_kernels_are_as_they_were_after_a_counted_step(tiny_wan: Path) -> None:
     before = dict(dispatch._AttentionBackendRegistry._backends)
-    adapter, seen = WanAdapter(wan_config(tiny_wan)), list[int]()
+    adapter, seen = WanFamily(wan_config(tiny_wan)), list[int]()
     x = torch.ones(1, 8, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     with adapter.folder.counting(seen.append):
         attend("flash", x, x, x).sum().backward()

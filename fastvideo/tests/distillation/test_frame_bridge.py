@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastvideo.distillation.adapters.base import whole_decodes
-from fastvideo.distillation.adapters.wan import WanAdapter, WanCodec
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
 from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse, resized
 from fastvideo.distillation.frame_roles import frame_bridge, still_difference
 from fastvideo.distillation.types import UserError
@@ -24,8 +25,8 @@ PICKS = [[0, 3], [5, 1], [8, 4]]
 
 
 @pytest.fixture(scope="module")
-def wan(tiny_wan: Path) -> WanAdapter:
-    return WanAdapter(wan_config(tiny_wan, num_frames=9))
+def wan(tiny_wan: Path) -> WanFamily:
+    return WanFamily(wan_config(tiny_wan, num_frames=9))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def latents(wan: WanAdapter) -> Tensor:
+def latents(wan: WanFamily) -> Tensor:
     return torch.randn(3, *wan.codec.latent_shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -47,7 +48,7 @@ def picked(videos: Tensor, picks: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([videos[row][:, list(own)] for row, own in enumerate(picks)])
 
 
-def test_frames_are_those_of_the_whole_decode_to_the_bit(wan: WanAdapter, latents: Tensor) -> None:
+def test_frames_are_those_of_the_whole_decode_to_the_bit(wan: WanFamily, latents: Tensor) -> None:
     whole = wan.codec.decode(latents[:1], gradient=True)
     for frame in range(9):
         for seen in (latents[:1], latents[:1].clone().requires_grad_()):
@@ -56,7 +57,7 @@ def test_frames_are_those_of_the_whole_decode_to_the_bit(wan: WanAdapter, latent
     torch.testing.assert_close(found, picked(wan.codec.decode(latents, gradient=True), PICKS), rtol=1e-5, atol=1e-6)
 
 
-def test_their_gradient_is_that_of_the_whole_decode_in_their_own_latent_frame(wan: WanAdapter, latents: Tensor) -> None:
+def test_their_gradient_is_that_of_the_whole_decode_in_their_own_latent_frame(wan: WanFamily, latents: Tensor) -> None:
     """Beyond it there is none: neither in earlier latent frames, which are seen, nor in later ones."""
     gradients = []
     for decode in (lambda x: wan.codec.decode_frames(x, PICKS), lambda x: whole_decodes(wan.codec, x, PICKS)):
@@ -73,15 +74,15 @@ def test_their_gradient_is_that_of_the_whole_decode_in_their_own_latent_frame(wa
     assert float(whole[0, :, 0].abs().sum()) > 0, "earlier latent frames do matter to the whole decode"
 
 
-def test_a_history_of_one_frame_would_be_another_picture(wan: WanAdapter, latents: Tensor) -> None:
+def test_a_history_of_one_frame_would_be_another_picture(wan: WanFamily, latents: Tensor) -> None:
     short = wan.codec.decode(latents[:1, :, 1:], gradient=True)[:, :, 4]
     whole = wan.codec.decode_frames(latents[:1], [[8]])[:, :, 0]
     assert float((short - whole).square().mean().sqrt() / whole.std()) > 0.01
 
 
-def test_saturated_pixels_have_a_gradient(wan: WanAdapter, latents: Tensor) -> None:
+def test_saturated_pixels_have_a_gradient(wan: WanFamily, latents: Tensor) -> None:
     """Diffusers' decode clamps, and so does ours where a video is made; a bridge sees beyond."""
-    codec, leaf = WanAdapter(wan.config).codec, latents.clone().requires_grad_()
+    codec, leaf = WanFamily(wan.config).codec, latents.clone().requires_grad_()
     codec.vae.decoder.conv_out.weight.data *= 50
     video = codec.decode(leaf, gradient=True)
     saturated = video.detach().abs() > 1
@@ -91,7 +92,7 @@ def test_saturated_pixels_have_a_gradient(wan: WanAdapter, latents: Tensor) -> N
     assert torch.equal(codec.decode(leaf.detach()), video.detach().clamp(-1, 1))
 
 
-def test_stills_are_the_frames_encoded_one_by_one(wan: WanAdapter, sdxl: Any, latents: Tensor) -> None:
+def test_stills_are_the_frames_encoded_one_by_one(wan: WanFamily, sdxl: Any, latents: Tensor) -> None:
     stills = CodecFrames(wan.codec, sdxl.codec).stills(latents, PICKS)
     frames = wan.codec.decode_frames(latents, PICKS)
     alone = [sdxl.codec.encode(frames[row : row + 1, :, n : n + 1]) for row in range(3) for n in range(2)]
@@ -120,7 +121,7 @@ def test_gradient_of_the_bridge_equals_its_finite_difference(
 ) -> None:
     """In float64, along a direction in the picked latent frames, with frames made smaller on the way."""
     monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)  # diffusers' own rounds to float32
-    codec = WanAdapter(wan_config(tiny_wan, num_frames=9)).codec
+    codec = WanFamily(wan_config(tiny_wan, num_frames=9)).codec
     still = made_family("sdxl", tmp_path, height=8, width=16).codec
     for one in (codec, still):
         one.vae.double()
@@ -151,9 +152,9 @@ def test_frames_are_made_smaller_without_aliasing_and_larger_evenly() -> None:
     assert resized(ramp, (8, 8)) is ramp
 
 
-def test_the_first_frame_is_a_still_where_the_space_is_shared(tiny_wan: Path, wan: WanAdapter, latents: Tensor) -> None:
+def test_the_first_frame_is_a_still_where_the_space_is_shared(tiny_wan: Path, wan: WanFamily, latents: Tensor) -> None:
     """Latent frame 0 of a causal VAE is the latent of that still; a family of stills with that VAE takes it."""
-    still = WanAdapter(wan_config(tiny_wan, num_frames=1))
+    still = WanFamily(wan_config(tiny_wan, num_frames=1))
     videos = torch.rand(2, 3, 9, 16, 32, generator=torch.Generator().manual_seed(4)) * 2 - 1
     one, other = wan.codec.encode(videos)[:, :, :1], still.codec.encode(videos[:, :, :1])
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -172,9 +173,9 @@ def test_the_first_frame_is_a_still_where_the_space_is_shared(tiny_wan: Path, wa
     assert not stills.figures, "nothing was decoded"
 
 
-def test_stills_tell_equal_spaces_of_unequal_files(tiny_wan: Path, wan: WanAdapter, sdxl: Any) -> None:
+def test_stills_tell_equal_spaces_of_unequal_files(tiny_wan: Path, wan: WanFamily, sdxl: Any) -> None:
     """As bfloat16 files have them; other weights and other normalisations differ by far more."""
-    rounded = WanAdapter(wan_config(tiny_wan, num_frames=1))
+    rounded = WanFamily(wan_config(tiny_wan, num_frames=1))
     for parameter in rounded.codec.vae.parameters():
         parameter.data = parameter.data.bfloat16().float()
     assert rounded.codec.latent_key != wan.codec.latent_key
@@ -191,9 +192,9 @@ def test_stills_tell_equal_spaces_of_unequal_files(tiny_wan: Path, wan: WanAdapt
     assert note == "frames reach frame_teacher decoded and encoded again"
 
 
-def _scaled(tiny_wan: Path) -> WanCodec:
+def _scaled(tiny_wan: Path) -> WanFrameCodec:
     """The codec with another normalisation."""
-    codec = WanAdapter(wan_config(tiny_wan, num_frames=1)).codec
+    codec = WanFamily(wan_config(tiny_wan, num_frames=1)).codec
     codec.pipeline.vae_config["latents_std"] = [2 * each for each in codec.pipeline.vae_config["latents_std"]]
     return codec
 
@@ -211,10 +212,8 @@ def refusal(use_: FrameUse, main: Any, teacher: Any, critic: Any = None) -> str:
     return str(error.value)
 
 
-def test_what_does_not_fit_is_refused_with_its_field(
-    tiny_wan: Path, tmp_path: Path, wan: WanAdapter, sdxl: Any
-) -> None:
-    still = WanAdapter(wan_config(tiny_wan, num_frames=1))
+def test_what_does_not_fit_is_refused_with_its_field(tiny_wan: Path, tmp_path: Path, wan: WanFamily, sdxl: Any) -> None:
+    still = WanFamily(wan_config(tiny_wan, num_frames=1))
     assert refusal(use(), wan, wan).startswith(
         "roles.frame_teacher.model: it makes videos of 3 latent frames, and scores single frames here"
     )
@@ -226,7 +225,7 @@ def test_what_does_not_fit_is_refused_with_its_field(
         "method.frame_time_range: ends at 0.95, and the noisiest"
     )
     assert "give both one height and width, or frame_space: decoded" in refusal(use(space="identity"), wan, sdxl)
-    other = WanAdapter(wan_config(tiny_wan, num_frames=1))
+    other = WanFamily(wan_config(tiny_wan, num_frames=1))
     other.codec.vae.quant_conv.weight.data *= 2
     decoded, _ = frame_bridge(use(), wan, {"frame_teacher": other, "frame_critic": other})
     assert isinstance(decoded, CodecFrames)
@@ -246,5 +245,5 @@ def test_what_does_not_fit_is_refused_with_its_field(
     large = made_family("sdxl", tmp_path, height=64, width=128)
     assert "it was trained on up to 32 x 32 pixels" in refusal(use(), wan, large)
     frame_bridge(use(resize=True), wan, {"frame_teacher": large, "frame_critic": large})
-    given = WanAdapter(wan_config(tiny_wan, num_frames=9, given_frames=1))
+    given = WanFamily(wan_config(tiny_wan, num_frames=9, given_frames=1))
     assert refusal(use(), given, sdxl).startswith("model: it goes on from given frames")

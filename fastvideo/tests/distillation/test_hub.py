@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.launch import in_world

@@ -10,7 +10,7 @@ MODULES = (
     "fastvideo.distillation.methods",
     "fastvideo.distillation.methods.distribution_matching.dmd2",
     "fastvideo.distillation.methods.fine_tuning.sft",
-    "fastvideo.distillation.adapters.wan",
+    "fastvideo.distillation.adapters.wan_family.adapter",
     "fastvideo.distillation.adapters.analytic",
     "fastvideo.distillation.builder",
     "fastvideo.distillation.trainer",

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder, wan_config
 
@@ -26,7 +26,7 @@ def backends(network: Any) -> set[str]:
 
 def test_the_backend_is_the_one_that_is_named(tiny_wan: Path) -> None:
     for name in ("native", "_native_math"):
-        assert backends(WanAdapter(wan_config(tiny_wan, attention_backend=name)).folder.load_network()) == {name}
+        assert backends(WanFamily(wan_config(tiny_wan, attention_backend=name)).folder.load_network()) == {name}
 
 
 class Called(TorchDispatchMode):
@@ -44,7 +44,7 @@ class Called(TorchDispatchMode):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # autocast on a CPU leaves norms alone
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_log_names_the_kernel_that_runs(tiny_wan: Path, precision: str) -> None:
-    adapter = WanAdapter(wan_config(tiny_wan, precision=precision))
+    adapter = WanFamily(wan_config(tiny_wan, precision=precision))
     assert adapter.folder.kernels == f"attention native -> flash (CPU), blocks eager, {precision}"
     network, prompts = adapter.folder.load_network(), adapter.conditioner.encode_prompts(["a green seven"])
     with Called() as called:
@@ -56,15 +56,15 @@ def test_the_log_names_the_kernel_that_runs(tiny_wan: Path, precision: str) -> N
 
 def test_the_log_follows_what_torch_is_allowed(tiny_wan: Path) -> None:
     with sdpa_kernel(SDPBackend.MATH):
-        kernels = WanAdapter(wan_config(tiny_wan)).folder.kernels
+        kernels = WanFamily(wan_config(tiny_wan)).folder.kernels
     assert kernels.startswith("attention native -> math (CPU)")
-    named = WanAdapter(wan_config(tiny_wan, attention_backend="_native_math")).folder.kernels
+    named = WanFamily(wan_config(tiny_wan, attention_backend="_native_math")).folder.kernels
     assert named.startswith("attention _native_math, ")
 
 
 def test_attention_is_the_same_on_another_backend(tiny_wan: Path) -> None:
-    network = WanAdapter(wan_config(tiny_wan)).folder.load_network()
-    other = WanAdapter(wan_config(tiny_wan, attention_backend="_native_math")).folder.load_network()
+    network = WanFamily(wan_config(tiny_wan)).folder.load_network()
+    other = WanFamily(wan_config(tiny_wan, attention_backend="_native_math")).folder.load_network()
     x, t, text = torch.randn(1, 4, 2, 2, 4), torch.tensor([500.0]), torch.randn(1, 8, 16)
     torch.testing.assert_close(network(x, t, text).sample, other(x, t, text).sample)
 
@@ -74,7 +74,7 @@ def test_attention_is_the_same_on_another_backend(tiny_wan: Path) -> None:
 )
 def test_a_backend_that_cannot_be_had_is_refused(name: str, message: str, tiny_wan: Path) -> None:
     with pytest.raises(UserError, match=message):
-        WanAdapter(wan_config(tiny_wan, attention_backend=name)).folder.load_network()
+        WanFamily(wan_config(tiny_wan, attention_backend=name)).folder.load_network()
 
 
 def test_a_network_that_computes_attention_by_itself_says_so(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_network_that_computes_attention_by_itself_says_so(tmp_path: Path) -> 
 
 
 def test_the_blocks_are_compiled_and_nothing_else(tiny_wan: Path) -> None:
-    network = WanAdapter(wan_config(tiny_wan, compile_blocks=True)).folder.load_network()
+    network = WanFamily(wan_config(tiny_wan, compile_blocks=True)).folder.load_network()
     compiled = [module for module in network.modules() if module._compiled_call_impl is not None]
     assert compiled == repeated_blocks(network)
     assert len(compiled) == 2
@@ -97,7 +97,7 @@ def test_compiled_blocks_compute_the_same(tiny_wan: Path) -> None:
     x, t, text = torch.randn(2, 4, 2, 2, 4), torch.tensor([500.0, 20.0]), torch.randn(2, 8, 16)
     found = []
     for compiled in (False, True):
-        network = WanAdapter(wan_config(tiny_wan, compile_blocks=compiled)).folder.load_network()
+        network = WanFamily(wan_config(tiny_wan, compile_blocks=compiled)).folder.load_network()
         network(x, t, text).sample.square().mean().backward()
         with torch.no_grad():
             sample = network(x, t, text).sample
@@ -113,7 +113,7 @@ MESSY = ("  a  cat\n\tin the&amp;amp; hat ", "cafÃ© &lt;b&gt;", "“quoted”\
 def test_prompts_are_cleaned_as_the_pipeline_does(prompt: str, tiny_wan: Path) -> None:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    assert WanAdapter(wan_config(tiny_wan)).conditioner.clean_prompt(prompt) == prompt_clean(prompt)
+    assert WanFamily(wan_config(tiny_wan)).conditioner.clean_prompt(prompt) == prompt_clean(prompt)
 
 
 KEPT = """

@@ -15,6 +15,7 @@ from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.lora import AdapterSwitch, adapted_layers
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import whole_network
+from fastvideo.distillation.engine.training import tensors_of
 from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
@@ -155,18 +156,18 @@ def test_the_merged_network_equals_the_forward_with_the_adapter(family: str, tin
 
 
 def test_the_state_of_a_role_is_its_adapter_alone(method: Any) -> None:
-    names = set(method.student.tensors())
+    names = set(tensors_of(method.student))
     blocks, targets = range(2), ("to_q", "to_k", "to_v", "to_out.0")
     assert names == {
         f"blocks.{i}.{attention}.{target}.lora_{ab}.weight"
         for i in blocks for attention in ("attn1", "attn2") for target in targets for ab in "AB"
     }  # fmt: skip
-    assert {tuple(t.shape) for n, t in method.student.tensors().items() if "lora_A" in n} == {(4, 24)}
-    assert method.teacher.tensors() == {}
+    assert {tuple(t.shape) for n, t in tensors_of(method.student).items() if "lora_A" in n} == {(4, 24)}
+    assert tensors_of(method.teacher) == {}
 
 
 def test_every_run_starts_from_the_same_adapters(tiny_wan: Path) -> None:
-    first, second = (method_of("wan", tiny_wan.parent).student.tensors() for _ in range(2))
+    first, second = (tensors_of(method_of("wan", tiny_wan.parent).student) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

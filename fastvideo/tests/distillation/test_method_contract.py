@@ -15,7 +15,8 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
-from fastvideo.distillation.types import Batch, RawBatch, Trajectory, UserError
+from fastvideo.distillation.trajectory import Trajectory
+from fastvideo.distillation.types import Batch, RawBatch, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config
 from fastvideo.tests.distillation.toys import (
     LADDER,

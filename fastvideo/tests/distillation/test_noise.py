@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastvideo.distillation import noise, tangent
-from fastvideo.distillation.noise import Interpolant
+from fastvideo.distillation import interpolant, noise, tangent
+from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.tests.distillation.toys import MEAN, STD
 
 TIMES = torch.tensor([0.001, 0.2, 0.5, 0.8333, 0.98], dtype=torch.float64)
 INTERPOLANTS = {
     "flow": Interpolant.rectified_flow(TIMES),
-    "vp": Interpolant.variance_preserving(noise.flow_time_to_variance_preserving(TIMES)),
+    "vp": Interpolant.variance_preserving(interpolant.flow_time_to_variance_preserving(TIMES)),
     "edm": Interpolant.edm(TIMES / (1 - TIMES)),
-    "trigflow": Interpolant.trigflow(noise.flow_time_to_trigflow(TIMES)),
+    "trigflow": Interpolant.trigflow(interpolant.flow_time_to_trigflow(TIMES)),
 }
 every_interpolant = pytest.mark.parametrize("name", INTERPOLANTS)
 unit_times = st.floats(0.0, 1.0, allow_subnormal=False)
@@ -62,7 +62,7 @@ def test_velocity_gives_back_data_noise_and_itself(pair: tuple[Tensor, Tensor]) 
     x0, eps = pair
     x_t, u = noise.add_noise(x0, eps, TIMES), noise.velocity_target(x0, eps)
     close(noise.velocity_to_x0(x_t, u, TIMES), x0)
-    close(noise.velocity_to_noise(x_t, u, TIMES), eps)
+    close(interpolant.velocity_to_noise(x_t, u, TIMES), eps)
     close(noise.x0_to_velocity(x_t, x0, TIMES), u, 1e-8)
 
 
@@ -81,14 +81,14 @@ def test_score_of_a_gaussian(pair: tuple[Tensor, Tensor]) -> None:
     x_t = noise.add_noise(*pair, TIMES)
     t = TIMES.view(-1, 1, 1, 1, 1)
     expected = -(x_t - (1 - t) * MEAN) / ((1 - t) ** 2 * STD**2 + t**2)
-    close(noise.velocity_to_score(x_t, gaussian_velocity(x_t, TIMES), TIMES), expected, 1e-8)
+    close(interpolant.velocity_to_score(x_t, gaussian_velocity(x_t, TIMES), TIMES), expected, 1e-8)
 
 
 def test_difference_of_denoisers_is_the_scaled_difference_of_scores(pair: tuple[Tensor, Tensor]) -> None:
     x_t = noise.add_noise(*pair, TIMES)
     u_q, u_p = gaussian_velocity(x_t, TIMES, mean=-0.3, std=0.9), gaussian_velocity(x_t, TIMES)
     denoisers = noise.velocity_to_x0(x_t, u_q, TIMES) - noise.velocity_to_x0(x_t, u_p, TIMES)
-    scores = noise.velocity_to_score(x_t, u_q, TIMES) - noise.velocity_to_score(x_t, u_p, TIMES)
+    scores = interpolant.velocity_to_score(x_t, u_q, TIMES) - interpolant.velocity_to_score(x_t, u_p, TIMES)
     t = TIMES.view(-1, 1, 1, 1, 1)
     close(denoisers, t**2 / (1 - t) * scores, 1e-8)
 
@@ -135,35 +135,40 @@ def test_v_of_a_gaussian_becomes_its_flow_velocity(name: str, pair: tuple[Tensor
 
 
 def test_trigflow_angle_runs_from_zero_to_a_right_angle() -> None:
-    ends = noise.flow_time_to_trigflow(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    ends = interpolant.flow_time_to_trigflow(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
     close(ends, torch.tensor([0.0, math.pi / 4, math.pi / 2], dtype=torch.float64))
 
 
 def test_trigflow_velocity_of_a_gaussian_is_the_slope_of_its_own_flow(pair: tuple[Tensor, Tensor]) -> None:
     angle = torch.tensor([0.0, 0.3, 0.8, 1.4, math.pi / 2], dtype=torch.float64)
     cos, sin = (value.view(-1, 1, 1, 1, 1) for value in (angle.cos(), angle.sin()))
-    x, way = cos * pair[0] + sin * pair[1], noise.Interpolant.trigflow(angle)
+    x, way = cos * pair[0] + sin * pair[1], Interpolant.trigflow(angle)
     found = tangent.trigflow_velocity(x, gaussian_velocity(way.to_flow(x), way.flow_time), angle)
     variance = cos**2 * STD**2 + sin**2
     close(found, -sin * MEAN + sin * cos * (1 - STD**2) / variance * (x - cos * MEAN), 1e-12)
 
 
+def rotated(x: Tensor, velocity: Tensor, by: Tensor) -> Tensor:
+    """``x`` moved by the angle ``-by`` along a TrigFlow velocity; by the whole angle it is ``x0``."""
+    return noise.expand_time(by.cos(), x) * x - noise.expand_time(by.sin(), x) * velocity
+
+
 def test_trigflow_velocity_of_a_pair_rotates_it_to_any_angle(pair: tuple[Tensor, Tensor]) -> None:
-    angle = noise.flow_time_to_trigflow(TIMES)
+    angle = interpolant.flow_time_to_trigflow(TIMES)
     x0, eps = pair
-    way = noise.Interpolant.trigflow(angle)
+    way = Interpolant.trigflow(angle)
     x = way.from_flow(noise.add_noise(x0, eps, TIMES))
     velocity = tangent.trigflow_velocity(x, noise.velocity_target(x0, eps), angle)
-    close(tangent.trigflow_rotate(x, velocity, angle), x0)
-    later = noise.Interpolant.trigflow(angle - 0.1)
+    close(rotated(x, velocity, angle), x0)
+    later = Interpolant.trigflow(angle - 0.1)
     moved = noise.expand_time(later.alpha, x) * x0 + noise.expand_time(later.sigma, x) * eps
-    close(tangent.trigflow_rotate(x, velocity, torch.full_like(angle, 0.1)), moved)
+    close(rotated(x, velocity, torch.full_like(angle, 0.1)), moved)
 
 
 def test_per_frame_times_act_on_their_frame_alone(pair: tuple[Tensor, Tensor]) -> None:
     x0, eps = pair
     t = torch.tensor([[0.1, 0.5, 0.9]], dtype=torch.float64).expand(5, 3)
-    for function in (noise.add_noise, noise.velocity_to_x0, noise.velocity_to_noise, noise.x0_to_velocity):
+    for function in (noise.add_noise, noise.velocity_to_x0, interpolant.velocity_to_noise, noise.x0_to_velocity):
         whole = function(x0, eps, t)
         for frame in range(3):
             alone = function(x0[:, :, [frame]], eps[:, :, [frame]], t[:, frame])
@@ -186,7 +191,7 @@ def test_guidance_commutes_with_every_conversion(guidance: float, pair: tuple[Te
     x_t, eps = noise.add_noise(*pair, TIMES), pair[1]
     u_u, u_c = eps.roll(1, 0), eps.roll(2, 0)
     guided = noise.guide(u_u, u_c, guidance)
-    for convert in (noise.velocity_to_x0, noise.velocity_to_noise, noise.velocity_to_score):
+    for convert in (noise.velocity_to_x0, interpolant.velocity_to_noise, interpolant.velocity_to_score):
         after = noise.guide(convert(x_t, u_u, TIMES), convert(x_t, u_c, TIMES), guidance)
         close(convert(x_t, guided, TIMES), after, 1e-8)
 

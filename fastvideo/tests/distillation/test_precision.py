@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
@@ -85,21 +85,21 @@ class Seen(nn.Module):
 
 
 @pytest.fixture
-def wan(tiny_wan: Path) -> WanAdapter:
-    return WanAdapter(wan_config(tiny_wan, precision="bfloat16"))
+def wan(tiny_wan: Path) -> WanFamily:
+    return WanFamily(wan_config(tiny_wan, precision="bfloat16"))
 
 
-def placed(adapter: WanAdapter) -> Placement:
+def placed(adapter: WanFamily) -> Placement:
     return Placement(adapter, Processes(), ParallelConfig())
 
 
-def inputs(adapter: WanAdapter) -> tuple[Tensor, Tensor, Any]:
+def inputs(adapter: WanFamily) -> tuple[Tensor, Tensor, Any]:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(2, *adapter.codec.latent_shape, generator=generator)
     return noise, torch.tensor([0.9, 0.3]), adapter.conditioner.encode_prompts(["a green seven", "a red one"])
 
 
-def test_a_frozen_network_computes_as_diffusers_does_in_bfloat16(wan: WanAdapter) -> None:
+def test_a_frozen_network_computes_as_diffusers_does_in_bfloat16(wan: WanFamily) -> None:
     network, (x, t, condition) = placed(wan).load(None, trained=False), inputs(wan)
     text = condition.of(wan.conditioner.key)[TEXT].bfloat16()
     seen = Seen(network, "attn1.norm_q", "attn1.to_v", "ffn", "time_embedder")
@@ -110,7 +110,7 @@ def test_a_frozen_network_computes_as_diffusers_does_in_bfloat16(wan: WanAdapter
 
 
 @pytest.mark.usefixtures("cuda_rules")
-def test_queries_keys_and_values_have_one_dtype_under_autocast(wan: WanAdapter) -> None:
+def test_queries_keys_and_values_have_one_dtype_under_autocast(wan: WanFamily) -> None:
     network, (x, t, condition) = placed(wan).load(None, trained=True), inputs(wan)
     seen = Seen(network, "attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k")
     u = wan.velocity(network, x, t, condition)
@@ -120,14 +120,14 @@ def test_queries_keys_and_values_have_one_dtype_under_autocast(wan: WanAdapter) 
 
 
 @pytest.fixture
-def adapted(wan: WanAdapter) -> nn.Module:
+def adapted(wan: WanFamily) -> nn.Module:
     network = placed(wan).load_shared(None, {"student": LoRAConfig(rank=4)}, seed=0)
     for layer in adapted_layers(network):
         nn.init.normal_(layer.lora_B["student"].weight, std=0.1)
     return network
 
 
-def test_an_adapter_reads_its_layers_input_without_a_copy(wan: WanAdapter, adapted: nn.Module) -> None:
+def test_an_adapter_reads_its_layers_input_without_a_copy(wan: WanFamily, adapted: nn.Module) -> None:
     student, (x, t, condition) = Denoiser(wan, adapted, AdapterSwitch(adapted, "student", None)), inputs(wan)
     seen = Seen(adapted, "attn1.to_q.lora_A.student", "ffn.net.2")
     found = student.velocity(x, t, condition)
@@ -143,6 +143,6 @@ def test_an_adapter_reads_its_layers_input_without_a_copy(wan: WanAdapter, adapt
 def test_derivatives_of_rounded_weights_are_refused(shard: int, lora: Any, reason: str, folders: Any) -> None:
     roles = {"student": {"lora": lora}} if lora else {}
     config = config_of(Case("wan", "scm", BFLOAT16, roles, {"jvp": "autodiff"}), folders, {"shard": shard})
-    adapter = WanAdapter(config.model)
+    adapter = WanFamily(config.model)
     with pytest.raises(UserError, match=f"with {reason} its weights are bfloat16"):
         build_method(config, adapter, Processes(0, shard, torch.device("cpu"), shard))

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.config.base import Guidance
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.loading import first_steps
 
 PUBLISHED = (1000, 750, 500, 250)
 
@@ -75,13 +77,13 @@ def test_a_bad_ladder_says_what_is_wrong(times: tuple[float, ...], message: str)
 
 @pytest.mark.parametrize(("count", "times"), [(1, (1.0,)), (3, (1.0, 0.7, 0.4))])
 def test_first_gives_the_ladders_a_student_was_trained_for(count: int, times: Sequence[float]) -> None:
-    assert Ladder((1.0, 0.7, 0.4)).first(count).times == times
+    assert first_steps(Ladder((1.0, 0.7, 0.4)), count).times == times
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_first_refuses_any_other_count(count: int) -> None:
     with pytest.raises(UserError, match=rf"it runs with --steps 3 or --steps 1, not {count}"):
-        Ladder((1.0, 0.7, 0.4)).first(count)
+        first_steps(Ladder((1.0, 0.7, 0.4)), count)
 
 
 class Options(BaseModel):

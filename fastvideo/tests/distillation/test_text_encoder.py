@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.diffusers.encoder import check_whole
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_config, wan_folder
 
@@ -42,7 +42,7 @@ def untie(folder: Path) -> None:
 
 
 def encoded(folder: Path) -> Tensor:
-    conditioner = WanAdapter(wan_config(folder)).conditioner
+    conditioner = WanFamily(wan_config(folder)).conditioner
     return conditioner.encode_prompts(PROMPTS).of(conditioner.key)["prompt_embeds"]
 
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_says_untied_and_stores_one_table_is_read_as_tied(pipe
 @pytest.mark.parametrize("table", [torch.zeros, torch.randn])
 def test_an_encoder_whose_table_of_words_was_left_unset_is_refused(pipeline: Path, table: object) -> None:
     """The state in which transformers 5.0 to 5.2 leave such a checkpoint."""
-    encoder = WanAdapter(wan_config(pipeline)).conditioner.text_encoder
+    encoder = WanFamily(wan_config(pipeline)).conditioner.text_encoder
     check_whole(encoder, (), str(pipeline))
     shape = encoder.shared.weight.shape
     encoder.encoder.embed_tokens = nn.Embedding(*shape, _weight=table(*shape))  # type: ignore[operator]
@@ -71,7 +71,7 @@ def test_a_table_of_its_own_that_is_in_the_files_is_taken(pipeline: Path) -> Non
     weights = load_file(file)
     own = torch.randn_like(weights["shared.weight"])
     save_file({**weights, "encoder.embed_tokens.weight": own}, file, {"format": "pt"})
-    encoder = WanAdapter(wan_config(pipeline)).conditioner.text_encoder
+    encoder = WanFamily(wan_config(pipeline)).conditioner.text_encoder
     encoder.encoder.embed_tokens = nn.Embedding(*own.shape, _weight=own)
     check_whole(encoder, (), str(pipeline))
 
@@ -85,8 +85,8 @@ def test_an_encoder_that_lacks_weights_is_refused(pipeline: Path, lost: str) -> 
 
 
 def test_settings_are_those_of_the_files_and_not_of_their_place(pipeline: Path, whole: Path) -> None:
-    settings = WanAdapter(wan_config(whole)).conditioner.text_settings
-    assert settings == WanAdapter(wan_config(pipeline)).conditioner.text_settings
+    settings = WanFamily(wan_config(whole)).conditioner.text_settings
+    assert settings == WanFamily(wan_config(pipeline)).conditioner.text_settings
     assert settings["encoder"] == "UMT5EncoderModel"
     assert settings["width"] == 16
     assert all(settings[name] for name in ("encoder_config", "encoder_weights", "tokenizer", "max_sequence_length"))
@@ -94,24 +94,24 @@ def test_settings_are_those_of_the_files_and_not_of_their_place(pipeline: Path, 
     weights = load_file(file)
     weights["shared.weight"][0, 0] += 1
     save_file(weights, file, {"format": "pt"})
-    changed = WanAdapter(wan_config(pipeline, max_sequence_length=7)).conditioner.text_settings
+    changed = WanFamily(wan_config(pipeline, max_sequence_length=7)).conditioner.text_settings
     different = {name for name in settings if settings[name] != changed[name]}
     assert different == {"encoder_weights", "max_sequence_length"}
     shutil.rmtree(pipeline / "text_encoder")
-    gone = WanAdapter(wan_config(pipeline)).conditioner.text_settings
+    gone = WanFamily(wan_config(pipeline)).conditioner.text_settings
     assert gone == {**settings, "encoder_config": None, "encoder_weights": None}
 
 
 def test_held_texts_replace_the_encoder_and_released_weights_are_gone(pipeline: Path) -> None:
-    conditioner = WanAdapter(wan_config(pipeline)).conditioner
+    conditioner = WanFamily(wan_config(pipeline)).conditioner
     expected = conditioner.encode_prompts(PROMPTS).of(conditioner.key)["prompt_embeds"]
     assert conditioner.encoder_bytes > 10_000
     conditioner.release_encoder()
     assert conditioner.encoder_bytes == 0
-    texts = dict(zip(PROMPTS, WanAdapter(wan_config(pipeline)).conditioner.encode_texts(PROMPTS), strict=True))
+    texts = dict(zip(PROMPTS, WanFamily(wan_config(pipeline)).conditioner.encode_texts(PROMPTS), strict=True))
     assert [len(text) for text in texts.values()] == conditioner.token_counts(PROMPTS)
     shutil.rmtree(pipeline / "text_encoder")
-    fresh = WanAdapter(wan_config(pipeline, prompt_cache_mib=0)).conditioner
+    fresh = WanFamily(wan_config(pipeline, prompt_cache_mib=0)).conditioner
     fresh.hold_texts(texts)
     assert fresh.missing_texts([*PROMPTS, "a red five", "a red five"]) == ["a red five"]
     found = fresh.encode_prompts(PROMPTS).of(fresh.key)["prompt_embeds"]
@@ -121,17 +121,17 @@ def test_held_texts_replace_the_encoder_and_released_weights_are_gone(pipeline: 
 
 
 def test_kept_texts_are_encoded_once_and_stay_whatever_the_limit(pipeline: Path) -> None:
-    conditioner = WanAdapter(wan_config(pipeline, prompt_cache_mib=0)).conditioner
+    conditioner = WanFamily(wan_config(pipeline, prompt_cache_mib=0)).conditioner
     conditioner.keep_texts(PROMPTS)
     conditioner.release_encoder()
     conditioner.encode_prompts([*PROMPTS, PROMPTS[0]])
     assert conditioner.encoder_bytes == 0
     assert not conditioner.texts_fit(PROMPTS)
-    assert WanAdapter(wan_config(pipeline)).conditioner.texts_fit(PROMPTS)
+    assert WanFamily(wan_config(pipeline)).conditioner.texts_fit(PROMPTS)
 
 
 def test_tokens_are_counted_as_the_tokenizer_does(pipeline: Path) -> None:
-    conditioner = WanAdapter(wan_config(pipeline)).conditioner
+    conditioner = WanFamily(wan_config(pipeline)).conditioner
     prompts = ["", "a", *PROMPTS, "a " * 20]
     conditioner.encode_prompts(PROMPTS[:1])  # leaves padding set in the tokenizer
     assert conditioner.token_counts(prompts) == [len(conditioner.tokenizer(prompt).input_ids) for prompt in prompts]
@@ -141,6 +141,6 @@ def test_tokens_are_counted_as_the_tokenizer_does(pipeline: Path) -> None:
 @example("a  cat \t &amp; it's `<b>`\x1b[31m")
 def test_plain_prompts_are_cleaned_as_all_others(prompt: str) -> None:
     """The short way for printable ASCII gives what ftfy gives."""
-    conditioner = WanAdapter(wan_config(Path("tiny"), height=32, num_frames=9)).conditioner
+    conditioner = WanFamily(wan_config(Path("tiny"), height=32, num_frames=9)).conditioner
     slow = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
     assert conditioner.clean_prompt(prompt) == slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from fastvideo.conformance.run import CHECKS, examine
 from fastvideo.conformance.subject import Subject
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import euler
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, euler
 from fastvideo.distillation.types import Condition, RawBatch, UserError
 from fastvideo.tests.distillation.tiny import wan_config
 from fastvideo.tests.distillation.tiny_images import CLIP_TOKENS, CLIP_WIDTH, i2v_config, i2v_folder, ti2v_config
@@ -27,40 +28,40 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WAYS = ("i2v", "i2v_without_clip", "ti2v")
 
 
-def adapter_of(way: str, root: Path, **options: Any) -> WanAdapter:
+def adapter_of(way: str, root: Path, **options: Any) -> WanFamily:
     """The toy checkpoint that takes its image in this way."""
     options = {"prompt_for_negative": NEGATIVE, **options}
     if way == "ti2v":
-        return WanAdapter(ti2v_config(root, **options))
+        return WanFamily(ti2v_config(root, **options))
     config = i2v_config(root, **options)
-    return WanAdapter(config.model_copy(update={"path": str(i2v_folder(root, clip=way == "i2v"))}))
+    return WanFamily(config.model_copy(update={"path": str(i2v_folder(root, clip=way == "i2v"))}))
 
 
 @pytest.fixture(params=WAYS)
-def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanAdapter:
+def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanFamily:
     adapter = adapter_of(request.param, tiny_wan.parent)
     adapter.ensure_negative_conditioning()
     return adapter
 
 
 @pytest.fixture
-def i2v(tiny_wan: Path) -> WanAdapter:
+def i2v(tiny_wan: Path) -> WanFamily:
     adapter = adapter_of("i2v", tiny_wan.parent)
     adapter.ensure_negative_conditioning()
     return adapter
 
 
-def picture(adapter: WanAdapter) -> Tensor:
+def picture(adapter: WanFamily) -> Tensor:
     """One image ``[3, H, W]`` in ``[-1, 1]`` whose values are exact in 8 bits."""
     shape = (3, adapter.config.height, adapter.config.width)
     return (normal(shape, seeded(5)) * 60 + 128).clamp(0, 255).round() / 127.5 - 1
 
 
-def noise_of(adapter: WanAdapter) -> Tensor:
+def noise_of(adapter: WanFamily) -> Tensor:
     return normal((len(PROMPTS), *adapter.codec.latent_shape), seeded(6))
 
 
-def stock(adapter: WanAdapter) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]:
+def stock(adapter: WanFamily) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]:
     """What stock diffusers feeds its transformer, the latents it ends with, and the times it walks."""
     from diffusers import WanImageToVideoPipeline
     from PIL import Image
@@ -83,7 +84,7 @@ def stock(adapter: WanAdapter) -> tuple[list[dict[str, Tensor]], Tensor, Ladder]
     return fed, latents, Ladder(tuple(pipeline.scheduler.sigmas[:-1].tolist()))
 
 
-def conditions(adapter: WanAdapter) -> tuple[Condition, Condition]:
+def conditions(adapter: WanFamily) -> tuple[Condition, Condition]:
     """Positive and negative, going on from the picture."""
     images = adapter.conditioner.condition_on(picture(adapter)[None, :, None].expand(len(PROMPTS), -1, -1, -1, -1))
     texts = (adapter.conditioner.encode_prompts(prompts) for prompts in (PROMPTS, [NEGATIVE] * len(PROMPTS)))
@@ -92,14 +93,14 @@ def conditions(adapter: WanAdapter) -> tuple[Condition, Condition]:
 
 
 @torch.no_grad()
-def test_stock_diffusers_feeds_the_network_the_same_and_ends_with_the_same_latents(adapter: WanAdapter) -> None:
+def test_stock_diffusers_feeds_the_network_the_same_and_ends_with_the_same_latents(adapter: WanFamily) -> None:
     expected, latents, ladder = stock(adapter)
     condition, negative = conditions(adapter)
     network, fed = adapter.folder.load_network(), list[dict[str, Tensor]]()
 
     def record(module: Any, args: tuple[Tensor, ...], kwargs: Any) -> None:
         names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
-        fed.append(dict(zip(names, args, strict=True)))
+        fed.append(dict(zip_longest(names, args)))
 
     network.register_forward_pre_hook(record, with_kwargs=True)
     role = RoleHandle("student", adapter, network)
@@ -117,7 +118,7 @@ def test_stock_diffusers_feeds_the_network_the_same_and_ends_with_the_same_laten
                 torch.testing.assert_close(ours[name], value.expand(ours[name].shape), **CLOSE)
 
 
-def test_the_image_is_in_the_condition_as_its_checkpoint_takes_it(adapter: WanAdapter) -> None:
+def test_the_image_is_in_the_condition_as_its_checkpoint_takes_it(adapter: WanFamily) -> None:
     condition, _ = conditions(adapter)
     channels, frames, height, width = adapter.codec.latent_shape
     own = condition.of(adapter.conditioner.key)
@@ -133,7 +134,7 @@ def test_the_image_is_in_the_condition_as_its_checkpoint_takes_it(adapter: WanAd
         assert set(own) == {"prompt_embeds"}
 
 
-def test_another_image_makes_another_video(adapter: WanAdapter) -> None:
+def test_another_image_makes_another_video(adapter: WanFamily) -> None:
     network, role_times = adapter.folder.load_network(), torch.tensor([0.9, 0.4])
     role = RoleHandle("student", adapter, network)
     velocities = []
@@ -145,7 +146,7 @@ def test_another_image_makes_another_video(adapter: WanAdapter) -> None:
     assert not torch.allclose(velocities[0][:, :, 1:], velocities[1][:, :, 1:], rtol=1e-3, atol=1e-4)
 
 
-def test_the_clip_features_alone_change_the_velocity(i2v: WanAdapter) -> None:
+def test_the_clip_features_alone_change_the_velocity(i2v: WanFamily) -> None:
     condition, _ = conditions(i2v)
     other = condition | Condition(
         {i2v.conditioner.key: {"image_embeds": normal((2, CLIP_TOKENS, CLIP_WIDTH), seeded(3))}}
@@ -155,7 +156,7 @@ def test_the_clip_features_alone_change_the_velocity(i2v: WanAdapter) -> None:
     assert not torch.allclose(*velocities, rtol=1e-3, atol=1e-4)
 
 
-def test_every_rule_of_the_adapter_contract_holds(adapter: WanAdapter, tmp_path: Path) -> None:
+def test_every_rule_of_the_adapter_contract_holds(adapter: WanFamily, tmp_path: Path) -> None:
     outcomes = list(examine(Subject(adapter, (PROMPTS[0], PROMPTS[1]), tmp_path)))
     assert [(outcome.name, outcome.message) for outcome in outcomes if outcome.result == "FAILED"] == []
     assert len(outcomes) == len(CHECKS)
@@ -179,7 +180,7 @@ def test_the_first_frame_of_a_video_is_given_alike_by_data_and_by_an_image(tiny_
 
 
 @torch.no_grad()
-def test_what_is_computed_beforehand_stands_in_for_what_is_computed_now(adapter: WanAdapter) -> None:
+def test_what_is_computed_beforehand_stands_in_for_what_is_computed_now(adapter: WanFamily) -> None:
     config = adapter.config
     videos = normal((2, 3, config.num_frames, config.height, config.width), seeded(9)).clamp(-1, 1)
     extras = adapter.conditioner.encode_stored(videos, PROMPTS)
@@ -199,7 +200,7 @@ def test_what_is_computed_beforehand_stands_in_for_what_is_computed_now(adapter:
 
 
 @torch.no_grad()
-def test_latents_alone_give_an_image_to_video_checkpoint_its_first_frame(i2v: WanAdapter) -> None:
+def test_latents_alone_give_an_image_to_video_checkpoint_its_first_frame(i2v: WanFamily) -> None:
     latents = normal((2, *i2v.codec.latent_shape), seeded(9))
     batch = preparer(i2v)(RawBatch(tuple(PROMPTS), latents))
     frame = i2v.codec.decode(latents)[:, :, :1]
@@ -236,7 +237,7 @@ def test_buckets_of_another_size_have_given_frames_too(way: str, tiny_wan: Path)
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_numbers(
-    name: str, shape: tuple[int, ...], message: str, i2v: WanAdapter
+    name: str, shape: tuple[int, ...], message: str, i2v: WanFamily
 ) -> None:
     with pytest.raises(UserError, match=message):
         preparer(i2v)(
@@ -244,7 +245,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(
         )
 
 
-def test_a_shorter_text_is_padded_and_padding_beyond_the_limit_is_cut(i2v: WanAdapter) -> None:
+def test_a_shorter_text_is_padded_and_padding_beyond_the_limit_is_cut(i2v: WanFamily) -> None:
     text = i2v.conditioner.encode_prompts(PROMPTS).of(i2v.conditioner.key)["prompt_embeds"]
     for given in (text[:, :6], torch.cat([text, torch.zeros_like(text)], dim=1)):
         found = i2v.conditioner.text_of(RawBatch(tuple(PROMPTS), None, {"text_embedding": given.half()}))
@@ -254,9 +255,9 @@ def test_a_shorter_text_is_padded_and_padding_beyond_the_limit_is_cut(i2v: WanAd
 def test_the_number_of_given_frames_is_what_the_checkpoint_takes(tiny_wan: Path) -> None:
     root = tiny_wan.parent
     found = {
-        "text": WanAdapter(wan_config(tiny_wan)),
-        "tuned": WanAdapter(wan_config(tiny_wan, given_frames=1)),
-        "clip": WanAdapter(wan_config(tiny_wan, given_frames=2, num_frames=9)),
+        "text": WanFamily(wan_config(tiny_wan)),
+        "tuned": WanFamily(wan_config(tiny_wan, given_frames=1)),
+        "clip": WanFamily(wan_config(tiny_wan, given_frames=2, num_frames=9)),
         "i2v": adapter_of("i2v", root),
         "ti2v": adapter_of("ti2v", root),
         "ti2v tuned": adapter_of("ti2v", root, given_frames=1),
@@ -278,16 +279,16 @@ def test_options_that_do_not_fit_the_checkpoint_are_refused(tiny_wan: Path) -> N
     with pytest.raises(UserError, match=r"model\.width: .* multiples of 32, got 48"):
         _ = adapter_of("ti2v", tiny_wan.parent, width=48).codec.latent_shape
     with pytest.raises(ValueError, match="must leave one of 2 latent frames to generate, got 2"):
-        WanConfig(num_frames=5, given_frames=2)
+        WanFamilyConfig(num_frames=5, given_frames=2)
 
 
 def test_a_student_with_given_frames_loads_into_stock_image_to_video(tiny_wan: Path, tmp_path: Path) -> None:
     from diffusers import WanImageToVideoPipeline
 
-    adapter = WanAdapter(wan_config(tiny_wan, given_frames=1))
+    adapter = WanFamily(wan_config(tiny_wan, given_frames=1))
     adapter.folder.save(tmp_path / "student", adapter.folder.load_network(), {})
     assert WanImageToVideoPipeline.from_pretrained(tmp_path / "student").config.expand_timesteps
-    assert WanAdapter(wan_config(tmp_path / "student")).conditioner.first_frames == (0, 1)
-    plain = WanAdapter(wan_config(tiny_wan))
+    assert WanFamily(wan_config(tmp_path / "student")).conditioner.first_frames == (0, 1)
+    plain = WanFamily(wan_config(tiny_wan))
     plain.folder.save(tmp_path / "plain", plain.folder.load_network(), {})
-    assert WanAdapter(wan_config(tmp_path / "plain")).conditioner.first_frames == (0,)
+    assert WanFamily(wan_config(tmp_path / "plain")).conditioner.first_frames == (0,)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.conditioner import PromptCache
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import euler
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, euler
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_config
 
@@ -27,16 +27,16 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(params=["random", "embedded"])
-def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanAdapter:
+def adapter(request: pytest.FixtureRequest, tiny_wan: Path) -> WanFamily:
     """Random weights on a small odd shape, and the weights that ship with the package."""
     random = wan_config(tiny_wan, prompt_for_negative=NEGATIVE)
-    adapter = WanAdapter(random if request.param == "random" else WanConfig(prompt_for_negative=NEGATIVE))
+    adapter = WanFamily(random if request.param == "random" else WanFamilyConfig(prompt_for_negative=NEGATIVE))
     adapter.ensure_negative_conditioning()
     return adapter
 
 
 @pytest.fixture
-def pipeline(adapter: WanAdapter) -> Any:
+def pipeline(adapter: WanFamily) -> Any:
     from diffusers import WanPipeline
 
     pipeline = WanPipeline.from_pretrained(adapter.folder.pipeline.source)
@@ -44,11 +44,11 @@ def pipeline(adapter: WanAdapter) -> Any:
     return pipeline
 
 
-def noise_of(adapter: WanAdapter) -> Tensor:
+def noise_of(adapter: WanFamily) -> Tensor:
     return normal((len(PROMPTS), *adapter.codec.latent_shape), seeded(6))
 
 
-def stock(pipeline: Any, adapter: WanAdapter, **options: Any) -> Any:
+def stock(pipeline: Any, adapter: WanFamily, **options: Any) -> Any:
     """What the stock pipeline makes of the prompts, from the same noise."""
     config = adapter.config
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
@@ -58,7 +58,7 @@ def stock(pipeline: Any, adapter: WanAdapter, **options: Any) -> Any:
     ).frames  # fmt: skip
 
 
-def ours(adapter: WanAdapter, pipeline: Any) -> Tensor:
+def ours(adapter: WanFamily, pipeline: Any) -> Tensor:
     """Euler with guidance on the ladder that the stock scheduler walks."""
     pipeline.scheduler.set_timesteps(STEPS)
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
@@ -74,7 +74,7 @@ def ours(adapter: WanAdapter, pipeline: Any) -> Tensor:
 
 
 @torch.no_grad()
-def test_prompts_are_encoded_as_the_pipeline_encodes_them(adapter: WanAdapter, pipeline: Any) -> None:
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(adapter: WanFamily, pipeline: Any) -> None:
     length = adapter.config.max_sequence_length
     expected, negative = pipeline.encode_prompt(PROMPTS, negative_prompt=[NEGATIVE] * 2, max_sequence_length=length)
     found = adapter.conditioner.encode_prompts(PROMPTS).of(adapter.conditioner.key)["prompt_embeds"]
@@ -86,7 +86,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(adapter: WanAdapter, p
     assert found.abs().sum(-1)[0, :6].min() > 0
 
 
-def test_the_network_gets_what_the_pipeline_feeds_it(adapter: WanAdapter, pipeline: Any) -> None:
+def test_the_network_gets_what_the_pipeline_feeds_it(adapter: WanFamily, pipeline: Any) -> None:
     fed: list[dict[str, Tensor]] = []
 
     def record(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -104,14 +104,14 @@ def test_the_network_gets_what_the_pipeline_feeds_it(adapter: WanAdapter, pipeli
         torch.testing.assert_close(u, call["output"], **CLOSE)
 
 
-def test_guided_euler_gives_the_pipelines_latents(adapter: WanAdapter, pipeline: Any) -> None:
+def test_guided_euler_gives_the_pipelines_latents(adapter: WanFamily, pipeline: Any) -> None:
     expected = stock(pipeline, adapter, output_type="latent")
     found = ours(adapter, pipeline)
     assert (expected - noise_of(adapter)).abs().mean() > 0.1, "the network moved the noise"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_gives_the_pipelines_video(adapter: WanAdapter, pipeline: Any) -> None:
+def test_decoding_gives_the_pipelines_video(adapter: WanFamily, pipeline: Any) -> None:
     expected = stock(pipeline, adapter, output_type="pt")
     videos = adapter.codec.decode(ours(adapter, pipeline))
     config = adapter.config
@@ -120,7 +120,7 @@ def test_decoding_gives_the_pipelines_video(adapter: WanAdapter, pipeline: Any) 
 
 
 @torch.no_grad()
-def test_encoding_normalises_with_the_published_statistics(adapter: WanAdapter, pipeline: Any) -> None:
+def test_encoding_normalises_with_the_published_statistics(adapter: WanFamily, pipeline: Any) -> None:
     config = adapter.config
     videos = normal((1, 3, config.num_frames, config.height, config.width), seeded(3)).clamp(-1, 1)
     raw = pipeline.vae.encode(videos).latent_dist.mode()
@@ -131,22 +131,22 @@ def test_encoding_normalises_with_the_published_statistics(adapter: WanAdapter, 
         torch.testing.assert_close(found[:, channel], (raw[:, channel] - mean) / std, **CLOSE)
 
 
-def test_any_change_of_the_autoencoder_changes_the_codec_key(adapter: WanAdapter, tmp_path: Path) -> None:
+def test_any_change_of_the_autoencoder_changes_the_codec_key(adapter: WanFamily, tmp_path: Path) -> None:
     keys = [adapter.codec.latent_key]
     for bias, shift in ((0.0, 0.0), (1e-6, 0.0), (0.0, 1e-6)):
         folder = tmp_path / f"{bias}_{shift}"
         adapter.folder.save(folder, adapter.folder.load_network(), {})
-        vae = WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).codec.vae
+        vae = WanFamily(adapter.config.model_copy(update={"path": str(folder)})).codec.vae
         vae.encoder.conv_in.bias.data += bias
         vae.register_to_config(latents_mean=[mean + shift for mean in vae.config.latents_mean])
         vae.save_pretrained(folder / "vae")
-        keys.append(WanAdapter(adapter.config.model_copy(update={"path": str(folder)})).codec.latent_key)
+        keys.append(WanFamily(adapter.config.model_copy(update={"path": str(folder)})).codec.latent_key)
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
 
 
 @torch.no_grad()
-def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, pipeline: Any) -> None:
+def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanFamily, pipeline: Any) -> None:
     frames, height, width = adapter.codec.latent_shape[1:]
     times = torch.tensor([[0.3, 0.9, 0.5], [0.6, 0.1, 0.2]])[:, :frames]
     mask = torch.ones(frames, height, width)
@@ -160,7 +160,7 @@ def test_times_per_frame_are_the_pipelines_times_per_token(adapter: WanAdapter, 
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_a_teacher_is_called_where_the_published_scheduler_calls_it(
-    adapter: WanAdapter, pipeline: Any, steps: int
+    adapter: WanFamily, pipeline: Any, steps: int
 ) -> None:
     """Wan's checkpoints come with UniPC, whose grid ends at 1/1000 before the shift where ours ends at 0."""
     from diffusers import UniPCMultistepScheduler
@@ -173,7 +173,7 @@ def test_a_teacher_is_called_where_the_published_scheduler_calls_it(
     )
 
 
-def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipeline: Any, tmp_path: Path) -> None:
+def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanFamily, pipeline: Any, tmp_path: Path) -> None:
     from diffusers import WanPipeline
 
     network = adapter.folder.load_network()
@@ -186,7 +186,7 @@ def test_a_saved_student_loads_into_the_stock_pipeline(adapter: WanAdapter, pipe
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
-def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: WanAdapter, kind: Recompute) -> None:
+def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: WanFamily, kind: Recompute) -> None:
     gradients, forwards = [], [0, 0]
     for checkpointing in (False, True):
         network = adapter.folder.load_network()
@@ -206,7 +206,7 @@ def test_checkpointed_gradients_are_recomputed_and_equal_plain_ones(adapter: Wan
         assert torch.equal(plain, recomputed)
 
 
-def test_a_prompt_that_is_too_long_is_refused_not_truncated(adapter: WanAdapter) -> None:
+def test_a_prompt_that_is_too_long_is_refused_not_truncated(adapter: WanFamily) -> None:
     limit = adapter.config.max_sequence_length
     with pytest.raises(UserError, match=rf"prompt has {limit + 1} tokens, the text encoder takes {limit} .*'a a a"):
         adapter.conditioner.encode_prompts(["a " * limit])
@@ -215,8 +215,8 @@ def test_a_prompt_that_is_too_long_is_refused_not_truncated(adapter: WanAdapter)
 
 
 def test_the_prompt_cache_forgets_the_least_recently_used_and_changes_no_result(tiny_wan: Path) -> None:
-    small = WanAdapter(wan_config(tiny_wan, prompt_cache_mib=0)).conditioner
-    large = WanAdapter(wan_config(tiny_wan)).conditioner
+    small = WanFamily(wan_config(tiny_wan, prompt_cache_mib=0)).conditioner
+    large = WanFamily(wan_config(tiny_wan)).conditioner
     for prompts in (["a", "red", "a"], ["red"], ["up", "a"]):
         found, kept = (one.encode_prompts(prompts).of(one.key)["prompt_embeds"] for one in (small, large))
         assert torch.equal(found, kept)
@@ -240,7 +240,7 @@ def test_the_prompt_cache_is_bounded_in_bytes() -> None:
 
 
 @torch.no_grad()
-def test_cached_prompts_are_cut_to_their_tokens_and_padded_to_the_bit(adapter: WanAdapter) -> None:
+def test_cached_prompts_are_cut_to_their_tokens_and_padded_to_the_bit(adapter: WanFamily) -> None:
     conditioner, (prompt, _) = adapter.conditioner, PROMPTS
     tokens = conditioner.tokenizer(
         [prompt], padding="max_length", max_length=conditioner.text_length, return_tensors="pt"
@@ -255,12 +255,12 @@ def test_cached_prompts_are_cut_to_their_tokens_and_padded_to_the_bit(adapter: W
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path, tiny_wan: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        WanAdapter(wan_config(tmp_path / "nowhere"))
+        WanFamily(wan_config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"has no model_index\.json"):
-        WanAdapter(wan_config(tmp_path))
+        WanFamily(wan_config(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
     with pytest.raises(UserError, match="holds a CogVideoXPipeline; this family reads WanPipeline"):
-        WanAdapter(wan_config(tmp_path))
+        WanFamily(wan_config(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(UserError, match="cannot load 'transformer'"):
-        WanAdapter(wan_config(tmp_path)).folder.load_network()
+        WanFamily(wan_config(tmp_path)).folder.load_network()

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 
 SHARED = {
     "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "patch_size": (1, 2, 2), "cross_attn_norm": True,
@@ -69,7 +70,7 @@ def checkpoint(folder: Path, index: dict[str, Any], network: dict[str, Any], vae
 def test_the_image_to_video_checkpoint_is_understood(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, {"_class_name": "WanImageToVideoPipeline"}, I2V, {})
     sizes = {"height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512}
-    adapter = WanAdapter(WanConfig(path=str(folder), **sizes))
+    adapter = WanFamily(WanFamilyConfig(path=str(folder), **sizes))
     assert adapter.codec.latent_shape == (16, 21, 60, 104)
     assert adapter.conditioner.first_frames == (1,)
     assert adapter.conditioner.stored_shapes == {
@@ -82,7 +83,7 @@ def test_the_image_to_video_checkpoint_is_understood(tmp_path: Path) -> None:
 def test_the_text_and_image_to_video_checkpoint_is_understood(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, {"_class_name": "WanPipeline", "expand_timesteps": True}, TI2V, VAE_22)
     sizes = {"height": 704, "width": 1280, "num_frames": 121, "max_sequence_length": 512}
-    adapter = WanAdapter(WanConfig(path=str(folder), **sizes))
+    adapter = WanFamily(WanFamilyConfig(path=str(folder), **sizes))
     assert adapter.codec.latent_shape == (48, 31, 44, 80)
     assert adapter.conditioner.first_frames == (0, 1)
     assert adapter.conditioner.stored_shapes == {"text_embedding": (None, 4096)}

@@ -36,17 +36,17 @@ def analytic_family(folder: Path) -> AnalyticAdapter:
 
 def wan_family(folder: Path) -> DistillAdapter[Any]:
     """A Wan pipeline with random weights: latents [4, 2, 2, 4], so no two dimensions can be confused."""
-    from fastvideo.distillation.adapters.wan import WanAdapter
+    from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 
-    return WanAdapter(wan_config(wan_folder(folder)))
+    return WanFamily(wan_config(wan_folder(folder)))
 
 
 def wan_config(folder: Path, **options: Any) -> Any:
     """16 x 32 pixels, 5 frames, prompts of up to 8 tokens."""
-    from fastvideo.distillation.adapters.wan import WanConfig
+    from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 
     size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
-    return WanConfig(path=str(folder), **{**size, **options})
+    return WanFamilyConfig(path=str(folder), **{**size, **options})
 
 
 def wan_folder(root: Path, latent_std: Sequence[float] = (0.5, 2.0, 1.5, 0.8)) -> Path:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.builder import initialising
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.distillation.rng import RandomStreams, initialising
-from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, Condition, Given, RawBatch
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.trajectory import STATE_TIMES, STATES
+from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
 from fastvideo.tests.preparing import preparer
 
 LADDER = Ladder((1.0, 0.9, 0.75, 0.5))

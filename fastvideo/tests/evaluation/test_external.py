@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from fastvideo.distillation.rng import initialising, seeded
+from fastvideo.distillation.builder import initialising
+from fastvideo.distillation.rng import seeded
 from fastvideo.errors import UserError
 from fastvideo.evaluation.choice import absent, choose, external_metrics
 from fastvideo.evaluation.external import ClipScore, VBench, VideoDistance

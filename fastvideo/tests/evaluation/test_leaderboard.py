@@ -13,6 +13,7 @@ from xml.dom import minidom
 import pytest
 import torch
 
+from fastvideo.distillation.config.causal import reach_of
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.errors import UserError
 
@@ -48,7 +49,7 @@ def test_another_budget_is_refused(text: str, board: ModuleType) -> None:
 
 def test_every_tiny_recipe_takes_part_and_another_method_is_refused(board: ModuleType) -> None:
     recipes = {path.stem.removeprefix("tiny_wan_") for path in (ROOT / "examples/distillation").glob("tiny_wan_*.yaml")}
-    whole = {name for name in METHODS if load_method(name).reach_of(load_method(name).Config()) is None}
+    whole = {name for name in METHODS if reach_of(load_method(name).Config()) is None}
     assert set(board.chosen(board.Arguments())) == recipes & whole
     with pytest.raises(UserError, match="--methods dmd3"):
         board.chosen(board.Arguments(methods=("dmd3",)))

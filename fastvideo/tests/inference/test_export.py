@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvideo.data.model import SIZES
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.rng import normal, seeded
@@ -146,7 +146,7 @@ def test_stock_diffusers_goes_on_from_an_image_as_we_do(
     """An image beside the noise (Wan 2.1 I2V), and a first frame that stays clean (TI2V-5B)."""
     root = tmp_path_factory.getbasetemp()
     config = i2v_config(root) if way == "i2v" else ti2v_config(root, given_frames=1)
-    adapter = WanAdapter(config)
+    adapter = WanFamily(config)
     recipe = {"ladder": SHIFTED, "sampler": "renoise", "guidance": 1.0, "model": config.model_dump()}
     adapter.folder.save(tmp_path / "student", adapter.folder.load_network(), recipe)
     out = export(tmp_path / "student", tmp_path / "out")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.export.streaming import visible_frames, warped_steps
 from fastvideo.distillation.chunks import Reach
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.inference.exporting import export
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.data.video_io import write_video
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.sample import SamplerSpec
@@ -32,7 +33,7 @@ LADDER = (1.0, 0.5)
 
 def student_folder(root: Path, given_frames: int) -> str:
     """The shipped weights with the recipe of a student that goes on from given frames."""
-    adapter = WanAdapter(WanConfig(given_frames=given_frames))
+    adapter = WanFamily(WanFamilyConfig(given_frames=given_frames))
     model = {**load_recipe("tiny")["model"], "given_frames": given_frames}
     adapter.folder.save(root, adapter.folder.load_network(), {"ladder": LADDER, "sampler": "renoise", "model": model})
     return str(root)

@@ -7,8 +7,8 @@ import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.schedule import Ladder
 from fastvideo.inference.sampler import Sampling, sample_batches, sample_latents
 
 LADDER = Ladder((1.0, 0.75, 0.5, 0.25))

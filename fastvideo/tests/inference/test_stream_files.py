@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from fastvideo.cli.generate import GenerateArguments, run_generate
-from fastvideo.errors import Stopped, UserError
+from fastvideo.errors import UserError
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.streaming import Streamer
 from fastvideo.inference.switch_plan import chunk_starts
+from fastvideo.stopping import Stopped
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 
@@ -83,7 +84,7 @@ def test_a_cut_moves_the_chunks_behind_it(student: str, generate: Callable[..., 
 def test_a_signal_leaves_a_video_that_plays(
     student: str, tmp_path: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastvideo.distillation.adapters.wan import WanFrameDecoder
+    from fastvideo.distillation.adapters.wan_family.frames import WanFrameDecoder
 
     chunks, decode = [], WanFrameDecoder.__call__
 

@@ -9,7 +9,8 @@ import pytest
 from fastvideo.cli import main
 from fastvideo.cli.listing import split_paper
 from fastvideo.cli.schedule import published_steps
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.methods.fine_tuning.sft import SFTMethod
 from fastvideo.distillation.registry import ADAPTERS, METHODS
 from fastvideo.tests.distillation.tiny import cogvideox_folder
@@ -87,7 +88,7 @@ def whole_rows(lines: list[list[str]], columns: int) -> dict[str, list[str]]:
 
 
 def test_list_says_what_goes_together(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WanAdapter, "supports", frozenset({"flow_map"}))
+    monkeypatch.setattr(WanFamily, "supports", frozenset({"flow_map"}))
     monkeypatch.setattr(SFTMethod, "needs_of", classmethod(lambda cls, config: frozenset({"flow_map", "jvp"})))
     rows = whole_rows(shown(capsys, "list"), 4)
     _, methods, fitting, others = rows["flow_map, jvp"]
@@ -108,7 +109,7 @@ def test_the_time_that_is_shown_is_the_time_that_wan_is_given() -> None:
     import torch
 
     t = torch.tensor([0.25, 1.0])
-    assert torch.equal(WanAdapter.network_time(t, WanConfig()), torch.tensor([250.0, 1000.0]))
+    assert torch.equal(WanFamily.network_time(t, WanFamilyConfig()), torch.tensor([250.0, 1000.0]))
 
 
 def test_the_stock_ladder_is_yaml_that_means_itself(

@@ -21,7 +21,7 @@ from fastvideo.data.order import SampleStream, Shard
 from fastvideo.data.parquet import ParquetSource
 from fastvideo.data.prompts import read_prompts
 from fastvideo.data.tars import TarSource
-from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.errors import RunError, UserError
 from fastvideo.storage import Remote

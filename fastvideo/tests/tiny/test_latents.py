@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.builder import build_adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
@@ -59,7 +60,7 @@ def test_another_codec_or_draw_has_another_key(codec: Codec) -> None:
 
 
 def test_the_codec_key_changes_with_the_weights_of_the_vae() -> None:
-    first, second = (WanAdapter(WanConfig(path="tiny")) for _ in range(2))
+    first, second = (WanFamily(WanFamilyConfig(path="tiny")) for _ in range(2))
     with torch.no_grad():
         second.codec.vae.quant_conv.bias += 1e-3
     assert first.codec.latent_key != second.codec.latent_key

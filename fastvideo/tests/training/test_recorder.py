@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from fastvideo.distillation.engine.optional.recorder import record_collectives, write_collectives
-from fastvideo.errors import RunError, Stopped, UserError
+from fastvideo.errors import RunError, UserError
+from fastvideo.stopping import Stopped
 from fastvideo.tests.launch import in_world
 from fastvideo.training import distillation
 

@@ -134,9 +134,9 @@ def test_signals_that_cannot_be_caught_are_refused(values: dict[str, Any], names
 @pytest.mark.parametrize(
     "place",
     [
-        ("fastvideo.distillation.adapters.wan:WanFolder.load_network", 1),
-        ("fastvideo.distillation.adapters.wan:WanCodec.encode", 2),
-        ("fastvideo.distillation.adapters.wan:WanCodec.decode", 1),
+        ("fastvideo.distillation.adapters.wan_family.adapter:WanFamilyFolder.load_network", 1),
+        ("fastvideo.distillation.adapters.wan_family.frames:WanFrameCodec.encode", 2),
+        ("fastvideo.distillation.adapters.wan_family.frames:WanFrameCodec.decode", 1),
         ("fastvideo.distillation.methods.fine_tuning.sft:SFTMethod.times", 3),
     ],
     ids=["loading", "encoding the data", "validation", "training"],

@@ -12,7 +12,8 @@ from diffusers import CogVideoXPipeline
 from torch.nn import functional as F
 
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, CogVideoXConfig
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import load_exporter, load_method, run_schema
 from fastvideo.inference.loading import load_model
@@ -54,13 +55,13 @@ def adapter(folder: Path) -> CogVideoXAdapter:
 
 
 @pytest.fixture(scope="module")
-def wan() -> tuple[WanAdapter, Any]:
-    family = WanAdapter(WanConfig())
+def wan() -> tuple[WanFamily, Any]:
+    family = WanFamily(WanFamilyConfig())
     return family, family.folder.load_network().requires_grad_(False)
 
 
 @pytest.fixture
-def started(adapter: CogVideoXAdapter, wan: tuple[WanAdapter, Any]) -> Any:
+def started(adapter: CogVideoXAdapter, wan: tuple[WanFamily, Any]) -> Any:
     network = adapter.folder.load_network()
     start_from_wan(network, wan[1], adapter.folder.grid)
     return network
@@ -113,7 +114,7 @@ def test_training_the_encoder_reaches_every_weight_of_it_and_repeats_bit_for_bit
         assert torch.equal(weight, untrained.state_dict()[name]) == (not name.startswith("encoder.")), name
 
 
-def test_the_wan_target_is_what_the_family_encodes(wan: tuple[WanAdapter, Any]) -> None:
+def test_the_wan_target_is_what_the_family_encodes(wan: tuple[WanFamily, Any]) -> None:
     """The Wan VAE itself, measured against its own target, is off by its normalisation and nothing else."""
     videos = TinyWorld("heldout").sample(2, seed=0).videos
     mean = encode_moments(wan[0].codec.vae, videos)[0]
@@ -143,7 +144,7 @@ def test_muon_trains_the_kernels_but_the_last() -> None:
 
 @torch.no_grad()
 def test_blocks_start_with_what_wan_adds_and_multiplies_at_a_time(
-    adapter: CogVideoXAdapter, wan: tuple[WanAdapter, Any], started: Any
+    adapter: CogVideoXAdapter, wan: tuple[WanFamily, Any], started: Any
 ) -> None:
     t = torch.tensor([0.05, 0.4, 0.9])  # none of them was fitted
     times = wan[1].condition_embedder
@@ -157,7 +158,7 @@ def test_blocks_start_with_what_wan_adds_and_multiplies_at_a_time(
 
 @torch.no_grad()
 def test_the_head_starts_as_wans_in_the_other_order_of_channels(
-    adapter: CogVideoXAdapter, wan: tuple[WanAdapter, Any], started: Any
+    adapter: CogVideoXAdapter, wan: tuple[WanFamily, Any], started: Any
 ) -> None:
     """Where alpha equals sigma the velocity is `v` times the square root of 2 and nothing else."""
     hidden, t = torch.randn(1, 12, 192, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
@@ -172,7 +173,7 @@ def test_the_head_starts_as_wans_in_the_other_order_of_channels(
 
 
 @torch.no_grad()
-def test_patches_and_feed_forward_layers_start_as_wans(wan: tuple[WanAdapter, Any], started: Any) -> None:
+def test_patches_and_feed_forward_layers_start_as_wans(wan: tuple[WanFamily, Any], started: Any) -> None:
     x = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     patches = wan[1].patch_embedding(x).flatten(2).transpose(1, 2)
     text = torch.zeros(2, 8, 64)
@@ -184,7 +185,7 @@ def test_patches_and_feed_forward_layers_start_as_wans(wan: tuple[WanAdapter, An
 
 
 def test_the_transformer_learns_to_answer_like_wan(
-    adapter: CogVideoXAdapter, wan: tuple[WanAdapter, Any], started: Any
+    adapter: CogVideoXAdapter, wan: tuple[WanFamily, Any], started: Any
 ) -> None:
     data = LatentSet(torch.randn(32, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0)), ["a red seven"] * 32)
     student = Network(adapter, started, started.transformer_blocks)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.inference.loading import load_model
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER, PIPELINE_FOLDER, WEIGHTS
@@ -31,12 +32,12 @@ def judge() -> TinyClassifier:
 
 
 @pytest.fixture(scope="module")
-def adapter() -> WanAdapter:
-    return WanAdapter(WanConfig())
+def adapter() -> WanFamily:
+    return WanFamily(WanFamilyConfig())
 
 
 @pytest.fixture(scope="module")
-def vae(adapter: WanAdapter) -> AutoencoderKLWan:
+def vae(adapter: WanFamily) -> AutoencoderKLWan:
     return adapter.codec.vae
 
 
@@ -75,7 +76,7 @@ def test_the_vae_keeps_heldout_digits_readable(vae: AutoencoderKLWan, judge: Tin
     assert quality.direction_accuracy >= 0.98
 
 
-def test_latents_have_unit_variance_per_channel(adapter: WanAdapter, heldout: WorldSample) -> None:
+def test_latents_have_unit_variance_per_channel(adapter: WanFamily, heldout: WorldSample) -> None:
     latents = adapter.codec.encode(heldout.videos[:128])
     assert latents.shape == (128, 16, 3, 4, 4)
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
@@ -138,7 +139,7 @@ def test_a_copy_of_an_installed_pipeline_is_sampled_like_the_embedded_one(tmp_pa
     install(PIPELINE_FOLDER, folder, sampling(GUIDANCE, TextRecipe()))
     copy, embedded = load_model(str(folder)), load_model("tiny")
     assert copy.sampler().guidance == GUIDANCE
-    assert copy.adapter.config.model_copy(update={"path": "tiny"}) == WanConfig()
+    assert copy.adapter.config.model_copy(update={"path": "tiny"}) == WanFamilyConfig()
     assert copy.adapter.codec.latent_shape == embedded.adapter.codec.latent_shape
     for name, weight in embedded.network.state_dict().items():
         assert torch.equal(weight, copy.network.state_dict()[name])

@@ -8,32 +8,30 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from fastvideo.distillation.adapters.base import DistillAdapter, Taps, Tokens, check_taps
+from fastvideo.distillation.adapters.base import check_taps
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, PipelineSpec
-from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
+from fastvideo.distillation.adapters.diffusers.plain import PlainAdapter
+from fastvideo.distillation.adapters.diffusers.sources import FetchedPipeline
+from fastvideo.distillation.denoiser import Taps, Tokens
 from fastvideo.distillation.types import Condition
 
 
-class DiffusersAdapter(DistillAdapter[ConfigT]):
-    """A family whose weights are a diffusers pipeline folder; heavy parts are loaded on first use."""
+class DiffusersAdapter(PlainAdapter[ConfigT]):
+    """A family over diffusers, with all that its networks share."""
 
     supports = frozenset({"features", "flow_map", "jvp"})
-    _spec: ClassVar[PipelineSpec]
-
-    def __init__(self, config: ConfigT, device: torch.device | str = "cpu", *, whole_forwards: bool = False) -> None:
-        super().__init__(config, device, whole_forwards=whole_forwards)
-        self._pipeline = Pipeline(self._spec, config, self.device)
+    _folders = FetchedPipeline
 
     @cached_property
     def scaling(self) -> DiffusersScaling:
@@ -73,19 +71,15 @@ class DiffusersAdapter(DistillAdapter[ConfigT]):
         """Calls inside read ``span`` = ``t - r`` beside their times."""
         return reading(network, self._spec.time_embedding, span)
 
-    def _autocast(self, network: nn.Module, x_t: Tensor) -> AbstractContextManager[object]:
-        """Autocast of a network of float32 matrices or adapters in a bfloat16 run; one of bfloat16 matrices needs none.
+    def _casts(self, network: nn.Module, x_t: Tensor) -> bool:
+        """Not for a network of bfloat16 matrices, which needs no autocast.
 
-        Not for a derivative: bfloat16 would leave mostly noise of it (arXiv 2410.11081).
+        Not for a derivative either: bfloat16 would leave mostly noise of it (arXiv 2410.11081).
         """
         derived = unpack_dual(x_t).tangent is not None  # type: ignore[no-untyped-call]
-        enabled = self.config.precision == "bfloat16" and not derived and not self.scaling.computes_directly(network)
-        if not enabled and not torch.is_autocast_enabled(self.device.type):
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return super()._casts(network, x_t) and not derived and not self.scaling.computes_directly(network)
 
     def _input(self, network: nn.Module, value: Tensor) -> Tensor:
-        """An input of a network in the dtype of its matrices; times are never cast, and autocast casts by itself."""
         return value.to(torch.bfloat16) if self.scaling.computes_directly(network) else value
 
 
@@ -148,8 +142,7 @@ class DiffusersScaling:
         return repeated_blocks(network)
 
     def recompute(self, network: Any, checkpoint: Callable[..., Any]) -> None:
-        for one in networks_of(network):
-            one.enable_gradient_checkpointing(checkpoint)
+        network.enable_gradient_checkpointing(checkpoint)
 
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         config = self.pipeline.network_config(path)
@@ -169,8 +162,7 @@ class DiffusersScaling:
         for name in ("diffusers.models.modeling_utils", "diffusers.hooks.context_parallel"):
             logging.getLogger(name).setLevel(logging.ERROR)
         config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
-        for one in networks_of(network):
-            one.enable_parallelism(config=config, cp_plan=self.plan())
+        network.enable_parallelism(config=config, cp_plan=self.plan())
 
     def join_tokens(self, network: Any, tokens: Tokens) -> Tokens:
         """Tokens of all processes of a sample, from inside a network whose tokens are split."""

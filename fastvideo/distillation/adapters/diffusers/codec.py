@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Codec
-from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, component_hash, library_class
+from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, library_class
 
 
 class DiffusersCodec(Codec):
@@ -60,3 +63,13 @@ class StatisticsCodec(DiffusersCodec):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self._decoded(self.denormalise(latents))
+
+
+def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
+    """SHA-256 of a component's config (but for entries about its file) and weights."""
+    kept = {key: value for key, value in config.items() if key[0] != "_"}  # no path, no version
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

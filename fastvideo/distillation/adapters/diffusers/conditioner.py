@@ -1,10 +1,9 @@
-"""Prompts through a pipeline's tokenizer and text encoder, and images through its CLIP."""
+"""Prompts through a pipeline's tokenizer and text encoder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -13,15 +12,13 @@ from typing import Any, ClassVar, Generic, Literal
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Conditioner, Shape
-from fastvideo.distillation.adapters.diffusers.encoder import encoder_settings, load_text_encoder
+from fastvideo.distillation.adapters.base import Conditioner
+from fastvideo.distillation.adapters.diffusers.encoder import load_text_encoder
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_component
-from fastvideo.distillation.types import Condition, RawBatch, UserError
+from fastvideo.distillation.types import Condition, UserError
 
 TEXT = "prompt_embeds"
 """Name of the text in a condition."""
-STORED = "text_embedding"
-"""Name of the text in a dataset."""
 TOKENIZED = 8192
 """Prompts that are tokenized at once."""
 
@@ -86,7 +83,7 @@ def to_host(row: Tensor) -> Tensor:
     return torch.empty(row.shape, dtype=row.dtype, pin_memory=on_cuda).copy_(row, non_blocking=on_cuda)
 
 
-class DiffusersConditioner(Conditioner, Generic[ConfigT]):
+class TextConditioner(Conditioner, Generic[ConfigT]):
     """One frozen text encoder, loaded on first use; the condition is ``prompt_embeds`` ``[B, L, D]`` in float32."""
 
     encodes_padding: ClassVar[bool] = False
@@ -116,15 +113,6 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
     def text_encoder(self) -> Any:
         """The text encoder: bfloat16 on CUDA, float32 elsewhere."""
         return load_text_encoder(self.pipeline)
-
-    @property
-    def encoder_bytes(self) -> int:
-        if "text_encoder" not in self.__dict__:
-            return 0
-        return sum(weight.nbytes for weight in self.text_encoder.parameters())
-
-    def release_encoder(self) -> None:
-        self.__dict__.pop("text_encoder", None)
 
     def clean_prompt(self, prompt: str) -> str:
         """The prompt as the family's pipeline gives it to the tokenizer: cleaned, or put into a template."""
@@ -177,68 +165,6 @@ class DiffusersConditioner(Conditioner, Generic[ConfigT]):
             return list(hidden)
         return [row[: sum(used)] for row, used in zip(hidden, found["attention_mask"], strict=True)]
 
-    @property
-    @abstractmethod
-    def text_width(self) -> int:
-        """Channels of a text embedding."""
-
-    @property
-    def text_settings(self) -> Mapping[str, Any]:
-        return {**encoder_settings(self.pipeline), "width": self.text_width}
-
-    def encode_texts(self, prompts: Sequence[str]) -> list[Tensor]:
-        self.check_prompts(prompts)
-        rows = self._encode_batch(prompts, "max_length" if self.encodes_padding else "longest")
-        return [row.cpu().clone() for row in rows]
-
-    def missing_texts(self, prompts: Iterable[str]) -> list[str]:
-        return self._prompts.missing(prompts)
-
-    def hold_texts(self, texts: Mapping[str, Tensor]) -> None:
-        self._prompts.hold(texts)
-
-    def keep_texts(self, prompts: Iterable[str]) -> None:
-        missing = self._prompts.missing(prompts)
-        self.check_prompts(missing)
-        for prompt in prompts:
-            self._prompts.keep(prompt)
-
-    def texts_fit(self, prompts: Sequence[str]) -> bool:
-        token = self.text_width * (2 if self.device.type == "cuda" else 4)
-        if not prompts or len(prompts) * token > self._prompts.limit:
-            return not prompts
-        counts = [self.config.max_sequence_length] if self.encodes_padding else self.token_counts(prompts[:TOKENIZED])
-        return len(prompts) * sum(counts) / len(counts) * token <= self._prompts.limit
-
-    @property
-    def stored_shapes(self) -> Mapping[str, Shape]:
-        return {STORED: (None, self.text_width)}
-
-    def encode_stored(self, videos: Tensor, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        self.check_prompts(self._prompts.missing(captions))
-        return {STORED: self._rows(captions)}
-
-    def text_of(self, raw: RawBatch) -> Condition:
-        if STORED not in raw.extras:
-            return self.encode_prompts(raw.captions)
-        return Condition({self.key: self._tensors(self._fitted(raw.extras[STORED]))})
-
-    def _fitted(self, embedding: Tensor) -> Tensor:
-        """A precomputed text embedding ``[B, L, D]`` as the network takes it, on the device.
-
-        Raises:
-            UserError: if its width is another, or it has too many tokens that are not padding.
-        """
-        length, width = self.text_rows, self.text_width
-        if embedding.shape[2] != width:
-            raise UserError(f"data: text_embedding has width {embedding.shape[2]}, the model's text has width {width}")
-        if embedding.shape[1] > length and embedding[:, length:].any():
-            raise UserError(
-                f"data: a text_embedding has {embedding.shape[1]} tokens, the model sees {length} "
-                f"(model.max_sequence_length)"
-            )
-        return self._padded(embedding[:, :length].to(self.device, non_blocking=True))
-
 
 def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, with those that the tokenizer adds."""
@@ -248,42 +174,3 @@ def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     backend.no_truncation()
     backend.no_padding()
     return [len(found) for found in backend.encode_batch(texts)]
-
-
-def checked(extras: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor | None:
-    """``extras[name]`` if it is there and one sample of it has ``shape``; ``None`` fits any size.
-
-    Raises:
-        UserError: with both shapes.
-    """
-    found = extras.get(name)
-    if found is None:
-        return None
-    sample = tuple(found.shape[1:])
-    if len(sample) != len(shape) or any(want not in (None, have) for want, have in zip(shape, sample, strict=True)):
-        wanted = tuple("any" if want is None else want for want in shape)
-        raise UserError(f"data: {name} has shape {sample}, the model expects {wanted}")
-    return found.float()
-
-
-class ClipImages:
-    """The frozen CLIP image encoder of a pipeline, loaded on first use."""
-
-    def __init__(self, pipeline: Pipeline[Any]) -> None:
-        self.pipeline = pipeline
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoImageProcessor, CLIPVisionModel
-
-        processor = load_component(AutoImageProcessor, self.pipeline.source, "image_processor")
-        return processor, self.pipeline.frozen(CLIPVisionModel, "image_encoder", dtype=torch.float32)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Hidden states ``[B, L, D]`` before the last layer, of images ``[B, 3, H, W]`` in ``[-1, 1]``."""
-        processor, encoder = self._loaded
-        bytes_ = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-        pixels = processor(images=list(bytes_.numpy()), return_tensors="pt", input_data_format="channels_first")
-        states = encoder(pixels["pixel_values"].to(self.pipeline.device), output_hidden_states=True).hidden_states
-        return states[-2].float()  # type: ignore[no-any-return]

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvideo.distillation.adapters.diffusers.pipeline import library_class, load_config
-from fastvideo.distillation.noise import Interpolant, expand_time
+from fastvideo.distillation.interpolant import Interpolant
+from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.types import UserError
 
 ON_GRID = 2e-3

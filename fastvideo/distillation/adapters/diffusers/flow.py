@@ -30,7 +30,6 @@ from fastvideo.distillation.adapters.diffusers.stills import (
     UnsplitScaling,
     check_whole_sample,
 )
-from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import Condition, UserError
 
@@ -152,16 +151,9 @@ class FlowAdapter(DiffusersAdapter[ConfigT]):
         """
 
     def velocity(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        r: Tensor | None = None,
-        context: Context | None = None,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
     ) -> Tensor:
-        check_whole_sample(type(self).__name__, t, context)
+        check_whole_sample(type(self).__name__, t)
         own = dict(condition.of(self.conditioner.key))
         own[TEXT] = self._input(network, own[TEXT])
         x = self._input(network, self.packing.pack(x_t))

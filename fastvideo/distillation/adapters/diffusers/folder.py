@@ -1,19 +1,17 @@
-"""Diffusers pipeline folders: reading networks, with the kernels that a run asks for, and writing complete folders."""
+"""Diffusers pipeline folders: networks with the kernels that a run asks for, flow maps, and files of other layouts."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.adapters.diffusers.attention import (
     NATIVE,
     check_attention,
@@ -22,38 +20,22 @@ from fastvideo.distillation.adapters.diffusers.attention import (
 )
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
 from fastvideo.distillation.adapters.diffusers.kernels import check_kernel, counting, native_kernel
-from fastvideo.distillation.adapters.diffusers.pipeline import (
-    ConfigT,
-    Pipeline,
-    library_class,
-    load_component,
-    load_config,
-)
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, library_class, load_config
+from fastvideo.distillation.adapters.diffusers.plain import PlainFolder, read_recipe
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
-from fastvideo.distillation.experts import networks_of
-from fastvideo.distillation.noise import GuidanceValue
-from fastvideo.distillation.types import StoredTensor
+from fastvideo.distillation.scaling import StoredTensor
 from fastvideo.errors import UserError
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
 GRAPHS = 64
 """Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
-RETIRED = frozenset({"prompt_cache"})
-"""Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
 
-class DiffusersFolder(ModelFolder, Generic[ConfigT]):
-    """Folder of a diffusers pipeline, with one network or two experts."""
+class DiffusersFolder(PlainFolder[ConfigT]):
+    """Folder of a diffusers pipeline, or beside it a single file of weights in any layout."""
 
-    def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
-        self.pipeline, self.config, self.parts = pipeline, pipeline.config, pipeline.parts
-        self.published_guidance: GuidanceValue = pipeline.spec.published_guidance
-        self.compute_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        return read_recipe(self.pipeline.source)
+    _written = (*PlainFolder._written, HEAD_FILE)
 
     def recipe_of(self, path: str | None) -> Mapping[str, Any]:
         return {} if is_single_file(path) else read_recipe(self.pipeline.resolved(path))
@@ -84,28 +66,19 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         """Give ``add`` the operations of attention that torch's counter does not see."""
         return counting(add)
 
-    @cached_property
-    def _class(self) -> Any:
-        return library_class("diffusers", self.pipeline.spec.network)
-
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The network in eval mode (published ones have no dropout), with a flow map's head."""
-        if is_single_file(path):
-            network = self._skeletons(path, dtype)[0]
-            load_single_file(network, str(path))
-            return self._ready(network, path).to(self.pipeline.device)
-        source, parts = self.pipeline.resolved(path), self._parts(path)
-        networks = [load_component(self._class, source, part, torch_dtype=dtype) for part in parts]
-        return self._joined([self._ready(network, path) for network in networks], path).to(self.pipeline.device)
+        """The network of a folder, or of a single file."""
+        parts = self._parts(path)
+        if not is_single_file(path):
+            return super().load_network(path, dtype)
+        network = self._skeleton(path, dtype, parts[0])
+        load_single_file(network, str(path))
+        return self._ready(network, path).to(self.pipeline.device)
 
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """Parameters on the meta device; buffers (tables of positions) and a flow map's head are real."""
-        return self._joined([self._ready(network, path) for network in self._skeletons(path, dtype)], path)
-
-    def _joined(self, networks: Sequence[nn.Module], path: str | None) -> nn.Module:
-        """One network of those in the parts of the folder behind ``path``."""
-        (network,) = networks
-        return network
+        networks = [self._skeleton(path, dtype, part) for part in self._parts(path)]
+        return self._joined([self._ready(network, path) for network in networks], path)
 
     def _parts(self, path: str | None) -> tuple[str, ...]:
         """Parts of the folder behind ``path``, as many as the run's own model has.
@@ -113,7 +86,7 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         Raises:
             UserError: if it has more or fewer networks than the model, or is one file for a model of two.
         """
-        found = self.pipeline.parts_of(self.pipeline.resolved(path))
+        found = self._parts_in(self.pipeline.resolved(path))
         if found != self.parts or (len(found) > 1 and is_single_file(path)):
             what = "one file" if is_single_file(path) else f"a folder with {' and '.join(found)}"
             raise UserError(
@@ -121,9 +94,6 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
                 f"model need the same networks; give a folder of that kind"
             )
         return found
-
-    def _skeletons(self, path: str | None, dtype: torch.dtype) -> list[nn.Module]:
-        return [self._skeleton(path, dtype, part) for part in self._parts(path)]
 
     def _skeleton(self, path: str | None, dtype: torch.dtype, part: str) -> nn.Module:
         from accelerate import init_empty_weights
@@ -137,12 +107,13 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
         return network  # type: ignore[no-any-return]
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:
+        """With the kernels of the run, and a flow map's head."""
         choose_attention(network, self.config.attention_backend)
         keep_dtype_of_attention(network)
         if self.config.compile_blocks:
             compile_blocks(network)
         load_head(network, self.pipeline.spec.time_embedding, Path(self.pipeline.resolved(path)))
-        return network.eval()
+        return super()._ready(network, path)
 
     def files(self, path: str | None) -> Mapping[str, StoredTensor]:
         """Places of the network's parameters: in one file for all of a part, or several with an index."""
@@ -168,29 +139,12 @@ class DiffusersFolder(ModelFolder, Generic[ConfigT]):
             text = encoder(encoder.config_class.from_pretrained(Path(source) / "text_encoder"))
             return {"text encoder": text, "VAE": vae.from_config(load_config(vae, source, "vae"))}
 
-    def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:
-        """A folder that the pipeline's ``from_pretrained`` loads, with everything of the source but its network.
-
-        With ``slim`` the text encoder, its tokenizer and the VAE are symbolic links to the source's folders.
-
-        A flow map's head is written beside the network and not into it, which stock diffusers goes on to load.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        for item in Path(self.pipeline.source).iterdir():
-            if item.name in (*self.parts, "recipe.json", HEAD_FILE):
-                continue
-            if item.is_dir() and slim and item.name != "scheduler":
-                (folder / item.name).symlink_to(item.resolve(), target_is_directory=True)
-            elif item.is_dir():
-                shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
-            else:
-                shutil.copy2(item, folder / item.name)
+    def _save_network(self, folder: Path, network: nn.Module) -> None:
+        """A flow map's head is written beside the network and not into it, which stock diffusers goes on to load."""
         with without_head(network) as head:
-            for part, own in zip(self.parts, networks_of(network), strict=True):
-                own.save_pretrained(folder / part)
+            super()._save_network(folder, network)
         if head is not None:
             save_head(head, folder)
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
@@ -206,36 +160,16 @@ def _files_of(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(stored.keys(), folder / WHOLE)
 
 
-def read_recipe(source: str) -> dict[str, Any]:
-    """``recipe.json`` of a pipeline folder; empty if it has none.
-
-    Raises:
-        UserError: if the file is not a JSON object.
-    """
-    file = Path(source) / "recipe.json"
-    try:
-        recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
-    if isinstance(model := recipe.get("model"), dict):
-        recipe["model"] = {key: value for key, value in model.items() if key not in RETIRED}
-    return recipe
-
-
 def repeated_blocks(network: Any) -> list[nn.Module]:
     """The repeated blocks of a diffusers network, which it lists as not to be split between devices.
 
     A block inside another listed one is a part of that.
     """
-    found, inside = list[nn.Module](), set[nn.Module]()
-    for one in networks_of(network):
-        names = block_classes(one)
-        for module in one.modules():
-            if type(module).__name__ in names and module not in inside:
-                found.append(module)
-                inside.update(module.modules())
+    found, inside, names = list[nn.Module](), set[nn.Module](), block_classes(network)
+    for module in network.modules():
+        if type(module).__name__ in names and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
     return found
 
 

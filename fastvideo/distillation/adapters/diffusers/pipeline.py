@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
@@ -19,11 +16,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
-from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
-from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
+from fastvideo.distillation.config.base import RESUMABLE
+from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
-from fastvideo.storage import is_remote, local_folder
 
 EMBEDDED = {
     "tiny": "tiny/weights/pipeline",
@@ -35,8 +31,6 @@ EXPECTED = (
     "a diffusers pipeline folder, a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers' "
     f"or one of {sorted(EMBEDDED)} is expected"
 )
-ADAPTER_HINT = "it holds a LoRA, which goes into a role's `loras` or `lora.init_from`, or into `fastvideo merge`"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class PipelineConfig(AdapterConfig):
@@ -98,8 +92,6 @@ class PipelineSpec:
     """Guidance that the family's authors sample with."""
     parts: tuple[str, ...] = ("transformer",)
     """Subfolders that hold the network."""
-    second: str | None = None
-    """Subfolder that holds a second network in some of the family's pipelines, an expert of low noise."""
 
 
 class Pipeline(Generic[ConfigT]):
@@ -111,21 +103,16 @@ class Pipeline(Generic[ConfigT]):
 
     def __init__(self, spec: PipelineSpec, config: ConfigT, device: torch.device) -> None:
         self.spec, self.config, self.device = spec, config, device
-        self.source = resolve_pipeline(config.path, config.pipelines)
-        self.parts = self.parts_of(self.source)
+        self.source = self.resolve(config.path)
         self._read = cache(full_config)
 
-    def resolved(self, path: str | None) -> str:
-        """The pipeline folder behind ``path``; ``None``, or a single file of weights, is the run's own."""
-        if path is None or is_single_file(path):
-            return self.source
-        return resolve_pipeline(path, self.config.pipelines)
+    def resolve(self, path: str) -> str:
+        """The folder of a pipeline of the family."""
+        return local_pipeline(path, self.config.pipelines)
 
-    def parts_of(self, source: str) -> tuple[str, ...]:
-        """Subfolders of a pipeline folder that hold its network, or its two experts."""
-        second = self.spec.second
-        held = second is not None and (read_index(source).get(second) or [None])[0] is not None
-        return (*self.spec.parts, second) if held and second else self.spec.parts
+    def resolved(self, path: str | None) -> str:
+        """The pipeline folder behind ``path``; ``None`` is the run's own."""
+        return self.source if path is None else self.resolve(path)
 
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
@@ -134,7 +121,7 @@ class Pipeline(Generic[ConfigT]):
     @cached_property
     def index(self) -> Mapping[str, Any]:
         """Components and options of the pipeline, from its ``model_index.json``."""
-        return json.loads((Path(self.source) / "model_index.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return read_index(self.source)
 
     @property
     def vae_config(self) -> Mapping[str, Any]:
@@ -147,27 +134,27 @@ class Pipeline(Generic[ConfigT]):
         return module.to(self.device).eval().requires_grad_(False)
 
 
-def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
-    """The local folder behind ``path``, checked to be a diffusers pipeline of one of the given classes.
+def local_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
+    """The folder ``path``, or the one that ships under this name, as :func:`checked_pipeline`."""
+    return checked_pipeline(local_path(path), path, pipeline_classes)
 
-    A path that does not exist and looks like a hub id (``owner/name``) is fetched, or found in the hub's local cache. A
-    folder at a URL (``s3://``) is fetched once per machine.
+
+def local_path(path: str) -> Path:
+    """``path`` itself, or the folder that ships under this name."""
+    return Path(str(files("fastvideo").joinpath(EMBEDDED[path]))) if path in EMBEDDED else Path(path)
+
+
+def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...]) -> str:
+    """The folder behind ``path``, checked to be a diffusers pipeline of one of the given classes.
 
     Raises:
         UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
     """
-    if path in EMBEDDED:
-        path = str(files("fastvideo").joinpath(EMBEDDED[path]))
-    folder = local_folder(path) if is_remote(path) else Path(path)
-    if not folder.exists() and HUB_ID.fullmatch(path):
-        folder = _from_hub(path)
-    _check_links(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         there = "has no model_index.json" if folder.is_dir() else "is a file"
         what = there if folder.exists() else "does not exist"
-        lora = f"; {ADAPTER_HINT}" if folder.is_dir() and _holds_adapter(folder) else ""
-        raise UserError(f"model folder {path!r} {what}: {EXPECTED}{lora}")
+        raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
     content = json.loads(index.read_text(encoding="utf-8"))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
@@ -182,48 +169,8 @@ def read_index(source: str) -> dict[str, Any]:
     return dict(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8")))
 
 
-def _check_links(folder: Path) -> None:
-    """Refuse a slim folder whose links lead nowhere, as on another machine than that which made it."""
-    for item in folder.iterdir() if folder.is_dir() else ():
-        if item.is_symlink() and not item.exists():
-            raise UserError(
-                f"model folder {folder}: {item.name} is a link to {item.readlink()}, which is not there. The folder "
-                f"was saved slim, without what training does not change: copy it with its links followed (`cp -rL`, "
-                f"`rsync -aL`) from where it was made, or let {item.name} link to the same folder of its base model"
-            )
-
-
-def _holds_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors"))
-
-
-@cache
-def _from_hub(name: str) -> Path:
-    """Folder of a model on the Hub in its local cache; of a machine's processes one downloads, the others wait."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        with _one_download(name):
-            return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:
-        why = f"{_first_line(error)}; {EXPECTED}"
-        raise UserError(f"model {name!r} is neither a local folder nor a model on the Hub: {why}") from error
-
-
-def _one_download(name: str) -> AbstractContextManager[object]:
-    """Lock of a model in the Hub's cache; none in a cache that is read-only, into which nothing is downloaded."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    cache = Path(constants.HF_HUB_CACHE)
-    if cache.exists() and not os.access(cache, os.W_OK):
-        return nullcontext()
-    locks = cache / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return WeakFileLock(locks / f"{name.replace('/', '--')}.lock")
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0]
 
 
@@ -232,24 +179,12 @@ def library_class(library: str, name: str) -> Any:
     return getattr(import_module(library), name)
 
 
-def pipeline_library_class(name: str) -> Any:
-    """A stock pipeline's class, imported without transformers' remarks on image processors that nobody asked for."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return library_class("diffusers", name)
-    finally:
-        logging.set_verbosity(level)
-
-
 @contextmanager
 def _or_user_error(failed: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{failed}: {_first_line(error)}") from error
+        raise UserError(f"{failed}: {first_line(error)}") from error
 
 
 def load_config(cls: type[Any], source: str, subfolder: str) -> dict[str, Any]:
@@ -289,13 +224,3 @@ def without_progress_bar() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
-    """SHA-256 of a component's config (but for entries about its file) and weights."""
-    kept = {key: value for key, value in config.items() if key[0] != "_"}  # no path, no version
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-    for name, weight in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

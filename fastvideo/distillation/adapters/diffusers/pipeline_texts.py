@@ -15,20 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Shape
-from fastvideo.distillation.adapters.diffusers.conditioner import (
-    STORED,
-    TEXT,
-    DiffusersConditioner,
-    count_tokens,
-)
-from fastvideo.distillation.adapters.diffusers.encoder import encoder_settings, load_text_encoder
+from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, count_tokens
+from fastvideo.distillation.adapters.diffusers.encoder import load_text_encoder
+from fastvideo.distillation.adapters.diffusers.encoder_settings import encoder_settings
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     ConfigT,
     Pipeline,
     library_class,
     load_component,
-    pipeline_library_class,
 )
+from fastvideo.distillation.adapters.diffusers.stored_texts import STORED, DiffusersConditioner
 from fastvideo.distillation.types import UserError
 
 SUFFIXES = ("", "_2", "_3")
@@ -149,6 +145,18 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
                 f"data: text_embedding has {rows} rows, the model expects {wanted} (tokens, then pooled vectors)"
             )
         return super()._fitted(embedding)
+
+
+def pipeline_library_class(name: str) -> Any:
+    """A stock pipeline's class, imported without transformers' remarks on image processors that nobody asked for."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return library_class("diffusers", name)
+    finally:
+        logging.set_verbosity(level)
 
 
 def _is_component(value: object) -> bool:

@@ -8,12 +8,10 @@ from typing import ClassVar
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import refused_context
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, PipelineConfig
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import text_encoders
-from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames
 
@@ -51,13 +49,11 @@ class UnsplitScaling(DiffusersScaling):
         return {"attention heads": 1, "tokens": latent_shape[1] * latent_shape[2] * latent_shape[3]}
 
 
-def check_whole_sample(family: str, t: Tensor, context: Context | None) -> None:
-    """Refuse chunks, and times per frame.
+def check_whole_sample(family: str, t: Tensor) -> None:
+    """Refuse times per frame.
 
     Raises:
         UserError: naming the family.
     """
-    if context is not None:
-        raise refused_context(family)
     if t.ndim != 1:
         raise UserError(f"{family} takes one time per sample, got {t.ndim} dimensions of times")

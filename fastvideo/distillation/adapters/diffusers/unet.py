@@ -16,15 +16,15 @@ from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
 from fastvideo.distillation.adapters.diffusers.image_codec import ImageCodec
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import PipelineTexts
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.adapters.diffusers.stills import (
     ImageConfig,
     TextsFolder,
     UnsplitScaling,
     check_whole_sample,
 )
-from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Tokens
 
@@ -115,16 +115,9 @@ class UNetAdapter(DiffusersAdapter[ConfigT]):
         return None
 
     def velocity(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        r: Tensor | None = None,
-        context: Context | None = None,
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None
     ) -> Tensor:
-        check_whole_sample(type(self).__name__, t, context)
+        check_whole_sample(type(self).__name__, t)
         grid, own = self.folder.grid, condition.of(self.conditioner.key)
         x = self._input(network, grid.network_input(x_t, t))
         with self._autocast(network, x_t), self._reading(network, None if r is None else t - r):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid, noise_grid
-from fastvideo.distillation.adapters.diffusers.pipeline import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.types import UserError
 

@@ -17,6 +17,7 @@ from fastvideo.distillation.engine.checkpoint.restore import check_intact, role_
 from fastvideo.distillation.engine.checkpoint.state import EMA, JOINT, NETWORK, mismatches
 from fastvideo.distillation.engine.checkpoint.storage import Stored, read_index, read_into
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.training import tensors_of
 from fastvideo.distillation.types import UserError
 from fastvideo.storage import is_remote, local_folder
 
@@ -96,7 +97,7 @@ def _from_checkpoint(handle: RoleHandle, folder: Path, origin: Origin, processes
         raise UserError(f"{folder} holds no averaged weights of role {role!r}")
     prefix = JOINT.join((role, KINDS[kind], ""))
     stored = under(index, prefix)
-    own = handle.tensors() if handle.trainable else _whole(handle)
+    own = tensors_of(handle) if handle.trainable else _whole(handle)
     _check_fit(own, stored, f"role {role!r} of {folder}")
     read_into({f"{prefix}{name}": tensor for name, tensor in own.items()}, folder, index)
     return f"role {handle.name} starts from the {kind} weights of role {role}, step {manifest.step}, in {folder}"
@@ -117,7 +118,7 @@ def _from_network(handle: RoleHandle, network: nn.Module) -> None:
 
 
 def _whole(handle: RoleHandle) -> dict[str, Tensor]:
-    return handle.tensors() if handle.shares_network else handle.network.state_dict()
+    return tensors_of(handle) if handle.shares_network else handle.network.state_dict()
 
 
 def _check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], what: str) -> None:

@@ -13,7 +13,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint.storage import Index, Stored
 from fastvideo.distillation.engine.optional.eight_bit import EightBit, entries, fill_moment, split_like
 from fastvideo.distillation.engine.parallel.sharding import local
-from fastvideo.distillation.engine.training import training_of
+from fastvideo.distillation.engine.training import own_training, tensors_of, training_of
 
 JOINT = "::"
 NETWORK, EMA, OPTIMIZER, SCHEDULE = "network", "ema", "optimizer", "lr_scheduler"
@@ -79,7 +79,7 @@ class RoleState:
 
     def state_dict(self) -> dict[str, Any]:
         """The live tensors, not copies."""
-        training, state = self.handle.training, {NETWORK: self.handle.tensors()}
+        training, state = own_training(self.handle), {NETWORK: tensors_of(self.handle)}
         if training is None:
             return state
         if training.ema is not None:
@@ -101,9 +101,9 @@ class RoleState:
 
     def targets(self, index: Index) -> dict[str, Tensor]:
         """Memory for each stored tensor (by its name within the role) that this run uses, sharded as its own."""
-        training, parameters = self.handle.training, self.handle.named_parameters()
+        training, parameters = own_training(self.handle), self.handle.named_parameters()
         averages = {} if training is None else training.ema or {}
-        live = split_state({NETWORK: self.handle.tensors(), EMA: averages})[0]
+        live = split_state({NETWORK: tensors_of(self.handle), EMA: averages})[0]
         found: dict[str, Tensor] = {}
         for name, stored in index.items():
             kind, *path = name.split(JOINT)
@@ -129,12 +129,12 @@ class RoleState:
         """Differences of the stored weights from this run's network; empty if they fit."""
         prefix = f"{NETWORK}{JOINT}"
         stored = {name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)}
-        return mismatches(self.handle.tensors(), stored)
+        return mismatches(tensors_of(self.handle), stored)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`state_dict` was taken; the tensors are those of :meth:`targets`."""
-        training = self.handle.training
-        fill(self.handle.tensors(), state[NETWORK])
+        training = own_training(self.handle)
+        fill(tensors_of(self.handle), state[NETWORK])
         if training is None:
             return
         if training.ema is not None:

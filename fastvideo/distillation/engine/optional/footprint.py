@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.optional.eight_bit import moment_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.training import States
+from fastvideo.distillation.engine.training import States, own_training
 from fastvideo.errors import UserError
 from fastvideo.files import gib
 
@@ -82,7 +82,7 @@ def role_bytes(handle: RoleHandle, shard: int, states: States, *, holds: bool = 
     """
     own, trained = own_parameters(handle, handle.network), handle.named_parameters()
     kept = [*(own if holds else ()), *(trained.values() if handle.shares_network else ())]
-    averages = {} if handle.training is None else handle.training.ema or {}
+    averages = {} if (training := own_training(handle)) is None else training.ema or {}
     return RoleBytes(
         name=handle.name,
         trainable=handle.trainable,

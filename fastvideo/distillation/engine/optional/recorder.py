@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
-from fastvideo.errors import RunError, Stopped, UserError
+from fastvideo.errors import RunError, UserError
+from fastvideo.stopping import Stopped
 
 STACKS = "stacks"
 """Folder of a run for stacks and collectives of processes that hang."""

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from time import monotonic, sleep
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch.distributed as dist
 
 from fastvideo.distillation.engine.parallel.distributed import largest_signal
-from fastvideo.errors import RunError, Stopped, UserError
-from fastvideo.stopping import received, step_done
+from fastvideo.errors import RunError, UserError
+from fastvideo.stopping import Stopped, all_saved, received, step_done
 
 T = TypeVar("T")
 PROBE_SECONDS = 5.0
@@ -87,6 +87,17 @@ class Agreement:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, value, group=self._group)
         return found
+
+    def leave(self, number: int, message: str) -> NoReturn:
+        """Wait for all ranks before this one ends, and ignore further signals from then on.
+
+        Raises:
+            Stopped: by that signal, with the message.
+        """
+        self.step_done()
+        self.stop_signal()
+        all_saved()
+        raise Stopped(number, message)
 
     def step_done(self) -> None:
         """Tell the watchdog that this rank is alive."""

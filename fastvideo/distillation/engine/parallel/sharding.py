@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients, make_mesh
-from fastvideo.distillation.types import StoredTensor
+from fastvideo.distillation.scaling import StoredTensor
 
 Which = Literal["none", "frozen", "all"]
 """Networks that an option applies to."""

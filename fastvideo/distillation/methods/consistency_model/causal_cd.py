@@ -16,19 +16,20 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Masked, by_chunk
-from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, PositiveFloat, Steps
 
 
 class CausalCDConfig(CausalOptions, OptimizerOptions):
     """Options of causal consistency distillation; the target is the student's average (`ema`)."""
+
+    autoregressive_roles = ("teacher",)
 
     grid_steps: Steps = 48
     """Times of the grid, uniform before the shift; 0 follows the last."""
@@ -44,14 +45,17 @@ class CausalCDConfig(CausalOptions, OptimizerOptions):
     betas: tuple[Beta, Beta] = (0.0, 0.999)
     """Momenta."""
 
+    @property
+    def trusts_teachers(self) -> bool:
+        return self.allow_bidirectional_teacher
 
-class CausalCDMethod(Causal, DistillMethod[CausalCDConfig]):
+
+class CausalCDMethod(DistillMethod[CausalCDConfig]):
     """Student, with its average as the target, and a frozen autoregressive teacher."""
 
     Config = CausalCDConfig
     trainable_roles = ("student",)
     frozen_roles = ("teacher",)
-    autoregressive_roles = ("teacher",)
     averaged_roles = ("student",)
     sampler = "renoise"
     summary = "causal consistency distillation of an autoregressive teacher (arXiv 2605.15141)"
@@ -65,10 +69,6 @@ class CausalCDMethod(Causal, DistillMethod[CausalCDConfig]):
     @classmethod
     def optimizers(cls, config: CausalCDConfig) -> Mapping[str, OptimizerConfig]:
         return {"student": config.optimizer_of(config.learning_rate)}
-
-    @classmethod
-    def trusts_teachers(cls, config: CausalCDConfig) -> bool:
-        return config.allow_bidirectional_teacher
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         x0, noise = batch.latents, self.rng.normal_like(batch.latents)

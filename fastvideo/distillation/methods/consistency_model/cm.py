@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerKind, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, MethodConfig, OptimizerConfig, OptimizerKind, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.consistency_model.discrete import (
     StepWeighting,
@@ -26,7 +26,7 @@ from fastvideo.distillation.methods.consistency_model.discrete import (
 )
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Condition, RoleLoss
 from fastvideo.ranges import LearningRate, Number, PositiveFloat, PositiveInt
 

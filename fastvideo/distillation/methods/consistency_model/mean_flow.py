@@ -15,12 +15,12 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions, TimeRange
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions, TimeRange
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.tangent import mean_velocity_target, unit_rms
 from fastvideo.distillation.types import Batch, Condition, Need, RoleLoss, mean_over_generated
 from fastvideo.ranges import Beta, Fraction, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat

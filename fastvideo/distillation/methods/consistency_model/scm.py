@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.tangent import consistency_error, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, Number, PositiveFloat, PositiveInt

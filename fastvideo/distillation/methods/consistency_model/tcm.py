@@ -17,7 +17,7 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.consistency_model.cm import CMConfig, CMMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import LearningRate, NonNegativeFloat, Number, PositiveFloat
 

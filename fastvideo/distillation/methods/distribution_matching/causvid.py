@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastvideo.distillation.chunks import Masked, by_chunk
 from fastvideo.distillation.config.causal import CausalOptions
-from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.distribution_matching.chunk_metrics import means_by_chunk
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
@@ -34,7 +33,7 @@ class CausVidConfig(CausalOptions, DMD2Config):
     """AdamW momenta of both."""
 
 
-class CausVidMethod(Causal, DMD2Method):
+class CausVidMethod(DMD2Method):
     """Causal student, frozen bidirectional teacher, bidirectional critic."""
 
     Config = CausVidConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastvideo.distillation.types import Given, UserError, generated_tokens
+from fastvideo.distillation.types import Given, UserError
 
 FREQUENCIES = 4
 """Octaves of the time embedding."""
@@ -54,6 +54,11 @@ class Discriminator(nn.Module):
             ],
             dim=1,
         )
+
+
+def generated_tokens(count: int, given: Given) -> Tensor:
+    """Bool ``[B, count]``, true for tokens of generated frames; tokens run frame by frame."""
+    return ~given.mask.repeat_interleave(count // given.mask.shape[1], dim=1)
 
 
 def embed(t: Tensor) -> Tensor:

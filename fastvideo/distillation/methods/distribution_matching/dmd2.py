@@ -22,8 +22,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import SamplerKind, few_step
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, SamplerKind, few_step
 from fastvideo.distillation.types import Batch, FrameMask, RoleLoss, UserError, mean_over_generated
 
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import AfterValidator
 
-from fastvideo.distillation.config.base import MethodConfig, TimeRange
-from fastvideo.distillation.schedule import Guidance
+from fastvideo.distillation.config.base import Guidance, MethodConfig, TimeRange
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 

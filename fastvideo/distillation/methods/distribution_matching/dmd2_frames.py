@@ -21,7 +21,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_frames_config imp
 from fastvideo.distillation.methods.distribution_matching.frame_admission import errors_on_real_frames
 from fastvideo.distillation.methods.distribution_matching.frame_term import FrameTerm, Seen
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, RoleLoss
 
 TINY = 1e-12

@@ -6,10 +6,9 @@ from typing import Annotated
 
 from pydantic import model_validator
 
-from fastvideo.distillation.config.base import TimeRange
+from fastvideo.distillation.config.base import Guidance, TimeRange
 from fastvideo.distillation.frame_bridge import FrameSpace
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
-from fastvideo.distillation.schedule import Guidance
 from fastvideo.ranges import BatchSize, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 

@@ -20,7 +20,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import ref
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import NonNegativeFloat
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.distribution_matching.dmd2_gan import DMD2GANConfig, DMD2GANMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Beta, NonNegativeFloat, PositiveInt
 

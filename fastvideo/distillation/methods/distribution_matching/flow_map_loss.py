@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.base import GuidanceNumber
 from fastvideo.distillation.jvp import DerivativeConfig, JVPMode, derivative
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import GuidanceNumber
 from fastvideo.distillation.tangent import mean_velocity_target
 from fastvideo.distillation.types import Batch, mean_over_generated
 from fastvideo.ranges import Fraction, PositiveFloat
@@ -79,7 +79,7 @@ class FlowMapLoss:
     def times(self, count: int) -> tuple[Tensor, Tensor]:
         """``t >= r``, float32 ``[count]``: two shifted uniform draws; a share has ``r = t``, another ``r = 0``."""
         one, other = (shift_time(self.rng.uniform(count), self.config.flow_time_shift) for _ in range(2))
-        t, r, position = torch.maximum(one, other), torch.minimum(one, other), self.rng.positions(count)
+        t, r, position = torch.maximum(one, other), torch.minimum(one, other), positions(self.rng, count)
         equal = self.config.velocity_share
         r = torch.where(position < equal + self.config.consistency_share, torch.zeros_like(r), r)
         return t, torch.where(position < equal, t, r)
@@ -98,3 +98,14 @@ def balanced(losses: Tensor, equal: Tensor, eps: float = 1e-5) -> Tensor:
     chosen = torch.where(equal.any(), equal, True)
     level = losses.detach().where(chosen, 0.0).sum() / chosen.sum()
     return torch.where(equal, losses, losses * level / (losses.detach() + eps))
+
+
+def positions(rng: RandomStreams, count: int) -> Tensor:
+    """Float32 ``[count]`` in ``[0, 1)``: positions of this rank's samples in an even grid over all ranks.
+
+    Cutting the grid gives shares of the global batch, exact to one sample. Its start is drawn, equal on all ranks, so
+    that a batch of one meets every share in turn.
+    """
+    start = rng.shared_uniform()
+    own = torch.arange(rng.rank * count, (rng.rank + 1) * count, dtype=torch.float64)
+    return ((start + own / (rng.ranks * count)) % 1.0).float().to(rng.device)

@@ -16,15 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import OptimizerConfig, TimeRange
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, TimeRange
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.methods.distribution_matching.rungs import RungConfig, Rungs
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import euler, few_step
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder, euler, few_step
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 

@@ -23,8 +23,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD
 from fastvideo.distillation.methods.distribution_matching.phase import Phase, within
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import MARGIN, RandomStreams
-from fastvideo.distillation.rollout import few_step, renoise
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, few_step, renoise
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
 from fastvideo.ranges import NonNegativeInt
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.config.base import Guidance
+from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
-from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
+from fastvideo.distillation.noise import add_noise, expand_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import NonNegativeFloat, NonNegativeInt
 

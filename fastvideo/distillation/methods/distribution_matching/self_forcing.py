@@ -16,16 +16,13 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.causal_rollout import Continuation, Solve, roll
 from fastvideo.distillation.chunks import Past, batch_of, spans
-from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.distribution_matching.chunk_metrics import means_by_chunk
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
 from fastvideo.distillation.methods.distribution_matching.self_forcing_config import (
     SelfForcingConfig as SelfForcingConfig,
 )
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Velocity, few_step
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder, Velocity, few_step
 from fastvideo.distillation.types import Batch
 
 Times = tuple[float, ...]
@@ -41,7 +38,7 @@ class _WithCodec(Protocol):
     def codec(self) -> _Codec: ...
 
 
-class SelfForcingMethod(Causal, DMD2Method):
+class SelfForcingMethod(DMD2Method):
     """Causal student, frozen bidirectional teacher, bidirectional critic."""
 
     Config = SelfForcingConfig
@@ -52,11 +49,6 @@ class SelfForcingMethod(Causal, DMD2Method):
     def __init__(self, config: SelfForcingConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
         self.first_times = Ladder(config.first_ladder).times if config.first_ladder else ladder.times
-
-    @classmethod
-    def first_times_of(cls, config: DMD2Config) -> Times:
-        assert isinstance(config, SelfForcingConfig)
-        return config.first_ladder
 
     def rollout(self, batch: Batch) -> Tensor:
         """Stream of the student, whose last scored frames have the gradient of one call per chunk."""

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from fastvideo.distillation.config.base import Time
+from fastvideo.distillation.config.base import Guidance, Time
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import LearningRate, PositiveInt
 
@@ -53,6 +53,10 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
         if self.scored_frames and most and self.scored_frames > most:
             raise ValueError(f"scored_frames: at most max_frames {most}, got {self.scored_frames}")
         return self
+
+    @property
+    def first_times(self) -> tuple[float, ...]:
+        return self.first_ladder
 
     def longest(self, frames: int) -> int:
         """Latent frames of the longest rollout, for a model whose videos have ``frames``."""

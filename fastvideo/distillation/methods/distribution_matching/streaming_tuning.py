@@ -18,12 +18,11 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.causal_rollout import Continuation, roll
 from fastvideo.distillation.chunks import Past, frames_of, spans
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
 from fastvideo.distillation.methods.distribution_matching.running_stream import RunningStream, StreamKeeper
 from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingMethod
 from fastvideo.distillation.methods.distribution_matching.streaming_tuning_config import StreamingTuningConfig
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Condition, UserError
 
 LEAD = 12
@@ -42,11 +41,6 @@ class StreamingTuningMethod(SelfForcingMethod):
     def __init__(self, config: StreamingTuningConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
         self.keeper = StreamKeeper(rng.device)
-
-    @classmethod
-    def uses_switches(cls, config: DMD2Config) -> bool:
-        assert isinstance(config, StreamingTuningConfig)
-        return bool(config.switch_frames)
 
     @property
     def own_parts(self) -> Mapping[str, Any]:

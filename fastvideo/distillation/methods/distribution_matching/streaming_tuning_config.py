@@ -45,6 +45,10 @@ class StreamingTuningConfig(SelfForcingConfig):
             raise ValueError(f"scored_frames: at least a chunk of {self.reach.chunk}, got {self.scored_frames}")
         return self
 
+    @property
+    def switches(self) -> bool:
+        return bool(self.switch_frames)
+
     def longest(self, frames: int) -> int:
         return self.max_frames or STREAM * frames
 

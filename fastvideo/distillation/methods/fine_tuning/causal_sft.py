@@ -15,7 +15,6 @@ from pydantic import model_validator
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Context, Masked, by_chunk, spans
 from fastvideo.distillation.config.causal import CausalOptions
-from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Fraction, LearningRate, PositiveFloat
@@ -41,7 +40,7 @@ class CausalSFTConfig(CausalOptions, SFTConfig):
         return self
 
 
-class CausalSFTMethod(Causal, SFTMethod):
+class CausalSFTMethod(SFTMethod):
     """One role, trained on data."""
 
     Config = CausalSFTConfig

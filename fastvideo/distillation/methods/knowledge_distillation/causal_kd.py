@@ -17,10 +17,10 @@ from torch import Tensor
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Context, Masked, by_chunk
 from fastvideo.distillation.config.causal import CausalOptions
-from fastvideo.distillation.methods.causal import Causal
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
 from fastvideo.distillation.noise import expand_time
-from fastvideo.distillation.types import Batch, RoleLoss, TrajectoryKind
+from fastvideo.distillation.trajectory import TrajectoryKind
+from fastvideo.distillation.types import Batch, RoleLoss
 from fastvideo.ranges import LearningRate
 
 
@@ -36,22 +36,22 @@ class CausalKDConfig(CausalOptions, KDConfig):
     learning_rate: LearningRate = 2e-6
     """AdamW learning rate."""
 
+    @property
+    def trajectory_kinds(self) -> tuple[TrajectoryKind, ...]:
+        return ("causal", "bidirectional") if self.allow_bidirectional_pairs else ("causal",)
 
-class CausalKDMethod(Causal, KDMethod):
+    @property
+    def trusts_teachers(self) -> bool:
+        return self.allow_bidirectional_pairs
+
+
+class CausalKDMethod(KDMethod):
     """Student alone; the teacher is not in memory."""
 
     Config = CausalKDConfig
     config: CausalKDConfig
     sampler = "renoise"
     summary = "causal knowledge distillation on an autoregressive teacher's trajectories (arXiv 2602.02214)"
-
-    @classmethod
-    def trajectory_kinds(cls, config: CausalKDConfig) -> tuple[TrajectoryKind, ...]:  # type: ignore[override]
-        return ("causal", "bidirectional") if config.allow_bidirectional_pairs else ("causal",)
-
-    @classmethod
-    def trusts_teachers(cls, config: CausalKDConfig) -> bool:  # type: ignore[override]
-        return config.allow_bidirectional_pairs
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         """``1/2 mean (D(X_i, t_i) - X_end)^2`` over the frames with noise, at a ladder step ``i`` per chunk.

@@ -13,11 +13,11 @@ from typing import ClassVar
 
 import torch
 
-from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rollout import SamplerKind
-from fastvideo.distillation.schedule import Guidance
-from fastvideo.distillation.types import Batch, RoleLoss, Trajectory, UserError
+from fastvideo.distillation.trajectory import Trajectory, TrajectoryKind
+from fastvideo.distillation.types import Batch, RoleLoss, UserError
 from fastvideo.ranges import LearningRate, Steps
 
 TOLERANCE = 1e-6
@@ -35,6 +35,11 @@ class KDConfig(MethodConfig, OptimizerOptions):
     """Euler steps of the teacher's trajectory, at the times of the family's sampler; the ladder's times are added."""
     learning_rate: LearningRate = 7e-5
     """AdamW learning rate."""
+
+    @property
+    def trajectory_kinds(self) -> tuple[TrajectoryKind, ...]:
+        """Kinds of stored trajectories that are trained on."""
+        return ("bidirectional",)
 
 
 class KDMethod(DistillMethod[KDConfig]):

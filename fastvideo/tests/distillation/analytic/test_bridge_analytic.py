@@ -18,7 +18,7 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle, same_space
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Condition, UserError
 from fastvideo.tests.preparing import preparer
 

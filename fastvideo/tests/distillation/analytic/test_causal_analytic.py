@@ -14,16 +14,16 @@ from fastvideo.distillation.adapters.analytic_networks import FrameConsistency, 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.causal_rollout import forced, forced_velocity
 from fastvideo.distillation.chunks import Context, Masked, Reach
-from fastvideo.distillation.engine.training import RoleTraining
+from fastvideo.distillation.engine.training import RoleTraining, tensors_of
 from fastvideo.distillation.methods.consistency_model.causal_cd import CausalCDConfig, CausalCDMethod
 from fastvideo.distillation.methods.fine_tuning.causal_sft import CausalSFTConfig, CausalSFTMethod
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
 from fastvideo.distillation.methods.knowledge_distillation.causal_kd import CausalKDConfig, CausalKDMethod, states_at
 from fastvideo.distillation.noise import guide, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import euler
-from fastvideo.distillation.schedule import Ladder
-from fastvideo.distillation.types import Batch, RawBatch, Trajectory, UserError
+from fastvideo.distillation.rollout import Ladder, euler
+from fastvideo.distillation.trajectory import Trajectory
+from fastvideo.distillation.types import Batch, RawBatch, UserError
 from fastvideo.tests.distillation.toys import SpyAdapter, train
 from fastvideo.tests.preparing import preparer
 
@@ -210,14 +210,14 @@ def test_the_target_is_the_average_and_the_live_weights_stay() -> None:
     method, batch = cd(adapter, FrameConsistency(0.5, 1.0, A), grid_steps=200), batch_of(adapter, 8)
     handle = method.student
     own = float(next(method.losses(batch, 0)).value.detach())
-    live = {name: value.clone() for name, value in handle.tensors().items()}
+    live = {name: value.clone() for name, value in tensors_of(handle).items()}
     optimizer = torch.optim.Adam(handle.parameters())
     handle.training = RoleTraining(optimizer, None, {**live, "mean": torch.tensor(0.0)})
     averaged = next(method.losses(batch, 0))
     averaged.value.backward()  # type: ignore[no-untyped-call]
     assert own < 1e-4, "neighbouring estimates of one student agree, whatever it believes"
     assert float(averaged.value.detach()) > 1e-3
-    assert all(torch.equal(value, live[name]) for name, value in handle.tensors().items())
+    assert all(torch.equal(value, live[name]) for name, value in tensors_of(handle).items())
     assert handle.training.ema is not None
     assert float(handle.training.ema["mean"]) == 0.0
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvideo.distillation import noise
+from fastvideo.distillation import interpolant, noise
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method, dmd_gradient
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
@@ -99,7 +99,7 @@ def test_the_difference_of_denoisers_is_a_scaled_difference_of_scores(adapter: S
     condition = adapter.conditioner.negative(9)
     critic, teacher = method.critic, method.teacher
     denoisers = critic.x0(x_t, t, condition) - teacher.x0(x_t, t, condition)
-    scores = [noise.velocity_to_score(x_t, h.velocity(x_t, t, condition), t) for h in (critic, teacher)]
+    scores = [interpolant.velocity_to_score(x_t, h.velocity(x_t, t, condition), t) for h in (critic, teacher)]
     scale = (t**2 / (1 - t)).view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(denoisers, scale * (scores[0] - scores[1]), rtol=1e-8, atol=1e-8)
 

@@ -22,7 +22,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_frames import DMD
 from fastvideo.distillation.methods.distribution_matching.frame_term import FrameTerm, Seen
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Condition, UserError
 from fastvideo.tests.distillation.analytic.test_bridge_analytic import (
     MEAN,

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.builder import initialising
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.methods.distribution_matching import gan
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_gan import DMD2GANConfig, DMD2GANMethod
-from fastvideo.distillation.rng import RandomStreams, initialising, normal, seeded
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rng import RandomStreams, normal, seeded
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Given, UserError
 from fastvideo.tests.distillation.toys import (
     LADDER,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvideo.distillation.methods.distribution_matching.f_distill import WEIGHTS
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.toys import MEAN, STD, SpyAdapter, analytic_batch, moments, spy, toy_method, train
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastvideo.distillation.methods.distribution_matching import gan
 from fastvideo.distillation.methods.distribution_matching.ladd import LADDConfig, LADDMethod
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.analytic.test_dmd2_gan_analytic import Quadratic, with_head
 from fastvideo.tests.distillation.toys import (

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastvideo.distillation.builder import initialising
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.engine.ema import EMAHook
 from fastvideo.distillation.engine.training import RoleTraining
 from fastvideo.distillation.registry import load_method
-from fastvideo.distillation.rng import RandomStreams, initialising
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rng import RandomStreams
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.mixtures import (
     WEIGHTS,

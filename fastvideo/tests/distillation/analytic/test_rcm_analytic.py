@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.interpolant import flow_time_to_trigflow
 from fastvideo.distillation.methods.consistency_model.scm import LossWeight, SCMConfig, SCMMethod
 from fastvideo.distillation.methods.distribution_matching.rcm import RCMConfig, RCMMethod
-from fastvideo.distillation.noise import flow_time_to_trigflow
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import generate
 from fastvideo.distillation.tangent import consistency_tangent, sample_warmup_tangent

@@ -19,7 +19,7 @@ from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.methods.distribution_matching.causvid import CausVidConfig, CausVidMethod
 from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingConfig, SelfForcingMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Condition, Given, UserError
 from fastvideo.tests.distillation.toys import LADDER, SpyAdapter, analytic_batch
 

@@ -166,10 +166,10 @@ def test_switches_are_drawn_and_begin_at_chunks() -> None:
 def test_prompts_without_a_second_one_are_refused() -> None:
     adapter = spy_of(4)
     method = tuning(adapter, switch_frames=(5,), max_frames=8)
-    assert method.uses_switches(method.config)
+    assert method.config.switches
     with pytest.raises(UserError, match=r"data\.switch_prompts"):
         method.sample(prompts(adapter))
-    assert not method.uses_switches(StreamingTuningConfig())
+    assert not StreamingTuningConfig().switches
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.consistency_model.tcm import TCMConfig, TCMMethod, truncated_student
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.toys import (
     LADDER,

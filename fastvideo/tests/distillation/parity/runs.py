@@ -23,7 +23,8 @@ from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.distillation.trainer import DistillTrainer
-from fastvideo.distillation.types import STATE_TIMES, STATES, Batch, RawBatch
+from fastvideo.distillation.trajectory import STATE_TIMES, STATES
+from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.distillation.toys import TOYS
 from fastvideo.tests.preparing import preparer

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+from fastvideo.distillation.config.causal import reach_of
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine import placement
 from fastvideo.distillation.engine.parallel import sharding
@@ -133,7 +134,7 @@ def case_of(family: str, method: str, **parallel: Any) -> Case:
 
 
 FAMILIES = ("wan", "cogvideox")
-CAUSAL = tuple(name for name in METHODS if load_method(name).reach_of(load_method(name).Config()) is not None)
+CAUSAL = tuple(name for name in METHODS if reach_of(load_method(name).Config()) is not None)
 """Methods of families with chunks alone, over layouts without `context`."""
 WHOLE = tuple(name for name in METHODS if name not in (*CAUSAL, "phased_dmd", "dmd2_frames"))
 

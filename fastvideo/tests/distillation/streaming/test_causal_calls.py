@@ -14,7 +14,8 @@ from torch.nn import functional
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.view import Grid, next_view, rotate, view_of
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.causal_rollout import recache
 from fastvideo.distillation.chunks import Masked, Past, Reach, masked_runs, spans
 from fastvideo.distillation.denoiser import Denoiser
@@ -24,17 +25,17 @@ from fastvideo.tests.distillation.streaming.chunked import chunk_times, streamed
 
 
 @pytest.fixture(scope="module")
-def adapter() -> WanAdapter:
-    return WanAdapter(WanConfig())
+def adapter() -> WanFamily:
+    return WanFamily(WanFamilyConfig())
 
 
 @pytest.fixture(scope="module")
-def student(adapter: WanAdapter) -> Denoiser:
+def student(adapter: WanFamily) -> Denoiser:
     return Denoiser(adapter, adapter.folder.load_network())
 
 
 @pytest.fixture(scope="module")
-def condition(adapter: WanAdapter) -> Condition:
+def condition(adapter: WanFamily) -> Condition:
     return adapter.conditioner.encode_prompts(["a red seven moving up", "a four"])
 
 
@@ -54,7 +55,7 @@ REACHES = [
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
-def precise(adapter: WanAdapter, request: pytest.FixtureRequest) -> tuple[Denoiser, torch.dtype]:
+def precise(adapter: WanFamily, request: pytest.FixtureRequest) -> tuple[Denoiser, torch.dtype]:
     return Denoiser(adapter, adapter.folder.load_network().to(request.param)), request.param
 
 
@@ -74,7 +75,7 @@ def test_streaming_is_the_masked_call(
     assert error <= (0.0 if dtype == torch.float64 else 1e-5)
 
 
-def test_no_context_is_the_stock_network(adapter: WanAdapter, condition: Condition) -> None:
+def test_no_context_is_the_stock_network(adapter: WanFamily, condition: Condition) -> None:
     from diffusers import WanTransformer3DModel
 
     from fastvideo.tiny.paths import PIPELINE_FOLDER
@@ -116,7 +117,7 @@ def test_a_call_leaves_the_network_as_it_was(student: Denoiser, condition: Condi
     assert torch.equal(student.velocity(x, torch.full((2,), 0.5), condition), before)
 
 
-def test_parts_against_a_mask(adapter: WanAdapter) -> None:
+def test_parts_against_a_mask(adapter: WanFamily) -> None:
     """An independent oracle: one call of attention with a mask of booleans."""
     frames, reach = 7, Reach(2, window=2, sink=2, positions="absolute")
     heads = [torch.randn(2, 4 * frames, 4, 48, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -196,7 +197,7 @@ def test_memory_is_constant_in_a_full_window(student: Denoiser, condition: Condi
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_reaches_the_chunk_and_not_the_past(
-    adapter: WanAdapter, condition: Condition, checkpointing: bool
+    adapter: WanFamily, condition: Condition, checkpointing: bool
 ) -> None:
     """Recomputation in backward sees the past of its own call, though a later one was committed meanwhile."""
     network = adapter.folder.load_network()

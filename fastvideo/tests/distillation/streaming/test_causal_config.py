@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.chunks import Reach
+from fastvideo.distillation.config.causal import reach_of
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -175,7 +176,7 @@ def test_the_teachers_weights_are_compared_in_the_students_chunks(
 
 def test_chunks_are_committed_with_the_noise_of_the_recipe(tiny_wan: Path) -> None:
     """Each past is committed once per chunk at ``context_time``, and both see the same noise."""
-    adapter = WanAdapter(wan_config(tiny_wan, num_frames=9))
+    adapter = WanFamily(wan_config(tiny_wan, num_frames=9))
     committed: list[tuple[torch.Tensor, float]] = []
 
     class Spy(Denoiser):
@@ -201,7 +202,7 @@ def test_chunks_are_committed_with_the_noise_of_the_recipe(tiny_wan: Path) -> No
 def test_only_methods_of_chunks_have_a_reach() -> None:
     from fastvideo.distillation.registry import METHODS, load_method
 
-    found = {name for name in METHODS if load_method(name).reach_of(load_method(name).Config()) is not None}
+    found = {name for name in METHODS if reach_of(load_method(name).Config()) is not None}
     assert "causal_sft" in found
     assert not found & {"sft", "kd", "dmd2", "cm"}
     assert CausalSFTMethod.needs_of(CausalSFTMethod.Config()) == {"chunks"}

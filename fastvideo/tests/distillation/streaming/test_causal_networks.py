@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.causal_rollout import roll
@@ -38,12 +38,12 @@ REACH = Reach(1, window=2, sink=1)
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_wan: Path) -> WanAdapter:
-    return WanAdapter(wan_config(wan_folder(tiny_wan.parent), num_frames=17))
+def adapter(tiny_wan: Path) -> WanFamily:
+    return WanFamily(wan_config(wan_folder(tiny_wan.parent), num_frames=17))
 
 
 @pytest.fixture(scope="module")
-def condition(adapter: WanAdapter) -> Condition:
+def condition(adapter: WanFamily) -> Condition:
     return adapter.conditioner.encode_prompts(PROMPTS)
 
 
@@ -91,7 +91,7 @@ def roles(folder: Path, recompute: str) -> Any:
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_a_causal_student_a_teacher_and_a_critic_on_one_base(
-    adapter: WanAdapter, tiny_wan: Path, condition: Condition, recompute: str
+    adapter: WanFamily, tiny_wan: Path, condition: Condition, recompute: str
 ) -> None:
     """The student's chunks have gradient for its adapter alone; the others see whole videos on the same base."""
     method = roles(wan_folder(tiny_wan.parent), recompute)
@@ -118,7 +118,7 @@ def test_a_causal_student_a_teacher_and_a_critic_on_one_base(
             torch.testing.assert_close(parameter.grad, whole @ down.T, rtol=1e-3, atol=1e-6)
 
 
-def merged(adapter: WanAdapter, student: RoleHandle) -> Denoiser:
+def merged(adapter: WanFamily, student: RoleHandle) -> Denoiser:
     """A network of its own with the role's adapter in its weights."""
     network, switch = adapter.folder.load_network(), switch_of(student)
     assert switch is not None
@@ -129,7 +129,7 @@ def merged(adapter: WanAdapter, student: RoleHandle) -> Denoiser:
 # Recomputed and split networks
 
 
-def placed(adapter: WanAdapter, processes: Processes, recompute: Any = "none") -> nn.Module:
+def placed(adapter: WanFamily, processes: Processes, recompute: Any = "none") -> nn.Module:
     options = ParallelConfig(shard=processes.shard, activation_checkpointing=recompute)
     return Placement(adapter, processes, options).load(None, trained=True)
 
@@ -140,7 +140,7 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_sees_the_past_of_its_own_call(adapter: WanAdapter, condition: Condition, recompute: str) -> None:
+def test_recomputation_sees_the_past_of_its_own_call(adapter: WanFamily, condition: Condition, recompute: str) -> None:
     found = []
     for kind in ("none", recompute):
         network = placed(adapter, Processes(), kind)
@@ -151,7 +151,7 @@ def test_recomputation_sees_the_past_of_its_own_call(adapter: WanAdapter, condit
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def split_work(adapter: WanAdapter, condition: Condition, rank: int, size: int) -> Any:
+def split_work(adapter: WanFamily, condition: Condition, rank: int, size: int) -> Any:
     """Video of this rank's own noise, and gradients of its part of the mean over all ranks; then a masked call."""
     network = placed(adapter, Processes(rank, size, torch.device("cpu"), size), "full")
     student = Denoiser(adapter, network)
@@ -162,7 +162,7 @@ def split_work(adapter: WanAdapter, condition: Condition, rank: int, size: int) 
     return video.detach(), gradients(network), forced
 
 
-def test_split_networks_stream_as_whole_ones(adapter: WanAdapter, condition: Condition, tmp_path: Path) -> None:
+def test_split_networks_stream_as_whole_ones(adapter: WanFamily, condition: Condition, tmp_path: Path) -> None:
     whole = Denoiser(adapter, placed(adapter, Processes()))
     ends = in_world(2, partial(split_work, adapter, condition), tmp_path)
     for rank, (video, *_) in enumerate(ends):
@@ -178,7 +178,7 @@ def test_split_networks_stream_as_whole_ones(adapter: WanAdapter, condition: Con
 
 
 def test_tokens_on_several_processes_are_refused(
-    adapter: WanAdapter, condition: Condition, monkeypatch: pytest.MonkeyPatch
+    adapter: WanFamily, condition: Condition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = adapter.folder.load_network()
     monkeypatch.setattr(network, "_parallel_config", object())  # as diffusers' enable_parallelism leaves it
@@ -203,7 +203,7 @@ def streamed(student: Denoiser, condition: Condition, chunks: int, reach: Reach 
     return torch.cat(found, dim=2)
 
 
-def compiled(adapter: WanAdapter, backend: Any) -> Denoiser:
+def compiled(adapter: WanFamily, backend: Any) -> Denoiser:
     network = adapter.folder.load_network()
     for block in repeated_blocks(network):
         block.compile(backend=backend)
@@ -211,7 +211,7 @@ def compiled(adapter: WanAdapter, backend: Any) -> Denoiser:
 
 
 @pytest.mark.slow
-def test_a_full_window_needs_no_new_graphs(adapter: WanAdapter, condition: Condition) -> None:
+def test_a_full_window_needs_no_new_graphs(adapter: WanFamily, condition: Condition) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
     student = compiled(adapter, counter)
@@ -232,7 +232,7 @@ def test_compiled_kernels_give_the_same_chunks(tiny_wan: Path, condition: Condit
     found = []
     for compile_blocks in (False, True):
         config = wan_config(wan_folder(tiny_wan.parent), num_frames=17, compile_blocks=compile_blocks)
-        adapter = WanAdapter(config)
+        adapter = WanFamily(config)
         found.append(streamed(Denoiser(adapter, adapter.folder.load_network()), condition, 4, Reach(1, window=1)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
@@ -240,7 +240,7 @@ def test_compiled_kernels_give_the_same_chunks(tiny_wan: Path, condition: Condit
 # Changed networks, inference mode
 
 
-def test_a_processor_that_was_replaced_is_named(adapter: WanAdapter, condition: Condition) -> None:
+def test_a_processor_that_was_replaced_is_named(adapter: WanFamily, condition: Condition) -> None:
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
     network: Any = adapter.folder.load_network()
@@ -251,7 +251,7 @@ def test_a_processor_that_was_replaced_is_named(adapter: WanAdapter, condition: 
     assert student.velocity(draw(3), torch.full((2,), 0.5), condition).isfinite().all()
 
 
-def test_a_past_of_inference_mode_can_be_trained_on(adapter: WanAdapter, condition: Condition) -> None:
+def test_a_past_of_inference_mode_can_be_trained_on(adapter: WanFamily, condition: Condition) -> None:
     student = Denoiser(adapter, adapter.folder.load_network().requires_grad_(True))
     pasts = []
     for mode in (True, False):
@@ -273,7 +273,7 @@ def test_a_past_of_inference_mode_can_be_trained_on(adapter: WanAdapter, conditi
 # Times
 
 
-def test_a_stream_gives_one_time_per_sample(adapter: WanAdapter, condition: Condition) -> None:
+def test_a_stream_gives_one_time_per_sample(adapter: WanFamily, condition: Condition) -> None:
     """Times per token would cost Wan 1.3B a modulation tensor of 1.2 GB per call; a chunk has one."""
     network, shapes = adapter.folder.load_network(), []
     spec = SamplerSpec((1.0, 0.5), 2.0, "renoise", REACH)

@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 import torch
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.causal_rollout import recache
 from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.denoiser import Denoiser
@@ -23,17 +24,17 @@ TIMES = (1.0, 0.7, 0.4)
 
 
 @pytest.fixture(scope="module")
-def adapter() -> WanAdapter:
-    return WanAdapter(WanConfig())
+def adapter() -> WanFamily:
+    return WanFamily(WanFamilyConfig())
 
 
 @pytest.fixture(scope="module")
-def student(adapter: WanAdapter) -> Denoiser:
+def student(adapter: WanFamily) -> Denoiser:
     return Denoiser(adapter, adapter.folder.load_network())
 
 
 @pytest.fixture(scope="module")
-def conditions(adapter: WanAdapter) -> tuple[Condition, Condition]:
+def conditions(adapter: WanFamily) -> tuple[Condition, Condition]:
     return adapter.conditioner.encode_prompts(["a red seven", "a four"]), adapter.conditioner.encode_prompts(["", ""])
 
 

@@ -13,24 +13,26 @@ from fastvideo.conformance.run import CHECKS, examine
 from fastvideo.conformance.subject import Subject
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import FrameDecoder
-from fastvideo.distillation.adapters.wan import WanAdapter, WanCodec
+from fastvideo.distillation.adapters.diffusers.teacher_forced import teacher_forced
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
 from fastvideo.distillation.chunks import Masked, Past
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config, wan_folder
 
 RULES = [rule for rule in CHECKS if rule.run.__module__.endswith("chunk_checks")]
 
 
-class Forgetful(WanAdapter):
+class Forgetful(WanFamily):
     """Sees no past."""
 
     def velocity(self, network: Any, x_t: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
         context = options.pop("context", None)
         if isinstance(context, Masked):
-            return self._teacher_forced(network, x_t, t, condition, context)
+            return teacher_forced(self, network, x_t, t, condition, context)
         return super().velocity(network, x_t, t, condition, **options)
 
 
-class Bidirectional(WanAdapter):
+class Bidirectional(WanFamily):
     """Answers one call over all chunks as if it were none."""
 
     def velocity(self, network: Any, x_t: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
@@ -39,14 +41,14 @@ class Bidirectional(WanAdapter):
         return super().velocity(network, x_t, t, condition, context=context, **options)
 
 
-class Late(WanAdapter):
+class Late(WanFamily):
     """Commits chunks at another time than it was told."""
 
     def commit(self, network: Any, past: Past, x0: Tensor, condition: Any, t: float = 0.0) -> Past:
         return super().commit(network, past, x0, condition, 0.5)
 
 
-class InPlace(WanAdapter):
+class InPlace(WanFamily):
     """Writes into the pieces of the past."""
 
     def commit(self, network: Any, past: Past, x0: Tensor, condition: Any, t: float = 0.0) -> Past:
@@ -56,31 +58,31 @@ class InPlace(WanAdapter):
         return super().commit(network, past, x0, condition, t)
 
 
-class Seams(WanAdapter):
+class Seams(WanFamily):
     """Decodes every chunk as a video of its own."""
 
     @cached_property
-    def codec(self) -> WanCodec:
+    def codec(self) -> WanFrameCodec:
         codec = super().codec
-        codec.__class__ = type("SeamCodec", (WanCodec,), {"frame_decoder": lambda self: _Fresh(self)})
+        codec.__class__ = type("SeamCodec", (WanFrameCodec,), {"frame_decoder": lambda self: _Fresh(self)})
         return codec
 
 
 class _Fresh:
     bytes = 0
 
-    def __init__(self, codec: WanCodec) -> None:
+    def __init__(self, codec: WanFrameCodec) -> None:
         self.codec = codec
 
     def __call__(self, latents: Tensor) -> Tensor:
-        decoder: FrameDecoder = WanCodec.frame_decoder(self.codec)
+        decoder: FrameDecoder = WanFrameCodec.frame_decoder(self.codec)
         return decoder(latents)
 
     def fork(self) -> _Fresh:
         return self
 
 
-BROKEN: dict[str, tuple[type[WanAdapter], str]] = {
+BROKEN: dict[str, tuple[type[WanFamily], str]] = {
     "forgetful": (Forgetful, "a chunk reads the clean chunks before it and not its own"),
     "bidirectional": (Bidirectional, "a later chunk changes nothing before it"),
     "late": (Late, "chunks on their past equal one call of teacher forcing"),

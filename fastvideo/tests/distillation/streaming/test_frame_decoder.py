@@ -10,29 +10,31 @@ import pytest
 import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticCodec, AnalyticConfig
-from fastvideo.distillation.adapters.wan import WanAdapter, WanCodec, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.errors import UserError
 
 FRAMES = 9
 
 
 @pytest.fixture(scope="module")
-def codec() -> WanCodec:
-    return WanAdapter(WanConfig()).codec
+def codec() -> WanFrameCodec:
+    return WanFamily(WanFamilyConfig()).codec
 
 
 @pytest.fixture(scope="module")
-def latents(codec: WanCodec) -> torch.Tensor:
+def latents(codec: WanFrameCodec) -> torch.Tensor:
     return torch.randn(2, 16, FRAMES, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def whole(codec: WanCodec, latents: torch.Tensor) -> torch.Tensor:
+def whole(codec: WanFrameCodec, latents: torch.Tensor) -> torch.Tensor:
     return codec.decode(latents)
 
 
 @pytest.mark.parametrize("split", [[1] * 9, [3, 3, 3], [1, 4, 4], [5, 4], [9]], ids=str)
-def test_every_split(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor, split: list[int]) -> None:
+def test_every_split(codec: WanFrameCodec, latents: torch.Tensor, whole: torch.Tensor, split: list[int]) -> None:
     decode = codec.frame_decoder()
     pieces = [decode(chunk) for chunk in latents.split(split, dim=2)]
     assert [piece.shape[2] for piece in pieces] == [4 * n - (index == 0) * 3 for index, n in enumerate(split)]
@@ -40,10 +42,10 @@ def test_every_split(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor
 
 
 def test_a_decoder_of_a_codec_that_decoded_nothing(latents: torch.Tensor, whole: torch.Tensor) -> None:
-    assert torch.equal(WanAdapter(WanConfig()).codec.frame_decoder()(latents), whole)
+    assert torch.equal(WanFamily(WanFamilyConfig()).codec.frame_decoder()(latents), whole)
 
 
-def test_a_fork_goes_on_alone(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
+def test_a_fork_goes_on_alone(codec: WanFrameCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
     decode = codec.frame_decoder()
     begun = [decode(latents[:, :, :3])]
     fork = decode.fork()
@@ -53,7 +55,7 @@ def test_a_fork_goes_on_alone(codec: WanCodec, latents: torch.Tensor, whole: tor
     assert not torch.equal(other[:, :, 8:], whole[:, :, 17:])
 
 
-def test_streams_and_whole_videos_interleaved(codec: WanCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
+def test_streams_and_whole_videos_interleaved(codec: WanFrameCodec, latents: torch.Tensor, whole: torch.Tensor) -> None:
     one, two = codec.frame_decoder(), codec.frame_decoder()
     mine, theirs, sizes = [], [], []
     for chunk in latents.split(1, dim=2):
@@ -67,7 +69,7 @@ def test_streams_and_whole_videos_interleaved(codec: WanCodec, latents: torch.Te
 
 
 def test_a_stream_before_any_whole_video(latents: torch.Tensor, whole: torch.Tensor) -> None:
-    decode = WanAdapter(WanConfig()).codec.frame_decoder()
+    decode = WanFamily(WanFamilyConfig()).codec.frame_decoder()
     assert torch.equal(decode(latents[:, :, :2]), whole[:, :, :5])
 
 

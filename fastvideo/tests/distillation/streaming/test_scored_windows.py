@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.distribution_matching.self_forcing import SelfForcingConfig, SelfForcingMethod
 from fastvideo.distillation.methods.distribution_matching.streaming_tuning import LEAD
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import RawBatch
 from fastvideo.tests.preparing import preparer
 from fastvideo.tiny.world import torus
 
 
 def test_the_first_scored_latent_is_the_image_of_its_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = WanAdapter(WanConfig(num_frames=5))
+    adapter = WanFamily(WanFamilyConfig(num_frames=5))
     adapter.ensure_negative_conditioning()
     network = adapter.folder.load_network()
     roles = [RoleHandle(name, adapter, network, name != "teacher") for name in ("student", "teacher", "critic")]
@@ -40,7 +41,7 @@ def test_the_first_scored_latent_is_the_image_of_its_last_frame(monkeypatch: pyt
 @torch.no_grad()
 def test_a_decoder_that_begins_within_a_stream_errs_no_more_after_its_lead() -> None:
     """PSNR of the last frame against the decoding of the whole: 23 dB at once, 41 after three latent frames more."""
-    codec = WanAdapter(WanConfig(path="tiny_stream")).codec
+    codec = WanFamily(WanFamilyConfig(path="tiny_stream")).codec
     latents = codec.encode(torus("heldout", 97).sample(4, seed=3).videos)
     whole = codec.decode(latents)[:, :, -1]
 

@@ -1,0 +1,1 @@
+"""All that Wan checkpoints can do beside text to video: images, two experts, streams, flow maps."""
