@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BeforeValidator
+import torch
+from pydantic import AfterValidator, BeforeValidator
+from torch import Tensor
 
 from fastvideo.distillation.noise import GuidanceValue, shift_time
+from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import UserError
-from fastvideo.ranges import Fraction, GuidanceScale
+from fastvideo.ranges import Fraction, GuidanceScale, NonNegativeFloat
 
 TRAIN_STEPS = 1000
 """Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
@@ -154,3 +157,36 @@ def guidance_text(guidance: GuidanceValue) -> str:
         return f"{guidance:g}"
     parts = [f"{g:g} from {start:g} up" for start, g in guidance[:-1]]
     return f"{', '.join(parts)}, {guidance[-1][1]:g} below"
+
+
+def _checked(shares: tuple[float, ...]) -> tuple[float, ...]:
+    if shares and not any(shares):
+        raise ValueError(f"at least one ladder step needs a share above 0, got {list(shares)}")
+    return shares
+
+
+Shares = Annotated[tuple[NonNegativeFloat, ...], AfterValidator(_checked)]
+"""Shares of the ladder's steps, the noisiest first; they need not sum to 1, and none at all are equal ones."""
+
+
+class Rungs:
+    """Draws ladder steps by shares.
+
+    Raises:
+        UserError: if the number of shares is not the ladder's length; ``field`` of the method has them.
+    """
+
+    def __init__(self, shares: Sequence[float], ladder: Ladder, field: str = "rung_shares") -> None:
+        self.shares, self.ladder = tuple(shares), ladder
+        if shares and len(shares) != len(ladder):
+            times = ", ".join(f"{t:g}" for t in ladder.times)
+            raise UserError(f"method.{field}: {len(shares)} shares for a ladder of {len(ladder)} steps ({times})")
+
+    def stop(self, rng: RandomStreams) -> int:
+        """Ladder index at which a simulated rollout stops, equal on all ranks."""
+        return rng.shared_choice(self.shares) if self.shares else rng.shared_index(len(self.ladder))
+
+    def times(self, count: int, rng: RandomStreams) -> Tensor:
+        """Float32 ``[count]``: a ladder time per sample."""
+        index = rng.choice(count, self.shares) if self.shares else rng.index(count, len(self.ladder))
+        return torch.tensor(self.ladder.times, device=index.device)[index]

@@ -20,7 +20,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import ref
 from fastvideo.distillation.methods.distribution_matching.flow_map_loss import FlowMapLoss, FlowMapLossConfig
 from fastvideo.distillation.noise import add_noise, full_time, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.schedule import Guidance, Ladder, Shares
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Steps
 
@@ -73,10 +73,12 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
     teacher_guidance: Guidance = 4.0
     """Guidance of the teacher, standard convention (published as 3 in the extra one)."""
     generator_update_interval: PositiveInt = 1
-    """Steps per update of the student; the critic is updated on every step."""
+    """Steps per update of the student; at 1 both are updated on every step."""
     score_time_shift: PositiveFloat = 5.0
     """Shift of the noise levels of both: uniform for the comparison, logit-normal for the critic."""
     score_and_train: Annotated[bool, refused("its critic learns at noise levels of another distribution")] = False
+    """Not possible here."""
+    rung_shares: Annotated[Shares, refused("its jumps are those of rollout_steps", "empty")] = ()
     """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the critic."""

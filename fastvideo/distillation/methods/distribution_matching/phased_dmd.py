@@ -24,7 +24,7 @@ from fastvideo.distillation.methods.distribution_matching.phase import Phase, wi
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import MARGIN, RandomStreams
 from fastvideo.distillation.rollout import few_step, renoise
-from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.schedule import Ladder, Shares
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
 from fastvideo.ranges import NonNegativeInt
 
@@ -46,6 +46,9 @@ class PhasedDMDConfig(DMD2Config):
     """Guided steps of the teacher from noise to the start of the phase `low`; 0 starts from the student's own phase
     `high`, which fits its sampling, and wants that phase to be trained."""
     score_and_train: Annotated[bool, refused("its phases score noisy samples in a call of their own")] = False
+    """Not possible here."""
+    rung_shares: Annotated[Shares, refused("each phase draws among its own steps", "empty")] = ()
+    """Not possible here."""
 
 
 class PhasedDMDMethod(DMD2Method):

@@ -20,7 +20,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.noise import Interpolant, add_noise, expand_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.schedule import Guidance, Ladder
+from fastvideo.distillation.schedule import Guidance, Ladder, Shares
 from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
@@ -38,6 +38,10 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     score_time_shift: PositiveFloat = 5.0
     """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
     score_and_train: Annotated[bool, refused("its critic rests on the student's steps")] = False
+    """Not possible here."""
+    critic_updates_on_student_steps: Annotated[bool, refused("its critic rests on the student's steps")] = False
+    """Not possible here."""
+    rung_shares: Annotated[Shares, refused("its rollouts take drawn times instead of the ladder's", "empty")] = ()
     """Not possible here."""
     consistency_steps: NonNegativeInt = 1000
     """First steps, on consistency alone; 0 for a student that is a consistency model already."""
