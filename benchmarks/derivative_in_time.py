@@ -3,7 +3,7 @@
     python benchmarks/derivative_in_time.py
 
 Objectives of continuous time (MeanFlow, sCM, rCM, AnyFlow) regress on it. A network was trained at drawn times and may
-do anything between them. Differences over 0.02 and over 0.1 hardly differ, so that is what the flow does; where autodiff
+do anything between them. Differences over 0.02 and 0.1 hardly differ, so that is what the flow does; where autodiff
 is far from them, its target is the network's own ripple. 20 seconds of one core.
 """
 
