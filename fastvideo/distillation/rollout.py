@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.noise import add_noise, full_time, shift_time, velocity_to_x0
+from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import UserError
 
 TRAIN_STEPS = 1000
@@ -83,6 +84,29 @@ class Ladder:
 def _shifted(time: float, shift: float) -> float:
     """``shift_time`` that keeps 1 exact; rounding gives 1.0000000000000002 for some shifts, such as 0.2."""
     return time if time == 1.0 else shift_time(time, shift)
+
+
+class Rungs:
+    """Draws ladder steps by shares.
+
+    Raises:
+        UserError: if the number of shares is not the ladder's length; ``field`` of the method has them.
+    """
+
+    def __init__(self, shares: Sequence[float], ladder: Ladder, field: str = "rung_shares") -> None:
+        self.shares, self.ladder = tuple(shares), ladder
+        if shares and len(shares) != len(ladder):
+            times = ", ".join(f"{t:g}" for t in ladder.times)
+            raise UserError(f"method.{field}: {len(shares)} shares for a ladder of {len(ladder)} steps ({times})")
+
+    def stop(self, rng: RandomStreams) -> int:
+        """Ladder index at which a simulated rollout stops, equal on all ranks."""
+        return rng.shared_choice(self.shares) if self.shares else rng.shared_index(len(self.ladder))
+
+    def times(self, count: int, rng: RandomStreams) -> Tensor:
+        """Float32 ``[count]``: a ladder time per sample."""
+        index = rng.choice(count, self.shares) if self.shares else rng.index(count, len(self.ladder))
+        return torch.tensor(self.ladder.times, device=index.device)[index]
 
 
 class Velocity(Protocol):

@@ -87,6 +87,17 @@ TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
 """Lower and upper time in [0, 1]."""
 
 
+def _some(shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Check that the shares, if there are any, are not all zero."""
+    if shares and not any(shares):
+        raise ValueError(f"at least one ladder step needs a share above 0, got {list(shares)}")
+    return shares
+
+
+Shares = Annotated[tuple[NonNegativeFloat, ...], AfterValidator(_some)]
+"""Shares of the ladder's steps, the noisiest first; they need not sum to 1, and none at all are equal ones."""
+
+
 CONVENTIONS = {"standard": 0.0, "extra": 1.0}
 """Addition to the number of each convention that makes it standard."""
 MOST = 1000.0

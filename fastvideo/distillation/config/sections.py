@@ -28,7 +28,7 @@ class TrainerConfig(Section):
     """Training loop."""
 
     max_steps: Annotated[PositiveInt, RESUMABLE] = 1000
-    """Steps of the run; in DMD2 each one updates the critic."""
+    """Steps of the run; in DMD2 most of them update the critic alone."""
     max_cpu_seconds: Annotated[Seconds, RESUMABLE] = 0.0
     """CPU time of this process for steps, without validation and checkpoints, after which the run ends early; 0 sets no
     limit. Other work on the machine does not count."""

@@ -6,8 +6,10 @@ right side, without gradient, is the target. Pitfalls, failure signs and disagre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -66,6 +68,23 @@ class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
         return self
 
 
+NEAR, ENOUGH = 0.05, 0.01
+"""Distance in time that counts as near the ladder's first time, and the share of jumps that should begin so near."""
+
+
+def rare_start_notes(config: MeanFlowConfig, ladder: Ladder) -> list[str]:
+    """Warn of training that hardly meets the first jump of sampling, which everything after rests on."""
+    edge = ladder.times[0] - NEAR
+    below = NormalDist(config.logit_mean, config.logit_std).cdf(math.log(edge / (1 - edge)))
+    share = (1 - config.equal_times) * (1 - below**2)
+    if share >= ENOUGH:
+        return []
+    return [
+        f"{100 * share:.2g} % of the samples train a jump that begins above t = {edge:g}, where sampling begins: few "
+        f"steps will be poor. Raise method.logit_std"
+    ]
+
+
 class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
     """Student with two times, and a teacher for distillation."""
 
@@ -79,7 +98,7 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
         super().__init__(config, bundle, ladder, rng)
         self.student = bundle["student"]
         self.derivative = derivative(config.jvp, config.jvp_step)
-        self.notes = (config.derivative_note,)
+        self.notes = (config.derivative_note, *rare_start_notes(config, ladder))
 
     @classmethod
     def optimizers(cls, config: MeanFlowConfig) -> Mapping[str, OptimizerConfig]:

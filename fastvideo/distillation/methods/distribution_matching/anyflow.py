@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions, Shares
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
@@ -73,10 +73,12 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
     teacher_guidance: Guidance = 4.0
     """Guidance of the teacher, standard convention (published as 3 in the extra one)."""
     generator_update_interval: PositiveInt = 1
-    """Steps per update of the student; the critic is updated on every step."""
+    """Steps per update of the student; at 1 both are updated on every step."""
     score_time_shift: PositiveFloat = 5.0
     """Shift of the noise levels of both: uniform for the comparison, logit-normal for the critic."""
     score_and_train: Annotated[bool, refused("its critic learns at noise levels of another distribution")] = False
+    """Not possible here."""
+    rung_shares: Annotated[Shares, refused("its jumps are those of rollout_steps", "empty")] = ()
     """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the critic."""

@@ -7,16 +7,17 @@ bidirectional. The student never meets its own samples as a past, so errors grow
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from fastvideo.distillation.chunks import Masked, by_chunk
+from fastvideo.distillation.config.base import Shares
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.distribution_matching.chunk_metrics import means_by_chunk
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.types import Batch, Need
 from fastvideo.ranges import Beta, LearningRate
@@ -27,6 +28,8 @@ class CausVidConfig(CausalOptions, DMD2Config):
 
     rollout: Literal["data"] = "data"
     """Input of the student: real latents, each chunk noised to a step of the ladder or left clean."""
+    rung_shares: Annotated[Shares, refused("each chunk is at a step of its own, or clean", "empty")] = ()
+    """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the critic."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)

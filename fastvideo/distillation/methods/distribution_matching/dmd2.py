@@ -2,8 +2,8 @@
 
 The student minimises the reverse KL to the guided teacher at all noise levels. Its gradient is the difference of two
 denoisers: the frozen teacher, and a critic that keeps training on the student's samples. Public implementations differ;
-this one uses a normaliser and a score time per sample, a critic update on every step, and the student's sample for both
-losses of a student step (``docs/methods/dmd2.md``).
+this one uses a normaliser and a score time per sample, and the student's sample for both losses of a student step
+(``docs/methods/dmd2.md``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config as DMD2Config
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, SamplerKind, few_step
+from fastvideo.distillation.rollout import Ladder, Rungs, SamplerKind, few_step
 from fastvideo.distillation.types import Batch, FrameMask, RoleLoss, UserError, mean_over_generated
 
 
@@ -41,6 +41,8 @@ class DMD2Method(DistillMethod[DMD2Config]):
     frozen_roles: ClassVar[tuple[str, ...]] = ("teacher",)
     term_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of further terms in a subclass."""
+    following_roles: ClassVar[tuple[str, ...]] = ("critic",)
+    """Roles that learn from the student's samples: on every step, or on those that do not train the student."""
     sampler: ClassVar[SamplerKind] = "renoise"
     bridges = True
     calls_one_expert = True
@@ -54,6 +56,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
             raise UserError(f"DMD2 needs velocity() and ensure_negative_conditioning() of {self.teacher.adapter}")
         self.teacher.adapter.ensure_negative_conditioning()
         self.to_teacher = bundle.bridge("student", "teacher")
+        self.rungs = Rungs(config.rung_shares, ladder)
 
     @classmethod
     def optimizers(cls, config: DMD2Config) -> Mapping[str, OptimizerConfig]:
@@ -66,11 +69,14 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return config.rollout == "data"
 
     def active_roles(self, step: int) -> tuple[str, ...]:
-        return ("student", "critic") if step % self.config.generator_update_interval == 0 else ("critic",)
+        if step % self.config.generator_update_interval:
+            return self.following_roles
+        return ("student", *self.following_roles) if self.config.critic_updates_on_student_steps else ("student",)
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        """The student's loss on its steps, then the critic's on the same sample, detached."""
-        student_step = "student" in self.active_roles(step)
+        """The student's loss on its steps; the critic's on the same sample, detached, on its own."""
+        active = self.active_roles(step)
+        student_step = "student" in active
         with torch.set_grad_enabled(student_step):
             x0, batch = self.sample(batch)
         if student_step and self.config.score_and_train:
@@ -78,7 +84,8 @@ class DMD2Method(DistillMethod[DMD2Config]):
             return
         if student_step:
             yield self.student_loss(x0, batch)
-        yield from self.critic_losses(x0.detach(), batch)
+        if "critic" in active:
+            yield from self.critic_losses(x0.detach(), batch)
 
     def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Clean sample of the student in the teacher's space, and the batch that scores it."""
@@ -89,14 +96,12 @@ class DMD2Method(DistillMethod[DMD2Config]):
         yield self.critic_loss(x0, batch)
 
     def rollout(self, batch: Batch) -> Tensor:
-        """Clean sample of the student in its own space; one call, at a uniformly drawn ladder time, has gradient."""
+        """Clean sample of the student in its own space; one call, at a ladder time drawn by its share, has gradient."""
         noise = self.rng.normal(batch.shape)
         if self.config.rollout == "simulate":
-            stop = self.rng.shared_index(len(self.ladder))
-            velocity = partial(self.student.velocity, condition=batch.condition)
+            velocity, stop = partial(self.student.velocity, condition=batch.condition), self.rungs.stop(self.rng)
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
-        times = torch.tensor(self.ladder.times, dtype=torch.float32, device=noise.device)
-        t = times[self.rng.index(len(batch), len(self.ladder))]
+        t = self.rungs.times(len(batch), self.rng)
         return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 
-from fastvideo.distillation.config.base import Guidance, MethodConfig, TimeRange
+from fastvideo.distillation.config.base import Guidance, MethodConfig, Shares, TimeRange
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+T = TypeVar("T")
 
-def refused(reason: str) -> AfterValidator:
-    """Validator that refuses a switch of DMD2 in a method that does not support it."""
 
-    def check(value: bool) -> bool:
+def refused(reason: str, only: str = "false") -> AfterValidator:
+    """Validator that refuses an option of DMD2 in a method that does not support it."""
+
+    def check(value: T) -> T:
         if value:
-            raise ValueError(f"must be false for this method: {reason}")
+            raise ValueError(f"must be {only} for this method: {reason}")
         return value
 
     return AfterValidator(check)
@@ -28,7 +30,14 @@ class DMD2Config(MethodConfig):
     """Input of the student: `simulate` runs the student itself from noise (prompts suffice), `data` noises real latents
     to a step of the ladder."""
     generator_update_interval: PositiveInt = 5
-    """Steps per update of the student; the critic is updated on every step."""
+    """Steps per update of the student; whatever learns from its samples is updated on the others, and on those too with
+    `critic_updates_on_student_steps`."""
+    critic_updates_on_student_steps: bool = True
+    """Update the critic (and a discriminator) on the student's steps too, on the sample that the student learnt from:
+    an interval of 5 is 1 student and 5 critic updates. Without, student steps are cheaper: 1 and 4, as in FastGen."""
+    rung_shares: Shares = ()
+    """Share of the rollouts that end at each step of the ladder, the noisiest first; empty means equal shares. More of
+    the first one serves one-step sampling, and rollouts that end there are the shortest."""
     teacher_guidance: Guidance = 4.5
     """Classifier-free guidance of the teacher in the standard convention, where 1 is the conditional prediction; others
     are converted by name: `{extra: 3.5}` is 4.5."""
@@ -49,3 +58,19 @@ class DMD2Config(MethodConfig):
     """AdamW weight decay of both."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
+
+    @model_validator(mode="after")
+    def _critic_trains(self) -> DMD2Config:
+        if self.critic_updates_on_student_steps:
+            return self
+        if self.generator_update_interval == 1:
+            raise ValueError(
+                "generator_update_interval: 1 without critic_updates_on_student_steps never trains the critic; give an "
+                "interval of 2 or more"
+            )
+        if self.score_and_train:
+            raise ValueError(
+                "score_and_train is one forward for both losses of a student step: it needs "
+                "critic_updates_on_student_steps: true"
+            )
+        return self

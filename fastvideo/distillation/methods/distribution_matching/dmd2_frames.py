@@ -36,6 +36,7 @@ class DMD2FramesMethod(DMD2Method):
     trainable_roles = ("student", "critic", "frame_critic")
     frozen_roles: ClassVar[tuple[str, ...]] = ("teacher", "frame_teacher")
     term_roles: ClassVar[tuple[str, ...]] = ("frame_teacher", "frame_critic")
+    following_roles = ("critic", "frame_critic")
     bridges = False
     summary = "DMD2 with a second teacher, of images, on single frames (arXiv 2405.14867, 2412.05899)"
 
@@ -73,12 +74,10 @@ class DMD2FramesMethod(DMD2Method):
         assert isinstance(config, DMD2FramesConfig)
         return super().uses_latents(config) or not config.trust_frame_teacher
 
-    def active_roles(self, step: int) -> tuple[str, ...]:
-        return (*super().active_roles(step), "frame_critic")
-
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
-        """The student's loss on its steps, then both critics' on the same sample and frames, detached."""
-        student_step = "student" in self.active_roles(step)
+        """The student's loss on its steps; both critics' on the same sample and frames, detached, on their own."""
+        active = self.active_roles(step)
+        student_step = "student" in active
         with torch.set_grad_enabled(student_step):
             x0, batch = self.sample(batch)
         joined = student_step and self.config.frame_weight > 0 and step >= self.config.frame_warmup_steps
@@ -86,9 +85,9 @@ class DMD2FramesMethod(DMD2Method):
         seen = self.term.frames(leaf, batch, gradient=joined)
         if student_step:
             yield self.joined_loss(x0, leaf, seen, batch) if joined else self.video_loss(x0, batch)
-        x0, stills = x0.detach(), seen.stills.latents.detach()
-        yield from self.critic_losses(x0, batch)
-        yield self.term.critic_loss(stills, seen)
+        if "critic" in active:
+            yield from self.critic_losses(x0.detach(), batch)
+            yield self.term.critic_loss(seen.stills.latents.detach(), seen)
         if self.tests_teacher(step):
             self.errors = self.errors.to(x0.device) + errors_on_real_frames(self.term, batch)
 

@@ -44,6 +44,7 @@ class DMD2GANMethod(DMD2Method):
     config: DMD2GANConfig
     trainable_roles = ("student", "critic", "discriminator")
     term_roles = ("discriminator",)
+    following_roles = ("critic", "discriminator")
     summary = "DMD2 with a discriminator on real data (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2GANConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
@@ -69,9 +70,6 @@ class DMD2GANMethod(DMD2Method):
     @classmethod
     def needs_of(cls, config: DMD2Config) -> frozenset[Need]:
         return frozenset({"features"})
-
-    def active_roles(self, step: int) -> tuple[str, ...]:
-        return (*super().active_roles(step), "discriminator")
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """DMD loss, weighted per sample, plus the adversarial term at the same noised sample."""

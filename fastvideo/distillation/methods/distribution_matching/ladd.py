@@ -12,23 +12,22 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import Guidance, OptimizerConfig, TimeRange
+from fastvideo.distillation.config.base import Guidance, OptimizerConfig, Shares, TimeRange
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
-from fastvideo.distillation.methods.distribution_matching.rungs import RungConfig, Rungs
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, euler, few_step
+from fastvideo.distillation.rollout import Ladder, Rungs, euler, few_step
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
-class LADDConfig(RungConfig, AdversaryConfig):
+class LADDConfig(AdversaryConfig):
     """Options of LADD."""
 
     real_samples: Literal["data", "teacher"] = "data"
@@ -60,6 +59,18 @@ class LADDConfig(RungConfig, AdversaryConfig):
     """AdamW weight decay of both."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
+    rung_shares: Shares = ()
+    """Share of training at each step of the ladder, the noisiest first; empty means equal shares."""
+    early_rung_shares: Shares = ()
+    """Shares during the first `early_rung_steps` steps of the run: low noise is the easier start."""
+    early_rung_steps: NonNegativeInt = 0
+    """Steps of the run (of any role) until `rung_shares` take over."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> LADDConfig:
+        if bool(self.early_rung_shares) != bool(self.early_rung_steps):
+            raise ValueError("early_rung_shares and early_rung_steps go together: set both, or neither")
+        return self
 
 
 class LADDMethod(DistillMethod[LADDConfig]):
@@ -75,7 +86,8 @@ class LADDMethod(DistillMethod[LADDConfig]):
         super().__init__(config, bundle, ladder, rng)
         self.student, self.teacher = bundle["student"], bundle["teacher"]
         self.adversary = Adversary(config, self.teacher, bundle["discriminator"], rng)
-        self.rungs = Rungs(config, ladder, rng)
+        self.rungs = Rungs(config.rung_shares, ladder)
+        self.early_rungs = Rungs(config.early_rung_shares, ladder, "early_rung_shares")
 
     @classmethod
     def optimizers(cls, config: LADDConfig) -> Mapping[str, OptimizerConfig]:
@@ -122,12 +134,16 @@ class LADDMethod(DistillMethod[LADDConfig]):
     def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
         """Clean sample of the student; one call, at a ladder step drawn by its shares, carries gradient."""
         if self.config.rollout == "simulate":
-            stop, noise = self.rungs.stop(step), self.rng.normal(batch.shape)
+            stop, noise = self.rungs_at(step).stop(self.rng), self.rng.normal(batch.shape)
             velocity = partial(self.student.velocity, condition=batch.condition)
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
         real = self.real(batch) if real is None else real
-        t = self.rungs.times(len(real), step)
+        t = self.rungs_at(step).times(len(real), self.rng)
         return self.student.x0(add_noise(real, self.rng.normal_like(real), t), t, batch.condition)
+
+    def rungs_at(self, step: int) -> Rungs:
+        """Shares in force at ``step`` of the run."""
+        return self.early_rungs if step < self.config.early_rung_steps else self.rungs
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Adversarial loss at one drawn noise level per sample."""

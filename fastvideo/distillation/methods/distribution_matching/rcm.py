@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import Guidance
+from fastvideo.distillation.config.base import Guidance, Shares
 from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
@@ -40,6 +40,10 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     score_time_shift: PositiveFloat = 5.0
     """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
     score_and_train: Annotated[bool, refused("its critic rests on the student's steps")] = False
+    """Not possible here."""
+    critic_updates_on_student_steps: Annotated[bool, refused("its critic rests on the student's steps")] = False
+    """Not possible here."""
+    rung_shares: Annotated[Shares, refused("its rollouts take drawn times instead of the ladder's", "empty")] = ()
     """Not possible here."""
     consistency_steps: NonNegativeInt = 1000
     """First steps, on consistency alone; 0 for a student that is a consistency model already."""

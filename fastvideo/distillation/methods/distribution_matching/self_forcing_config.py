@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import field_validator, model_validator
 
-from fastvideo.distillation.config.base import Guidance, Time
+from fastvideo.distillation.config.base import Guidance, Shares, Time
 from fastvideo.distillation.config.causal import CausalOptions
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import LearningRate, PositiveInt
@@ -38,6 +38,8 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
     first_ladder: tuple[Time, ...] = ()
     """Noise levels of the first chunk, falling from 1, where it needs more steps than the ladder of the others has
     (Causal-Forcing++); empty for the same ones."""
+    rung_shares: Annotated[Shares, refused("its chunks leave the ladder by same_exit and last_exit_only", "empty")] = ()
+    """Not possible here."""
     teacher_guidance: Guidance = 4.0
     """Guidance of the teacher, standard convention (published as 3 in the extra one)."""
     critic_learning_rate: LearningRate = 4e-7

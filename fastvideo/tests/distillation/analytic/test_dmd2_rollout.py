@@ -96,6 +96,40 @@ def test_the_rung_with_gradient_is_uniform(adapter: SpyAdapter) -> None:
     assert chi_square < 16.3, f"{counts}: chance exceeds this once in a thousand (3 degrees of freedom)"
 
 
+SHARES = (5, 1, 2, 0)
+
+
+def test_rollouts_end_at_each_rung_by_its_share(adapter: SpyAdapter) -> None:
+    method, batch = dmd2(adapter, rung_shares=SHARES), analytic_batch(adapter, 1, latents=False)
+    draws, counts = 500, [0] * len(LADDER)
+    for _ in range(draws):
+        adapter.calls.clear()
+        method.rollout(batch)
+        counts[len(adapter.calls) - 1] += 1
+    assert [count / draws for count in counts] == pytest.approx([share / 8 for share in SHARES], abs=0.08)
+
+
+def test_inputs_from_data_are_at_each_rung_by_its_share(adapter: SpyAdapter) -> None:
+    method = dmd2(adapter, rollout="data", rung_shares=SHARES)
+    method.rollout(analytic_batch(adapter, 4000))
+    (call,) = adapter.calls
+    found = [float(((call.t - t).abs() < 1e-6).float().mean()) for t in LADDER.times]
+    assert found == pytest.approx([share / 8 for share in SHARES], abs=0.03)
+
+
+def test_no_shares_draw_what_they_always_drew(adapter: SpyAdapter) -> None:
+    method = dmd2(adapter)
+    stops = [method.rungs.stop(RandomStreams(seed)) for seed in range(20)]
+    assert stops == [RandomStreams(seed).shared_index(len(LADDER)) for seed in range(20)]
+
+
+def test_shares_that_do_not_fit_the_ladder_are_refused(adapter: SpyAdapter) -> None:
+    with pytest.raises(UserError, match=r"method\.rung_shares: 2 shares for a ladder of 4 steps \(1, 0.9, 0.75, 0.5\)"):
+        dmd2(adapter, rung_shares=(1.0, 1.0))
+    with pytest.raises(ValueError, match="at least one ladder step"):
+        dmd2(adapter, rung_shares=(0.0, 0.0, 0.0, 0.0))
+
+
 def test_ranks_with_other_data_stop_at_the_same_rung() -> None:
     calls = []
     for rank in (0, 3):

@@ -137,10 +137,9 @@ def test_the_curriculum_begins_at_the_lower_rungs_for_samples_and_for_rollouts(
     on_data.rollout(analytic_batch(adapter, 10_000), step)
     (call,) = adapter.of(on_data.student)
     assert [float((call.t == t).float().mean()) for t in LADDER.times] == pytest.approx(shares, abs=0.02)
-    first, second = (method_of(adapter, seed=3, **CURRICULUM).rungs for _ in range(2))
-    second.rng = RandomStreams(3, rank=1, ranks=2)
-    stops = [first.stop(step) for _ in range(4000)]
-    assert stops == [second.stop(step) for _ in range(4000)], "ranks run the same calls"
+    first, second = (RandomStreams(3, rank=rank, ranks=2) for rank in range(2))
+    stops = [on_data.rungs_at(step).stop(first) for _ in range(4000)]
+    assert stops == [on_data.rungs_at(step).stop(second) for _ in range(4000)], "ranks run the same calls"
     assert [stops.count(k) / 4000 for k in range(4)] == pytest.approx(shares, abs=0.03)
 
 

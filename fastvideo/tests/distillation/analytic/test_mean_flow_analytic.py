@@ -39,6 +39,20 @@ def mean_flow(
     return MeanFlowMethod(MeanFlowConfig(**{**PLAIN, **options}), bundle, LADDER, RandomStreams(seed))
 
 
+@pytest.mark.parametrize(("options", "rare"), [({}, True), ({"logit_std": 2.0}, False), ({"equal_times": 1.0}, True)])
+def test_a_run_says_if_it_hardly_trains_the_first_jump_of_sampling(
+    options: dict[str, float], rare: bool, adapter: SpyAdapter
+) -> None:
+    config = {"logit_mean": 0.0, "logit_std": 1.0, "equal_times": 0.25, **options}
+    method = mean_flow(adapter, **config)
+    t, r = method.times(200_000)
+    share = float(((t > 0.95) & (r < t)).float().mean())
+    assert (share < 0.01) == rare
+    notes = [note for note in method.notes if "where sampling begins" in note]
+    assert len(notes) == rare
+    assert not notes or float(notes[0].split(" %")[0]) == pytest.approx(100 * share, abs=0.05)
+
+
 def mean_velocity(x: Tensor, t: Tensor, r: Tensor, mean: float = MEAN, std: float = STD) -> Tensor:
     """``(x - x_r) / (t - r)`` along the flow of N(mean, std^2), written with both states."""
     t, r = column(t), column(r)

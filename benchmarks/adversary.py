@@ -1,0 +1,157 @@
+"""Does an adversary pull a one-step sample where it should go? LADD's gradient beside DMD2's, before any training.
+
+    python benchmarks/adversary.py
+
+The student is the tiny teacher itself. Discriminator and critic learn on its samples first (200 and 60 updates at the
+recipes' rates); then both gradients are taken at one-step samples of other prompts, at several noise levels, and
+compared with the way to the end of the guided teacher's trajectory from the same noise. 35 seconds of one core.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from functools import partial
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
+from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
+from fastvideo.distillation.methods.distribution_matching.gan import discriminator_loss, generator_loss
+from fastvideo.distillation.noise import add_noise, velocity_target
+from fastvideo.distillation.rollout import euler, few_step
+from fastvideo.distillation.types import Condition
+from fastvideo.inference.loading import LoadedModel, load_model
+from fastvideo.tiny.world import TinyWorld
+
+BATCH, BATCHES, STEPS = 32, 12, 24
+LADDER = (1.0, 0.75, 0.5, 0.25)
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+RATE = 2e-4
+
+
+class Bench:
+    """The teacher as a student, with an adversary and a critic of its samples."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.family, self.network = model.adapter, model.denoiser
+        self.rng = torch.Generator().manual_seed(0)
+        self.taps = taps_at((0.5, 0.75, 1.0), len(self.family.feature_widths))
+        self.network.network.requires_grad_(False)
+
+    def noise(self, x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=self.rng)
+
+    def data(self, count: int, seed: int) -> tuple[Tensor, list[str]]:
+        """Latents of real videos, and their captions."""
+        world = TinyWorld("train").sample(count, seed)
+        parts = [self.family.codec.encode(videos).float() for videos in world.videos.split(BATCH)]
+        return torch.cat(parts), list(world.captions)
+
+    def sample(self, like: Tensor, condition: Condition, stop: int) -> Tensor:
+        velocity = partial(self.network.velocity, condition=condition)
+        return few_step(velocity, self.noise(like), LADDER[: stop + 1], self.noise)
+
+    def seen(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        return self.network.features(add_noise(x0, noise, t), t, condition, self.taps)
+
+    @torch.no_grad()
+    def pairs(self, real: Tensor, captions: list[str]) -> list[tuple[Tensor, ...]]:
+        """Features of noised real latents and samples, and their times, a batch each; rollouts end at every rung."""
+        found: list[tuple[Tensor, ...]] = []
+        for i, latents in enumerate(real.split(BATCH)):
+            condition = self.family.conditioner.encode_prompts(captions[i * BATCH : (i + 1) * BATCH])
+            t = torch.randn(BATCH, generator=self.rng).sigmoid().clamp(0.001, 0.999)
+            noise, fake = self.noise(latents), self.sample(latents, condition, i % len(LADDER))
+            found.append((*self.seen(latents, t, noise, condition), *self.seen(fake, t, noise, condition), t))
+        return found
+
+    def adversary(self, pairs: list[tuple[Tensor, ...]], updates: int) -> Discriminator:
+        """A discriminator after ``updates`` on stored features."""
+        torch.manual_seed(0)
+        heads, count = Discriminator([self.family.feature_widths[tap] for tap in self.taps], 64), len(self.taps)
+        optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, betas=(0.0, 0.99))
+        for step in range(updates):
+            *features, t = pairs[step % len(pairs)]
+            loss = discriminator_loss(heads(features[count:], t), heads(features[:count], t))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return heads.requires_grad_(False)
+
+    def critic(self, real: Tensor, captions: list[str], updates: int) -> Denoiser:
+        """The teacher's copy after ``updates`` on one-step samples."""
+        critic = Denoiser(self.family, copy.deepcopy(self.network.network).requires_grad_(True))
+        optimizer = torch.optim.AdamW(critic.network.parameters(), lr=RATE, betas=(0.0, 0.999))
+        for step in range(updates):
+            at = step % BATCHES * BATCH
+            condition = self.family.conditioner.encode_prompts(captions[at : at + BATCH])
+            with torch.no_grad():
+                fake = self.sample(real[at : at + BATCH], condition, 0)
+            t, noise = torch.rand(BATCH, generator=self.rng).clamp(0.02, 0.98), self.noise(fake)
+            u = critic.velocity(add_noise(fake, noise, t), t, condition)
+            loss = (u - velocity_target(fake, noise)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return critic
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Mean over samples."""
+    return float(cosine_similarity(a.flatten(1), b.flatten(1)).mean())
+
+
+def report(name: str, pull: Callable[[Tensor], Tensor], way: Tensor) -> None:
+    """Print how well a pull at each noise level leads along the way, and agrees with itself at other noise."""
+    for time in TIMES:
+        t = torch.full((BATCH,), time)
+        first, other = pull(t), pull(t)
+        size = float(first.square().mean().sqrt())
+        along = (cosine(first, way) + cosine(other, way)) / 2
+        print(
+            f"{name} at {time}: along the way {along:+.2f}, two draws agree {cosine(first, other):+.2f}, rms {size:.4f}"
+        )
+
+
+def main() -> None:
+    """Train adversary and critic, then compare."""
+    torch.set_num_threads(1)
+    bench = Bench(load_model("tiny"))
+    family, network = bench.family, bench.network
+    real, captions = bench.data(BATCH * BATCHES, 11)
+    heads = bench.adversary(bench.pairs(real, captions), 200)
+    critic = bench.critic(real, captions, 60)
+    prompts = bench.data(BATCH, 77)[1]
+    condition = family.conditioner.encode_prompts(prompts)
+    negative = family.conditioner.encode_prompts([family.conditioner.negative_prompt] * BATCH)
+    noise = bench.noise(real[:BATCH])
+    with torch.no_grad():
+        fake = few_step(partial(network.velocity, condition=condition), noise, LADDER[:1], bench.noise)
+        guided = partial(network.guided_velocity, condition=condition, negative=negative, guidance=2.0)
+        way = euler(guided, noise, tuple(1 - i / STEPS for i in range(STEPS))) - fake
+
+    def adversarial(t: Tensor) -> Tensor:
+        x0 = fake.clone().requires_grad_(True)
+        generator_loss(heads(bench.seen(x0, t, bench.noise(x0), condition), t)).backward()
+        assert x0.grad is not None
+        return -BATCH * x0.grad
+
+    @torch.no_grad()
+    def matching(t: Tensor) -> Tensor:
+        x_t = add_noise(fake, bench.noise(fake), t)
+        teacher = network.x0_guided(x_t, t, condition, negative, 1.5)
+        return -dmd_gradient(fake, real=teacher, fake=critic.x0(x_t, t, condition))
+
+    report("adversary", adversarial, way)
+    report("distribution matching", matching, way)
+
+
+if __name__ == "__main__":
+    main()
