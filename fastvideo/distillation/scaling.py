@@ -19,6 +19,10 @@ class Scaling(Protocol):
         """Have every block called as ``checkpoint(block, *args)`` where there is gradient."""
         ...
 
+    def matrices(self, network: nn.Module) -> Mapping[str, nn.Linear]:
+        """Linear layers of the blocks by name, but for those that the family keeps in float32."""
+        ...
+
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         """Numbers that the processes of one sample ``(C, F, H, W)`` must divide, by name: attention heads, tokens.
 

@@ -152,6 +152,10 @@ class MergedLoRA(Section):
     """Factor on its change; 1 is the file's own strength."""
 
 
+Quantise = Literal["int8", "nf4", "fp8_storage"]
+"""Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
+
+
 class RoleConfig(Section):
     """One role of the run."""
 
@@ -173,6 +177,10 @@ class RoleConfig(Section):
     loras: tuple[MergedLoRA, ...] = ()
     """LoRA files to merge into the network, such as a style that a teacher shall have. Roles that share a network for
     their adapters name the same ones."""
+    quantise: Quantise | None = None
+    """Store the matrices of a frozen network's blocks in fewer bits: `int8` (half of bfloat16), `nf4` (a quarter and a bit),
+    or `fp8_storage` (half, needs no package). For roles that no gradient passes, such as DMD2's teacher; see
+    `docs/quantised-teachers.md`."""
 
     @property
     def lora_files(self) -> tuple[str, ...]:
@@ -190,6 +198,23 @@ class RoleConfig(Section):
         if self.init_from is not None and (self.loras or (self.lora and self.lora.init_from)):
             both = "loras" if self.loras else "lora.init_from"
             raise ValueError(f"`init_from` replaces the weights that `{both}` changes: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_frozen(self) -> RoleConfig:
+        if self.quantise is None:
+            return self
+        if self.trainable:
+            what = "the base of an adapter passes gradients on" if self.lora else "its weights change"
+            raise ValueError(
+                f"`quantise` {self.quantise} is for frozen roles, such as a teacher, and this one is trained: {what}; "
+                f"leave `quantise` out here"
+            )
+        if self.init_from is not None:
+            raise ValueError(
+                "`quantise` stores the weights of `path` or `model` when they are loaded, before `init_from` would "
+                "replace them: give a model folder with those weights as `path`"
+            )
         return self
 
     @model_validator(mode="after")

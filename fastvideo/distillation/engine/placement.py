@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig
+from fastvideo.distillation.config.schema import LoRAConfig, Quantise
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.lora import (
     adapter_files,
@@ -24,6 +24,7 @@ from fastvideo.distillation.engine.lora import (
     merge_file,
     switch_of,
 )
+from fastvideo.distillation.engine.optional.packing import check_installed, pack
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
@@ -104,6 +105,33 @@ class Placement:
         self._choose_precision(network, alike=not trained)
         return network
 
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        """Check that :meth:`load_packed` can store matrices in this way.
+
+        Raises:
+            UserError: naming the package that is missing.
+        """
+        check_installed(kind, where)
+
+    def load_packed(
+        self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
+    ) -> nn.Module:
+        """Load a frozen network with its matrices in fewer bits; every process holds it whole.
+
+        Args:
+            host: the source's folder, for networks on the host.
+            where: the config's key, for a call whose inputs need a gradient, which is refused.
+            change: called with the network before it is packed.
+        """
+        network, scaling = host.load_network(path, self.source.folder.compute_dtype), self.source.scaling
+        assert scaling is not None
+        change(network)
+        pack(network, scaling.matrices(network), kind, self.processes.device, where)
+        if self.processes.context > 1:
+            split_tokens(network, scaling, self._context_mesh)
+        self._choose_precision(network, alike=True)
+        return network
+
     def load_shared(
         self,
         path: str | None,
@@ -177,6 +205,15 @@ class EmptyPlacement(Placement):
     def _spread(self, network: nn.Module, path: str | None) -> None:
         if self.source.scaling is not None:
             self._recompute(network, self.source.scaling)
+
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        """Check nothing: bytes are counted without the packages that store them."""
+
+    def load_packed(
+        self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
+    ) -> nn.Module:
+        """Load the network unpacked: its bytes are counted from the shapes."""
+        return self.load(path, trained=False, change=change)
 
 
 def check_tokens(

@@ -92,6 +92,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return None
 
     @classmethod
+    def gradient_roles_of(cls, config: ConfigT) -> tuple[str, ...]:
+        """Frozen roles that a gradient passes on its way to the student, such as one whose features it is judged by."""
+        return ()
+
+    @classmethod
     def context_time_of(cls, config: ConfigT) -> float:
         """Time at which the student's finished chunks are committed."""
         return 0.0

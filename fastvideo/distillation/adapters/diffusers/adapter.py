@@ -151,6 +151,12 @@ class DiffusersScaling:
         for one in networks_of(network):
             one.enable_gradient_checkpointing(checkpoint)
 
+    def matrices(self, network: nn.Module) -> Mapping[str, nn.Linear]:
+        inside = {part for block in self.blocks(network) for part in block.modules()}
+        kept = {name for one in networks_of(network) for name in one._keep_in_fp32_modules or ()}
+        named = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear) and m in inside}
+        return {name: layer for name, layer in named.items() if not kept & set(name.split("."))}
+
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         config = self.pipeline.network_config(path)
         patches = zip(latent_shape[1:], config["patch_size"], strict=True)

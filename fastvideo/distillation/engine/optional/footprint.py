@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -74,12 +74,22 @@ def own_parameters(handle: RoleHandle, module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if not (handle.shares_network and p.requires_grad)]
 
 
-def role_bytes(handle: RoleHandle, shard: int, states: States, *, holds: bool = True) -> RoleBytes:
+def role_bytes(
+    handle: RoleHandle,
+    shard: int,
+    states: States,
+    *,
+    holds: bool = True,
+    packed: Mapping[nn.Parameter, int] | None = None,
+) -> RoleBytes:
     """Bytes of a role whose network is whole, or without weights, where ``shard`` processes hold it together.
 
     Args:
         holds: count the network itself, and not its adapter alone.
+        packed: bytes of parameters that are stored in another way; such a network is never split.
     """
+    packed = packed or {}
+    shard = 1 if packed else shard
     own, trained = own_parameters(handle, handle.network), handle.named_parameters()
     kept = [*(own if holds else ()), *(trained.values() if handle.shares_network else ())]
     averages = {} if handle.training is None else handle.training.ema or {}
@@ -87,7 +97,7 @@ def role_bytes(handle: RoleHandle, shard: int, states: States, *, holds: bool = 
         name=handle.name,
         trainable=handle.trainable,
         parameters=sum(p.numel() for p in own),
-        weights=sum(local_numel(p, shard) * p.element_size() for p in kept),
+        weights=sum(packed.get(p, local_numel(p, shard) * p.element_size()) for p in kept),
         tables=sum(b.nbytes for b in handle.network.buffers()) * holds,
         gradients=sum(local_numel(p, shard) * FLOAT32 for p in trained.values()),
         optimizer=optimizer_bytes(trained.values(), shard, states),
@@ -95,11 +105,17 @@ def role_bytes(handle: RoleHandle, shard: int, states: States, *, holds: bool = 
     )
 
 
-def check_memory(handles: Sequence[RoleHandle], processes: Processes, states: States) -> None:
+def check_memory(
+    handles: Sequence[RoleHandle],
+    processes: Processes,
+    states: States,
+    packed: Mapping[str, Mapping[nn.Parameter, int]],
+) -> None:
     """Check that a device holds the roles' weights, gradients and optimizers; tables and activations come on top.
 
     Args:
         handles: roles over networks without weights.
+        packed: by role, bytes of the parameters that are stored in another way.
 
     Raises:
         UserError: with each role's need, and the ``shard`` that would fit.
@@ -107,7 +123,10 @@ def check_memory(handles: Sequence[RoleHandle], processes: Processes, states: St
     memory, shard, counted_for = processes.memory, processes.shard, holders(handles)
 
     def of_roles(degree: int) -> dict[str, int]:
-        rows = [role_bytes(h, degree, states, holds=counted_for[h.network] == h.name) for h in handles]
+        rows = [
+            role_bytes(h, degree, states, holds=counted_for[h.network] == h.name, packed=packed.get(h.name))
+            for h in handles
+        ]
         return {row.name: row.total - row.tables for row in rows}
 
     def needed(degree: int) -> int:

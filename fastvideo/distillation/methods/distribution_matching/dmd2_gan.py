@@ -70,6 +70,11 @@ class DMD2GANMethod(DMD2Method):
     def needs_of(cls, config: DMD2Config) -> frozenset[Need]:
         return frozenset({"features"})
 
+    @classmethod
+    def gradient_roles_of(cls, config: DMD2Config) -> tuple[str, ...]:
+        assert isinstance(config, DMD2GANConfig)
+        return ("teacher",) if config.features_of == "teacher" else ()
+
     def active_roles(self, step: int) -> tuple[str, ...]:
         return (*super().active_roles(step), "discriminator")
 
