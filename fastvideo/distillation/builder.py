@@ -390,7 +390,8 @@ def _check_memory(config: Config, families: Families, processes: Processes, head
         handles = [_handle(config, empty, name, {}, switches) for name in config.roles if name not in heads]
     on_device = [handle for handle in handles if not includes(config.parallel.offload, is_trained(handle.network))]
     packed = {name: sizes_of(config, handle, families.by_role[name]) for handle in on_device if (name := handle.name)}
-    check_memory(on_device, processes, config.trainer.optimizer_states, packed)
+    idle = load_method(config.distill_method).idle_expert_of(config.method)
+    check_memory(on_device, processes, config.trainer.optimizer_states, packed, idle)
 
 
 def _handle(

@@ -58,8 +58,8 @@ def check_quantised(
             )
         if config.parallel.offload != "none":
             raise UserError(
-                f"{where}: a quantised network stays whole on the device, and parallel.offload {config.parallel.offload} "
-                f"keeps frozen networks on the host: choose one of them"
+                f"{where}: a quantised network stays whole on the device, and parallel.offload: "
+                f"{config.parallel.offload} keeps frozen networks on the host: choose one of them"
             )
         placements[family].check_packing(config.roles[role].quantise, where)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import Batch
-from fastvideo.planning.fake import FakeRun, LiveBytes, WorstCase, drop_gradients, fake_run, one_thread, stack
+from fastvideo.planning.fake import FakeRun, LiveBytes, WorstCase, drop_gradients, fake_run, one_thread, stacks
 
 DEPTHS = (2, 4)
 """Blocks of the networks that are run in place of deep ones, for memory."""
@@ -62,7 +62,9 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
     """
     config, whole_roles, kind = run.config, _whole(run.config), Kind(run.processes, split, leave)
     depths = {
-        handle.name: len(stack(networks_of(handle.network)[0])) for handle in run.method.bundle if run.placement(handle)
+        handle.name: len(stacks(networks_of(handle.network)[0])[0])
+        for handle in run.method.bundle
+        if run.placement(handle)
     }
     taps = "features" in load_method(config.distill_method).needs_of(config.method)
     whole = taps or max(depths.values()) <= DEPTHS[1]

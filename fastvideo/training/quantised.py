@@ -56,7 +56,7 @@ def _told(where: str, errors: Mapping[float, float]) -> str:
     line = f"{where}: its velocities are off those of the weights as they were by {listed}"
     if max(errors.values()) <= LARGE:
         return line
-    return f"{line}; WARNING: above {LARGE:.0%}, so that the student learns another target (see docs/quantised-teachers.md)"
+    return f"{line}; WARNING: above {LARGE:.0%}, so the student learns another target: docs/quantised-teachers.md"
 
 
 @torch.no_grad()

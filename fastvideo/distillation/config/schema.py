@@ -178,8 +178,8 @@ class RoleConfig(Section):
     """LoRA files to merge into the network, such as a style that a teacher shall have. Roles that share a network for
     their adapters name the same ones."""
     quantise: Quantise | None = None
-    """Store the matrices of a frozen network's blocks in fewer bits: `int8` (half of bfloat16), `nf4` (a quarter and a bit),
-    or `fp8_storage` (half, needs no package). For roles that no gradient passes, such as DMD2's teacher; see
+    """Store the matrices of a frozen network's blocks in fewer bits: `int8` (half of bfloat16), `nf4` (a quarter and a
+    bit), or `fp8_storage` (half, needs no package). For roles that no gradient passes, such as DMD2's teacher; see
     `docs/quantised-teachers.md`."""
 
     @property

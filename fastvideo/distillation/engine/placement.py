@@ -149,12 +149,15 @@ class Placement:
         """
         network = self._new(path, self.source.folder.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
-            add_adapter(network, role, options, stream_seed(seed, "adapter", number))
+            add_adapter(network, role, options, self._adapter_seed(seed, number))
         if change is not None:
             change(network)
         self._spread(network, path)
         self._choose_precision(network, alike=False)
         return network
+
+    def _adapter_seed(self, seed: int, number: int) -> int | None:
+        return stream_seed(seed, "adapter", number)
 
     def _choose_precision(self, network: nn.Module, *, alike: bool) -> None:
         """Leave autocast to whole networks with float32 matrices or adapters: FSDP gathers all in the compute dtype.
@@ -205,6 +208,10 @@ class EmptyPlacement(Placement):
     def _spread(self, network: nn.Module, path: str | None) -> None:
         if self.source.scaling is not None:
             self._recompute(network, self.source.scaling)
+
+    def _adapter_seed(self, seed: int, number: int) -> int | None:
+        """No seed: adapters are empty too."""
+        return None
 
     def check_packing(self, kind: Quantise, where: str) -> None:
         """Check nothing: bytes are counted without the packages that store them."""

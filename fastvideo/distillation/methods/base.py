@@ -97,6 +97,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return ()
 
     @classmethod
+    def idle_expert_of(cls, config: ConfigT) -> str | None:
+        """Name in the network of the expert that no loss of this config reaches; ``None`` if both are trained."""
+        return None
+
+    @classmethod
     def context_time_of(cls, config: ConfigT) -> float:
         """Time at which the student's finished chunks are committed."""
         return 0.0

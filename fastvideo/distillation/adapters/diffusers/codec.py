@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, component_hash, library_class
+
+DECODES = ("decoder.", "post_quant_conv.")
+"""Parts of an autoencoder, by the beginnings of their parameters' names, that latents do not depend on."""
+OPTIONS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor", "batch_norm_eps", "norm_num_groups")
+"""Options of an autoencoder that latents depend on, beside those that its encoder's parameters show."""
+
+
+def latent_space(config: Mapping[str, Any], vae: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Options and tensors of an autoencoder that define its latents; equal for Wan's and Qwen-Image's, which differ in
+    the decoder and in their classes."""
+    options = {name: config[name] for name in OPTIONS if config.get(name) is not None}
+    return options, {name: value for name, value in vae.state_dict().items() if not name.startswith(DECODES)}
 
 
 class DiffusersCodec(Codec):
@@ -30,8 +43,13 @@ class DiffusersCodec(Codec):
 
     @cached_property
     def latent_key(self) -> str:
-        """SHA-256 of the VAE's config and weights."""
-        return component_hash(self.pipeline.vae_config, self.vae)
+        """SHA-256 of the encoder's weights and of the normalisation: of the latent space, whatever decodes it."""
+        return component_hash(*latent_space(self.pipeline.vae_config, self.vae))
+
+    @cached_property
+    def known_keys(self) -> tuple[str, ...]:
+        """Earlier versions hashed the whole autoencoder with its config."""
+        return self.latent_key, component_hash(self.pipeline.vae_config, self.vae.state_dict())
 
     def _encode(self, videos: Tensor) -> Tensor:
         return self.normalise(self.vae.encode(videos).latent_dist.mode())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig
@@ -291,11 +291,11 @@ def without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
+def component_hash(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of a component's config (but for entries about its file) and weights."""
     kept = {key: value for key, value in config.items() if key[0] != "_"}  # no path, no version
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-    for name, weight in sorted(module.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -54,7 +54,7 @@ def packed_sizes(layers: Mapping[str, nn.Linear], kind: Quantise) -> dict[nn.Par
 def _matrix_bytes(weight: Tensor, kind: Quantise) -> int:
     count = weight.numel()
     if kind == "int8":
-        return count + weight.shape[0] * weight.element_size()  # a scale per row
+        return count + weight.shape[0] * (weight.element_size() + 1)  # a scale and a zero point per row
     return math.ceil(count / 2) + math.ceil(count / BLOCK) * 4 + CODES_BYTES
 
 
