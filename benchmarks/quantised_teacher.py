@@ -17,9 +17,9 @@ import tyro
 from torch import nn
 
 from fastvideo.cli import main as fastvideo
+from fastvideo.distillation.adapters.diffusers.packed import PACKERS
 from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
-from fastvideo.distillation.config.schema import Quantise
-from fastvideo.distillation.engine.optional.packing import PACKERS
+from fastvideo.distillation.types import Quantise
 
 RECIPE = "examples/distillation/tiny_wan_dmd2.yaml"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.diffusers.packed import packed_sizes
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import RunConfig
-from fastvideo.distillation.engine.optional.packing import packed_sizes
 from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.types import UserError
@@ -108,7 +108,7 @@ def _on_host(family: Adapter) -> Adapter:
     return type(family)(family.config.model_copy(update={"compile_blocks": False}), "cpu")
 
 
-def sizes_of(config: Config, handle: RoleHandle, family: Adapter) -> dict[nn.Parameter, int]:
+def sizes_of(config: Config, handle: RoleHandle, family: Adapter) -> dict[Tensor, int]:
     """Bytes of the parameters of a role's unpacked (or empty) network that a run stores in another way."""
     kind = config.roles[handle.name].quantise
     if kind is None or family.scaling is None:

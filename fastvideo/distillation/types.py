@@ -17,6 +17,8 @@ from fastvideo.errors import UserError as UserError
 
 STATES, STATE_TIMES = "trajectory", "trajectory_times"
 """Names of a teacher's trajectory among the extras of a :class:`RawBatch`."""
+Quantise = Literal["int8", "nf4", "fp8_storage"]
+"""Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
 TrajectoryKind = Literal["bidirectional", "causal"]
 """Trajectories of whole videos, or of chunks that each went on from clean data."""
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]

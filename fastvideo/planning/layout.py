@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.adapters.base import Conditioner
+from fastvideo.distillation.adapters.diffusers.packed import largest_matrix
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, RoleBytes, holders, own_parameters, role_bytes
-from fastvideo.distillation.engine.optional.packing import largest_matrix
 from fastvideo.distillation.engine.parallel.distributed import BUCKET
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.experts import networks_of

@@ -15,6 +15,7 @@ from pydantic import (
 from fastvideo.distillation.config.base import RESUMABLE, AdapterConfig, Band, MethodConfig, Section
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.schedule import Ladder
+from fastvideo.distillation.types import Quantise
 from fastvideo.errors import UserError
 from fastvideo.ranges import (
     BatchSize,
@@ -150,10 +151,6 @@ class MergedLoRA(Section):
     """The file, of any program that `lora.init_from` reads, or its folder."""
     weight: Number = 1.0
     """Factor on its change; 1 is the file's own strength."""
-
-
-Quantise = Literal["int8", "nf4", "fp8_storage"]
-"""Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
 
 
 class RoleConfig(Section):

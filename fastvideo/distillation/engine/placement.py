@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import LoRAConfig, Quantise
+from fastvideo.distillation.config.schema import LoRAConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.lora import (
     adapter_files,
@@ -24,7 +24,6 @@ from fastvideo.distillation.engine.lora import (
     merge_file,
     switch_of,
 )
-from fastvideo.distillation.engine.optional.packing import check_installed, pack
 from fastvideo.distillation.engine.parallel.context import check_context, context_mesh, split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
@@ -37,7 +36,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
 )
 from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.scaling import Scaling
-from fastvideo.distillation.types import StoredTensor
+from fastvideo.distillation.types import Quantise, StoredTensor
 from fastvideo.errors import UserError
 
 
@@ -111,7 +110,8 @@ class Placement:
         Raises:
             UserError: naming the package that is missing.
         """
-        check_installed(kind, where)
+        assert self.source.scaling is not None
+        self.source.scaling.check_packing(kind, where)
 
     def load_packed(
         self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
@@ -126,7 +126,7 @@ class Placement:
         network, scaling = host.load_network(path, self.source.folder.compute_dtype), self.source.scaling
         assert scaling is not None
         change(network)
-        pack(network, scaling.matrices(network), kind, self.processes.device, where)
+        scaling.pack(network, kind, self.processes.device, where)
         if self.processes.context > 1:
             split_tokens(network, scaling, self._context_mesh)
         self._choose_precision(network, alike=True)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastvideo.distillation.adapters.diffusers import packed
+from fastvideo.distillation.adapters.diffusers.packed import BLOCK, FLOAT8, PACKAGES, pack, packed_sizes
 from fastvideo.distillation.adapters.wan import WanAdapter
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import same_space
 from fastvideo.distillation.config.reading import config_of
-from fastvideo.distillation.engine.optional import packing
-from fastvideo.distillation.engine.optional.packing import BLOCK, FLOAT8, PACKAGES, pack, packed_sizes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.types import RawBatch, UserError
@@ -181,7 +181,7 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_loaded(
     adapters = {name: {"trainable": True, "lora": {"rank": 2}} for name in ("student", "critic")}
     shared = {"roles": {**adapters, "teacher": {"trainable": False, **quantised}}}
     assert "teacher is the network that critic trains an adapter on" in refusal(tmp_path, quantised, **shared)
-    monkeypatch.setattr(packing, "find_spec", lambda package: None)
+    monkeypatch.setattr(packed, "find_spec", lambda package: None)
     for kind, package in PACKAGES.items():
         said = refusal(tmp_path, {"quantise": kind})
         assert said.startswith(f"roles.teacher.quantise: {kind} needs {package}, which is not installed: pip install")
@@ -197,7 +197,7 @@ def test_an_analytic_teacher_has_nothing_to_quantise(tmp_path: Path) -> None:
 
 def test_a_plan_counts_stored_bytes_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process holds a quantised teacher whole, however the others are split."""
-    monkeypatch.setattr(packing, "find_spec", lambda package: None)
+    monkeypatch.setattr(packed, "find_spec", lambda package: None)
     layers = WanAdapter(wan_config(Path("tiny"))).folder.load_network()
     for kind in ("nf4", "int8", "fp8_storage"):
         config = config_of(values(tmp_path, {"quantise": kind}, parallel={"shard": 2}), "test")

@@ -20,9 +20,10 @@ from torch.autograd.forward_ad import unpack_dual
 from fastvideo.distillation.adapters.base import DistillAdapter, Taps, Tokens, check_taps
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
+from fastvideo.distillation.adapters.diffusers.packed import check_installed, pack
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, PipelineSpec
 from fastvideo.distillation.experts import networks_of
-from fastvideo.distillation.types import Condition
+from fastvideo.distillation.types import Condition, Quantise
 
 
 class DiffusersAdapter(DistillAdapter[ConfigT]):
@@ -156,6 +157,12 @@ class DiffusersScaling:
         kept = {name for one in networks_of(network) for name in one._keep_in_fp32_modules or ()}
         named = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear) and m in inside}
         return {name: layer for name, layer in named.items() if not kept & set(name.split("."))}
+
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        check_installed(kind, where)
+
+    def pack(self, network: nn.Module, kind: Quantise, device: torch.device, where: str) -> None:
+        pack(network, self.matrices(network), kind, device, where)
 
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         config = self.pipeline.network_config(path)

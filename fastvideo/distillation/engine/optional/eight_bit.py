@@ -49,8 +49,8 @@ def check_installed() -> None:
         )
 
 
-def imported_quietly(module: str) -> Any:
-    """Import a module of torchao or bitsandbytes without its warnings about kernels for other devices."""
+def _torchao(module: str) -> Any:
+    """Import a module of torchao without its warnings about kernels for other devices."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -79,7 +79,7 @@ def adamw_8bit(
 
     torchao compiles the update of every shape; on a CPU it runs eagerly, without a compiler.
     """
-    base: Any = imported_quietly("torchao.optim").AdamW8bit
+    base: Any = _torchao("torchao.optim").AdamW8bit
 
     class AdamW8bit(base, EightBit):  # type: ignore[misc]
         def step(self, closure: Any = None) -> Any:
@@ -108,7 +108,7 @@ def _zeros(parameter: Tensor, signed: bool) -> Tensor:
     own = local(parameter)
     if not has_codes(parameter.shape) or not own.numel():  # a process may have no rows
         return torch.zeros_like(parameter)
-    state = imported_quietly("torchao.optim.subclass_8bit").OptimState8bit
+    state = _torchao("torchao.optim.subclass_8bit").OptimState8bit
     return split_like(parameter, state.zeros(own.shape, signed, BLOCK, own.device, dtype=own.dtype))
 
 

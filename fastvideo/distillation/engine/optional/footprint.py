@@ -80,7 +80,7 @@ def role_bytes(
     states: States,
     *,
     holds: bool = True,
-    packed: Mapping[nn.Parameter, int] | None = None,
+    packed: Mapping[Tensor, int] | None = None,
     idle: str | None = None,
 ) -> RoleBytes:
     """Bytes of a role whose network is whole, or without weights, where ``shard`` processes hold it together.
@@ -113,7 +113,7 @@ def check_memory(
     handles: Sequence[RoleHandle],
     processes: Processes,
     states: States,
-    packed: Mapping[str, Mapping[nn.Parameter, int]],
+    packed: Mapping[str, Mapping[Tensor, int]],
     idle: str | None,
 ) -> None:
     """Check that a device holds the roles' weights, gradients and optimizers; tables and activations come on top.

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastvideo.distillation.config.schema import Quantise
-from fastvideo.distillation.engine.optional.eight_bit import imported_quietly
-from fastvideo.errors import UserError
+from fastvideo.distillation.types import Quantise, UserError
 
 PACKAGES: Mapping[Quantise, str] = {"nf4": "bitsandbytes", "int8": "torchao"}
 """Packages that the kinds need, by the names that import them."""
@@ -44,10 +42,10 @@ def check_installed(kind: Quantise, where: str) -> None:
         )
 
 
-def packed_sizes(layers: Mapping[str, nn.Linear], kind: Quantise) -> dict[nn.Parameter, int]:
+def packed_sizes(layers: Mapping[str, nn.Linear], kind: Quantise) -> dict[Tensor, int]:
     """Bytes of each parameter of the layers that :func:`pack` stores in another way."""
     if kind == "fp8_storage":
-        return {p: p.numel() for layer in layers.values() for p in layer.parameters()}
+        return {p: p.numel() for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None}
     return {layer.weight: _matrix_bytes(layer.weight, kind) for layer in layers.values()}
 
 
@@ -80,8 +78,10 @@ def pack(
 
 
 def _to_nf4(layer: nn.Linear) -> nn.Module:
-    modules, weight = imported_quietly("bitsandbytes.nn"), layer.weight
-    packed = modules.Linear4bit(
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight = layer.weight
+    packed = Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -90,7 +90,7 @@ def _to_nf4(layer: nn.Linear) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    packed.weight = modules.Params4bit(
+    packed.weight = Params4bit(
         weight.detach(),
         requires_grad=False,
         blocksize=BLOCK,
@@ -104,8 +104,9 @@ def _to_nf4(layer: nn.Linear) -> nn.Module:
 
 
 def _to_int8(layer: nn.Linear) -> nn.Module:
-    quantization = imported_quietly("torchao.quantization")
-    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
     return layer
 
 
