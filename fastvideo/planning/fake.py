@@ -288,8 +288,10 @@ def _trusting(config: Config) -> MethodConfig:
 
 
 def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
-    """Give a family a VAE without weights, which a bridge between latent spaces or a stream's window runs. Its encoder's
-    shapes and its normalisation tell its latent space from others."""
+    """Give a family a VAE without weights, which a bridge between latent spaces or a stream's window runs.
+
+    The shapes of its encoder and its normalisation tell its latent space from others.
+    """
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]
         family.codec.vae = fake_network(vae.eval().requires_grad_(False), mode)

@@ -107,7 +107,7 @@ def test_sizes_of_a_matrix() -> None:
     layers = {"one": nn.Linear(100, 7, dtype=torch.bfloat16)}
     matrix, bias = layers["one"].weight, layers["one"].bias
     assert packed_sizes(layers, "nf4") == {matrix: 350 + 4 * 11 + 64}
-    assert packed_sizes(layers, "int8") == {matrix: 700 + 3 * 7}
+    assert packed_sizes(layers, "int8") == {matrix: 700 + 5 * 7}
     assert packed_sizes(layers, "fp8_storage") == {matrix: 700, bias: 7}
     assert (BLOCK, FLOAT8.itemsize) == (64, 1)
 

@@ -25,6 +25,8 @@ BLOCK = 64
 """Numbers that share a float32 scale in nf4."""
 CODES_BYTES = 16 * 4
 """Bytes of the table of values behind nf4's codes; every matrix has its own."""
+ROW_BYTES = 4 + 1
+"""Bytes of the float32 scale and the zero point of a row in int8."""
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -52,7 +54,7 @@ def packed_sizes(layers: Mapping[str, nn.Linear], kind: Quantise) -> dict[Tensor
 def _matrix_bytes(weight: Tensor, kind: Quantise) -> int:
     count = weight.numel()
     if kind == "int8":
-        return count + weight.shape[0] * (weight.element_size() + 1)  # a scale and a zero point per row
+        return count + weight.shape[0] * ROW_BYTES
     return math.ceil(count / 2) + math.ceil(count / BLOCK) * 4 + CODES_BYTES
 
 
