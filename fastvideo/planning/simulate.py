@@ -73,7 +73,7 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         peaks = [_peaks(config, kind, depth) for depth in ((None,) if whole else DEPTHS)]
         runs = [_operations(whole_roles, kind, depth) for depth in ((None,) if whole else FEWER)]
-        calls, backwards = _counts(whole_roles, kind, None if whole else 1)
+        calls, backwards = _counts(whole_roles, kind, None if whole else FEWER[0])
     trained = max(depths.get(name, 1) for name, role in config.roles.items() if role.trainable)
     forward = {role: at_depth(depths.get(role, FEWER[0]), FEWER, [run.forward[role] for run in runs]) for role in calls}
     backward = at_depth(trained, FEWER, [run.backward for run in runs])
