@@ -29,7 +29,7 @@ VERSION_TESTS := $(addprefix fastvideo/tests/, distillation/test_golden_losses.p
 COMPILE := $(VENV)/bin/uv pip compile --quiet --no-annotate --no-header --extra dev --python-platform x86_64-manylinux_2_28
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test field-cases test-slow test-nightly test-eightbit test-lowest test-newest test-versions constraints lint format types contracts shape docs docs-check layers check demo demo-stream tiny tiny-stream clean
+.PHONY: help venv test field-cases test-slow test-nightly test-extras test-lowest test-newest test-versions constraints lint format types contracts shape docs docs-check layers check demo demo-stream tiny tiny-stream clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,9 +57,9 @@ test-slow: $(READY) ## run the tests marked slow: layouts against one process, t
 test-nightly: $(READY) ## run the tests marked nightly: every training to the truth, every layout x method, ...
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-eightbit: $(READY) ## run the tests of 8-bit optimizer states, with torchao beside the other packages
-	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/eightbit torchao
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/eightbit $(BIN)/python -m pytest -q fastvideo/tests/distillation/test_eight_bit.py
+test-extras: $(READY) ## run the tests of 8-bit optimizer states and quantised roles, with torchao and bitsandbytes beside the other packages
+	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/extras torchao bitsandbytes
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/extras $(BIN)/python -m pytest -q $(addprefix fastvideo/tests/distillation/, test_eight_bit.py test_quantised.py)
 
 test-versions: test-lowest test-newest ## test both ends of the ranges of versions (about 7 GB of packages each)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class DataRequirements:
         text_length: most tokens of the model's own text.
         texts: settings of the text columns that every file shares.
         normalise: raw latents of the codec to normalised ones.
-        codec_key: of the model's codec.
+        codec_keys: of the model's codec (``Codec.known_keys``); none takes latents of any.
         unmarked: scale of latents in files that do not say it.
     """
 
@@ -38,7 +38,7 @@ class DataRequirements:
     text_length: int | None = None
     texts: Texts = field(default_factory=dict)
     normalise: Callable[[Tensor], Tensor] | None = None
-    codec_key: str | None = None
+    codec_keys: Sequence[str] = ()
     unmarked: Literal["raw", "normalised"] = "raw"
 
     @property
@@ -107,8 +107,8 @@ def _check_latents(file: FileIndex, expected: tuple[int, ...], wanted: DataRequi
                 f"model.height, model.width and model.num_frames to what the data has, or data.buckets: true"
             )
     made = file.made.get("codec_key")
-    if made and wanted.codec_key and made != wanted.codec_key:
+    if made and wanted.codec_keys and made not in wanted.codec_keys:
         raise UserError(
             f"{file.path}: its latents were encoded with another VAE (of {file.made.get('model')}, {made[:12]}) than "
-            f"the model's ({wanted.codec_key[:12]})"
+            f"the model's ({wanted.codec_keys[0][:12]})"
         )

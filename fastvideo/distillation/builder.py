@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
+from fastvideo.distillation.quantised_roles import check_quantised, load_quantised, sizes_of
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_exporter, load_method
 from fastvideo.distillation.rng import RandomStreams, stream_seed
 from fastvideo.distillation.rollout import Ladder
@@ -172,13 +174,25 @@ def load_role(config: Config, families: Families, role: str) -> nn.Module:
             f"roles.{role}.path: {options.path} holds fp8 weights, which are read for frozen roles and as the base of "
             f"adapters; give the weights in full precision to train them, or add `lora`"
         )
-    network = families.placement(role).load(options.path, trained=options.trainable, change=change)
-    for file, weight in merges_of(config, families, role, network):
-        merge_file(network, file, weight)
+    family, placement = families.by_role[role], families.placement(role)
+    if options.quantise is not None:
+        return load_quantised(config, family, placement, role, partial(merge_files, config, family, role))
+    network = placement.load(options.path, trained=options.trainable, change=change)
+    merge_files(config, family, role, network)
     return network
 
 
-def merges_of(config: Config, families: Families, role: str, network: nn.Module) -> tuple[Merge, ...]:
+def merge_files(config: Config, family: Adapter, role: str, network: nn.Module) -> None:
+    """Merge a role's LoRA files into its network.
+
+    Raises:
+        UserError: as :func:`merges_of`.
+    """
+    for file, weight in merges_of(config, family, role, network):
+        merge_file(network, file, weight)
+
+
+def merges_of(config: Config, family: Adapter, role: str, network: nn.Module) -> tuple[Merge, ...]:
     """Files that are merged into a role's network, with their weights.
 
     Raises:
@@ -186,7 +200,7 @@ def merges_of(config: Config, families: Families, role: str, network: nn.Module)
     """
     found = []
     for index, lora in enumerate(config.roles[role].loras):
-        file = _read_lora(f"roles.{role}.loras[{index}].path", lora.path, families.by_role[role], network)
+        file = _read_lora(f"roles.{role}.loras[{index}].path", lora.path, family, network)
         found.append((file, lora.weight))
     return tuple(found)
 
@@ -215,6 +229,13 @@ def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwit
     return switches
 
 
+def _bases(config: Config, families: Families) -> dict[str, str]:
+    """A role that trains an adapter over the same weights, of each frozen role that shares them."""
+    adapted = {_base_of(config, families, name): name for name, role in config.roles.items() if role.lora is not None}
+    frozen = {name: _base_of(config, families, name) for name, role in config.roles.items() if not role.trainable}
+    return {name: adapted[base] for name, base in frozen.items() if base in adapted}
+
+
 def _base_of(config: Config, families: Families, role: str) -> tuple[Adapter, str | None, tuple[MergedLoRA, ...]]:
     """Equal for roles whose networks have the same weights."""
     options = config.roles[role]
@@ -235,7 +256,7 @@ def _share(
                 start_adapter(network, role, _read_lora(key, lora.init_from, family, network))
 
     network = families.placements[family].load_shared(path, adapters, config.seed, start)
-    merged = merges_of(config, families, first, network)
+    merged = merges_of(config, family, first, network)
     for file, weight in merged:
         merge_file(network, file, weight)
     own = [name for name in sharing if name in adapters or not config.roles[name].trainable]
@@ -329,6 +350,7 @@ def check_run(
     check_needs(config)
     _check_needs_of_others(config, families)
     check_experts(config, families.by_role, processes)
+    check_quantised(config, method, families.by_role, families.placements, _bases(config, families))
     _check_averages(config, trainable)
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
@@ -378,7 +400,9 @@ def _check_memory(config: Config, families: Families, processes: Processes, head
         switches = shared_networks(config, empty)
         handles = [_handle(config, empty, name, {}, switches) for name in config.roles if name not in heads]
     on_device = [handle for handle in handles if not includes(config.parallel.offload, is_trained(handle.network))]
-    check_memory(on_device, processes, config.trainer.optimizer_states)
+    packed = {name: sizes_of(config, handle, families.by_role[name]) for handle in on_device if (name := handle.name)}
+    idle = load_method(config.distill_method).idle_expert_of(config.method)
+    check_memory(on_device, processes, config.trainer.optimizer_states, packed, idle)
 
 
 def _handle(

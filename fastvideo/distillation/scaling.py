@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
+
+from fastvideo.distillation.types import Quantise
 
 
 class StoredTensor(NamedTuple):
@@ -25,6 +28,23 @@ class Scaling(Protocol):
 
     def recompute(self, network: nn.Module, checkpoint: Callable[..., Any]) -> None:
         """Have every block called as ``checkpoint(block, *args)`` where there is gradient."""
+        ...
+
+    def matrices(self, network: nn.Module) -> Mapping[str, nn.Linear]:
+        """Linear layers of the blocks by name, but for those that the family keeps in float32."""
+        ...
+
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        """Check that the package is there which :meth:`pack` needs.
+
+        Raises:
+            UserError: naming it; ``where`` is the config's key.
+        """
+        ...
+
+    def pack(self, network: nn.Module, kind: Quantise, device: torch.device, where: str) -> None:
+        """Freeze a network, store its :meth:`matrices` in fewer bits, and move it to ``device``; calls with gradient to
+        its inputs are refused."""
         ...
 
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:

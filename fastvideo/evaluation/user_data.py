@@ -70,7 +70,7 @@ def _latents(path: Path, model: OpenedModel, most: int, batch_size: int) -> Part
 
 def _source(path: Path, model: OpenedModel) -> ParquetSource:
     codec = model.adapter.codec
-    wanted = DataRequirements(codec.latent_shape, normalise=codec.normalise, codec_key=codec.latent_key)
+    wanted = DataRequirements(codec.latent_shape, normalise=codec.normalise, codec_keys=codec.known_keys)
     return ParquetSource(str(path), wanted)
 
 

@@ -32,7 +32,7 @@ class Plan:
     Attributes:
         roles: bytes of each role on one process.
         parts: text encoder, VAE and what the device itself takes, by name.
-        buffers: what sharding or averaging gradients holds for a moment.
+        buffers: what sharding, averaging gradients or a quantised matrix holds for a moment.
         activations: what forward keeps for backward at its most, by the role whose loss it is.
         validation: what a validation holds beside weights, optimizers, averages and parts; gradients are freed then.
         encoding: text encoders that are there until all texts are encoded, before the first step.
@@ -100,7 +100,7 @@ class Planner:
             world=world,
             roles=roles,
             parts={**(parts := frozen_parts(run)), **device_bytes(config, world)},
-            buffers=gathered + max(reduction - max(activations.values()), 0),
+            buffers=gathered + max(reduction - max(activations.values()), 0) + max(role.unpacked for role in roles),
             activations=activations,
             validation=self._validation(run, gathered),
             encoding=sum(size for name, size in encoders(run).items() if name not in parts) if encodes(config) else 0,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.adapters.base import Conditioner
+from fastvideo.distillation.adapters.diffusers.packed import largest_matrix
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.ema import keep_averages
@@ -17,6 +18,8 @@ from fastvideo.distillation.engine.optional.footprint import FLOAT32, RoleBytes,
 from fastvideo.distillation.engine.parallel.distributed import BUCKET
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.quantised_roles import sizes_of
+from fastvideo.distillation.registry import load_method
 from fastvideo.planning.fake import FakeRun
 
 ENCODER = "text encoder"
@@ -41,6 +44,7 @@ class RolePlan(RoleBytes):
         block: bytes of one repeated block, whole, in the compute dtype; 0 for a network that is never split.
         whole: bytes of the whole network in the compute dtype.
         called: bytes of what a call of the network runs: all of it, or one of two experts.
+        unpacked: bytes of the matrix of a quantised network that is whole for a moment.
     """
 
     holds: bool
@@ -48,6 +52,7 @@ class RolePlan(RoleBytes):
     block: int
     whole: int
     called: int
+    unpacked: int
 
     def stays_gathered(self, config: Config) -> bool:
         """True if the network is split, and whole from its first use to its last (in a step, if it is trained)."""
@@ -62,11 +67,12 @@ def role_plans(run: FakeRun) -> list[RolePlan]:
 
 
 def _role(run: FakeRun, handle: RoleHandle, holds: bool) -> RolePlan:
-    made_by, network = run.placement(handle), handle.network
-    shard = run.processes.shard if made_by else 1
-    kept = role_bytes(handle, shard, run.config.trainer.optimizer_states, holds=holds)
-    scaling, item = run.families.by_role[handle.name].scaling, run.families.by_role[handle.name].folder.compute_dtype
-    blocks = scaling.blocks(network) if made_by and scaling is not None else []
+    made_by, network, family = run.placement(handle), handle.network, run.families.by_role[handle.name]
+    shard, packed = run.processes.shard if made_by else 1, sizes_of(run.config, handle, family)
+    idle = load_method(run.config.distill_method).idle_expert_of(run.config.method)
+    kept = role_bytes(handle, shard, run.config.trainer.optimizer_states, holds=holds, packed=packed, idle=idle)
+    scaling, item = family.scaling, family.folder.compute_dtype
+    blocks = scaling.blocks(network) if made_by and scaling is not None and not packed else []
     sizes = [_numel(own_parameters(handle, block)) * item.itemsize for block in blocks]
     return RolePlan(
         **vars(kept),
@@ -75,6 +81,7 @@ def _role(run: FakeRun, handle: RoleHandle, holds: bool) -> RolePlan:
         block=max(sizes, default=0),
         whole=kept.parameters * item.itemsize,
         called=kept.parameters * item.itemsize // len(networks_of(network)),
+        unpacked=largest_matrix(scaling.matrices(network)) if packed and scaling is not None else 0,
     )
 
 

@@ -20,7 +20,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import Batch
-from fastvideo.planning.fake import FakeRun, LiveBytes, WorstCase, drop_gradients, fake_run, one_thread, stack
+from fastvideo.planning.fake import FakeRun, LiveBytes, WorstCase, drop_gradients, fake_run, one_thread, stacks
 
 DEPTHS = (2, 4)
 """Blocks of the networks that are run in place of deep ones, for memory."""
@@ -62,7 +62,9 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
     """
     config, whole_roles, kind = run.config, _whole(run.config), Kind(run.processes, split, leave)
     depths = {
-        handle.name: len(stack(networks_of(handle.network)[0])) for handle in run.method.bundle if run.placement(handle)
+        handle.name: len(stacks(networks_of(handle.network)[0])[0])
+        for handle in run.method.bundle
+        if run.placement(handle)
     }
     taps = "features" in load_method(config.distill_method).needs_of(config.method)
     whole = taps or max(depths.values()) <= DEPTHS[1]
@@ -71,7 +73,7 @@ def simulate(run: FakeRun, *, split: bool, leave: bool) -> StepCost:
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         peaks = [_peaks(config, kind, depth) for depth in ((None,) if whole else DEPTHS)]
         runs = [_operations(whole_roles, kind, depth) for depth in ((None,) if whole else FEWER)]
-        calls, backwards = _counts(whole_roles, kind, None if whole else 1)
+        calls, backwards = _counts(whole_roles, kind, None if whole else FEWER[0])
     trained = max(depths.get(name, 1) for name, role in config.roles.items() if role.trainable)
     forward = {role: at_depth(depths.get(role, FEWER[0]), FEWER, [run.forward[role] for run in runs]) for role in calls}
     backward = at_depth(trained, FEWER, [run.backward for run in runs])

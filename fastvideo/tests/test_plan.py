@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from pydantic import ValidationError
 
 from fastvideo.cli import main
 from fastvideo.cli.plan import read_bytes
-from fastvideo.distillation.builder import build_adapter
+from fastvideo.conformance.tiny import tiny_options
+from fastvideo.distillation.builder import build_adapter, build_families
+from fastvideo.distillation.config import reading
 from fastvideo.distillation.config.schema import DataConfig
 from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.placement import EmptyPlacement
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.data import check_there
 from fastvideo.planning.estimate import Plan, Planner, _gathers
-from fastvideo.planning.fake import LiveBytes, fake_run
+from fastvideo.planning.fake import LiveBytes, fake_run, stacks
 from fastvideo.planning.layout import device_bytes, frozen_parts, gathered_bytes, role_plans
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.rates import Rates, measured_rates
@@ -160,6 +164,49 @@ def test_a_deep_network_goes_on_from_two_small_depths(monkeypatch: pytest.Monkey
     assert shallow.flops == pytest.approx(whole.flops, rel=0.01)
     assert shallow.attention == pytest.approx(whole.attention, rel=0.01)
     assert 0 < whole.attention < 1
+
+
+@pytest.mark.slow
+def test_all_equal_lists_of_a_deep_unet_go_on_from_small_depths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six blocks in each of the four places of the coarsest level: down, middle and twice up."""
+    options = tiny_options("sdxl", tmp_path / "sdxl")
+    file = Path(options["path"]) / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformer_layers_per_block": [1, 6]}))
+    (tmp_path / "prompts.txt").write_text("a red seven\n" * 4)
+    values = {
+        "distill_model": "sdxl",
+        "distill_method": "dmd2",
+        "output": "unused",
+        "model": options,
+        "roles": {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")},
+        "method": {},
+        "data": {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 2},
+    }
+    run = fake_run(reading.config_of(values, "test"))
+    lists = stacks(run.method.bundle["student"].network)
+    assert [len(blocks) for blocks in lists] == [6] * 4
+    shallow = simulate(run, split=True, leave=True)
+    monkeypatch.setattr("fastvideo.planning.simulate.DEPTHS", (2, 6))
+    whole = simulate(run, split=True, leave=True)
+    assert shallow.peaks == pytest.approx(whole.peaks, rel=1e-3)
+    assert shallow.flops == pytest.approx(whole.flops, rel=1e-6)
+
+
+def test_a_count_makes_no_adapters_on_the_host() -> None:
+    """An adapter of rank 128 on a 14B model would take gigabytes, and minutes to draw."""
+    config = config_of(ADAPTERS)
+    families = build_families(config, build_adapter(config), Processes())
+    (placement,) = families.placements.values()
+    lora = config.roles["student"].lora
+    assert lora is not None
+    network = EmptyPlacement.of(placement).load_shared(None, {"student": lora}, seed=0)
+    adapters = [p for name, p in network.named_parameters() if "lora_" in name]
+    assert adapters
+    assert all(p.is_meta and p.dtype == torch.float32 for p in adapters)
+    real = placement.load_shared(None, {"student": lora}, seed=0)
+    assert not any(p.is_meta for p in real.parameters())
 
 
 @pytest.mark.slow

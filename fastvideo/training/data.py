@@ -159,7 +159,7 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
         raise UserError(f"data.path: {config.data.path} holds causal and bidirectional trajectories: keep one kind")
     steps = len(state_times(config, kinds.pop()))
     extras = {STATES: (steps, *adapter.codec.latent_shape), STATE_TIMES: (steps,)}
-    wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_key=adapter.codec.latent_key)
+    wanted = DataRequirements(adapter.codec.latent_shape, extras=extras, codec_keys=adapter.codec.known_keys)
     source = ParquetSource(config.data.path, wanted)
     adapter.conditioner.check_prompts(source.captions())
     return source, f"{len(source)} trajectories of {config.data.path}, {steps} states each"
@@ -212,7 +212,7 @@ def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequen
         text_length=adapter.conditioner.text_rows if adapter.conditioner.text_length else None,
         texts=made,
         normalise=adapter.codec.normalise,
-        codec_key=adapter.codec.latent_key if with_latents else None,
+        codec_keys=adapter.codec.known_keys if with_latents else (),
         unmarked=config.data.latents,
     )
 

@@ -25,6 +25,7 @@ from fastvideo.training.frames import frame_hooks, frame_notes
 from fastvideo.training.lock import check_free, locked
 from fastvideo.training.notes import idle_notes
 from fastvideo.training.output import check_output, next_commands, prepare_output, resume_command
+from fastvideo.training.quantised import quantised_notes
 from fastvideo.training.resume import (
     already_started,
     checkpoint_folder,
@@ -122,6 +123,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
         *frame_notes(config, method),
         *idle_notes(config, trainer, data),
         *encode_ahead(config, conditioners, data, trainer.step),
+        *quantised_notes(config, trainer, data, tracker, processes),
     ):
         tracker.say(note)
     with checkpoints.closing():

@@ -70,6 +70,11 @@ class Codec(ABC):
     def latent_key(self) -> str:
         """Hash of all that the latents of a video depend on: cached latents are never stale."""
 
+    @property
+    def known_keys(self) -> tuple[str, ...]:
+        """Keys in files whose latents are of this space: the present one, then those that earlier versions wrote."""
+        return (self.latent_key,)
+
     def encode(self, videos: Tensor, *, gradient: bool = False) -> Tensor:
         """Normalised latents; ``gradient`` keeps the graph, for a bridge between latent spaces."""
         with nullcontext() if gradient else torch.no_grad():

@@ -16,6 +16,7 @@ from fastvideo.distillation.config.base import RESUMABLE, Band, MethodConfig, Se
 from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
 from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.types import Quantise
 from fastvideo.errors import UserError
 from fastvideo.ranges import (
     BatchSize,
@@ -174,6 +175,10 @@ class RoleConfig(Section):
     loras: tuple[MergedLoRA, ...] = ()
     """LoRA files to merge into the network, such as a style that a teacher shall have. Roles that share a network for
     their adapters name the same ones."""
+    quantise: Quantise | None = None
+    """Store the matrices of a frozen network's blocks in fewer bits: `int8` (half of bfloat16), `nf4` (a quarter and a
+    bit), or `fp8_storage` (half, needs no package). For roles that no gradient passes, such as DMD2's teacher; see
+    `docs/quantised-teachers.md`."""
 
     @property
     def lora_files(self) -> tuple[str, ...]:
@@ -191,6 +196,23 @@ class RoleConfig(Section):
         if self.init_from is not None and (self.loras or (self.lora and self.lora.init_from)):
             both = "loras" if self.loras else "lora.init_from"
             raise ValueError(f"`init_from` replaces the weights that `{both}` changes: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_frozen(self) -> RoleConfig:
+        if self.quantise is None:
+            return self
+        if self.trainable:
+            what = "the base of an adapter passes gradients on" if self.lora else "its weights change"
+            raise ValueError(
+                f"`quantise` {self.quantise} is for frozen roles, such as a teacher, and this one is trained: {what}; "
+                f"leave `quantise` out here"
+            )
+        if self.init_from is not None:
+            raise ValueError(
+                "`quantise` stores the weights of `path` or `model` when they are loaded, before `init_from` would "
+                "replace them: give a model folder with those weights as `path`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -31,11 +31,11 @@ Merge = tuple[LoRAFile, float]
 """A LoRA file and the factor with which it is added to a network."""
 
 
-def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -> None:
+def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int | None) -> None:
     """Add a trainable adapter that changes nothing yet to a network, and freeze the network's own parameters.
 
     A is drawn as ``nn.Linear`` draws its weights, B is zero; float32, on the network's device (on the host for a
-    network on the meta device), the same on every process.
+    network on the meta device), the same on every process. Without a seed both are on the meta device.
 
     Raises:
         UserError: if a target names no linear layer of the network.
@@ -47,12 +47,12 @@ def add_adapter(network: nn.Module, name: str, options: LoRAConfig, seed: int) -
     config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(options.targets), init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # one per role
-        inject_adapter_in_model(config, network, name)
-    generator = seeded(seed)
+        inject_adapter_in_model(config, network, name, low_cpu_mem_usage=True)  # on the meta device
+    generator = None if seed is None else seeded(seed)
     for layer in adapted_layers(network):
         # Autocast casts the input to the compute dtype in any case: peft's float32 copy of it only takes memory.
         layer.cast_input_dtype_enabled = False
-        if name in layer.lora_A:
+        if name in layer.lora_A and generator is not None:
             _initialise(layer, name, generator)
     for key, parameter in network.named_parameters():
         parameter.requires_grad_("lora_A" in key or "lora_B" in key)

@@ -36,6 +36,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
 )
 from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.scaling import Scaling, StoredTensor
+from fastvideo.distillation.types import Quantise
 from fastvideo.errors import UserError
 
 
@@ -103,6 +104,34 @@ class Placement:
         self._choose_precision(network, alike=not trained)
         return network
 
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        """Check that :meth:`load_packed` can store matrices in this way.
+
+        Raises:
+            UserError: naming the package that is missing.
+        """
+        assert self.source.scaling is not None
+        self.source.scaling.check_packing(kind, where)
+
+    def load_packed(
+        self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
+    ) -> nn.Module:
+        """Load a frozen network with its matrices in fewer bits; every process holds it whole.
+
+        Args:
+            host: the source's folder, for networks on the host.
+            where: the config's key, for a call whose inputs need a gradient, which is refused.
+            change: called with the network before it is packed.
+        """
+        network, scaling = host.load_network(path, self.source.folder.compute_dtype), self.source.scaling
+        assert scaling is not None
+        change(network)
+        scaling.pack(network, kind, self.processes.device, where)
+        if self.processes.context > 1:
+            split_tokens(network, scaling, self._context_mesh)
+        self._choose_precision(network, alike=True)
+        return network
+
     def load_shared(
         self,
         path: str | None,
@@ -120,12 +149,15 @@ class Placement:
         """
         network = self._new(path, self.source.folder.compute_dtype).requires_grad_(False)
         for number, (role, options) in enumerate(adapters.items()):
-            add_adapter(network, role, options, stream_seed(seed, "adapter", number))
+            add_adapter(network, role, options, self._adapter_seed(seed, number))
         if change is not None:
             change(network)
         self._spread(network, path)
         self._choose_precision(network, alike=False)
         return network
+
+    def _adapter_seed(self, seed: int, number: int) -> int | None:
+        return stream_seed(seed, "adapter", number)
 
     def _choose_precision(self, network: nn.Module, *, alike: bool) -> None:
         """Leave autocast to whole networks with float32 matrices or adapters: FSDP gathers all in the compute dtype.
@@ -176,6 +208,19 @@ class EmptyPlacement(Placement):
     def _spread(self, network: nn.Module, path: str | None) -> None:
         if self.source.scaling is not None:
             self._recompute(network, self.source.scaling)
+
+    def _adapter_seed(self, seed: int, number: int) -> int | None:
+        """No seed: adapters are empty too."""
+        return None
+
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        """Check nothing: bytes are counted without the packages that store them."""
+
+    def load_packed(
+        self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
+    ) -> nn.Module:
+        """Load the network unpacked: its bytes are counted from the shapes."""
+        return self.load(path, trained=False, change=change)
 
 
 def check_tokens(

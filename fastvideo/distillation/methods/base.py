@@ -78,6 +78,16 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return None
 
     @classmethod
+    def gradient_roles_of(cls, config: ConfigT) -> tuple[str, ...]:
+        """Frozen roles that a gradient passes on its way to the student, such as one whose features it is judged by."""
+        return ()
+
+    @classmethod
+    def idle_expert_of(cls, config: ConfigT) -> str | None:
+        """Name in the network of the expert that no loss of this config reaches; ``None`` if both are trained."""
+        return None
+
+    @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         """Networks of the method's own, such as a loss weight, by role; ``families`` are those of the other roles."""
         return {}

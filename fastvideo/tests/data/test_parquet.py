@@ -202,7 +202,8 @@ def test_latents_of_another_codec_are_refused(tmp_path: Path) -> None:
     made = schema_with(()).with_metadata({"fastvideo.preprocess": '{"codec_key": "one", "model": "some/model"}'})
     write(tmp_path / "a.parquet", [row_of(0)], schema=made)
     with pytest.raises(UserError, match=r"another VAE \(of some/model, one\) than the model's \(two\)"):
-        ParquetSource(str(tmp_path), DataRequirements(SHAPE, codec_key="two"))
+        ParquetSource(str(tmp_path), DataRequirements(SHAPE, codec_keys=("two", "three")))
+    assert len(ParquetSource(str(tmp_path), DataRequirements(SHAPE, codec_keys=("two", "one")))) == 1, "an earlier key"
 
 
 def test_folders_without_parquet_files_and_unfinished_ones_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
-from fastvideo.planning.fake import FakeMode, stack
+from fastvideo.planning.fake import FakeMode, stacks
 from fastvideo.tests.distillation.tiny import LATER, made_family
 from fastvideo.training.run import run
 
@@ -286,7 +286,7 @@ def test_a_decoder_of_ltx_that_reads_a_time_gets_that_of_the_stock_pipeline(tiny
 
 
 def test_a_plan_finds_the_blocks_and_takes_texts_for_full(family: Any) -> None:
-    blocks = stack(family.folder.load_network())
+    blocks = stacks(family.folder.load_network())[0]
     assert len(blocks) == len(family.feature_widths)
     with FakeMode():
         assert lengths(torch.empty(2, 5, dtype=torch.bool)) == [5, 5]

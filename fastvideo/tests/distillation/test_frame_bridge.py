@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastvideo.distillation.adapters.base import whole_decodes
+from fastvideo.distillation.adapters.diffusers.codec import component_hash, latent_space
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
 from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse, resized
@@ -171,6 +173,20 @@ def test_the_first_frame_is_a_still_where_the_space_is_shared(tiny_wan: Path, wa
     stills = alone.stills(latents, [[0]] * 3)
     assert torch.equal(stills.latents, latents[:, :, :1])
     assert not stills.figures, "nothing was decoded"
+
+
+def test_wan_and_qwen_image_with_one_encoder_have_one_key(wan: WanFamily) -> None:
+    """Their classes, configs and decoders differ, as those of the published models do."""
+    own = wan.codec.vae
+    shared = {name: own.config[name] for name in ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "latents_mean")}
+    options = {**shared, "latents_std": own.config.latents_std, "temperal_downsample": own.config.temperal_downsample}
+    qwen = AutoencoderKLQwenImage(**options).eval()
+    assert component_hash(*latent_space(qwen.config, qwen)) != wan.codec.latent_key
+    encoder = {n: value for n, value in own.state_dict().items() if not n.startswith(("decoder.", "post_quant_conv."))}
+    qwen.load_state_dict(encoder, strict=False)
+    assert component_hash(*latent_space(qwen.config, qwen)) == wan.codec.latent_key
+    other = {**dict(qwen.config), "latents_std": [2.0] * own.config.z_dim}
+    assert component_hash(*latent_space(other, qwen)) != wan.codec.latent_key
 
 
 def test_stills_tell_equal_spaces_of_unequal_files(tiny_wan: Path, wan: WanFamily, sdxl: Any) -> None:

@@ -19,13 +19,16 @@ from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.experts import SIDES
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.merge import run_merge
 from fastvideo.planning.estimate import Planner
+from fastvideo.planning.fake import fake_run
+from fastvideo.planning.layout import role_plans
 from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder
 from fastvideo.tests.launch import TRAIN, config_file, ranks
+from fastvideo.tests.preparing import preparer
 from fastvideo.training.run import run
 
 LADDER = (1.0, 0.9375, 5 / 6, 0.625)
@@ -238,6 +241,26 @@ def test_the_expert_of_the_other_phase_stays_as_it_is_to_the_bit(
     trained = {"transformer": "transformer_2", "transformer_2": "transformer"}[idle]
     assert not changed(student, model, idle)
     assert changed(student, model, trained)
+
+
+@pytest.mark.parametrize("side", ["low", "high", "both"])
+def test_a_plan_counts_the_moments_that_a_run_makes(model: Path, tmp_path: Path, side: str) -> None:
+    """The expert that no loss reaches has none; of both, each has them after its first turn."""
+    values = values_of(tmp_path, model, distill_method="phased_dmd")
+    values["roles"] = {role: {"trainable": role != "teacher"} for role in ("student", "teacher", "critic")}
+    values["method"] |= {"experts": side, "teacher_guidance": 1.0}
+    method = built(values)
+    batch = preparer(method.student.adapter)(RawBatch(("red three",)))
+    for step in range(2):
+        for loss in method.losses(batch, step):
+            loss.value.backward()
+        for role in method.active_roles(step):
+            method.bundle[role].training.step()
+    for planned in role_plans(fake_run(config_of(values, "test"))):
+        training = method.bundle[planned.name].training
+        states = [] if training is None else training.optimizer.state.values()
+        assert planned.optimizer == sum(value.nbytes for state in states for value in state.values())
+        assert planned.gradients == sum(state["exp_avg"].nbytes for state in states)
 
 
 @pytest.mark.slow

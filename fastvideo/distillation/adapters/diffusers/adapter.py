@@ -20,11 +20,13 @@ from torch.autograd.forward_ad import unpack_dual
 from fastvideo.distillation.adapters.base import check_taps
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
+from fastvideo.distillation.adapters.diffusers.packed import check_installed, pack
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
 from fastvideo.distillation.adapters.diffusers.plain import PlainAdapter
 from fastvideo.distillation.adapters.diffusers.sources import FetchedPipeline
 from fastvideo.distillation.denoiser import Taps, Tokens
-from fastvideo.distillation.types import Condition
+from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.types import Condition, Quantise
 
 
 class DiffusersAdapter(PlainAdapter[ConfigT]):
@@ -143,6 +145,18 @@ class DiffusersScaling:
 
     def recompute(self, network: Any, checkpoint: Callable[..., Any]) -> None:
         network.enable_gradient_checkpointing(checkpoint)
+
+    def matrices(self, network: nn.Module) -> Mapping[str, nn.Linear]:
+        inside = {part for block in self.blocks(network) for part in block.modules()}
+        kept = {name for one in networks_of(network) for name in one._keep_in_fp32_modules or ()}
+        named = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear) and m in inside}
+        return {name: layer for name, layer in named.items() if not kept & set(name.split("."))}
+
+    def check_packing(self, kind: Quantise, where: str) -> None:
+        check_installed(kind, where)
+
+    def pack(self, network: nn.Module, kind: Quantise, device: torch.device, where: str) -> None:
+        pack(network, self.matrices(network), kind, device, where)
 
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         config = self.pipeline.network_config(path)

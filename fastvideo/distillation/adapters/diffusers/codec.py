@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, library_class
 
+DECODES = ("decoder.", "post_quant_conv.")
+"""Parts of an autoencoder, by the beginnings of their parameters' names, that latents do not depend on."""
+OPTIONS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor", "batch_norm_eps", "norm_num_groups")
+"""Options of an autoencoder that latents depend on, beside those that its encoder's parameters show."""
+
+
+def latent_space(config: Mapping[str, Any], vae: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Options and tensors of an autoencoder that define its latents; equal for Wan's and Qwen-Image's, which differ in
+    the decoder and in their classes."""
+    options = {name: config[name] for name in OPTIONS if config.get(name) is not None}
+    return options, {name: value for name, value in vae.state_dict().items() if not name.startswith(DECODES)}
+
 
 class DiffusersCodec(Codec):
     """A frozen float32 autoencoder, loaded on first use; latents are the posterior's mean, normalised."""
@@ -33,8 +45,13 @@ class DiffusersCodec(Codec):
 
     @cached_property
     def latent_key(self) -> str:
-        """SHA-256 of the VAE's config and weights."""
-        return component_hash(self.pipeline.vae_config, self.vae)
+        """SHA-256 of the encoder's weights and of the normalisation: of the latent space, whatever decodes it."""
+        return component_hash(*latent_space(self.pipeline.vae_config, self.vae))
+
+    @cached_property
+    def known_keys(self) -> tuple[str, ...]:
+        """Earlier versions hashed the whole autoencoder with its config."""
+        return self.latent_key, component_hash(self.pipeline.vae_config, self.vae.state_dict())
 
     def _encode(self, videos: Tensor) -> Tensor:
         return self.normalise(self.vae.encode(videos).latent_dist.mode())
@@ -65,11 +82,11 @@ class StatisticsCodec(DiffusersCodec):
         return self._decoded(self.denormalise(latents))
 
 
-def component_hash(config: Mapping[str, Any], module: nn.Module) -> str:
+def component_hash(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of a component's config (but for entries about its file) and weights."""
     kept = {key: value for key, value in config.items() if key[0] != "_"}  # no path, no version
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-    for name, weight in sorted(module.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -74,32 +74,54 @@ def own_parameters(handle: RoleHandle, module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if not (handle.shares_network and p.requires_grad)]
 
 
-def role_bytes(handle: RoleHandle, shard: int, states: States, *, holds: bool = True) -> RoleBytes:
+def role_bytes(
+    handle: RoleHandle,
+    shard: int,
+    states: States,
+    *,
+    holds: bool = True,
+    packed: Mapping[Tensor, int] | None = None,
+    idle: str | None = None,
+) -> RoleBytes:
     """Bytes of a role whose network is whole, or without weights, where ``shard`` processes hold it together.
 
     Args:
         holds: count the network itself, and not its adapter alone.
+        packed: bytes of parameters that are stored in another way; such a network is never split.
+        idle: name of the expert that no loss reaches (``DistillMethod.idle_expert_of``).
     """
+    packed = packed or {}
+    shard = 1 if packed else shard
     own, trained = own_parameters(handle, handle.network), handle.named_parameters()
     kept = [*(own if holds else ()), *(trained.values() if handle.shares_network else ())]
     averages = {} if (training := own_training(handle)) is None else training.ema or {}
+    moving = [p for name, p in trained.items() if not (idle and name.startswith(f"{idle}."))]
     return RoleBytes(
         name=handle.name,
         trainable=handle.trainable,
         parameters=sum(p.numel() for p in own),
-        weights=sum(local_numel(p, shard) * p.element_size() for p in kept),
+        weights=sum(packed.get(p, local_numel(p, shard) * p.element_size()) for p in kept),
         tables=sum(b.nbytes for b in handle.network.buffers()) * holds,
-        gradients=sum(local_numel(p, shard) * FLOAT32 for p in trained.values()),
-        optimizer=optimizer_bytes(trained.values(), shard, states),
+        gradients=sum(local_numel(p, shard) * FLOAT32 for p in moving),
+        # torch makes moments with a parameter's first gradient, 8-bit ones are made for all before the first step.
+        optimizer=optimizer_bytes(trained.values() if states == "8bit" else moving, shard, states),
         average=sum(local_numel(a, shard if n in trained else 1) * a.element_size() for n, a in averages.items()),
     )
 
 
-def check_memory(handles: Sequence[RoleHandle], processes: Processes, states: States) -> None:
+def check_memory(
+    handles: Sequence[RoleHandle],
+    processes: Processes,
+    states: States,
+    packed: Mapping[str, Mapping[Tensor, int]],
+    idle: str | None,
+) -> None:
     """Check that a device holds the roles' weights, gradients and optimizers; tables and activations come on top.
 
     Args:
         handles: roles over networks without weights.
+        packed: by role, bytes of the parameters that are stored in another way.
+        idle: as for :func:`role_bytes`.
 
     Raises:
         UserError: with each role's need, and the ``shard`` that would fit.
@@ -107,7 +129,10 @@ def check_memory(handles: Sequence[RoleHandle], processes: Processes, states: St
     memory, shard, counted_for = processes.memory, processes.shard, holders(handles)
 
     def of_roles(degree: int) -> dict[str, int]:
-        rows = [role_bytes(h, degree, states, holds=counted_for[h.network] == h.name) for h in handles]
+        rows = [
+            role_bytes(h, degree, states, holds=counted_for[h.network] == h.name, packed=packed.get(h.name), idle=idle)
+            for h in handles
+        ]
         return {row.name: row.total - row.tables for row in rows}
 
     def needed(degree: int) -> int:

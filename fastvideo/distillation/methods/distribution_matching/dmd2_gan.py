@@ -71,6 +71,11 @@ class DMD2GANMethod(DMD2Method):
     def needs_of(cls, config: DMD2Config) -> frozenset[Need]:
         return frozenset({"features"})
 
+    @classmethod
+    def gradient_roles_of(cls, config: DMD2Config) -> tuple[str, ...]:
+        assert isinstance(config, DMD2GANConfig)
+        return ("teacher",) if config.features_of == "teacher" else ()
+
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """DMD loss, weighted per sample, plus the adversarial term at the same noised sample."""
         t = self.score_times(len(batch))

@@ -107,6 +107,10 @@ class LADDMethod(DistillMethod[LADDConfig]):
     def needs_of(cls, config: LADDConfig) -> frozenset[Need]:
         return frozenset({"features"})
 
+    @classmethod
+    def gradient_roles_of(cls, config: LADDConfig) -> tuple[str, ...]:
+        return ("teacher",)
+
     def active_roles(self, step: int) -> tuple[str, ...]:
         return ("student",) if step % self.config.generator_update_interval == 0 else ("discriminator",)
 

@@ -67,6 +67,11 @@ class PhasedDMDMethod(DMD2Method):
         self._check()
         self.notes = (f"phases: {self.above} steps from 1 to {self.boundary:g}, {len(ladder) - self.above} below",)
 
+    @classmethod
+    def idle_expert_of(cls, config: DMD2Config) -> str | None:
+        assert isinstance(config, PhasedDMDConfig)
+        return {"high": "transformer_2", "low": "transformer", "both": None}[config.experts]
+
     def _boundary(self) -> float:
         own, given, times = self.student.boundary, self.config.boundary, self.ladder.times
         if own is not None and given not in (None, own):
