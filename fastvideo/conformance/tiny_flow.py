@@ -173,3 +173,30 @@ def ltx(timed_decoder: bool = False) -> Any:
     return LTXPipeline(
         scheduler=scheduler, vae=vae, text_encoder=t5(), tokenizer=word_tokenizer(64), transformer=transformer
     )
+
+
+def kandinsky5(visual_cond: bool = True) -> Any:
+    """With ``visual_cond`` the network also takes frames that are given, none here, as the published ones do."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        Kandinsky5T2VPipeline,
+        Kandinsky5Transformer3DModel,
+    )
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=16, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(2, 2, 4), visual_cond=visual_cond,
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    return Kandinsky5T2VPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=qwen25_vl(heads=4),
+        tokenizer=word_tokenizer(2048),
+        text_encoder_2=clip(projected=False, length=77),
+        tokenizer_2=word_tokenizer(77),
+        transformer=transformer,
+    )

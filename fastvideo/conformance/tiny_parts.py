@@ -25,12 +25,12 @@ def word_tokenizer(length: int = LENGTH) -> Any:
     )  # fmt: skip
 
 
-def clip(projected: bool) -> Any:
+def clip(projected: bool, length: int = LENGTH) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(WORDS) + 3, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=LENGTH, projection_dim=32, eos_token_id=1, bos_token_id=2, pad_token_id=0,
+        max_position_embeddings=length, projection_dim=32, eos_token_id=1, bos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
@@ -45,17 +45,17 @@ def autoencoder(scale: float, shift: float | None = None, levels: int = 2) -> An
     )  # fmt: skip
 
 
-def qwen25_vl() -> Any:
-    """Qwen2.5-VL of hidden size 16, with its eyes."""
+def qwen25_vl(heads: int = 2) -> Any:
+    """Qwen2.5-VL with heads of 8 channels, and its eyes."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": heads,
         "num_key_value_heads": 2, "vocab_size": 64, "rope_parameters": rope,
     }  # fmt: skip
     vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 8 * heads,
         "fullatt_block_indexes": [0],
     }  # fmt: skip
     special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}

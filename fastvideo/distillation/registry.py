@@ -51,6 +51,7 @@ ADAPTERS = {
     "krea2": "fastvideo.distillation.adapters.krea2:Krea2Adapter",
     "sd3": "fastvideo.distillation.adapters.sd3:SD3Adapter",
     "ltx": "fastvideo.distillation.adapters.ltx:LTXAdapter",
+    "kandinsky5": "fastvideo.distillation.adapters.kandinsky5:Kandinsky5Adapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""
@@ -68,6 +69,7 @@ EXPORTERS = {
     "Krea2Pipeline": FLOW,
     "StableDiffusion3Pipeline": FLOW,
     "LTXPipeline": FLOW,
+    "Kandinsky5T2VPipeline": "fastvideo.distillation.adapters.export.kandinsky5:Kandinsky5Exporter",
     "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
 }
 """Exporters, by the diffusers pipeline of their family."""
