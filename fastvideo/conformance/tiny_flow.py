@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, qwen3, qwen3_vl, qwen25_vl, t5, word_tokenizer
+from fastvideo.conformance.tiny_parts import (
+    LENGTH,
+    autoencoder,
+    clip,
+    mistral3,
+    qwen3,
+    qwen3_vl,
+    qwen25_vl,
+    t5,
+    word_tokenizer,
+)
 
 BY_SIZE: Mapping[str, Any] = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 """Schedule of FLUX.1 and its kin: the shift grows with the size of the picture."""
@@ -55,16 +65,26 @@ def z_image() -> Any:
 
 
 def flux2() -> Any:
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    from diffusers import Flux2KleinPipeline
+
+    parts = _flux2_parts(guidance_embeds=False)
+    return Flux2KleinPipeline(text_encoder=qwen3(lm_head=True, layers=27), tokenizer=word_tokenizer(64), **parts)
+
+
+def flux2_dev() -> Any:
+    from diffusers import Flux2Pipeline
+
+    parts = _flux2_parts(guidance_embeds=True)
+    return Flux2Pipeline(text_encoder=mistral3(), tokenizer=word_tokenizer(64), **parts)
+
+
+def _flux2_parts(guidance_embeds: bool) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
     )  # fmt: skip
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
@@ -72,13 +92,7 @@ def flux2() -> Any:
     )  # fmt: skip
     vae.bn.running_mean.copy_(0.1 * torch.arange(16))
     vae.bn.running_var.copy_(0.5 + 0.1 * torch.arange(16))
-    return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**BY_SIZE),
-        vae=vae,
-        text_encoder=qwen3(lm_head=True, layers=27),
-        tokenizer=word_tokenizer(64),
-        transformer=transformer,
-    )
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(**BY_SIZE), "vae": vae, "transformer": transformer}
 
 
 def flux() -> Any:

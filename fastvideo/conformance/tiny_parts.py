@@ -8,10 +8,13 @@ WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry"
 """Vocabulary of the tiny text encoders."""
 LENGTH = 8
 """Tokens of a prompt."""
+CHAT = """{% for one in messages %}{% set said = one['content'] %}
+{{ said if said is string else said[0]['text'] }} {% endfor %}"""
+"""Template of a chat: all that is said, as texts or in parts."""
 
 
 def word_tokenizer(length: int = LENGTH) -> Any:
-    """A tokenizer of :data:`WORDS`, with an end and without a start, that pads to ``length``. A chat is its content."""
+    """A tokenizer of :data:`WORDS`, with an end and no start, that pads to ``length``. A chat is all that is said."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +24,7 @@ def word_tokenizer(length: int = LENGTH) -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length,
-        chat_template="{{ messages[0]['content'] }}",
+        chat_template=CHAT,
     )  # fmt: skip
 
 
@@ -98,3 +101,19 @@ def qwen3_vl() -> Any:
     }  # fmt: skip
     special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+
+
+def mistral3(layers: int = 30) -> Any:
+    """Mistral 3 of hidden size 16, with its eyes."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {
+        "model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=60)
+    return Mistral3ForConditionalGeneration(config)

@@ -58,13 +58,15 @@ ADAPTERS = {
 
 STABLE_DIFFUSION = "fastvideo.distillation.adapters.export.stable_diffusion"
 FLOW = "fastvideo.distillation.adapters.export.flow:FlowExporter"
+FLUX2 = "fastvideo.distillation.adapters.export.flux2:Flux2Exporter"
 EXPORTERS = {
     "WanPipeline": "fastvideo.distillation.adapters.export.wan:WanExporter",
     "StableDiffusionXLPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "StableDiffusionPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "QwenImagePipeline": FLOW,
     "ZImagePipeline": FLOW,
-    "Flux2KleinPipeline": FLOW,
+    "Flux2KleinPipeline": FLUX2,
+    "Flux2Pipeline": FLUX2,
     "FluxPipeline": FLOW,
     "Krea2Pipeline": FLOW,
     "StableDiffusion3Pipeline": FLOW,

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "kandinsky5-t2v-lite": tuple(
         f"kandinskylab/Kandinsky-5.0-T2V-Lite-{kind}-5s-Diffusers" for kind in ("sft", "pretrain")
     ),
+    "flux2-dev": ("black-forest-labs/FLUX.2-dev",),
     "sdxl-base-1.0": ("stabilityai/stable-diffusion-xl-base-1.0",),
 }
 """Names of ``published/``, and the hub ids that they are the configs of."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvideo.conformance.tiny import perturb
+from fastvideo.conformance.tiny import family_of, perturb
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, lengths
@@ -86,9 +86,11 @@ def our_pictures(adapter: DistillAdapter[Any], noise: Tensor, guidance: float, t
 def test_guided_steps_give_the_pictures_of_the_stock_pipeline_with_its_own_scheduler(family: Any) -> None:
     """Two prompts of other lengths, at two guidances."""
     pipeline, noise = stock_pipeline(family), normal((2, *family.codec.latent_shape), seeded(6))
-    for guidance in (2.5, 5.0):
-        ours = our_pictures(family, noise, guidance, family.folder.teacher_times(4))
-        theirs = stock_pictures(pipeline, family, noise, guidance)
+    read = family.config.path.endswith("flux2-dev")  # no guidance but that which its network reads
+    for number in (2.5, 5.0):
+        adapter, guidance = (made_family_like(family, guidance_embedded=number), 1.0) if read else (family, number)
+        ours = our_pictures(adapter, noise, guidance, family.folder.teacher_times(4))
+        theirs = stock_pictures(pipeline, adapter, noise, guidance)
         assert float((ours - theirs).abs().max()) <= CLOSE
 
 
@@ -238,6 +240,22 @@ def copied(family: Any, folder: Path, file: str, **changes: Any) -> str:
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return str(folder)
+
+
+@pytest.mark.slow
+def test_the_guidance_of_flux2_dev_is_read_and_there_is_no_other(tiny_wan: Path) -> None:
+    klein, dev = (made_family(name, tiny_wan.parent) for name in ("flux2", "flux2-dev"))
+    assert dev.conditioner.encode_prompts(PROMPTS).of(dev.conditioner.key)["guidance"].tolist() == [4.0, 4.0]
+    assert "guidance" not in klein.conditioner.encode_prompts(PROMPTS).of(klein.conditioner.key)
+    assert (klein.folder.published_guidance, dev.folder.published_guidance) == (4.0, 1.0)
+    weak = load_exporter(made_family_like(dev, guidance_embedded=2.0).config)
+    assert weak.guidance_arguments(1.0) == load_exporter(klein.config).guidance_arguments(2.0) == {"guidance_scale": 2}
+    with pytest.raises(UserError, match=r"guidance 4: the network reads a guidance \(4, model.guidance_embedded\)"):
+        dev.folder.check_guidance(4.0)
+    with pytest.raises(UserError, match="Flux2Pipeline takes no guidance between two predictions, 1"):
+        weak.guidance_arguments(4.0)
+    with pytest.raises(UserError, match=r"model\.guidance_embedded: the network of .*flux2 reads no guidance"):
+        made_family_like(klein, guidance_embedded=2.0).folder.check_guidance(1.0)
 
 
 @pytest.mark.slow
@@ -391,9 +409,13 @@ def config_of(adapter: DistillAdapter[Any], family: str, name: str, output: Path
     roles |= {role: {"trainable": False} for role in method.frozen_roles}
     roles["student"] |= student
     rates = [field for field in method.Config.model_fields if field.endswith("learning_rate")]
-    guided = {"teacher_guidance": 1.0} if family == "flux" and "teacher_guidance" in method.Config.model_fields else {}
+    guided = (
+        {"teacher_guidance": 1.0}
+        if family in ("flux", "flux2-dev") and "teacher_guidance" in method.Config.model_fields
+        else {}
+    )
     values = {
-        "distill_model": family,
+        "distill_model": family_of(family),
         "distill_method": name,
         "output": str(output / "run"),
         "model": {**adapter.config.model_dump(), "height": 32, "width": 32},
@@ -403,7 +425,7 @@ def config_of(adapter: DistillAdapter[Any], family: str, name: str, output: Path
         "data": {"path": "tiny", "size": 8, "batch_size": 2, "cache": str(output / "cache")},
         "trainer": {"max_steps": 2, "log_every": 1},
     }
-    return validate(run_schema(family, name), values, "test")
+    return validate(run_schema(family_of(family), name), values, "test")
 
 
 GOLDEN = Path(__file__).parent / "golden" / "families.json"
