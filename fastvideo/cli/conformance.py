@@ -34,8 +34,8 @@ class ConformanceArguments:
     tiny: bool = False
     """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download. Some
     families have variants: flux2-dev."""
-    prompts: tuple[str, str] = ("a green seven moving up", "a red three")
-    """Two prompts that the text encoder tells apart."""
+    prompts: tuple[str, str] = ('a green "seven" moving up', "a red three")
+    """Two prompts that the text encoder tells apart. Some families read quoted words by another encoder too."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
 

@@ -140,6 +140,7 @@ MADE: Mapping[str, Tiny] = {
     "krea2": Tiny(tiny_flow.krea2, 24),
     "sd3": Tiny(tiny_flow.sd3, 12),
     "ltx": Tiny(tiny_flow.ltx, 12, {"height": 32, "width": 64, "num_frames": 9}),
+    "hunyuan15": Tiny(tiny_flow.hunyuan15, 24, {"height": 16, "width": 32, "num_frames": 5}),
     "kandinsky5": Tiny(tiny_flow.kandinsky5, 40, {"height": 32, "width": 64, "num_frames": 5}),
 }
 """Pipelines of the other families, and of variants of a family, which stand behind a dash."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastvideo.conformance.tiny_parts import (
+    CHAT,
     LENGTH,
     autoencoder,
     clip,
@@ -213,4 +214,37 @@ def kandinsky5(visual_cond: bool = True) -> Any:
         text_encoder_2=clip(projected=False, length=77),
         tokenizer_2=word_tokenizer(77),
         transformer=transformer,
+    )
+
+
+def hunyuan15(guidance: float = 6.0) -> Any:
+    """With a guidance of 1 the pipeline is one of a distilled checkpoint."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import ByT5Tokenizer
+
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_refiner_layers=1,
+        text_embed_dim=32, text_embed_2_dim=32, image_embed_dim=12, rope_axes_dim=(2, 2, 4), task_type="t2v",
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16,) * 3, layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+    )  # fmt: skip
+    tokenizer = word_tokenizer(2048)
+    tokenizer.chat_template = "{{ 'a ' * 18 }}" + CHAT + " a a"  # a head of 108 tokens, and an end
+    return HunyuanVideo15Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=qwen25_vl(heads=4, layers=3).model.language_model,
+        tokenizer=tokenizer,
+        text_encoder_2=t5(vocabulary=384),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=guidance),
     )

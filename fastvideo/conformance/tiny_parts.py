@@ -48,13 +48,13 @@ def autoencoder(scale: float, shift: float | None = None, levels: int = 2) -> An
     )  # fmt: skip
 
 
-def qwen25_vl(heads: int = 2) -> Any:
+def qwen25_vl(heads: int = 2, layers: int = 2) -> Any:
     """Qwen2.5-VL with heads of 8 channels, and its eyes."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {
-        "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": heads,
+        "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": 2, "vocab_size": 64, "rope_parameters": rope,
     }  # fmt: skip
     vision = {
@@ -77,12 +77,12 @@ def qwen3(*, lm_head: bool, layers: int = 3) -> Any:
     return (Qwen3ForCausalLM if lm_head else Qwen3Model)(config)
 
 
-def t5(width: int = 32) -> Any:
+def t5(width: int = 32, vocabulary: int = len(WORDS) + 3) -> Any:
     """T5's encoder."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
-        T5Config(vocab_size=len(WORDS) + 3, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0)
+        T5Config(vocab_size=vocabulary, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0)
     )
 
 

@@ -52,6 +52,7 @@ ADAPTERS = {
     "sd3": "fastvideo.distillation.adapters.sd3:SD3Adapter",
     "ltx": "fastvideo.distillation.adapters.ltx:LTXAdapter",
     "kandinsky5": "fastvideo.distillation.adapters.kandinsky5:Kandinsky5Adapter",
+    "hunyuan15": "fastvideo.distillation.adapters.hunyuan15:Hunyuan15Adapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""
@@ -71,6 +72,7 @@ EXPORTERS = {
     "Krea2Pipeline": FLOW,
     "StableDiffusion3Pipeline": FLOW,
     "LTXPipeline": FLOW,
+    "HunyuanVideo15Pipeline": "fastvideo.distillation.adapters.export.hunyuan15:Hunyuan15Exporter",
     "Kandinsky5T2VPipeline": "fastvideo.distillation.adapters.export.kandinsky5:Kandinsky5Exporter",
     "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder, Mu, image_grid, text_line
 from fastvideo.distillation.adapters.diffusers.flow_config import GuidedImageConfig, StockCall
-from fastvideo.distillation.adapters.diffusers.flow_texts import GUIDANCE, FlowTexts, embedded_guidance
+from fastvideo.distillation.adapters.diffusers.flow_texts import GUIDANCE, FlowTexts, count_written, embedded_guidance
 from fastvideo.distillation.adapters.diffusers.image_codec import PatchifiedCodec
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Patches
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, PipelineSpec
@@ -56,9 +56,7 @@ class Flux2Conditioner(FlowTexts[Flux2Config]):
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         if not self._of_dev:
             return super().token_counts(prompts)
-        texts = [self.clean_prompt(prompt) for prompt in prompts]  # with the start that the tokenizer would add
-        found = self.tokenizers["tokenizer"](texts, add_special_tokens=False, truncation=False, verbose=False)
-        return [len(ids) for ids in found.input_ids]
+        return count_written(self.tokenizers["tokenizer"], [self.clean_prompt(prompt) for prompt in prompts])
 
 
 class Flux2Folder(FlowFolder[Flux2Config]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ def stock_pipeline(adapter: DistillAdapter[Any]) -> Any:
 
     pipeline = DiffusionPipeline.from_pretrained(adapter.config.path)
     pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "tokenizer_2_max_length"):  # HunyuanVideo 1.5 takes it as an attribute
+        pipeline.tokenizer_max_length = adapter.config.max_sequence_length
+        pipeline.vae.enable_slicing()  # it takes one video
     return pipeline
 
 
@@ -63,6 +68,7 @@ def stock_pictures(
     """What the stock pipeline makes of the prompts, in [0, 1]."""
     exporter = load_exporter(adapter.config)
     call = {**exporter.call_arguments(4, guidance), **options, **sizes(adapter)}
+    pipeline.register_modules(**exporter.stock_parts(guidance))
     alone = isinstance(adapter, OneByOneAdapter)  # in a batch its stock pipeline lets the shorter prompt see padding
     made = list[Tensor]()
     for rows in (slice(0, 1), slice(1, 2)) if alone else (slice(0, 2),):
@@ -122,10 +128,14 @@ def test_a_teacher_is_called_where_the_stock_pipeline_calls_it(family: Any, rows
         return values
 
     noise = torch.zeros(1, *adapter.codec.latent_shape)
+    stopped = {"callback_on_step_end": stop}
+    if "callback_on_step_end" not in inspect.signature(type(pipeline).__call__).parameters:
+        pipeline.transformer.forward = lambda hidden_states, **_: (hidden_states[:, : noise.shape[1]],)
+        stopped = {}
     for steps in (4, 28, 50):
-        call = {**load_exporter(adapter.config).call_arguments(steps, 1.0), **sizes(adapter)}
+        call = {**load_exporter(adapter.config).call_arguments(steps, 1.0), **sizes(adapter), **stopped}
         latents = load_exporter(adapter.config).stock_latents(noise)
-        pipeline(prompt=PROMPTS[0], latents=latents, callback_on_step_end=stop, output_type="latent", **call)
+        pipeline(prompt=PROMPTS[0], latents=latents, output_type="latent", **call)
         assert adapter.folder.teacher_times(steps) == pytest.approx(pipeline.scheduler.sigmas[:-1].tolist(), abs=3e-7)
 
 
@@ -349,6 +359,79 @@ def test_kandinsky5_without_places_for_given_frames_equals_stock_diffusers(tiny_
     assert float((ours - stock_pictures(stock_pipeline(family), family, noise, 2.5)).abs().max()) <= CLOSE
 
 
+QUOTED = 'a green "seven" moving up'
+
+
+@pytest.mark.slow
+def test_hunyuan15_reads_quoted_text_by_an_encoder_of_its_own(tiny_wan: Path) -> None:
+    family = made_family("hunyuan15", tiny_wan.parent)
+    network, x = family.folder.load_network().requires_grad_(True), normal((2, *family.codec.latent_shape), seeded(3))
+    glyphs = [parameter for name, parameter in network.named_parameters() if name.startswith("context_embedder_2.")]
+    for prompts, alive in ((PROMPTS, False), ([QUOTED, "red"], True)):
+        condition = family.conditioner.encode_prompts(prompts)
+        assert condition.of(family.conditioner.key)["glyph_mask"].any(1).tolist() == [alive, False]
+        family.velocity(network, x, torch.tensor([0.4, 0.8]), condition).square().sum().backward()
+        assert any(p.grad is not None and p.grad.any() for p in glyphs) is alive
+    with pytest.raises(
+        UserError, match=r"prompt has 264 tokens between quotation marks, tokenizer_2 takes 256: 'a \"xx"
+    ):
+        family.conditioner.encode_prompts([f'a "{"x" * 254}"'])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_hunyuan15_makes_the_stock_video_of_quoted_and_other_prompts_in_one_batch(tiny_wan: Path) -> None:
+    family = made_family("hunyuan15", tiny_wan.parent)
+    pipeline, noise = stock_pipeline(family), normal((2, *family.codec.latent_shape), seeded(6))
+    role = RoleHandle("teacher", family, family.folder.load_network())
+    condition, times = family.conditioner.encode_prompts([QUOTED, "red"]), family.folder.teacher_times(4)
+    ours = euler(lambda x, t, r=None: role.velocity(x, t, condition), noise, times)
+    exporter = load_exporter(family.config)
+    pipeline.register_modules(**exporter.stock_parts(1.0))
+    call = {**exporter.call_arguments(4, 1.0), **sizes(family)}
+    theirs = pipeline(prompt=[QUOTED, "red"], latents=noise, output_type="latent", **call)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_guider_of_hunyuan15_says_whether_it_is_distilled(tiny_wan: Path, tmp_path: Path) -> None:
+    family = made_family("hunyuan15", tiny_wan.parent)
+    assert family.folder.published_guidance == 6.0
+    family.folder.check_guidance(6.0)
+    for name, changes in {"one": {"guidance_scale": 1.0}, "off": {"enabled": False}}.items():
+        distilled = made_family_like(
+            family, path=copied(family, tmp_path / name, "guider/guider_config.json", **changes)
+        )
+        assert distilled.folder.published_guidance == 1.0
+        with pytest.raises(UserError, match=r"guidance 6: .* is distilled \(guidance 1 in its guider\)"):
+            distilled.folder.check_guidance(6.0)
+    late = copied(family, tmp_path / "late", "guider/guider_config.json", start=0.2)
+    with pytest.raises(UserError, match=r"the guider of .*late is ClassifierFreeGuidance \(start 0\.2\)"):
+        made_family_like(family, path=late).folder.check_guidance(1.0)
+    other = copied(family, tmp_path / "other", "model_index.json", guider=["diffusers", "SkipLayerGuidance"])
+    with pytest.raises(UserError, match=r"the guider of .*other is SkipLayerGuidance: plain ClassifierFreeGuidance"):
+        made_family_like(family, path=other).folder.check_guidance(1.0)
+    mean = copied(family, tmp_path / "mean", "transformer/config.json", use_meanflow=True)
+    with pytest.raises(UserError, match=r"use_meanflow of the transformer in .*mean: its second time is not read"):
+        made_family_like(family, path=mean).folder.load_network()
+
+
+@pytest.mark.slow
+def test_exports_of_hunyuan15_hold_the_students_guidance(tiny_wan: Path, tmp_path: Path) -> None:
+    adapter = made_family("hunyuan15", tiny_wan.parent)
+    run(config_of(adapter, "hunyuan15", "dmd2", tmp_path, lora={"rank": 2, "targets": ["to_q", "to_k"]}))
+    source = str(tmp_path / "run")
+    run_export(source, tmp_path / "whole", slim=True)
+    run_export(source, tmp_path / "lora", to="lora-diffusers")
+    for folder in (tmp_path / "whole", tmp_path / "lora"):
+        assert json.loads((folder / "guider" / "guider_config.json").read_text())["guidance_scale"] == 1.0
+    base = Path(adapter.config.path)
+    assert json.loads((base / "guider" / "guider_config.json").read_text())["guidance_scale"] == 6.0
+    text = (tmp_path / "lora" / "README.md").read_text()
+    assert "pipe.transformer.load_lora_adapter('lora', weight_name=" in text
+    assert "pipe.guider = ClassifierFreeGuidance.from_pretrained('lora', subfolder='guider')" in text
+
+
 def test_a_plan_finds_the_blocks_and_takes_texts_for_full(family: Any) -> None:
     blocks = stack(family.folder.load_network())
     assert len(blocks) == len(family.feature_widths)
@@ -380,7 +463,7 @@ def test_a_lora_file_changes_the_stock_pipeline_as_it_changes_our_network(
     found = read_lora(tmp_path, {k: tuple(v.shape) for k, v in network.named_parameters()}, exporter.original_name)
     assert found.factors.keys() == factors.keys()
     pipeline = stock_pipeline(adapter)
-    pipeline.load_lora_weights(tmp_path, weight_name=own.file)
+    attrgetter(exporter.lora_loader)(pipeline)(tmp_path, weight_name=own.file)
     noise, given = normal((1, *adapter.codec.latent_shape), seeded(6)), adapter.conditioner.encode_prompts(PROMPTS[:1])
     bare = adapter.velocity(network, noise, torch.tensor([0.5]), given)
     for key, (down, up) in factors.items():
@@ -458,7 +541,8 @@ def test_a_method_trains_the_student_and_leaves_a_model_that_samples_and_exports
     model = load_model(str(student))
     after = dict(model.network.named_parameters())
     still = {key for key, value in adapter.folder.load_network().named_parameters() if torch.equal(after[key], value)}
-    assert still <= adapter.folder.dead_parameters(model.network)
+    unread = {key for key in after if name == "hunyuan15" and key.startswith("context_embedder_2.")}  # no quoted text
+    assert still <= adapter.folder.dead_parameters(model.network) | unread
     check_golden(f"{name}-{method}", tmp_path / "run")
     latents = sample_latents(model.adapter, model.denoiser, Sampling(["a green seven"], model.sampler(), 0))
     assert latents.shape == (1, *model.adapter.codec.latent_shape)

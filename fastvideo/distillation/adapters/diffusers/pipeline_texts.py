@@ -105,7 +105,12 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         cls = pipeline_library_class(self.pipeline.index["_class_name"])
         options = {name: value for name, value in self.pipeline.index.items() if name[0] != "_"}
         missing = {name: None for name, value in options.items() if _is_component(value)}
-        return cls(**{**options, **missing, **self.tokenizers})
+        return cls(**{**options, **missing, **self.stock_needs, **self.tokenizers})
+
+    @property
+    def stock_needs(self) -> Mapping[str, Any]:
+        """Components without weights that the stock pipeline cannot be made without, by their names."""
+        return {}
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str], padding: Literal["max_length", "longest"]) -> list[Tensor]:
