@@ -32,9 +32,10 @@ class ConformanceArguments:
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
     """Options of the family over it, such as path=my/folder height=32."""
     tiny: bool = False
-    """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download."""
-    prompts: tuple[str, str] = ("a green seven moving up", "a red three")
-    """Two prompts that the text encoder tells apart."""
+    """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download. Some
+    families have variants: flux2-dev."""
+    prompts: tuple[str, str] = ('a green "seven" moving up', "a red three")
+    """Two prompts that the text encoder tells apart. Some families read quoted words by another encoder too."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
 
@@ -44,8 +45,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(ConformanceArguments, argv, "conformance")
 
     from fastvideo.conformance.run import conform, find_family, model_options
+    from fastvideo.conformance.tiny import family_of
 
-    family = find_family(arguments.family)
+    family = find_family(family_of(arguments.family) if arguments.tiny else arguments.family)
     options = model_options(arguments.config, arguments.set)
     tiny = arguments.family if arguments.tiny else None
     begun = time.monotonic()

@@ -57,7 +57,7 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: 
     """``[1, 3, T, H, W]`` in ``[0, 1]`` from the stock pipeline over the adapter's own folder."""
     adapter, exporter, pipeline = subject.adapter, load_exporter(subject.adapter.config), subject.stock
     image = _image(subject, type(pipeline))
-    pipeline.scheduler = stock.scheduler
+    pipeline.register_modules(scheduler=stock.scheduler, **exporter.stock_parts(guidance))
     pipeline.set_progress_bar_config(disable=True)
     unwanted = adapter.conditioner.negative_prompt if guidance != 1.0 else ""
     made = pipeline(

@@ -135,9 +135,17 @@ MADE: Mapping[str, Tiny] = {
     "qwen_image": Tiny(tiny_flow.qwen_image, 24),
     "z_image": Tiny(tiny_flow.z_image, 12),
     "flux2": Tiny(tiny_flow.flux2, 12),
+    "flux2-dev": Tiny(tiny_flow.flux2_dev, 48),
     "flux": Tiny(tiny_flow.flux, 12),
     "krea2": Tiny(tiny_flow.krea2, 24),
     "sd3": Tiny(tiny_flow.sd3, 12),
     "ltx": Tiny(tiny_flow.ltx, 12, {"height": 32, "width": 64, "num_frames": 9}),
+    "hunyuan15": Tiny(tiny_flow.hunyuan15, 24, {"height": 16, "width": 32, "num_frames": 5}),
+    "kandinsky5": Tiny(tiny_flow.kandinsky5, 40, {"height": 32, "width": 64, "num_frames": 5}),
 }
-"""Pipelines of the other families."""
+"""Pipelines of the other families, and of variants of a family, which stand behind a dash."""
+
+
+def family_of(name: str) -> str:
+    """The family of a name in :data:`MADE`."""
+    return name.partition("-")[0]

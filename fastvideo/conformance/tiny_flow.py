@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, qwen3, qwen3_vl, qwen25_vl, t5, word_tokenizer
+from fastvideo.conformance.tiny_parts import (
+    CHAT,
+    LENGTH,
+    autoencoder,
+    clip,
+    mistral3,
+    qwen3,
+    qwen3_vl,
+    qwen25_vl,
+    t5,
+    word_tokenizer,
+)
 
 BY_SIZE: Mapping[str, Any] = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 """Schedule of FLUX.1 and its kin: the shift grows with the size of the picture."""
@@ -55,16 +66,26 @@ def z_image() -> Any:
 
 
 def flux2() -> Any:
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    from diffusers import Flux2KleinPipeline
+
+    parts = _flux2_parts(guidance_embeds=False)
+    return Flux2KleinPipeline(text_encoder=qwen3(lm_head=True, layers=27), tokenizer=word_tokenizer(64), **parts)
+
+
+def flux2_dev() -> Any:
+    from diffusers import Flux2Pipeline
+
+    parts = _flux2_parts(guidance_embeds=True)
+    return Flux2Pipeline(text_encoder=mistral3(), tokenizer=word_tokenizer(64), **parts)
+
+
+def _flux2_parts(guidance_embeds: bool) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
     )  # fmt: skip
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
@@ -72,13 +93,7 @@ def flux2() -> Any:
     )  # fmt: skip
     vae.bn.running_mean.copy_(0.1 * torch.arange(16))
     vae.bn.running_var.copy_(0.5 + 0.1 * torch.arange(16))
-    return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**BY_SIZE),
-        vae=vae,
-        text_encoder=qwen3(lm_head=True, layers=27),
-        tokenizer=word_tokenizer(64),
-        transformer=transformer,
-    )
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(**BY_SIZE), "vae": vae, "transformer": transformer}
 
 
 def flux() -> Any:
@@ -172,4 +187,64 @@ def ltx(timed_decoder: bool = False) -> Any:
     )
     return LTXPipeline(
         scheduler=scheduler, vae=vae, text_encoder=t5(), tokenizer=word_tokenizer(64), transformer=transformer
+    )
+
+
+def kandinsky5(visual_cond: bool = True) -> Any:
+    """With ``visual_cond`` the network also takes frames that are given, none here, as the published ones do."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        Kandinsky5T2VPipeline,
+        Kandinsky5Transformer3DModel,
+    )
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=16, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(2, 2, 4), visual_cond=visual_cond,
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    return Kandinsky5T2VPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=qwen25_vl(heads=4),
+        tokenizer=word_tokenizer(2048),
+        text_encoder_2=clip(projected=False, length=77),
+        tokenizer_2=word_tokenizer(77),
+        transformer=transformer,
+    )
+
+
+def hunyuan15(guidance: float = 6.0) -> Any:
+    """With a guidance of 1 the pipeline is one of a distilled checkpoint."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import ByT5Tokenizer
+
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_refiner_layers=1,
+        text_embed_dim=32, text_embed_2_dim=32, image_embed_dim=12, rope_axes_dim=(2, 2, 4), task_type="t2v",
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16,) * 3, layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+    )  # fmt: skip
+    tokenizer = word_tokenizer(2048)
+    tokenizer.chat_template = "{{ 'a ' * 18 }}" + CHAT + " a a"  # a head of 108 tokens, and an end
+    return HunyuanVideo15Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=qwen25_vl(heads=4, layers=3).model.language_model,
+        tokenizer=tokenizer,
+        text_encoder_2=t5(vocabulary=384),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=guidance),
     )

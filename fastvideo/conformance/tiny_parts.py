@@ -8,10 +8,13 @@ WORDS = ("a", "green", "red", "seven", "three", "moving", "up", "left", "blurry"
 """Vocabulary of the tiny text encoders."""
 LENGTH = 8
 """Tokens of a prompt."""
+CHAT = """{% for one in messages %}{% set said = one['content'] %}
+{{ said if said is string else said[0]['text'] }} {% endfor %}"""
+"""Template of a chat: all that is said, as texts or in parts."""
 
 
 def word_tokenizer(length: int = LENGTH) -> Any:
-    """A tokenizer of :data:`WORDS`, with an end and without a start, that pads to ``length``. A chat is its content."""
+    """A tokenizer of :data:`WORDS`, with an end and no start, that pads to ``length``. A chat is all that is said."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -21,16 +24,16 @@ def word_tokenizer(length: int = LENGTH) -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length,
-        chat_template="{{ messages[0]['content'] }}",
+        chat_template=CHAT,
     )  # fmt: skip
 
 
-def clip(projected: bool) -> Any:
+def clip(projected: bool, length: int = LENGTH) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(WORDS) + 3, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=LENGTH, projection_dim=32, eos_token_id=1, bos_token_id=2, pad_token_id=0,
+        max_position_embeddings=length, projection_dim=32, eos_token_id=1, bos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
@@ -45,17 +48,17 @@ def autoencoder(scale: float, shift: float | None = None, levels: int = 2) -> An
     )  # fmt: skip
 
 
-def qwen25_vl() -> Any:
-    """Qwen2.5-VL of hidden size 16, with its eyes."""
+def qwen25_vl(heads: int = 2, layers: int = 2) -> Any:
+    """Qwen2.5-VL with heads of 8 channels, and its eyes."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": 2, "vocab_size": 64, "rope_parameters": rope,
     }  # fmt: skip
     vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 8 * heads,
         "fullatt_block_indexes": [0],
     }  # fmt: skip
     special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
@@ -74,12 +77,12 @@ def qwen3(*, lm_head: bool, layers: int = 3) -> Any:
     return (Qwen3ForCausalLM if lm_head else Qwen3Model)(config)
 
 
-def t5(width: int = 32) -> Any:
+def t5(width: int = 32, vocabulary: int = len(WORDS) + 3) -> Any:
     """T5's encoder."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
-        T5Config(vocab_size=len(WORDS) + 3, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0)
+        T5Config(vocab_size=vocabulary, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0)
     )
 
 
@@ -98,3 +101,19 @@ def qwen3_vl() -> Any:
     }  # fmt: skip
     special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+
+
+def mistral3(layers: int = 30) -> Any:
+    """Mistral 3 of hidden size 16, with its eyes."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {
+        "model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=60)
+    return Mistral3ForConditionalGeneration(config)

@@ -52,23 +52,29 @@ ADAPTERS = {
     "krea2": "fastvideo.distillation.adapters.krea2:Krea2Adapter",
     "sd3": "fastvideo.distillation.adapters.sd3:SD3Adapter",
     "ltx": "fastvideo.distillation.adapters.ltx:LTXAdapter",
+    "kandinsky5": "fastvideo.distillation.adapters.kandinsky5:Kandinsky5Adapter",
+    "hunyuan15": "fastvideo.distillation.adapters.hunyuan15:Hunyuan15Adapter",
     "analytic": "fastvideo.distillation.adapters.analytic:AnalyticAdapter",
 }
 """Model families, by name."""
 
 STABLE_DIFFUSION = "fastvideo.distillation.adapters.export.stable_diffusion"
 FLOW = "fastvideo.distillation.adapters.export.flow:FlowExporter"
+FLUX2 = "fastvideo.distillation.adapters.export.flux2:Flux2Exporter"
 EXPORTERS = {
     "WanPipeline": "fastvideo.distillation.adapters.export.wan:WanExporter",
     "StableDiffusionXLPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "StableDiffusionPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "QwenImagePipeline": FLOW,
     "ZImagePipeline": FLOW,
-    "Flux2KleinPipeline": FLOW,
+    "Flux2KleinPipeline": FLUX2,
+    "Flux2Pipeline": FLUX2,
     "FluxPipeline": FLOW,
     "Krea2Pipeline": FLOW,
     "StableDiffusion3Pipeline": FLOW,
     "LTXPipeline": FLOW,
+    "HunyuanVideo15Pipeline": "fastvideo.distillation.adapters.export.hunyuan15:Hunyuan15Exporter",
+    "Kandinsky5T2VPipeline": "fastvideo.distillation.adapters.export.kandinsky5:Kandinsky5Exporter",
     "CogVideoXPipeline": "fastvideo.distillation.adapters.export.cogvideox:CogVideoXExporter",
 }
 """Exporters, by the diffusers pipeline of their family."""

@@ -226,18 +226,22 @@ def _write(out: Path, model: LoadedModel, facts: CardFacts, *, slim: bool) -> No
     try:
         with replacing_folder(out) as partial:
             model.adapter.folder.save(partial, network, facts.recipe, slim=slim)
-            if facts.stock is not None:
-                _replace_scheduler(partial, facts.stock.scheduler)
+            parts = {} if facts.stock is None else {"scheduler": facts.stock.scheduler}
+            for name, part in {**parts, **facts.exporter.stock_parts(facts.spec.guidance)}.items():
+                _replace_part(partial, name, part)
             (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
 
 
-def _replace_scheduler(folder: Path, scheduler: Any) -> None:
-    shutil.rmtree(folder / "scheduler", ignore_errors=True)
-    scheduler.save_pretrained(folder / "scheduler")
-    named = ["diffusers", type(scheduler).__name__]
-    edit_json(folder / "model_index.json", lambda components: components | {"scheduler": named})
+def _replace_part(folder: Path, name: str, part: Any) -> None:
+    """A component without weights; a link, as in a slim folder, is taken away and not followed."""
+    if (folder / name).is_symlink():
+        (folder / name).unlink()
+    shutil.rmtree(folder / name, ignore_errors=True)
+    part.save_pretrained(folder / name)
+    named = ["diffusers", type(part).__name__]
+    edit_json(folder / "model_index.json", lambda components: components | {name: named})
 
 
 def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:

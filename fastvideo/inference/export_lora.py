@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvideo.data.model import pipeline_class
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.sources import HUB_ID, resolve_pipeline
-from fastvideo.distillation.adapters.export.base import StockSampler
+from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.adapters.export.lora import LAYOUTS, PEFT_CONFIG
 from fastvideo.distillation.engine.checkpoint.restore import role_weights
 from fastvideo.distillation.engine.lora import ADAPTER_FILE, is_adapter, portable
@@ -131,12 +131,18 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
         if facts.layout == "peft":
             (partial / PEFT_CONFIG).write_text(json.dumps(_peft_config(facts), indent=2) + "\n", encoding="utf-8")
         stock = _stock_sampler(facts)
-        if stock is not None:
-            stock.scheduler.save_pretrained(partial / "scheduler")
+        for name, part in _parts(exporter, stock).items():
+            part.save_pretrained(partial / name)
         (partial / "README.md").write_text(_read_me(facts, stock), encoding="utf-8")
     layers = counted(sum(map(len, facts.experts.values())), "layer")
     files = " and ".join(str(out / file) for file in facts.files.values())
     return f"{files}: {layers} of rank {facts.rank}, over the base model {facts.base}; README.md loads both"
+
+
+def _parts(exporter: Exporter, stock: StockSampler | None) -> dict[str, Any]:
+    """Components of the stock pipeline that sample the student, by name."""
+    scheduler = {} if stock is None else {"scheduler": stock.scheduler}
+    return {**scheduler, **exporter.stock_parts(1.0)}
 
 
 def _peft_config(facts: AdapterFacts) -> dict[str, Any]:
@@ -168,7 +174,7 @@ def _read_me(facts: AdapterFacts, stock: StockSampler | None) -> str:
 
 def _diffusers(facts: AdapterFacts, stock: StockSampler | None) -> list[str]:
     """Lines that load the adapter into its stock pipeline."""
-    model = facts.config["model"]
+    model, exporter = facts.config["model"], load_exporter(facts.source.run_config.model)
     folder = facts.source.folder or resolve_pipeline(model["path"], tuple(families()))
     pipeline = pipeline_class(str(folder))
     imports, load = [f"from diffusers import {pipeline}"], f"pipe = {pipeline}.from_pretrained({facts.base!r})"
@@ -178,14 +184,13 @@ def _diffusers(facts: AdapterFacts, stock: StockSampler | None) -> list[str]:
     lines = [load]
     for side, file in facts.files.items():
         second = ", load_into_transformer_2=True" if side == SIDES["transformer_2"] else ""
-        lines.append(f"pipe.load_lora_weights({facts.name!r}, weight_name={file!r}{second})")
+        lines.append(f"pipe.{exporter.lora_loader}({facts.name!r}, weight_name={file!r}{second})")
     if facts.boundary is not None:
         lines.append(f"pipe.register_to_config(boundary_ratio={facts.boundary})")
-    if stock is not None:
-        scheduler = type(stock.scheduler).__name__
-        imports.insert(0, f"from diffusers import {scheduler}")
-        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({facts.name!r}, subfolder='scheduler')")
-    exporter = load_exporter(facts.source.run_config.model)
+    for name, part in _parts(exporter, stock).items():
+        kind = type(part).__name__
+        imports.insert(0, f"from diffusers import {kind}")
+        lines.append(f"pipe.{name} = {kind}.from_pretrained({facts.name!r}, subfolder={name!r})")
     call = exporter.call_arguments(len(facts.times), 1.0, () if stock is None else stock.sigmas)
     call |= {key: model[key] for key in exporter.call_options if key in model}
     made, options = "image" if exporter.makes_images else "video", (f"{key}={value!r}" for key, value in call.items())

@@ -32,6 +32,9 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
+ASKED, NEGATED = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.bitwise_not.default
+PICKED, NEW = torch.ops.aten.index.Tensor, torch.ops.aten.new_empty.default
+
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operators made and that are still alive, and the most there were at once.
@@ -110,18 +113,28 @@ class FakeMode(FakeTensorMode):
     """Fake tensors of one device, in forward-mode derivatives too.
 
     There torch makes tensors on the meta device, to get at their shapes or because C++ sees the meta tensor inside a
-    fake one, and mixes them with the others.
+    fake one, and mixes them with the others. What is asked of a mask's values, which there are not, is answered for a
+    full one: it picks all, its negation nothing, and no branch is taken.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._device = torch.device(device)
+        self._negated = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Operators take devices by name or place, never inside a list: a look at each is a third of the time of a tree.
         args = tuple(self._here(value) if isinstance(value, torch.device) else value for value in args)
         named = {n: self._here(v) if isinstance(v, torch.device) else v for n, v in (kwargs or {}).items()}
+        if func is ASKED and args[0].dtype == torch.bool:
+            return False
+        if func is PICKED and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            mask: Tensor = args[1][0]
+            count = 0 if mask in self._negated else mask.numel()
+            func, args = NEW, (args[0], [count, *args[0].shape[mask.ndim :]])
         out = super().__torch_dispatch__(func, types, args, named)
+        if func is NEGATED:
+            self._negated[out] = True
         for tensor in _held(out):
             if isinstance(tensor, FakeTensor):
                 tensor.fake_device = self._here(tensor.fake_device)

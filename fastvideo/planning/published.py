@@ -21,6 +21,13 @@ ARCHITECTURES = {
     "cogvideox-2b": ("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"),
     "cogvideox-5b": ("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b"),
     "qwen-image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
+    "kandinsky5-t2v-lite": tuple(
+        f"kandinskylab/Kandinsky-5.0-T2V-Lite-{kind}-5s-Diffusers" for kind in ("sft", "pretrain")
+    ),
+    "hunyuan-video-1.5-t2v": tuple(
+        f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{size}_t2v" for size in ("480p", "720p")
+    ),
+    "flux2-dev": ("black-forest-labs/FLUX.2-dev",),
     "sdxl-base-1.0": ("stabilityai/stable-diffusion-xl-base-1.0",),
 }
 """Names of ``published/``, and the hub ids that they are the configs of."""

@@ -41,6 +41,8 @@ PARAMETERS = {
     "cogvideox-2b": 1_693_783_872,
     "cogvideox-5b": 5_570_283_072,
     "sdxl-base-1.0": 2_567_463_684,
+    "kandinsky5-t2v-lite": 2_007_702_848,
+    "flux2-dev": 32_223_281_152,
 }
 
 

@@ -11,27 +11,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter
-from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig, StockCall
+from fastvideo.distillation.adapters.diffusers.flow_config import StockCall
 from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, FlowTexts
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Patches
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
+from fastvideo.distillation.adapters.diffusers.videos import FlowVideoConfig
 from fastvideo.ranges import FrameRate, Frames, Pixels, Tokens
 
 SIDE, STRIDE = 32, 8
 """Pixels on a side of a latent pixel, and frames of a latent frame, of all published checkpoints."""
 
 
-class LTXConfig(FlowConfig):
+class LTXConfig(FlowVideoConfig):
     """Options of the LTX-Video family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline",)
-    own_sizes: ClassVar[frozenset[str]] = frozenset({"max_sequence_length"})
+    side, stride = SIDE, STRIDE
     packing: ClassVar[Packing] = Patches(1)
     stock: ClassVar[StockCall] = StockCall(
         packed=True,
@@ -51,21 +51,6 @@ class LTXConfig(FlowConfig):
     """Frames per second, which the network reads as distances in time."""
     max_sequence_length: Tokens = 128
     """Tokens that a prompt may have, and to which it is padded."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> LTXConfig:
-        for name, size, step, offset in (
-            ("height", self.height, SIDE, 0),
-            ("width", self.width, SIDE, 0),
-            ("num_frames", self.num_frames, STRIDE, 1),
-        ):
-            if size % step != offset:
-                below = max(size - offset, step) // step * step + offset
-                more = f" plus {offset}" if offset else ""
-                raise ValueError(
-                    f"{name} must be a multiple of {step}{more}, such as {below} or {below + step}, got {size}"
-                )
-        return self
 
 
 class LTXCodec(DiffusersCodec):

@@ -31,7 +31,11 @@ Change = Callable[..., Any]
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in ADAPTERS], scope="module"
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in LATER else name
+        for name in dict.fromkeys([*ADAPTERS, *FAMILIES])
+    ],
+    scope="module",
 )
 def subject(request: pytest.FixtureRequest, tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """A registered family; one that has no tiny factory fails here, by name."""

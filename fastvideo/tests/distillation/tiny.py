@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastvideo.conformance.tiny import perturb, tiny_options
+from fastvideo.conformance.tiny import family_of, perturb, tiny_options
 from fastvideo.conformance.tiny_parts import WORDS, word_tokenizer
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
@@ -169,11 +169,11 @@ def _cogvideox_pipeline(network: Mapping[str, Any], shift: float, spacing: str) 
 
 def made_family(name: str, root: Path, **options: Any) -> DistillAdapter[Any]:
     """A family whose pipeline the conformance command makes: 16 x 32 pixels, latents [4, 1, 8, 16]."""
-    family = load_adapter(name)
+    family = load_adapter(family_of(name))
     return family(validate(family.Config, {**tiny_options(name, root / name), **options}, "test"))
 
 
-LATER = ("z_image", "flux2", "flux", "krea2", "sd3", "ltx")
+LATER = ("z_image", "flux2", "flux", "krea2", "sd3", "ltx", "kandinsky5", "hunyuan15", "flux2-dev")
 """Families whose rules the slow suite checks: they share all but a file with one that the fast suite checks."""
 FAMILIES = {
     "analytic": Family(analytic_family, ("0.5", "-1")),
@@ -181,10 +181,13 @@ FAMILIES = {
     "qwen_image": Family(partial(made_family, "qwen_image"), ("a green seven moving up", "red three")),
     "z_image": Family(partial(made_family, "z_image"), ("a green seven moving up", "red three")),
     "flux2": Family(partial(made_family, "flux2"), ("a green seven moving up", "red three")),
+    "flux2-dev": Family(partial(made_family, "flux2-dev"), ("a green seven moving up", "red three")),
     "flux": Family(partial(made_family, "flux"), ("a green seven moving up", "red three")),
     "krea2": Family(partial(made_family, "krea2"), ("a green seven moving up", "red three")),
     "sd3": Family(partial(made_family, "sd3"), ("a green seven moving up", "red three")),
     "ltx": Family(partial(made_family, "ltx"), ("a green seven moving up", "red three")),
+    "hunyuan15": Family(partial(made_family, "hunyuan15"), ('a green "seven" moving up', "red three")),
+    "kandinsky5": Family(partial(made_family, "kandinsky5"), ("a green seven moving up", "red three")),
     "sd15": Family(partial(made_family, "sd15"), ("a green seven moving up", "red three")),
     "sdxl": Family(partial(made_family, "sdxl"), ("a green seven moving up", "red three")),
     "wan": Family(wan_family, ("a green seven moving up", "red three")),

@@ -69,6 +69,11 @@ class FlowTexts(PipelineTexts[ConfigT]):
         return tokens, ()
 
 
+def count_written(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of texts in which a chat's template has written all special tokens: the tokenizer adds none."""
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids]
+
+
 def lengths(mask: Tensor) -> list[int]:
     """Tokens of each text of a mask ``[B, L]``; all of them where tensors have no values, as in a plan."""
     if isinstance(mask, FakeTensor) or mask.is_meta:

@@ -1,7 +1,8 @@
 """Prompts through a stock pipeline's own ``encode_prompt``, for families with several text encoders or pooled texts.
 
 The pipeline is built from its text components alone. A prompt is one matrix, as it is cached and stored: its tokens,
-then each pooled vector as a row under them. The condition holds them apart, by name.
+then each pooled vector as a row under them, or above them where a text has its prompt's tokens alone. The condition
+holds them apart, by name.
 """
 
 from __future__ import annotations
@@ -100,7 +101,12 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         cls = pipeline_library_class(self.pipeline.index["_class_name"])
         options = {name: value for name, value in self.pipeline.index.items() if name[0] != "_"}
         missing = {name: None for name, value in options.items() if _is_component(value)}
-        return cls(**{**options, **missing, **self.tokenizers})
+        return cls(**{**options, **missing, **self.stock_needs, **self.tokenizers})
+
+    @property
+    def stock_needs(self) -> Mapping[str, Any]:
+        """Components without weights that the stock pipeline cannot be made without, by their names."""
+        return {}
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str], padding: Literal["max_length", "longest"]) -> list[Tensor]:
@@ -108,8 +114,8 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         stock.register_modules(**dict(self.text_encoder.items()))
         tokens, pooled = self._encoded(stock, list(prompts))
         stock.register_modules(**dict.fromkeys(self.text_encoder.keys()))  # so that they can be released
-        below = [nn.functional.pad(one, (0, self.text_width - one.shape[1])) for one in pooled]
-        rows = [torch.cat([row, *(one[i : i + 1] for one in below)]) for i, row in enumerate(tokens)]
+        widened = [nn.functional.pad(one, (0, self.text_width - one.shape[1])) for one in pooled]
+        rows = [self._joined(row, [one[i : i + 1] for one in widened]) for i, row in enumerate(tokens)]
         zeros = bool(self.pipeline.index.get("force_zeros_for_empty_prompt"))
         return [row * 0 if zeros and not prompt else row for prompt, row in zip(prompts, rows, strict=True)]
 
@@ -120,8 +126,13 @@ class PipelineTexts(DiffusersConditioner[ConfigT]):
         )[::2]  # the others are of the negative prompt
         return tokens, pooled
 
+    def _joined(self, tokens: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tokens, *pooled] if self.encodes_padding else [*pooled, tokens])
+
     def _tensors(self, texts: Tensor) -> dict[str, Tensor]:
         length = self.token_rows
+        if not self.encodes_padding:
+            texts = texts.roll(-len(self.pooled), dims=1)
         pooled = enumerate(self.pooled.items(), start=length)
         return {TEXT: texts[:, :length], **{name: texts[:, row, :width] for row, (name, width) in pooled}}
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, PipelineConfig
+from fastvideo.distillation.adapters.diffusers.pipeline import (
+    ConfigT,
+    PipelineConfig,
+    library_class,
+    load_config,
+)
 from fastvideo.distillation.adapters.diffusers.pipeline_texts import text_encoders
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames
@@ -39,7 +45,10 @@ class TextsFolder(DiffusersFolder[ConfigT]):
     """A pipeline that may have several text encoders."""
 
     def frozen_parts(self) -> Mapping[str, nn.Module]:
-        return {**super().frozen_parts(), "text encoder": text_encoders(self.pipeline)}
+        vae = library_class("diffusers", self.pipeline.spec.vae)
+        with torch.device("meta"):
+            codec = vae.from_config(load_config(vae, self.pipeline.source, "vae"))
+        return {"text encoder": text_encoders(self.pipeline), "VAE": codec}
 
 
 class UnsplitScaling(DiffusersScaling):

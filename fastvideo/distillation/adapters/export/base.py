@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +57,8 @@ class Exporter:
     """Layouts of LoRA files whose programs have the family, by their names in ``export.lora.LAYOUTS``."""
     call_options: tuple[str, ...] = ("height", "width", "num_frames", "max_sequence_length")
     """Options of the family that the diffusers pipeline is called with."""
+    lora_loader: str = "load_lora_weights"
+    """Method of the diffusers pipeline that loads a LoRA file."""
     makes_images: bool = False
     """The diffusers pipeline returns ``images`` and not ``frames``."""
 
@@ -79,6 +81,10 @@ class Exporter:
         """Arguments of the diffusers pipeline's call for a standard guidance; 1 is none."""
         scales = [g for _, g in guidance] if isinstance(guidance, tuple) else [guidance]
         return dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=False))
+
+    def stock_parts(self, guidance: GuidanceValue) -> Mapping[str, Any]:
+        """Components of the diffusers pipeline for a standard guidance, by name, where its call takes none."""
+        return {}
 
     def call_arguments(self, steps: int, guidance: GuidanceValue, sigmas: Sequence[float] = ()) -> dict[str, Any]:
         """Arguments of the diffusers pipeline's call, beside the prompt and :attr:`call_options`.
