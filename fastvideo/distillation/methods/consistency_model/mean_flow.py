@@ -68,13 +68,13 @@ class MeanFlowConfig(DerivativeConfig, OptimizerOptions):
         return self
 
 
-NEAR, ENOUGH = 0.05, 0.01
-"""Distance in time that counts as near the ladder's first time, and the share of jumps that should begin so near."""
+NEAR, ENOUGH = 0.95, 0.01
+"""Share of the ladder's first time that counts as near it, and the share of samples whose jump should begin above."""
 
 
 def rare_start_notes(config: MeanFlowConfig, ladder: Ladder) -> list[str]:
     """Warn of training that hardly meets the first jump of sampling, which everything after rests on."""
-    edge = ladder.times[0] - NEAR
+    edge = NEAR * ladder.times[0]
     below = NormalDist(config.logit_mean, config.logit_std).cdf(math.log(edge / (1 - edge)))
     share = (1 - config.equal_times) * (1 - below**2)
     if share >= ENOUGH:

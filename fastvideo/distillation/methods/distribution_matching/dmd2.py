@@ -2,8 +2,7 @@
 
 The student minimises the reverse KL to the guided teacher at all noise levels. Its gradient is the difference of two
 denoisers: the frozen teacher, and a critic that keeps training on the student's samples. Public implementations differ;
-this one uses a normaliser and a score time per sample, and the student's sample for both losses of a student step
-(``docs/methods/dmd2.md``).
+this one uses a normaliser and a score time per sample (``docs/methods/dmd2.md``).
 """
 
 from __future__ import annotations
@@ -75,16 +74,14 @@ class DMD2Method(DistillMethod[DMD2Config]):
 
     def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
         """The student's loss on its steps; the critic's on the same sample, detached, on its own."""
-        active = self.active_roles(step)
-        student_step = "student" in active
+        student_step = "student" in self.active_roles(step)
         with torch.set_grad_enabled(student_step):
             x0, batch = self.sample(batch)
-        if student_step and self.config.score_and_train:
+        if joint := student_step and self.config.score_and_train:
             yield from self.joint_losses(x0, batch)
-            return
-        if student_step:
+        elif student_step:
             yield self.student_loss(x0, batch)
-        if "critic" in active:
+        if "critic" in self.active_roles(step) and not joint:
             yield from self.critic_losses(x0.detach(), batch)
 
     def sample(self, batch: Batch) -> tuple[Tensor, Batch]:
@@ -155,10 +152,8 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return shift_time(u, shift).clamp(*self.config.score_time_range)
 
 
-def dmd_gradient(
-    x0: Tensor, *, real: Tensor, fake: Tensor, given: FrameMask | None = None, eps: float = 1e-6
-) -> Tensor:
-    """``(fake - real) / (mean |x0 - real| + eps)``, the mean over each sample's generated frames (DMD eq. 8)."""
+def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: FrameMask | None = None) -> Tensor:
+    """``(fake - real) / (mean |x0 - real| + 1e-6)``, the mean over each sample's generated frames (DMD eq. 8)."""
     precise = torch.promote_types(x0.dtype, torch.float32)
     x0, real, fake = x0.to(precise), real.to(precise), fake.to(precise)
-    return (fake - real) / (mean_over_generated((x0 - real).abs(), given) + eps)
+    return (fake - real) / (mean_over_generated((x0 - real).abs(), given) + 1e-6)

@@ -1,8 +1,7 @@
 """LADD: adversarial distillation in latent space, on features of the frozen teacher alone (arXiv 2403.12015).
 
 There is no score difference and no critic: the student must look real at every noise level to heads on the teacher's
-features. Real samples are latents of the data or, as in the paper, guided samples of the teacher, which makes this a
-distillation of the teacher instead of a fit of the data.
+features. Real samples are latents of the data or, as in the paper, guided samples of the teacher.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class LADDConfig(AdversaryConfig):
     teacher_guidance: Guidance = 4.5
     """Their guidance, in the standard convention."""
     rollout: Literal["simulate", "data"] = "simulate"
-    """Input of the student: `simulate` runs the student itself from noise, `data` (the paper) noises real samples to a
-    step of the ladder."""
+    """Input of the student: its own steps from noise (`simulate`), or noised real samples (`data`, the paper)."""
     generator_update_interval: int = Field(default=2, ge=2)
     """Steps per update of the student; the discriminator is updated on all others."""
     renoise_mean: Number = 1.0

@@ -45,9 +45,7 @@ class PhasedDMDConfig(DMD2Config):
     """Guided steps of the teacher from noise to the start of the phase `low`; 0 starts from the student's own phase
     `high`, which fits its sampling, and wants that phase to be trained."""
     score_and_train: Annotated[bool, refused("its phases score noisy samples in a call of their own")] = False
-    """Not possible here."""
     rung_shares: Annotated[Shares, refused("each phase draws among its own steps", "empty")] = ()
-    """Not possible here."""
 
 
 class PhasedDMDMethod(DMD2Method):
