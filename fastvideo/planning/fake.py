@@ -301,7 +301,7 @@ def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
     tells it apart."""
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]
-        family.codec.vae = fake_network(vae.eval().requires_grad_(False), mode)
+        family.codec.vae = fake_network(family.codec.ready(vae.eval().requires_grad_(False)), mode)
         family.codec.latent_key = repr(sorted(vae.config.items()))
 
 
