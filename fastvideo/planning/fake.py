@@ -316,7 +316,7 @@ def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
     """
     if isinstance(family.codec, DiffusersCodec):
         vae: Any = family.folder.frozen_parts()["VAE"]
-        family.codec.vae = fake_network(vae.eval().requires_grad_(False), mode)
+        family.codec.vae = fake_network(family.codec.ready(vae.eval().requires_grad_(False)), mode)
         options, weights = latent_space(family.codec.pipeline.vae_config, vae)
         family.codec.latent_key = repr((options, [(name, tuple(value.shape)) for name, value in weights.items()]))
 

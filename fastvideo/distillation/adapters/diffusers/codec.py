@@ -37,7 +37,11 @@ class DiffusersCodec(Codec):
     def vae(self) -> Any:
         """The autoencoder."""
         autoencoder = library_class("diffusers", self.pipeline.spec.vae)
-        return self.pipeline.frozen(autoencoder, "vae", torch_dtype=torch.float32)
+        return self.ready(self.pipeline.frozen(autoencoder, "vae", torch_dtype=torch.float32))
+
+    def ready(self, vae: Any) -> Any:
+        """An autoencoder as it computes here, such as in tiles."""
+        return vae
 
     @property
     def frame_size(self) -> tuple[int, int]:
