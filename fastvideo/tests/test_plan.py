@@ -29,7 +29,7 @@ from fastvideo.planning.layout import device_bytes, frozen_parts, gathered_bytes
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.rates import Rates, measured_rates
 from fastvideo.planning.report import time_line
-from fastvideo.planning.simulate import StepCost, _train, simulate
+from fastvideo.planning.simulate import Kind, StepCost, _peaks, _train, at_depth, simulate
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.distillation import parse
 
@@ -170,9 +170,7 @@ def test_a_deep_network_goes_on_from_two_small_depths(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_all_equal_lists_of_a_deep_unet_go_on_from_small_depths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_equal_lists_of_a_deep_unet_go_on_from_small_depths(tmp_path: Path) -> None:
     """Six blocks in each of the four places of the coarsest level: down, middle and twice up."""
     options = tiny_options("sdxl", tmp_path / "sdxl")
     file = Path(options["path"]) / "unet" / "config.json"
@@ -187,14 +185,12 @@ def test_all_equal_lists_of_a_deep_unet_go_on_from_small_depths(
         "method": {},
         "data": {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 2},
     }
-    run = fake_run(reading.config_of(values, "test"))
-    lists = stacks(run.method.bundle["student"].network)
+    config = reading.config_of(values, "test")
+    lists = stacks(fake_run(config).method.bundle["student"].network)
     assert [len(blocks) for blocks in lists] == [6] * 4
-    shallow = simulate(run, split=True, leave=True)
-    monkeypatch.setattr("fastvideo.planning.simulate.DEPTHS", (2, 6))
-    whole = simulate(run, split=True, leave=True)
-    assert shallow.peaks == pytest.approx(whole.peaks, rel=1e-3)
-    assert shallow.flops == pytest.approx(whole.flops, rel=1e-6)
+    kind = Kind(Processes(), split=True, leave=True)
+    two, four, whole = (_peaks(config, kind, depth) for depth in (2, 4, None))
+    assert whole == pytest.approx({role: at_depth(6, (2, 4), [two[role], four[role]]) for role in whole}, rel=1e-3)
 
 
 def test_a_count_makes_no_adapters_on_the_host() -> None:
