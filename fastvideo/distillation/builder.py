@@ -413,16 +413,21 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
         )
     config.method.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, families)
-    for role in ("student", *method.autoregressive_roles):
+    for role in ("student", *_autoregressive(config)):
         _check_trained(config, role, families.by_role[role].folder.recipe_of(config.roles[role].path), reach.chunk)
     if not method.makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
 
+def _autoregressive(config: Config) -> tuple[str, ...]:
+    """Roles of this run that continue a past as the student does."""
+    return tuple(role for role in load_method(config.distill_method).autoregressive_roles if role in config.roles)
+
+
 def _check_autoregressive(config: Config, families: Families) -> None:
     """Refuse a teacher that has only seen whole videos where one is needed that continues a past."""
     method = load_method(config.distill_method)
-    for role in () if method.trusts_teachers(config.method) else method.autoregressive_roles:
+    for role in () if method.trusts_teachers(config.method) else _autoregressive(config):
         options = config.roles[role]
         if options.init_from is None and STREAMING not in families.by_role[role].folder.recipe_of(options.path):
             raise UserError(

@@ -39,7 +39,32 @@ class CausalOptions(MethodConfig):
         Raises:
             UserError: naming the option.
         """
-        try:
-            spans(frames, self.reach.chunk)
-        except UserError as error:
-            raise UserError(f"method.{error}") from error
+        _check_chunk(frames, self.reach)
+
+
+class ForcedOptions(MethodConfig):
+    """Options of methods for whole videos that train chunk by chunk too, on the clean chunks before each."""
+
+    reach: Annotated[Reach | None, WrapValidator(_checked_reach)] = None
+    """Latent frames of a chunk, and those that it sees beside its own: the student then generates chunk by chunk, and
+    trains by teacher forcing, as its teacher did. Whole videos without it."""
+    context_time: Fraction = 0.0
+    """With a `reach`, noise on the finished chunks, up to this time in [0, 1]; streams have this much."""
+    allow_bidirectional_teacher: bool = False
+    """With a `reach`, take a teacher whose folder does not say that it generates chunk by chunk."""
+
+    def check_frames(self, frames: int) -> None:
+        """Check that a video has a chunk.
+
+        Raises:
+            UserError: if it has none.
+        """
+        if self.reach is not None:
+            _check_chunk(frames, self.reach)
+
+
+def _check_chunk(frames: int, reach: Reach) -> None:
+    try:
+        spans(frames, reach.chunk)
+    except UserError as error:
+        raise UserError(f"method.{error}") from error
