@@ -55,3 +55,5 @@ OnSwitch = Literal["recache", "keep", "flush", "cut"]
 """Treatment of a stream's past when its prompt changes: ``recache`` computes it anew with the new prompt (LongLive,
 arXiv 2509.22622), ``keep`` changes nothing, ``flush`` leaves the sink and the last chunk (Infinity-RoPE,
 arXiv 2511.20649), ``cut`` begins an empty one."""
+ON_SWITCH: OnSwitch = "flush"
+"""That of streams unless said otherwise: a new prompt shows soonest of those that go on with the scene, at no cost."""

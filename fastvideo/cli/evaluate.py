@@ -22,7 +22,7 @@ from fastvideo.cli.arguments import (
 )
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
-from fastvideo.ranges import BatchSize, GuidanceScale, HeldOut, OnSwitch, Samples, Seed, Steps
+from fastvideo.ranges import ON_SWITCH, BatchSize, GuidanceScale, HeldOut, OnSwitch, Samples, Seed, Steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,9 +54,9 @@ class EvaluateArguments:
     seams, exposure bias. For models whose recipe.json has `streaming`."""
     switches: HeldOut = 0
     """With --long, also so many streams whose prompt changes in the middle: frames until it shows, and its price."""
-    on_switch: OnSwitch = "recache"
-    """Memory of a stream when its prompt changes: the past read again under the new prompt, as it was, its sink
-    and last chunk alone, or nothing."""
+    on_switch: OnSwitch = ON_SWITCH
+    """Memory of a stream when its prompt changes: the past read again under the new prompt (recache), as it was (keep),
+    its sink and last chunk alone (flush), or nothing (cut)."""
     prompts: Annotated[Samples | str | None, tyro.conf.arg(metavar="FILE|URL|INT", help_behavior_hint="")] = None
     """Text file (or a URL) with a prompt per line, for --teacher; or how many held-out prompts of the tiny world
     (default: 512, with --long 128). All models get the same ones, and the same noise."""
@@ -166,7 +166,7 @@ def world_prompts(arguments: EvaluateArguments) -> int:
 def _check_together(arguments: EvaluateArguments) -> None:
     """Refuse options of streams without ``--long``, and ``--long`` beside other measurements."""
     if arguments.long is None:
-        if arguments.switches or arguments.on_switch != "recache":
+        if arguments.switches or arguments.on_switch != ON_SWITCH:
             raise UserError("--switches and --on-switch are for streams: add --long FRAMES, such as --long 129")
         return
     for name in ("teacher", "sweep_guidance"):

@@ -24,7 +24,7 @@ from fastvideo.cli.arguments import (
     parse,
 )
 from fastvideo.errors import UserError
-from fastvideo.ranges import OnSwitch, Scale, Seed, WrittenRate
+from fastvideo.ranges import ON_SWITCH, OnSwitch, Scale, Seed, WrittenRate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +73,9 @@ class GenerateArguments:
     """Tokens of a prompt that the model sees."""
     switch: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FRAME:PROMPT")] = ()
     """Change the prompt of a stream from a frame on, such as 65:"a red seven moving up"; may be repeated."""
-    on_switch: OnSwitch = "recache"
-    """Past of a stream at a switch: read it again under the new prompt (recache), leave it as it is (keep), keep its
-    sink and last chunk (flush), or begin a new video (cut)."""
+    on_switch: OnSwitch = ON_SWITCH
+    """Past of a stream at a switch: keep its sink and last chunk (flush), read all of it again under the new prompt
+    (recache), leave it as it is (keep), or begin a new video (cut)."""
     window: OptionalFrames = None
     """Latent frames of the past that a streaming student sees, instead of those it was trained with."""
     device: str = "cpu"

@@ -30,7 +30,7 @@ from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.chunks import STREAMING, Masked
-from fastvideo.distillation.config.causal import CausalOptions, reach_of
+from fastvideo.distillation.config.causal import StreamOptions, reach_of
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
@@ -245,7 +245,7 @@ def check_kind(config: Config, kind: TrajectoryKind) -> None:
 def _check_teacher(config: Config, adapter: Adapter, kind: TrajectoryKind) -> None:
     """Refuse a teacher that has only seen whole videos where chunks go on from clean ones."""
     path, own = config.method.teacher_path, config.method
-    trusted = isinstance(own, CausalOptions) and own.trusts_teachers
+    trusted = isinstance(own, StreamOptions) and own.trusts_teachers
     if kind == "causal" and not trusted and STREAMING not in adapter.folder.recipe_of(path):
         raise UserError(
             f"method.teacher_path: {path or config.model.path} makes whole videos at once (its recipe.json has no "

@@ -19,7 +19,7 @@ from fastvideo.distillation.bridge import bridge_between
 from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check_roles, same_space
 from fastvideo.distillation.chunks import STREAMING
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
-from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.causal import StreamOptions, streaming
 from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
@@ -438,8 +438,8 @@ def _check_derivatives(config: Config, family: Adapter, processes: Processes) ->
 
 def _check_reach(config: Config, families: Families, processes: Processes) -> None:
     """A student that generates chunk by chunk needs chunks, a ladder from pure noise, and whole samples."""
-    own, name = config.method, config.distill_method
-    if not isinstance(own, CausalOptions):
+    own, name = streaming(config.method), config.distill_method
+    if own is None:
         return
     if processes.context > 1:
         raise UserError(
@@ -448,15 +448,20 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
         )
     own.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, own, families)
-    for role in ("student", *own.autoregressive_roles):
+    for role in ("student", *_autoregressive(config, own)):
         _check_trained(config, own, role, families.by_role[role].folder.recipe_of(config.roles[role].path))
     if not load_method(name).makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
 
-def _check_autoregressive(config: Config, own: CausalOptions, families: Families) -> None:
+def _autoregressive(config: Config, own: StreamOptions) -> tuple[str, ...]:
+    """Roles of this run that continue a past as the student does."""
+    return tuple(role for role in own.autoregressive_roles if role in config.roles)
+
+
+def _check_autoregressive(config: Config, own: StreamOptions, families: Families) -> None:
     """Refuse a teacher that has only seen whole videos where one is needed that continues a past."""
-    for role in () if own.trusts_teachers else own.autoregressive_roles:
+    for role in () if own.trusts_teachers else _autoregressive(config, own):
         options = config.roles[role]
         if options.init_from is None and STREAMING not in families.by_role[role].folder.recipe_of(options.path):
             raise UserError(
@@ -466,10 +471,11 @@ def _check_autoregressive(config: Config, own: CausalOptions, families: Families
             )
 
 
-def _check_trained(config: Config, own: CausalOptions, role: str, recipe: Mapping[str, Any]) -> None:
+def _check_trained(config: Config, own: StreamOptions, role: str, recipe: Mapping[str, Any]) -> None:
     """Refuse weights of chunks of another length, and a teacher that never saw as much noise on a past."""
     if STREAMING not in recipe or config.roles[role].init_from is not None:
         return
+    assert own.reach is not None, "these are options of a stream"
     path, known, chunk = config.roles[role].path or config.model.path, recipe[STREAMING], own.reach.chunk
     if (trained := known.get("chunk", chunk)) != chunk:
         raise UserError(

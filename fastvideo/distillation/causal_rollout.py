@@ -134,12 +134,12 @@ def recache(denoiser: Denoiser, past: Past, condition: Condition, *, t: float = 
 
 
 def forced_velocity(
-    denoiser: Denoiser, past: Masked, condition: Condition, negative: Condition, guidance: GuidanceValue
+    denoiser: Denoiser, past: Masked | None, condition: Condition, negative: Condition, guidance: GuidanceValue
 ) -> Velocity:
-    """The guided velocity of all chunks of a video at one time ``t`` ``[B]``, each on its clean past."""
+    """The guided velocity of a video at one time ``t`` ``[B]``: of the whole, or of chunks on their clean past."""
 
     def predict(x_t: Tensor, t: Tensor, *, r: Tensor | None = None) -> Tensor:
-        times = t[:, None].expand(-1, x_t.shape[2])
+        times = t if past is None else t[:, None].expand(-1, x_t.shape[2])
         return denoiser.guided_velocity(x_t, times, condition, negative, guidance, r=r, contexts=(past, past))
 
     return predict

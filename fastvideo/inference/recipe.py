@@ -12,7 +12,7 @@ from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.chunks import STREAMING, Reach
 from fastvideo.distillation.config.base import Time
-from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.errors import UserError, counted
@@ -33,7 +33,7 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
         "weights": weights,
         "steps": step,
     }
-    if isinstance(own := config.method, CausalOptions):
+    if (own := streaming(config.method)) is not None:
         recipe[STREAMING] = {**asdict(own.reach), "context_time": own.context_time}
         if first := own.first_times:
             recipe[STREAMING]["first_ladder"] = list(first)

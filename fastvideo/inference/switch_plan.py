@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastvideo.errors import UserError
 from fastvideo.inference.streaming import Streamer
-from fastvideo.ranges import OnSwitch
+from fastvideo.ranges import ON_SWITCH, OnSwitch
 
 FORM = 'FRAME:"PROMPT", such as 65:"a red seven moving up", is expected'
 
@@ -43,7 +43,7 @@ class SwitchPlan:
 
 
 def plan_switches(
-    streamer: Streamer, frames: int, wanted: Sequence[PlannedSwitch], on_switch: OnSwitch = "recache"
+    streamer: Streamer, frames: int, wanted: Sequence[PlannedSwitch], on_switch: OnSwitch = ON_SWITCH
 ) -> SwitchPlan:
     """Move every switch to the next chunk, and check its prompt.
 

@@ -22,7 +22,7 @@ from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError, did_you_mean
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock, StreamStats
-from fastvideo.ranges import OnSwitch
+from fastvideo.ranges import ON_SWITCH, OnSwitch
 
 Frames = npt.NDArray[np.uint8]
 Texts = tuple[Condition, Condition]
@@ -174,12 +174,12 @@ class VideoStream:
         moment = self._moment
         return self._clock.read(moment.frames, moment.past_bytes, moment.decode.bytes)
 
-    def prompt(self, text: str, on_switch: OnSwitch = "recache") -> None:
+    def prompt(self, text: str, on_switch: OnSwitch = ON_SWITCH) -> None:
         """Set the prompt from the next chunk on; of several before it, the last one wins.
 
         Args:
-            on_switch: what stays of the past: ``recache`` reads it again under the new prompt, ``keep`` leaves it,
-                ``flush`` keeps the sink and the last chunk, ``cut`` begins a new video.
+            on_switch: what stays of the past: ``flush`` keeps the sink and the last chunk, ``recache`` reads all of it
+                again under the new prompt, ``keep`` leaves it, ``cut`` begins a new video.
 
         Raises:
             UserError: for a prompt that the model cannot take, or an unknown policy; the stream goes on as before.

@@ -21,6 +21,7 @@ from fastvideo.live.clock import Clock
 from fastvideo.live.reading import Reader
 from fastvideo.live.sprites import sprite
 from fastvideo.live.steering import Asked, asked, attributes_of, changed
+from fastvideo.ranges import ON_SWITCH
 
 Kind = Literal["switch", "cut", "again"]
 """Ways to take a prompt: go on with the scene, begin another one, or start over from the first noise."""
@@ -207,7 +208,7 @@ class Session:
             stream = self.streamer.resume(self._opening)
             stream.prompt(wish.prompt, on_switch="keep")
         else:
-            stream.prompt(wish.prompt, on_switch="cut" if wish.kind == "cut" else "recache")
+            stream.prompt(wish.prompt, on_switch="cut" if wish.kind == "cut" else ON_SWITCH)
         self._stream = stream
         if self._reader is not None:
             self._reader.ask(attributes_of(wish.prompt), self._frame, cut=wish.kind != "switch")

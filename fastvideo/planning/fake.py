@@ -23,7 +23,7 @@ from fastvideo.distillation.adapters.diffusers.folder import block_classes
 from fastvideo.distillation.builder import Adapter, Config, Families, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.bundle import RoleHandle, same_space
 from fastvideo.distillation.config.base import MethodConfig
-from fastvideo.distillation.config.causal import CausalOptions, reach_of, uses_switches
+from fastvideo.distillation.config.causal import reach_of, streaming, uses_switches
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement
 from fastvideo.distillation.experts import Experts, networks_of
@@ -302,7 +302,7 @@ def _without_files(config: Config) -> Config:
 def _trusting(config: Config) -> MethodConfig:
     """The method's options with every term of the loss in it from the first step, and teachers taken as they come."""
     trusted: dict[str, Any] = {}
-    if isinstance(config.method, CausalOptions) and config.method.autoregressive_roles:
+    if (own := streaming(config.method)) is not None and own.autoregressive_roles:
         trusted["allow_bidirectional_teacher"] = True
     if "frame_warmup_steps" in type(config.method).model_fields:
         trusted |= {"frame_warmup_steps": 0, "trust_frame_teacher": True}

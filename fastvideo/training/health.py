@@ -21,7 +21,7 @@ from torch import Tensor
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.chunks import Masked, spans
 from fastvideo.distillation.config.base import by_time
-from fastvideo.distillation.config.causal import CausalOptions, reach_of
+from fastvideo.distillation.config.causal import reach_of, streaming
 from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
@@ -124,7 +124,7 @@ class HealthCheck:
         teacher = self.method.bundle["teacher"]
         family = teacher.adapter
         sampler = SamplerSpec.teacher(family.folder.teacher_times(self.options.teacher_steps), self._guidance(family))
-        if isinstance(options := self.method.config, CausalOptions) and "teacher" in options.autoregressive_roles:
+        if (own := streaming(self.method.config)) is not None and "teacher" in own.autoregressive_roles:
             sampler = replace(sampler, reach=self.wanted.sampler.reach)
         shared, wanted = replace(self.shared, family=family), replace(self.wanted, sampler=sampler)
         made = shared.latents_and_videos(teacher, wanted, "the teacher's videos")

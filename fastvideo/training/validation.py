@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.builder import Adapter, Config, Method
-from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
@@ -57,7 +57,7 @@ def build_validation(
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
         conditioner.keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
-    if isinstance(own := method.config, CausalOptions):
+    if (own := streaming(method.config)) is not None:
         sampler = replace(sampler, reach=own.reach, context_time=own.context_time, first_times=own.first_times)
     wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
     shared = SharedSampler(adapter, processes)

@@ -9,6 +9,7 @@ from pydantic import WrapValidator
 
 from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.config.base import MethodConfig
+from fastvideo.distillation.types import Need
 from fastvideo.errors import UserError
 from fastvideo.ranges import Fraction
 
@@ -21,20 +22,13 @@ def _checked_reach(value: object, validate: Callable[[object], Reach]) -> Reach:
         raise ValueError(str(error).removeprefix("reach.")) from error
 
 
-class CausalOptions(MethodConfig):
-    """Options of every method whose student generates chunk by chunk."""
+class StreamOptions(MethodConfig):
+    """Options of every method whose student generates chunk by chunk, always or where its config has a ``reach``."""
 
-    needs = frozenset({"chunks"})
     autoregressive_roles: ClassVar[tuple[str, ...]] = ()
     """Frozen roles that continue a past as the student does: their weights come from a model that was trained to."""
-    reach: Annotated[Reach, WrapValidator(_checked_reach)] = Reach()
-    """Latent frames of a chunk, and those that it sees beside its own: `chunk`, `window` (past frames; all without it),
-    `sink` (first frames that stay visible) and `positions` (`window` or `absolute`). Train with the window that you
-    stream with."""
-    context_time: Fraction = 0.0
-    """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean. Rollouts and
-    streams have this much; teacher forcing draws times up to it, as the code of Causal Forcing does, so that the
-    weights know less noise too, and can be the start of a method with less."""
+    reach: Reach | None
+    context_time: Fraction
 
     @property
     def first_times(self) -> tuple[float, ...]:
@@ -57,17 +51,60 @@ class CausalOptions(MethodConfig):
         Raises:
             UserError: naming the option.
         """
+        if self.reach is None:
+            return
         try:
             spans(frames, self.reach.chunk)
         except UserError as error:
             raise UserError(f"method.{error}") from error
 
 
+class CausalOptions(StreamOptions):
+    """Options of methods for students that generate chunk by chunk."""
+
+    needs = frozenset({"chunks"})
+    reach: Annotated[Reach, WrapValidator(_checked_reach)] = Reach()
+    """Latent frames of a chunk, and those that it sees beside its own: `chunk`, `window` (past frames; all without it),
+    `sink` (first frames that stay visible) and `positions` (`window` or `absolute`). Train with the window that you
+    stream with."""
+    context_time: Fraction = 0.0
+    """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean. Rollouts and
+    streams have this much; teacher forcing draws times up to it, as the code of Causal Forcing does, so that the
+    weights know less noise too, and can be the start of a method with less."""
+
+
+class ForcedOptions(StreamOptions):
+    """Options of methods for whole videos that train chunk by chunk too, on the clean chunks before each."""
+
+    autoregressive_roles = ("teacher",)
+    reach: Annotated[Reach | None, WrapValidator(_checked_reach)] = None
+    """Latent frames of a chunk, and those that it sees beside its own: the student then generates chunk by chunk, and
+    trains by teacher forcing, as its teacher did. Whole videos without it."""
+    context_time: Fraction = 0.0
+    """With a `reach`, noise on the finished chunks, up to this time in [0, 1]; streams have this much."""
+    allow_bidirectional_teacher: bool = False
+    """With a `reach`, take a teacher whose folder does not say that it generates chunk by chunk."""
+
+    @property
+    def trusts_teachers(self) -> bool:
+        return self.allow_bidirectional_teacher
+
+    @property
+    def chunk_needs(self) -> frozenset[Need]:
+        """Abilities that a ``reach`` needs of the families."""
+        return frozenset() if self.reach is None else frozenset({"chunks"})
+
+
+def streaming(options: MethodConfig) -> StreamOptions | None:
+    """The options of a student that generates chunk by chunk; ``None`` for one that makes whole videos at once."""
+    return options if isinstance(options, StreamOptions) and options.reach is not None else None
+
+
 def reach_of(options: MethodConfig) -> Reach | None:
     """Frames that a chunk of the student sees; ``None`` for a student that makes whole videos at once."""
-    return options.reach if isinstance(options, CausalOptions) else None
+    return options.reach if isinstance(options, StreamOptions) else None
 
 
 def uses_switches(options: MethodConfig) -> bool:
     """True for a method whose streams switch prompts, as configured."""
-    return isinstance(options, CausalOptions) and options.switches
+    return isinstance(options, StreamOptions) and options.switches

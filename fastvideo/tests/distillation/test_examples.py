@@ -14,7 +14,7 @@ import pytest
 from fastvideo.conformance.tiny import MADE
 from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import build_adapter, build_method
-from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.causal import StreamOptions
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.tests.distillation.tiny import cogvideox_folder, made_family
@@ -74,7 +74,7 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     use_toys(values, tiny_wan.parent)
     if values["distill_model"] == "wan":
         options = load_method(values["distill_method"]).Config
-        streams = issubclass(options, CausalOptions) and options.autoregressive_roles
+        streams = issubclass(options, StreamOptions) and options.autoregressive_roles
         reach = values["method"].get("reach", {})
         values["model"]["path"] = str(streaming(tiny_wan, reach.get("chunk", 1)) if streams else tiny_wan)
         for role in values["roles"].values():

@@ -150,6 +150,15 @@ def test_what_a_switch_keeps(streamer: Streamer, policy: str, starts: list[int])
     assert (stream.switch.frame, stream.switch.prompt, stream.prompt_in_force) == (17, NEW, NEW)
 
 
+def test_a_prompt_alone_flushes(streamer: Streamer) -> None:
+    """The policy under which a new prompt shows soonest, of those that go on with the scene."""
+    stream = streamer.open(OLD)
+    taken(stream, 5)
+    stream.prompt(NEW)
+    next(stream)
+    assert [piece.start for piece in past_of(stream).pieces] == [0, 4]
+
+
 def test_the_past_under_each_policy(streamer: Streamer) -> None:
     """``keep`` holds keys of the old text; ``recache`` those of one that made the same latents under the new text."""
     kept, recached = past_of(switched(streamer, "keep")), past_of(switched(streamer, "recache"))
@@ -179,7 +188,7 @@ def test_one_recache_per_accepted_prompt(streamer: Streamer) -> None:
     stream, calls = streamer.open(OLD), []
     taken(stream, 5)
     for prompt in (OLD, NEW):
-        stream.prompt(prompt)
+        stream.prompt(prompt, "recache")
     with streamer.model.network.register_forward_hook(lambda *_: calls.append(1)):
         next(stream)
         first = len(calls)

@@ -12,6 +12,7 @@ import torch
 
 from fastvideo.errors import UserError
 from fastvideo.inference.stream_stats import StreamStats
+from fastvideo.ranges import ON_SWITCH
 from fastvideo.tiny.captions import COLOURS, DIRECTIONS, Attributes, parse_caption
 from fastvideo.tiny.render import Motion, render
 from fastvideo.tiny.world import _RGB, _VECTORS, SIZE, split_images
@@ -60,7 +61,7 @@ class WorldStream:
         self._scene = replace(self._scene, centre=now, frames=self._scene.frames + 1)
         return now
 
-    def prompt(self, text: str, on_switch: str = "recache") -> None:
+    def prompt(self, text: str, on_switch: str = ON_SWITCH) -> None:
         if text == REFUSED:
             raise UserError("the model itself refuses this")
         start = Scene(parse_caption(text)) if on_switch == "cut" else replace(self._scene, asked=parse_caption(text))

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.causal_rollout import forced_velocity
+from fastvideo.distillation.chunks import Masked
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.causal import ForcedOptions
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.methods.causal import Forced
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
@@ -30,7 +33,7 @@ LOSS_WEIGHT = "loss_weight"
 FREQUENCIES = 4
 
 
-class SCMConfig(DerivativeConfig, OptimizerOptions):
+class SCMConfig(ForcedOptions, DerivativeConfig, OptimizerOptions):
     """Options of sCM."""
 
     teacher_guidance: Guidance = 5.0
@@ -66,10 +69,11 @@ class LossWeight(nn.Module):
         return self.linear(torch.cat([phase.sin(), phase.cos()], dim=1))[:, 0]  # type: ignore[no-any-return]
 
 
-class SCMMethod(DistillMethod[SCMConfig]):
+class SCMMethod(Forced, DistillMethod[SCMConfig]):
     """Student, its loss weight, and a teacher for distillation."""
 
     Config = SCMConfig
+    config: SCMConfig
     trainable_roles = ("student", LOSS_WEIGHT)
     optional_roles = ("teacher",)
     sampler = "renoise"
@@ -88,7 +92,7 @@ class SCMMethod(DistillMethod[SCMConfig]):
 
     @classmethod
     def needs_of(cls, config: SCMConfig) -> frozenset[Need]:
-        return config.derivative_needs
+        return config.derivative_needs | config.chunk_needs
 
     @classmethod
     def heads(cls, config: SCMConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
@@ -107,20 +111,17 @@ class SCMMethod(DistillMethod[SCMConfig]):
         """Tangent before normalisation, and the error ``[B]`` whose gradient moves ``F`` along it."""
         cos, sin = expand_time(angle.cos(), noise), expand_time(angle.sin(), noise)
         x = cos * batch.latents + sin * noise
-        flow = self.flow(batch, x, angle) if "teacher" in self.bundle else cos * noise - sin * batch.latents
-        field = trig_field(partial(self.student.velocity, condition=batch.condition))
+        past = self.past(batch)
+        flow = self.flow(batch, x, angle, past) if "teacher" in self.bundle else cos * noise - sin * batch.latents
+        field = trig_field(forced_velocity(self.student, past, batch.condition, batch.negative, 1.0))
         constant, given = self.config.tangent_constant, batch.condition.given
         return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given)
 
     @torch.no_grad()
-    def flow(self, batch: Batch, x: Tensor, angle: Tensor) -> Tensor:
+    def flow(self, batch: Batch, x: Tensor, angle: Tensor, past: Masked | None) -> Tensor:
         """``dx / d angle`` of the guided teacher."""
-
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            conditions = (batch.condition, batch.negative)
-            return self.bundle["teacher"].guided_velocity(x_t, t, *conditions, self.config.teacher_guidance)
-
-        return trig_field(guided)(x, angle)
+        guided = batch.condition, batch.negative, self.config.teacher_guidance
+        return trig_field(forced_velocity(self.bundle["teacher"], past, *guided))(x, angle)
 
     def angles(self, count: int) -> Tensor:
         """Training times ``[count]``: ``arctan`` of a log-normal."""

@@ -15,20 +15,24 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.causal_rollout import Continuation, forced_velocity, roll
+from fastvideo.distillation.chunks import Past, spans
 from fastvideo.distillation.config.base import Guidance, Shares
+from fastvideo.distillation.config.causal import ForcedOptions
 from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
+from fastvideo.distillation.methods.causal import Forced
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
-from fastvideo.distillation.noise import add_noise, expand_time, velocity_target
+from fastvideo.distillation.noise import add_noise, expand_time, full_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.rollout import Ladder, Velocity
 from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
-class RCMConfig(DMD2Config, DerivativeConfig):
+class RCMConfig(ForcedOptions, DMD2Config, DerivativeConfig):
     """Options of rCM, besides those of DMD2."""
 
     rollout: Literal["simulate"] = "simulate"
@@ -61,7 +65,7 @@ class RCMConfig(DMD2Config, DerivativeConfig):
     """Constant added to the tangent's root mean square in its normalisation."""
 
 
-class RCMMethod(DMD2Method):
+class RCMMethod(Forced, DMD2Method):
     """Student, frozen teacher, critic."""
 
     bridges = False
@@ -76,7 +80,7 @@ class RCMMethod(DMD2Method):
 
     @classmethod
     def needs_of(cls, config: RCMConfig) -> frozenset[Need]:  # type: ignore[override]
-        return config.derivative_needs
+        return config.derivative_needs | config.chunk_needs
 
     @classmethod
     def uses_latents(cls, config: DMD2Config) -> bool:
@@ -110,14 +114,10 @@ class RCMMethod(DMD2Method):
     def consistency_error(self, batch: Batch, angle: Tensor, noise: Tensor, warmup: float) -> tuple[Tensor, Tensor]:
         """Tangent before normalisation, and the squared error ``[B]``."""
         x = expand_time(angle.cos(), noise) * batch.latents + expand_time(angle.sin(), noise) * noise
-
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            conditions = (batch.condition, batch.negative)
-            return self.teacher.guided_velocity(x_t, t, *conditions, self.config.teacher_guidance)
-
+        past, texts = self.past(batch), (batch.condition, batch.negative)
         with torch.no_grad():
-            flow = trig_field(guided)(x, angle)
-        field = trig_field(partial(self.student.velocity, condition=batch.condition))
+            flow = trig_field(forced_velocity(self.teacher, past, *texts, self.config.teacher_guidance))(x, angle)
+        field = trig_field(forced_velocity(self.student, past, *texts, 1.0))
         form = consistency_tangent if self.config.tangent_warmup == "both" else sample_warmup_tangent
         constant, given = self.config.tangent_constant, batch.condition.given
         return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given, form)
@@ -125,16 +125,28 @@ class RCMMethod(DMD2Method):
     def rollout(self, batch: Batch, turn: int = 0) -> Tensor:
         """Clean sample of the student after ``turn mod rollout_steps + 1`` calls, the last with gradient.
 
+        With a ``reach`` the student streams it, each chunk in so many calls on its own past.
+        """
+        x, reach = self.rng.normal(batch.shape), self.config.reach
+        solve = partial(self.solved, earlier=turn % self.config.rollout_steps)
+        if reach is None:
+            return solve(partial(self.student.velocity, condition=batch.condition), x)
+        stream = Continuation(self.student, batch.condition, self.config.context_time, self.rng.normal_like)
+        noises = torch.split(x, [end - start for start, end in spans(x.shape[2], reach.chunk)], dim=2)
+        return torch.cat([chunk for _, chunk in roll(stream, Past(reach), noises, solve)], dim=2)
+
+    def solved(self, velocity: Velocity, noise: Tensor, earlier: int) -> Tensor:
+        """Clean sample from ``noise`` after ``earlier`` calls without gradient and one with.
+
         Times fall from pure noise: each is the lower of the previous one and a draw, per sample.
         """
-        x = self.rng.normal(batch.shape)
-        t = torch.ones(len(batch), dtype=torch.float32, device=x.device)
+        x, t = noise, full_time(noise, 1.0)
         with torch.no_grad():
-            for _ in range(turn % self.config.rollout_steps):
-                x0 = self.student.x0(x, t, batch.condition)
-                t = torch.minimum(t, Interpolant.trigflow(self.angles(len(batch))).flow_time)
+            for _ in range(earlier):
+                x0 = velocity_to_x0(x, velocity(x, t), t)
+                t = torch.minimum(t, Interpolant.trigflow(self.angles(len(x))).flow_time)
                 x = add_noise(x0, self.rng.normal_like(x0), t)
-        return self.student.x0(x, t, batch.condition)
+        return velocity_to_x0(x, velocity(x, t), t)
 
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Velocity matching in TrigFlow on the student's samples: ``hypot(t, 1 - t)`` times the flow's own error."""

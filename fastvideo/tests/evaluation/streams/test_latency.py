@@ -12,6 +12,7 @@ from fastvideo.evaluation.metrics import named_attributes
 from fastvideo.evaluation.statistics import Estimate, resample_counts
 from fastvideo.evaluation.streams.latency import FLOOR, latencies, switch_figures
 from fastvideo.evaluation.streams.observer import observe_streams
+from fastvideo.inference.loading import load_model
 from fastvideo.tests.evaluation.streams.scenes import switched
 from fastvideo.tiny.captions import parse_caption
 from fastvideo.tiny.switches import switch_pairs
@@ -57,6 +58,24 @@ def test_an_instant_switch_takes_the_floor() -> None:
     assert found["kept_before"].value >= 0.95
     assert found["kept_after"].value >= 0.95
     assert found["continuous"].value >= 0.8
+
+
+@pytest.mark.slow
+def test_the_vae_holds_a_colour_longer_than_a_shape_or_a_motion() -> None:
+    """The floor of a student: frames that switch at once, encoded and decoded. A colour shows two chunks later."""
+    codec = load_model("tiny_stream").adapter.codec
+    with torch.no_grad():
+        latents = codec.encode(shown_from(SWITCH))
+        decode = codec.frame_decoder()
+        videos = torch.cat([decode(frame) for frame in latents.split(1, dim=2)], dim=2)
+    seen = observe_streams(videos, range(SWITCH - 9, FRAMES - 8))
+    wanted, changed = (named_attributes([pair.after for pair in PAIRS]), [pair.changed for pair in PAIRS])
+    right = torch.stack([seen.read[i, :, at] == wanted[i, at] for i, at in enumerate(changed)])
+    took = latencies(right, torch.tensor(seen.starts) + 8, SWITCH).tolist()
+    shape_or_motion = [frames for frames, at in zip(took, changed, strict=True) if at != 1]
+    colours = [frames for frames, at in zip(took, changed, strict=True) if at == 1]
+    assert max(shape_or_motion) <= FLOOR + 2
+    assert 9 <= min(colours) <= max(colours) <= 17
 
 
 def test_a_late_switch_takes_as_much_longer() -> None:

@@ -143,7 +143,7 @@ def test_command_measures_streams(folder: str, tmp_path: Path) -> None:
     run_evaluate(arguments, console)
     text = console.export_text()
     assert "2 streams of 25 frames" in text
-    assert "2 prompt switches (recache)" in text
+    assert "2 prompt switches (flush)" in text
     values = json.loads((tmp_path / "out" / "metrics.json").read_text())
     row = values[folder]
     assert row["network_calls"] == 2
