@@ -1,8 +1,8 @@
 """``make demo-families``: what a teacher of images adds to a student of videos, measured in the soft world.
 
 The video teacher knows half the resolution; the frame teacher, a tiny SDXL, knows sharp stills and nothing of motion.
-Arms of one seed differ in the frame term alone: without it, at low noise, at all noise, without the video term, and with
-a frame teacher that takes words for others.
+Arms of one seed differ in the frame term alone: without it, at low noise, at all noise, without the video term, and
+with a frame teacher that takes words for others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 
 from fastvideo.demo import PICTURE, is_earlier_demo, side_by_side, student_updates, train_config
 from fastvideo.demo_stream import print_goals
-from fastvideo.tiny.paths import WEIGHTS
+from fastvideo.tiny.paths import STILLS_FOLDER
 from fastvideo.tiny.shuffled import with_shuffled_words
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def arm_values(arm: Arm, folder: Path) -> dict[str, Any]:
         values["method"] = {name: value for name, value in values["method"].items() if not name.startswith(own)}
     values["method"] |= arm.method
     if arm.shuffled:
-        other = with_shuffled_words(WEIGHTS / "stills", folder / "shuffled_words")
+        other = with_shuffled_words(STILLS_FOLDER, folder / "shuffled_words")
         for name in ("frame_teacher", "frame_critic"):
             values["roles"][name]["model"] = values["roles"][name]["model"] | {"path": str(other)}
     return values
@@ -202,7 +202,7 @@ def _train(arguments: FamiliesDemoArguments, values: dict[str, Any], folder: Pat
 
 
 def evaluate(arguments: FamiliesDemoArguments, more: Mapping[str, Any]) -> list[Goal]:
-    """Measure teacher, untrained sampler and students on the same prompts and noise; write the page; returns the goals."""
+    """Measure teacher, untrained sampler and students on the same prompts and noise, write the page; returns goals."""
     from fastvideo.data.video_io import write_video
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.judge import Judge

@@ -7,8 +7,8 @@ Stages and their wall times on one core, in order: `classifier` (the judge, 7 mi
 (its decoder alone once more, 25 minutes), `text` (tokenizer and random text encoder, at once), `transformer` (random
 weights, at once), `teacher` (trained by the `sft` method, 2.5 hours; run it from the root of the repository). Without
 --stage all of them run. The times are those of Wan; CogVideoX distils `vae` and `teacher` from the shipped Wan
-pipeline, in less time, and `soft` tunes its network on soft videos. `stills` is the tiny SDXL, on single frames. A stage
-replaces FOLDER/classifier or its part of FOLDER/pipeline; the others stay.
+pipeline, in less time, and `soft` tunes its network on soft videos. `stills` is the tiny SDXL, of single frames. A
+stage replaces FOLDER/classifier or its part of FOLDER/pipeline; the others stay.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ class DataConfig(Section):
     """Training data: preprocessed videos, the embedded world, or prompts alone."""
 
     path: str = "tiny"
-    """`tiny` (the embedded world of moving digits) or `tiny_stream` (the same without edges, for streams), or a Parquet
+    """`tiny` (the embedded world of moving digits) or `tiny_stream` (the same without edges, for streams), `tiny_soft` (its
+    videos at half resolution) or `tiny_stills` (single frames of them), or a Parquet
     file or folder in FastVideo's public schema, as `fastvideo preprocess` writes it, or WebDataset's tar shards; local
     or a URL (`s3://bucket/folder`). A method that needs no videos reads captions and text embeddings alone. See
     `docs/storage.md`."""
