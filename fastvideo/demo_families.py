@@ -33,7 +33,7 @@ DEMO, SHORT_DEMO = Path("outputs/demo_families"), Path("outputs/demo_families_sh
 VIDEO_TEACHER, FRAME_TEACHER = "tiny_soft", "tiny_stills"
 FIGURES = ("digit", "colour", "direction", "sharpness", "frechet")
 SHORT_PROMPTS, TEACHER_STEPS, SHORT_TEACHER_STEPS = 48, 50, 4
-KEPT_VIDEOS = 12
+KEPT_VIDEOS, SHORT_REFERENCE = 12, 256
 MOTION_LOST = 0.8
 """Share of directions read right below which motion counts as lost."""
 EVALUATION_SEED = 0
@@ -205,13 +205,13 @@ def evaluate(arguments: FamiliesDemoArguments, more: Mapping[str, Any]) -> list[
     """Measure teacher, untrained sampler and students on the same prompts and noise, write the page; returns goals."""
     from fastvideo.data.video_io import write_video
     from fastvideo.evaluation.evaluate import evaluate_rows
-    from fastvideo.evaluation.judge import Judge
+    from fastvideo.evaluation.judge import REFERENCE_VIDEOS, Judge
     from fastvideo.evaluation.report import write_report
     from fastvideo.evaluation.report_store import save_measured
     from fastvideo.evaluation.stills import sharpness
 
     out, prompts = arguments.folder, SHORT_PROMPTS if arguments.short else arguments.prompts
-    judge = Judge(prompts, EVALUATION_SEED)
+    judge = Judge(prompts, EVALUATION_SEED, reference=SHORT_REFERENCE if arguments.short else REFERENCE_VIDEOS)
     found = evaluate_rows(compared(arguments), prompts=prompts, keep_videos=prompts, judge=judge)
     scale = sharpness(judge.real_videos())
     figures = {name: figures_of(found.rows[name], sharpness(videos) / scale) for name, videos in found.videos.items()}
@@ -219,7 +219,7 @@ def evaluate(arguments: FamiliesDemoArguments, more: Mapping[str, Any]) -> list[
     kept = {name: videos[:KEPT_VIDEOS] for name, videos in found.videos.items()}
     verdicts = {goal.name: goal.to_dict() for goal in goals}
     found = replace(found, videos=kept, prompts=found.prompts[:KEPT_VIDEOS])
-    save_measured(out, found, arms=figures, goals=verdicts, **more)
+    save_measured(out, found, families={"arms": figures, **more}, goals=verdicts)
     write_report([out])
     write_video(out / PICTURE, side_by_side(kept), scale=3)
     print_table(arguments, figures, goals)

@@ -19,14 +19,14 @@ def test_arms_are_trained_and_measured_side_by_side(tmp_path: Path, capsys: pyte
     found = json.loads((out / "metrics.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found["goals"]
     assert found["goals"].keys() == {"video_digit", "still_student_digit_over_teacher"}
-    assert found["arms"].keys() == {"teacher_4", "untrained_4", "video_0", "shuffled_0"}
-    assert found["trial"]["frames"] == found["video_0"]["samples"] == 48
+    families = found["families"]
+    assert families["arms"].keys() == {"teacher_4", "untrained_4", "video_0", "shuffled_0"}
+    assert families["trial"]["frames"] == found["video_0"]["samples"] == 48
     trained = yaml.safe_load((out / "shuffled_0" / "config.yaml").read_text())
     assert trained["roles"]["frame_teacher"]["model"]["path"] == str((out / "shuffled_words").resolve())
     logged = [json.loads(line) for line in (out / "shuffled_0" / "metrics.jsonl").read_text().splitlines()]
     assert any("student/frame_gradient" in line for line in logged)
-    assert "Right digit" in (out / "report.html").read_text()
-    assert main(["--short", "--out", str(out), "--arms", "video"]) == 0, "an earlier demo is replaced"
+    assert "models side by side" in (out / "report.html").read_text()
 
 
 def test_the_arm_without_a_frame_teacher_is_the_same_recipe_of_plain_dmd2(tmp_path: Path) -> None:
