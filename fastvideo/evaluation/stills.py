@@ -7,6 +7,7 @@ be read better, and only with the right captions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from fastvideo.distillation.frame_bridge import figures_of
 from fastvideo.distillation.noise import add_noise, full_time
-from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.evaluation.judge import frozen_classifier
 from fastvideo.evaluation.metrics import ATTRIBUTES, correctness, named_attributes
 from fastvideo.inference.loading import LoadedModel
@@ -56,18 +56,28 @@ def sampled_stills(model: LoadedModel, prompts: Sequence[str], sampler: SamplerS
     return torch.cat([model.adapter.codec.decode(part) for part in latents.split(BATCH)]).clamp(-1, 1)
 
 
+class Noised(SampleNoise):
+    """Starting points of a sampler that are given samples ``[B, C, F, H, W]``, noised to ``time``."""
+
+    def __init__(self, x0: Tensor, time: float, seeds: Sequence[int]) -> None:
+        super().__init__(seeds, x0.device)
+        self.x0, self.time = x0, time
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        x_t = add_noise(self.x0, super().draw(shape), full_time(self.x0, self.time))
+        return x_t / math.hypot(1 - self.time, self.time)  # a sampler that starts below t = 1 scales it back
+
+
 @torch.no_grad()
 def denoised(model: LoadedModel, stills: Tensor, captions: Sequence[str], time: float, guidance: float) -> Tensor:
     """Stills ``[N, 3, 1, 32, 32]`` noised to ``time`` and denoised under the captions by the model's guided flow."""
     codec, texts, parts = model.adapter.codec, model.adapter.conditioner, []
-    stream, times = seeded(0), [time * (1 - step / TRIAL_STEPS) for step in range(TRIAL_STEPS)]
+    sampler = SamplerSpec.teacher(tuple(time * (1 - step / TRIAL_STEPS) for step in range(TRIAL_STEPS)), guidance)
     for start in range(0, len(stills), BATCH):
         x0, names = codec.encode(stills[start : start + BATCH]), captions[start : start + BATCH]
         condition, negative = (texts.encode_prompts(each) for each in (names, [texts.negative_prompt] * len(names)))
-        x = add_noise(x0, normal(tuple(x0.shape), stream), full_time(x0, time))
-        for t, after in zip(times, (*times[1:], 0.0), strict=True):
-            x = x - (t - after) * model.denoiser.guided_velocity(x, full_time(x, t), condition, negative, guidance)
-        parts.append(codec.decode(x))
+        noise = Noised(x0, time, range(start, start + len(names)))
+        parts.append(codec.decode(sample(model.denoiser, noise, codec.latent_shape, sampler, condition, negative)))
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -117,9 +127,9 @@ class FrameTrial:
 
 def try_frame_teacher(model: LoadedModel, count: int, guidance: float, seed: int = 0) -> FrameTrial:
     """Try a frame teacher of the tiny world on ``count`` first frames of held-out soft videos that name their digit."""
-    sample = _naming_digits(count, seed)
-    sharp = sample.videos[:, :, :1]
-    soft, captions = soften(sharp), sample.captions
+    truth = _naming_digits(count, seed)
+    sharp = truth.videos[:, :, :1]
+    soft, captions = soften(sharp), truth.captions
     moved = [*captions[1:], captions[0]]
     right = denoised(model, soft, captions, TRIAL_TIME, guidance)
     shuffled = denoised(model, soft, moved, TRIAL_TIME, guidance)
@@ -138,10 +148,10 @@ def try_frame_teacher(model: LoadedModel, count: int, guidance: float, seed: int
 
 
 def _naming_digits(count: int, seed: int) -> WorldSample:
-    sample = TinyWorld("heldout").sample(2 * count, seed)
-    rows = sample.named[:, 0].nonzero().flatten()[:count]
+    drawn = TinyWorld("heldout").sample(2 * count, seed)
+    rows = drawn.named[:, 0].nonzero().flatten()[:count]
     return WorldSample(
-        sample.videos[rows],
-        [sample.captions[row] for row in rows.tolist()],
-        *(value[rows] for value in (sample.digit, sample.colour, sample.direction, sample.named, sample.look)),
+        drawn.videos[rows],
+        [drawn.captions[row] for row in rows.tolist()],
+        *(value[rows] for value in (drawn.digit, drawn.colour, drawn.direction, drawn.named, drawn.look)),
     )
