@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 import yaml
@@ -21,6 +21,7 @@ from fastvideo.demo import PICTURE, is_earlier_demo, side_by_side, student_updat
 from fastvideo.demo_stream import print_goals
 from fastvideo.tiny.paths import STILLS_FOLDER
 from fastvideo.tiny.shuffled import with_shuffled_words
+from fastvideo.tiny.world import Split
 
 if TYPE_CHECKING:
     from fastvideo.evaluation.metrics import Row
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     trial = admit(arguments)
     costs = {name: train_arm(arguments, name) for name in arguments.runs}
     stills = train_stills(arguments)
-    goals = evaluate(arguments, {"trial": trial.to_dict(), "trainings": costs, "stills": stills})
+    trials = {split: found.to_dict() for split, found in trial.items()}
+    goals = evaluate(arguments, {"trial": trials, "trainings": costs, "stills": stills})
     print(f"\n{arguments.folder / 'report.html'}: figures and videos\n{arguments.folder / 'metrics.json'}: the figures")
     print(json.dumps({goal.name: goal.to_dict() for goal in goals}))
     return 0
@@ -120,8 +122,10 @@ def check(arguments: FamiliesDemoArguments) -> None:
         raise UserError(f"--arms {named}: one or more of {', '.join(ARMS)} are expected, and at least one seed")
 
 
-def admit(arguments: FamiliesDemoArguments) -> FrameTrial:
-    """Try the frame teacher by the judge, before any arm.
+def admit(arguments: FamiliesDemoArguments) -> dict[Split, FrameTrial]:
+    """Try the frame teacher by the judge, before any arm; returns its trial on both splits.
+
+    It is admitted by the train split, as all that is decided before the figures.
 
     Raises:
         UserError: if it is not admitted.
@@ -131,13 +135,15 @@ def admit(arguments: FamiliesDemoArguments) -> FrameTrial:
     from fastvideo.inference.loading import load_model
 
     guidance = float(recipe("tiny_wan_sdxl_frames")["method"]["frame_guidance"])
-    trial = try_frame_teacher(
-        load_model(FRAME_TEACHER), SHORT_PROMPTS if arguments.short else arguments.prompts, guidance
-    )
-    print(f"trial of the frame teacher: {trial}")
-    if trial.refusal and not (arguments.short or arguments.untested):
-        raise UserError(f"the frame teacher is not admitted: {trial.refusal}; --untested goes on with it")
-    return trial
+    model, count = load_model(FRAME_TEACHER), SHORT_PROMPTS if arguments.short else arguments.prompts
+    trials: dict[Split, FrameTrial] = {}
+    for split in get_args(Split):
+        trials[split] = try_frame_teacher(model, count, guidance, split)
+        print(f"trial of the frame teacher, {split} split: {trials[split]}")
+    refusal = trials["train"].refusal
+    if refusal and not (arguments.short or arguments.untested):
+        raise UserError(f"the frame teacher is not admitted: {refusal}; --untested goes on with it")
+    return trials
 
 
 def recipe(name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fastvideo.evaluation.judge import frozen_classifier
 from fastvideo.evaluation.metrics import ATTRIBUTES, correctness, named_attributes
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.sampler import Sampling, sample_latents
-from fastvideo.tiny.world import FRAMES, TinyWorld, WorldSample, soften
+from fastvideo.tiny.world import FRAMES, Split, TinyWorld, WorldSample, soften
 
 BATCH = 64
 TRIAL_TIME, TRIAL_STEPS = 0.35, 7
@@ -125,9 +125,14 @@ class FrameTrial:
         return {**asdict(self), "refusal": self.refusal}
 
 
-def try_frame_teacher(model: LoadedModel, count: int, guidance: float, seed: int = 0) -> FrameTrial:
-    """Try a frame teacher of the tiny world on ``count`` first frames of held-out soft videos that name their digit."""
-    truth = _naming_digits(count, seed)
+def try_frame_teacher(model: LoadedModel, count: int, guidance: float, split: Split, seed: int = 0) -> FrameTrial:
+    """Try a frame teacher of the tiny world on first frames of ``count`` soft videos whose captions name their digit.
+
+    Args:
+        guidance: of the denoising.
+        split: ``train`` to decide by, ``heldout`` to report.
+    """
+    truth = _naming_digits(count, split, seed)
     sharp = truth.videos[:, :, :1]
     soft, captions = soften(sharp), truth.captions
     moved = [*captions[1:], captions[0]]
@@ -147,8 +152,8 @@ def try_frame_teacher(model: LoadedModel, count: int, guidance: float, seed: int
     )
 
 
-def _naming_digits(count: int, seed: int) -> WorldSample:
-    drawn = TinyWorld("heldout").sample(2 * count, seed)
+def _naming_digits(count: int, split: Split, seed: int) -> WorldSample:
+    drawn = TinyWorld(split).sample(2 * count, seed)
     rows = drawn.named[:, 0].nonzero().flatten()[:count]
     return WorldSample(
         drawn.videos[rows],

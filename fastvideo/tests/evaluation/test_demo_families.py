@@ -21,7 +21,7 @@ def test_arms_are_trained_and_measured_side_by_side(tmp_path: Path, capsys: pyte
     assert found["goals"].keys() == {"video_digit", "still_student_digit_over_teacher"}
     families = found["families"]
     assert families["arms"].keys() == {"teacher_4", "untrained_4", "video_0", "shuffled_0"}
-    assert families["trial"]["frames"] == found["video_0"]["samples"] == 48
+    assert families["trial"]["train"]["frames"] == found["video_0"]["samples"] == 48
     trained = yaml.safe_load((out / "shuffled_0" / "config.yaml").read_text())
     assert trained["roles"]["frame_teacher"]["model"]["path"] == str((out / "shuffled_words").resolve())
     logged = [json.loads(line) for line in (out / "shuffled_0" / "metrics.jsonl").read_text().splitlines()]
