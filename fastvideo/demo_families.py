@@ -134,11 +134,10 @@ def admit(arguments: FamiliesDemoArguments) -> dict[Split, FrameTrial]:
     from fastvideo.evaluation.stills import try_frame_teacher
     from fastvideo.inference.loading import load_model
 
-    guidance = float(recipe("tiny_wan_sdxl_frames")["method"]["frame_guidance"])
     model, count = load_model(FRAME_TEACHER), SHORT_PROMPTS if arguments.short else arguments.prompts
     trials: dict[Split, FrameTrial] = {}
     for split in get_args(Split):
-        trials[split] = try_frame_teacher(model, count, guidance, split)
+        trials[split] = try_frame_teacher(model, count, split)
         print(f"trial of the frame teacher, {split} split: {trials[split]}")
     refusal = trials["train"].refusal
     if refusal and not (arguments.short or arguments.untested):

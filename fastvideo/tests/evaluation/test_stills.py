@@ -18,7 +18,6 @@ GOOD = FrameTrial(
     sharpness_before=0.2,
     sharpness_right=0.8,
     sharpness_shuffled=0.8,
-    guidance=2.0,
     frames=100,
 )
 

@@ -72,7 +72,7 @@ def test_the_autoencoder_keeps_heldout_digits_readable(model: LoadedModel) -> No
 
 @pytest.mark.slow
 def test_its_own_stills_show_what_captions_name_and_are_sharp(model: LoadedModel) -> None:
-    sample = stills("heldout").sample(192, seed=0)
+    sample = stills("heldout").sample(96, seed=0)
     made = sampled_stills(model, sample.captions, model.sampler())
     found = shown(made, sample.captions)
     assert found["digit"] >= 0.88
