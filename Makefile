@@ -29,7 +29,7 @@ VERSION_TESTS := $(addprefix fastvideo/tests/, distillation/test_golden_losses.p
 COMPILE := $(VENV)/bin/uv pip compile --quiet --no-annotate --no-header --extra dev --python-platform x86_64-manylinux_2_28
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test field-cases test-slow test-nightly test-extras test-lowest test-newest test-versions constraints lint format types contracts shape docs docs-check layers check demo demo-stream tiny tiny-stream clean
+.PHONY: help venv test field-cases test-slow test-nightly test-extras test-lowest test-newest test-versions constraints lint format types contracts shape docs docs-check layers check demo demo-stream demo-families tiny tiny-stream tiny-families clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,11 +124,18 @@ demo: $(READY) ## distil, evaluate and write outputs/demo/report.html
 demo-stream: $(READY) ## distil a student that streams, measure it, write outputs/demo_stream/report.html
 	$(BIN)/python -m fastvideo.demo_stream $(DEMO_ARGS)
 
+demo-families: $(READY) ## distil students under a teacher of images too, measure them, write outputs/demo_families/report.html
+	$(BIN)/python -m fastvideo.demo_families $(DEMO_ARGS)
+
 tiny: $(READY) ## rebuild the embedded weights from nothing into TINY_OUT
 	$(BIN)/python -m tools.tiny_world --out $(TINY_OUT)
 
 tiny-stream: $(READY) ## rebuild the embedded streaming pipeline from the shipped one into TINY_OUT
 	$(BIN)/python -m tools.tiny_world --family stream --out $(TINY_OUT)
+
+tiny-families: $(READY) ## rebuild the embedded teachers of the soft world into TINY_OUT/soft and TINY_OUT/stills
+	$(BIN)/python -m tools.tiny_world --family soft --out $(TINY_OUT)/soft
+	$(BIN)/python -m tools.tiny_world --family stills --out $(TINY_OUT)/stills
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -75,15 +75,21 @@ def train(flags: Sequence[str], *, replace: bool) -> dict[str, Any]:
     Args:
         replace: delete the contents of the output folder.
     """
+    from fastvideo.training.distillation import parse
+
+    launch, config = parse(flags)
+    return train_config(config, replace=launch.overwrite or replace)
+
+
+def train_config(config: Config, *, replace: bool) -> dict[str, Any]:
+    """:func:`train` of a config."""
     import torch
 
     from fastvideo.distillation.engine.optional.performance import peak_memory
-    from fastvideo.training.distillation import parse
     from fastvideo.training.run import run
 
-    launch, config = parse(flags)
     begin = time.monotonic()
-    run(config, overwrite=launch.overwrite or replace)
+    run(config, overwrite=replace)
     seconds = time.monotonic() - begin
     return {"wall_seconds": round(seconds, 1), "peak_rss_mb": round(peak_memory(torch.device("cpu")) / 2**20)}
 

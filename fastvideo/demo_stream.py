@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     check(arguments)
     students, cost = distil(arguments)
     goals = evaluate(arguments, students, cost)
-    print_goals(goals)
+    print_goals(goals, "A student that streams")
     print(f"\n{out / 'report.html'}: streams as long as in training; {out / 'long' / 'report.html'}: longer ones")
     print(f"{out / 'metrics.json'}: the figures")
     print(json.dumps({goal.name: goal.to_dict() for goal in goals}))
@@ -206,13 +206,13 @@ def measured(rows: Mapping[str, RowSpec], extent: Extent, frames: int, switches:
     return measure_streams(rows, StreamTask(judge, switches, keep=KEPT_STREAMS))
 
 
-def print_goals(goals: Iterable[Goal]) -> None:
+def print_goals(goals: Iterable[Goal], title: str) -> None:
     """A table of the goals on the terminal."""
     from rich.table import Table
 
     from fastvideo.cli.console import console
 
-    table = Table("figure", "reached", "goal", "", title="A student that streams")
+    table = Table("figure", "reached", "goal", "", title=title)
     for goal in goals:
         table.add_row(goal.name, f"{goal.value:.3f}", goal_text(goal), "" if goal.met else "missed")
     console().print(table)

@@ -44,8 +44,8 @@ class EvaluateArguments:
     """Measure models: against their teacher on any prompts (--teacher), or on the tiny world, whose truth is known."""
 
     folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...", help_behavior_hint="")]
-    """Model folders, hub ids, or `tiny`, `tiny_cogvideox` or `tiny_stream` for a shipped teacher; FOLDER:STEPS sets the
-    steps, as in `tiny:50 out/student:1`."""
+    """Model folders, hub ids, or `tiny`, `tiny_cogvideox`, `tiny_stream` or `tiny_soft` for a shipped teacher;
+    FOLDER:STEPS sets the steps, as in `tiny:50 out/student:1`."""
     teacher: OptionalText = None
     """The teacher that judges the models, FOLDER or FOLDER:STEPS: distance from its videos, prompts found, motion and
     looks, all relative to its own. Needs --out, which keeps all samples: the same call again continues."""

@@ -41,7 +41,8 @@ class GenerateArguments:
     """Generate a video from text, or text and image, with a student (few steps) or a teacher (many steps, guided)."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Model folder, a hub id, or `tiny`, `tiny_cogvideox` or `tiny_stream` for a teacher that ships here."""
+    """Model folder, a hub id, or `tiny`, `tiny_cogvideox`, `tiny_stream`, `tiny_soft` or `tiny_stills` for a teacher
+    that ships here."""
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Content of the video, such as "a green seven moving up and left"; empty for a video of anything."""
     image: OptionalPath = None

@@ -62,7 +62,7 @@ def dataset_files(path: str) -> list[Place]:
     """
     root = place(path)
     if isinstance(root, Path) and not root.exists():
-        expected = "'tiny', 'tiny_stream', a Parquet file or a folder of them is expected"
+        expected = "'tiny', 'tiny_stream', 'tiny_soft', 'tiny_stills', a Parquet file or a folder of them is expected"
         raise UserError(f"data.path: {path!r} does not exist; {expected}")
     if is_file(root):
         return [root]

@@ -28,7 +28,7 @@ ROW_KEYS = (
     *("denoise_seconds_per_video", "end_to_end_seconds_per_video"),
 )
 """Keys of every row besides its figures, see :class:`fastvideo.evaluation.metrics.SampledRow`."""
-NOTES = ("evaluation", "distillation", "goals")
+NOTES = ("evaluation", "distillation", "families", "goals")
 """Keys of ``metrics.json`` that are no rows."""
 MEASURED_WITH = (
     *("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256"),

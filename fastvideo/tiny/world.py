@@ -9,6 +9,9 @@ longer draw are the samples of a draw of length k.
 
 The streaming world (:func:`torus`) is the same world without edges: a digit that leaves on one side comes back on the
 other, so motion never ends, a caption stays true, and a video of any length begins with the frames of a shorter one.
+
+The soft world (:func:`soft`) is the same world at half resolution: motion and colour are all there, and one digit in
+four cannot be read. Its stills (:func:`stills`) are sharp. So videos teach motion, and stills teach digits.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of, parse_caption
 from fastvideo.tiny.render import Motion, render
 
 Split = Literal["train", "heldout"]
+View = Literal["sharp", "soft", "still"]
 
 FRAMES = 9
 SIZE = 32  # pixels, height and width
@@ -107,6 +112,7 @@ class TinyWorld:
         frames: of each video.
         wrap: digits move over a torus, without end.
         open_probabilities: of digit, colour and direction, to be left out of a caption.
+        view: the videos as they are (sharp), at half resolution (soft), or one frame of each (still), any of them.
     """
 
     def __init__(
@@ -115,18 +121,20 @@ class TinyWorld:
         frames: int = FRAMES,
         wrap: bool = False,
         open_probabilities: tuple[float, float, float] = OPEN_PROBABILITIES,
+        view: View = "sharp",
     ) -> None:
         if split not in _SPLIT_ID:
             raise ValueError(f"unknown split {split!r}: expected one of {', '.join(_SPLIT_ID)}")
         self.split: Split = split
-        self.frames, self.wrap = frames, wrap
+        self.frames, self.wrap, self.view = frames, wrap, view
         self.open_probabilities = np.array(open_probabilities)
         self.images, self.labels = split_images(split)
 
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that a sample depends on beside its number and seed."""
-        return (self.split, self.frames, self.wrap, *self.open_probabilities.tolist())
+        view = () if self.view == "sharp" else (self.view,)
+        return (self.split, self.frames, self.wrap, *self.open_probabilities.tolist(), *view)
 
     def sample(self, n: int, seed: int) -> WorldSample:
         """The first `n` videos of the stream `seed`."""
@@ -145,7 +153,9 @@ class TinyWorld:
     def _uniforms(self, n: int, seed: int) -> npt.NDArray[np.float64]:
         if n < 1:
             raise ValueError(f"a sample needs at least one video, got n={n}")
-        return np.random.default_rng([seed, _SPLIT_ID[self.split]]).random((n, _COLUMNS))
+        numbers = np.random.default_rng([seed, _SPLIT_ID[self.split]]).random((n, _COLUMNS))
+        moments = np.random.default_rng([seed, _SPLIT_ID[self.split], 1]).random((n, 1))
+        return np.hstack([numbers, moments])
 
     def _truth(self, u: npt.NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Image index, colour index, direction index (each int64 [n]) and the named mask (bool [n, 3])."""
@@ -168,8 +178,25 @@ class TinyWorld:
         look = torch.from_numpy(u[:, 6:16]).float()
         motion = Motion.draw(look[:, :6], unit, self.frames, SIZE, self.wrap)
         rgb = jitter_colour(rgb, look[:, 6:])
-        videos = render(self.images[image], rgb, motion, self.frames, SIZE, self.wrap)
+        videos = self._seen(render(self.images[image], rgb, motion, self.frames, SIZE, self.wrap), u[:, _COLUMNS])
         return WorldSample(videos, self._captions(u), self.labels[image], colour, direction, named, look)
+
+    def _seen(self, videos: torch.Tensor, moments: npt.NDArray[np.float64]) -> torch.Tensor:
+        """The view of `videos` [n, 3, frames, 32, 32]; `moments` [n] in [0, 1) choose a still's frame."""
+        if self.view == "sharp":
+            return videos
+        if self.view == "soft":
+            return soften(videos)
+        frames = torch.from_numpy((moments * self.frames).astype(np.int64))
+        return videos[torch.arange(len(videos)), :, frames].unsqueeze(2)
+
+
+def soften(videos: torch.Tensor) -> torch.Tensor:
+    """Videos [n, 3, frames, height, width] at half resolution, bilinearly brought back to their size."""
+    frames = videos.transpose(1, 2).flatten(0, 1)
+    small = F.avg_pool2d(frames, 2)
+    back = F.interpolate(small, size=frames.shape[2:], mode="bilinear", align_corners=False)
+    return back.view(videos.transpose(1, 2).shape).transpose(1, 2).contiguous()
 
 
 def torus(split: Split, frames: int = STREAM_FRAMES) -> TinyWorld:
@@ -177,7 +204,24 @@ def torus(split: Split, frames: int = STREAM_FRAMES) -> TinyWorld:
     return TinyWorld(split, frames, wrap=True, open_probabilities=STREAM_OPEN_PROBABILITIES)
 
 
-WORLDS: Mapping[str, Callable[[Split, int], TinyWorld]] = {"tiny": TinyWorld, "tiny_stream": torus}
+def soft(split: Split, frames: int = FRAMES) -> TinyWorld:
+    """The soft world."""
+    return TinyWorld(split, frames, view="soft")
+
+
+def stills(split: Split, frames: int = 1) -> TinyWorld:
+    """Single frames of the sharp world's videos, with the captions of these."""
+    if frames != 1:
+        raise ValueError(f"a still is a video of one frame, not of {frames}")
+    return TinyWorld(split, view="still")
+
+
+WORLDS: Mapping[str, Callable[[Split, int], TinyWorld]] = {
+    "tiny": TinyWorld,
+    "tiny_stream": torus,
+    "tiny_soft": soft,
+    "tiny_stills": stills,
+}
 """Worlds of a split, with the frames of a video, by the name that stands for their data."""
 
 

@@ -1,13 +1,14 @@
 """Rebuild a tiny pipeline: Wan from scikit-learn's digits alone, CogVideoX from the shipped Wan too.
 
-    python -m tools.tiny_world --out FOLDER [--family wan|cogvideox|stream]
+    python -m tools.tiny_world --out FOLDER [--family wan|cogvideox|stream|soft|stills]
                                [--stage classifier|vae|decoder|text|transformer|teacher]
 
 Stages and their wall times on one core, in order: `classifier` (the judge, 7 minutes), `vae` (13 minutes), `decoder`
 (its decoder alone once more, 25 minutes), `text` (tokenizer and random text encoder, at once), `transformer` (random
 weights, at once), `teacher` (trained by the `sft` method, 2.5 hours; run it from the root of the repository). Without
 --stage all of them run. The times are those of Wan; CogVideoX distils `vae` and `teacher` from the shipped Wan
-pipeline, in less time. A stage replaces FOLDER/classifier or its part of FOLDER/pipeline; the others stay.
+pipeline, in less time, and `soft` tunes its network on soft videos. `stills` is the tiny SDXL, of single frames. A
+stage replaces FOLDER/classifier or its part of FOLDER/pipeline; the others stay.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from transformers import PreTrainedModel
 
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.world import TinyWorld
-from tools.tiny_world import cogvideox_pipeline, cogvideox_teacher, pipeline, stream, teacher, train_vae
+from tools.tiny_world import cogvideox_pipeline, cogvideox_teacher, pipeline, soft, stills, stream, teacher, train_vae
 from tools.tiny_world.cogvideox_encoder import train_encoder
 from tools.tiny_world.cogvideox_recipe import CogVideoXRecipe
 from tools.tiny_world.pipeline import save_half
 from tools.tiny_world.recipe import TextRecipe, TinyRecipe
 from tools.tiny_world.sharpen import sharpen_decoder
+from tools.tiny_world.soft import SoftRecipe
+from tools.tiny_world.stills import StillsRecipe
 from tools.tiny_world.stream import StreamRecipe
 from tools.tiny_world.text import build_t5, build_tokenizer, build_umt5
 from tools.tiny_world.train_classifier import accuracy, train_classifier
 
-Recipe = TinyRecipe | CogVideoXRecipe | StreamRecipe
+Recipe = TinyRecipe | CogVideoXRecipe | StreamRecipe | SoftRecipe | StillsRecipe
 Stage = Callable[[Path, Any], dict[str, float]]
 
 
@@ -136,7 +139,17 @@ STREAM = TinyFamily(
         "teacher": stream.teacher_stage,
     },
 )
-FAMILIES = {"wan": WAN, "cogvideox": COGVIDEOX, "stream": STREAM}
+SOFT = TinyFamily(SoftRecipe(), {"transformer": soft.network_stage, "teacher": soft.teacher_stage})
+STILLS = TinyFamily(
+    StillsRecipe(),
+    {
+        "vae": stills.vae_stage,
+        "text": stills.text_stage,
+        "transformer": stills.network_stage,
+        "teacher": stills.teacher_stage,
+    },
+)
+FAMILIES = {"wan": WAN, "cogvideox": COGVIDEOX, "stream": STREAM, "soft": SOFT, "stills": STILLS}
 
 
 def build(out: Path, stages: list[str], recipe: Recipe, family: TinyFamily = WAN) -> None:

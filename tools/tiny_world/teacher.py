@@ -60,9 +60,9 @@ def install(trained: Path, pipeline: Path, recipe: Mapping[str, Any]) -> None:
     install_network(transformer, pipeline, recipe)
 
 
-def install_network(transformer: ModelMixin, pipeline: Path, recipe: Mapping[str, Any]) -> None:
-    """Put a transformer into `pipeline`, in half precision, with its sampling recipe."""
-    save_half(transformer, pipeline / "transformer")
+def install_network(network: ModelMixin, pipeline: Path, recipe: Mapping[str, Any], part: str = "transformer") -> None:
+    """Put a network into `pipeline` as its `part`, in half precision, with its sampling recipe."""
+    save_half(network, pipeline / part)
     (pipeline / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 

@@ -97,10 +97,10 @@ class DataConfig(Section):
     """Training data: preprocessed videos, the embedded world, or prompts alone."""
 
     path: str = "tiny"
-    """`tiny` (the embedded world of moving digits) or `tiny_stream` (the same without edges, for streams), or a Parquet
-    file or folder in FastVideo's public schema, as `fastvideo preprocess` writes it, or WebDataset's tar shards; local
-    or a URL (`s3://bucket/folder`). A method that needs no videos reads captions and text embeddings alone. See
-    `docs/storage.md`."""
+    """`tiny` (the embedded world of moving digits), `tiny_stream` (the same without edges, for streams), `tiny_soft`
+    (at half resolution) or `tiny_stills` (single frames), or a Parquet file or folder in FastVideo's public schema, as
+    `fastvideo preprocess` writes it, or WebDataset's tar shards; local or a URL (`s3://bucket/folder`). A method that
+    needs no videos reads captions and text embeddings alone. See `docs/storage.md`."""
     latents: Literal["raw", "normalised"] = "raw"
     """Scale of latents in files that do not say it: as the VAE gives them, or of unit variance."""
     prompts: str | None = None

@@ -207,7 +207,9 @@ def test_latents_of_another_codec_are_refused(tmp_path: Path) -> None:
 
 
 def test_folders_without_parquet_files_and_unfinished_ones_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist; 'tiny', 'tiny_stream', a Parquet file or a folder"):
+    with pytest.raises(
+        UserError, match="does not exist; 'tiny', 'tiny_stream', 'tiny_soft', 'tiny_stills', a Parquet file or a folder"
+    ):
         ParquetSource(str(tmp_path / "absent"), WANTED)
     with pytest.raises(UserError, match=r"has no \.parquet file; make one from videos with: fastvideo preprocess"):
         ParquetSource(str(tmp_path), WANTED)

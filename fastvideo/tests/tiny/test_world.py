@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of, parse_caption
-from fastvideo.tiny.world import OPEN_PROBABILITIES, TinyWorld, WorldSample, split_images
+from fastvideo.tiny.world import OPEN_PROBABILITIES, TinyWorld, WorldSample, soft, soften, split_images, stills, torus
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +125,29 @@ def test_bad_arguments_are_refused() -> None:
         TinyWorld("test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one"):
         TinyWorld("train").sample(0, seed=0)
+
+
+def test_soft_videos_are_the_sharp_ones_at_half_resolution(sample: WorldSample) -> None:
+    softened = soft("heldout").sample(20, seed=3)
+    assert softened.captions == sample.captions[:20]
+    assert torch.equal(softened.videos, soften(sample.videos[:20]))
+    checks = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 2.0 - 1.0
+    assert soften(checks.expand(1, 3, 2, 32, 32)).abs().max() == 0.0, "what half the resolution cannot show is gone"
+    assert torch.equal(soften(torch.full((1, 3, 2, 32, 32), 0.5)), torch.full((1, 3, 2, 32, 32), 0.5))
+
+
+def test_a_still_is_any_frame_of_its_video(sample: WorldSample) -> None:
+    single = stills("heldout").sample(200, seed=3)
+    assert single.videos.shape == (200, 3, 1, 32, 32)
+    assert single.captions == sample.captions[:200]
+    found = (single.videos == sample.videos[:200]).flatten(3).all(dim=3).all(dim=1).nonzero()
+    assert set(found[:, 0].tolist()) == set(range(200))
+    assert set(found[:, 1].tolist()) == set(range(9))
+    assert torch.equal(stills("heldout").sample(20, seed=3).videos, single.videos[:20])
+
+
+def test_worlds_that_look_alike_have_keys_of_their_own() -> None:
+    keys = {world("train", frames).key for world, frames in ((TinyWorld, 9), (torus, 9), (soft, 9), (stills, 1))}
+    assert len(keys) == 4
+    with pytest.raises(ValueError, match="one frame, not of 9"):
+        stills("train", 9)

@@ -25,6 +25,8 @@ EMBEDDED = {
     "tiny": "tiny/weights/pipeline",
     "tiny_cogvideox": "tiny/weights/cogvideox",
     "tiny_stream": "tiny/weights/stream",
+    "tiny_soft": "tiny/weights/soft",
+    "tiny_stills": "tiny/weights/stills",
 }
 """Pipelines that ship inside the package, by the name that stands for their path."""
 EXPECTED = (
