@@ -18,7 +18,8 @@ from torch import nn
 
 from fastvideo.cli import main as fastvideo
 from fastvideo.distillation.adapters.diffusers.packed import PACKERS
-from fastvideo.distillation.adapters.wan import WanAdapter, WanConfig
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.types import Quantise
 
 RECIPE = "examples/distillation/tiny_wan_dmd2.yaml"
@@ -55,7 +56,7 @@ def teacher_folder(kind: Quantise, out: Path) -> Path:
     """The tiny teacher with what ``kind`` leaves of its weights, as a model folder."""
     folder = out / f"teacher_{kind}"
     if not folder.exists():
-        family = WanAdapter(WanConfig())
+        family = WanFamily(WanFamilyConfig())
         network, packed = (family.folder.load_network() for _ in range(2))
         layers = family.scaling.matrices(packed)
         found = {name: left_of(layer, kind) for name, layer in layers.items()}

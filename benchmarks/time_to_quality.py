@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fastvideo.distillation.builder import Config, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.engine.session import Session
-from fastvideo.distillation.engine.training import training_of
+from fastvideo.distillation.engine.training import tensors_of, training_of
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.trainer import DistillTrainer
@@ -146,7 +146,7 @@ class Keeper:
         """The student's live weights, and averaged ones where the recipe has some."""
         student = self.trainer.method.bundle["student"]
         averages = training_of(student).ema
-        found: dict[str, Mapping[str, Tensor]] = {"live": {n: t.detach() for n, t in student.tensors().items()}}
+        found: dict[str, Mapping[str, Tensor]] = {"live": {n: t.detach() for n, t in tensors_of(student).items()}}
         return found if averages is None else found | {"averaged": averages}
 
 
@@ -207,7 +207,7 @@ def measure(run: Run, method: Method, judge: Judge, prompts: int, split: str) ->
     student = method.bundle["student"]
     for key, weights in missing(run, prompts, split):
         for name, tensor in load_file(weights).items():
-            student.tensors()[name].copy_(tensor)
+            tensors_of(student)[name].copy_(tensor)
         times = sub_ladder(method.ladder.times, key["steps"])
         sampler = SamplerSpec.student(Ladder(times), kind=method.sampler)
         wanted = Sampling(judge.prompts, sampler, judge.seed)

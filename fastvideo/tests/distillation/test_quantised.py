@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastvideo.distillation.adapters.diffusers import packed
 from fastvideo.distillation.adapters.diffusers.packed import BLOCK, FLOAT8, PACKAGES, pack, packed_sizes
-from fastvideo.distillation.adapters.wan import WanAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import same_space
 from fastvideo.distillation.config.reading import config_of
@@ -80,7 +80,7 @@ def stored(network: nn.Module) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_network_holds_the_bytes_that_are_predicted_and_computes_nearly_the_same(kind: Any, precision: str) -> None:
-    family = WanAdapter(wan_config(Path("tiny"), height=32, width=32, num_frames=9, precision=precision))
+    family = WanFamily(wan_config(Path("tiny"), height=32, width=32, num_frames=9, precision=precision))
     network = family.folder.load_network(None, family.folder.compute_dtype)
     layers = family.scaling.matrices(network)
     assert len(layers) == 4 * 10  # two attentions of four matrices and two of the feed-forward part in each block
@@ -116,7 +116,7 @@ def test_sizes_of_a_matrix() -> None:
 def test_fp8_storage_leaves_a_family_its_velocity(name: str, tmp_path: Path) -> None:
     """Blocks of a UNet, of two streams, of adaptive norms, and of two experts."""
     if name == "experts":
-        family: Any = WanAdapter(wan_config(experts_folder(tmp_path)))
+        family: Any = WanFamily(wan_config(experts_folder(tmp_path)))
     else:
         family = made_family(name, tmp_path)
     network = family.folder.load_network()
@@ -198,7 +198,7 @@ def test_an_analytic_teacher_has_nothing_to_quantise(tmp_path: Path) -> None:
 def test_a_plan_counts_stored_bytes_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process holds a quantised teacher whole, however the others are split."""
     monkeypatch.setattr(packed, "find_spec", lambda package: None)
-    layers = WanAdapter(wan_config(Path("tiny"))).folder.load_network()
+    layers = WanFamily(wan_config(Path("tiny"))).folder.load_network()
     for kind in ("nf4", "int8", "fp8_storage"):
         config = config_of(values(tmp_path, {"quantise": kind}, parallel={"shard": 2}), "test")
         run_of = fake_run(config, Processes(world_size=2, shard=2))

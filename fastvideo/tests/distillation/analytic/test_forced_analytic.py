@@ -91,7 +91,8 @@ def test_gradient_reaches_every_chunk_and_none_flows_through_the_past() -> None:
 
 def test_options_and_needs() -> None:
     for method, config in ((SCMMethod, SCMConfig), (RCMMethod, RCMConfig)):
-        assert streaming(config()) is None and streaming(config(reach=REACH)) is not None
+        assert streaming(config()) is None
+        assert streaming(config(reach=REACH)) is not None
         assert "chunks" not in method.needs_of(config())  # type: ignore[attr-defined]
         assert method.needs_of(config(reach=REACH)) == {"chunks", "jvp"}  # type: ignore[attr-defined]
         assert config(allow_bidirectional_teacher=True).trusts_teachers
