@@ -61,7 +61,10 @@ def test_process_groups_live_in_the_engine_alone() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["live"]]
+    declared = [
+        *project["dependencies"],
+        *(d for extra in ("live", "quantise") for d in project["optional-dependencies"][extra]),
+    ]
     known = {line.split(">")[0] for line in declared} | {"fastvideo"} | sys.stdlib_module_names
     library = [source for source in SOURCES if PACKAGE / "tests" not in source.parents]
     imported = {name.split(".")[0] for source in library for name in imports_of(source)}

@@ -124,14 +124,11 @@ class LADDMethod(DistillMethod[LADDConfig]):
 
     def real(self, batch: Batch) -> Tensor:
         """Clean real samples ``[B, C, F, H, W]``."""
-        if self.config.real_samples == "teacher":
-            guidance = self.config.teacher_guidance
-            guided = partial(
-                self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative, guidance=guidance
-            )
-            times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
-            return euler(guided, self.rng.normal(batch.shape), times)
-        return batch.latents
+        if self.config.real_samples == "data":
+            return batch.latents
+        guided = partial(self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative)
+        times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
+        return euler(partial(guided, guidance=self.config.teacher_guidance), self.rng.normal(batch.shape), times)
 
     def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
         """Clean sample of the student; one call, at a ladder step drawn by its shares, carries gradient."""
@@ -154,8 +151,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         with self.adversary.frozen():
             features = self.teacher.features(x_t, t, batch.condition, self.adversary.taps)
             logits = self.adversary.logits(features, t, batch.condition)
-        loss = generator_loss(logits, self.config.gan_loss)
-        return RoleLoss("student", loss, frozen=self.adversary.roles)
+        return RoleLoss("student", generator_loss(logits, self.config.gan_loss), frozen=self.adversary.roles)
 
     def times(self, count: int) -> Tensor:
         """Logit-normal noise levels ``[count]``, clamped."""

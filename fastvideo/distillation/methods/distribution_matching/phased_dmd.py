@@ -74,18 +74,15 @@ class PhasedDMDMethod(DMD2Method):
         own, given, times = self.student.boundary, self.config.boundary, self.ladder.times
         if own is not None and given not in (None, own):
             raise UserError(f"method.boundary: {given:g}, but the student's experts change at {own:g}; leave it out")
-        middle = times[len(times) // 2 - 1]
         chosen = own if own is not None else given
-        return boundary_between(times, middle) if chosen is None else chosen
+        return boundary_between(times, times[len(times) // 2 - 1]) if chosen is None else chosen
 
     def _check(self) -> None:
         """Each trained phase has steps and score times, and one expert of teacher and critic."""
         for role in (self.teacher, self.critic):
             if role.boundary not in (None, self.boundary):
-                raise UserError(
-                    f"roles.{role.name}: its experts change at {role.boundary:g}, the student's phases at "
-                    f"{self.boundary:g}; both have to be one"
-                )
+                own = f"roles.{role.name}: its experts change at {role.boundary:g}"
+                raise UserError(f"{own}, the student's phases at {self.boundary:g}; both have to be one")
         steps = {"high": self.above, "low": len(self.ladder) - self.above}
         for side in ("high", "low"):
             if self.config.experts in (side, "both") and not steps[side]:
@@ -93,9 +90,8 @@ class PhasedDMDMethod(DMD2Method):
                 raise UserError(f"ladder ({shown}): no step is {side} of the boundary {self.boundary:g} between phases")
             low, high = self._range(side == "high")
             if self.config.experts in (side, "both") and low >= high:
-                raise UserError(
-                    f"method.score_time_range {list(self.config.score_time_range)} holds no time for the phase {side}"
-                )
+                given = list(self.config.score_time_range)
+                raise UserError(f"method.score_time_range {given} holds no time for the phase {side}")
 
     def _range(self, high: bool) -> tuple[float, float]:
         """Lowest and highest score time of a phase."""
