@@ -77,6 +77,8 @@ def family_of(config: RunConfig[Any, Any], role: str) -> tuple[str, AdapterConfi
         raise UserError("roles.student.model: the student's family is the run's; set distill_model and model")
     values = dict(section)
     name = values.pop("family", config.distill_model)
+    if not isinstance(name, str):
+        raise UserError(f"roles.{role}.model.family: the name of a model family is expected, such as wan, got {name!r}")
     try:
         schema: type[AdapterConfig] = load_adapter(name).Config
     except UserError as error:

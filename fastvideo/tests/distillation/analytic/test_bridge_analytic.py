@@ -222,6 +222,7 @@ def test_roles_with_one_section_share_a_family_and_a_bridge() -> None:
     ("teacher", "changes", "message"),
     [
         ({"family": "wam"}, {}, r"roles\.teacher\.model\.family: unknown model 'wam'.*did you mean 'wan'"),
+        ({"family": True}, {}, r"roles\.teacher\.model\.family: the name of a model family is expected.*got True"),
         ({"famly": "wan"}, {}, r"roles\.teacher\.model\.famly: unknown key; did you mean 'family'"),
         ({"mean": [1.0]}, {}, r"roles\.teacher\.model\.mean: unknown key; did you mean 'means'"),
         ({"shape": [1, 0, 4, 4]}, {}, r"roles\.teacher\.model\.shape\.1: "),
