@@ -22,7 +22,7 @@ def same_space(x0: Tensor) -> Tensor:
 
 
 class Training(Protocol):
-    """What trains one role; the engine's."""
+    """Trainer of one role; the engine's."""
 
     lr_scheduler: LRScheduler | None
 
