@@ -56,11 +56,6 @@ class ZImageConditioner(FlowTexts[ZImageConfig]):
 class ZImageFolder(FlowFolder[ZImageConfig]):
     """A Z-Image pipeline."""
 
-    @property
-    def _head_width(self) -> int:
-        config = self.pipeline.network_config()
-        return int(config["dim"] // config["n_heads"])
-
     def dead_parameters(self, network: nn.Module) -> frozenset[str]:
         return frozenset({"x_pad_token"} if self.tokens % MULTIPLE == 0 else ())
 
