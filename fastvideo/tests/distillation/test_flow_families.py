@@ -212,6 +212,18 @@ def test_a_network_first_called_in_inference_mode_can_be_trained(family: Any) ->
     family.velocity(network.requires_grad_(True), noise, t, condition).square().sum().backward()
 
 
+def test_tables_that_diffusers_keeps_are_made_outside_of_inference_mode(tiny_wan: Path) -> None:
+    """On a CUDA device the tables of the text are kept too, and a step that trains cuts its positions from them."""
+    family = made_family("qwen_image", tiny_wan.parent, **OPTIONS.get("qwen_image", {}))
+    network, shape = family.folder.load_network(), family.codec.latent_shape
+    with torch.inference_mode():
+        family.velocity(
+            network, normal((1, *shape), seeded(3)), torch.tensor([0.5]), family.conditioner.encode_prompts([""])
+        )
+    kept = network.pos_embed._compute_video_freqs(shape[1], shape[2] // 2, shape[3] // 2, 0, torch.device("cpu"))
+    assert not kept.is_inference()
+
+
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("packing", [Patches(1), Patches(2), Pictures(2), Volumes(2), Volumes(2, channels_last=True)])
 def test_latents_survive_their_packing(packing: Any, frames: int) -> None:
