@@ -21,7 +21,10 @@ DMD2 = f"{DISTILLATION}.methods.distribution_matching.dmd2"
 CORE = (DMD2, f"{DISTILLATION}.trainer", f"{DISTILLATION}.adapters.wan")
 ENGINE, RUNTIME = f"{DISTILLATION}.engine", f"{DISTILLATION}.engine.runtime"
 ADAPTERS, METHODS = f"{DISTILLATION}.adapters", f"{DISTILLATION}.methods"
-SAMPLE, ROLLOUTS = f"{DISTILLATION}.sample", (f"{DISTILLATION}.rollout", f"{DISTILLATION}.causal_rollout")
+SAMPLE, ROLLOUTS = (
+    f"{DISTILLATION}.sample",
+    tuple(f"{DISTILLATION}.{name}" for name in ("rollout", "samplers", "causal_rollout")),
+)
 NETWORK_CALLS = {"velocity", "guided_velocity", "velocity_of", "x0", "x0_guided", "flow_map"}
 """Calls of a network; a loop that feeds their outputs back to them samples."""
 

@@ -19,8 +19,8 @@ from fastvideo.data.faults import VideoError
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
 from fastvideo.distillation.adapters.base import Codec, Conditioner
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.files import replacing
+from fastvideo.wording import counted
 
 GROUP_BYTES = 32 * 2**20
 """Size of a row group's tensors: a shuffling reader holds several groups."""

@@ -25,8 +25,8 @@ from fastvideo.data.stored_texts import write_sampling_texts
 from fastvideo.data.workers import FileJob, WriteFile, start_server
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.shares import ALONE, Share
+from fastvideo.wording import counted
 
 FORMAT = 1
 """Increase it when the same settings give other rows."""

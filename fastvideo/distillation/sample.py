@@ -17,9 +17,10 @@ from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity, generate
+from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.types import Condition
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 
 Visit = Callable[[int, Tensor], None]
 """Callback with a step's number and the state ``[B, C, F, H, W]`` before it."""

@@ -15,7 +15,6 @@ from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import did_you_mean
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import ExportSource, find_source, load_source, source_recipe
@@ -24,6 +23,7 @@ from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_prec
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
 from fastvideo.inference.recipe import Weights, reach_text, streaming_of
+from fastvideo.wording import did_you_mean
 
 FORMATS = ("diffusers", "comfy", *STREAMING_FORMATS, *LORA_FORMATS)
 ONE_FILE = "diffusion_model.safetensors"

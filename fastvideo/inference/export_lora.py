@@ -22,11 +22,11 @@ from fastvideo.distillation.engine.lora import ADAPTER_FILE, is_adapter, portabl
 from fastvideo.distillation.experts import SIDES, boundary_between, by_expert, side_file
 from fastvideo.distillation.registry import families, load_adapter, load_exporter, load_method
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
 from fastvideo.inference.loading import RECIPE, load_recipe
 from fastvideo.inference.model_card import read_front_matter
+from fastvideo.wording import counted
 
 LORA_FORMATS = tuple(f"lora-{name}" for name in LAYOUTS)
 Factors = dict[str, tuple[Tensor, Tensor]]

@@ -18,11 +18,11 @@ from fastvideo.distillation.adapters.diffusers.sources import HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec, guidance_text
-from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.recipe import reach_text
+from fastvideo.wording import counted
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."

@@ -15,7 +15,8 @@ from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
+from fastvideo.wording import counted
 
 _REACH = [field.name for field in fields(Reach)]
 Weights = Literal["ema", "live"]

@@ -16,7 +16,7 @@ from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream
 from fastvideo.distillation.types import Condition
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.locks import lock_of
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 
 Texts = tuple[Condition, Condition]
 """Condition of the prompts, and the negative one."""

@@ -23,11 +23,11 @@ from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
 from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.switches import check_switches, with_switches
 from fastvideo.training.texts import usable_prompts
+from fastvideo.wording import counted
 
 if TYPE_CHECKING:
     from fastvideo.data.fits import DataRequirements

@@ -29,13 +29,13 @@ from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import Condition
-from fastvideo.errors import see
 from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
 from fastvideo.files import replace_file
 from fastvideo.inference.sampler import Sampling
 from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.shared_sampling import SharedSampler
+from fastvideo.wording import see
 
 PANEL_TIME, PANEL_VIDEOS = 0.5, 4
 """Noise level at which the roles' estimates of the clean video are shown, and of how many videos."""

@@ -21,8 +21,8 @@ from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
-from fastvideo.errors import see
 from fastvideo.storage import Place
+from fastvideo.wording import see
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 

@@ -15,9 +15,10 @@ from fastvideo.data.texts import refuse_long
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import text_name
 from fastvideo.distillation.builder import Adapter, Config
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
 from fastvideo.files import gib, make_folder, replace_file, replacing
 from fastvideo.inference.progress import PatientBar
+from fastvideo.wording import counted
 
 LEFT_OUT = "prompts_left_out.jsonl"
 """File in a run's folder with the prompts that are too long."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.config.family import AdapterConfig
-from fastvideo.distillation.denoiser import Family, Taps, Tokens
+from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.frames import latent_frame
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
@@ -399,19 +399,3 @@ class DistillAdapter(Family, ABC, Generic[ConfigT]):
     def network_time(cls, t: Tensor, config: ConfigT) -> Tensor:
         """Input of the network's time embedding at rectified-flow times ``t``, known without the model."""
         return t
-
-    @property
-    def feature_widths(self) -> tuple[int, ...]:
-        return ()
-
-    def features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
-    ) -> tuple[Tensor | None, Tokens]:
-        raise UserError(f"{type(self).__name__} has no features to tap: a family names its blocks and their widths")
-
-
-def check_taps(taps: Taps, widths: Sequence[int], family: str) -> None:
-    """Check that every tap is a block of the network; ``widths`` are those of all blocks."""
-    wrong = [tap for tap in taps if not 0 <= tap < len(widths)]
-    if wrong or not taps:
-        raise UserError(f"taps {list(taps)}: blocks 0 to {len(widths) - 1} of {family} can be tapped, at least one")

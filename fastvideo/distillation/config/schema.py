@@ -18,21 +18,8 @@ from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, 
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Quantise
 from fastvideo.errors import UserError
-from fastvideo.ranges import (
-    BatchSize,
-    HeldOut,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Number,
-    PositiveFloat,
-    PositiveInt,
-    Repeats,
-    Samples,
-    Seed,
-    Steps,
-    Width,
-    WrittenRate,
-)
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed
+from fastvideo.sampling_ranges import BatchSize, HeldOut, Repeats, Samples, Steps, Width, WrittenRate
 from fastvideo.storage import is_remote
 
 

@@ -30,7 +30,7 @@ from fastvideo.evaluation.streams.world import STRIDE, StreamJudge
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import BATCH_SIZE
 from fastvideo.inference.stream_batches import Change
-from fastvideo.ranges import ON_SWITCH, OnSwitch
+from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch
 from fastvideo.tiny.classifier import FRAMES, WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.switches import switch_pairs

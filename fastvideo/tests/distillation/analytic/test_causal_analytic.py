@@ -21,7 +21,8 @@ from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
 from fastvideo.distillation.methods.knowledge_distillation.causal_kd import CausalKDConfig, CausalKDMethod, states_at
 from fastvideo.distillation.noise import guide, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, euler
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, RawBatch, UserError
 from fastvideo.tests.distillation.toys import SpyAdapter, train

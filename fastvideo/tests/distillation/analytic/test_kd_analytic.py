@@ -15,7 +15,8 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, euler, generate
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import euler, generate
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.analytic.mixtures import learned_velocity, mode_shares, three_modes, wasserstein_1
