@@ -20,7 +20,7 @@ from fastvideo.cli import main as fastvideo
 from fastvideo.distillation.adapters.diffusers.packed import PACKERS
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
-from fastvideo.distillation.types import Quantise
+from fastvideo.distillation.scaling import Quantise
 
 RECIPE = "examples/distillation/tiny_wan_dmd2.yaml"
 

@@ -32,6 +32,7 @@ from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, c
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.expert_checks import check_experts
 from fastvideo.distillation.experts import boundary_of
+from fastvideo.distillation.frame_bridge import ScoresFrames
 from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
@@ -131,7 +132,7 @@ def build_bridges(
             critic do not share one.
     """
     main, bridges, notes = families.main, dict[tuple[str, str], Bridge](), list[str]()
-    use = method.frames_of(config.method)
+    use = method.frames_of(config.method) if issubclass(method, ScoresFrames) else None
     if use is not None:
         to_frames, note = frame_bridge(use, main, families.by_role)
         bridges |= {("student", role): to_frames for role in use.roles}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ class FrameUse:
     first: bool
     times: tuple[float, float]
     resize: bool
+
+
+@runtime_checkable
+class ScoresFrames(Protocol):
+    """Method with roles that score single frames of the student's videos."""
+
+    @classmethod
+    def frames_of(cls, config: Any) -> FrameUse:
+        """Those roles, and how they score."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from fastvideo.errors import UserError as UserError
 if TYPE_CHECKING:
     from fastvideo.distillation.trajectory import Trajectory
 
-Quantise = Literal["int8", "nf4", "fp8_storage"]
-"""Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""

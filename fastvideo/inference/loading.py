@@ -17,6 +17,7 @@ from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import Ladder, SamplerKind
@@ -93,7 +94,7 @@ class OpenedModel:
             return SamplerSpec.teacher(self.adapter.folder.teacher_times(count), wanted)
         own, kind = Ladder(tuple(ladder or self.recipe["ladder"])), student_sampler(self.recipe)
         if kind == "flow_map" and steps not in (None, 1, len(own)):
-            return SamplerSpec.student(Ladder.uniform(steps), wanted, kind)  # it jumps between any two times
+            return SamplerSpec.student(uniform_ladder(steps), wanted, kind)  # it jumps between any two times
         return SamplerSpec.student(first_steps(own, steps or len(own)), wanted, kind)
 
 

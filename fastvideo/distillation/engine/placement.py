@@ -35,8 +35,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_network,
 )
 from fastvideo.distillation.rng import stream_seed
-from fastvideo.distillation.scaling import Scaling, StoredTensor
-from fastvideo.distillation.types import Quantise
+from fastvideo.distillation.scaling import Quantise, Scaling, StoredTensor
 from fastvideo.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -14,9 +14,6 @@ from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-
-if TYPE_CHECKING:
-    from fastvideo.distillation.frame_bridge import FrameUse
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -71,11 +68,6 @@ class DistillMethod(ABC, Generic[ConfigT]):
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
         return config.needs
-
-    @classmethod
-    def frames_of(cls, config: ConfigT) -> FrameUse | None:
-        """Roles that score single frames of the student's videos, and how; ``None`` without such roles."""
-        return None
 
     @classmethod
     def gradient_roles_of(cls, config: ConfigT) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ from fastvideo.distillation.adapters.diffusers.plain import PlainAdapter
 from fastvideo.distillation.adapters.diffusers.sources import FetchedPipeline
 from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.features import Taps, Tokens, check_taps
-from fastvideo.distillation.types import Condition, Quantise
+from fastvideo.distillation.scaling import Quantise
+from fastvideo.distillation.types import Condition
 
 
 class DiffusersAdapter(PlainAdapter[ConfigT]):

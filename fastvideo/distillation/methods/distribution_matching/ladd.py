@@ -18,6 +18,7 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, Shares, TimeRange
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.features import features, widths_of
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.noise import add_noise
@@ -130,7 +131,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         if self.config.real_samples == "data":
             return batch.latents
         guided = partial(self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative)
-        times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
+        times = uniform_ladder(self.config.teacher_steps, shift=self.config.teacher_shift).times
         return euler(partial(guided, guidance=self.config.teacher_guidance), self.rng.normal(batch.shape), times)
 
     def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
