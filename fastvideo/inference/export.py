@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.registry import load_exporter
@@ -192,8 +193,8 @@ def _flow_map_warnings(spec: SamplerSpec) -> tuple[str, ...]:
 
 
 def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
-    counts = model.adapter.conditioner.first_frames
-    if not model.adapter.conditioner.needs_frames or 1 in counts:
+    counts = of_frames(model.adapter.conditioner).first_frames
+    if not of_frames(model.adapter.conditioner).needs_frames or 1 in counts:
         return ()
     wanted = " or ".join(map(str, counts))
     return (

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.sources import HUB_ID, resolve_pipeline
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
@@ -88,7 +89,7 @@ class AdapterFacts:
         if "" in self.experts:
             return None
         options = self.source.run_config.model.model_copy(update={"path": self.base_path})
-        boundary = load_adapter(self.config["distill_model"])(options).folder.boundary()
+        boundary = of_folder(load_adapter(self.config["distill_model"])(options).folder).boundary()
         return None if boundary is None else boundary_between(tuple(self.times), boundary)
 
     @property

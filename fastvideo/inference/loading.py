@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from fastvideo.data.model import check_sizes, pipeline_class
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.plain import read_recipe
@@ -88,7 +89,7 @@ class OpenedModel:
     def _sampler(self, steps: int | None, guidance: float | None, ladder: Sequence[float]) -> SamplerSpec:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
         wanted = _guidance(default if guidance is None else guidance)
-        self.adapter.folder.check_guidance(wanted)
+        of_folder(self.adapter.folder).check_guidance(wanted)
         if not self.is_student:
             count = steps or _steps(self.recipe.get("sampling_steps", TEACHER_STEPS))
             return SamplerSpec.teacher(self.adapter.folder.teacher_times(count), wanted)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fastvideo.data.model import pipeline_class
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.sources import HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
@@ -62,7 +63,7 @@ class CardFacts:
     @property
     def image(self) -> bool:
         """True for image-to-video."""
-        return self.model.adapter.conditioner.needs_frames
+        return of_frames(self.model.adapter.conditioner).needs_frames
 
     @cached_property
     def exporter(self) -> Exporter:

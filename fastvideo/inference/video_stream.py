@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastvideo.data.video_io import to_frames
-from fastvideo.distillation.adapters.base import FrameDecoder
+from fastvideo.distillation.abilities import FrameDecoder
 from fastvideo.distillation.chunks import Contexts, Past
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream

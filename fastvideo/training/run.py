@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from fastvideo.data.order import SampleStream
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_families, build_on
@@ -116,7 +117,7 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
         f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"
     )
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
-    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
+    tracker.say(f"{config.distill_model} on {processes.device}: {of_folder(adapter.folder).kernels}")
     for note in (
         *prompt_notes(config, processes),
         *method.notes,

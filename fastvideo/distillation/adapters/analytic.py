@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fastvideo.distillation.abilities import FolderAbilities
 from fastvideo.distillation.adapters.analytic_networks import (
     FrameConsistency,
     FrameDenoiser,
@@ -159,7 +160,7 @@ class AnalyticConditioner(Conditioner):
         return Condition({self.key: {"shift": torch.tensor(shifts, device=self.device)}})
 
 
-class AnalyticFolder(ModelFolder):
+class AnalyticFolder(ModelFolder, FolderAbilities):
     """Networks of the configured distribution, or a folder with one file."""
 
     def __init__(self, config: AnalyticConfig, device: torch.device) -> None:

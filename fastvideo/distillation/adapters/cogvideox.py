@@ -18,7 +18,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.abilities import Shape
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT

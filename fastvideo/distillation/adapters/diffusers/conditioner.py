@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal
 
@@ -28,13 +28,12 @@ class PromptCache:
 
     Args:
         encode: the embedding ``[L, D]`` of one prompt, without padding, in the encoder's dtype.
-        limit: bytes to keep, least recently used first out; what is held does not count.
+        limit: bytes to keep, least recently used first out.
     """
 
     def __init__(self, encode: Callable[[str], Tensor], limit: int) -> None:
         self._encode, self.limit = encode, limit
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._held: dict[str, Tensor] = {}
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -42,22 +41,7 @@ class PromptCache:
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The distinct prompts that are not kept."""
-        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept and prompt not in self._held]
-
-    def hold(self, texts: Mapping[str, Tensor]) -> None:
-        """Keep embeddings for good, such as those that a dataset stores."""
-        self._held.update(texts)
-
-    def keep(self, prompt: str) -> None:
-        """Encode a prompt, unless it is kept already, and keep it for good."""
-        if prompt in self._held:
-            return
-        row = self._kept.pop(prompt, None)
-        if row is None:
-            self._held[prompt] = to_host(self._encode(prompt))
-        else:
-            self.bytes -= row.nbytes
-            self._held[prompt] = row
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
 
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         """The embedding of each prompt, on the host."""
@@ -65,10 +49,9 @@ class PromptCache:
             row = to_host(self._encode(prompt))
             self._kept[prompt] = row
             self.bytes += row.nbytes
-        recent = [prompt for prompt in prompts if prompt not in self._held]
-        for prompt in recent:
+        for prompt in prompts:
             self._kept.move_to_end(prompt)
-        rows = [self._held[prompt] if prompt in self._held else self._kept[prompt] for prompt in prompts]
+        rows = [self._kept[prompt] for prompt in prompts]
         while self.bytes > self.limit:
             self.bytes -= self._kept.popitem(last=False)[1].nbytes
         return rows
@@ -88,11 +71,12 @@ class TextConditioner(Conditioner, Generic[ConfigT]):
 
     encodes_padding: ClassVar[bool] = False
     """True if padding is encoded like words, so that an embedding always has ``max_sequence_length`` tokens."""
+    _cache: ClassVar[type[PromptCache]] = PromptCache
 
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
         self.pipeline, self.config, self.device = pipeline, pipeline.config, pipeline.device
         self.text_length, self.negative_prompt = self.config.max_sequence_length, self.config.prompt_for_negative
-        self._prompts = PromptCache(self._encode_text, self.config.prompt_cache_mib * 2**20)
+        self._prompts = self._cache(self._encode_text, self.config.prompt_cache_mib * 2**20)
 
     @cached_property
     def key(self) -> str:

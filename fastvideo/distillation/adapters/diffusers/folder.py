@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvideo.distillation.abilities import FolderAbilities
 from fastvideo.distillation.adapters.diffusers.attention import (
     NATIVE,
     check_attention,
@@ -32,7 +33,7 @@ GRAPHS = 64
 """Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
 
 
-class DiffusersFolder(PlainFolder[ConfigT]):
+class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
     """Folder of a diffusers pipeline, or beside it a single file of weights in any layout."""
 
     _written = (*PlainFolder._written, HEAD_FILE)
