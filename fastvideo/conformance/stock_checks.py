@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.export.base import StockSampler
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample

@@ -21,9 +21,9 @@ from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check
 from fastvideo.distillation.chunks import STREAMING
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.causal import StreamOptions, streaming
-from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch, Merge, merge_file, parameter_shapes, start_adapter
 from fastvideo.distillation.engine.optional.footprint import check_memory
@@ -32,7 +32,7 @@ from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.expert_checks import check_experts
-from fastvideo.distillation.experts import boundary_of
+from fastvideo.distillation.experts import boundary_of, idle_expert_of
 from fastvideo.distillation.frame_bridge import ScoresFrames
 from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.lora_file import LoRAFile
@@ -403,7 +403,7 @@ def _check_memory(config: Config, families: Families, processes: Processes, head
         handles = [_handle(config, empty, name, {}, switches) for name in config.roles if name not in heads]
     on_device = [handle for handle in handles if not includes(config.parallel.offload, is_trained(handle.network))]
     packed = {name: sizes_of(config, handle, families.by_role[name]) for handle in on_device if (name := handle.name)}
-    idle = load_method(config.distill_method).idle_expert_of(config.method)
+    idle = idle_expert_of(load_method(config.distill_method), config.method)
     check_memory(on_device, processes, config.trainer.optimizer_states, packed, idle)
 
 

@@ -94,7 +94,7 @@ class VideoCodec(Protocol):
 
 
 @runtime_checkable
-class FrameCodec(VideoCodec, Protocol):
+class FrameCodec(Protocol):
     """Codec that decodes single frames."""
 
     def decode_frames(self, latents: Tensor, picks: Picks) -> Tensor:

@@ -18,7 +18,7 @@ from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, RoleBytes, holders, own_parameters, role_bytes
 from fastvideo.distillation.engine.parallel.distributed import BUCKET
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
-from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.experts import idle_expert_of, networks_of
 from fastvideo.distillation.quantised_roles import sizes_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.planning.fake import FakeRun
@@ -70,7 +70,7 @@ def role_plans(run: FakeRun) -> list[RolePlan]:
 def _role(run: FakeRun, handle: RoleHandle, holds: bool) -> RolePlan:
     made_by, network, family = run.placement(handle), handle.network, run.families.by_role[handle.name]
     shard, packed = run.processes.shard if made_by else 1, sizes_of(run.config, handle, family)
-    idle = load_method(run.config.distill_method).idle_expert_of(run.config.method)
+    idle = idle_expert_of(load_method(run.config.distill_method), run.config.method)
     kept = role_bytes(handle, shard, run.config.trainer.optimizer_states, holds=holds, packed=packed, idle=idle)
     scaling, item = family.scaling, family.folder.compute_dtype
     blocks = scaling.blocks(network) if made_by and scaling is not None and not packed else []

@@ -33,7 +33,7 @@ from fastvideo.distillation.adapters.analytic_networks import (
 )
 from fastvideo.distillation.adapters.base import Codec, Conditioner, DistillAdapter, ModelFolder
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, masked_runs
-from fastvideo.distillation.config.family import AdapterConfig, Level
+from fastvideo.distillation.config.sections import AdapterConfig, Level
 from fastvideo.distillation.features import Taps, Tokens, check_taps
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError

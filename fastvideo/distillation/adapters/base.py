@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError

@@ -13,8 +13,9 @@ from pydantic import (
 )
 
 from fastvideo.distillation.config.base import RESUMABLE, MethodConfig, Section, ordered
-from fastvideo.distillation.config.family import AdapterConfig
-from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
+from fastvideo.distillation.config.sections import AdapterConfig, EMAConfig, TrainerConfig
 from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.scaling import Quantise

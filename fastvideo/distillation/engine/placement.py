@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.lora import (
     adapter_files,
     add_adapter,
