@@ -35,9 +35,8 @@ from fastvideo.distillation.config.causal import StreamOptions, reach_of
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
-from fastvideo.distillation.rng import sample_seed
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced, sample_seed
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES, TrajectoryKind
 from fastvideo.distillation.types import RawBatch, UserError
 

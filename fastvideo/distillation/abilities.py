@@ -227,3 +227,23 @@ def frame_decoder(codec: object) -> FrameDecoder:
     if not isinstance(codec, StreamCodec):
         raise UserError(f"{type(codec).__name__} decodes whole videos: this family has no streams")
     return codec.frame_decoder()
+
+
+@runtime_checkable
+class RawCodec(Protocol):
+    """Codec of a family whose published datasets hold the VAE's raw latents."""
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Normalise raw latents, on any device."""
+        ...
+
+
+def normalised(codec: object, latents: Tensor) -> Tensor:
+    """Raw latents of a family's VAE as its codec encodes them.
+
+    Raises:
+        UserError: for a family that reads no such datasets.
+    """
+    if not isinstance(codec, RawCodec):
+        raise UserError(f"{type(codec).__name__} cannot normalise raw latents: preprocess the videos with this project")
+    return codec.normalise(latents)

@@ -86,18 +86,6 @@ class Condition:
         }
         return Condition(changed, self.given)
 
-    def where(self, keep: Tensor, other: Condition) -> Condition:
-        """Rows of ``self`` where ``keep`` (bool ``[B]``) is true, of ``other`` elsewhere; conditioning frames stay."""
-
-        def chosen(value: Tensor, fallback: Tensor) -> Tensor:
-            return value.where(keep.view(-1, *[1] * (value.ndim - 1)), fallback)
-
-        joined = {
-            key: {name: chosen(value, other.of(key)[name]) for name, value in tensors.items()}
-            for key, tensors in self.tensors.items()
-        }
-        return Condition(joined, self.given)
-
     def rows(self, index: slice) -> Condition:
         """Part of the batch."""
         given = None if self.given is None else Given(self.given.mask[index], self.given.clean[index])

@@ -16,8 +16,7 @@ from torch import Tensor
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.noise import add_noise
-from fastvideo.distillation.rng import sample_seed
-from fastvideo.distillation.sample import SampleNoise
+from fastvideo.distillation.sample import SampleNoise, sample_seed
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import LoadedModel
 

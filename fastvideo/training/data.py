@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_
 from fastvideo.data.prompts import read_prompts
 from fastvideo.data.schema import TEXT
 from fastvideo.data.stored_texts import check_own_texts, column_of, texts_made
-from fastvideo.distillation.abilities import of_frames, of_texts
+from fastvideo.distillation.abilities import normalised, of_frames, of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.batches import text_name
@@ -214,7 +215,7 @@ def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequen
         names=names,
         text_length=adapter.conditioner.text_rows if adapter.conditioner.text_length else None,
         texts=made,
-        normalise=adapter.codec.normalise,
+        normalise=partial(normalised, adapter.codec),
         codec_keys=adapter.codec.known_keys if with_latents else (),
         unmarked=config.data.latents,
     )

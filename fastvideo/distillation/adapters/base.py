@@ -65,14 +65,6 @@ class Codec(ABC):
         with nullcontext() if gradient else torch.no_grad():
             return self._decode(latents)
 
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Normalise the VAE's raw latents, on any device: published datasets hold these.
-
-        Raises:
-            UserError: for a family that reads no such datasets.
-        """
-        raise UserError(f"{type(self).__name__} cannot normalise raw latents: preprocess the videos with this project")
-
     @abstractmethod
     def _encode(self, videos: Tensor) -> Tensor: ...
 
