@@ -31,7 +31,7 @@ def _asked(part: object, ability: type[AbilityT]) -> AbilityT:
     """
     if isinstance(part, ability):
         return part
-    if stray := sorted(name for name in vars(ability) if name[0] != "_" and hasattr(type(part), name)):
+    if stray := sorted(name for name in {*vars(ability)} & {*dir(type(part))} if name[0] != "_"):
         raise TypeError(f"{type(part).__name__} has {', '.join(stray)}: inherit {ability.__name__} from {__name__} too")
     return ability()
 
