@@ -63,7 +63,7 @@ def teacher_folder(kind: Quantise, out: Path) -> Path:
         with torch.no_grad():
             for name, matrix in found.items():
                 network.get_submodule(name).weight.copy_(matrix)  # type: ignore[operator, union-attr]
-        family.folder.save(folder, network, dict(family.folder.recipe))
+        family.folder.save(folder, network, dict(family.folder.recipe_of(None)))
     return folder
 
 

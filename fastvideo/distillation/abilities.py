@@ -59,7 +59,7 @@ class FolderAbilities:
         return nullcontext()
 
     def recipe_of(self, path: str | None) -> Mapping[str, Any]:
-        """``recipe.json`` of another folder with a network of the family; empty if it has none."""
+        """``recipe.json`` of a folder with a network of the family; empty if it has none. ``None`` is the run's own."""
         return {}
 
     def check_guidance(self, guidance: GuidanceValue) -> None:

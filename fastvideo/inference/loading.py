@@ -12,8 +12,8 @@ from torch import nn
 from fastvideo.data.model import check_sizes, pipeline_class
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
-from fastvideo.distillation.adapters.diffusers.plain import read_recipe
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.reading import validate

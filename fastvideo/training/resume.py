@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import yaml
 
 from fastvideo.data.order import SampleStream
-from fastvideo.distillation.adapters.diffusers.plain import RETIRED
+from fastvideo.distillation.adapters.diffusers.folder import RETIRED
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.base import RESUMABLE, Section
 from fastvideo.distillation.config.reading import read_yaml

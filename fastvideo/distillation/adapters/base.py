@@ -135,11 +135,6 @@ class ModelFolder(ABC):
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the network's matrix products."""
 
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """``recipe.json`` of the folder; empty if it has none."""
-        return {}
-
     @abstractmethod
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
