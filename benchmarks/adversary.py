@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.methods.distribution_matching.gan import discriminator_loss, generator_loss
 from fastvideo.distillation.noise import add_noise, velocity_target
-from fastvideo.distillation.rollout import euler, few_step
+from fastvideo.distillation.rollout import few_step
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import Condition
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tiny.world import TinyWorld
@@ -42,7 +44,7 @@ class Bench:
     def __init__(self, model: LoadedModel) -> None:
         self.family, self.network = model.adapter, model.denoiser
         self.rng = torch.Generator().manual_seed(0)
-        self.taps = taps_at((0.5, 0.75, 1.0), len(self.family.feature_widths))
+        self.taps = taps_at((0.5, 0.75, 1.0), len(widths_of(self.family)))
         self.network.network.requires_grad_(False)
 
     def noise(self, x: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Bench:
         return few_step(velocity, self.noise(like), LADDER[: stop + 1], self.noise)
 
     def seen(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, ...]:
-        return self.network.features(add_noise(x0, noise, t), t, condition, self.taps)
+        return features(self.network, add_noise(x0, noise, t), t, condition, self.taps)
 
     @torch.no_grad()
     def pairs(self, real: Tensor, captions: list[str]) -> list[tuple[Tensor, ...]]:
@@ -75,7 +77,7 @@ class Bench:
     def adversary(self, pairs: list[tuple[Tensor, ...]], updates: int) -> Discriminator:
         """A discriminator after ``updates`` on stored features."""
         torch.manual_seed(0)
-        heads, count = Discriminator([self.family.feature_widths[tap] for tap in self.taps], 64), len(self.taps)
+        heads, count = Discriminator([widths_of(self.family)[tap] for tap in self.taps], 64), len(self.taps)
         optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, betas=(0.0, 0.99))
         for step in range(updates):
             *features, t = pairs[step % len(pairs)]

@@ -24,6 +24,7 @@ import torch
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.registry import run_schema
 from fastvideo.tests.faults.corruption import damages, is_detected
@@ -113,8 +114,9 @@ def overhead(folder: Path) -> dict[str, float]:
     method = build_method(config, adapter, alone)
     data, _ = build_data(config, adapter, alone)
     trainer = build_trainer(config, adapter, method, Tracker(folder, enabled=False), alone)
-    parts = trainer.runtime.parts(*survivors(trainer, data))
-    hook = trainer.runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
+    saving = Saving(trainer.runtime)
+    parts = saving.parts(*survivors(trainer, data))
+    hook = saving.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
 
     def block(saved: bool) -> float:
         begin = time.perf_counter()

@@ -19,7 +19,7 @@ from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.noise import x0_to_velocity
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.samplers import euler
 from fastvideo.evaluation.judge import Judge
 from fastvideo.tiny.latents import cached_latents
 from fastvideo.tiny.world import TinyWorld

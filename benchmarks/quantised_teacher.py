@@ -20,7 +20,7 @@ from fastvideo.cli import main as fastvideo
 from fastvideo.distillation.adapters.diffusers.packed import PACKERS
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
-from fastvideo.distillation.types import Quantise
+from fastvideo.distillation.scaling import Quantise
 
 RECIPE = "examples/distillation/tiny_wan_dmd2.yaml"
 
@@ -63,7 +63,7 @@ def teacher_folder(kind: Quantise, out: Path) -> Path:
         with torch.no_grad():
             for name, matrix in found.items():
                 network.get_submodule(name).weight.copy_(matrix)  # type: ignore[operator, union-attr]
-        family.folder.save(folder, network, dict(family.folder.recipe))
+        family.folder.save(folder, network, dict(family.folder.recipe_of(None)))
     return folder
 
 

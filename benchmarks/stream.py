@@ -36,6 +36,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
+from fastvideo.distillation.abilities import frame_decoder
 from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.sample import SamplerSpec
@@ -229,7 +230,7 @@ def decode(clock: Clock, repeats: int) -> dict[str, Any]:
     latents = torch.randn(1, 16, 33, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def chunks() -> None:
-        decoder = codec.frame_decoder()
+        decoder = frame_decoder(codec)
         for chunk in latents.split(1, dim=2):
             decoder(chunk)
 

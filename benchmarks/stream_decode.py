@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastvideo.distillation.abilities import frame_decoder
 from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter, CogVideoXConfig
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
@@ -32,7 +33,7 @@ def codec_of(model: str, video_frames: int) -> Codec:
 
 def streamed(codec: Codec, latents: torch.Tensor, chunk: int) -> tuple[torch.Tensor, int]:
     """Video decoded chunk by chunk, and the bytes of the decoder's state at the end."""
-    decode = codec.frame_decoder()
+    decode = frame_decoder(codec)
     pieces = [decode(latents[:, :, start:end]) for start, end in spans(latents.shape[2], chunk)]
     return torch.cat(pieces, dim=2), decode.bytes
 

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, UserError, see
+from fastvideo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunError, UserError
 from fastvideo.stopping import Stopped, leave_word
+from fastvideo.wording import see
 
 
 def speak_utf8() -> None:

@@ -8,7 +8,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from fastvideo.errors import UserError, see
+from fastvideo.errors import UserError
+from fastvideo.wording import see
 
 ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",

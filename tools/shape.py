@@ -21,7 +21,10 @@ DMD2 = f"{DISTILLATION}.methods.distribution_matching.dmd2"
 CORE = (DMD2, f"{DISTILLATION}.trainer", f"{DISTILLATION}.adapters.wan")
 ENGINE, RUNTIME = f"{DISTILLATION}.engine", f"{DISTILLATION}.engine.runtime"
 ADAPTERS, METHODS = f"{DISTILLATION}.adapters", f"{DISTILLATION}.methods"
-SAMPLE, ROLLOUTS = f"{DISTILLATION}.sample", (f"{DISTILLATION}.rollout", f"{DISTILLATION}.causal_rollout")
+SAMPLE, ROLLOUTS = (
+    f"{DISTILLATION}.sample",
+    tuple(f"{DISTILLATION}.{name}" for name in ("rollout", "samplers", "causal_rollout")),
+)
 NETWORK_CALLS = {"velocity", "guided_velocity", "velocity_of", "x0", "x0_guided", "flow_map"}
 """Calls of a network; a loop that feeds their outputs back to them samples."""
 
@@ -270,15 +273,15 @@ class Budget:
 
 
 BUDGETS = {
-    "dmd2_lines": Budget(1560, goal=1400),
+    "dmd2_lines": Budget(1400, goal=1400),
     "dmd2_files": Budget(12, goal=12),
-    "core_lines": Budget(3430, goal=2900),
-    "core_files": Budget(24, goal=22),
+    "core_lines": Budget(2900, goal=2900),
+    "core_files": Budget(22, goal=22),
     "velocity_definitions": Budget(2, goal=2),
     "sampling_loops": Budget(1, goal=1),
-    "adapter_members": Budget(15, goal=15),
+    "adapter_members": Budget(14, goal=14),
     "longest_function": Budget(60, goal=60),
-    "package_lines": Budget(44300, goal=19000),
+    "package_lines": Budget(44650, goal=19000),
 }
 """Lower a budget in the commit that earns it; raise it for a feature alone, in a commit that names it."""
 

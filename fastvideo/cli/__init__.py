@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fastvideo.entry import report_user_errors, speak_utf8
-from fastvideo.errors import EXIT_USER_ERROR, did_you_mean
+from fastvideo.errors import EXIT_USER_ERROR
+from fastvideo.wording import did_you_mean
 
 VERBS = {
     "distill": (

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvideo.cli.evaluate import KEPT_VIDEOS, EvaluateArguments, row_specs, shown, world_prompts, write_out
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
 from fastvideo.shares import Share
+from fastvideo.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import tyro
 from annotated_types import Interval
 
-from fastvideo.errors import UserError, see
-from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens
+from fastvideo.errors import UserError
+from fastvideo.ranges import Frames, GuidanceScale, Pixels, Tokens
+from fastvideo.sampling_ranges import Steps
+from fastvideo.wording import see
 
 T = TypeVar("T")
 FLATTENED_URL = re.compile(r"([a-z][a-z0-9+.-]+):/")

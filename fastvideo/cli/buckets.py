@@ -10,8 +10,9 @@ import tyro
 
 from fastvideo.cli.arguments import parse
 from fastvideo.cli.console import console
-from fastvideo.errors import counted
-from fastvideo.ranges import BatchSize, Processes
+from fastvideo.ranges import Processes
+from fastvideo.sampling_ranges import BatchSize
+from fastvideo.wording import counted
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from fastvideo.cli.arguments import (
     parse,
 )
 from fastvideo.errors import UserError
-from fastvideo.ranges import ON_SWITCH, OnSwitch, Scale, Seed, WrittenRate
+from fastvideo.ranges import Seed
+from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch, Scale, WrittenRate
 
 if TYPE_CHECKING:
     from torch import Tensor

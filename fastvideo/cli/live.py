@@ -14,7 +14,8 @@ import tyro
 from fastvideo.cli.arguments import INT, OptionalFrames, OptionalText, Switch, parse
 from fastvideo.cli.console import patience
 from fastvideo.errors import UserError
-from fastvideo.ranges import FrameRate, Port, Seed, Workers
+from fastvideo.ranges import Seed
+from fastvideo.sampling_ranges import FrameRate, Port, Workers
 
 if TYPE_CHECKING:
     from fastvideo.live.session import Session

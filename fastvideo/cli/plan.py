@@ -13,8 +13,10 @@ import tyro
 
 from fastvideo.cli.arguments import FLOAT, Switch, check_ranges
 from fastvideo.cli.console import patience
-from fastvideo.errors import UserError, counted
-from fastvideo.ranges import Bytes, Flops, Processes
+from fastvideo.errors import UserError
+from fastvideo.ranges import Flops, Processes
+from fastvideo.sampling_ranges import Bytes
+from fastvideo.wording import counted
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import tyro
 
 from fastvideo.cli.arguments import OptionalPlace, Switch, parse
-from fastvideo.ranges import BatchSize, PositiveInt, Workers
+from fastvideo.ranges import PositiveInt
+from fastvideo.sampling_ranges import BatchSize, Workers
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from fastvideo.cli.arguments import (
     Switch,
     parse,
 )
-from fastvideo.errors import UserError, counted
-from fastvideo.ranges import BatchSize, FrameRate, PositiveInt, Seed, Workers
+from fastvideo.errors import UserError
+from fastvideo.ranges import PositiveInt, Seed
+from fastvideo.sampling_ranges import BatchSize, FrameRate, Workers
 from fastvideo.shares import Share
+from fastvideo.wording import counted
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo.cli.arguments import parse
 from fastvideo.cli.console import console
-from fastvideo.errors import counted
+from fastvideo.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table

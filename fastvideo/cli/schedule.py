@@ -14,6 +14,7 @@ import tyro
 
 from fastvideo.cli.arguments import OptionalSteps, parse
 from fastvideo.cli.console import console
+from fastvideo.distillation.grids import uniform_ladder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,9 +83,8 @@ def stock_ladder(config: Config, steps: int | None) -> str:
         UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
     """
     from fastvideo.distillation.registry import load_exporter, load_method
-    from fastvideo.distillation.rollout import Ladder
 
-    wanted = config.ladder.times if steps is None else Ladder.uniform(steps).times
+    wanted = config.ladder.times if steps is None else uniform_ladder(steps).times
     sampler = load_exporter(config.model).stock_sampler(wanted, load_method(config.distill_method).sampler)
     return f"ladder:  # {type(sampler.scheduler).__name__}\n  times: {list(sampler.times)}"
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.conformance.subject import COUNT, NotApplicable, Subject, check, require, require_close
+from fastvideo.distillation.abilities import frame_decoder, of_frames
 from fastvideo.distillation.chunks import Masked, Past, Reach, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rng import normal, seeded
@@ -22,7 +23,7 @@ TOLERANCE = 1e-4
 def _role(subject: Subject) -> Denoiser:
     if "chunks" not in subject.adapter.supports:
         raise NotApplicable("the family generates whole videos, not chunk by chunk")
-    if subject.adapter.conditioner.needs_frames:
+    if of_frames(subject.adapter.conditioner).needs_frames:
         raise NotApplicable("the model goes on from frames of its own length of video")
     role = Denoiser(subject.adapter, subject.network)
     try:
@@ -167,7 +168,7 @@ def a_decoded_stream_has_no_seams(subject: Subject) -> None:
         raise NotApplicable("the family generates whole videos, not chunk by chunk")
     codec, latents = subject.adapter.codec, subject.noise(2, seed=5)
     try:
-        decode, other = codec.frame_decoder(), codec.frame_decoder()
+        decode, other = frame_decoder(codec), frame_decoder(codec)
     except UserError as refusal:
         raise NotApplicable(str(refusal)) from refusal
     pieces, forked = [], []

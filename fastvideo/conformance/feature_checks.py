@@ -6,26 +6,33 @@ import torch
 from torch import Tensor
 
 from fastvideo.conformance.subject import COUNT, NotApplicable, Subject, check, require, require_close
+from fastvideo.distillation.features import Featured, widths_of
 from fastvideo.distillation.types import Condition
 
 FEATURES = "features(), blocks, feature_widths"
 
 
+def _family(subject: Subject) -> Featured:
+    if not isinstance(subject.adapter, Featured):
+        raise NotApplicable("the family has no features, so methods with a discriminator refuse it")
+    return subject.adapter
+
+
 def _taps(subject: Subject) -> tuple[int, ...]:
     if "features" not in subject.adapter.supports:
         raise NotApplicable("the model has no features, so methods with a discriminator refuse it")
-    return tuple(range(len(subject.adapter.feature_widths)))
+    return tuple(range(len(widths_of(subject.adapter))))
 
 
 def _features(subject: Subject, taps: tuple[int, ...], x_t: Tensor, condition: Condition) -> tuple[Tensor, ...]:
-    return subject.adapter.features(subject.network, x_t, subject.times, condition, taps)[1]
+    return _family(subject).features(subject.network, x_t, subject.times, condition, taps)[1]
 
 
 @check(FEATURES)
 def features_are_float32_tokens_of_the_declared_widths(subject: Subject) -> None:
     taps = _taps(subject)
     found = _features(subject, taps, subject.x_t, subject.condition)
-    for tap, tokens, width in zip(taps, found, subject.adapter.feature_widths, strict=True):
+    for tap, tokens, width in zip(taps, found, widths_of(subject.adapter), strict=True):
         shape = tuple(tokens.shape)
         require(len(shape) == 3 and shape[::2] == (COUNT, width), f"tap {tap}: {shape}, declared [B, L, {width}]")
         require(tokens.dtype == torch.float32, f"tap {tap}: {tokens.dtype}; cast to float32 before it is returned")
@@ -38,11 +45,11 @@ def features_are_float32_tokens_of_the_declared_widths(subject: Subject) -> None
 def features_are_those_of_the_whole_call(subject: Subject) -> None:
     taps = _taps(subject)
     arguments = subject.network, subject.x_t, subject.times, subject.condition
-    u, whole = subject.adapter.features(*arguments, taps, whole=True)
+    u, whole = _family(subject).features(*arguments, taps, whole=True)
     assert u is not None
     require_close(u, subject.predict(subject.x_t, subject.times), "the velocity with and without features")
     for tap in taps:
-        _, (early,) = subject.adapter.features(*arguments, (tap,))
+        _, (early,) = _family(subject).features(*arguments, (tap,))
         require_close(early, whole[tap], f"tap {tap} of a call that ends there, and of a whole call")
     again = subject.predict(subject.x_t, subject.times)
     require_close(again, u, "the velocity before and after features were read")

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvideo.conformance.subject import COUNT, Subject, Violation, check, require, require_close
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.batches import BatchPreparer
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
 
 

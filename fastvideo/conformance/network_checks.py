@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require, require_close
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.noise import velocity_to_x0
 
@@ -118,7 +119,7 @@ def gradient_flows_to_the_input_and_to_every_parameter(subject: Subject) -> None
     subject.adapter.velocity(network, x_t, subject.times, subject.condition).square().sum().backward()
     require(x_t.grad is not None and x_t.grad.abs().sum() > 0, "no gradient reaches the input")
     found = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    declared = subject.adapter.folder.dead_parameters(network)
+    declared = of_folder(subject.adapter.folder).dead_parameters(network)
     dead, alive = sorted(found - declared), sorted(declared - found)
     require(not dead, f"no gradient reaches {', '.join(dead[:5])}{' ...' if len(dead) > 5 else ''}")
     require(not alive, f"declared dead, and gradient reaches them: {', '.join(alive[:5])}")

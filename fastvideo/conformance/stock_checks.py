@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fastvideo.conformance.subject import NotApplicable, Subject, check, require
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.export.base import StockSampler
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
@@ -28,7 +29,7 @@ def stock_diffusers_makes_the_same_video(subject: Subject) -> None:
 @check("velocity(), folder.rescale_guidance(), Exporter.guidance_arguments()")
 def stock_diffusers_makes_the_same_guided_video(subject: Subject) -> None:
     try:
-        subject.adapter.folder.check_guidance(GUIDANCE)
+        of_folder(subject.adapter.folder).check_guidance(GUIDANCE)
     except UserError as reason:
         raise NotApplicable(str(reason)) from reason
     require_same_video(subject, GUIDANCE)

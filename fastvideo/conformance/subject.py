@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import Condition
@@ -78,14 +79,14 @@ class Subject:
     @cached_property
     def frames(self) -> Tensor | None:
         """First frames ``[3, 3, T, H, W]`` in steps of 8 bits, for a model that takes some."""
-        if not self.adapter.conditioner.needs_frames:
+        if not of_frames(self.adapter.conditioner).needs_frames:
             return None
         videos = self.adapter.codec.decode(self.noise(COUNT, seed=3)).clamp(-1, 1)
-        return ((videos[:, :, : max(self.adapter.conditioner.first_frames)] + 1) * 127.5).round() / 127.5 - 1
+        return ((videos[:, :, : max(of_frames(self.adapter.conditioner).first_frames)] + 1) * 127.5).round() / 127.5 - 1
 
     def first_frames(self, count: int) -> Condition:
         """Condition on the first ``count`` of :attr:`frames`."""
-        return self.adapter.conditioner.condition_on(None if self.frames is None else self.frames[:count])
+        return of_frames(self.adapter.conditioner).condition_on(None if self.frames is None else self.frames[:count])
 
     @cached_property
     def x_t(self) -> Tensor:

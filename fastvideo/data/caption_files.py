@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zlib import crc32
 
-from fastvideo.distillation.rng import sample_seed
-from fastvideo.errors import UserError, see
+from fastvideo.distillation.sample import sample_seed
+from fastvideo.errors import UserError
 from fastvideo.texts import lines_of, read_text
+from fastvideo.wording import see
 
 NAME_KEYS = (
     "file_name",

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from fastvideo.data.caption_files import READERS, NoCaptionsError, read_captions
 from fastvideo.data.stills import IMAGE_SUFFIXES, is_image
-from fastvideo.errors import UserError, did_you_mean, see
+from fastvideo.errors import UserError
 from fastvideo.texts import read_text, same_name, shown_name
+from fastvideo.wording import did_you_mean, see
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi", ".m4v", *IMAGE_SUFFIXES)
 """Videos, and images, which are videos of one frame."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pyarrow as pa
 from pyarrow import types
 
-from fastvideo.errors import UserError, see
+from fastvideo.errors import UserError
+from fastvideo.wording import see
 
 TEXT, BYTES, SHAPE = pa.large_string(), pa.large_binary(), pa.large_list(pa.int64())
 NAMES = {TEXT: "string", BYTES: "binary", SHAPE: "list of int64"}

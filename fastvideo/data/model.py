@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
-from fastvideo.distillation.adapters.diffusers.plain import read_recipe
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.builder import Adapter
-from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastvideo.data.faults import Faults
 from fastvideo.distillation.rng import seeded, stream_seed
 from fastvideo.distillation.types import RawBatch, UserError
-from fastvideo.errors import counted
+from fastvideo.wording import counted
 
 
 @dataclass(frozen=True)

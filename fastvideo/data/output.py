@@ -21,9 +21,10 @@ from fastvideo.data.captions import Video
 from fastvideo.data.index import MANIFEST
 from fastvideo.data.schema import metadata_of
 from fastvideo.data.workers import FileJob, progress, write_files
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
 from fastvideo.files import replacing
 from fastvideo.shares import ALONE, Share
+from fastvideo.wording import counted
 
 SKIPPED = "skipped.jsonl"
 

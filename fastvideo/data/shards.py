@@ -17,10 +17,11 @@ from fastvideo.data.captions import Video
 from fastvideo.data.clips import Clip, Policy, read_clips
 from fastvideo.data.faults import VideoError
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
+from fastvideo.distillation.abilities import of_frames, of_texts
 from fastvideo.distillation.adapters.base import Codec, Conditioner
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.files import replacing
+from fastvideo.wording import counted
 
 GROUP_BYTES = 32 * 2**20
 """Size of a row group's tensors: a shuffling reader holds several groups."""
@@ -34,7 +35,7 @@ def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner
     Encodes one clip at a time, so that a row depends on its video alone.
     """
     videos = clip.tensor[None]
-    tensors = {LATENT: codec.encode(videos), **conditioner.encode_stored(videos, [video.caption])}
+    tensors = {LATENT: codec.encode(videos), **of_texts(conditioner).encode_stored(videos, [video.caption])}
     return {name: value[0].float().cpu() for name, value in tensors.items()}
 
 
@@ -51,7 +52,7 @@ def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy
     except UserError as error:
         raise VideoError(f"caption: {error}") from error
     for clip in read_clips(video.path, policy):
-        if clip.still and conditioner.needs_frames:
+        if clip.still and of_frames(conditioner).needs_frames:
             raise VideoError("an image has no frames that go on from its first: the model needs videos")
         yield _row(clip, video, encode_clip(clip, video, codec, conditioner), policy)
 
@@ -99,7 +100,7 @@ class ShardWriter:
 
     def write(self, path: Path, videos: Sequence[Video], done: Callable[[int], None]) -> None:
         """Write the file of ``videos``, whole or not at all; calls ``done`` with the number of finished videos."""
-        schema = schema_with(self.conditioner.stored_shapes)
+        schema = schema_with(of_texts(self.conditioner).stored_shapes)
         skipped: list[dict[str, str]] = []
         with whole_file(path, schema) as file:
             groups = _Groups(file, schema)
@@ -114,7 +115,7 @@ class ShardWriter:
                     skipped.append({"file": video.name, "reason": f"{before}{error}"})
                 done(count)
             groups.close()
-            text = self.conditioner.text_settings
+            text = of_texts(self.conditioner).text_settings
             texts = {TEXT: {**text, "dtype": "float32", "model": self.made["model"]}} if text else {}
             made = {**self.made, "texts": texts, "skipped": skipped}
             file.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(made)})

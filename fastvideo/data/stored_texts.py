@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvideo.data.index import dataset_files, has_tars, open_parquet
 from fastvideo.data.schema import METADATA_KEY, TEXT, metadata_of, text_column
+from fastvideo.distillation.abilities import of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.errors import UserError
 from fastvideo.files import replacing
@@ -61,7 +62,7 @@ def hold_sampling_texts(path: str, conditioners: Sequence[Conditioner]) -> None:
                 column = column_of(made["texts"], conditioner)
                 prompts = made["prompts"].get(column, ())
                 texts = {text: stored.get_tensor(f"{column}.{i}") for i, text in enumerate(prompts)}
-                conditioner.hold_texts(texts)
+                of_texts(conditioner).hold_texts(texts)
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} is damaged ({error}); run fastvideo preprocess with --overwrite again") from error
 
@@ -86,7 +87,7 @@ def texts_made(path: str) -> Texts:
 
 def column_of(made: Texts, conditioner: Conditioner) -> str | None:
     """The column that holds a conditioner's own texts, or ``None``."""
-    wanted = conditioner.text_settings
+    wanted = of_texts(conditioner).text_settings
     return next((column for column, found in made.items() if wanted and not _differences(found, wanted)), None)
 
 
@@ -96,11 +97,11 @@ def check_own_texts(path: str, made: Texts, conditioner: Conditioner, model: str
     Raises:
         UserError: with all differences, if the dataset holds texts of other encoders alone.
     """
-    if not made or not conditioner.text_settings:
+    if not made or not of_texts(conditioner).text_settings:
         return TEXT
     column = column_of(made, conditioner)
     if column is None:
-        wanted = conditioner.text_settings
+        wanted = of_texts(conditioner).text_settings
         closest = min(made.values(), key=lambda found: len(_differences(found, wanted)))
         wrong = "; ".join(
             f"{NAMES[name]} {closest[name]}, the model's is {wanted[name]}" for name in _differences(closest, wanted)

@@ -23,10 +23,11 @@ from fastvideo.data.schema import METADATA_KEY, bfloat16_columns, text_column, t
 from fastvideo.data.shards import GROUP_BYTES, Row, whole_file
 from fastvideo.data.stored_texts import write_sampling_texts
 from fastvideo.data.workers import FileJob, WriteFile, start_server
+from fastvideo.distillation.abilities import of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.shares import ALONE, Share
+from fastvideo.wording import counted
 
 FORMAT = 1
 """Increase it when the same settings give other rows."""
@@ -68,7 +69,7 @@ class TextJob(FileJob):
         """
         texts, sampling = {}, {}
         for number, (choice, conditioner) in enumerate(zip(self.choices, self.conditioners("cpu"), strict=True)):
-            if not (found := conditioner.text_settings):
+            if not (found := of_texts(conditioner).text_settings):
                 raise UserError(f"--prompts: the family {choice.family} has no text encoder whose texts can be stored")
             texts[text_column(number)] = {**found, "dtype": DTYPE, "model": choice.fields["path"]}
             sampling[text_column(number)] = self.for_sampling(conditioner)
@@ -120,7 +121,7 @@ class TextWriter:
         before = self.conditioners.index(conditioner) / len(self.conditioners)
         for start in range(0, len(order), self.job.batch_size):
             rows = order[start : start + self.job.batch_size]
-            texts = conditioner.encode_texts([prompts[row] for row in rows])
+            texts = of_texts(conditioner).encode_texts([prompts[row] for row in rows])
             found |= {row: text.bfloat16() for row, text in zip(rows, texts, strict=True)}
             done(int(len(prompts) * before + len(found) / len(self.conditioners)))
         return [found[row] for row in range(len(prompts))]

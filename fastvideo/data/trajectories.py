@@ -28,15 +28,15 @@ from fastvideo.data.output import open_output, shard_path
 from fastvideo.data.schema import LATENT, METADATA_KEY, schema_with, tensor_columns
 from fastvideo.data.shards import whole_file
 from fastvideo.data.workers import FileJob, WriteFile, progress, start_server, write_files
+from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.chunks import STREAMING, Masked
 from fastvideo.distillation.config.causal import StreamOptions, reach_of
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
-from fastvideo.distillation.rng import sample_seed
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced, sample_seed
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES, TrajectoryKind
 from fastvideo.distillation.types import RawBatch, UserError
 
@@ -125,7 +125,7 @@ class TrajectoryJob(FileJob):
         config = config_of(self.config, "of the trajectories")
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
-        adapter.folder.check_kernels(trained=False)
+        of_folder(adapter.folder).check_kernels(trained=False)
         teacher = Denoiser(adapter, adapter.folder.load_network(config.method.teacher_path))
         draw = self._sample if self.videos is None else self._continue
         return partial(self._write, partial(draw, config, adapter, teacher))
@@ -214,7 +214,7 @@ def precompute(
     if options["workers"] > 1:
         start_server(__name__)
     adapter = load_adapter(config.distill_model)(config.model, options["device"])
-    if adapter.conditioner.needs_frames:
+    if of_frames(adapter.conditioner).needs_frames:
         raise UserError(f"{config.model.path}: trajectories of a model with conditioning frames cannot be stored")
     adapter.conditioner.check_prompts(captions)
     _check_teacher(config, adapter, kind)
@@ -246,7 +246,7 @@ def _check_teacher(config: Config, adapter: Adapter, kind: TrajectoryKind) -> No
     """Refuse a teacher that has only seen whole videos where chunks go on from clean ones."""
     path, own = config.method.teacher_path, config.method
     trusted = isinstance(own, StreamOptions) and own.trusts_teachers
-    if kind == "causal" and not trusted and STREAMING not in adapter.folder.recipe_of(path):
+    if kind == "causal" and not trusted and STREAMING not in of_folder(adapter.folder).recipe_of(path):
         raise UserError(
             f"method.teacher_path: {path or config.model.path} makes whole videos at once (its recipe.json has no "
             f"`{STREAMING}`), and --causal needs a teacher that generates chunk by chunk: train one with causal_sft, "

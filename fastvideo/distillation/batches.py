@@ -10,6 +10,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import Codec, Conditioner
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, Condition, RawBatch, UserError
@@ -41,7 +42,8 @@ class BatchPreparer:
             each.text_of(raw if number == 0 else _text_for(each, raw)) for number, each in enumerate(self.conditioners)
         ]
         shape = self.codec.latent_shape if x0 is None else x0.shape[1:]
-        first = _joined([each.first_frames_of(raw) for each in self.conditioners if each.needs_frames])
+        given = [of_frames(each) for each in self.conditioners]
+        first = _joined([each.first_frames_of(raw) for each in given if each.needs_frames])
         return Batch(
             shape=(count, *shape),
             condition=_joined(texts) | first,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.single_file import is_quantised
 from fastvideo.distillation.adapters.export.lora import read_lora
@@ -20,9 +21,9 @@ from fastvideo.distillation.bundle import Bridge, ModelBundle, RoleHandle, check
 from fastvideo.distillation.chunks import STREAMING
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig
 from fastvideo.distillation.config.causal import StreamOptions, streaming
-from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
 from fastvideo.distillation.engine.lora import AdapterSwitch, Merge, merge_file, parameter_shapes, start_adapter
 from fastvideo.distillation.engine.optional.footprint import check_memory
@@ -31,7 +32,8 @@ from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.expert_checks import check_experts
-from fastvideo.distillation.experts import boundary_of
+from fastvideo.distillation.experts import boundary_of, idle_expert_of
+from fastvideo.distillation.frame_bridge import ScoresFrames
 from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.methods.base import DistillMethod
@@ -131,7 +133,7 @@ def build_bridges(
             critic do not share one.
     """
     main, bridges, notes = families.main, dict[tuple[str, str], Bridge](), list[str]()
-    use = method.frames_of(config.method)
+    use = method.frames_of(config.method) if issubclass(method, ScoresFrames) else None
     if use is not None:
         to_frames, note = frame_bridge(use, main, families.by_role)
         bridges |= {("student", role): to_frames for role in use.roles}
@@ -142,7 +144,7 @@ def build_bridges(
         bridge = bridge_between(main.codec, family.codec)
         if bridge is same_space:
             continue
-        if not method.bridges or main.conditioner.needs_frames:
+        if not method.bridges or of_frames(main.conditioner).needs_frames:
             why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
             raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
         _check_sizes(role, main.config, family.config)
@@ -168,7 +170,7 @@ def load_role(config: Config, families: Families, role: str) -> nn.Module:
     """The network of a role as training starts with it: the student of a method of flow maps is one."""
     options, needs = config.roles[role], load_method(config.distill_method).needs_of(config.method)
     flow_map = role == "student" and "flow_map" in needs
-    change = families.by_role[role].folder.add_flow_map if flow_map else None
+    change = of_folder(families.by_role[role].folder).add_flow_map if flow_map else None
     if options.trainable and is_quantised(options.path):
         raise UserError(
             f"roles.{role}.path: {options.path} holds fp8 weights, which are read for frozen roles and as the base of "
@@ -355,7 +357,7 @@ def check_run(
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
         check_tokens(family, processes, paths, [family.codec.latent_shape])
-        family.folder.check_kernels(trained=any(trainable[name] for name in paths))
+        of_folder(family.folder).check_kernels(trained=any(trainable[name] for name in paths))
     _check_guidance(config, families)
     _check_derivatives(config, families.main, processes)
     _check_reach(config, families, processes)
@@ -365,7 +367,7 @@ def check_run(
 def _check_guidance(config: Config, families: Families) -> None:
     guidance = dict(config.method).get("teacher_guidance")
     if guidance is not None:
-        families.by_role.get("teacher", families.main).folder.check_guidance(guidance)
+        of_folder(families.by_role.get("teacher", families.main).folder).check_guidance(guidance)
 
 
 def _check_needs_of_others(config: Config, families: Families) -> None:
@@ -401,7 +403,7 @@ def _check_memory(config: Config, families: Families, processes: Processes, head
         handles = [_handle(config, empty, name, {}, switches) for name in config.roles if name not in heads]
     on_device = [handle for handle in handles if not includes(config.parallel.offload, is_trained(handle.network))]
     packed = {name: sizes_of(config, handle, families.by_role[name]) for handle in on_device if (name := handle.name)}
-    idle = load_method(config.distill_method).idle_expert_of(config.method)
+    idle = idle_expert_of(load_method(config.distill_method), config.method)
     check_memory(on_device, processes, config.trainer.optimizer_states, packed, idle)
 
 
@@ -449,7 +451,7 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
     own.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, own, families)
     for role in ("student", *_autoregressive(config, own)):
-        _check_trained(config, own, role, families.by_role[role].folder.recipe_of(config.roles[role].path))
+        _check_trained(config, own, role, of_folder(families.by_role[role].folder).recipe_of(config.roles[role].path))
     if not load_method(name).makes_teachers and config.ladder.times[0] < 1.0:
         raise UserError(f"ladder.times: every chunk starts from pure noise, 1.0, and not from {config.ladder.times[0]}")
 
@@ -463,7 +465,9 @@ def _check_autoregressive(config: Config, own: StreamOptions, families: Families
     """Refuse a teacher that has only seen whole videos where one is needed that continues a past."""
     for role in () if own.trusts_teachers else _autoregressive(config, own):
         options = config.roles[role]
-        if options.init_from is None and STREAMING not in families.by_role[role].folder.recipe_of(options.path):
+        if options.init_from is None and STREAMING not in of_folder(families.by_role[role].folder).recipe_of(
+            options.path
+        ):
             raise UserError(
                 f"roles.{role}.path: {options.path or config.model.path} makes whole videos at once (its recipe.json "
                 f"has no `{STREAMING}`), and {config.distill_method} needs a {role} that generates chunk by chunk: "

@@ -19,7 +19,7 @@ from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import NoiseLike, Velocity
 from fastvideo.distillation.types import Condition
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 
 PastT = TypeVar("PastT")
 Solve = Callable[[Velocity, Tensor], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,11 +15,6 @@ from fastvideo.distillation.types import Condition
 
 if TYPE_CHECKING:
     from fastvideo.distillation.chunks import Context, Contexts, Past
-
-Taps = Sequence[int]
-"""Numbers of repeated blocks whose tokens are read."""
-Tokens = tuple[Tensor, ...]
-"""Token features, float32 ``[B, L, D]`` frame by frame along ``L``, one per tap, in the order of the taps."""
 
 
 class Prescription(Protocol):
@@ -41,11 +36,6 @@ class Family(Protocol):
         """The part of the folder that says how networks are sampled."""
         ...
 
-    @property
-    def feature_widths(self) -> tuple[int, ...]:
-        """Width ``D`` of the tokens after each repeated block, known without the network; empty: no features."""
-        ...
-
     @abstractmethod
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Float32 ``E[noise - x0 | x_t]`` ``[B, C, F, H, W]``; other predictions and schedules convert in here.
@@ -58,19 +48,6 @@ class Family(Protocol):
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after the chunk ``x0`` ``[B, C, c, H, W]``, which the network sees at time ``t``."""
-        ...
-
-    def features(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps, *, whole: bool = False
-    ) -> tuple[Tensor | None, Tokens]:
-        """Tokens after the blocks ``taps``, differentiable in ``x_t`` and in the network.
-
-        With ``whole`` the :meth:`velocity` of the same call comes first; otherwise ``None``, and nothing runs after the
-        last tap.
-
-        Raises:
-            UserError: for a tap that is no block, or a family without features.
-        """
         ...
 
 
@@ -108,7 +85,7 @@ class Denoiser:
         given = condition.given
         if context is not None:
             context.check_maker((self.network, self.select))
-        seen, times = self._network_input(x_t, t, condition)
+        seen, times = self.network_input(x_t, t, condition)
         # A family without flow maps or chunks need not know these arguments.
         options: dict[str, Any] = {} if context is None else {"context": context}
         if r is not None:
@@ -122,7 +99,7 @@ class Denoiser:
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition, *, context: Context | None = None) -> Tensor:
         """Estimated clean latents, float32; conditioning frames are exact."""
-        return _exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition, context=context), t), condition)
+        return exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition, context=context), t), condition)
 
     def commit(self, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after one more finished chunk ``[B, C, c, H, W]``, without gradient.
@@ -161,9 +138,10 @@ class Denoiser:
         if guidance == 1.0:
             return conditional
         unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
-        return self._guided(unconditional, conditional, guidance, t)
+        return self.guided(unconditional, conditional, guidance, t)
 
-    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, t: Tensor) -> Tensor:
+    def guided(self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, t: Tensor) -> Tensor:
+        """Both predictions at times ``t`` as one, by the guidance at each time and as the family goes on with it."""
         guided = guide(unconditional, conditional, guidance_at(guidance, t))
         return self.adapter.folder.rescale_guidance(guided, conditional)
 
@@ -171,32 +149,9 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue
     ) -> Tensor:
         """Clean latents under standard guidance; guiding x0 and velocity is the same."""
-        return _exact(velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t), condition)
+        return exact(velocity_to_x0(x_t, self.guided_velocity(x_t, t, condition, negative, guidance), t), condition)
 
-    def features(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Taps) -> Tokens:
-        """Tokens ``[B, L, D]`` after blocks ``taps``; :func:`generated_tokens` masks those of conditioning frames."""
-        seen, times = self._network_input(x_t, t, condition)
-        return self.adapter.features(self.network, seen, times, condition, taps)[1]
-
-    def x0_guided_and_features(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        negative: Condition,
-        guidance: GuidanceValue,
-        taps: Taps,
-    ) -> tuple[Tensor, Tokens]:
-        """:meth:`x0_guided` without gradient, and :meth:`features` of its conditional call with it."""
-        seen, times = self._network_input(x_t, t, condition)
-        u, tokens = self.adapter.features(self.network, seen, times, condition, taps, whole=True)
-        assert u is not None
-        with torch.no_grad():
-            if guidance != 1.0:
-                u = self._guided(self.velocity(x_t, t, negative), u, guidance, t)
-            return _exact(velocity_to_x0(x_t, u, t), condition), tokens
-
-    def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    def network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Select the role; latents and times that the network sees."""
         if self.select is not None:
             self.select()
@@ -204,5 +159,6 @@ class Denoiser:
         return (x_t, t) if given is None else (given.fill(x_t), given.times(t))
 
 
-def _exact(x0: Tensor, condition: Condition) -> Tensor:
+def exact(x0: Tensor, condition: Condition) -> Tensor:
+    """``x0`` with the conditioning frames put in, if there are any."""
     return x0 if condition.given is None else condition.given.fill(x0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -22,7 +23,7 @@ def check_experts(
         UserError: if a method needs more than an expert has, a step of the ladder is on a boundary, roles that score
             the same samples have different boundaries, or processes would call different experts.
     """
-    found = {role: family.folder.boundary(config.roles[role].path) for role, family in by_role.items()}
+    found = {role: of_folder(family.folder).boundary(config.roles[role].path) for role, family in by_role.items()}
     boundaries = {role: boundary for role, boundary in found.items() if boundary is not None}
     if not boundaries:
         return
@@ -54,7 +55,7 @@ def _calls_one_expert(config: RunConfig[Any, Any]) -> bool:
 def _check_needs(config: RunConfig[Any, Any], by_role: Mapping[str, DistillAdapter[Any]]) -> None:
     needs = load_method(config.distill_method).needs_of(config.method)
     for role, family in by_role.items():
-        if family.folder.boundary(config.roles[role].path) is not None and needs - family.supports:
+        if of_folder(family.folder).boundary(config.roles[role].path) is not None and needs - family.supports:
             raise UserError(
                 f"{config.distill_method} needs {' and '.join(sorted(needs - family.supports))}, which a model of two "
                 f"experts does not have ({family.config.path}, role {role})"

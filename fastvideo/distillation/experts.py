@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,21 @@ def by_expert(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
 def side_file(side: str, name: str) -> str:
     """Name of the file of one expert; that of a network which is one is ``name`` itself."""
     return f"{side}_{name}" if side else name
+
+
+@runtime_checkable
+class TrainsOneExpert(Protocol):
+    """Method whose losses may leave one of two experts as it is."""
+
+    @classmethod
+    def idle_expert_of(cls, config: Any) -> str | None:
+        """Name in the network of the expert that no loss of this config reaches; ``None`` if both are trained."""
+        ...
+
+
+def idle_expert_of(method: type, config: object) -> str | None:
+    """Name in the network of the expert that no loss reaches; ``None`` if all there are learn."""
+    return method.idle_expert_of(config) if issubclass(method, TrainsOneExpert) else None
 
 
 def boundary_of(network: nn.Module) -> float | None:

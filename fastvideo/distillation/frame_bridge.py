@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fastvideo.distillation.frames import latent_frame
 
 FrameSpace = Literal["auto", "identity", "decoded"]
 """Ways of the frames: the first as it is where the spaces are shared and the others decoded, the first alone and as it
@@ -41,6 +43,16 @@ class FrameUse:
     first: bool
     times: tuple[float, float]
     resize: bool
+
+
+@runtime_checkable
+class ScoresFrames(Protocol):
+    """Method with roles that score single frames of the student's videos."""
+
+    @classmethod
+    def frames_of(cls, config: Any) -> FrameUse:
+        """Those roles, and how they score."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,16 @@ class VideoCodec(Protocol):
 
     @property
     def temporal(self) -> int: ...
-    def decode_frames(self, latents: Tensor, picks: Picks) -> Tensor: ...
+    def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor: ...
+
+
+@runtime_checkable
+class FrameCodec(Protocol):
+    """Codec that decodes single frames."""
+
+    def decode_frames(self, latents: Tensor, picks: Picks) -> Tensor:
+        """:func:`decode_frames`, at less cost."""
+        ...
 
 
 class StillCodec(Protocol):
@@ -108,7 +129,7 @@ class CodecFrames(FrameBridge):
         if all(whole):
             return Stills(x0[:, :, :1].repeat_interleave(len(columns), dim=0))
         left = [column for column, same in zip(columns, whole, strict=True) if not same]
-        frames = self.source.decode_frames(x0, list(zip(*left, strict=True)))
+        frames = decode_frames(self.source, x0, list(zip(*left, strict=True)))
         encoded = self._encoded(frames)
         decoded = iter(encoded.unbind(1))
         parts = [x0[:, :, :1] if same else next(decoded) for same in whole]
@@ -120,6 +141,29 @@ class CodecFrames(FrameBridge):
         stills = resized(frames.transpose(1, 2).flatten(0, 1), self.target.frame_size)
         latents = self.target.encode(stills[:, :, None], gradient=True)
         return latents.view(batch, count, *latents.shape[1:])
+
+
+def decode_frames(codec: VideoCodec, latents: Tensor, picks: Picks) -> Tensor:
+    """Some video frames ``[B, 3, n, H, W]`` of each sample, with the gradient of their own latent frame alone.
+
+    They are those of the codec's ``decode`` with ``gradient``. ``picks`` are ``n`` numbers of video frames per sample.
+    """
+    return (
+        codec.decode_frames(latents, picks) if isinstance(codec, FrameCodec) else whole_decodes(codec, latents, picks)
+    )
+
+
+def whole_decodes(codec: VideoCodec, latents: Tensor, picks: Picks) -> Tensor:
+    """:func:`decode_frames` by one decode of the whole videos per pick of a sample."""
+    found, rows = [], range(len(latents))
+    for frames in zip(*picks, strict=True):
+        own = torch.zeros(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
+        for row, frame in zip(rows, frames, strict=True):
+            own[row, latent_frame(frame, codec.temporal)] = True
+        only = latents.where(own[:, None, :, None, None], latents.detach())
+        videos = codec.decode(only, gradient=True)
+        found.append(torch.stack([videos[row, :, frame] for row, frame in zip(rows, frames, strict=True)]))
+    return torch.stack(found, dim=2)
 
 
 def resized(stills: Tensor, size: tuple[int, int]) -> Tensor:

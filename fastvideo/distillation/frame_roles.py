@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
+from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.adapters.base import Codec, DistillAdapter
 from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse
 from fastvideo.distillation.rng import normal, seeded
@@ -76,7 +77,7 @@ def _check_stills(use: FrameUse, by_role: Mapping[str, Adapter]) -> None:
 
 def _check_videos(use: FrameUse, main: Adapter) -> None:
     """The student generates every frame, and enough of them."""
-    if main.conditioner.needs_frames:
+    if of_frames(main.conditioner).needs_frames:
         raise UserError(
             "model: it goes on from given frames, which hold no information for a frame teacher: methods without one "
             "train it"
@@ -136,7 +137,7 @@ def _check_sizes(use: FrameUse, source: Codec, teacher: Adapter) -> None:
     if use.resize:
         return
     own, other = source.frame_size, teacher.codec.frame_size
-    shape, side = (own[1] / own[0]) / (other[1] / other[0]), teacher.folder.trained_side
+    shape, side = (own[1] / own[0]) / (other[1] / other[0]), of_folder(teacher.folder).trained_side
     key, sizes = f"roles.{use.roles[0]}.model", f"{other[0]} x {other[1]} (height x width)"
     if max(shape, 1 / shape) > STRETCH:
         raise UserError(

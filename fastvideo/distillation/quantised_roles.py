@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -29,6 +29,21 @@ def key_of(config: Config, role: str) -> str:
     return f"roles.{role}.quantise: {config.roles[role].quantise}"
 
 
+@runtime_checkable
+class PassesGradient(Protocol):
+    """Method whose gradient passes frozen roles on its way to the student, such as one whose features judge it."""
+
+    @classmethod
+    def gradient_roles_of(cls, config: Any) -> tuple[str, ...]:
+        """Those roles."""
+        ...
+
+
+def gradient_roles_of(method: type, config: object) -> tuple[str, ...]:
+    """Frozen roles that a method's gradient passes; none for most."""
+    return method.gradient_roles_of(config) if issubclass(method, PassesGradient) else ()
+
+
 def check_quantised(
     config: Config,
     method: type[DistillMethod[Any]],
@@ -44,7 +59,7 @@ def check_quantised(
     Raises:
         UserError: with the role, the key, the reason and what is possible.
     """
-    passed = method.gradient_roles_of(config.method)
+    passed = gradient_roles_of(method, config.method)
     for role in quantised(config):
         where, family = key_of(config, role), by_role[role]
         if role in passed:

@@ -10,10 +10,11 @@ from typing import Any, cast
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.export.base import Exporter
 from fastvideo.distillation.config.base import MethodConfig
-from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
+from fastvideo.wording import did_you_mean
 
 METHODS = {
     "kd": "fastvideo.distillation.methods.knowledge_distillation.kd:KDMethod",

@@ -32,15 +32,11 @@ def stream_seed(seed: int, purpose: Purpose, *index: int) -> int:
         purpose: use of the stream.
         index: which of several: a rank, an epoch; as many numbers for each stream of a purpose.
     """
-    return _mixed(zlib.crc32(purpose.encode()), *index, seed % 2**64)
+    return mixed(zlib.crc32(purpose.encode()), *index, seed % 2**64)
 
 
-def sample_seed(seed: int, *indices: int) -> int:
-    """64-bit seed for one generated sample, unrelated for neighbouring (seed, indices)."""
-    return _mixed(seed, *indices)
-
-
-def _mixed(*entropy: int) -> int:
+def mixed(*entropy: int) -> int:
+    """64-bit seed of several numbers, unrelated for neighbouring ones."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 

@@ -16,14 +16,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.noise import add_noise, full_time, shift_time, velocity_to_x0
+from fastvideo.distillation.noise import add_noise, full_time, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import UserError
 
-TRAIN_STEPS = 1000
-"""Discrete steps behind published integer timesteps (``1000`` means ``t = 1``)."""
-MOST_STEPS = 10_000
-"""Upper bound of a ladder's length."""
 NoiseLike = Callable[[Tensor], Tensor]
 SamplerKind = Literal["renoise", "euler", "flow_map"]
 
@@ -55,23 +51,6 @@ class Ladder:
         if self.times[-1] <= 0.0:
             raise UserError(f"ladder {shown}: ends at {self.times[-1]}; the final 0 is implied, leave it out")
 
-    @classmethod
-    def from_steps(cls, steps: Sequence[float], *, shift: float = 1.0, warp: bool = True) -> Ladder:
-        """Real times of a published step list; a trailing 0 is dropped.
-
-        With ``warp`` the steps are unshifted and the scheduler warps them (``t = S s / (1 + (S - 1) s)``, ``s = step /
-        1000``); otherwise they are final timesteps and ``shift`` does not act.
-        """
-        kept = [step for i, step in enumerate(steps) if not (step == 0 and i == len(steps) - 1)]
-        return cls(tuple(_shifted(step / TRAIN_STEPS, shift) if warp else step / TRAIN_STEPS for step in kept))
-
-    @classmethod
-    def uniform(cls, count: int, *, shift: float = 1.0) -> Ladder:
-        """Times of ``count`` Euler steps from 1, uniform before the shift; UserError above ``MOST_STEPS``."""
-        if count > MOST_STEPS:
-            raise UserError(f"count {count} is more than {MOST_STEPS} steps")
-        return cls(tuple(_shifted(1.0 - i / count, shift) for i in range(count)))
-
     def __len__(self) -> int:
         return len(self.times)
 
@@ -79,11 +58,6 @@ class Ladder:
     def with_end(self) -> tuple[float, ...]:
         """Times with the final 0."""
         return (*self.times, 0.0)
-
-
-def _shifted(time: float, shift: float) -> float:
-    """``shift_time`` that keeps 1 exact; rounding gives 1.0000000000000002 for some shifts, such as 0.2."""
-    return time if time == 1.0 else shift_time(time, shift)
 
 
 class Rungs:
@@ -144,32 +118,3 @@ def few_step(velocity: Velocity, noise: Tensor, times: Sequence[float], noise_li
     x = renoise(velocity, start(noise, times[0]), times, noise_like)
     t = full_time(x, times[-1])
     return velocity_to_x0(x, velocity(x, t), t)
-
-
-def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Integrate ``dx/dt = u`` from ``times[0]`` to 0 by Euler steps, without gradient: the teacher's sampler."""
-    x = start(noise, times[0])
-    with torch.no_grad():
-        for t, after in zip(times, (*times[1:], 0.0), strict=True):
-            x = x - (t - after) * velocity(x, full_time(x, t))
-    return x
-
-
-def flow_map(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Jump from ``times[0]`` to 0, ``x <- x - (t - r) u(x, t, r)`` per time (MeanFlow arXiv 2505.13447, eq. 12)."""
-    x = start(noise, times[0])
-    for t, r in zip(times, (*times[1:], 0.0), strict=True):
-        x = x - (t - r) * velocity(x, full_time(x, t), r=full_time(x, r))
-    return x
-
-
-@torch.no_grad()
-def generate(
-    kind: SamplerKind, velocity: Velocity, noise: Tensor, times: Sequence[float], noise_like: NoiseLike
-) -> Tensor:
-    """Clean latents by the named sampler; only ``renoise`` draws from ``noise_like``."""
-    if kind == "euler":
-        return euler(velocity, noise, times)
-    if kind == "flow_map":
-        return flow_map(velocity, noise, times)
-    return few_step(velocity, noise, times, noise_like)

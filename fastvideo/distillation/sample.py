@@ -16,10 +16,11 @@ from fastvideo.distillation.causal_rollout import forced_velocity, next_chunk, s
 from fastvideo.distillation.chunks import Contexts, Masked, Past, Reach, frames_of, spans
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
-from fastvideo.distillation.rng import normal, sample_seed, seeded
-from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity, generate
+from fastvideo.distillation.rng import mixed, normal, seeded
+from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.types import Condition
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 
 Visit = Callable[[int, Tensor], None]
 """Callback with a step's number and the state ``[B, C, F, H, W]`` before it."""
@@ -63,6 +64,11 @@ class SamplerSpec:
     def teacher(cls, times: tuple[float, ...], guidance: GuidanceValue) -> SamplerSpec:
         """Euler steps of the guided flow, at the times of the family's own scheduler."""
         return cls(times, guidance, "euler")
+
+
+def sample_seed(seed: int, *indices: int) -> int:
+    """64-bit seed for one generated sample, unrelated for neighbouring (seed, indices)."""
+    return mixed(seed, *indices)
 
 
 def prompt_seeds(seed: int, prompts: Sequence[str]) -> list[int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from fastvideo.distillation.types import Quantise
+Quantise = Literal["int8", "nf4", "fp8_storage"]
+"""Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
 
 
 class StoredTensor(NamedTuple):

@@ -17,8 +17,6 @@ from fastvideo.errors import UserError as UserError
 if TYPE_CHECKING:
     from fastvideo.distillation.trajectory import Trajectory
 
-Quantise = Literal["int8", "nf4", "fp8_storage"]
-"""Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
 features inside the network, times per frame ``[B, F]``, causal calls on a past."""
@@ -87,18 +85,6 @@ class Condition:
             key: {name: change(value) for name, value in tensors.items()} for key, tensors in self.tensors.items()
         }
         return Condition(changed, self.given)
-
-    def where(self, keep: Tensor, other: Condition) -> Condition:
-        """Rows of ``self`` where ``keep`` (bool ``[B]``) is true, of ``other`` elsewhere; conditioning frames stay."""
-
-        def chosen(value: Tensor, fallback: Tensor) -> Tensor:
-            return value.where(keep.view(-1, *[1] * (value.ndim - 1)), fallback)
-
-        joined = {
-            key: {name: chosen(value, other.of(key)[name]) for name, value in tensors.items()}
-            for key, tensors in self.tensors.items()
-        }
-        return Condition(joined, self.given)
 
     def rows(self, index: slice) -> Condition:
         """Part of the batch."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastvideo.data.video_io import FPS
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
 from fastvideo.evaluation.catalogue import VBENCH_DIMENSIONS
 from fastvideo.evaluation.external import VBENCH_INSTALL, ClipScore, VBench, VideoDistance
 from fastvideo.evaluation.instrument import Instrument, distractors, taps_of
@@ -19,6 +19,7 @@ from fastvideo.evaluation.metric import Metric
 from fastvideo.evaluation.relative import Looks, PromptMatch, SeedDiversity, TeacherDistance
 from fastvideo.evaluation.user_data import check_data
 from fastvideo.inference.loading import OpenedModel
+from fastvideo.wording import did_you_mean
 
 OWN = ("fd_teacher", "prompt_match", *LOOKS, "seed_diversity")
 """Metrics that need the teacher alone."""

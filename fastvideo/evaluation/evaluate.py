@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.environment import environment
 from fastvideo.evaluation.frechet import Moments, frechet
@@ -105,7 +106,8 @@ def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:
     """Load the lazy parts, so that timings exclude first use; returns seconds per prompt of text encoding."""
     shape, conditioner = (2, *model.adapter.codec.latent_shape), model.adapter.conditioner
     conditioner.encode_prompts(["", ""])
-    grey = torch.zeros(2, 3, max(conditioner.first_frames), SIZE, SIZE) if conditioner.needs_frames else None
+    given = of_frames(conditioner)
+    grey = torch.zeros(2, 3, max(given.first_frames), SIZE, SIZE) if given.needs_frames else None
     once = Sampling(["", ""], SamplerSpec((1.0,), 1.0, "euler"), 0, frames=grey)
     sample_latents(model.adapter, model.denoiser, once)
     model.adapter.codec.decode(torch.zeros(shape, device=model.adapter.device))

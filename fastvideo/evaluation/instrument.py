@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.noise import add_noise
-from fastvideo.distillation.rng import sample_seed
-from fastvideo.distillation.sample import SampleNoise
+from fastvideo.distillation.sample import SampleNoise, sample_seed
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import LoadedModel
 
@@ -60,7 +60,7 @@ class Instrument:
         found = []
         for time in FEATURE_TIMES:
             t = torch.full((len(latents),), time, device=latents.device)
-            tokens = self.denoiser.features(add_noise(latents, noise, t), t, empty, self.taps)
+            tokens = features(self.denoiser, add_noise(latents, noise, t), t, empty, self.taps)
             found += [one.float().mean(1) for one in tokens]
         return torch.stack(found, 1).cpu()
 
@@ -83,7 +83,7 @@ def taps_of(adapter: DistillAdapter[Any]) -> list[int]:
     Raises:
         UserError: for a family without features.
     """
-    blocks = len(adapter.feature_widths)
+    blocks = len(widths_of(adapter))
     if not blocks:
         raise UserError(f"{type(adapter).__name__} has no features of its blocks: it cannot judge videos")
     return sorted({blocks // 2, blocks - 1})

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments, PixelPCA, frechet
@@ -139,7 +140,8 @@ class Judge:
 
     def first_frames(self, conditioner: Conditioner) -> Tensor | None:
         """Conditioning frames ``[N, 3, T, 32, 32]`` out of :meth:`real_videos`; ``None`` for a model of text alone."""
-        return self.real_videos()[:, :, : max(conditioner.first_frames)] if conditioner.needs_frames else None
+        given = of_frames(conditioner)
+        return self.real_videos()[:, :, : max(given.first_frames)] if given.needs_frames else None
 
     def real_videos(self) -> Tensor:
         """The real videos ``[N, 3, 9, 32, 32]`` whose captions are the prompts."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.model import SIZES
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.environment import environment
@@ -134,7 +135,7 @@ def _open_models(task: Task) -> dict[str, OpenedModel]:
 
 
 def _check_alike(name: str, model: OpenedModel, teacher_name: str, teacher: OpenedModel) -> None:
-    if model.adapter.conditioner.needs_frames:
+    if of_frames(model.adapter.conditioner).needs_frames:
         raise UserError(f"{name} starts from an image: --teacher measures models of text alone")
     ours, theirs = model.adapter.codec, teacher.adapter.codec
     if ours.latent_shape != theirs.latent_shape:

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from fastvideo.errors import UserError, nearest
+from fastvideo.errors import UserError
+from fastvideo.wording import nearest
 
 METRICS, VIDEOS, INDEX = "metrics.json", "videos", "index.json"
 CURVES, HEALTH, CONFIG, ENVIRONMENT = "metrics.jsonl", "health.jsonl", "config.yaml", "environment.json"

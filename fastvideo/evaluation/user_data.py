@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from fastvideo.data.captions import video_files
 from fastvideo.data.clips import Policy, Size, VideoError, read_clips
 from fastvideo.data.fits import DataRequirements
 from fastvideo.data.parquet import ParquetSource
+from fastvideo.distillation.abilities import normalised
 from fastvideo.errors import UserError
 from fastvideo.evaluation.instrument import Instrument
 from fastvideo.inference.loading import OpenedModel
@@ -70,7 +72,7 @@ def _latents(path: Path, model: OpenedModel, most: int, batch_size: int) -> Part
 
 def _source(path: Path, model: OpenedModel) -> ParquetSource:
     codec = model.adapter.codec
-    wanted = DataRequirements(codec.latent_shape, normalise=codec.normalise, codec_keys=codec.known_keys)
+    wanted = DataRequirements(codec.latent_shape, normalise=partial(normalised, codec), codec_keys=codec.known_keys)
     return ParquetSource(str(path), wanted)
 
 

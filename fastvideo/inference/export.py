@@ -10,12 +10,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import did_you_mean
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
 from fastvideo.inference.export_source import ExportSource, find_source, load_source, source_recipe
@@ -24,6 +24,7 @@ from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_prec
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
 from fastvideo.inference.recipe import Weights, reach_text, streaming_of
+from fastvideo.wording import did_you_mean
 
 FORMATS = ("diffusers", "comfy", *STREAMING_FORMATS, *LORA_FORMATS)
 ONE_FILE = "diffusion_model.safetensors"
@@ -192,8 +193,8 @@ def _flow_map_warnings(spec: SamplerSpec) -> tuple[str, ...]:
 
 
 def _image_warnings(model: LoadedModel) -> tuple[str, ...]:
-    counts = model.adapter.conditioner.first_frames
-    if not model.adapter.conditioner.needs_frames or 1 in counts:
+    counts = of_frames(model.adapter.conditioner).first_frames
+    if not of_frames(model.adapter.conditioner).needs_frames or 1 in counts:
         return ()
     wanted = " or ".join(map(str, counts))
     return (

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.data.model import pipeline_class
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.sources import HUB_ID, resolve_pipeline
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
@@ -22,11 +23,11 @@ from fastvideo.distillation.engine.lora import ADAPTER_FILE, is_adapter, portabl
 from fastvideo.distillation.experts import SIDES, boundary_between, by_expert, side_file
 from fastvideo.distillation.registry import families, load_adapter, load_exporter, load_method
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
 from fastvideo.inference.loading import RECIPE, load_recipe
 from fastvideo.inference.model_card import read_front_matter
+from fastvideo.wording import counted
 
 LORA_FORMATS = tuple(f"lora-{name}" for name in LAYOUTS)
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -88,7 +89,7 @@ class AdapterFacts:
         if "" in self.experts:
             return None
         options = self.source.run_config.model.model_copy(update={"path": self.base_path})
-        boundary = load_adapter(self.config["distill_model"])(options).folder.boundary()
+        boundary = of_folder(load_adapter(self.config["distill_model"])(options).folder).boundary()
         return None if boundary is None else boundary_between(tuple(self.times), boundary)
 
     @property

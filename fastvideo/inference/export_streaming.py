@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.export.base import StreamingClasses, deviation
 from fastvideo.distillation.adapters.export.streaming import (
     PUBLISHED_SHIFT,
@@ -125,7 +126,7 @@ def _check_sampler(student: Streamed) -> None:
         raise UserError(f"--to {to}: {model.source} has no ladder: few-step students alone are sampled there")
     if kind != "renoise":
         raise UserError(f"--to {to}: sampler {kind!r} has no counterpart there: it re-noises between two calls")
-    if model.adapter.conditioner.needs_frames:
+    if of_frames(model.adapter.conditioner).needs_frames:
         raise UserError(f"--to {to}: this student goes on from frames; text-to-video alone is exported")
     if first := model.recipe[STREAMING].get("first_ladder"):
         raise UserError(

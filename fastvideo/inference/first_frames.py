@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvideo.data.clips import Policy, Size, read_clips
 from fastvideo.data.faults import VideoError
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel
 
@@ -18,9 +19,9 @@ def first_frames(model: LoadedModel, image: Path | None) -> Tensor | None:
     Raises:
         UserError: for a missing or superfluous image, or an unreadable or short file.
     """
-    count = max(model.adapter.conditioner.first_frames)
+    count = max(of_frames(model.adapter.conditioner).first_frames)
     if image is None:
-        if model.adapter.conditioner.needs_frames:
+        if of_frames(model.adapter.conditioner).needs_frames:
             what = "an image" if count == 1 else f"a clip of {count} frames"
             raise UserError(f"the model in {model.source} needs {what}: give it with --image")
         return None

@@ -10,13 +10,15 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from fastvideo.data.model import check_sizes, pipeline_class
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
-from fastvideo.distillation.adapters.diffusers.plain import read_recipe
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import Ladder, SamplerKind
@@ -87,13 +89,13 @@ class OpenedModel:
     def _sampler(self, steps: int | None, guidance: float | None, ladder: Sequence[float]) -> SamplerSpec:
         default = self.recipe.get("guidance", 1.0 if self.is_student else self.adapter.folder.published_guidance)
         wanted = _guidance(default if guidance is None else guidance)
-        self.adapter.folder.check_guidance(wanted)
+        of_folder(self.adapter.folder).check_guidance(wanted)
         if not self.is_student:
             count = steps or _steps(self.recipe.get("sampling_steps", TEACHER_STEPS))
             return SamplerSpec.teacher(self.adapter.folder.teacher_times(count), wanted)
         own, kind = Ladder(tuple(ladder or self.recipe["ladder"])), student_sampler(self.recipe)
         if kind == "flow_map" and steps not in (None, 1, len(own)):
-            return SamplerSpec.student(Ladder.uniform(steps), wanted, kind)  # it jumps between any two times
+            return SamplerSpec.student(uniform_ladder(steps), wanted, kind)  # it jumps between any two times
         return SamplerSpec.student(first_steps(own, steps or len(own)), wanted, kind)
 
 

@@ -13,16 +13,17 @@ from typing import Any
 import yaml
 
 from fastvideo.data.model import pipeline_class
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.adapters.diffusers.sources import HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec, guidance_text
-from fastvideo.errors import counted
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.recipe import reach_text
+from fastvideo.wording import counted
 
 PROMPTS = dict.fromkeys(EMBEDDED, "a green seven moving up and left")
 PROMPT = "A cat walks on the grass, realistic style."
@@ -62,7 +63,7 @@ class CardFacts:
     @property
     def image(self) -> bool:
         """True for image-to-video."""
-        return self.model.adapter.conditioner.needs_frames
+        return of_frames(self.model.adapter.conditioner).needs_frames
 
     @cached_property
     def exporter(self) -> Exporter:

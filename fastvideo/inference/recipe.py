@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import ModelFolder
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.chunks import STREAMING, Reach
@@ -15,7 +16,8 @@ from fastvideo.distillation.config.base import Time
 from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
+from fastvideo.wording import counted
 
 _REACH = [field.name for field in fields(Reach)]
 Weights = Literal["ema", "live"]
@@ -41,7 +43,8 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
         return recipe | {"ladder": list(config.ladder.times), "guidance": 1.0}
     # The result is a teacher: any number of steps, with guidance and usual steps of its base model.
     usual = ("guidance", "sampling_steps")
-    return recipe | {key: folder.recipe[key] for key in usual if key in folder.recipe}
+    base = of_folder(folder).recipe_of(None)
+    return recipe | {key: base[key] for key in usual if key in base}
 
 
 def streaming_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

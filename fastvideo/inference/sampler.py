@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds, sample
@@ -85,7 +86,7 @@ def sample_latents(
 
 def _conditions(family: DistillAdapter[Any], wanted: Sampling, rows: Sequence[int]) -> tuple[Condition, Condition]:
     """Condition and negative condition of one batch, with its conditioning frames."""
-    first = family.conditioner.condition_on(None if wanted.frames is None else wanted.frames[list(rows)])
+    first = of_frames(family.conditioner).condition_on(None if wanted.frames is None else wanted.frames[list(rows)])
     condition = family.conditioner.encode_prompts([wanted.prompts[row] for row in rows]) | first
     if wanted.sampler.guidance == 1.0:
         return condition, condition

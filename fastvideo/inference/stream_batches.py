@@ -10,13 +10,14 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import frame_decoder
 from fastvideo.distillation.chunks import Contexts, spans
 from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream
 from fastvideo.distillation.types import Condition
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.locks import lock_of
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 
 Texts = tuple[Condition, Condition]
 """Condition of the prompts, and the negative one."""
@@ -91,14 +92,14 @@ def stream_frames(batch: StreamBatch, frames: int, change: Change | None = None)
         UserError: as :func:`latent_frames`, or for a family that cannot decode frame by frame.
     """
     codec, noise = batch.model.adapter.codec, batch.noise
-    stream, decode = batch.under(batch.texts(batch.prompts), noise), codec.frame_decoder()
+    stream, decode = batch.under(batch.texts(batch.prompts), noise), frame_decoder(codec)
     past, last, latents, done = stream.opened, None, 0, 0
     for count in chain(stream.chunks(latent_frames(frames, codec.temporal)), repeat(_chunk(batch.sampler))):
         begin, start = time.perf_counter(), batch.start(noise, count)
         with lock_of(batch.model.denoiser.network):
             if change is not None and latents == change.latent and last is not None:
                 past, stream = _switched(batch, change, stream, past, last, noise)
-                decode, last = codec.frame_decoder() if change.on_switch == "cut" else decode, None
+                decode, last = frame_decoder(codec) if change.on_switch == "cut" else decode, None
             past, last = stream.next_chunk(past, last, start)
         latents, seconds = latents + count, time.perf_counter() - begin
         for frame in torch.split(last, 1, dim=2):
@@ -137,7 +138,7 @@ def continued(batch: StreamBatch, latents: Tensor, places: Sequence[int], frames
     Yields:
         A place, and the last real video frame with the ``frames`` made behind it: ``[B, 3, 1 + frames, H, W]``.
     """
-    noise, decode = batch.noise, batch.model.adapter.codec.frame_decoder()
+    noise, decode = batch.noise, frame_decoder(batch.model.adapter.codec)
     stream = batch.under(batch.texts(batch.prompts), noise)
     past, seen = stream.opened, None
     for start, end in spans(latents.shape[2], _chunk(batch.sampler)):

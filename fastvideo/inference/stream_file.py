@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastvideo.data.video_io import VideoWriter, writing_video
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.stream_stats import StreamStats
 from fastvideo.inference.switch_plan import SwitchPlan
 from fastvideo.inference.video_stream import VideoStream
 from fastvideo.stopping import Stopped, listening
+from fastvideo.wording import counted
 
 SIGNALS = ("SIGINT", "SIGTERM")
 

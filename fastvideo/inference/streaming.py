@@ -17,8 +17,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from fastvideo.distillation.abilities import frame_decoder, of_frames
 from fastvideo.distillation.chunks import Past, Reach, spans
 from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
@@ -58,7 +60,9 @@ class Streamer:
         conditioner, codec = model.adapter.conditioner, model.adapter.codec
         self.negative_prompt = conditioner.negative_prompt if negative_prompt is None else negative_prompt
         channels, _, height, width = codec.latent_shape
-        self._maker = Maker(model.denoiser, sampler, self._encode, codec.frame_decoder, (channels, height, width))
+        self._maker = Maker(
+            model.denoiser, sampler, self._encode, partial(frame_decoder, codec), (channels, height, width)
+        )
 
     @classmethod
     def load(
@@ -166,7 +170,7 @@ def checked_reach(model: LoadedModel, sampler: SamplerSpec) -> Reach:
             f"the model in {source} generates whole videos at once, and a stream needs one that was trained to go on "
             f"chunk by chunk (its recipe.json has `streaming`): sample this one with `fastvideo generate`"
         )
-    if family.conditioner.needs_frames:
+    if of_frames(family.conditioner).needs_frames:
         raise UserError(f"the model in {source} goes on from given frames: streams start from text alone")
     if sampler.times[0] < NEARLY_NOISE:
         raise UserError(

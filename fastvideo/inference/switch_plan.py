@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastvideo.errors import UserError
 from fastvideo.inference.streaming import Streamer
-from fastvideo.ranges import ON_SWITCH, OnSwitch
+from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch
 
 FORM = 'FRAME:"PROMPT", such as 65:"a red seven moving up", is expected'
 

@@ -14,15 +14,16 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastvideo.data.video_io import to_frames
-from fastvideo.distillation.adapters.base import FrameDecoder
+from fastvideo.distillation.abilities import FrameDecoder
 from fastvideo.distillation.chunks import Contexts, Past
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream
 from fastvideo.distillation.types import Condition
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock, StreamStats
-from fastvideo.ranges import ON_SWITCH, OnSwitch
+from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch
+from fastvideo.wording import did_you_mean
 
 Frames = npt.NDArray[np.uint8]
 Texts = tuple[Condition, Condition]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
 from fastvideo.inference.stream_stats import StreamStats
 from fastvideo.inference.streaming import Streamer
 from fastvideo.inference.video_stream import VideoStream
@@ -21,7 +21,8 @@ from fastvideo.live.clock import Clock
 from fastvideo.live.reading import Reader
 from fastvideo.live.sprites import sprite
 from fastvideo.live.steering import Asked, asked, attributes_of, changed
-from fastvideo.ranges import ON_SWITCH
+from fastvideo.sampling_ranges import ON_SWITCH
+from fastvideo.wording import did_you_mean
 
 Kind = Literal["switch", "cut", "again"]
 """Ways to take a prompt: go on with the scene, begin another one, or start over from the first noise."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
 from fastvideo.inference.streaming import check_caption
 from fastvideo.tiny.captions import COLOURS, DIGITS, DIRECTIONS, Attributes, caption_of, parse_caption
+from fastvideo.wording import did_you_mean
 
 WORDS: Mapping[str, tuple[str, ...]] = {"digit": DIGITS, "colour": COLOURS, "direction": DIRECTIONS}
 """Words of each attribute, in the order of the judge's heads."""

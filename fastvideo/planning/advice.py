@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastvideo.distillation.builder import Config
-from fastvideo.distillation.config.sections import ParallelConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.estimate import Plan, Planner

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout
+from fastvideo.distillation.features import widths_of
 from fastvideo.planning.fake import FakeRun, fake_run
 from fastvideo.planning.layout import (
     RolePlan,
@@ -160,4 +161,4 @@ def _exchanged(run: FakeRun, role: str) -> float:
     counts = family.scaling.context_counts(None, family.codec.latent_shape)
     tokens = max(counts.values()) * run.config.data.batch_size / context
     item = family.folder.compute_dtype.itemsize
-    return ALL_TO_ALL * tokens * sum(family.feature_widths) * item * (context - 1) / context
+    return ALL_TO_ALL * tokens * sum(widths_of(family)) * item * (context - 1) / context

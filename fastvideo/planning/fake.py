@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvideo.data.trajectories import state_times
+from fastvideo.distillation.abilities import of_folder, of_frames, of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec, latent_space
 from fastvideo.distillation.adapters.diffusers.folder import block_classes
@@ -240,7 +241,7 @@ class FakeRun:
         config, conditioners, shape = self.config, self.conditioners.values(), self.families.main.codec.latent_shape
         latents = torch.empty(config.data.batch_size, *shape)
         texts = [fake_text(each, len(latents)) for each in conditioners]
-        first = [_fake_first_frames(each, latents) for each in conditioners if each.needs_frames]
+        first = [_fake_first_frames(each, latents) for each in conditioners if of_frames(each).needs_frames]
         negative = [each.negative(len(latents)) for each in conditioners]
         method, condition = load_method(config.distill_method), reduce(or_, [*texts, *first])
         states = None if self.times is None else torch.empty(*self.times.shape, *shape)
@@ -315,7 +316,7 @@ def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
     The shapes of its encoder and its normalisation tell its latent space from others.
     """
     if isinstance(family.codec, DiffusersCodec):
-        vae: Any = family.folder.frozen_parts()["VAE"]
+        vae: Any = of_folder(family.folder).frozen_parts()["VAE"]
         family.codec.vae = fake_network(family.codec.ready(vae.eval().requires_grad_(False)), mode)
         options, weights = latent_space(family.codec.pipeline.vae_config, vae)
         family.codec.latent_key = repr((options, [(name, tuple(value.shape)) for name, value in weights.items()]))
@@ -323,16 +324,16 @@ def fake_codec(family: Adapter, mode: FakeTensorMode) -> None:
 
 def fake_text(conditioner: Conditioner, count: int) -> Condition:
     """The condition of ``count`` prompts."""
-    width = conditioner.stored_shapes["text_embedding"][-1]
+    width = of_texts(conditioner).stored_shapes["text_embedding"][-1]
     stored = torch.empty(count, conditioner.text_rows, width or 1)
     return conditioner.text_of(RawBatch(("",) * count, None, {"text_embedding": stored}))
 
 
 def _fake_first_frames(conditioner: Conditioner, latents: Tensor) -> Condition:
     count = len(latents)
-    shapes = {name: [size or 1 for size in shape] for name, shape in conditioner.stored_shapes.items()}
+    shapes = {name: [size or 1 for size in shape] for name, shape in of_texts(conditioner).stored_shapes.items()}
     extras = {name: torch.empty(count, *shape) for name, shape in shapes.items()}
-    return conditioner.first_frames_of(RawBatch(("",) * count, latents, extras))
+    return of_frames(conditioner).first_frames_of(RawBatch(("",) * count, latents, extras))
 
 
 def drop_gradients(method: Method) -> None:

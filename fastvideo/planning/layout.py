@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastvideo.data.prompts import read_prompts
+from fastvideo.distillation.abilities import of_folder, of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.packed import largest_matrix
 from fastvideo.distillation.builder import Adapter, Config
@@ -17,7 +18,7 @@ from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.optional.footprint import FLOAT32, RoleBytes, holders, own_parameters, role_bytes
 from fastvideo.distillation.engine.parallel.distributed import BUCKET
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
-from fastvideo.distillation.experts import networks_of
+from fastvideo.distillation.experts import idle_expert_of, networks_of
 from fastvideo.distillation.quantised_roles import sizes_of
 from fastvideo.distillation.registry import load_method
 from fastvideo.planning.fake import FakeRun
@@ -69,7 +70,7 @@ def role_plans(run: FakeRun) -> list[RolePlan]:
 def _role(run: FakeRun, handle: RoleHandle, holds: bool) -> RolePlan:
     made_by, network, family = run.placement(handle), handle.network, run.families.by_role[handle.name]
     shard, packed = run.processes.shard if made_by else 1, sizes_of(run.config, handle, family)
-    idle = load_method(run.config.distill_method).idle_expert_of(run.config.method)
+    idle = idle_expert_of(load_method(run.config.distill_method), run.config.method)
     kept = role_bytes(handle, shard, run.config.trainer.optimizer_states, holds=holds, packed=packed, idle=idle)
     scaling, item = family.scaling, family.folder.compute_dtype
     blocks = scaling.blocks(network) if made_by and scaling is not None and not packed else []
@@ -121,7 +122,7 @@ def encoder_stays(config: Config, conditioner: Conditioner) -> bool:
     if config.data.prompts is None or not Path(config.data.prompts).is_file():
         return config.data.prompts is not None
     count, length = len(read_prompts(config.data.prompts)), conditioner.text_length or 0
-    width = conditioner.stored_shapes["text_embedding"][-1] or 0
+    width = of_texts(conditioner).stored_shapes["text_embedding"][-1] or 0
     return count * length * width * _encoder_item(config) > config.model.prompt_cache_mib * 2**20
 
 
@@ -155,7 +156,7 @@ def _parts(run: FakeRun) -> Mapping[str, int]:
     bridged = {run.families.by_role[role] for role in run.method.bundle.roles if run.bridged(role)}
     for family in dict.fromkeys((main, *run.families.placements)):
         decodes = family in bridged or (family is main and (bridged or run.config.validation.every > 0))
-        for name, part in family.folder.frozen_parts().items():
+        for name, part in of_folder(family.folder).frozen_parts().items():
             if decodes or name != "VAE":
                 item = _encoder_item(run.config) if name == ENCODER else FLOAT32
                 found[_named(run, family, name)] = _numel(part.parameters()) * item

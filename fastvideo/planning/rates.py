@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
 from fastvideo.distillation.adapters.diffusers.kernels import attend, check_kernel
 from fastvideo.distillation.builder import Config, build_adapter
+from fastvideo.distillation.features import widths_of
 
 SECONDS = 2.0
 """Length of a measurement."""
@@ -37,7 +38,7 @@ def measured_rates(config: Config, backend: str | None, bandwidth: float) -> Rat
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = build_adapter(config)
-    folder, width, rows = adapter.folder, adapter.feature_widths[0], ROWS[device.type]
+    folder, width, rows = adapter.folder, widths_of(adapter)[0], ROWS[device.type]
     left = torch.ones(rows, width, device=device, dtype=folder.compute_dtype)
     right = torch.ones(width, 4 * width, device=device, dtype=folder.compute_dtype)
     attention = None

@@ -15,7 +15,7 @@ import pytest
 
 from fastvideo.cli import VERBS, main
 from fastvideo.distillation.registry import ADAPTERS, METHODS
-from fastvideo.errors import see
+from fastvideo.wording import see
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])

@@ -16,8 +16,8 @@ from fastvideo.cli.plan import read_bytes
 from fastvideo.conformance.tiny import tiny_options
 from fastvideo.distillation.builder import build_adapter, build_families
 from fastvideo.distillation.config import reading
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import DataConfig
-from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement
 from fastvideo.distillation.types import UserError

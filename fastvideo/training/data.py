@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard, Source, too_
 from fastvideo.data.prompts import read_prompts
 from fastvideo.data.schema import TEXT
 from fastvideo.data.stored_texts import check_own_texts, column_of, texts_made
+from fastvideo.distillation.abilities import normalised, of_frames, of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.batches import text_name
@@ -23,11 +25,11 @@ from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import counted
 from fastvideo.tiny.captions import outside_note
 from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.switches import check_switches, with_switches
 from fastvideo.training.texts import usable_prompts
+from fastvideo.wording import counted
 
 if TYPE_CHECKING:
     from fastvideo.data.fits import DataRequirements
@@ -67,7 +69,9 @@ def check_data(config: Config, adapter: Adapter, processes: Processes) -> None:
     check_switches(config)
     shard = Shard(config.data.batch_size, processes.data_rank, processes.data_size)
     if config.data.prompts is not None:
-        _check_prompts_suffice(config, adapter, method.uses_latents(config.method) or adapter.conditioner.needs_frames)
+        _check_prompts_suffice(
+            config, adapter, method.uses_latents(config.method) or of_frames(adapter.conditioner).needs_frames
+        )
         count = len(read_prompts(config.data.prompts))
     elif config.data.path not in WORLDS:
         check_own_texts(config.data.path, texts_made(config.data.path), adapter.conditioner, config.model.path)
@@ -121,7 +125,7 @@ def open_source(
 ) -> tuple[Source, str]:
     """Open the samples; latents are read, or (once) computed, only for a method that trains on them."""
     method = load_method(config.distill_method)
-    with_latents = method.uses_latents(config.method) or adapter.conditioner.needs_frames
+    with_latents = method.uses_latents(config.method) or of_frames(adapter.conditioner).needs_frames
     if method.needs_trajectories:
         return _trajectories(config, adapter)
     if config.data.prompts is not None:
@@ -167,7 +171,7 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
 
 def _check_prompts_suffice(config: Config, adapter: Adapter, with_latents: bool) -> None:
     if with_latents and not load_method(config.distill_method).needs_trajectories:
-        needs = "goes on from given frames" if adapter.conditioner.needs_frames else "trains on videos"
+        needs = "goes on from given frames" if of_frames(adapter.conditioner).needs_frames else "trains on videos"
         raise UserError(
             f"data.prompts: {config.distill_model} x {config.distill_method} (as configured) {needs}, a prompts file "
             f"has none; give data.path"
@@ -196,14 +200,14 @@ def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequen
     from fastvideo.data.fits import DataRequirements
 
     path, made = config.data.path, texts_made(config.data.path)
-    shapes, names = dict(adapter.conditioner.stored_shapes), dict[str, str]()
+    shapes, names = dict(of_texts(adapter.conditioner).stored_shapes), dict[str, str]()
     if (text := shapes.pop(TEXT, None)) is not None:
         own = check_own_texts(path, made, adapter.conditioner, config.model.path)
         shapes[own], names[own] = text, TEXT
     for other in others:
         column = column_of(made, other)
         if column is not None and column not in shapes:
-            shapes[column], names[column] = other.stored_shapes[TEXT], text_name(other)
+            shapes[column], names[column] = of_texts(other).stored_shapes[TEXT], text_name(other)
     return DataRequirements(
         latents=adapter.codec.latent_shape if with_latents else None,
         any_size=config.data.buckets,
@@ -211,7 +215,7 @@ def _wanted(config: Config, adapter: Adapter, with_latents: bool, others: Sequen
         names=names,
         text_length=adapter.conditioner.text_rows if adapter.conditioner.text_length else None,
         texts=made,
-        normalise=adapter.codec.normalise,
+        normalise=partial(normalised, adapter.codec),
         codec_keys=adapter.codec.known_keys if with_latents else (),
         unmarked=config.data.latents,
     )

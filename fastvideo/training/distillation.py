@@ -70,7 +70,8 @@ def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config
 def _check_launch_flags(flags: Iterable[str]) -> None:
     """Suggest the nearest launch flag for a misspelt one; the schema checks the config's own flags."""
     from fastvideo.distillation.config.schema import RunConfig
-    from fastvideo.errors import UserError, nearest
+    from fastvideo.errors import UserError
+    from fastvideo.wording import nearest
 
     known = [field.name for field in fields(Launch)]
     for key in flags:

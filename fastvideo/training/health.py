@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.chunks import Masked, spans
 from fastvideo.distillation.config.base import by_time
@@ -29,13 +30,13 @@ from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import Condition
-from fastvideo.errors import see
 from fastvideo.evaluation.alarms import Figures, find_alarms
 from fastvideo.evaluation.health import measure
 from fastvideo.files import replace_file
 from fastvideo.inference.sampler import Sampling
 from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.shared_sampling import SharedSampler
+from fastvideo.wording import see
 
 PANEL_TIME, PANEL_VIDEOS = 0.5, 4
 """Noise level at which the roles' estimates of the clean video are shown, and of how many videos."""
@@ -211,7 +212,7 @@ class HealthCheck:
         frames, adapter = self.wanted.frames, self.shared.family
         families = (adapter, self.method.bundle["teacher"].adapter)
         conditioners = {family.conditioner.key: family.conditioner for family in families}.values()
-        given = adapter.conditioner.condition_on(None if frames is None else frames[list(rows)])
+        given = of_frames(adapter.conditioner).condition_on(None if frames is None else frames[list(rows)])
         prompts = [self.wanted.prompts[row] for row in rows]
         texts = [conditioner.encode_prompts(prompts) for conditioner in conditioners]
         negatives = [conditioner.negative(len(rows)) for conditioner in conditioners]

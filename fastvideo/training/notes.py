@@ -11,7 +11,7 @@ from fastvideo.data.order import Bucket, SampleStream
 from fastvideo.distillation.builder import Config, Method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.trainer import DistillTrainer
-from fastvideo.errors import counted, see
+from fastvideo.wording import counted, see
 
 MANY = 1000
 """Steps after which a role that each of them trained counts as one that all train."""

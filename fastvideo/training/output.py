@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.engine.checkpoint.initial import parse_origin
 from fastvideo.distillation.types import UserError
@@ -101,6 +102,6 @@ def next_commands(config: Config, adapter: Adapter) -> list[str]:
     if not adapter.Config.pipelines:
         return [f"next: {report}"]
     prompt = next(iter(config.validation.prompts), "a green seven moving up and left")
-    image = " --image FILE" if adapter.conditioner.needs_frames else ""
+    image = " --image FILE" if of_frames(adapter.conditioner).needs_frames else ""
     student = shlex.quote(str(output / "student"))
     return [f"next: fastvideo generate {student} --prompt {shlex.quote(prompt)}{image}", f"      {report}"]

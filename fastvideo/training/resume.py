@@ -6,23 +6,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
 from fastvideo.data.order import SampleStream
-from fastvideo.distillation.adapters.diffusers.plain import RETIRED
+from fastvideo.distillation.adapters.diffusers.folder import RETIRED
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.config.base import RESUMABLE, Section
 from fastvideo.distillation.config.reading import read_yaml
-from fastvideo.distillation.engine.runtime import ResumePoint, RunFacts
+from fastvideo.distillation.engine.saving import ResumePoint, RunFacts
 from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
-from fastvideo.errors import see
 from fastvideo.storage import Place
+from fastvideo.wording import see
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 
@@ -32,13 +32,25 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(config.output) / CHECKPOINTS
 
 
+@runtime_checkable
+class KeepsOwnParts(Protocol):
+    """Method with state that differs between processes."""
+
+    @property
+    def own_parts(self) -> Mapping[str, Any]:
+        """That state by name: parts with ``state_dict``, ``load_state_dict`` and ``load_foreign_state``, as
+        :class:`~fastvideo.distillation.rng.RandomStreams` has them."""
+        ...
+
+
 def survivors(
     trainer: DistillTrainer, data: SampleStream, validation: ValidationHook | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parts of a run beside its roles: those that all processes hold alike, and each process's own."""
     shared = {"method": trainer.method} | ({} if validation is None else {"validation": validation})
     own = {"trainer": trainer, "rng": trainer.method.rng, "data": data}
-    return shared, own | dict(trainer.method.own_parts)
+    parts = trainer.method.own_parts if isinstance(trainer.method, KeepsOwnParts) else {}
+    return shared, own | dict(parts)
 
 
 def run_facts(config: Config) -> RunFacts:

@@ -10,10 +10,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from fastvideo.data.order import SampleStream
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.engine.runtime import Processes, Runtime, Tracker
+from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
@@ -106,17 +108,18 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     session.wait_for_all()
     data.faults.attach(output, processes.rank)
     session.check_agreement("dataset", {"steps per epoch": data.rounds})
-    runtime, parts = trainer.runtime, trainer.runtime.parts(*survivors(trainer, data, validation))
-    for line in resumed(runtime.restore(source, parts), data) if source else []:
+    saving = Saving(trainer.runtime)
+    parts = saving.parts(*survivors(trainer, data, validation))
+    for line in resumed(saving.restore(source, parts), data) if source else []:
         tracker.say(line)
     tracker.rewind(trainer.step)
-    checkpoints = runtime.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
+    checkpoints = saving.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
     trainer.hooks = (start.report_to(tracker), validation, *frame_hooks(trainer, tracker), checkpoints)
     trainer.on_stop = lambda step: (
         f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"
     )
     tracker.say(f"training on {description}, in batches of {config.data.batch_size}")
-    tracker.say(f"{config.distill_model} on {processes.device}: {adapter.folder.kernels}")
+    tracker.say(f"{config.distill_model} on {processes.device}: {of_folder(adapter.folder).kernels}")
     for note in (
         *prompt_notes(config, processes),
         *method.notes,
@@ -159,8 +162,9 @@ def build_trainer(
     config: Config, adapter: Adapter, method: Method, tracker: Tracker, processes: Processes
 ) -> DistillTrainer:
     """The trainer over its runtime, still without hooks."""
+    every = config.parallel.sync_every_micro_batch
     runtime = Runtime(
-        method, config.trainer, tracker, processes, parallel=config.parallel, ema=config.ema, source=adapter
+        method, config.trainer, tracker, processes, sync_every_micro_batch=every, ema=config.ema, source=adapter
     )
     families = [adapter, *(handle.adapter for handle in method.bundle)]
     prepare = BatchPreparer(adapter.codec, conditioners_of(families), any_size=config.data.buckets)
@@ -169,8 +173,9 @@ def build_trainer(
 
 def save_result(config: Config, adapter: Adapter, trainer: DistillTrainer, folder: Path) -> None:
     """Save the student as a model folder: averaged weights if there are any, and the recipe that samples from it."""
-    weights: Weights = "ema" if trainer.runtime.has_average("student") else "live"
-    with trainer.runtime.result("student", adapter) as (network, files):
+    saving = Saving(trainer.runtime)
+    weights: Weights = "ema" if saving.has_average("student") else "live"
+    with saving.result("student", adapter) as (network, files):
         if network is None:
             return
         recipe = result_recipe(config, adapter.folder, weights, trainer.step)

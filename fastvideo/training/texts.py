@@ -12,12 +12,14 @@ from fastvideo.data.prompts import read_prompts, too_long
 from fastvideo.data.stored import StoredSource
 from fastvideo.data.stored_texts import hold_sampling_texts
 from fastvideo.data.texts import refuse_long
+from fastvideo.distillation.abilities import of_texts
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import text_name
 from fastvideo.distillation.builder import Adapter, Config
-from fastvideo.errors import UserError, counted
+from fastvideo.errors import UserError
 from fastvideo.files import gib, make_folder, replace_file, replacing
 from fastvideo.inference.progress import PatientBar
+from fastvideo.wording import counted
 
 LEFT_OUT = "prompts_left_out.jsonl"
 """File in a run's folder with the prompts that are too long."""
@@ -38,8 +40,9 @@ def take_stored_texts(config: Config, conditioners: Sequence[Conditioner]) -> No
         hold_sampling_texts(config.data.path, conditioners)
     for conditioner in conditioners:
         wanted = [conditioner.negative_prompt, *config.validation.prompts]
-        missing = conditioner.missing_texts(wanted)
-        if missing and conditioner.text_settings.get("encoder_weights", "") is None:
+        texts = of_texts(conditioner)
+        missing = texts.missing_texts(wanted)
+        if missing and texts.text_settings.get("encoder_weights", "") is None:
             raise UserError(
                 f"the model's folder has no text encoder, and {config.data.path} holds no text of {missing[0]!r}: "
                 f"encode it where the encoder is, with fastvideo preprocess --prompts FILE --out FOLDER and "
@@ -55,15 +58,16 @@ def encode_ahead(config: Config, conditioners: Sequence[Conditioner], data: Samp
     notes = []
     batches = (config.trainer.max_steps - step) * config.trainer.grad_accumulation
     for number, conditioner in enumerate(conditioners):
-        missing = conditioner.missing_texts(_captions(data, batches, number, conditioner))
-        if not conditioner.texts_fit(missing):
+        texts = of_texts(conditioner)
+        missing = texts.missing_texts(_captions(data, batches, number, conditioner))
+        if not texts.texts_fit(missing):
             notes.append(_stays(config, conditioner, len(missing)))
             continue
         with PatientBar("encoding prompts", len(missing)) as bar:
             for prompt in missing:
-                conditioner.keep_texts([prompt])
+                texts.keep_texts([prompt])
                 bar(1)
-        conditioner.release_encoder()
+        texts.release_encoder()
     return notes
 
 
@@ -80,8 +84,9 @@ def _captions(data: SampleStream, batches: int, number: int, conditioner: Condit
 
 def _stays(config: Config, conditioner: Conditioner, count: int) -> str:
     prompts = f"--prompts {config.data.prompts} " if config.data.prompts else "--prompts FILE "
+    size = gib(of_texts(conditioner).encoder_bytes)
     return (
-        f"the text encoder stays in memory ({gib(conditioner.encoder_bytes)}): the texts of {counted(count, 'prompt')} "
+        f"the text encoder stays in memory ({size}): the texts of {counted(count, 'prompt')} "
         f"do not fit into model.prompt_cache_mib. Encode them once: fastvideo preprocess {prompts}--model "
         f"{config.model.path} --out FOLDER, and train with data.path: FOLDER"
     )
@@ -113,7 +118,11 @@ def usable_prompts(
 
 def _checked_once(cache: Path, conditioner: Conditioner, prompts: Sequence[str]) -> dict[int, int]:
     """:func:`too_long`, or what an earlier call found for the same prompts and tokenizer."""
-    settings = [conditioner.text_settings.get("tokenizer"), conditioner.text_length, type(conditioner).__name__]
+    settings = [
+        of_texts(conditioner).text_settings.get("tokenizer"),
+        conditioner.text_length,
+        type(conditioner).__name__,
+    ]
     digest = sha256(json.dumps(settings).encode())
     for prompt in prompts:
         digest.update(prompt.encode() + b"\n")

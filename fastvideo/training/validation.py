@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames, of_texts
 from fastvideo.distillation.builder import Adapter, Config, Method
 from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.denoiser import Denoiser
@@ -55,7 +56,7 @@ def build_validation(
     else:
         frames = _image_frames(config, adapter)
     for conditioner in conditioners_of(role.adapter for role in method.bundle):  # health samples the teacher too
-        conditioner.keep_texts(prompts)
+        of_texts(conditioner).keep_texts(prompts)
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
     if (own := streaming(method.config)) is not None:
         sampler = replace(sampler, reach=own.reach, context_time=own.context_time, first_times=own.first_times)
@@ -100,9 +101,9 @@ def _image_frames(config: Config, adapter: Adapter) -> Tensor | None:
     """Conditioning frames of the validation's own prompts."""
     from fastvideo.inference.first_frames import read_first_frames
 
-    images, count = config.validation.images, max(adapter.conditioner.first_frames)
+    images, count = config.validation.images, max(of_frames(adapter.conditioner).first_frames)
     if not images:
-        if adapter.conditioner.needs_frames:
+        if of_frames(adapter.conditioner).needs_frames:
             raise UserError("validation.images: this model goes on from an image; give one for every prompt")
         return None
     if not count:

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fastvideo.distillation.abilities import FolderAbilities
 from fastvideo.distillation.adapters.analytic_networks import (
     FrameConsistency,
     FrameDenoiser,
@@ -30,16 +31,10 @@ from fastvideo.distillation.adapters.analytic_networks import (
     SiteMLP,
     standardised,
 )
-from fastvideo.distillation.adapters.base import (
-    Codec,
-    Conditioner,
-    DistillAdapter,
-    ModelFolder,
-    check_taps,
-)
+from fastvideo.distillation.adapters.base import Codec, Conditioner, DistillAdapter, ModelFolder
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span, masked_runs
-from fastvideo.distillation.config.family import AdapterConfig, Level
-from fastvideo.distillation.denoiser import Taps, Tokens
+from fastvideo.distillation.config.sections import AdapterConfig, Level
+from fastvideo.distillation.features import Taps, Tokens, check_taps
 from fastvideo.distillation.noise import velocity_to_x0
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.ranges import Number, PositiveFloat, PositiveInt
@@ -165,7 +160,7 @@ class AnalyticConditioner(Conditioner):
         return Condition({self.key: {"shift": torch.tensor(shifts, device=self.device)}})
 
 
-class AnalyticFolder(ModelFolder):
+class AnalyticFolder(ModelFolder, FolderAbilities):
     """Networks of the configured distribution, or a folder with one file."""
 
     def __init__(self, config: AnalyticConfig, device: torch.device) -> None:

@@ -18,7 +18,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.abilities import Shape
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter, DiffusersScaling
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
@@ -30,7 +30,7 @@ from fastvideo.distillation.adapters.diffusers.stored_texts import STORED, Diffu
 from fastvideo.distillation.adapters.diffusers.teacher_forced import teacher_forced
 from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span
-from fastvideo.distillation.config.family import Level
+from fastvideo.distillation.config.sections import Level
 from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError

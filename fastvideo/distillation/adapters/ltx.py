@@ -21,7 +21,8 @@ from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, FlowTexts
 from fastvideo.distillation.adapters.diffusers.packing import Packing, Patches
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 from fastvideo.distillation.adapters.diffusers.videos import FlowVideoConfig
-from fastvideo.ranges import FrameRate, Frames, Pixels, Tokens
+from fastvideo.ranges import Frames, Pixels, Tokens
+from fastvideo.sampling_ranges import FrameRate
 
 SIDE, STRIDE = 32, 8
 """Pixels on a side of a latent pixel, and frames of a latent frame, of all published checkpoints."""

@@ -24,7 +24,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_config,
 )
 from fastvideo.distillation.adapters.diffusers.plain import PlainAdapter, PlainFolder
-from fastvideo.distillation.config.family import Level
+from fastvideo.distillation.config.sections import Level
 from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.noise import shift_time
 from fastvideo.distillation.types import Condition

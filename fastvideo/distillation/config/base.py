@@ -80,8 +80,6 @@ def ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-Band = Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(ordered)]
-"""Lowest and highest ratio."""
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 TimeRange = Annotated[tuple[Time, Time], AfterValidator(ordered)]
 """Lower and upper time in [0, 1]."""

@@ -13,7 +13,8 @@ import yaml
 from pydantic import create_model
 
 from fastvideo.distillation.config.base import Section
-from fastvideo.errors import UserError, nearest
+from fastvideo.errors import UserError
+from fastvideo.wording import nearest
 
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 """Errors of PyYAML; for a scalar that is not what it looks like, such as 2026-02-30, it lets Python's own through."""

@@ -10,13 +10,14 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.config.overrides import NOT_YAML, as_section, with_overrides
 from fastvideo.distillation.config.recipes import find_config, with_own_files
 from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.registry import load_adapter, run_schema
-from fastvideo.errors import UserError, did_you_mean, nearest
+from fastvideo.errors import UserError
 from fastvideo.texts import read_text
+from fastvideo.wording import did_you_mean, nearest
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 NAMES = ("distill_model", "distill_method")

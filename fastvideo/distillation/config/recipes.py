@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastvideo.errors import UserError, nearest
+from fastvideo.errors import UserError
+from fastvideo.wording import nearest
 
 PACKAGE = Path(__file__).parents[2]
 IN_WHEEL, IN_CLONE = PACKAGE / "recipes", PACKAGE.parent / "examples" / "distillation"

@@ -12,27 +12,16 @@ from pydantic import (
     model_validator,
 )
 
-from fastvideo.distillation.config.base import RESUMABLE, Band, MethodConfig, Section
-from fastvideo.distillation.config.family import AdapterConfig
-from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
+from fastvideo.distillation.config.base import RESUMABLE, MethodConfig, Section, ordered
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
+from fastvideo.distillation.config.sections import AdapterConfig, EMAConfig, TrainerConfig
+from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.distillation.types import Quantise
+from fastvideo.distillation.scaling import Quantise
 from fastvideo.errors import UserError
-from fastvideo.ranges import (
-    BatchSize,
-    HeldOut,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Number,
-    PositiveFloat,
-    PositiveInt,
-    Repeats,
-    Samples,
-    Seed,
-    Steps,
-    Width,
-    WrittenRate,
-)
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed
+from fastvideo.sampling_ranges import BatchSize, HeldOut, Repeats, Samples, Steps, Width, WrittenRate
 from fastvideo.storage import is_remote
 
 
@@ -42,6 +31,8 @@ def _on_disk(folder: str) -> str:
     return folder
 
 
+Band = Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(ordered)]
+"""Lowest and highest ratio."""
 LocalFolder = Annotated[str, AfterValidator(_on_disk)]
 """Folder on a disk, in which files are appended to, renamed and locked."""
 MOST_SHIFT = 1000.0
@@ -79,8 +70,8 @@ class LadderConfig(Section):
             if not 0 < shift <= MOST_SHIFT:
                 raise UserError(f"shift must be above 0, up to {MOST_SHIFT}")
             if form == "count":
-                return {"times": Ladder.uniform(int(value["count"]), shift=shift).times}
-            return {"times": Ladder.from_steps(value["steps"], shift=shift, warp=value.get("warp", True)).times}
+                return {"times": uniform_ladder(int(value["count"]), shift=shift).times}
+            return {"times": published_ladder(value["steps"], shift=shift, warp=value.get("warp", True)).times}
         except (TypeError, ValueError, ArithmeticError, UserError) as error:
             raise ValueError(f"{error} (given: {dict(value)})") from error
 

@@ -1,18 +1,36 @@
-"""Config sections of the loop and its runtime."""
+"""Config sections of the loop and its runtime, and the base of those of families."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
-    Field,
     field_validator,
     model_validator,
 )
 
 from fastvideo.distillation.config.base import RESUMABLE, Section
-from fastvideo.ranges import Beta, Flops, NonNegativeInt, PositiveFloat, PositiveInt, Processes, Seconds, Threads
+from fastvideo.ranges import Beta, Flops, NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Threads
+
+Level = Literal["closed form", "tiny equality", "tiny distillation", "real weights"]
+"""Proof of a family: equal to a formula; equal to its stock pipeline on tiny random weights; distilled on tiny trained
+ones; distilled on published ones."""
+
+
+class AdapterConfig(Section):
+    """Base of every family's options."""
+
+    path: str = "tiny"
+    """Weights: a model folder or a name; each family says what it accepts."""
+    own_sizes: ClassVar[frozenset[str]] = frozenset()
+    """Sizes whose default fits every model of the family; others are named for each model."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
+    reversed_time: ClassVar[bool] = False
+    """The network's own time falls towards pure noise."""
+    level: ClassVar[Level] = "tiny equality"
+    """Proof that the family has passed."""
 
 
 class ProfileConfig(Section):
@@ -82,40 +100,6 @@ class TrainerConfig(Section):
         return names
 
 
-class ParallelConfig(Section):
-    """Layout of the run over processes; see `docs/scaling.md`."""
-
-    shard: Processes = 1
-    """Processes that share one copy of every network (FSDP2); it divides the number of processes."""
-    replicate: Processes | None = None
-    """Copies of the networks; processes / shard if not given, and checked otherwise."""
-    context: Processes = 1
-    """Processes that share one sample, each with a part of its tokens (Ulysses); it divides the number of processes."""
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Recompute activations in backward: `full` keeps only the inputs of blocks, `selective` also the results of
-    attention and of every second matrix product."""
-    sync_every_micro_batch: bool = False
-    """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradients in memory."""
-    keep_gathered: Literal["none", "frozen", "all"] = "none"
-    """Sharded networks whose blocks stay whole after their first use, which saves traffic and costs memory: `frozen`
-    permanently, `all` also the trained ones until the end of the next backward pass."""
-    offload: Literal["none", "frozen", "all"] = "none"
-    """Networks in host memory that are moved to the device block by block; needs `shard` above 1."""
-    timeout: Seconds = Field(default=600.0, gt=0)
-    """Seconds a process waits for others before the run ends with an error."""
-
-    @model_validator(mode="after")
-    def _offload_is_sharded(self) -> ParallelConfig:
-        if self.offload != "none" and self.shard == 1:
-            raise ValueError(f"offload {self.offload!r} moves blocks as sharding does: it needs shard above 1")
-        if self.offload != "none" and self.keep_gathered != "none":
-            raise ValueError(
-                f"offload {self.offload!r} frees the device of what keep_gathered {self.keep_gathered!r} keeps there: "
-                f"set one of them to none"
-            )
-        return self
-
-
 class EMAConfig(Section):
     """Averaged weights; those of the student are the result."""
 
@@ -127,21 +111,3 @@ class EMAConfig(Section):
     """Decay per update of the role."""
     start_step: NonNegativeInt = 0
     """Step up to which the average copies the live weights."""
-
-
-class CheckpointConfig(Section):
-    """Checkpoints, from which a run resumes."""
-
-    every: NonNegativeInt = 0
-    """Steps per checkpoint; 0 saves only the result."""
-    keep: PositiveInt = 2
-    """Number of newest checkpoints that are kept."""
-    keep_every: NonNegativeInt = 0
-    """Steps per checkpoint that is kept permanently; 0 keeps only the newest."""
-    asynchronous: bool = False
-    """Write in a thread; training waits only for the copy to host memory."""
-    mirror: str | None = None
-    """URL (`s3://bucket/run`) to which each complete checkpoint is uploaded in the background; `--resume` takes the
-    newest of there and here. See `docs/storage.md`."""
-    mirror_wait: Seconds = 300.0
-    """Most seconds that the end of the run waits for uploads."""

@@ -21,8 +21,9 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.distributed import any_rank
 from fastvideo.distillation.engine.parallel.sharding import local, norms_of
 from fastvideo.distillation.types import RawBatch, RoleLoss
-from fastvideo.errors import RunError, see
+from fastvideo.errors import RunError
 from fastvideo.stopping import received
+from fastvideo.wording import see
 
 
 class NonFiniteError(RunError):

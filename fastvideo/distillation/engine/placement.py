@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.lora import (
     adapter_files,
     add_adapter,
@@ -35,8 +36,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_network,
 )
 from fastvideo.distillation.rng import stream_seed
-from fastvideo.distillation.scaling import Scaling, StoredTensor
-from fastvideo.distillation.types import Quantise
+from fastvideo.distillation.scaling import Quantise, Scaling
 from fastvideo.errors import UserError
 
 
@@ -49,8 +49,6 @@ class NetworkFolder(Protocol):
     def compute_dtype(self) -> torch.dtype: ...
 
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module: ...
-    def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module: ...
-    def files(self, path: str | None) -> Mapping[str, StoredTensor]: ...
 
 
 class NetworkSource(Protocol):
@@ -172,7 +170,7 @@ class Placement:
         scaling = self.source.scaling
         if scaling is None or self.processes.shard == 1:
             return self.source.folder.load_network(path, dtype)
-        return self.source.folder.empty(path, dtype)
+        return of_folder(self.source.folder).empty(path, dtype)
 
     def _spread(self, network: nn.Module, path: str | None) -> None:
         scaling = self.source.scaling
@@ -191,7 +189,9 @@ class Placement:
     def _shard(self, network: nn.Module, scaling: Scaling, path: str | None) -> None:
         units, dtype = scaling.blocks(network), self.source.folder.compute_dtype
         shard_network(network, units, self._mesh, self.processes, self.options, dtype)
-        load_shards(network, self.source.folder.files(path), home_of(network, self.options, self.processes.device))
+        load_shards(
+            network, of_folder(self.source.folder).files(path), home_of(network, self.options, self.processes.device)
+        )
 
 
 class EmptyPlacement(Placement):
@@ -203,7 +203,7 @@ class EmptyPlacement(Placement):
         return cls(real.source, real.processes, real.options)
 
     def _new(self, path: str | None, dtype: torch.dtype) -> nn.Module:
-        return self.source.folder.empty(path, dtype)
+        return of_folder(self.source.folder).empty(path, dtype)
 
     def _spread(self, network: nn.Module, path: str | None) -> None:
         if self.source.scaling is not None:
@@ -269,7 +269,7 @@ def whole_network(handle: RoleHandle, source: NetworkSource, processes: Processe
             merge_file(whole, file, weight)
         merge(whole, state, switch.scaling)
         return whole
-    whole = source.folder.empty(None, torch.float32)
+    whole = of_folder(source.folder).empty(None, torch.float32)
     whole.load_state_dict(state, assign=True)
     return whole
 
@@ -292,8 +292,8 @@ def result_of(
 
 def read_whole(folder: NetworkFolder, path: str | None) -> nn.Module:
     """Read a network to the host, in float32."""
-    network, state = folder.empty(path, torch.float32), dict[str, Tensor]()
-    found = {name: stored for name, stored in folder.files(path).items() if name in network.state_dict()}
+    network, state = of_folder(folder).empty(path, torch.float32), dict[str, Tensor]()
+    found = {name: stored for name, stored in of_folder(folder).files(path).items() if name in network.state_dict()}
     for file in sorted({stored.file for stored in found.values()}):
         tensors = load_file(file)
         state |= {name: tensors[stored.name].float() for name, stored in found.items() if stored.file == file}

@@ -6,23 +6,16 @@ A step goes ``step`` -> ``micro_batches`` -> ``backward`` -> ``update`` -> ``set
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle, frozen
-from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, ParallelConfig, TrainerConfig
-from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
-from fastvideo.distillation.engine.checkpoint.restore import ResumePoint, restore, set_aside
-from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful
-from fastvideo.distillation.engine.ema import has_average, keep_averages
+from fastvideo.distillation.config.sections import EMAConfig, TrainerConfig
+from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard, StepRecord, clip_gradient
 from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
-from fastvideo.distillation.engine.optional.mirror import Mirror, checkpoints_at
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
 from fastvideo.distillation.engine.optional.recorder import STACKS
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
@@ -30,13 +23,12 @@ from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.context import has_split_tokens
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import free_gathered, reduce_gradients, synchronise
-from fastvideo.distillation.engine.placement import NetworkSource, result_of
 from fastvideo.distillation.engine.tracking import Metrics, Tracker
 from fastvideo.distillation.engine.training import training_of
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import RawBatch, RoleLoss, UserError
 
-__all__ = ["Processes", "ResumePoint", "RunFacts", "Runtime", "Tracker"]
+__all__ = ["Processes", "Runtime", "Tracker"]
 
 
 class Trainable(Protocol):
@@ -50,6 +42,7 @@ class Runtime:
     """Takes the steps of a method: backward, reduction, clipping, skipping, optimizers, averages, metrics, checkpoints.
 
     Args:
+        sync_every_micro_batch: reduce sharded gradients after each micro-batch instead of the last of a step.
         source: the family of the networks, to measure tokens per second; default: not measured.
 
     Raises:
@@ -63,12 +56,12 @@ class Runtime:
         tracker: Tracker,
         processes: Processes | None = None,
         *,
-        parallel: ParallelConfig | None = None,
+        sync_every_micro_batch: bool = False,
         ema: EMAConfig | None = None,
         source: TokenSource | None = None,
     ) -> None:
         self.bundle, self.rng, self.options, self.tracker = method.bundle, method.rng, options, tracker
-        self.processes, self.parallel = processes or Processes(), parallel or ParallelConfig()
+        self.processes, self.sync_every_micro_batch = processes or Processes(), sync_every_micro_batch
         rank, device, folder = self.processes.rank, self.processes.device, tracker.folder
         if options.max_cpu_seconds and self.processes.world_size > 1:
             raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
@@ -83,7 +76,8 @@ class Runtime:
         self._unsettled: StepRecord | None = None
         self._stop_signal = 0
         self._shown = "distilling"
-        self._mirror: Mirror | None = None
+        self.figures_beside: list[Callable[[], dict[str, float]]] = []
+        """More figures of each metrics window, such as those of uploads."""
 
     @contextmanager
     def running(self, total: int, done: int) -> Iterator[None]:
@@ -115,7 +109,7 @@ class Runtime:
         record = self._record
         for left in reversed(range(self.options.grad_accumulation)):
             for role in record.active:
-                synchronise(self.bundle[role].network, left == 0 or self.parallel.sync_every_micro_batch)
+                synchronise(self.bundle[role].network, left == 0 or self.sync_every_micro_batch)
             record.batches.append(next(data))
             record.trained = []
             self.performance.saw(record.batches[-1])
@@ -200,8 +194,8 @@ class Runtime:
             return
         skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
         figures = self.performance.window(self.options.max_steps - step)
-        if self._mirror is not None:
-            figures = figures | self._mirror.figures()
+        for beside in self.figures_beside:
+            figures = figures | beside()
         self.tracker.log(drained | skipped | dict(spent), step, closing=closing, performance=figures)
         losses = {name.split("/")[0]: value for name, value in drained.items() if name.endswith("/loss")}
         self._shown = " ".join(f"{role} {value:.3g}" for role, value in losses.items()) + shortly(figures)
@@ -234,37 +228,6 @@ class Runtime:
         for handle in self.bundle:
             if handle.trainable:
                 free_gathered(handle.network)
-
-    def result(
-        self, role: str, source: NetworkSource
-    ) -> AbstractContextManager[tuple[nn.Module | None, dict[str, dict[str, Tensor]]]]:
-        """A role's whole network for saving, on the main process alone, and its adapter as files by name."""
-        return result_of(self.bundle[role], source, self.processes)
-
-    def has_average(self, role: str) -> bool:
-        """True if :meth:`result` holds averaged weights."""
-        return has_average(self.bundle[role])
-
-    def parts(self, shared: Mapping[str, Stateful], own: Mapping[str, PerProcess]) -> Parts:
-        """State of a run: its trained roles, ``shared`` by all processes, and each process's ``own``."""
-        roles = {handle.name: RoleState(handle) for handle in self.bundle if handle.trainable}
-        return Parts(roles, shared, own)
-
-    def checkpoints(self, folder: Path, parts: Parts, options: CheckpointConfig, facts: RunFacts) -> CheckpointHook:
-        """A hook that saves ``parts`` when due, and after the last step."""
-        if options.mirror is not None and self.processes.is_main:
-            self._mirror = Mirror(checkpoints_at(options.mirror), folder, options, self.tracker.say)
-        return CheckpointHook(folder, parts, self.processes, options, self.options.max_steps, facts, self._mirror)
-
-    def restore(self, source: Path, parts: Parts) -> ResumePoint:
-        """Load an intact checkpoint into the parts, and rename later ones beside it that are of this run.
-
-        Raises:
-            UserError: if its roles or weights do not fit.
-        """
-        point = restore(source, parts, self.processes)
-        own = source.resolve().parent.parent == self.tracker.folder.resolve()
-        return replace(point, moved=tuple(set_aside(source, self.processes)) if own else ())
 
     def state_dict(self) -> dict[str, Any]:
         """The open metrics window, and the number of skipped steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -14,9 +14,6 @@ from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-
-if TYPE_CHECKING:
-    from fastvideo.distillation.frame_bridge import FrameUse
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -73,21 +70,6 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return config.needs
 
     @classmethod
-    def frames_of(cls, config: ConfigT) -> FrameUse | None:
-        """Roles that score single frames of the student's videos, and how; ``None`` without such roles."""
-        return None
-
-    @classmethod
-    def gradient_roles_of(cls, config: ConfigT) -> tuple[str, ...]:
-        """Frozen roles that a gradient passes on its way to the student, such as one whose features it is judged by."""
-        return ()
-
-    @classmethod
-    def idle_expert_of(cls, config: ConfigT) -> str | None:
-        """Name in the network of the expert that no loss of this config reaches; ``None`` if both are trained."""
-        return None
-
-    @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         """Networks of the method's own, such as a loss weight, by role; ``families`` are those of the other roles."""
         return {}
@@ -109,9 +91,3 @@ class DistillMethod(ABC, Generic[ConfigT]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-
-    @property
-    def own_parts(self) -> Mapping[str, Any]:
-        """State that differs between processes, by name: parts with ``state_dict``, ``load_state_dict`` and
-        ``load_foreign_state``, as :class:`~fastvideo.distillation.rng.RandomStreams` has them."""
-        return {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import frame_decoder, of_frames
 from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.frames import first_frame, latent_frames
@@ -30,7 +31,7 @@ from fastvideo.evaluation.streams.world import STRIDE, StreamJudge
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.sampler import BATCH_SIZE
 from fastvideo.inference.stream_batches import Change
-from fastvideo.ranges import ON_SWITCH, OnSwitch
+from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch
 from fastvideo.tiny.classifier import FRAMES, WEIGHTS_NAME
 from fastvideo.tiny.paths import CLASSIFIER_FOLDER
 from fastvideo.tiny.switches import switch_pairs
@@ -113,7 +114,7 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
     """
     name, codec, reach = source.name, source.model.adapter.codec, source.sampler.reach
     latents, whole = latent_frames(source.frames, codec.temporal), first_frame(codec.latent_shape[1], codec.temporal)
-    if source.model.adapter.conditioner.needs_frames:
+    if of_frames(source.model.adapter.conditioner).needs_frames:
         raise UserError(f"{name} goes on from given frames: streams start from text alone")
     _check_size(name, codec)
     if reach is not None:
@@ -132,7 +133,7 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
 def _check_size(name: str, codec: Codec) -> None:
     """Check that a model's frames are the tiny world's, by decoding one of zeros."""
     channels, _, *size = codec.latent_shape
-    frame = codec.frame_decoder()(torch.zeros(1, channels, 1, *size, device=codec.device))
+    frame = frame_decoder(codec)(torch.zeros(1, channels, 1, *size, device=codec.device))
     if tuple(frame.shape[-2:]) != (SIZE, SIZE):
         raise UserError(
             f"streams are measured on the tiny world, whose frames are {SIZE}x{SIZE}; {name} makes "

@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import frame_decoder
 from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.evaluation.streams.observer import SeenStreams, StreamObserver
@@ -62,7 +63,7 @@ def real_streams(model: LoadedModel, judge: StreamJudge, batch_size: int) -> Rea
     with PatientBar("real streams through the VAE", len(judge.prompts)) as bar:
         for videos in judge.real_batches(together):
             encoded = codec.encode(videos.to(model.adapter.device))
-            decode, observer = codec.frame_decoder(), StreamObserver(judge.starts)
+            decode, observer = frame_decoder(codec), StreamObserver(judge.starts)
             for frame in torch.split(encoded, 1, dim=2):
                 observer.add(decode(frame))
             seen.append(observer.seen())

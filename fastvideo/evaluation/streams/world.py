@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments
@@ -72,7 +73,7 @@ class StreamJudge:
         Raises:
             UserError: for a model that goes on from some.
         """
-        if conditioner.needs_frames:
+        if of_frames(conditioner).needs_frames:
             raise UserError("streams start from text alone, and this model goes on from given frames")
 
     def real_batches(self, batch_size: int) -> Iterator[Tensor]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastvideo.data.captions import find_videos
-from fastvideo.errors import UserError, see
+from fastvideo.errors import UserError
+from fastvideo.wording import see
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from fastvideo.data.trajectories import precompute
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
-from fastvideo.distillation.rng import normal, sample_seed, seeded
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.sample import sample_seed
 from fastvideo.distillation.types import UserError
 from fastvideo.training.data import open_source
 from fastvideo.training.run import run

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
-from fastvideo.distillation.config.sections import CheckpointConfig, EMAConfig, TrainerConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
+from fastvideo.distillation.config.sections import EMAConfig, TrainerConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import split_state
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime
+from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import attach_optimizer
 from fastvideo.distillation.trainer import DistillTrainer
@@ -79,7 +81,7 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
     runtime = Runtime(method, loop, Tracker(folder), ema=ema)
     adapter = method.bundle["student"].adapter
     trainer = DistillTrainer(method, preparer(adapter), loop, runtime)  # type: ignore[attr-defined]
-    parts = runtime.parts(*survivors(trainer, stream))
+    parts = Saving(runtime).parts(*survivors(trainer, stream))
     if save:
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})
         options = CheckpointConfig(**save)

@@ -17,7 +17,8 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import SamplerKind, euler, generate
+from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.samplers import euler, generate
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.tests.distillation.tiny import (
     COGVIDEOX_2B,

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fastvideo.cli import main
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import OptimizerConfig
-from fastvideo.distillation.config.sections import CheckpointConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import RoleState, split_state

@@ -17,9 +17,9 @@ from fastvideo.conformance.subject import Subject
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily, boundary_in
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.experts import Experts, boundary_between, check_boundary
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.noise import guidance_at
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, guidance_text, sample
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.loading import load_model, open_model
@@ -109,7 +109,7 @@ def _scheduler(times: tuple[float, ...]) -> Any:
 def test_four_guided_steps_give_the_video_of_the_stock_pipeline(
     adapter: WanFamily, network: Experts, folder: Path, guidance: tuple[float, float]
 ) -> None:
-    times, noise = Ladder.uniform(4, shift=5.0).times, SampleNoise([2])
+    times, noise = uniform_ladder(4, shift=5.0).times, SampleNoise([2])
     conditions = [adapter.conditioner.encode_prompts([prompt]) for prompt in PROMPTS]
     by_time = ((BOUNDARY, guidance[0]), (0.0, guidance[1]))
     latents = sample(
@@ -151,7 +151,7 @@ def test_a_teacher_is_sampled_with_the_guidance_of_each_expert(folder: Path, tin
 def test_an_exported_boundary_is_half_way_between_the_steps_beside_it(
     adapter: WanFamily, network: Experts, tmp_path: Path
 ) -> None:
-    ladder = list(Ladder.uniform(4, shift=5.0).times)
+    ladder = list(uniform_ladder(4, shift=5.0).times)
     adapter.folder.save(tmp_path / "student", network, {"ladder": ladder})
     assert boundary_in(str(tmp_path / "student")) == (0.9375 + 5 / 6) / 2
     assert boundary_between((1.0,), BOUNDARY) == boundary_between((), BOUNDARY) == BOUNDARY
@@ -161,9 +161,9 @@ def test_an_exported_boundary_is_half_way_between_the_steps_beside_it(
 
 
 def test_a_step_on_the_boundary_is_refused_by_name() -> None:
-    check_boundary(Ladder.uniform(4, shift=5.0).times, BOUNDARY, "ladder.times")
+    check_boundary(uniform_ladder(4, shift=5.0).times, BOUNDARY, "ladder.times")
     with pytest.raises(UserError, match=r"ladder\.times: the step 0\.875 is exactly the boundary"):
-        check_boundary(Ladder.uniform(4, shift=7.0).times, BOUNDARY, "ladder.times")
+        check_boundary(uniform_ladder(4, shift=7.0).times, BOUNDARY, "ladder.times")
 
 
 @pytest.mark.parametrize("ratio", [None, 1.5, "0.9"])

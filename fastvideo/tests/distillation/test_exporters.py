@@ -7,7 +7,7 @@ import pytest
 from fastvideo.distillation.adapters.analytic import AnalyticConfig
 from fastvideo.distillation.adapters.export.cogvideox import CogVideoXExporter
 from fastvideo.distillation.adapters.export.wan import WanExporter
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.registry import EXPORTERS, families, load_adapter, load_exporter
 from fastvideo.distillation.types import UserError
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
+from fastvideo.distillation.features import features, x0_guided_and_features
 from fastvideo.distillation.methods.distribution_matching.discriminator import generated_tokens
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import Condition, Given, UserError
@@ -92,14 +93,14 @@ def test_a_role_shows_given_frames_clean_and_marks_their_tokens(tiny_wan: Path) 
     x_t, t, text = inputs(adapter)
     mask = torch.tensor([[True, False], [False, False]])
     condition = Condition(text.tensors, Given(mask, normal(tuple(x_t.shape), seeded(2))))
-    (tokens,) = role.features(x_t, t, condition, (0,))
+    (tokens,) = features(role, x_t, t, condition, (0,))
     (gradient,) = torch.autograd.grad(tokens.square().sum(), x_t)
     assert torch.count_nonzero(gradient[0, :, 0]) == 0
     assert (gradient[0, :, 1].abs().sum(), gradient[1, :, 0].abs().sum()) > (0.0, 0.0)
     free = generated_tokens(tokens.shape[1], condition.given)  # type: ignore[arg-type]
     assert free.shape == tokens.shape[:2]
     assert free.view(2, 2, -1).float().mean(2).tolist() == [[0.0, 1.0], [1.0, 1.0]]
-    x0, again = role.x0_guided_and_features(x_t, t, condition, condition, 1.0, (0,))
+    x0, again = x0_guided_and_features(role, x_t, t, condition, condition, 1.0, (0,))
     torch.testing.assert_close(again[0], tokens)
     torch.testing.assert_close(x0, role.x0(x_t, t, condition))
     assert not x0.requires_grad
@@ -111,16 +112,16 @@ def test_guided_x0_beside_features_is_the_guided_x0(tiny_wan: Path) -> None:
     role = RoleHandle("teacher", adapter, adapter.folder.load_network())
     x_t, t, condition = inputs(adapter)
     negative = adapter.conditioner.negative(2)
-    x0, (tokens,) = role.x0_guided_and_features(x_t, t, condition, negative, 3.0, (1,))
+    x0, (tokens,) = x0_guided_and_features(role, x_t, t, condition, negative, 3.0, (1,))
     assert torch.equal(x0, role.x0_guided(x_t, t, condition, negative, 3.0).detach())
-    torch.testing.assert_close(tokens, role.features(x_t, t, condition, (1,))[0])
+    torch.testing.assert_close(tokens, features(role, x_t, t, condition, (1,))[0])
 
 
 def test_the_tokens_of_the_analytic_family_are_its_sufficient_statistics() -> None:
     adapter = spy((2, 3, 1, 2))
     role = RoleHandle("teacher", adapter, adapter.folder.load_network().double())
     x_t, t = normal((2, 2, 3, 1, 2), seeded(1), dtype=torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
-    (tokens,) = role.features(x_t, t, adapter.conditioner.encode_prompts(["0.5", "0"]), (0,))
+    (tokens,) = features(role, x_t, t, adapter.conditioner.encode_prompts(["0.5", "0"]), (0,))
     assert tokens.shape == (2, 6, 5)
     alpha, mean, std = 0.7, 0.7 + 0.5, 0.4
     y = (x_t[0] - alpha * mean) / (alpha**2 * std**2 + 0.3**2) ** 0.5
@@ -133,7 +134,7 @@ def test_held_weights_let_gradient_through_and_keep_none(tiny_wan: Path) -> None
     role = RoleHandle("critic", adapter, adapter.folder.load_network(), trainable=True)
     x_t, t, condition = inputs(adapter)
     with frozen([role]):
-        role.features(x_t, t, condition, (0,))[0].square().sum().backward()
+        features(role, x_t, t, condition, (0,))[0].square().sum().backward()
     assert x_t.grad is not None
     assert x_t.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in role.network.parameters())

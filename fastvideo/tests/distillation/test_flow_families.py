@@ -25,7 +25,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import load_exporter, load_method, run_schema
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import Condition, UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model

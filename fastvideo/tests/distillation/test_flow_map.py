@@ -17,7 +17,7 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD, HEAD_FILE
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.noise import add_noise
-from fastvideo.distillation.rollout import flow_map, generate
+from fastvideo.distillation.samplers import flow_map, generate
 from fastvideo.distillation.types import Condition, Given, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES
 from fastvideo.tests.distillation.toys import MEAN, STD, SpyAdapter, gaussian

@@ -14,19 +14,19 @@ from fastvideo.distillation.adapters.export.base import deviation
 from fastvideo.distillation.adapters.export.flow_match import flow_match_sampler
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
+from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_config
 
 EXACT = 1e-6
-SHIFTED = Ladder.from_steps([1000, 750, 500, 250], shift=5.0).times
+SHIFTED = published_ladder([1000, 750, 500, 250], shift=5.0).times
 
 
 @given(st.integers(1, 12), st.floats(0.2, 12.0))
 def test_a_uniform_ladder_under_any_shift_is_met_exactly(count: int, shift: float) -> None:
-    times = Ladder.uniform(count, shift=shift).times
+    times = uniform_ladder(count, shift=shift).times
     assert deviation(flow_match_sampler(times, "renoise").times, times) < EXACT
 
 

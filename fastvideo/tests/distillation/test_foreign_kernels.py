@@ -16,7 +16,7 @@ from fastvideo.distillation.adapters.diffusers.kernels import attend, check_kern
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_method
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.config.sections import ParallelConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.engine.optional.performance import Performance
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import Placement

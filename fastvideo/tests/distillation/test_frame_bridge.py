@@ -13,11 +13,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastvideo.distillation.adapters.base import whole_decodes
 from fastvideo.distillation.adapters.diffusers.codec import component_hash, latent_space
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
-from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse, resized
+from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse, resized, whole_decodes
 from fastvideo.distillation.frame_roles import frame_bridge, still_difference
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import made_family, wan_config

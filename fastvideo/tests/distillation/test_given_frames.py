@@ -17,7 +17,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, velocity_target
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, Condition, Given, mean_over_generated
 from fastvideo.tests.distillation.toys import LADDER, SpyAdapter, analytic_batch, gaussian, spy, toy_method, with_given

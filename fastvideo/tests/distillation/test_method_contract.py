@@ -15,7 +15,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching import flow_map_loss
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, RawBatch, UserError
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_config

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_method
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.lora import AdapterSwitch, adapted_layers
 from fastvideo.distillation.engine.parallel.distributed import Processes

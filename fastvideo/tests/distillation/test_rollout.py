@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import Velocity, euler, few_step, renoise
+from fastvideo.distillation.rollout import Velocity, few_step, renoise
+from fastvideo.distillation.samplers import euler
 from fastvideo.tests.distillation.toys import MEAN, STD, SpyAdapter, gaussian
 
 LADDER = (1.0, 0.9375, 5 / 6, 0.625)

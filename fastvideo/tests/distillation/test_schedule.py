@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from fastvideo.distillation.config.base import Guidance
+from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import first_steps
@@ -26,32 +27,32 @@ PUBLISHED = (1000, 750, 500, 250)
     ],
 )
 def test_warped_steps_give_the_golden_table(shift: float, times: tuple[float, ...]) -> None:
-    assert Ladder.from_steps(PUBLISHED, shift=shift).times == pytest.approx(times, abs=1e-12)
+    assert published_ladder(PUBLISHED, shift=shift).times == pytest.approx(times, abs=1e-12)
 
 
 def test_literal_steps_ignore_the_shift() -> None:
-    assert Ladder.from_steps(PUBLISHED, shift=5.0, warp=False).times == (1.0, 0.75, 0.5, 0.25)
+    assert published_ladder(PUBLISHED, shift=5.0, warp=False).times == (1.0, 0.75, 0.5, 0.25)
 
 
 def test_a_trailing_zero_is_dropped() -> None:
-    with_zero, without = (Ladder.from_steps(steps, shift=5.0) for steps in ((*PUBLISHED, 0), PUBLISHED))
+    with_zero, without = (published_ladder(steps, shift=5.0) for steps in ((*PUBLISHED, 0), PUBLISHED))
     assert with_zero == without
 
 
 def test_a_zero_in_the_middle_is_not_dropped() -> None:
     with pytest.raises(UserError, match="rises from 0"):
-        Ladder.from_steps((1000, 0, 500))
+        published_ladder((1000, 0, 500))
 
 
 def test_uniform_is_the_teachers_sampler() -> None:
-    assert Ladder.uniform(4).times == (1.0, 0.75, 0.5, 0.25)
-    assert Ladder.uniform(4, shift=3.0) == Ladder.from_steps(PUBLISHED, shift=3.0)
-    assert len(Ladder.uniform(50, shift=3.0)) == 50
+    assert uniform_ladder(4).times == (1.0, 0.75, 0.5, 0.25)
+    assert uniform_ladder(4, shift=3.0) == published_ladder(PUBLISHED, shift=3.0)
+    assert len(uniform_ladder(50, shift=3.0)) == 50
 
 
 def test_a_48_step_teacher_visits_the_4_step_ladder() -> None:
-    teacher = Ladder.uniform(48, shift=5.0).times
-    assert [teacher[i] for i in (0, 12, 24, 36)] == pytest.approx(Ladder.from_steps(PUBLISHED, shift=5.0).times)
+    teacher = uniform_ladder(48, shift=5.0).times
+    assert [teacher[i] for i in (0, 12, 24, 36)] == pytest.approx(published_ladder(PUBLISHED, shift=5.0).times)
 
 
 def test_the_end_is_appended() -> None:

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.config.schema import LoRAConfig
-from fastvideo.distillation.config.sections import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint import manifest
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.initial import start_from

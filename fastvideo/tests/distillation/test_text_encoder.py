@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.diffusers.encoder import check_whole
+from fastvideo.distillation.adapters.diffusers.conditioner import check_whole
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_config, wan_folder

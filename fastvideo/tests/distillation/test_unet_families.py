@@ -21,7 +21,7 @@ from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.noise import add_noise, expand_time, velocity_to_x0
 from fastvideo.distillation.registry import METHODS, load_adapter, load_exporter, load_method, run_schema
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.loading import load_model

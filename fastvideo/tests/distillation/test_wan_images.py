@@ -17,7 +17,8 @@ from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import Ladder, euler
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import Condition, RawBatch, UserError
 from fastvideo.tests.distillation.tiny import wan_config
 from fastvideo.tests.distillation.tiny_images import CLIP_TOKENS, CLIP_WIDTH, i2v_config, i2v_folder, ti2v_config

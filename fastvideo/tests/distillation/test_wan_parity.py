@@ -15,7 +15,8 @@ from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.recompute import Recompute, checkpointed
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import Ladder, euler
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import wan_config
 

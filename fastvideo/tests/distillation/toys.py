@@ -16,6 +16,7 @@ from fastvideo.distillation.builder import initialising
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.engine.training import RoleTraining, training_of
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
@@ -238,8 +239,8 @@ TOYS = {
         student="consistency",
     ),
     "scm": Toy({"teacher_guidance": 1.0, "tangent_warmup_steps": 1}, student="consistency", optional=("teacher",)),
-    "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
-    "causal_sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=Ladder.uniform(400)),
+    "sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=uniform_ladder(400)),
+    "causal_sft": Toy({"time_shift": 1.0, "caption_dropout": 0.5}, sampler=uniform_ladder(400)),
 }
 
 

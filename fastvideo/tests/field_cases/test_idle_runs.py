@@ -17,11 +17,11 @@ import torch
 from fastvideo.data.order import Bucket, MemorySource, SampleStream, Shard
 from fastvideo.data.schema import METADATA_KEY
 from fastvideo.distillation.types import RawBatch
-from fastvideo.errors import see
 from fastvideo.tests.training.conftest import analytic_values
 from fastvideo.tests.training.test_run import config_of, result
 from fastvideo.training.notes import left_out
 from fastvideo.training.run import run
+from fastvideo.wording import see
 
 __all__ = ["analytic_values"]
 

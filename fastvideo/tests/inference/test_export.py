@@ -22,7 +22,7 @@ from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.checkpoint.manifest import complete_checkpoints
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.inference.loading import LoadedModel, load_model, open_model
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.distillation.tiny_images import i2v_config, ti2v_config

@@ -15,7 +15,7 @@ from fastvideo.data.model import SIZES
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder
 from fastvideo.tests.inference.exporting import PROMPTS, export

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.export.streaming import visible_frames, warped_steps
 from fastvideo.distillation.chunks import Reach
-from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.inference.exporting import export
 
@@ -46,7 +46,7 @@ def test_the_published_ladder_is_the_published_steps() -> None:
     assert (found.steps, found.shift) == ((1000, 750, 500, 250), 5.0)
 
 
-@pytest.mark.parametrize("times", [(1.0, 0.757, 0.522), (1.0,), Ladder.uniform(4, shift=3.0).times, (1.0, 0.12345)])
+@pytest.mark.parametrize("times", [(1.0, 0.757, 0.522), (1.0,), uniform_ladder(4, shift=3.0).times, (1.0, 0.12345)])
 def test_any_ladder_is_met_to_half_a_step(times: tuple[float, ...]) -> None:
     found = warped_steps(times).times
     assert max(abs(own - asked) for own, asked in zip(found, times, strict=True)) <= 5e-4 + 1e-9

@@ -14,8 +14,8 @@ import torch
 from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.registry import load_adapter
-from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, families, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents

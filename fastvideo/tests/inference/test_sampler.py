@@ -7,17 +7,18 @@ import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.inference.sampler import Sampling, sample_batches, sample_latents
 
 LADDER = Ladder((1.0, 0.75, 0.5, 0.25))
 STUDENT = SamplerSpec.student(LADDER)
-TEACHER = SamplerSpec.teacher(Ladder.uniform(50).times, guidance=2.0)
+TEACHER = SamplerSpec.teacher(uniform_ladder(50).times, guidance=2.0)
 
 
 def teacher(guidance: float) -> SamplerSpec:
-    return SamplerSpec.teacher(Ladder.uniform(20).times, guidance)
+    return SamplerSpec.teacher(uniform_ladder(20).times, guidance)
 
 
 PROMPTS = ["0", "0.5", "-1", "2", "", "0.1", "1"]
@@ -68,7 +69,7 @@ def test_all_samplers_start_from_the_same_noise(adapter: AnalyticAdapter) -> Non
 def test_guidance_one_is_one_call_per_step() -> None:
     assert STUDENT.network_calls == 4
     assert TEACHER.network_calls == 100
-    assert SamplerSpec.teacher(Ladder.uniform(50, shift=3.0).times, 1.0).network_calls == 50
+    assert SamplerSpec.teacher(uniform_ladder(50, shift=3.0).times, 1.0).network_calls == 50
 
 
 @pytest.mark.parametrize("spec", [STUDENT, TEACHER])

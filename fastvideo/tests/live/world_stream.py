@@ -12,7 +12,7 @@ import torch
 
 from fastvideo.errors import UserError
 from fastvideo.inference.stream_stats import StreamStats
-from fastvideo.ranges import ON_SWITCH
+from fastvideo.sampling_ranges import ON_SWITCH
 from fastvideo.tiny.captions import COLOURS, DIRECTIONS, Attributes, parse_caption
 from fastvideo.tiny.render import Motion, render
 from fastvideo.tiny.world import _RGB, _VECTORS, SIZE, split_images

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastvideo import storage
-from fastvideo.distillation.config.sections import CheckpointConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.manifest import MANIFEST, Manifest, complete_checkpoints
 from fastvideo.distillation.engine.checkpoint.restore import newest
 from fastvideo.distillation.engine.optional import mirror as mirror_module

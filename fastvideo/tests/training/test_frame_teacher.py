@@ -17,12 +17,14 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import build_adapter, build_method
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.config.reading import config_of
-from fastvideo.distillation.config.sections import CheckpointConfig, TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime, Tracker
+from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.training import attach_optimizer
 from fastvideo.distillation.methods.distribution_matching.dmd2_frames import DMD2FramesMethod
 from fastvideo.distillation.trainer import DistillTrainer
@@ -58,7 +60,7 @@ class Toy:
         runtime, adapter = Runtime(method, loop, self.tracker), method.bundle["student"].adapter
         assert isinstance(adapter, AnalyticAdapter)
         self.method, self.trainer = method, DistillTrainer(method, preparer(adapter), loop, runtime)
-        self.parts = runtime.parts(*survivors(self.trainer, self.stream))
+        self.parts = Saving(runtime).parts(*survivors(self.trainer, self.stream))
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})
         saving = CheckpointHook(
             folder / "checkpoints", self.parts, Processes(), CheckpointConfig(every=every, keep=9), STEPS, facts

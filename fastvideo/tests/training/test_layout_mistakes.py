@@ -12,8 +12,8 @@ import torch
 import fastvideo.training.distillation as entry
 from fastvideo.data.order import Bucket, SampleStream, Shard
 from fastvideo.distillation.builder import build_adapter, build_method
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout, start_processes
 from fastvideo.distillation.registry import run_schema

@@ -15,7 +15,8 @@ from fastvideo.cli import main
 from fastvideo.distillation.config import recipes as module
 from fastvideo.distillation.config.reading import read_config
 from fastvideo.distillation.config.recipes import IN_CLONE, IN_WHEEL, PACKAGE, find_config, recipes
-from fastvideo.errors import PAGE, UserError
+from fastvideo.errors import UserError
+from fastvideo.wording import PAGE
 
 NAMES = sorted(path.stem for path in IN_CLONE.glob("*.yaml"))
 

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from fastvideo.distillation.config.base import Section
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import HealthConfig, TrackingConfig, ValidationConfig
-from fastvideo.distillation.config.sections import CheckpointConfig, ParallelConfig
 from fastvideo.distillation.registry import METHODS, run_schema
 from fastvideo.errors import UserError
 from fastvideo.tests.training.test_run import config_of, result

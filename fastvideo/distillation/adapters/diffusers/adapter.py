@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from fastvideo.distillation.adapters.base import check_taps
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
 from fastvideo.distillation.adapters.diffusers.packed import check_installed, pack
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
 from fastvideo.distillation.adapters.diffusers.plain import PlainAdapter
 from fastvideo.distillation.adapters.diffusers.sources import FetchedPipeline
-from fastvideo.distillation.denoiser import Taps, Tokens
 from fastvideo.distillation.experts import networks_of
-from fastvideo.distillation.types import Condition, Quantise
+from fastvideo.distillation.features import Taps, Tokens, check_taps
+from fastvideo.distillation.scaling import Quantise
+from fastvideo.distillation.types import Condition
 
 
 class DiffusersAdapter(PlainAdapter[ConfigT]):

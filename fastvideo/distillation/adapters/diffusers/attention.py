@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from fastvideo.errors import UserError, did_you_mean
+from fastvideo.errors import UserError
+from fastvideo.wording import did_you_mean
 
 NATIVE = "native"
 """Torch's scaled dot product attention, which every network and device has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -56,6 +57,10 @@ class DiffusersCodec(Codec):
     def known_keys(self) -> tuple[str, ...]:
         """Earlier versions hashed the whole autoencoder with its config."""
         return self.latent_key, component_hash(self.pipeline.vae_config, self.vae.state_dict())
+
+    @abstractmethod
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Normalise the VAE's raw latents, on any device: published datasets hold these."""
 
     def _encode(self, videos: Tensor) -> Tensor:
         return self.normalise(self.vae.encode(videos).latent_dist.mode())

@@ -1,24 +1,25 @@
-"""Prompts through a pipeline's tokenizer and text encoder."""
+"""Prompts through a pipeline's tokenizer and text encoder, which is read whole or refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import Conditioner
-from fastvideo.distillation.adapters.diffusers.encoder import load_text_encoder
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_component
 from fastvideo.distillation.types import Condition, UserError
 
 TEXT = "prompt_embeds"
 """Name of the text in a condition."""
+FOLDER = "text_encoder"
 TOKENIZED = 8192
 """Prompts that are tokenized at once."""
 
@@ -28,13 +29,12 @@ class PromptCache:
 
     Args:
         encode: the embedding ``[L, D]`` of one prompt, without padding, in the encoder's dtype.
-        limit: bytes to keep, least recently used first out; what is held does not count.
+        limit: bytes to keep, least recently used first out.
     """
 
     def __init__(self, encode: Callable[[str], Tensor], limit: int) -> None:
         self._encode, self.limit = encode, limit
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._held: dict[str, Tensor] = {}
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -42,22 +42,7 @@ class PromptCache:
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The distinct prompts that are not kept."""
-        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept and prompt not in self._held]
-
-    def hold(self, texts: Mapping[str, Tensor]) -> None:
-        """Keep embeddings for good, such as those that a dataset stores."""
-        self._held.update(texts)
-
-    def keep(self, prompt: str) -> None:
-        """Encode a prompt, unless it is kept already, and keep it for good."""
-        if prompt in self._held:
-            return
-        row = self._kept.pop(prompt, None)
-        if row is None:
-            self._held[prompt] = to_host(self._encode(prompt))
-        else:
-            self.bytes -= row.nbytes
-            self._held[prompt] = row
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
 
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         """The embedding of each prompt, on the host."""
@@ -65,10 +50,9 @@ class PromptCache:
             row = to_host(self._encode(prompt))
             self._kept[prompt] = row
             self.bytes += row.nbytes
-        recent = [prompt for prompt in prompts if prompt not in self._held]
-        for prompt in recent:
+        for prompt in prompts:
             self._kept.move_to_end(prompt)
-        rows = [self._held[prompt] if prompt in self._held else self._kept[prompt] for prompt in prompts]
+        rows = [self._kept[prompt] for prompt in prompts]
         while self.bytes > self.limit:
             self.bytes -= self._kept.popitem(last=False)[1].nbytes
         return rows
@@ -88,11 +72,12 @@ class TextConditioner(Conditioner, Generic[ConfigT]):
 
     encodes_padding: ClassVar[bool] = False
     """True if padding is encoded like words, so that an embedding always has ``max_sequence_length`` tokens."""
+    _cache: ClassVar[type[PromptCache]] = PromptCache
 
     def __init__(self, pipeline: Pipeline[ConfigT]) -> None:
         self.pipeline, self.config, self.device = pipeline, pipeline.config, pipeline.device
         self.text_length, self.negative_prompt = self.config.max_sequence_length, self.config.prompt_for_negative
-        self._prompts = PromptCache(self._encode_text, self.config.prompt_cache_mib * 2**20)
+        self._prompts = self._cache(self._encode_text, self.config.prompt_cache_mib * 2**20)
 
     @cached_property
     def key(self) -> str:
@@ -174,3 +159,66 @@ def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     backend.no_truncation()
     backend.no_padding()
     return [len(found) for found in backend.encode_batch(texts)]
+
+
+def load_text_encoder(pipeline: Pipeline[Any], name: str | None = None, part: str = FOLDER) -> nn.Module:
+    """A frozen text encoder on the pipeline's device: bfloat16 on CUDA, float32 elsewhere.
+
+    It is the family's, or the class ``name`` in the subfolder ``part``.
+
+    On CUDA the weights go from the mapped file to the device, so that the processes of a machine share one reading.
+
+    Raises:
+        UserError: if it cannot be read, or lacks weights that it needs.
+    """
+    on_cuda = pipeline.device.type == "cuda"
+    options: dict[str, Any] = {"device_map": {"": pipeline.device}} if on_cuda else {}
+    options["dtype"] = torch.bfloat16 if on_cuda else torch.float32
+    cls = library_class("transformers", name or pipeline.spec.text_encoder)
+    encoder, info = load_component(cls, pipeline.source, part, output_loading_info=True, **options)
+    check_whole(encoder, info["missing_keys"], pipeline.source, part)
+    module: nn.Module = encoder.to(pipeline.device).eval().requires_grad_(False)
+    return module
+
+
+def check_whole(encoder: Any, missing: Iterable[str], source: str, part: str = FOLDER) -> None:
+    """Refuse an encoder with weights that no file gave it: its embeddings would say nothing of the prompt.
+
+    Published Wan checkpoints store ``shared.weight`` alone and say ``tie_word_embeddings: false``; some versions of
+    transformers then leave the encoder's own table of words unset.
+
+    Raises:
+        UserError: naming the weights and the versions that are known for it.
+    """
+    lacking = sorted({*missing, *_untied(encoder, Path(source) / part)})
+    if lacking:
+        import transformers
+
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise UserError(
+            f"the text encoder of {source!r} was loaded without {shown}, so every prompt would mean the same. "
+            f"transformers {transformers.__version__} read it; 5.0, 5.1 and 5.2 are known to leave the word embeddings "
+            f"of such a checkpoint unset: install transformers>=5.3 or <5, or else get the folder text_encoder again"
+        )
+
+
+def _untied(encoder: Any, folder: Path) -> list[str]:
+    """Tables of words, by name, that are neither the encoder's shared one nor in its files."""
+    shared = encoder.get_input_embeddings().weight
+    tables = [
+        (f"{name}.weight", module.weight)
+        for name, module in encoder.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.weight.shape == shared.shape
+    ]
+    apart = [name for name, table in tables if table is not shared and not torch.equal(table, shared)]
+    return [name for name in apart if name not in _stored_names(folder)]
+
+
+def _stored_names(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            names |= set(stored.keys())
+    return names

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distillation.adapters.diffusers.encoder import FOLDER
+from fastvideo.distillation.adapters.diffusers.conditioner import FOLDER
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline
 
 VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")

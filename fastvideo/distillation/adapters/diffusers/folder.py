@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvideo.distillation.abilities import FolderAbilities
 from fastvideo.distillation.adapters.diffusers.attention import (
     NATIVE,
     check_attention,
@@ -21,18 +22,20 @@ from fastvideo.distillation.adapters.diffusers.attention import (
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
 from fastvideo.distillation.adapters.diffusers.kernels import check_kernel, counting, native_kernel
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, library_class, load_config
-from fastvideo.distillation.adapters.diffusers.plain import PlainFolder, read_recipe
+from fastvideo.distillation.adapters.diffusers.plain import PlainFolder
 from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
 from fastvideo.distillation.scaling import StoredTensor
 from fastvideo.errors import UserError
 
 INDEX, WHOLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 """Index of weights in several files, and the file of weights that are in one."""
+RETIRED = frozenset({"prompt_cache"})
+"""Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 GRAPHS = 64
 """Graphs of a kind of block: three roles, with and without gradient (and of the input), at a few sizes of a batch."""
 
 
-class DiffusersFolder(PlainFolder[ConfigT]):
+class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
     """Folder of a diffusers pipeline, or beside it a single file of weights in any layout."""
 
     _written = (*PlainFolder._written, HEAD_FILE)
@@ -188,3 +191,21 @@ def compile_blocks(network: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in repeated_blocks(network):
         block.compile()
+
+
+def read_recipe(source: str) -> dict[str, Any]:
+    """``recipe.json`` of a pipeline folder; empty if it has none.
+
+    Raises:
+        UserError: if the file is not a JSON object.
+    """
+    file = Path(source) / "recipe.json"
+    try:
+        recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
+    if isinstance(model := recipe.get("model"), dict):
+        recipe["model"] = {key: value for key, value in model.items() if key not in RETIRED}
+    return recipe

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastvideo.distillation.types import Quantise, UserError
+from fastvideo.distillation.scaling import Quantise
+from fastvideo.distillation.types import UserError
 
 PACKAGES: Mapping[Quantise, str] = {"nf4": "bitsandbytes", "int8": "torchao"}
 """Packages that the kinds need, by the names that import them."""

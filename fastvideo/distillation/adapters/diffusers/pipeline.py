@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastvideo.distillation.config.base import RESUMABLE
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import Frames, NonNegativeInt, Pixels, Tokens
 

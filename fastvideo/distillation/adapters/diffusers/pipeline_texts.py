@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape
-from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, count_tokens
-from fastvideo.distillation.adapters.diffusers.encoder import load_text_encoder
+from fastvideo.distillation.abilities import Shape
+from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, count_tokens, load_text_encoder
 from fastvideo.distillation.adapters.diffusers.encoder_settings import encoder_settings
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     ConfigT,

@@ -25,10 +25,6 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     load_component,
 )
 from fastvideo.distillation.noise import GuidanceValue
-from fastvideo.errors import UserError
-
-RETIRED = frozenset({"prompt_cache"})
-"""Fields of a ``model`` section in recipes and checkpoints of earlier versions, without meaning for the weights."""
 
 
 class PlainAdapter(DistillAdapter[ConfigT]):
@@ -73,10 +69,6 @@ class PlainFolder(ModelFolder, Generic[ConfigT]):
         """Subfolders of a pipeline folder that hold its network."""
         return self.pipeline.spec.parts
 
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        return read_recipe(self.pipeline.source)
-
     @cached_property
     def _class(self) -> Any:
         return library_class("diffusers", self.pipeline.spec.network)
@@ -116,21 +108,3 @@ class PlainFolder(ModelFolder, Generic[ConfigT]):
 
     def _save_network(self, folder: Path, network: Any) -> None:
         network.save_pretrained(folder / self.parts[0])
-
-
-def read_recipe(source: str) -> dict[str, Any]:
-    """``recipe.json`` of a pipeline folder; empty if it has none.
-
-    Raises:
-        UserError: if the file is not a JSON object.
-    """
-    file = Path(source) / "recipe.json"
-    try:
-        recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
-    if isinstance(model := recipe.get("model"), dict):
-        recipe["model"] = {key: value for key, value in model.items() if key not in RETIRED}
-    return recipe

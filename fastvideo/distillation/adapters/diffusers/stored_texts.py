@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.adapters.base import Shape
-from fastvideo.distillation.adapters.diffusers.conditioner import TOKENIZED, TextConditioner
+from fastvideo.distillation.abilities import Shape, StoredTexts
+from fastvideo.distillation.adapters.diffusers.conditioner import TOKENIZED, PromptCache, TextConditioner, to_host
 from fastvideo.distillation.adapters.diffusers.encoder_settings import encoder_settings
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, load_component
 from fastvideo.distillation.types import Condition, RawBatch, UserError
@@ -20,8 +20,49 @@ STORED = "text_embedding"
 """Name of the text in a dataset."""
 
 
-class DiffusersConditioner(TextConditioner[ConfigT]):
+class HeldTexts(PromptCache):
+    """Embeddings of prompts, some of them for good; these do not count towards the limit."""
+
+    def __init__(self, encode: Callable[[str], Tensor], limit: int) -> None:
+        super().__init__(encode, limit)
+        self._held: dict[str, Tensor] = {}
+
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """The distinct prompts that are neither kept nor held."""
+        return [prompt for prompt in super().missing(prompts) if prompt not in self._held]
+
+    def hold(self, texts: Mapping[str, Tensor]) -> None:
+        """Keep embeddings for good, such as those that a dataset stores."""
+        self._held.update(texts)
+
+    def keep(self, prompt: str) -> None:
+        """Encode a prompt, unless it is kept already, and keep it for good."""
+        if prompt in self._held:
+            return
+        row = self._kept.pop(prompt, None)
+        if row is None:
+            self._held[prompt] = to_host(self._encode(prompt))
+        else:
+            self.bytes -= row.nbytes
+            self._held[prompt] = row
+
+    def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
+        recent = [prompt for prompt in prompts if prompt not in self._held]
+        found = dict(zip(recent, super().__call__(recent), strict=True))
+        return [self._held[prompt] if prompt in self._held else found[prompt] for prompt in prompts]
+
+
+class DiffusersConditioner(TextConditioner[ConfigT], StoredTexts):
     """A text encoder whose texts a dataset may store, and that a run can release."""
+
+    _cache = HeldTexts
+    _prompts: HeldTexts
+
+    def ensure_negative_conditioning(self, made: Condition | None = None) -> None:
+        """Hold the negative prompt's text for good."""
+        if self._negative is None and made is None:
+            self.keep_texts([self.negative_prompt])
+        super().ensure_negative_conditioning(made)
 
     @property
     def encoder_bytes(self) -> int:

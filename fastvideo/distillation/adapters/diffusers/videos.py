@@ -15,7 +15,7 @@ from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig
 from fastvideo.distillation.adapters.diffusers.packing import Patches
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT
-from fastvideo.distillation.denoiser import Taps, Tokens
+from fastvideo.distillation.features import Taps, Tokens
 from fastvideo.distillation.types import Condition
 
 

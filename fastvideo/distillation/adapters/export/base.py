@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import UserError
 

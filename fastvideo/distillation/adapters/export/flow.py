@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig, one_guidance
 from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.adapters.export.flow_match import CANDIDATES, TRAIN_TIMESTEPS, FlowMatchExporter
-from fastvideo.distillation.config.family import AdapterConfig
+from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import UserError
 

@@ -28,8 +28,8 @@ from fastvideo.distillation.adapters.diffusers.single_file import load_tensors
 from fastvideo.distillation.experts import SIDES, by_expert
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.types import UserError
-from fastvideo.errors import did_you_mean
 from fastvideo.texts import read_text
+from fastvideo.wording import did_you_mean
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "unet.", "")
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import Shape
+from fastvideo.distillation.abilities import FirstFrames, Shape
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline
 from fastvideo.distillation.adapters.diffusers.stored_texts import ClipImages, DiffusersConditioner, checked
 from fastvideo.distillation.adapters.wan import WanConditioner, WanConfig
@@ -28,7 +28,7 @@ FRAME, CLIP = "first_frame_latent", "clip_feature"
 """Names of the image in a dataset."""
 
 
-class WanImageConditioner(DiffusersConditioner[WanConfig], WanConditioner):
+class WanImageConditioner(DiffusersConditioner[WanConfig], WanConditioner, FirstFrames):
     """Text, and conditioning frames beside the noise (with CLIP features) or in the latents."""
 
     config: WanFamilyConfig

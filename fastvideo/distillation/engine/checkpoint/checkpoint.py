@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from fastvideo.distillation.config.sections import CheckpointConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.manifest import (
     MANIFEST,
     PREFIX,

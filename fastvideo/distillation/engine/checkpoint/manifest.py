@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fastvideo.distillation.config.sections import CheckpointConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.files import FileRecord, record_of, replace_file
 
 MANIFEST = "manifest.json"

@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastvideo.distillation.config.sections import ProfileConfig
-from fastvideo.errors import RunError, see
+from fastvideo.errors import RunError
+from fastvideo.wording import see
 
 ENTRIES = 100_000
 """Allocations in a snapshot."""

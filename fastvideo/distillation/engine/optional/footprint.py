@@ -88,7 +88,7 @@ def role_bytes(
     Args:
         holds: count the network itself, and not its adapter alone.
         packed: bytes of parameters that are stored in another way; such a network is never split.
-        idle: name of the expert that no loss reaches (``DistillMethod.idle_expert_of``).
+        idle: name of the expert that no loss reaches (``experts.idle_expert_of``).
     """
     packed = packed or {}
     shard = 1 if packed else shard

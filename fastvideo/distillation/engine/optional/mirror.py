@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from fastvideo.distillation.config.sections import CheckpointConfig
+from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.manifest import (
     MANIFEST,
     PREFIX,
@@ -23,9 +23,10 @@ from fastvideo.distillation.engine.checkpoint.manifest import (
     step_of,
     verified,
 )
-from fastvideo.errors import RunError, UserError, counted
+from fastvideo.errors import RunError, UserError
 from fastvideo.files import replacing_folder
 from fastvideo.storage import Remote, StorageError, download, place
+from fastvideo.wording import counted
 
 FOLDER = "checkpoints"
 """Folder below the mirror's URL, as in a run's own folder."""

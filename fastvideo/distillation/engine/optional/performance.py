@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from time import monotonic
 from typing import Protocol
 
 import torch
 
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.engine.optional.counting import Counter
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.engine.placement import NetworkFolder, NetworkSource
+from fastvideo.distillation.engine.placement import NetworkSource
 from fastvideo.distillation.types import RawBatch
 
 PEAK_FLOPS = {
@@ -48,19 +49,11 @@ class LatentCodec(Protocol):
     def latent_shape(self) -> tuple[int, int, int, int]: ...
 
 
-class CountingFolder(NetworkFolder, Protocol):
-    """The part of a family's folder that knows which kernels torch's counter misses."""
-
-    def counting(self, add: Callable[[int], None]) -> AbstractContextManager[None]: ...
-
-
 class TokenSource(NetworkSource, Protocol):
     """The part of an adapter that counts the tokens of a sample, and operations that torch does not see."""
 
     @property
     def codec(self) -> LatentCodec: ...
-    @property
-    def folder(self) -> CountingFolder: ...
 
 
 COUNTED_STEPS = 8
@@ -103,7 +96,7 @@ class Performance:
             flops = sum(counts) / max(len(counts), 1)
         else:
             counter = Counter()
-            with counter, self.source.folder.counting(counter.add) if self.source else nullcontext():
+            with counter, of_folder(self.source.folder).counting(counter.add) if self.source else nullcontext():
                 yield
             flops = counter.total
             counts.append(flops)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastvideo.distillation.config.sections import ParallelConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.engine.optional.memory import total_memory
 from fastvideo.errors import UserError
 from fastvideo.stopping import received

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from fastvideo.distillation.config.sections import ParallelConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes, average_gradients, make_mesh
 from fastvideo.distillation.scaling import StoredTensor
 

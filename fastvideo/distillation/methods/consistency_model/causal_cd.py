@@ -18,12 +18,14 @@ from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Masked, by_chunk
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, RoleLoss
-from fastvideo.ranges import Beta, LearningRate, PositiveFloat, Steps
+from fastvideo.ranges import Beta, LearningRate, PositiveFloat
+from fastvideo.sampling_ranges import Steps
 
 
 class CausalCDConfig(CausalOptions, OptimizerOptions):
@@ -63,7 +65,7 @@ class CausalCDMethod(DistillMethod[CausalCDConfig]):
     def __init__(self, config: CausalCDConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
         self.student, self.teacher = bundle["student"], bundle["teacher"]
-        times = Ladder.uniform(config.grid_steps, shift=config.grid_shift).with_end
+        times = uniform_ladder(config.grid_steps, shift=config.grid_shift).with_end
         self.grid = torch.tensor(times, dtype=torch.float32, device=rng.device)
 
     @classmethod

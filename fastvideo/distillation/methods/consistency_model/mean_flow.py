@@ -17,6 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
+from fastvideo.distillation.caption_dropout import without_captions
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions, TimeRange
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.base import DistillMethod
@@ -137,7 +138,7 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
             guided = self.bundle["teacher"].guided_velocity
             return guided(x_t, t, batch.condition, batch.negative, self.config.teacher_guidance), batch.condition
         plain, keep = velocity_target(batch.latents, noise), self.rng.uniform(len(batch)) >= self.config.caption_dropout
-        condition = batch.condition.where(keep, batch.negative)
+        condition = without_captions(batch, keep)
         w, k = self.config.mixture
         if (w, k) == (1.0, 0.0):
             return plain, condition

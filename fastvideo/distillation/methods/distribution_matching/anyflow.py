@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, OptimizerOptions, Shares
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
@@ -22,7 +23,8 @@ from fastvideo.distillation.noise import add_noise, full_time, shift_time, veloc
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Steps
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fastvideo.sampling_ranges import Steps
 
 
 class AnyFlowPretrainConfig(FlowMapLossConfig, OptimizerOptions):
@@ -117,7 +119,7 @@ class AnyFlowMethod(DMD2Method):
         """Clean sample by up to three jumps with gradient: to a step of a drawn grid, over it, and to 0."""
         count = self.config.rollout_steps[self.rng.shared_index(len(self.config.rollout_steps))]
         start = self.rng.shared_index(count)
-        grid = Ladder.uniform(count, shift=self.config.score_time_shift).with_end
+        grid = uniform_ladder(count, shift=self.config.score_time_shift).with_end
         x = self.rng.normal(batch.shape)
         stops = sorted({1.0, grid[start], grid[start + 1], 0.0}, reverse=True)
         for after, before in zip(stops[1:], stops, strict=False):

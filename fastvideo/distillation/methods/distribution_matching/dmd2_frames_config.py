@@ -9,7 +9,8 @@ from pydantic import model_validator
 from fastvideo.distillation.config.base import Guidance, TimeRange
 from fastvideo.distillation.frame_bridge import FrameSpace
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
-from fastvideo.ranges import BatchSize, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveInt
+from fastvideo.ranges import LearningRate, NonNegativeFloat, NonNegativeInt, PositiveInt
+from fastvideo.sampling_ranges import BatchSize
 
 
 class DMD2FramesConfig(DMD2Config):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.denoiser import Family
+from fastvideo.distillation.features import widths_of, x0_guided_and_features
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
@@ -61,7 +62,7 @@ class DMD2GANMethod(DMD2Method):
     @classmethod
     def heads(cls, config: DMD2Config, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         assert isinstance(config, DMD2GANConfig)
-        return {"discriminator": Adversary.build(config, families[config.features_of].feature_widths)}
+        return {"discriminator": Adversary.build(config, widths_of(families[config.features_of]))}
 
     @classmethod
     def uses_latents(cls, config: DMD2Config) -> bool:
@@ -93,11 +94,11 @@ class DMD2GANMethod(DMD2Method):
         condition, negative, taps = batch.condition, batch.negative, self.adversary.taps
         guidance = self.config.teacher_guidance
         if self.config.features_of == "teacher":
-            real, seen = self.teacher.x0_guided_and_features(x_t, t, condition, negative, guidance, taps)
+            real, seen = x0_guided_and_features(self.teacher, x_t, t, condition, negative, guidance, taps)
             with torch.no_grad():
                 fake = self.critic.x0(x_t, t, condition)
         else:
-            fake, seen = self.critic.x0_guided_and_features(x_t, t, condition, condition, 1.0, taps)
+            fake, seen = x0_guided_and_features(self.critic, x_t, t, condition, condition, 1.0, taps)
             with torch.no_grad():
                 real = self.teacher.x0_guided(x_t, t, condition, negative, guidance)
         return real, fake, self.adversary.logits(seen, t, condition)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.caption_dropout import without_captions
 from fastvideo.distillation.config.base import GuidanceNumber
 from fastvideo.distillation.jvp import DerivativeConfig, JVPMode, derivative
 from fastvideo.distillation.noise import add_noise, expand_time, shift_time, velocity_target
@@ -63,7 +64,7 @@ class FlowMapLoss:
         ``v = noise - x0``, so that ``u(c)`` becomes the guided velocity. Where ``keep`` is false, caption and guidance
         are dropped.
         """
-        g, condition = self.config.fused_guidance, batch.condition.where(keep, batch.negative)
+        g, condition = self.config.fused_guidance, without_captions(batch, keep)
         share = expand_time(torch.full_like(t, 1 / g).where(keep, 1.0), noise)
         x_t, v = add_noise(batch.latents, noise, t), velocity_target(batch.latents, noise)
         u = partial(self.student.velocity, condition=condition, r=r)

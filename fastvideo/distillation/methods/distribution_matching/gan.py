@@ -17,11 +17,13 @@ from torch.nn import functional
 
 from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.config.base import MethodConfig
+from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.types import Condition, RoleLoss
-from fastvideo.ranges import LearningRate, NonNegativeFloat, PositiveFloat, Width
+from fastvideo.ranges import LearningRate, NonNegativeFloat, PositiveFloat
+from fastvideo.sampling_ranges import Width
 
 GanLoss = Literal["softplus", "hinge"]
 Depth = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -67,7 +69,7 @@ class Adversary:
 
     def __init__(self, config: AdversaryConfig, backbone: RoleHandle, heads: RoleHandle, rng: RandomStreams) -> None:
         self.config, self.backbone, self.heads, self.rng = config, backbone, heads, rng
-        self.taps = taps_at(config.feature_depths, len(backbone.adapter.feature_widths))
+        self.taps = taps_at(config.feature_depths, len(widths_of(backbone.adapter)))
 
     @staticmethod
     def build(config: AdversaryConfig, widths: Sequence[int]) -> nn.Module:
@@ -90,8 +92,8 @@ class Adversary:
     def see(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Logits of noised latents, without gradient to latents or backbone."""
         with torch.no_grad():
-            features = self.backbone.features(x_t, t, condition, self.taps)
-        return self.logits(features, t, condition)
+            tokens = features(self.backbone, x_t, t, condition, self.taps)
+        return self.logits(tokens, t, condition)
 
     def loss(self, x0: Tensor, real: Tensor, t: Tensor, condition: Condition) -> RoleLoss:
         """Discriminator's loss on ``x0`` against ``real``, both at time ``t`` with the same noise."""

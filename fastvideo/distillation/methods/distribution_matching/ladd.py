@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, Shares, TimeRange
 from fastvideo.distillation.denoiser import Family
+from fastvideo.distillation.features import features, widths_of
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, Rungs, euler, few_step
+from fastvideo.distillation.rollout import Ladder, Rungs, few_step
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat
+from fastvideo.sampling_ranges import Steps
 
 
 class LADDConfig(AdversaryConfig):
@@ -95,7 +99,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
 
     @classmethod
     def heads(cls, config: LADDConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
-        return {"discriminator": Adversary.build(config, families["teacher"].feature_widths)}
+        return {"discriminator": Adversary.build(config, widths_of(families["teacher"]))}
 
     @classmethod
     def uses_latents(cls, config: LADDConfig) -> bool:
@@ -127,7 +131,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         if self.config.real_samples == "data":
             return batch.latents
         guided = partial(self.teacher.guided_velocity, condition=batch.condition, negative=batch.negative)
-        times = Ladder.uniform(self.config.teacher_steps, shift=self.config.teacher_shift).times
+        times = uniform_ladder(self.config.teacher_steps, shift=self.config.teacher_shift).times
         return euler(partial(guided, guidance=self.config.teacher_guidance), self.rng.normal(batch.shape), times)
 
     def rollout(self, batch: Batch, step: int, real: Tensor | None = None) -> Tensor:
@@ -149,8 +153,8 @@ class LADDMethod(DistillMethod[LADDConfig]):
         t = self.times(len(x0))
         x_t = add_noise(x0, self.rng.normal_like(x0), t)
         with self.adversary.frozen():
-            features = self.teacher.features(x_t, t, batch.condition, self.adversary.taps)
-            logits = self.adversary.logits(features, t, batch.condition)
+            tokens = features(self.teacher, x_t, t, batch.condition, self.adversary.taps)
+            logits = self.adversary.logits(tokens, t, batch.condition)
         return RoleLoss("student", generator_loss(logits, self.config.gan_loss), frozen=self.adversary.roles)
 
     def times(self, count: int) -> Tensor:

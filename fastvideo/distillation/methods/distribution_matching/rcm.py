@@ -29,7 +29,8 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Velocity
 from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat
+from fastvideo.sampling_ranges import Steps
 
 
 class RCMConfig(ForcedOptions, DMD2Config, DerivativeConfig):

@@ -7,7 +7,8 @@ from pydantic import model_validator
 from fastvideo.distillation.chunks import spans
 from fastvideo.distillation.methods.distribution_matching.self_forcing_config import SelfForcingConfig
 from fastvideo.distillation.types import UserError
-from fastvideo.ranges import LearningRate, OnSwitch, PositiveInt
+from fastvideo.ranges import LearningRate, PositiveInt
+from fastvideo.sampling_ranges import OnSwitch
 
 STREAM = 2
 """Frames of a stream in those of the model's videos, where the config names none."""

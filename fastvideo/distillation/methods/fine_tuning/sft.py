@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastvideo.distillation.caption_dropout import without_captions
 from fastvideo.distillation.chunks import Context
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions, TimeRange
 from fastvideo.distillation.methods.base import DistillMethod
@@ -98,7 +99,7 @@ class SFTMethod(DistillMethod[SFTConfig]):
     def dropped(self, batch: Batch) -> Condition:
         """Condition of the batch with a share of rows replaced by the negative one."""
         keep = self.rng.uniform(len(batch)) >= self.config.caption_dropout
-        return batch.condition.where(keep, batch.negative)
+        return without_captions(batch, keep)
 
 
 def mode_time(u: Tensor, scale: float) -> Tensor:

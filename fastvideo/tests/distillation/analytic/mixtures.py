@@ -12,7 +12,7 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticCo
 from fastvideo.distillation.adapters.analytic_networks import SiteMLP
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.tests.preparing import preparer
 

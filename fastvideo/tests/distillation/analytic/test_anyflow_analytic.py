@@ -22,7 +22,8 @@ from fastvideo.distillation.methods.distribution_matching.flow_map_loss import (
 )
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import SamplerKind, generate
+from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, SpyAdapter, analytic_batch, gaussian, moments, train

@@ -15,13 +15,15 @@ from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.causal_rollout import forced, forced_velocity
 from fastvideo.distillation.chunks import Context, Masked, Reach
 from fastvideo.distillation.engine.training import RoleTraining, tensors_of
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.consistency_model.causal_cd import CausalCDConfig, CausalCDMethod
 from fastvideo.distillation.methods.fine_tuning.causal_sft import CausalSFTConfig, CausalSFTMethod
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
 from fastvideo.distillation.methods.knowledge_distillation.causal_kd import CausalKDConfig, CausalKDMethod, states_at
 from fastvideo.distillation.noise import guide, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, euler
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, RawBatch, UserError
 from fastvideo.tests.distillation.toys import SpyAdapter, train
@@ -351,7 +353,7 @@ def test_a_forced_walk_ends_where_the_past_and_the_noise_say() -> None:
     batch, teacher = batch_of(adapter, 2, captions=("0.5", "-1")), RoleHandle("t", adapter, FrameDenoiser(0.0, 1.0, A))
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(3))
     velocity = forced_velocity(teacher, Masked(Reach(), batch.latents), batch.condition, batch.negative, 1.0)
-    end = euler(velocity, noise, Ladder.uniform(150).times)
+    end = euler(velocity, noise, uniform_ladder(150).times)
     mean = torch.tensor([0.5, -1.0]).view(-1, 1, 1, 1, 1)
     before = batch.latents[:, :, :-1] - mean
     expected = torch.cat([noise[:, :, :1], A * before + math.sqrt(REST) * noise[:, :, 1:]], dim=2) + mean

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, generate
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.analytic.test_dmd2_analytic import dmd2
 from fastvideo.tests.distillation.toys import LADDER, MEAN, STD, SpyAdapter, analytic_batch, spy

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from fastvideo.data.trajectories import joined
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import Ladder, euler, generate
+from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.samplers import euler, generate
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, UserError
 from fastvideo.tests.distillation.analytic.mixtures import learned_velocity, mode_shares, three_modes, wasserstein_1
@@ -78,7 +80,7 @@ def walk(adapter: Any, steps: int, noise: Tensor, kept: tuple[float, ...]) -> tu
     """States and end of the exact velocity's Euler walk."""
     teacher = adapter.folder.load_network("denoiser").requires_grad_(False)
     velocity = partial(adapter.velocity, teacher, condition=adapter.conditioner.encode_prompts(("",) * len(noise)))
-    return recorded(velocity, noise, joined(Ladder.uniform(steps).times, kept), kept)
+    return recorded(velocity, noise, joined(uniform_ladder(steps).times, kept), kept)
 
 
 def recorded(velocity: Any, noise: Tensor, times: tuple[float, ...], kept: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -117,7 +119,7 @@ def test_every_stored_state_flows_to_the_stored_end() -> None:
 
 
 def test_the_walk_comes_to_the_ladders_times_exactly_and_to_no_others() -> None:
-    grid = joined(Ladder.uniform(48).times, (1.0, 0.9, 0.7500001, 1 / 3))
+    grid = joined(uniform_ladder(48).times, (1.0, 0.9, 0.7500001, 1 / 3))
     assert {1.0, 0.9, 0.7500001, 1 / 3} <= set(grid)
     assert 0.75 not in grid, "a rung takes the place of what it nearly is"
     assert len(grid) == 48 + 1, "0.9 alone is new: 16 / 48 and 36 / 48 were there"

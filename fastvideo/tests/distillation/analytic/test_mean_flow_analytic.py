@@ -13,7 +13,7 @@ from fastvideo.distillation.jvp import AutodiffDerivative
 from fastvideo.distillation.methods.consistency_model.mean_flow import MeanFlowConfig, MeanFlowMethod
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.tangent import mean_velocity_target
 from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact

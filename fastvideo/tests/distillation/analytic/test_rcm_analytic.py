@@ -14,7 +14,7 @@ from fastvideo.distillation.interpolant import flow_time_to_trigflow
 from fastvideo.distillation.methods.consistency_model.scm import LossWeight, SCMConfig, SCMMethod
 from fastvideo.distillation.methods.distribution_matching.rcm import RCMConfig, RCMMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.tangent import consistency_tangent, sample_warmup_tangent
 from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvideo.distillation.methods.consistency_model.scm import LossWeight, SCMConfig, SCMMethod
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.rollout import generate
+from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.tangent import trig_field
 from fastvideo.distillation.types import Batch
 from fastvideo.tests.distillation.analytic.exact import batch_of, bundle_of, column, draw, exact

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastvideo.distillation import noise
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.caption_dropout import without_captions
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod, gaussian_weight
 from fastvideo.distillation.rng import RandomStreams
-from fastvideo.distillation.types import Condition
+from fastvideo.distillation.types import Batch, Condition
 from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
@@ -178,6 +179,6 @@ def test_all_tensors_of_a_condition_are_dropped_together(adapter: SpyAdapter) ->
     keep = torch.tensor([True, False, True])
     full = Condition({"one": {"a": torch.ones(3, 2)}, "other": {"b": torch.ones(3)}})
     null = Condition({"one": {"a": torch.zeros(3, 2)}, "other": {"b": torch.zeros(3)}})
-    found = full.where(keep, null).tensors
+    found = without_captions(Batch((3, 1, 1, 1, 1), full, null), keep).tensors
     assert found["one"]["a"].tolist() == [[1, 1], [0, 0], [1, 1]]
     assert found["other"]["b"].tolist() == [1, 0, 1]

@@ -18,7 +18,7 @@ from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.rollout import Velocity, few_step
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 from fastvideo.tests.distillation.toys import LADDER
 
 A = 0.9

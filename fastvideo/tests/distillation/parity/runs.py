@@ -150,7 +150,7 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
         method = build_method(config, adapter, processes)
     options = TrainerConfig(max_steps=STEPS, grad_accumulation=case.accumulation, log_every=10 * STEPS)
     silent = Tracker(Path("unused"), enabled=False)
-    runtime = Runtime(method, options, silent, processes, parallel=config.parallel)
+    runtime = Runtime(method, options, silent, processes, sync_every_micro_batch=config.parallel.sync_every_micro_batch)
     trainer = DistillTrainer(method, preparer(adapter), options, runtime)
     trained = [handle for handle in method.bundle if handle.trainable]
     for handle in trained:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from fastvideo.distillation.config.causal import reach_of
-from fastvideo.distillation.config.sections import ParallelConfig
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.engine import placement
 from fastvideo.distillation.engine.parallel import sharding
 from fastvideo.distillation.engine.parallel.context import context_mesh

@@ -18,8 +18,8 @@ from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.causal_rollout import roll
 from fastvideo.distillation.chunks import Masked, Past, Reach
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.config.sections import ParallelConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.lora import merge, switch_of
 from fastvideo.distillation.engine.parallel.distributed import Processes

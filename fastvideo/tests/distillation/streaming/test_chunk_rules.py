@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastvideo.conformance.run import CHECKS, examine
 from fastvideo.conformance.subject import Subject
+from fastvideo.distillation.abilities import FrameDecoder
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.adapters.base import FrameDecoder
 from fastvideo.distillation.adapters.diffusers.teacher_forced import teacher_forced
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec

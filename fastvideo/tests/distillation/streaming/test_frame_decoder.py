@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvideo.distillation.abilities import frame_decoder
 from fastvideo.distillation.adapters.analytic import AnalyticCodec, AnalyticConfig
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
@@ -76,7 +77,7 @@ def test_a_stream_before_any_whole_video(latents: torch.Tensor, whole: torch.Ten
 def test_a_family_without_streams() -> None:
     codec = AnalyticCodec(AnalyticConfig(means=(0.0,), stds=(1.0,), weights=(1,), shape=(1, 2, 1, 1)), "cpu")
     with pytest.raises(UserError, match="no streams"):
-        codec.frame_decoder()
+        frame_decoder(codec)
 
 
 def test_the_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

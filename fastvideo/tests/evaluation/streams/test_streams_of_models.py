@@ -28,7 +28,7 @@ from fastvideo.inference.locks import lock_of
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.inference.stream_batches import Change, StreamBatch, continued, stream_frames
 from fastvideo.inference.streaming import Streamer
-from fastvideo.ranges import OnSwitch
+from fastvideo.sampling_ranges import OnSwitch
 from fastvideo.tests.distillation.tiny import wan_folder
 
 PROMPTS = ("a green seven moving left", "a red three")
