@@ -48,6 +48,7 @@ class BatchPreparer:
             negative=_joined([each.negative(count) for each in self.conditioners]) | first,
             x0=x0,
             trajectory=Trajectory.of(raw.extras, self.codec.device),
+            parts=self.codec.parts,
             switch=_joined([each.encode_prompts(raw.switches) for each in self.conditioners]) if raw.switches else None,
         )
 

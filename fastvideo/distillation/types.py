@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from fastvideo.distillation.parts import Parts
 from fastvideo.errors import UserError as UserError
 
 if TYPE_CHECKING:
@@ -55,13 +56,24 @@ class Given(FrameMask):
         return per_frame.masked_fill(self.mask, 0.0)
 
 
-def mean_over_generated(x: Tensor, given: FrameMask | None) -> Tensor:
+Scored = FrameMask | Parts
+"""What means over a sample leave out, or the parts that they weigh; means over all of it need none."""
+
+
+def mean_over_generated(x: Tensor, given: Scored | None) -> Tensor:
     """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its frames but the ``given`` ones."""
     dims = tuple(range(1, x.ndim))
+    if isinstance(given, Parts):
+        return given.balanced(x).mean(dim=dims, keepdim=True)
     if given is None:
         return x.mean(dim=dims, keepdim=True)
     free = x.masked_fill(given.frames, 0.0).sum(dim=dims, keepdim=True)
     return free / (~given.frames).expand(x.shape).sum(dim=dims, keepdim=True)
+
+
+def level(x: Tensor, given: Scored | None) -> Tensor:
+    """:func:`mean_over_generated` to divide by: each part of a state by its own."""
+    return given.levels(x) if isinstance(given, Parts) else mean_over_generated(x, given)
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Batch:
     ``x0`` are normalised clean latents, float32, or ``None`` in a text-only run; ``shape`` is theirs.
     ``negative`` is the condition of the unconditional prediction and holds the same conditioning frames.
     The first ``unscored`` frames are seen by networks as all others, and left out by losses. ``switch`` is the
-    condition of the prompts that follow, in a stream that switches.
+    condition of the prompts that follow, in a stream that switches. ``parts`` are those of a flat state.
     """
 
     shape: tuple[int, ...]
@@ -144,6 +156,7 @@ class Batch:
     trajectory: Trajectory | None = None
     unscored: int = 0
     switch: Condition | None = None
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:
@@ -162,8 +175,11 @@ class Batch:
             )
         return self.x0
 
-    def left_out(self, x: Tensor) -> FrameMask | None:
-        """Frames of ``x`` ``[B, C, F, H, W]`` that losses leave out: conditioning frames and ``unscored`` ones."""
+    def left_out(self, x: Tensor) -> Scored | None:
+        """Frames of ``x`` ``[B, C, F, H, W]`` that losses leave out: conditioning frames and ``unscored`` ones; or the
+        parts that they weigh, of a state that has no frames."""
+        if self.parts is not None:
+            return self.parts
         given = self.condition.given
         if not self.unscored:
             return given
@@ -173,6 +189,8 @@ class Batch:
     def mean(self, x: Tensor) -> Tensor:
         """Mean of ``x`` ``[B, C, F, H, W]`` without :meth:`left_out`, samples alike; losses average with it."""
         left_out = self.left_out(x)
+        if isinstance(left_out, Parts):
+            return left_out.balanced(x).mean()
         return x.mean() if left_out is None else mean_over_generated(x, left_out).mean()
 
 

@@ -16,6 +16,7 @@ from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.denoiser import Family, Taps, Tokens
 from fastvideo.distillation.frames import latent_frame
 from fastvideo.distillation.noise import GuidanceValue
+from fastvideo.distillation.parts import Parts
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Codec(ABC):
 
     device: torch.device
     """Device of everything that the codec returns."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """Parts of a flat state; ``None`` for latents that are one tensor."""
+        return None
 
     @property
     @abstractmethod
