@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvideo.conformance import tiny_flow
+from fastvideo.conformance import tiny_flow, tiny_sound
 from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, word_tokenizer
 from fastvideo.distillation.adapters.diffusers.pipeline import without_progress_bar
 from fastvideo.distillation.rng import normal, seeded
@@ -141,6 +141,7 @@ MADE: Mapping[str, Tiny] = {
     "sd3": Tiny(tiny_flow.sd3, 12),
     "ltx": Tiny(tiny_flow.ltx, 12, {"height": 32, "width": 64, "num_frames": 9}),
     "hunyuan15": Tiny(tiny_flow.hunyuan15, 24, {"height": 16, "width": 32, "num_frames": 5}),
+    "ltx2": Tiny(tiny_sound.ltx2, 12, {"height": 64, "width": 96, "num_frames": 9}),
     "kandinsky5": Tiny(tiny_flow.kandinsky5, 40, {"height": 32, "width": 64, "num_frames": 5}),
 }
 """Pipelines of the other families, and of variants of a family, which stand behind a dash."""

@@ -17,6 +17,7 @@ from fastvideo.distillation.denoiser import Family, Taps, Tokens
 from fastvideo.distillation.frames import latent_frame
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.parts import Parts
+from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class Codec(ABC):
             UserError: for a family that decodes whole videos only.
         """
         raise UserError(f"{type(self).__name__} decodes whole videos: this family has no streams")
+
+    def decode_sound(self, latents: Tensor) -> Sound | None:
+        """Sound of normalised latents, without gradient; ``None`` for a family of pictures alone."""
+        return None
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise the VAE's raw latents, on any device: published datasets hold these.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.types import UserError
@@ -100,6 +101,10 @@ class Exporter:
     def stock_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""
         return latents
+
+    def latent_arguments(self, latents: Tensor, codec: Codec) -> dict[str, Tensor]:
+        """Arguments of the diffusers pipeline's call that are latents ``[B, C, F, H, W]`` of a codec."""
+        return {"latents": self.stock_latents(latents)}
 
     def original_name(self, name: str) -> str:
         """Name of a module or parameter in the authors' own code, which ComfyUI and LightX2V use too.

@@ -1,0 +1,192 @@
+"""LTX-2: a video and its sound in one state, both equal to stock diffusers, both trained."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.conformance.tiny import perturb
+from fastvideo.conformance.tiny_sound import ltx2
+from fastvideo.distillation.adapters.ltx2.adapter import LTX2Adapter
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import load_exporter, run_schema
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.types import UserError
+from fastvideo.tests.cache import built
+from fastvideo.tests.distillation.test_flow_families import config_of, sizes
+from fastvideo.tests.distillation.tiny import made_family
+from fastvideo.training.run import run
+
+PROMPTS = ["a green seven moving up", "red three"]
+CLOSE = 1e-5
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def family(tiny_wan: Path) -> LTX2Adapter:
+    found = made_family("ltx2", tiny_wan.parent)
+    assert isinstance(found, LTX2Adapter)
+    return found
+
+
+def like(family: LTX2Adapter, **options: Any) -> LTX2Adapter:
+    """Another adapter over the same folder, or over one that is named."""
+    return LTX2Adapter(validate(type(family.config), {**family.config.model_dump(), **options}, "test"))
+
+
+def write_later(folder: Path) -> None:
+    """A pipeline as LTX-2.3 has it."""
+    torch.manual_seed(0)
+    pipeline = ltx2(later=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            perturb(part.eval())
+    pipeline.save_pretrained(folder)
+
+
+@torch.no_grad()
+def ours(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+    """Video in [0, 1] and waveform of four steps."""
+    adapter.ensure_negative_conditioning()
+    role = RoleHandle("teacher", adapter, adapter.folder.load_network())
+    condition, negative = adapter.conditioner.encode_prompts(PROMPTS), adapter.conditioner.negative(2)
+    velocity = partial(role.guided_velocity, condition=condition, negative=negative, guidance=guidance)
+    times = adapter.folder.teacher_times(4)
+    latents = euler(lambda x, t, r=None: velocity(x, t), noise, times)
+    video = (adapter.codec.decode(latents).clamp(-1, 1) + 1) / 2
+    return video.transpose(1, 2), adapter.codec.decode_sound(latents).waveform
+
+
+def stock(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+    """The same of the stock pipeline, with its own scheduler."""
+    from diffusers import DiffusionPipeline
+
+    pipeline, exporter = DiffusionPipeline.from_pretrained(adapter.config.path), load_exporter(adapter.config)
+    pipeline.set_progress_bar_config(disable=True)
+    call = exporter.call_arguments(4, guidance) | exporter.latent_arguments(noise, adapter.codec) | sizes(adapter)
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [call["negative_prompt"]] * 2
+    return pipeline(prompt=PROMPTS, output_type="pt", return_dict=False, **call)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["2.0", "2.3"])
+def test_guided_steps_give_the_video_and_the_sound_of_the_stock_pipeline(
+    family: LTX2Adapter, kind: str, factor: float, tiny_wan: Path
+) -> None:
+    path = family.config.path if kind == "2.0" else str(built(tiny_wan.parent / "ltx2-later", "later", write_later))
+    adapter = like(family, path=path, audio_guidance_factor=factor)
+    noise = normal((2, *adapter.codec.latent_shape), seeded(6))
+    (video, sound), (stock_video, stock_sound) = ours(adapter, noise, 2.5), stock(adapter, noise, 2.5)
+    assert float((video - stock_video).abs().max()) <= CLOSE
+    assert float((sound - stock_sound).abs().max()) <= CLOSE
+    assert float(stock_sound.std(dim=-1).min()) > 0.01  # there is something to hear
+    weaker = ours(like(adapter, audio_guidance_factor=0.5), noise, 2.5)[1]
+    assert float((weaker - stock_sound).abs().max()) > 100 * CLOSE
+
+
+@pytest.mark.parametrize(("frames", "rate"), [(9, 24.0), (121, 24.0), (121, 25.0), (97, 23.976), (17, 60.0), (1, 30.0)])
+def test_the_sound_is_as_long_as_in_the_stock_pipeline(family: LTX2Adapter, frames: int, rate: float) -> None:
+    adapter, made = like(family, num_frames=frames, frame_rate=rate, height=32, width=32), dict[str, Any]()
+
+    class Seen(Exception):
+        pass
+
+    def prepare(*args: Any, audio_latent_length: int, **options: Any) -> Tensor:
+        made["length"] = audio_latent_length
+        raise Seen
+
+    from diffusers import LTX2Pipeline
+
+    pipeline = LTX2Pipeline.from_pretrained(adapter.config.path)
+    pipeline.prepare_audio_latents = prepare
+    with pytest.raises(Seen):
+        pipeline(prompt="red", height=32, width=32, num_frames=frames, frame_rate=rate, max_sequence_length=12)
+    assert adapter.codec.parts.members[1].shape[0] == made["length"]
+
+
+def test_prompts_of_other_lengths_reach_the_network_as_in_the_stock_pipeline(family: LTX2Adapter) -> None:
+    """Both of one batch, and each alone: Gemma's padding is on the left, and becomes registers."""
+    from diffusers import LTX2Pipeline
+
+    pipeline = LTX2Pipeline.from_pretrained(family.config.path)
+    hidden, mask, *_ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=12)
+    assert mask.sum(1).unique().numel() == 2
+    video, audio, _ = pipeline.connectors(hidden, mask, padding_side="left")
+    own = family.conditioner.encode_prompts(PROMPTS).of(family.conditioner.key)
+    torch.testing.assert_close(own["prompt_embeds"], video)
+    torch.testing.assert_close(own["audio_prompt_embeds"], audio)
+
+
+def test_a_waveform_becomes_the_spectrum_of_its_definition(family: LTX2Adapter) -> None:
+    """Magnitudes of a windowed transform in bands of the slaney scale, and their logarithm."""
+    from transformers.audio_utils import mel_filter_bank
+
+    codec, seen = family.codec, list[Tensor]()
+    codec.audio_vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    waveform = 0.3 * normal((1, 2, 16_000), seeded(2))
+    latents = codec.encode_sound(waveform)
+    length, width = codec.parts.members[1].shape
+    assert latents.shape == (1, length, width)
+    assert seen[0].shape == (1, 2, 4 * length - 3, 8)
+    window = torch.hann_window(1024, dtype=torch.float64)
+    options = {"center": True, "pad_mode": "reflect", "return_complex": True}
+    magnitudes = torch.stft(waveform[0].double(), 1024, 160, window=window, **options).abs()
+    bands = torch.from_numpy(mel_filter_bank(513, 8, 0.0, 8000.0, 16_000, "slaney", "slaney"))
+    wanted = (magnitudes.mT @ bands).clamp_min(1e-5).log()[:, : 4 * length - 3]
+    torch.testing.assert_close(seen[0][0].double()[:, :-4], wanted[:, :-4], rtol=1e-4, atol=1e-4)  # ours ends there
+    short = torch.nn.functional.pad(waveform[..., :500], (0, 2000))
+    assert torch.equal(codec.encode_sound(waveform[..., :500]), codec.encode_sound(short))
+    assert not torch.equal(codec.encode_sound(short), latents)
+
+
+def test_a_video_that_comes_alone_has_silence(family: LTX2Adapter) -> None:
+    codec = family.codec
+    latents = codec.encode(normal((2, 3, 9, 64, 96), seeded(1)).clamp(-1, 1))
+    silent = codec.encode_sound(torch.zeros(1, 2, 100))
+    assert torch.equal(codec.parts.split(latents)[1], silent.expand(2, -1, -1))
+
+
+def test_tokens_of_both_parts_are_judged(family: LTX2Adapter) -> None:
+    network, noise = family.folder.load_network(), normal((2, *family.codec.latent_shape), seeded(3))
+    condition, t, parts = family.conditioner.encode_prompts(PROMPTS), torch.tensor([0.4, 0.8]), family.codec.parts
+    _, (tokens,) = family.features(network, noise, t, condition, (0,))
+    video, sound = (part.shape for part in parts.members)
+    count = video[1] * video[2] * video[3]
+    assert tokens.shape == (2, count + sound[0] * max(1, count // sound[0]), 16)
+    (gradient,) = torch.autograd.grad(
+        family.features(network, noise.requires_grad_(), t, condition, (0,))[1][0][:, count:].square().sum(), noise
+    )
+    assert parts.split(gradient)[1].any()
+
+
+def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter) -> None:
+    odd = like(family, max_sequence_length=7)
+    with pytest.raises(UserError, match="must be a multiple of the connectors' 2 registers, such as 6 or 8, got 7"):
+        odd.conditioner.encode_prompts(["red"])
+
+
+def test_a_teacher_of_another_space_and_frames_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
+    config = config_of(family, "ltx2", "dmd2", tmp_path).model_dump()
+    other = {"family": "wan", "path": "tiny", "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
+    for role in ("teacher", "critic"):
+        config["roles"][role] = {**config["roles"][role], "model": other}
+    with pytest.raises(UserError, match=r"roles\.\w+\.model: video and audio cross to no other latent space"):
+        run(validate(run_schema("ltx2", "dmd2"), config, "test"))
+
+
+@pytest.mark.parametrize("method", ["sft", "cm", "tcm", "scm", "rcm", "dmd2_gan", "f_distill", "ladd", "phased_dmd"])
+def test_methods_for_whole_videos_train_both_parts(family: LTX2Adapter, method: str, tmp_path: Path) -> None:
+    student = run(config_of(family, "ltx2", method, tmp_path))
+    after = like(family, path=str(student)).folder.load_network().state_dict()
+    before = family.folder.load_network().state_dict()
+    for name in ("proj_in.weight", "audio_proj_in.weight"):
+        assert not torch.equal(after[name], before[name])
+        assert after[name].isfinite().all()
