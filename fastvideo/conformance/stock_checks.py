@@ -69,7 +69,7 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: 
     unwanted = adapter.conditioner.negative_prompt if guidance != 1.0 else ""
     made = pipeline(
         prompt=subject.prompts[0],
-        **exporter.latent_arguments(noise, adapter.codec),
+        **exporter.latent_arguments(noise, adapter.codec.parts),
         output_type="pt",
         **({"negative_prompt": unwanted} if unwanted else {})
         | exporter.call_arguments(len(stock.times), guidance, stock.sigmas),

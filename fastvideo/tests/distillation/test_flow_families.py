@@ -74,7 +74,7 @@ def stock_pictures(
     for rows in (slice(0, 1), slice(1, 2)) if alone else (slice(0, 2),):
         prompts = PROMPTS[rows]
         unwanted = {key: [value] * len(prompts) for key, value in call.items() if key == "negative_prompt"}
-        latents = exporter.latent_arguments(noise[rows], adapter.codec)
+        latents = exporter.latent_arguments(noise[rows], adapter.codec.parts)
         made.append(pipeline(prompt=prompts, **latents, output_type="pt", **{**call, **unwanted})[0])
     return torch.cat(made)
 
@@ -134,7 +134,7 @@ def test_a_teacher_is_called_where_the_stock_pipeline_calls_it(family: Any, rows
         stopped = {}
     for steps in (4, 28, 50):
         call = {**load_exporter(adapter.config).call_arguments(steps, 1.0), **sizes(adapter), **stopped}
-        latents = load_exporter(adapter.config).latent_arguments(noise, adapter.codec)
+        latents = load_exporter(adapter.config).latent_arguments(noise, adapter.codec.parts)
         pipeline(prompt=PROMPTS[0], **latents, output_type="latent", **call)
         assert adapter.folder.teacher_times(steps) == pytest.approx(pipeline.scheduler.sigmas[:-1].tolist(), abs=3e-7)
 

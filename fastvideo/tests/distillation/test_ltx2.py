@@ -70,7 +70,7 @@ def stock(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor,
 
     pipeline, exporter = DiffusionPipeline.from_pretrained(adapter.config.path), load_exporter(adapter.config)
     pipeline.set_progress_bar_config(disable=True)
-    call = exporter.call_arguments(4, guidance) | exporter.latent_arguments(noise, adapter.codec) | sizes(adapter)
+    call = exporter.call_arguments(4, guidance) | exporter.latent_arguments(noise, adapter.codec.parts) | sizes(adapter)
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * 2
     return pipeline(prompt=PROMPTS, output_type="pt", return_dict=False, **call)  # type: ignore[no-any-return]

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.noise import GuidanceValue
+from fastvideo.distillation.parts import Parts
 from fastvideo.distillation.types import UserError
 
 
@@ -102,8 +102,8 @@ class Exporter:
         """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""
         return latents
 
-    def latent_arguments(self, latents: Tensor, codec: Codec) -> dict[str, Tensor]:
-        """Arguments of the diffusers pipeline's call that are latents ``[B, C, F, H, W]`` of a codec."""
+    def latent_arguments(self, latents: Tensor, parts: Parts | None) -> dict[str, Tensor]:
+        """Arguments of the diffusers pipeline's call that are latents ``[B, C, F, H, W]``, which may have parts."""
         return {"latents": self.stock_latents(latents)}
 
     def original_name(self, name: str) -> str:
