@@ -12,7 +12,7 @@ import tyro
 from annotated_types import Interval
 
 from fastvideo.errors import UserError, see
-from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens
+from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens, WrittenRate
 
 T = TypeVar("T")
 FLATTENED_URL = re.compile(r"([a-z][a-z0-9+.-]+):/")
@@ -24,6 +24,7 @@ OptionalPixels = Annotated[Pixels | None, INT]
 OptionalFrames = Annotated[Frames | None, INT]
 OptionalTokens = Annotated[Tokens | None, INT]
 OptionalSteps = Annotated[Steps | None, INT]
+OptionalRate = Annotated[WrittenRate | None, INT]
 OptionalGuidance = Annotated[GuidanceScale | None, FLOAT]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]

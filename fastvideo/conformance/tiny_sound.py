@@ -75,8 +75,8 @@ def _vocoder() -> Any:
     from diffusers.pipelines.ltx2 import LTX2Vocoder
 
     vocoder = LTX2Vocoder(
-        in_channels=2 * MEL, hidden_channels=16, upsample_kernel_sizes=[16, 15], upsample_factors=[8, 5],
-        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3]], output_sampling_rate=4000,
+        in_channels=2 * MEL, hidden_channels=16, upsample_kernel_sizes=[20, 16], upsample_factors=[10, 8],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3]], output_sampling_rate=8000,
     )  # fmt: skip
     vocoder.conv_out.weight.data *= 20  # loud enough to tell one sound from another
     return vocoder

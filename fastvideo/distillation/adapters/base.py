@@ -107,6 +107,11 @@ class Codec(ABC):
         """
         raise UserError(f"{type(self).__name__} decodes whole videos: this family has no streams")
 
+    @property
+    def sounding_rate(self) -> float | None:
+        """Frames per second at which videos and their sound are of one length; ``None`` for pictures alone."""
+        return None
+
     def decode_sound(self, latents: Tensor) -> Sound | None:
         """Sound of normalised latents, without gradient; ``None`` for a family of pictures alone."""
         return None

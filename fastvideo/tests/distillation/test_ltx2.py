@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import wave
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.conformance.tiny import perturb
 from fastvideo.conformance.tiny_sound import ltx2
 from fastvideo.distillation.adapters.ltx2.adapter import LTX2Adapter
@@ -18,7 +22,11 @@ from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import load_exporter, run_schema
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.sample import SampleNoise, prompt_seeds
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.export import run_export
+from fastvideo.inference.generate import generate_clip
+from fastvideo.inference.loading import load_model
 from fastvideo.tests.cache import built
 from fastvideo.tests.distillation.test_flow_families import config_of, sizes
 from fastvideo.tests.distillation.tiny import made_family
@@ -190,3 +198,57 @@ def test_methods_for_whole_videos_train_both_parts(family: LTX2Adapter, method: 
     for name in ("proj_in.weight", "audio_proj_in.weight"):
         assert not torch.equal(after[name], before[name])
         assert after[name].isfinite().all()
+
+
+def test_a_student_is_exported_with_its_sound_and_goes_on_after_a_stop(family: LTX2Adapter, tmp_path: Path) -> None:
+    """Adapters of both streams: the run of two steps ends where one of one step, resumed, does."""
+    targets = ["to_q", "to_v", "ff.net.2", "audio_ff.net.2"]
+    config = config_of(family, "ltx2", "dmd2", tmp_path, lora={"rank": 2, "targets": targets}).model_dump()
+    config["model"] |= {"height": 64, "width": 64}
+    config["checkpoint"] |= {"every": 1, "keep": 2}
+    validated = partial(validate, run_schema("ltx2", "dmd2"))
+    student = run(validated(config, "test"))
+    short = {**config, "output": str(tmp_path / "short")}
+    run(validated({**short, "trainer": {**config["trainer"], "max_steps": 1}}, "test"))
+    again = run(validated(short, "test"), resume=True)
+    one, other = (like(family, path=str(folder)).folder.load_network().state_dict() for folder in (student, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    run_export(str(tmp_path / "run"), tmp_path / "out")
+    model = load_model(str(tmp_path / "out"))
+    adapter = model.adapter
+    noise = SampleNoise(prompt_seeds(3, [PROMPTS[0]]), adapter.device).draw(adapter.codec.latent_shape)
+    from diffusers import LTX2Pipeline
+
+    pipeline, exporter = LTX2Pipeline.from_pretrained(tmp_path / "out"), load_exporter(adapter.config)
+    call = json.loads((tmp_path / "out" / "recipe.json").read_text())["stock_call"]
+    call |= exporter.latent_arguments(noise, adapter.codec.parts) | sizes(adapter)
+    # Its sampler draws noise between its steps: its first step alone is the same everywhere.
+    first = {**call, "num_inference_steps": 1, "sigmas": call["sigmas"][:1]}
+    video, sound = pipeline(prompt=PROMPTS[0], output_type="pt", return_dict=False, **first)
+    clip = generate_clip(model, PROMPTS[0], model.sampler(1), seed=3)
+    assert clip.sound is not None
+    assert float(((clip.video + 1) / 2 - video[0].transpose(0, 1)).abs().max()) <= CLOSE
+    assert float((clip.sound.waveform - sound).abs().max()) <= CLOSE
+
+
+def test_generate_writes_the_sound_into_the_video_or_beside_it(family: LTX2Adapter, tmp_path: Path) -> None:
+    import av
+
+    options = {"height": 64, "width": 96, "frames": 9, "steps": 2, "max_sequence_length": 12}
+    arguments = partial(GenerateArguments, family.config.path, "a red three", **options)
+    line = run_generate(arguments(out=tmp_path / "a.mp4"))
+    assert "0.33 s of sound at 8000 Hz" in line
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert file.streams.video[0].average_rate == 24
+        heard = np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1)
+    assert heard.shape[0] == 2
+    assert heard.shape[1] / 8000 == pytest.approx(0.33, abs=0.2)  # whole packets
+    line = run_generate(arguments(out=tmp_path / "b.gif"))
+    assert f"0.33 s of sound at 8000 Hz in {tmp_path / 'b.wav'}" in line
+    with wave.open(str(tmp_path / "b.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 8000, 2640)
+        exact = np.frombuffer(file.readframes(2640), np.int16).reshape(-1, 2).T / 32768
+    assert np.corrcoef(exact[0], heard[0, : exact.shape[1]])[0, 1] > 0.9
+    with pytest.raises(UserError, match="--fps 8: sound and pictures of this model fit at 24: leave --fps out"):
+        run_generate(arguments(out=tmp_path / "c.mp4", fps=8))
+    assert not (tmp_path / "c.mp4").exists()

@@ -20,7 +20,7 @@ from fastvideo.distillation.adapters.diffusers.packing import Patches
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, PipelineSpec
 from fastvideo.distillation.adapters.ltx2.codec import LTX2Codec
 from fastvideo.distillation.adapters.ltx2.config import LTX2Config, parts_of
-from fastvideo.distillation.adapters.ltx2.texts import AUDIO_TEXT, LTX2Texts
+from fastvideo.distillation.adapters.ltx2.texts import AUDIO_TEXT, LTX2Texts, connectors_of
 
 TOKENS = Patches(1)
 """Layout of the video in the network: a token per latent pixel."""
@@ -40,6 +40,13 @@ class LTX2Folder(FlowFolder[LTX2Config]):
         video, audio = self._state.split(guided)
         _, plain = self._state.split(conditional)
         return self._state.join([video, plain + self.config.audio_guidance_factor * (audio - plain)])
+
+    def frozen_parts(self) -> Mapping[str, nn.Module]:
+        """The connectors are a part of the text encoder; nothing decodes sound while a run trains."""
+        found = dict(super().frozen_parts())
+        with torch.device("meta"):
+            found["text encoder"] = nn.ModuleList([found["text encoder"], connectors_of(self.pipeline)])
+        return found
 
     def dead_parameters(self, network: Any) -> frozenset[str]:
         return frozenset(name for name, _ in network.named_parameters() if name == KEYFRAMES)

@@ -69,6 +69,10 @@ class LTX2Codec(DiffusersCodec):
         time = video.new_zeros(len(video)) if self.vae.config.timestep_conditioning else None
         return self.vae.decode(video * std + mean, time, return_dict=False)[0]  # type: ignore[no-any-return]
 
+    @property
+    def sounding_rate(self) -> float:
+        return float(self.pipeline.config.frame_rate)
+
     @torch.no_grad()
     def decode_sound(self, latents: Tensor) -> Sound:
         tokens, vae = self.parts.split(latents)[1], self.audio_vae

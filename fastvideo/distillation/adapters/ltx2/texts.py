@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.encoder_settings import weights_hash
 from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts
-from fastvideo.distillation.adapters.diffusers.pipeline import library_class, load_config
+from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, library_class, load_config
 from fastvideo.distillation.adapters.ltx2.config import LTX2Config
 from fastvideo.distillation.types import UserError
 
 AUDIO_TEXT = "audio_prompt_embeds"
 """Name in a condition of the text for the sound."""
 CONNECTORS = "connectors"
+
+
+def connectors_of(pipeline: Pipeline[LTX2Config]) -> Any:
+    """The pipeline's connectors, with weights as they are made."""
+    cls = library_class("diffusers.pipelines.ltx2", "LTX2TextConnectors")
+    return cls.from_config(load_config(cls, pipeline.source, CONNECTORS))
 
 
 class LTX2Texts(FlowTexts[LTX2Config]):
