@@ -143,8 +143,7 @@ def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
     Raises:
         UserError: for another than that of the model's sound, or one that the format of the file does not hold.
     """
-    from fractions import Fraction
-
+    from fastvideo.data.footage import rate_of
     from fastvideo.data.video_io import FPS, video_format
 
     own = model.adapter.codec.sounding_rate
@@ -152,7 +151,7 @@ def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
         return arguments.fps or FPS
     if arguments.fps not in (None, own):
         raise UserError(f"--fps {arguments.fps}: sound and pictures of this model fit at {own:g}: leave --fps out")
-    exact = Fraction(own).limit_denominator(1001)
+    exact = rate_of(own)
     video_format(arguments.out, exact)
     return exact
 

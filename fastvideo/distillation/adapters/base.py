@@ -112,6 +112,15 @@ class Codec(ABC):
         """Frames per second at which videos and their sound are of one length; ``None`` for pictures alone."""
         return None
 
+    @property
+    def sound_format(self) -> tuple[int, int]:
+        """Samples per second and channels of sounds that are encoded, for a family with sound."""
+        raise NotImplementedError(f"{type(self).__name__}.sounding_rate promises it")
+
+    def with_sound(self, latents: Tensor, sound: Sound) -> Tensor:
+        """Latents of videos with those of their sound, for a family with sound."""
+        raise NotImplementedError(f"{type(self).__name__}.sounding_rate promises it")
+
     def decode_sound(self, latents: Tensor) -> Sound | None:
         """Sound of normalised latents, without gradient; ``None`` for a family of pictures alone."""
         return None

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
+from fastvideo.cli import main
 from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.conformance.tiny import perturb
 from fastvideo.conformance.tiny_sound import ltx2
+from fastvideo.data.sound_io import read_sound
+from fastvideo.data.video_io import write_video
 from fastvideo.distillation.adapters.ltx2.adapter import LTX2Adapter
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
@@ -23,6 +27,7 @@ from fastvideo.distillation.registry import load_exporter, run_schema
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.sample import SampleNoise, prompt_seeds
+from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
 from fastvideo.inference.generate import generate_clip
@@ -252,3 +257,30 @@ def test_generate_writes_the_sound_into_the_video_or_beside_it(family: LTX2Adapt
     with pytest.raises(UserError, match="--fps 8: sound and pictures of this model fit at 24: leave --fps out"):
         run_generate(arguments(out=tmp_path / "c.mp4", fps=8))
     assert not (tmp_path / "c.mp4").exists()
+
+
+def test_videos_with_sound_are_prepared_and_trained_on(family: LTX2Adapter, tmp_path: Path) -> None:
+    """Three videos, of which one is silent and left out."""
+    folder = tmp_path / "videos"
+    sounds = [Sound(0.3 * normal((1, 2, 8000), seeded(i)), 16_000) for i in range(2)]
+    for name, sound in {"one": sounds[0], "two": sounds[1], "mute": None}.items():
+        write_video(folder / f"{name}.mp4", normal((3, 9, 64, 96), seeded(7)).clamp(-1, 1), 24, sound=sound)
+        (folder / f"{name}.txt").write_text("a red three")
+    sizes = ["--height", "64", "--width", "96", "--num-frames", "9", "--max-sequence-length", "12"]
+    call = ["preprocess", str(folder), "--model", family.config.path, "--out", str(tmp_path / "data"), *sizes]
+    assert main([*call, "--workers", "1"]) == 1  # something is left out
+    (skipped,) = (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped) == {"file": "mute.mp4", "reason": "no sound"}
+    rows = pq.read_table(next((tmp_path / "data").glob("*.parquet"))).to_pylist()
+    codec, found = family.codec, dict[str, Tensor]()
+    for row in rows:
+        flat = torch.from_numpy(np.frombuffer(row["vae_latent_bytes"], np.float32).copy())
+        found[row["file_name"]] = codec.parts.split(flat.view(1, *codec.latent_shape))[1]
+    assert found.keys() == {"one.mp4", "two.mp4"}
+    wanted = codec.encode_sound(read_sound(folder / "one.mp4", 0.0, 9 / 24, 16_000, 2).waveform)
+    torch.testing.assert_close(found["one.mp4"], wanted)
+    assert float((found["one.mp4"] - found["two.mp4"]).abs().max()) > 0.01
+    config = config_of(family, "ltx2", "sft", tmp_path).model_dump()
+    config["model"] |= {"height": 64, "width": 96}
+    config["data"] = {"path": str(tmp_path / "data"), "batch_size": 2}
+    run(validate(run_schema("ltx2", "sft"), config, "test"))

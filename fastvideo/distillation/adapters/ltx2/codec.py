@@ -82,9 +82,12 @@ class LTX2Codec(DiffusersCodec):
         return Sound(waveform.float(), self.vocoder.config.output_sampling_rate)
 
     @property
-    def sound_rate(self) -> int:
-        """Samples per second of waveforms that are encoded."""
-        return int(self.audio_vae.config.sample_rate)
+    def sound_format(self) -> tuple[int, int]:
+        return self.audio_vae.config.sample_rate, self.audio_vae.config.in_channels
+
+    def with_sound(self, latents: Tensor, sound: Sound) -> Tensor:
+        video, _ = self.parts.split(latents)
+        return self.parts.join([video, self.encode_sound(sound.waveform).to(video)])
 
     @torch.no_grad()
     def encode_sound(self, waveforms: Tensor) -> Tensor:
@@ -120,4 +123,4 @@ class LTX2Codec(DiffusersCodec):
     @cached_property
     def _silence(self) -> Tensor:
         """Latents ``[1, L, D]`` of no sound."""
-        return self.encode_sound(torch.zeros(1, self.audio_vae.config.in_channels, WINDOW))
+        return self.encode_sound(torch.zeros(1, self.sound_format[1], WINDOW))
