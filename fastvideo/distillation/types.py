@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.parts import Parts
 from fastvideo.errors import UserError as UserError
 
 if TYPE_CHECKING:
+    from fastvideo.distillation.parts import Parts
     from fastvideo.distillation.trajectory import Trajectory
 
 Quantise = Literal["int8", "nf4", "fp8_storage"]
@@ -56,24 +56,24 @@ class Given(FrameMask):
         return per_frame.masked_fill(self.mask, 0.0)
 
 
-Scored = FrameMask | Parts
+Scored: TypeAlias = "FrameMask | Parts"
 """What means over a sample leave out, or the parts that they weigh; means over all of it need none."""
 
 
 def mean_over_generated(x: Tensor, given: Scored | None) -> Tensor:
     """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its frames but the ``given`` ones."""
     dims = tuple(range(1, x.ndim))
-    if isinstance(given, Parts):
-        return given.balanced(x).mean(dim=dims, keepdim=True)
     if given is None:
         return x.mean(dim=dims, keepdim=True)
+    if not isinstance(given, FrameMask):
+        return given.balanced(x).mean(dim=dims, keepdim=True)
     free = x.masked_fill(given.frames, 0.0).sum(dim=dims, keepdim=True)
     return free / (~given.frames).expand(x.shape).sum(dim=dims, keepdim=True)
 
 
 def level(x: Tensor, given: Scored | None) -> Tensor:
     """:func:`mean_over_generated` to divide by: each part of a state by its own."""
-    return given.levels(x) if isinstance(given, Parts) else mean_over_generated(x, given)
+    return mean_over_generated(x, given) if given is None or isinstance(given, FrameMask) else given.levels(x)
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ class Batch:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of ``x`` ``[B, C, F, H, W]`` without :meth:`left_out`, samples alike; losses average with it."""
+        if self.parts is not None:
+            return self.parts.balanced(x).mean()
         left_out = self.left_out(x)
-        if isinstance(left_out, Parts):
-            return left_out.balanced(x).mean()
         return x.mean() if left_out is None else mean_over_generated(x, left_out).mean()
 
 

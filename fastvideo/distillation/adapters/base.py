@@ -16,13 +16,13 @@ from fastvideo.distillation.config.family import AdapterConfig
 from fastvideo.distillation.denoiser import Family, Taps, Tokens
 from fastvideo.distillation.frames import latent_frame
 from fastvideo.distillation.noise import GuidanceValue
-from fastvideo.distillation.parts import Parts
-from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
 
 if TYPE_CHECKING:
     from fastvideo.distillation.chunks import Past
+    from fastvideo.distillation.parts import Parts
     from fastvideo.distillation.scaling import Scaling, StoredTensor
+    from fastvideo.distillation.sound import Sound
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
 Shape = tuple[int | None, ...]
