@@ -25,8 +25,8 @@ Tokens = tuple[Tensor, ...]
 class Prescription(Protocol):
     """Part of a model folder that says how its networks are sampled."""
 
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """A guided velocity at ``x_t`` as the family's samplers go on, such as with the norm of the conditional one."""
         ...
 
 
@@ -161,11 +161,13 @@ class Denoiser:
         if guidance == 1.0:
             return conditional
         unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
-        return self._guided(unconditional, conditional, guidance, t)
+        return self._guided(unconditional, conditional, guidance, x_t, t)
 
-    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, t: Tensor) -> Tensor:
+    def _guided(
+        self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, x_t: Tensor, t: Tensor
+    ) -> Tensor:
         guided = guide(unconditional, conditional, guidance_at(guidance, t))
-        return self.adapter.folder.rescale_guidance(guided, conditional)
+        return self.adapter.folder.rescale_guidance(guided, conditional, x_t, t)
 
     def x0_guided(
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue
@@ -193,7 +195,7 @@ class Denoiser:
         assert u is not None
         with torch.no_grad():
             if guidance != 1.0:
-                u = self._guided(self.velocity(x_t, t, negative), u, guidance, t)
+                u = self._guided(self.velocity(x_t, t, negative), u, guidance, x_t, t)
             return _exact(velocity_to_x0(x_t, u, t), condition), tokens
 
     def _network_input(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

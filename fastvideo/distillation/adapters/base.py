@@ -327,8 +327,8 @@ class ModelFolder(ABC):
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
 
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """A guided velocity at ``x_t`` as the family's samplers go on, such as with the norm of the conditional one."""
         return guided
 
     def check_guidance(self, guidance: GuidanceValue) -> None:

@@ -76,12 +76,12 @@ def stock(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor,
     return pipeline(prompt=PROMPTS, output_type="pt", return_dict=False, **call)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize(("factor", "rescale"), [(1.0, 0.0), (3.0, 0.7)])
 @pytest.mark.parametrize("name", ["ltx2", "ltx2-2.3"])
 def test_guided_steps_give_the_video_and_the_sound_of_the_stock_pipeline(
-    name: str, factor: float, tiny_wan: Path
+    name: str, factor: float, rescale: float, tiny_wan: Path
 ) -> None:
-    adapter = made_family(name, tiny_wan.parent, audio_guidance_factor=factor)
+    adapter = made_family(name, tiny_wan.parent, audio_guidance_factor=factor, guidance_rescale=rescale)
     assert isinstance(adapter, LTX2Adapter)
     noise = normal((2, *adapter.codec.latent_shape), seeded(6))
     (video, sound), (stock_video, stock_sound) = ours(adapter, noise, 2.5), stock(adapter, noise, 2.5)
@@ -89,7 +89,9 @@ def test_guided_steps_give_the_video_and_the_sound_of_the_stock_pipeline(
     assert float((sound - stock_sound).abs().max()) <= CLOSE
     assert float(stock_sound.std(dim=-1).min()) > 0.01  # there is something to hear
     weaker = ours(like(adapter, audio_guidance_factor=0.5), noise, 2.5)[1]
+    other = ours(like(adapter, guidance_rescale=1.0), noise, 2.5)
     assert float((weaker - stock_sound).abs().max()) > 100 * CLOSE
+    assert all(float((a - b).abs().max()) > 10 * CLOSE for a, b in zip(other, (video, sound), strict=True))
 
 
 @pytest.mark.parametrize(("frames", "rate"), [(9, 24.0), (121, 24.0), (121, 25.0), (97, 23.976), (17, 60.0), (1, 30.0)])

@@ -21,6 +21,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, Pipelin
 from fastvideo.distillation.adapters.ltx2.codec import LTX2Codec
 from fastvideo.distillation.adapters.ltx2.config import LTX2Config, parts_of
 from fastvideo.distillation.adapters.ltx2.texts import AUDIO_TEXT, LTX2Texts, connectors_of
+from fastvideo.distillation.noise import velocity_to_x0, x0_to_velocity
 
 TOKENS = Patches(1)
 """Layout of the video in the network: a token per latent pixel."""
@@ -35,11 +36,21 @@ class LTX2Folder(FlowFolder[LTX2Config]):
         super().__init__(pipeline, tokens, mu)
         self._state = parts_of(pipeline)
 
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """The sound's distance from the conditional prediction, times the factor of its guidance."""
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The sound's distance from the conditional prediction times the factor of its guidance; then the clean
+        estimate of each part nearer to the deviation of the conditional one (arXiv 2305.08891, eq. 15 and 16)."""
         video, audio = self._state.split(guided)
         _, plain = self._state.split(conditional)
-        return self._state.join([video, plain + self.config.audio_guidance_factor * (audio - plain)])
+        guided = self._state.join([video, plain + self.config.audio_guidance_factor * (audio - plain)])
+        if not self.config.guidance_rescale:
+            return guided
+        estimates = (self._state.split(velocity_to_x0(x_t, u, t)) for u in (guided, conditional))
+        nearer = [self._rescaled(*pair) for pair in zip(*estimates, strict=True)]
+        return x0_to_velocity(x_t, self._state.join(nearer), t)
+
+    def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        share, (own, wanted) = self.config.guidance_rescale, (x.flatten(1).std(dim=1) for x in (guided, conditional))
+        return guided * (1 - share + share * wanted / own).view(-1, *[1] * (guided.ndim - 1))
 
     def frozen_parts(self) -> Mapping[str, nn.Module]:
         """The connectors are a part of the text encoder; nothing decodes sound while a run trains."""

@@ -13,7 +13,7 @@ from fastvideo.distillation.adapters.diffusers.packing import Packing
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, full_config
 from fastvideo.distillation.adapters.diffusers.videos import FlowVideoConfig
 from fastvideo.distillation.parts import Part, Parts
-from fastvideo.ranges import FrameRate, Frames, NonNegativeFloat, Pixels, PositiveFloat, Tokens
+from fastvideo.ranges import Fraction, FrameRate, Frames, NonNegativeFloat, Pixels, PositiveFloat, Tokens
 
 SIDE, STRIDE = 32, 8
 """Pixels on a side of a latent pixel, and frames of a latent frame, of all published checkpoints."""
@@ -63,12 +63,14 @@ class LTX2Config(FlowVideoConfig):
     """Weight of the sound in losses, whatever its size; that of the video is 1."""
     audio_guidance_factor: NonNegativeFloat = 3.0
     """Guidance of the sound, by its distance from 1 over that of the video's: the authors' 7 for a video's 3."""
+    guidance_rescale: Fraction = 0.7
+    """Share of a guided estimate's deviation, in each part, that is taken from the conditional one: 0 leaves it."""
 
     @property
     def call_arguments(self) -> Mapping[str, Any]:
-        """Guidance by skipped blocks and by parts alone, and the rescaling of guided estimates, turned off."""
-        off = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
-        both = {name: value for key, value in off.items() for name, value in ((key, value), (f"audio_{key}", value))}
+        """Guidance by skipped blocks and by parts alone, turned off."""
+        own = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": self.guidance_rescale}
+        both = {name: value for key, value in own.items() for name, value in ((key, value), (f"audio_{key}", value))}
         return {**both, "spatio_temporal_guidance_blocks": None}
 
 
