@@ -13,7 +13,7 @@ from annotated_types import Interval
 
 from fastvideo.errors import UserError
 from fastvideo.ranges import Frames, GuidanceScale, Pixels, Tokens
-from fastvideo.sampling_ranges import Steps
+from fastvideo.sampling_ranges import Steps, WrittenRate
 from fastvideo.wording import see
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ OptionalPixels = Annotated[Pixels | None, INT]
 OptionalFrames = Annotated[Frames | None, INT]
 OptionalTokens = Annotated[Tokens | None, INT]
 OptionalSteps = Annotated[Steps | None, INT]
+OptionalRate = Annotated[WrittenRate | None, INT]
 OptionalGuidance = Annotated[GuidanceScale | None, FLOAT]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]

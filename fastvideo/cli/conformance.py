@@ -33,7 +33,7 @@ class ConformanceArguments:
     """Options of the family over it, such as path=my/folder height=32."""
     tiny: bool = False
     """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download. Some
-    families have variants: flux2-dev."""
+    families have variants: flux2-dev, ltx2-2.3."""
     prompts: tuple[str, str] = ('a green "seven" moving up', "a red three")
     """Two prompts that the text encoder tells apart. Some families read quoted words by another encoder too."""
     device: str = "cpu"

@@ -18,6 +18,7 @@ from fastvideo.cli.arguments import (
     OptionalGuidance,
     OptionalPath,
     OptionalPixels,
+    OptionalRate,
     OptionalSteps,
     OptionalText,
     OptionalTokens,
@@ -25,12 +26,14 @@ from fastvideo.cli.arguments import (
 )
 from fastvideo.errors import UserError
 from fastvideo.ranges import Seed
-from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch, Scale, WrittenRate
+from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch, Scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastvideo.data.video_io import Rate
     from fastvideo.distillation.sample import SamplerSpec
+    from fastvideo.inference.generate import Clip
     from fastvideo.inference.loading import LoadedModel
 
 WATCHABLE = 256
@@ -61,8 +64,8 @@ class GenerateArguments:
     """Prompt that guidance leads away from; default: the model's own."""
     seed: Seed = 0
     """Same seed, same video."""
-    fps: WrittenRate = 8
-    """Frames per second of the file."""
+    fps: OptionalRate = None
+    """Frames per second of the file. Default: 8; for a model that makes sound those of its videos, and no others."""
     scale: Annotated[Scale | None, INT] = None
     """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
     height: OptionalPixels = None
@@ -98,10 +101,10 @@ def run_generate(arguments: GenerateArguments) -> str:
         UserError: for a bad folder, prompt, image, number of steps, switch or file name, before anything is written.
         Stopped: for a stream that a signal ended; its file plays.
     """
-    from fastvideo.data.video_io import video_format
+    from fastvideo.data.video_io import FPS, video_format
     from fastvideo.inference.loading import load_model
 
-    video_format(arguments.out, arguments.fps)
+    video_format(arguments.out, arguments.fps or FPS)
     model = load_model(arguments.folder, _sizes(arguments), arguments.device)
     spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
@@ -116,9 +119,8 @@ def _sizes(arguments: GenerateArguments) -> dict[str, int]:
 
 def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) -> str:
     """A video that is made at once."""
-    from fastvideo.data.video_io import write_video
     from fastvideo.inference.first_frames import first_frames
-    from fastvideo.inference.generate import generate_video
+    from fastvideo.inference.generate import generate_clip
     from fastvideo.tiny.captions import outside_note
 
     if flag := "--switch" if arguments.switch else "--window" if arguments.window else None:
@@ -128,16 +130,51 @@ def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) 
         )
     if model.is_embedded and (note := outside_note([arguments.prompt])):
         print(note, file=sys.stderr)
-    frames = first_frames(model, arguments.image)
+    frames, rate = first_frames(model, arguments.image), _rate(arguments, model)
     begin = time.perf_counter()
-    video = generate_video(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
+    clip = generate_clip(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
     seconds = time.perf_counter() - begin
-    path = write_video(arguments.out, video, arguments.fps, _scale(arguments, video.shape[2]))
-    return _summary(path, video, spec, seconds)
+    note = _write(arguments, clip, rate)
+    return f"{_summary(arguments.out, clip.video, spec, seconds)}{note}"
+
+
+def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
+    """Frames per second of the file.
+
+    Raises:
+        UserError: for another than that of the model's sound, or one that the format of the file does not hold.
+    """
+    from fastvideo.data.footage import rate_of
+    from fastvideo.data.video_io import FPS, video_format
+    from fastvideo.distillation.sound import SoundCodec
+
+    codec = model.adapter.codec
+    if not isinstance(codec, SoundCodec):
+        return arguments.fps or FPS
+    own = codec.sounding_rate
+    if arguments.fps not in (None, own):
+        raise UserError(f"--fps {arguments.fps}: sound and pictures of this model fit at {own:g}: leave --fps out")
+    exact = rate_of(own)
+    video_format(arguments.out, exact)
+    return exact
+
+
+def _write(arguments: GenerateArguments, clip: Clip, rate: Rate) -> str:
+    """Write the video, with its sound in it or beside it; returns a line about the sound."""
+    from fastvideo.data.sound_io import write_wav
+    from fastvideo.data.video_io import video_format, write_video
+
+    within, sound = video_format(arguments.out).has_sound, clip.sound
+    write_video(arguments.out, clip.video, rate, _scale(arguments, clip.video.shape[2]), sound if within else None)
+    if sound is None:
+        return ""
+    place = "" if within else f" in {write_wav(arguments.out.with_suffix('.wav'), sound)}"
+    return f"\n{sound.seconds:.2f} s of sound at {sound.rate} Hz{place}"
 
 
 def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) -> str:
     """A video that is written while it is made."""
+    from fastvideo.data.video_io import FPS
     from fastvideo.inference.stream_file import write_stream
     from fastvideo.inference.streaming import Streamer, window_note, with_window
     from fastvideo.inference.switch_plan import parse_switch, plan_switches
@@ -151,7 +188,7 @@ def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec)
         print(note, file=sys.stderr)
     begin, scale = time.perf_counter(), _scale(arguments, config.height)
     with streamer.open(arguments.prompt, frames=config.num_frames) as stream:
-        stats = write_stream(stream, plan, config.num_frames, arguments.out, arguments.fps, scale)
+        stats = write_stream(stream, plan, config.num_frames, arguments.out, arguments.fps or FPS, scale)
     seconds = time.perf_counter() - begin
     size = f"{config.width}x{config.height}"
     made = f"{stats.frames} frames of {size} in {stats.chunks} chunks, {seconds:.2f} s, {stats.fps:.1f} frames/s"

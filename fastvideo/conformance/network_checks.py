@@ -136,6 +136,6 @@ def guidance_of_one_is_the_conditional_prediction(subject: Subject) -> None:
         guided = {g: role.guided_velocity(*arguments, negative, g) for g in (0.0, 1.0, 3.0)}
         x0 = role.x0_guided(*arguments, negative, 3.0)
     require_close(guided[1.0], conditional, "guidance 1 and the conditional velocity")
-    unguided = subject.adapter.folder.rescale_guidance(unconditional, conditional)
+    unguided = subject.adapter.folder.rescale_guidance(unconditional, conditional, *arguments[:2])
     require_close(guided[0.0], unguided, "guidance 0 and the unconditional velocity")
     require_close(x0, velocity_to_x0(subject.x_t, guided[3.0], subject.times), "guided x0 and guided velocity")

@@ -14,6 +14,7 @@ from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
+from fastvideo.distillation.sound import SoundCodec
 from fastvideo.distillation.types import UserError
 
 STEPS, SEED, GUIDANCE = 4, 2, 3.0
@@ -48,14 +49,21 @@ def require_same_video(subject: Subject, guidance: float) -> None:
     shape = adapter.codec.latent_shape
     latents = sample(denoiser, noise.fork(), shape, sampler, condition | frames, negative | frames)
     ours = (adapter.codec.decode(latents).clamp(-1, 1) + 1) / 2
-    theirs = stock_video(subject, stock, noise.draw(shape), guidance)
-    require(ours.shape == theirs.shape, f"ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
-    worst = float((ours.cpu() - theirs).abs().max())
-    require(worst <= TOLERANCE, f"pixels differ by up to {worst:.4f} after {STEPS} steps, {TOLERANCE:.4f} is allowed")
+    theirs, *heard = stock_video(subject, stock, noise.draw(shape), guidance)
+    _require_equal(ours, theirs, "pixels")
+    if isinstance(adapter.codec, SoundCodec):
+        _require_equal(adapter.codec.decode_sound(latents).waveform, heard[0], "waveforms")
 
 
-def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: float) -> Tensor:
-    """``[1, 3, T, H, W]`` in ``[0, 1]`` from the stock pipeline over the adapter's own folder."""
+def _require_equal(ours: Tensor, theirs: Tensor, what: str) -> None:
+    require(ours.shape == theirs.shape, f"{what}: ours {tuple(ours.shape)}, stock {tuple(theirs.shape)}")
+    worst = float((ours.cpu() - theirs.cpu()).abs().max())
+    require(worst <= TOLERANCE, f"{what} differ by up to {worst:.4f} after {STEPS} steps, {TOLERANCE:.4f} is allowed")
+
+
+def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: float) -> list[Tensor]:
+    """``[1, 3, T, H, W]`` in ``[0, 1]`` from the stock pipeline over the adapter's own folder, then its sound if it
+    makes one."""
     adapter, exporter, pipeline = subject.adapter, load_exporter(subject.adapter.config), subject.stock
     image = _image(subject, type(pipeline))
     pipeline.register_modules(scheduler=stock.scheduler, **exporter.stock_parts(guidance))
@@ -63,15 +71,16 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: 
     unwanted = adapter.conditioner.negative_prompt if guidance != 1.0 else ""
     made = pipeline(
         prompt=subject.prompts[0],
-        latents=exporter.stock_latents(noise),
+        **exporter.latent_arguments(noise, adapter.codec.parts),
         output_type="pt",
         **({"negative_prompt": unwanted} if unwanted else {})
         | exporter.call_arguments(len(stock.times), guidance, stock.sigmas),
         **image,
         **_sizes(adapter.config, type(pipeline)),
-    )[0]
-    images = made[:, None] if made.ndim == 4 else made
-    return images.transpose(1, 2).float().cpu()  # type: ignore[no-any-return]
+    )
+    images, sound = made[0], [made[1]] if adapter.codec.parts is not None else []
+    images = images[:, None] if images.ndim == 4 else images
+    return [images.transpose(1, 2).float().cpu(), *sound]
 
 
 def _image(subject: Subject, pipeline: type[Any]) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastvideo.conformance import tiny_flow
+from fastvideo.conformance import tiny_flow, tiny_sound
 from fastvideo.conformance.tiny_parts import LENGTH, autoencoder, clip, word_tokenizer
 from fastvideo.distillation.adapters.diffusers.pipeline import without_progress_bar
 from fastvideo.distillation.rng import normal, seeded
@@ -129,6 +130,8 @@ class Tiny:
     sizes: Mapping[str, int] = field(default_factory=lambda: {"height": 16, "width": 32})
 
 
+SOUNDING: Mapping[str, int] = {"height": 64, "width": 96, "num_frames": 9}
+"""Sizes of videos with sound: a decoder that reflects its borders needs two latent pixels on a side."""
 MADE: Mapping[str, Tiny] = {
     "sdxl": Tiny(_sdxl),
     "sd15": Tiny(_sd15),
@@ -141,6 +144,8 @@ MADE: Mapping[str, Tiny] = {
     "sd3": Tiny(tiny_flow.sd3, 12),
     "ltx": Tiny(tiny_flow.ltx, 12, {"height": 32, "width": 64, "num_frames": 9}),
     "hunyuan15": Tiny(tiny_flow.hunyuan15, 24, {"height": 16, "width": 32, "num_frames": 5}),
+    "ltx2": Tiny(tiny_sound.ltx2, 12, SOUNDING),
+    "ltx2-2.3": Tiny(partial(tiny_sound.ltx2, later=True), 12, SOUNDING),
     "kandinsky5": Tiny(tiny_flow.kandinsky5, 40, {"height": 32, "width": 64, "num_frames": 5}),
 }
 """Pipelines of the other families, and of variants of a family, which stand behind a dash."""

@@ -117,3 +117,21 @@ def mistral3(layers: int = 30) -> Any:
     }  # fmt: skip
     config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=60)
     return Mistral3ForConditionalGeneration(config)
+
+
+def gemma3(layers: int = 2) -> Any:
+    """Gemma 3 of hidden size 16, with its eyes."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64, "sliding_window": 16, "query_pre_attn_scalar": 8,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    special = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **special)
+    return Gemma3ForConditionalGeneration(config)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastvideo.data.colours import check_colours, has_alpha, is_wide, over, to_bt709
 from fastvideo.data.faults import VideoError
-from fastvideo.data.footage import Footage, deinterlaced, open_footage, resampled
+from fastvideo.data.footage import Footage, deinterlaced, open_footage, rate_of, resampled
 from fastvideo.data.turns import turn_of
 from fastvideo.errors import UserError
 
@@ -81,12 +81,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames ``[T, H, W, 3]`` of a video, its frame rate, which clip of the video it is, and if it is an image."""
+    """Frames ``[T, H, W, 3]`` of a video, its frame rate, which clip of the video it is, and if it is an image.
+
+    ``start`` is where it begins in the file, in seconds; ``None`` behind a jump of the file's clock.
+    """
 
     frames: Frames
     fps: float
     number: int
     still: bool = False
+    start: float | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -126,7 +130,8 @@ def _clips_of(footage: Footage, policy: Policy) -> Iterator[Clip]:
         parts += 1
         try:
             for run in _runs(shot, footage, policy):
-                yield Clip(np.stack([picture for picture, _ in run]), policy.fps or _rate(run, footage), number)
+                rate, start = policy.fps or _rate(run, footage), _start(run, footage, policy) if parts == 1 else None
+                yield Clip(np.stack([picture for picture, _ in run]), rate, number, start=start)
                 number += 1
                 if not policy.every_clip:
                     return
@@ -172,6 +177,11 @@ def _rate(run: list[Timed], footage: Footage) -> float:
     """Frames per second of a run by its own clock."""
     seconds = (run[-1][1] - run[0][1]) * footage.tick
     return float((len(run) - 1) / seconds) if seconds > 0 else float(footage.rate)
+
+
+def _start(run: list[Timed], footage: Footage, policy: Policy) -> float:
+    """Seconds from the file's beginning to a run's."""
+    return float(run[0][1] * (footage.tick if policy.fps is None else 1 / rate_of(policy.fps)))
 
 
 def nearest_sizes(sizes: Iterable[Size], aspect: float) -> list[Size]:

@@ -238,8 +238,13 @@ def _kind_of_scan() -> Callable[[Any], tuple[Any, ...]]:
 
 def resampled(frames: Iterable[Any], tick: Fraction, fps: float) -> Iterator[Any]:
     """The frames at ``fps``, as ``ffmpeg -vf fps=R`` chooses them."""
-    rate = Fraction(fps).limit_denominator(1001)
+    rate = rate_of(fps)
     return filtered(frames, tick, "fps", f"fps={rate.numerator}/{rate.denominator}")
+
+
+def rate_of(fps: float) -> Fraction:
+    """A frame rate as a player counts it, such as 24000 / 1001."""
+    return Fraction(fps).limit_denominator(1001)
 
 
 def filtered(frames: Iterable[Any], tick: Fraction, name: str, options: str) -> Iterator[Any]:

@@ -17,14 +17,18 @@ from fastvideo.data.captions import Video
 from fastvideo.data.clips import Clip, Policy, read_clips
 from fastvideo.data.faults import VideoError
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
+from fastvideo.data.sound_io import read_sound
 from fastvideo.distillation.abilities import of_frames, of_texts
 from fastvideo.distillation.adapters.base import Codec, Conditioner
+from fastvideo.distillation.sound import Sound, SoundCodec
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing
 from fastvideo.wording import counted
 
 GROUP_BYTES = 32 * 2**20
 """Size of a row group's tensors: a shuffling reader holds several groups."""
+RATE_ERROR = 0.002
+"""Largest relative difference of frame rates that are taken for one, such as 23.976 and 24."""
 Row = dict[str, Any]
 """Values by column."""
 
@@ -35,8 +39,27 @@ def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner
     Encodes one clip at a time, so that a row depends on its video alone.
     """
     videos = clip.tensor[None]
-    tensors = {LATENT: codec.encode(videos), **of_texts(conditioner).encode_stored(videos, [video.caption])}
+    latents = codec.encode(videos)
+    if isinstance(codec, SoundCodec):
+        latents = codec.with_sound(latents, sound_of(clip, video, codec))
+    tensors = {LATENT: latents, **of_texts(conditioner).encode_stored(videos, [video.caption])}
     return {name: value[0].float().cpu() for name, value in tensors.items()}
+
+
+def sound_of(clip: Clip, video: Video, codec: SoundCodec) -> Sound:
+    """The sound of a clip, for a model whose videos have one.
+
+    Raises:
+        VideoError: if there is none, or it does not fit the pictures at the model's frame rate.
+    """
+    fps = codec.sounding_rate
+    if clip.still:
+        raise VideoError("an image has no sound: the model needs videos with sound")
+    if abs(clip.fps - fps) > RATE_ERROR * fps:
+        raise VideoError(f"{clip.fps:g} frames per second, and the model's videos have {fps:g}: --fps {fps:g}")
+    if clip.start is None:
+        raise VideoError("its clock jumps before this clip, so that its sound cannot be told from that of other clips")
+    return read_sound(video.path, clip.start, len(clip.frames) / fps, *codec.sound_format)
 
 
 def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy) -> Iterator[Row]:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fastvideo.data.sound_io import SoundTrack
+from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing
 
 Frames = npt.NDArray[np.uint8]
+Rate = int | Fraction
+"""Frames per second."""
 FPS = 8
 
 
@@ -34,10 +39,12 @@ class VideoFormat:
     container_options: dict[str, str] = field(default_factory=dict)
     fastest: int = 1000
     """Most frames per second."""
+    has_sound: bool = False
+    """It has room for a track of sound."""
 
 
 FORMATS = {
-    ".mp4": VideoFormat("mp4", "libx264", "yuv420p", "video/mp4", {"crf": "16"}),
+    ".mp4": VideoFormat("mp4", "libx264", "yuv420p", "video/mp4", {"crf": "16"}, has_sound=True),
     ".gif": VideoFormat("gif", "gif", "pal8", "image/gif", {}, {"loop": "0"}, fastest=100),
     ".webp": VideoFormat("webp", "libwebp_anim", "bgra", "image/webp", {"lossless": "1"}, {"loop": "0"}),
     ".apng": VideoFormat("apng", "apng", "rgb24", "image/apng", {"pred": "mixed"}, {"plays": "0"}),
@@ -46,7 +53,7 @@ FORMATS = {
 """Formats by suffix. Animated images loop for ever; WebP, APNG and PNG (the same file) are lossless."""
 
 
-def video_format(path: Path | str, fps: int = FPS) -> VideoFormat:
+def video_format(path: Path | str, fps: Rate = FPS) -> VideoFormat:
     """The format that the suffix of ``path`` names.
 
     Raises:
@@ -61,23 +68,26 @@ def video_format(path: Path | str, fps: int = FPS) -> VideoFormat:
     return FORMATS[suffix]
 
 
-def write_video(path: Path | str, video: Tensor, fps: int = FPS, scale: int = 1) -> Path:
+def write_video(path: Path | str, video: Tensor, fps: Rate = FPS, scale: int = 1, sound: Sound | None = None) -> Path:
     """Write ``video`` ``[3, T, H, W]`` in ``[-1, 1]`` to ``path``, whole or not at all; the suffix chooses the format.
 
     Args:
         fps: frames per second.
         scale: every pixel becomes a square of this side (nearest neighbour), so that a tiny video can be watched.
+        sound: a track beside it, in a format that has one.
 
     Raises:
         UserError: for a suffix that is not in :data:`FORMATS`, or more frames per second than its format holds.
     """
-    with writing_video(path, fps, scale) as writer:
+    with writing_video(path, fps, scale, sound) as writer:
         writer.write(to_frames(video))
     return Path(path)
 
 
 @contextmanager
-def writing_video(path: Path | str, fps: int = FPS, scale: int = 1) -> Iterator[VideoWriter]:
+def writing_video(
+    path: Path | str, fps: Rate = FPS, scale: int = 1, sound: Sound | None = None
+) -> Iterator[VideoWriter]:
     """Yield a writer of frames; the video replaces ``path`` at the end, and not at all if the body raises.
 
     Raises:
@@ -85,7 +95,7 @@ def writing_video(path: Path | str, fps: int = FPS, scale: int = 1) -> Iterator[
     """
     path, chosen = Path(path), video_format(path, fps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, VideoWriter(str(temporary), chosen, fps, scale) as writer:
+    with replacing(path) as temporary, VideoWriter(str(temporary), chosen, fps, scale, sound) as writer:
         yield writer
 
 
@@ -102,11 +112,14 @@ class VideoWriter:
 
     Args:
         target: name of a file, or a buffer that can seek.
-        fps, scale: as for :func:`write_video`.
+        fps, scale, sound: as for :func:`write_video`.
     """
 
-    def __init__(self, target: str | io.BytesIO, chosen: VideoFormat, fps: int, scale: int) -> None:
-        self._format, self._fps, self._scale = chosen, fps, scale
+    def __init__(
+        self, target: str | io.BytesIO, chosen: VideoFormat, fps: Rate, scale: int, sound: Sound | None = None
+    ) -> None:
+        self._format, self._fps, self._scale, self._sound = chosen, fps, scale, sound
+        self._track: SoundTrack | None = None
         self._container = av.open(target, "w", format=chosen.container, options=chosen.container_options)
         self._stream: Any = None
         self._palette: _Palette | None = None
@@ -129,6 +142,8 @@ class VideoWriter:
         chosen = self._format
         self._stream = self._container.add_stream(chosen.codec, rate=self._fps, options=chosen.codec_options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, chosen.pixels
+        if self._sound is not None:
+            self._track = SoundTrack(self._container, self._sound)
         if chosen.pixels == "pal8":
             self._palette = _Palette(height, width, self._fps)
 
@@ -139,6 +154,8 @@ class VideoWriter:
         for picture in self._palette.pull() if self._palette is not None else ():
             self._encode(picture)
         self._encode(None)
+        if self._track is not None:
+            self._track.finish()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -174,9 +191,10 @@ def _even(frames: Frames) -> Frames:
 class _Palette:
     """GIF frames with one palette made for this video: the fixed 256 colours show bands."""
 
-    def __init__(self, height: int, width: int, fps: int) -> None:
+    def __init__(self, height: int, width: int, fps: Rate) -> None:
         graph = av.filter.Graph()
-        source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/{fps}:pixel_aspect=1/1")
+        size, tick = f"video_size={width}x{height}", f"time_base={1 / Fraction(fps)}"
+        source = graph.add("buffer", f"{size}:pix_fmt=rgb24:{tick}:pixel_aspect=1/1")
         split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
         use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
         source.link_to(split)

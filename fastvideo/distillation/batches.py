@@ -50,6 +50,7 @@ class BatchPreparer:
             negative=_joined([each.negative(count) for each in self.conditioners]) | first,
             x0=x0,
             trajectory=Trajectory.of(raw.extras, self.codec.device),
+            parts=self.codec.parts,
             switch=_joined([each.encode_prompts(raw.switches) for each in self.conditioners]) if raw.switches else None,
         )
 
@@ -57,7 +58,8 @@ class BatchPreparer:
         if raw.latents is None:
             return None
         shape, found = self.codec.latent_shape, tuple(raw.latents.shape[1:])
-        if found != shape and not (self.any_size and found[0] == shape[0] and len(found) == len(shape)):
+        alike = self.codec.parts is None and found[0] == shape[0] and len(found) == len(shape)
+        if found != shape and not (self.any_size and alike):
             raise UserError(f"data: latents have shape {found} (C, F, H, W), the model expects {shape}")
         return raw.latents.to(self.codec.device, torch.float32, non_blocking=True)
 

@@ -144,6 +144,7 @@ def build_bridges(
         bridge = bridge_between(main.codec, family.codec)
         if bridge is same_space:
             continue
+        _check_one_tensor(role, main, family)
         if not method.bridges or of_frames(main.conditioner).needs_frames:
             why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
             raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
@@ -156,6 +157,13 @@ def build_bridges(
             "critic the teacher's model section"
         )
     return bridges, notes
+
+
+def _check_one_tensor(role: str, *families: Adapter) -> None:
+    """A bridge is one of pixels: what is beside them cannot cross it."""
+    for parts in (family.codec.parts for family in families):
+        if parts is not None:
+            raise UserError(f"roles.{role}.model: {parts} cross to no other latent space: leave out `model`")
 
 
 def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Prescription(Protocol):
     """Part of a model folder that says how its networks are sampled."""
 
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """A guided velocity at ``x_t`` as the family's samplers go on, such as with the norm of the conditional one."""
         ...
 
 
@@ -138,12 +138,14 @@ class Denoiser:
         if guidance == 1.0:
             return conditional
         unconditional = self.velocity(x_t, t, negative, r=r, context=contexts[1])
-        return self.guided(unconditional, conditional, guidance, t)
+        return self.guided(unconditional, conditional, guidance, x_t, t)
 
-    def guided(self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, t: Tensor) -> Tensor:
-        """Both predictions at times ``t`` as one, by the guidance at each time and as the family goes on with it."""
+    def guided(
+        self, unconditional: Tensor, conditional: Tensor, guidance: GuidanceValue, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """Both predictions at ``x_t`` as one, by the guidance at each time and as the family goes on with it."""
         guided = guide(unconditional, conditional, guidance_at(guidance, t))
-        return self.adapter.folder.rescale_guidance(guided, conditional)
+        return self.adapter.folder.rescale_guidance(guided, conditional, x_t, t)
 
     def x0_guided(
         self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition, guidance: GuidanceValue

@@ -72,7 +72,7 @@ def x0_guided_and_features(
     assert u is not None
     with torch.no_grad():
         if guidance != 1.0:
-            u = role.guided(role.velocity(x_t, t, negative), u, guidance, t)
+            u = role.guided(role.velocity(x_t, t, negative), u, guidance, x_t, t)
         return exact(velocity_to_x0(x_t, u, t), condition), tokens
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import Derivative, Field
 from fastvideo.distillation.noise import expand_time
-from fastvideo.distillation.types import Given, mean_over_generated
+from fastvideo.distillation.types import Scored, level, mean_over_generated
 
 Tangent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 """Signature of :func:`consistency_tangent`."""
@@ -71,7 +71,7 @@ def consistency_error(
     derivative: Derivative,
     warmup: float,
     constant: float,
-    given: Given | None = None,
+    given: Scored | None = None,
     form: Tangent = consistency_tangent,
 ) -> tuple[Tensor, Tensor]:
     """Tangent before normalisation, and the squared error ``[B]`` whose gradient moves ``field`` (``F``) along it.
@@ -86,12 +86,12 @@ def consistency_error(
     return tangent, mean_over_generated((prediction - target).square(), given).flatten()
 
 
-def unit_rms(tangent: Tensor, constant: float, given: Given | None = None) -> Tensor:
+def unit_rms(tangent: Tensor, constant: float, given: Scored | None = None) -> Tensor:
     """``g / (rms(g) + c)``, the root mean square over each sample's generated frames (sCM section 4.1).
 
     The paper's norm is a root of sums; with means, loss and ``c`` do not depend on the number of elements.
     """
-    return tangent / (mean_over_generated(tangent.square(), given).sqrt() + constant)
+    return tangent / (level(tangent.square(), given).sqrt() + constant)
 
 
 def mean_velocity_target(velocity: Tensor, derivative: Tensor, t: Tensor, r: Tensor) -> Tensor:

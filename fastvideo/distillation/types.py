@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvideo.errors import UserError as UserError
 
 if TYPE_CHECKING:
+    from fastvideo.distillation.parts import Parts
     from fastvideo.distillation.trajectory import Trajectory
 
 Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
@@ -53,13 +54,24 @@ class Given(FrameMask):
         return per_frame.masked_fill(self.mask, 0.0)
 
 
-def mean_over_generated(x: Tensor, given: FrameMask | None) -> Tensor:
+Scored: TypeAlias = "FrameMask | Parts"
+"""What means over a sample leave out, or the parts that they weigh; means over all of it need none."""
+
+
+def mean_over_generated(x: Tensor, given: Scored | None) -> Tensor:
     """Mean ``[B, 1, 1, 1, 1]`` of each sample of ``x`` ``[B, C, F, H, W]`` over its frames but the ``given`` ones."""
     dims = tuple(range(1, x.ndim))
     if given is None:
         return x.mean(dim=dims, keepdim=True)
+    if not isinstance(given, FrameMask):
+        return given.balanced(x).mean(dim=dims, keepdim=True)
     free = x.masked_fill(given.frames, 0.0).sum(dim=dims, keepdim=True)
     return free / (~given.frames).expand(x.shape).sum(dim=dims, keepdim=True)
+
+
+def level(x: Tensor, given: Scored | None) -> Tensor:
+    """:func:`mean_over_generated` to divide by: each part of a state by its own."""
+    return mean_over_generated(x, given) if given is None or isinstance(given, FrameMask) else given.levels(x)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class Batch:
     ``x0`` are normalised clean latents, float32, or ``None`` in a text-only run; ``shape`` is theirs.
     ``negative`` is the condition of the unconditional prediction and holds the same conditioning frames.
     The first ``unscored`` frames are seen by networks as all others, and left out by losses. ``switch`` is the
-    condition of the prompts that follow, in a stream that switches.
+    condition of the prompts that follow, in a stream that switches. ``parts`` are those of a flat state.
     """
 
     shape: tuple[int, ...]
@@ -130,6 +142,7 @@ class Batch:
     trajectory: Trajectory | None = None
     unscored: int = 0
     switch: Condition | None = None
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         if self.condition.given is not self.negative.given:
@@ -148,8 +161,11 @@ class Batch:
             )
         return self.x0
 
-    def left_out(self, x: Tensor) -> FrameMask | None:
-        """Frames of ``x`` ``[B, C, F, H, W]`` that losses leave out: conditioning frames and ``unscored`` ones."""
+    def left_out(self, x: Tensor) -> Scored | None:
+        """Frames of ``x`` ``[B, C, F, H, W]`` that losses leave out: conditioning frames and ``unscored`` ones; or the
+        parts that they weigh, of a state that has no frames."""
+        if self.parts is not None:
+            return self.parts
         given = self.condition.given
         if not self.unscored:
             return given
@@ -158,6 +174,8 @@ class Batch:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of ``x`` ``[B, C, F, H, W]`` without :meth:`left_out`, samples alike; losses average with it."""
+        if self.parts is not None:
+            return self.parts.balanced(x).mean()
         left_out = self.left_out(x)
         return x.mean() if left_out is None else mean_over_generated(x, left_out).mean()
 

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "hunyuan-video-1.5-t2v": tuple(
         f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{size}_t2v" for size in ("480p", "720p")
     ),
+    "ltx-2": ("Lightricks/LTX-2",),
     "flux2-dev": ("black-forest-labs/FLUX.2-dev",),
     "sdxl-base-1.0": ("stabilityai/stable-diffusion-xl-base-1.0",),
 }

@@ -42,6 +42,7 @@ PARAMETERS = {
     "cogvideox-5b": 5_570_283_072,
     "sdxl-base-1.0": 2_567_463_684,
     "kandinsky5-t2v-lite": 2_007_702_848,
+    "ltx-2": 18_876_174_592,
     "flux2-dev": 32_223_281_152,
     "hunyuan-video-1.5-t2v": 8_326_608_160,
 }

@@ -27,6 +27,7 @@ from fastvideo.distillation.engine.runtime import Tracker
 from fastvideo.distillation.engine.training import relative_update
 from fastvideo.distillation.methods.distribution_matching.dmd2 import dmd_gradient
 from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
+from fastvideo.distillation.parts import Parts
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import Condition
@@ -165,7 +166,8 @@ class HealthCheck:
         parts = [self._estimates(x0[i : i + size], range(count)[i : i + size]) for i in range(0, count, size)]
         if self.shared.writes and self._shows_panels:
             self._write_panels([torch.cat(row).cpu() for row in list(zip(*parts, strict=True))[:-1]], step)
-        rms = float(torch.cat([gradient for *_, gradient in parts]).square().mean().sqrt())
+        squares = torch.cat([gradient for *_, gradient in parts]).square()
+        rms = float((squares if (own := self._state_parts) is None else own.balanced(squares)).mean().sqrt())
         found = {"dmd_gradient_rms": rms, **self._critic_lag(parts)}
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
@@ -177,6 +179,11 @@ class HealthCheck:
         squares = torch.cat([(fake - x0).square() for x0, _, fake, *_ in parts])
         means = [squares[:, :, a:b].mean() for a, b in spans(squares.shape[2], reach.chunk)]
         return {"critic_lag": float(means[-1] / means[0])}
+
+    @property
+    def _state_parts(self) -> Parts | None:
+        """Parts of the state that teacher and critic score."""
+        return self.method.bundle["teacher"].adapter.codec.parts
 
     @property
     def _shows_panels(self) -> bool:
@@ -197,7 +204,8 @@ class HealthCheck:
         x_t, t = self._noised(scored, rows)
         real = bundle["teacher"].x0_guided(x_t, t, condition, negative, self._guidance(teacher))
         fake = bundle["critic"].x0(x_t, t, condition)
-        return x0, own, fake, real, dmd_gradient(scored, real=real, fake=fake, given=condition.given)
+        given = self._state_parts or condition.given
+        return x0, own, fake, real, dmd_gradient(scored, real=real, fake=fake, given=given)
 
     def _write_panels(self, shown: Sequence[Tensor], step: int) -> None:
         """One row of videos per estimate; the last two are in the teacher's latent space."""

@@ -19,6 +19,7 @@ from fastvideo.distillation.types import Condition, Need, RawBatch, UserError
 
 if TYPE_CHECKING:
     from fastvideo.distillation.chunks import Past
+    from fastvideo.distillation.parts import Parts
     from fastvideo.distillation.scaling import Scaling
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
@@ -29,6 +30,11 @@ class Codec(ABC):
 
     device: torch.device
     """Device of everything that the codec returns."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """Parts of a flat state; ``None`` for latents that are one tensor."""
+        return None
 
     @property
     @abstractmethod
@@ -139,8 +145,8 @@ class ModelFolder(ABC):
     def teacher_times(self, steps: int) -> tuple[float, ...]:
         """Times, from 1 down, at which the family's own scheduler calls a teacher for that many steps."""
 
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        """A guided velocity as the family's samplers go on with it, such as with the norm of the conditional one."""
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """A guided velocity at ``x_t`` as the family's samplers go on, such as with the norm of the conditional one."""
         return guided
 
     @abstractmethod

@@ -64,7 +64,7 @@ class QwenImageConditioner(FlowTexts[QwenImageConfig]):
 class QwenImageFolder(FlowFolder[QwenImageConfig]):
     """A Qwen-Image pipeline."""
 
-    def rescale_guidance(self, guided: Tensor, conditional: Tensor) -> Tensor:
+    def rescale_guidance(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """With the norm of the conditional velocity, patch by patch."""
         packing, norm = self.config.packing, torch.linalg.vector_norm
         patches, wanted = packing.pack(guided), packing.pack(conditional)

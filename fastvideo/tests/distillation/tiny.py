@@ -173,7 +173,7 @@ def made_family(name: str, root: Path, **options: Any) -> DistillAdapter[Any]:
     return family(validate(family.Config, {**tiny_options(name, root / name), **options}, "test"))
 
 
-LATER = ("z_image", "flux2", "flux", "krea2", "sd3", "ltx", "kandinsky5", "hunyuan15", "flux2-dev")
+LATER = ("z_image", "flux2", "flux", "krea2", "sd3", "ltx", "ltx2", "kandinsky5", "hunyuan15", "flux2-dev")
 """Families whose rules the slow suite checks: they share all but a file with one that the fast suite checks."""
 FAMILIES = {
     "analytic": Family(analytic_family, ("0.5", "-1")),
@@ -186,6 +186,7 @@ FAMILIES = {
     "krea2": Family(partial(made_family, "krea2"), ("a green seven moving up", "red three")),
     "sd3": Family(partial(made_family, "sd3"), ("a green seven moving up", "red three")),
     "ltx": Family(partial(made_family, "ltx"), ("a green seven moving up", "red three")),
+    "ltx2": Family(partial(made_family, "ltx2"), ("a green seven moving up", "red three")),
     "hunyuan15": Family(partial(made_family, "hunyuan15"), ('a green "seven" moving up', "red three")),
     "kandinsky5": Family(partial(made_family, "kandinsky5"), ("a green seven moving up", "red three")),
     "sd15": Family(partial(made_family, "sd15"), ("a green seven moving up", "red three")),

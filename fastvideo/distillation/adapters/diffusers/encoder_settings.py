@@ -30,7 +30,7 @@ def encoder_settings(pipeline: Pipeline[Any], suffix: str = "") -> Mapping[str, 
     return {
         "encoder": pipeline.spec.text_encoder,
         "encoder_config": _config_hash(folder / f"{FOLDER}{suffix}" / "config.json"),
-        "encoder_weights": _weights_hash(folder / f"{FOLDER}{suffix}"),
+        "encoder_weights": weights_hash(folder / f"{FOLDER}{suffix}"),
         "tokenizer": _vocabulary_hash(folder / f"tokenizer{suffix}"),
         "max_sequence_length": pipeline.config.max_sequence_length,
     }
@@ -47,7 +47,7 @@ def _config_hash(file: Path) -> str | None:
     return _short(json.dumps(kept, sort_keys=True).encode())
 
 
-def _weights_hash(folder: Path) -> str | None:
+def weights_hash(folder: Path) -> str | None:
     """Hash of the sizes of the weights' files and of samples of their bytes."""
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

@@ -103,7 +103,7 @@ class DiffusersConditioner(TextConditioner[ConfigT], StoredTexts):
         token = self.text_width * (2 if self.device.type == "cuda" else 4)
         if not prompts or len(prompts) * token > self._prompts.limit:
             return not prompts
-        counts = [self.config.max_sequence_length] if self.encodes_padding else self.token_counts(prompts[:TOKENIZED])
+        counts = [self.text_rows] if self.encodes_padding else self.token_counts(prompts[:TOKENIZED])
         return len(prompts) * sum(counts) / len(counts) * token <= self._prompts.limit
 
     @property

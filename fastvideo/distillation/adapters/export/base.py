@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.noise import GuidanceValue
+from fastvideo.distillation.parts import Parts
 from fastvideo.distillation.types import UserError
 
 
@@ -100,6 +101,10 @@ class Exporter:
     def stock_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, F, H, W]`` in the layout that the diffusers pipeline takes."""
         return latents
+
+    def latent_arguments(self, latents: Tensor, parts: Parts | None) -> dict[str, Tensor]:
+        """Arguments of the diffusers pipeline's call that are latents ``[B, C, F, H, W]``, which may have parts."""
+        return {"latents": self.stock_latents(latents)}
 
     def original_name(self, name: str) -> str:
         """Name of a module or parameter in the authors' own code, which ComfyUI and LightX2V use too.

@@ -93,7 +93,7 @@ class CMMethod(DistillMethod[CMConfig]):
         ratio = torch.tensor(self.ratio)
         self.samples_seen += len(batch)
         constant = self.config.huber_constant if self.config.metric == "huber" else None
-        distances = sample_distances(estimate, target, batch.condition.given, constant)
+        distances = sample_distances(estimate, target, batch.left_out(estimate), constant)
         weights = step_weights(t, r, self.config.weighting, self.config.sigma_data)
         yield RoleLoss("student", self.reduce(weights * distances, t).float(), {"ratio": ratio})
 

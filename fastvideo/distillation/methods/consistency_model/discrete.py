@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.types import Given
+from fastvideo.distillation.parts import Parts
+from fastvideo.distillation.types import Scored
 
 LEAST_STEP = 1e-6
 """Smallest difference of two noise levels."""
@@ -40,12 +41,15 @@ def step_weights(t: Tensor, r: Tensor, weighting: StepWeighting, sigma_data: flo
     return weights[weighting]
 
 
-def sample_distances(estimate: Tensor, target: Tensor, given: Given | None, huber: float | None) -> Tensor:
+def sample_distances(estimate: Tensor, target: Tensor, given: Scored | None, huber: float | None) -> Tensor:
     """Distance ``[B]`` of two batches: ``sqrt(d^2 + huber^2) - huber`` (iCT, arXiv 2310.14189), or ``d^2``.
 
     ``d`` is the Euclidean distance over a sample's generated frames.
     """
     squared = (estimate.double() - target.double()).square()
-    free = squared if given is None else squared.masked_fill(given.frames, 0.0)
+    if isinstance(given, Parts):
+        free = given.balanced(squared)
+    else:
+        free = squared if given is None else squared.masked_fill(given.frames, 0.0)
     squared = free.flatten(1).sum(dim=1)
     return squared if huber is None else (squared + huber**2).sqrt() - huber

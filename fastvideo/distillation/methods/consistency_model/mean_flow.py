@@ -123,10 +123,10 @@ class MeanFlowMethod(DistillMethod[MeanFlowConfig]):
         slope = warmup * self.derivative(u, x_t, t, velocity, torch.ones_like(t), floor=r)
         mean = u(x_t, t)
         error = mean_velocity_target(velocity, slope, t, r) - mean.detach()
-        squares = mean_over_generated(error.square(), condition.given)
+        squares = mean_over_generated(error.square(), batch.left_out(error))
         if self.config.loss == "unit_error":
-            error = unit_rms(error, self.config.loss_constant, condition.given)
-        loss = mean_over_generated((mean - mean.detach() - error).square(), condition.given)
+            error = unit_rms(error, self.config.loss_constant, batch.left_out(error))
+        loss = mean_over_generated((mean - mean.detach() - error).square(), batch.left_out(error))
         if self.config.loss == "adaptive":
             loss = loss / (squares + self.config.loss_constant) ** self.config.loss_power
         return RoleLoss("student", loss.mean(), {"error_rms": squares.mean().sqrt()})

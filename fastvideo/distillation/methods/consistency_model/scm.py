@@ -114,7 +114,7 @@ class SCMMethod(Forced, DistillMethod[SCMConfig]):
         past = self.past(batch)
         flow = self.flow(batch, x, angle, past) if "teacher" in self.bundle else cos * noise - sin * batch.latents
         field = trig_field(forced_velocity(self.student, past, batch.condition, batch.negative, 1.0))
-        constant, given = self.config.tangent_constant, batch.condition.given
+        constant, given = self.config.tangent_constant, batch.left_out(x)
         return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given)
 
     @torch.no_grad()

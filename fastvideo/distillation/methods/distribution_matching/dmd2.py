@@ -22,7 +22,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Rungs, SamplerKind, few_step
-from fastvideo.distillation.types import Batch, FrameMask, RoleLoss, UserError, mean_over_generated
+from fastvideo.distillation.types import Batch, RoleLoss, Scored, UserError, level
 
 
 @runtime_checkable
@@ -152,8 +152,9 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return shift_time(u, shift).clamp(*self.config.score_time_range)
 
 
-def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: FrameMask | None = None) -> Tensor:
-    """``(fake - real) / (mean |x0 - real| + 1e-6)``, the mean over each sample's generated frames (DMD eq. 8)."""
+def dmd_gradient(x0: Tensor, *, real: Tensor, fake: Tensor, given: Scored | None = None) -> Tensor:
+    """``(fake - real) / (mean |x0 - real| + 1e-6)``, the mean over each sample's generated frames (DMD eq. 8), or over
+    each of its parts."""
     precise = torch.promote_types(x0.dtype, torch.float32)
     x0, real, fake = x0.to(precise), real.to(precise), fake.to(precise)
-    return (fake - real) / (mean_over_generated((x0 - real).abs(), given) + 1e-6)
+    return (fake - real) / (level((x0 - real).abs(), given) + 1e-6)

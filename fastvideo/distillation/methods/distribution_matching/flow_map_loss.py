@@ -75,7 +75,7 @@ class FlowMapLoss:
                 negative = self.student.velocity(x_t, t, batch.negative, r=r)
             prediction = negative + share * (prediction - negative)
         error = (prediction - mean_velocity_target(v, share * slope, t, r)).square()
-        return mean_over_generated(expand_time(beta_weight(t), error) * error, condition.given).flatten()
+        return mean_over_generated(expand_time(beta_weight(t), error) * error, batch.left_out(error)).flatten()
 
     def times(self, count: int) -> tuple[Tensor, Tensor]:
         """``t >= r``, float32 ``[count]``: two shifted uniform draws; a share has ``r = t``, another ``r = 0``."""

@@ -120,7 +120,7 @@ class RCMMethod(Forced, DMD2Method):
             flow = trig_field(forced_velocity(self.teacher, past, *texts, self.config.teacher_guidance))(x, angle)
         field = trig_field(forced_velocity(self.student, past, *texts, 1.0))
         form = consistency_tangent if self.config.tangent_warmup == "both" else sample_warmup_tangent
-        constant, given = self.config.tangent_constant, batch.condition.given
+        constant, given = self.config.tangent_constant, batch.left_out(x)
         return consistency_error(field, x, angle, flow, self.derivative, warmup, constant, given, form)
 
     def rollout(self, batch: Batch, turn: int = 0) -> Tensor:

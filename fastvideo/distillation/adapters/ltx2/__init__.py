@@ -1,0 +1,1 @@
+"""LTX-2 over diffusers: videos with their sound."""

@@ -1,0 +1,276 @@
+"""LTX-2: a video and its sound in one state, both equal to stock diffusers, both trained."""
+
+from __future__ import annotations
+
+import json
+import wave
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.cli import main
+from fastvideo.cli.generate import GenerateArguments, run_generate
+from fastvideo.data.sound_io import read_sound
+from fastvideo.data.video_io import write_video
+from fastvideo.distillation.adapters.ltx2.adapter import LTX2Adapter
+from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import load_exporter, run_schema
+from fastvideo.distillation.rng import normal, seeded
+from fastvideo.distillation.rollout import euler
+from fastvideo.distillation.sample import SampleNoise, prompt_seeds
+from fastvideo.distillation.sound import Sound
+from fastvideo.distillation.types import UserError
+from fastvideo.inference.export import run_export
+from fastvideo.inference.generate import generate_clip
+from fastvideo.inference.loading import load_model
+from fastvideo.tests.distillation.test_flow_families import config_of, sizes
+from fastvideo.tests.distillation.tiny import made_family
+from fastvideo.training.run import run
+
+PROMPTS = ["a green seven moving up", "red three"]
+CLOSE = 1e-5
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def family(tiny_wan: Path) -> LTX2Adapter:
+    found = made_family("ltx2", tiny_wan.parent)
+    assert isinstance(found, LTX2Adapter)
+    return found
+
+
+def like(family: LTX2Adapter, **options: Any) -> LTX2Adapter:
+    """Another adapter over the same folder, or over one that is named."""
+    return LTX2Adapter(validate(type(family.config), {**family.config.model_dump(), **options}, "test"))
+
+
+@torch.no_grad()
+def ours(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+    """Video in [0, 1] and waveform of four steps."""
+    adapter.ensure_negative_conditioning()
+    role = RoleHandle("teacher", adapter, adapter.folder.load_network())
+    condition, negative = adapter.conditioner.encode_prompts(PROMPTS), adapter.conditioner.negative(2)
+    velocity = partial(role.guided_velocity, condition=condition, negative=negative, guidance=guidance)
+    times = adapter.folder.teacher_times(4)
+    latents = euler(lambda x, t, r=None: velocity(x, t), noise, times)
+    video = (adapter.codec.decode(latents).clamp(-1, 1) + 1) / 2
+    return video.transpose(1, 2), adapter.codec.decode_sound(latents).waveform
+
+
+def stock(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+    """The same of the stock pipeline, with its own scheduler."""
+    from diffusers import DiffusionPipeline
+
+    pipeline, exporter = DiffusionPipeline.from_pretrained(adapter.config.path), load_exporter(adapter.config)
+    pipeline.set_progress_bar_config(disable=True)
+    call = exporter.call_arguments(4, guidance) | exporter.latent_arguments(noise, adapter.codec.parts) | sizes(adapter)
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [call["negative_prompt"]] * 2
+    return pipeline(prompt=PROMPTS, output_type="pt", return_dict=False, **call)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("factor", "rescale"), [(1.0, 0.0), (3.0, 0.7)])
+@pytest.mark.parametrize("name", ["ltx2", "ltx2-2.3"])
+def test_guided_steps_give_the_video_and_the_sound_of_the_stock_pipeline(
+    name: str, factor: float, rescale: float, tiny_wan: Path
+) -> None:
+    adapter = made_family(name, tiny_wan.parent, audio_guidance_factor=factor, guidance_rescale=rescale)
+    assert isinstance(adapter, LTX2Adapter)
+    noise = normal((2, *adapter.codec.latent_shape), seeded(6))
+    (video, sound), (stock_video, stock_sound) = ours(adapter, noise, 2.5), stock(adapter, noise, 2.5)
+    assert float((video - stock_video).abs().max()) <= CLOSE
+    assert float((sound - stock_sound).abs().max()) <= CLOSE
+    assert float(stock_sound.std(dim=-1).min()) > 0.01  # there is something to hear
+    weaker = ours(like(adapter, audio_guidance_factor=0.5), noise, 2.5)[1]
+    other = ours(like(adapter, guidance_rescale=1.0), noise, 2.5)
+    assert float((weaker - stock_sound).abs().max()) > 100 * CLOSE
+    assert all(float((a - b).abs().max()) > 10 * CLOSE for a, b in zip(other, (video, sound), strict=True))
+
+
+@pytest.mark.parametrize(("frames", "rate"), [(9, 24.0), (121, 24.0), (121, 25.0), (97, 23.976), (17, 60.0), (1, 30.0)])
+def test_the_sound_is_as_long_as_in_the_stock_pipeline(family: LTX2Adapter, frames: int, rate: float) -> None:
+    adapter, made = like(family, num_frames=frames, frame_rate=rate, height=32, width=32), dict[str, Any]()
+
+    class Seen(Exception):
+        pass
+
+    def prepare(*args: Any, audio_latent_length: int, **options: Any) -> Tensor:
+        made["length"] = audio_latent_length
+        raise Seen
+
+    from diffusers import LTX2Pipeline
+
+    pipeline = LTX2Pipeline.from_pretrained(adapter.config.path)
+    pipeline.prepare_audio_latents = prepare
+    with pytest.raises(Seen):
+        pipeline(prompt="red", height=32, width=32, num_frames=frames, frame_rate=rate, max_sequence_length=12)
+    assert adapter.codec.parts.members[1].shape[0] == made["length"]
+
+
+def test_prompts_of_other_lengths_reach_the_network_as_in_the_stock_pipeline(family: LTX2Adapter) -> None:
+    """Both of one batch, and each alone: Gemma's padding is on the left, and becomes registers."""
+    from diffusers import LTX2Pipeline
+
+    pipeline = LTX2Pipeline.from_pretrained(family.config.path)
+    hidden, mask, *_ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=12)
+    assert mask.sum(1).unique().numel() == 2
+    video, audio, _ = pipeline.connectors(hidden, mask, padding_side="left")
+    own = family.conditioner.encode_prompts(PROMPTS).of(family.conditioner.key)
+    torch.testing.assert_close(own["prompt_embeds"], video)
+    torch.testing.assert_close(own["audio_prompt_embeds"], audio)
+
+
+def test_a_waveform_becomes_the_spectrum_of_its_definition(family: LTX2Adapter) -> None:
+    """Magnitudes of a windowed transform in bands of the slaney scale, and their logarithm."""
+    from transformers.audio_utils import mel_filter_bank
+
+    codec, seen = family.codec, list[Tensor]()
+    codec.audio_vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    waveform = 0.3 * normal((1, 2, 16_000), seeded(2))
+    waveform[..., 1500:4500] = 0.0  # longer than a window
+    latents = codec.encode_sound(waveform)
+    length, width = codec.parts.members[1].shape
+    assert latents.shape == (1, length, width)
+    assert seen[0].shape == (1, 2, 4 * length - 3, 8)
+    window = torch.hann_window(1024, dtype=torch.float64)
+    options = {"center": True, "pad_mode": "reflect", "return_complex": True}
+    magnitudes = torch.stft(waveform[0].double(), 1024, 160, window=window, **options).abs()
+    bands = torch.from_numpy(mel_filter_bank(513, 8, 0.0, 8000.0, 16_000, "slaney", "slaney"))
+    wanted = (magnitudes.mT @ bands).clamp_min(1e-5).log()[:, : 4 * length - 3]
+    torch.testing.assert_close(seen[0][0].double()[:, :-4], wanted[:, :-4], rtol=1e-4, atol=1e-4)  # ours ends there
+    short = torch.nn.functional.pad(waveform[..., :500], (0, 2000))
+    assert torch.equal(codec.encode_sound(waveform[..., :500]), codec.encode_sound(short))
+    assert not torch.equal(codec.encode_sound(short), latents)
+
+
+def test_a_video_that_comes_alone_has_silence(family: LTX2Adapter) -> None:
+    codec = family.codec
+    latents = codec.encode(normal((2, 3, 9, 64, 96), seeded(1)).clamp(-1, 1))
+    silent = codec.encode_sound(torch.zeros(1, 2, 100))
+    assert torch.equal(codec.parts.split(latents)[1], silent.expand(2, -1, -1))
+
+
+def test_tokens_of_both_parts_are_judged(family: LTX2Adapter) -> None:
+    network, noise = family.folder.load_network(), normal((2, *family.codec.latent_shape), seeded(3))
+    condition, t, parts = family.conditioner.encode_prompts(PROMPTS), torch.tensor([0.4, 0.8]), family.codec.parts
+    _, (tokens,) = family.features(network, noise, t, condition, (0,))
+    video, sound = (part.shape for part in parts.members)
+    count = video[1] * video[2] * video[3]
+    assert tokens.shape == (2, count + sound[0] * max(1, count // sound[0]), 16)
+    (gradient,) = torch.autograd.grad(
+        family.features(network, noise.requires_grad_(), t, condition, (0,))[1][0][:, count:].square().sum(), noise
+    )
+    assert parts.split(gradient)[1].any()
+
+
+def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter) -> None:
+    odd = like(family, max_sequence_length=7)
+    with pytest.raises(UserError, match="must be a multiple of the connectors' 2 registers, such as 6 or 8, got 7"):
+        odd.conditioner.encode_prompts(["red"])
+
+
+def test_a_teacher_of_another_space_and_frames_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
+    config = config_of(family, "ltx2", "dmd2", tmp_path).model_dump()
+    other = {"family": "wan", "path": "tiny", "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
+    for role in ("teacher", "critic"):
+        config["roles"][role] = {**config["roles"][role], "model": other}
+    with pytest.raises(UserError, match=r"roles\.\w+\.model: video and audio cross to no other latent space"):
+        run(validate(run_schema("ltx2", "dmd2"), config, "test"))
+
+
+@pytest.mark.parametrize("method", ["sft", "cm", "tcm", "scm", "rcm", "dmd2_gan", "f_distill", "ladd", "phased_dmd"])
+def test_methods_for_whole_videos_train_both_parts(family: LTX2Adapter, method: str, tmp_path: Path) -> None:
+    student = run(config_of(family, "ltx2", method, tmp_path))
+    after = like(family, path=str(student)).folder.load_network().state_dict()
+    before = family.folder.load_network().state_dict()
+    for name in ("proj_in.weight", "audio_proj_in.weight"):
+        assert not torch.equal(after[name], before[name])
+        assert after[name].isfinite().all()
+
+
+def test_a_student_is_exported_with_its_sound_and_goes_on_after_a_stop(family: LTX2Adapter, tmp_path: Path) -> None:
+    """Adapters of both streams: the run of two steps ends where one of one step, resumed, does."""
+    targets = ["to_q", "to_v", "ff.net.2", "audio_ff.net.2"]
+    config = config_of(family, "ltx2", "dmd2", tmp_path, lora={"rank": 2, "targets": targets}).model_dump()
+    config["model"] |= {"height": 64, "width": 64}
+    config["checkpoint"] |= {"every": 1, "keep": 2}
+    validated = partial(validate, run_schema("ltx2", "dmd2"))
+    student = run(validated(config, "test"))
+    short = {**config, "output": str(tmp_path / "short")}
+    run(validated({**short, "trainer": {**config["trainer"], "max_steps": 1}}, "test"))
+    again = run(validated(short, "test"), resume=True)
+    one, other = (like(family, path=str(folder)).folder.load_network().state_dict() for folder in (student, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    run_export(str(tmp_path / "run"), tmp_path / "out")
+    model = load_model(str(tmp_path / "out"))
+    adapter = model.adapter
+    noise = SampleNoise(prompt_seeds(3, [PROMPTS[0]]), adapter.device).draw(adapter.codec.latent_shape)
+    from diffusers import LTX2Pipeline
+
+    pipeline, exporter = LTX2Pipeline.from_pretrained(tmp_path / "out"), load_exporter(adapter.config)
+    call = json.loads((tmp_path / "out" / "recipe.json").read_text())["stock_call"]
+    call |= exporter.latent_arguments(noise, adapter.codec.parts) | sizes(adapter)
+    # Its sampler draws noise between its steps: its first step alone is the same everywhere.
+    first = {**call, "num_inference_steps": 1, "sigmas": call["sigmas"][:1]}
+    video, sound = pipeline(prompt=PROMPTS[0], output_type="pt", return_dict=False, **first)
+    clip = generate_clip(model, PROMPTS[0], model.sampler(1), seed=3)
+    assert clip.sound is not None
+    assert float(((clip.video + 1) / 2 - video[0].transpose(0, 1)).abs().max()) <= CLOSE
+    assert float((clip.sound.waveform - sound).abs().max()) <= CLOSE
+
+
+def test_generate_writes_the_sound_into_the_video_or_beside_it(family: LTX2Adapter, tmp_path: Path) -> None:
+    import av
+
+    options = {"height": 64, "width": 96, "frames": 9, "steps": 2, "max_sequence_length": 12}
+    arguments = partial(GenerateArguments, family.config.path, "a red three", **options)
+    line = run_generate(arguments(out=tmp_path / "a.mp4"))
+    assert "0.33 s of sound at 8000 Hz" in line
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert file.streams.video[0].average_rate == 24
+        heard = np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1)
+    assert heard.shape[0] == 2
+    assert heard.shape[1] / 8000 == pytest.approx(0.33, abs=0.2)  # whole packets
+    line = run_generate(arguments(out=tmp_path / "b.gif"))
+    assert f"0.33 s of sound at 8000 Hz in {tmp_path / 'b.wav'}" in line
+    with wave.open(str(tmp_path / "b.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 8000, 2640)
+        exact = np.frombuffer(file.readframes(2640), np.int16).reshape(-1, 2).T / 32768
+    assert np.corrcoef(exact[0], heard[0, : exact.shape[1]])[0, 1] > 0.9
+    with pytest.raises(UserError, match="--fps 8: sound and pictures of this model fit at 24: leave --fps out"):
+        run_generate(arguments(out=tmp_path / "c.mp4", fps=8))
+    assert not (tmp_path / "c.mp4").exists()
+
+
+def test_videos_with_sound_are_prepared_and_trained_on(family: LTX2Adapter, tmp_path: Path) -> None:
+    """Three videos, of which one is silent and left out."""
+    folder = tmp_path / "videos"
+    sounds = [Sound(0.3 * normal((1, 2, 8000), seeded(i)), 16_000) for i in range(2)]
+    for name, sound in {"one": sounds[0], "two": sounds[1], "mute": None}.items():
+        write_video(folder / f"{name}.mp4", normal((3, 9, 64, 96), seeded(7)).clamp(-1, 1), 24, sound=sound)
+        (folder / f"{name}.txt").write_text("a red three")
+    sizes = ["--height", "64", "--width", "96", "--num-frames", "9", "--max-sequence-length", "12"]
+    call = ["preprocess", str(folder), "--model", family.config.path, "--out", str(tmp_path / "data"), *sizes]
+    assert main([*call, "--workers", "1"]) == 1  # something is left out
+    (skipped,) = (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped) == {"file": "mute.mp4", "reason": "no sound"}
+    rows = pq.read_table(next((tmp_path / "data").glob("*.parquet"))).to_pylist()
+    codec, found = family.codec, dict[str, Tensor]()
+    for row in rows:
+        flat = torch.from_numpy(np.frombuffer(row["vae_latent_bytes"], np.float32).copy())
+        found[row["file_name"]] = codec.parts.split(flat.view(1, *codec.latent_shape))[1]
+    assert found.keys() == {"one.mp4", "two.mp4"}
+    wanted = codec.encode_sound(read_sound(folder / "one.mp4", 0.0, 9 / 24, 16_000, 2).waveform)
+    torch.testing.assert_close(found["one.mp4"], wanted)
+    assert float((found["one.mp4"] - found["two.mp4"]).abs().max()) > 0.01
+    config = config_of(family, "ltx2", "sft", tmp_path).model_dump()
+    config["model"] |= {"height": 64, "width": 96}
+    config["data"] = {"path": str(tmp_path / "data"), "batch_size": 2}
+    run(validate(run_schema("ltx2", "sft"), config, "test"))
