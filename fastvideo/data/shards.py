@@ -41,25 +41,24 @@ def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner
     videos = clip.tensor[None]
     latents = codec.encode(videos)
     if isinstance(codec, SoundCodec):
-        latents = codec.with_sound(latents, sound_of(clip, video, codec))
+        latents = codec.with_sound(latents, sound_of(clip, video, codec.sounding_rate, codec.sound_format))
     tensors = {LATENT: latents, **of_texts(conditioner).encode_stored(videos, [video.caption])}
     return {name: value[0].float().cpu() for name, value in tensors.items()}
 
 
-def sound_of(clip: Clip, video: Video, codec: SoundCodec) -> Sound:
+def sound_of(clip: Clip, video: Video, fps: float, sound_format: tuple[int, int]) -> Sound:
     """The sound of a clip, for a model whose videos have one.
 
     Raises:
         VideoError: if there is none, or it does not fit the pictures at the model's frame rate.
     """
-    fps = codec.sounding_rate
     if clip.still:
         raise VideoError("an image has no sound: the model needs videos with sound")
     if abs(clip.fps - fps) > RATE_ERROR * fps:
         raise VideoError(f"{clip.fps:g} frames per second, and the model's videos have {fps:g}: --fps {fps:g}")
     if clip.start is None:
         raise VideoError("its clock jumps before this clip, so that its sound cannot be told from that of other clips")
-    return read_sound(video.path, clip.start, len(clip.frames) / fps, *codec.sound_format)
+    return read_sound(video.path, clip.start, len(clip.frames) / fps, *sound_format)
 
 
 def rows_of(video: Video, codec: Codec, conditioner: Conditioner, policy: Policy) -> Iterator[Row]:

@@ -23,8 +23,8 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import load_exporter, run_schema
 from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.rollout import euler
 from fastvideo.distillation.sample import SampleNoise, prompt_seeds
+from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
