@@ -14,6 +14,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import library_class
 from fastvideo.distillation.adapters.ltx2.config import AUDIO_VAE, SPECTRUM, parts_of
 from fastvideo.distillation.parts import Parts
 from fastvideo.distillation.sound import Sound, SoundCodec
+from fastvideo.distillation.types import UserError
 
 WINDOW = 1024
 """Samples of a spectrogram's window, at 16 kHz; the authors' code, not a checkpoint, says so."""
@@ -57,6 +58,9 @@ class LTX2Codec(DiffusersCodec, SoundCodec):
     def _statistics(self) -> tuple[Tensor, Tensor]:
         mean, std = (one.view(1, -1, 1, 1, 1) for one in (self.vae.latents_mean, self.vae.latents_std))
         return mean, std / self.vae.config.scaling_factor
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        raise UserError(f"published latents have no {self.parts} in one state: preprocess the videos with this project")
 
     def _encode(self, videos: Tensor) -> Tensor:
         mean, std = self._statistics()
