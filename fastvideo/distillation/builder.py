@@ -25,11 +25,13 @@ from fastvideo.distillation.config.reading import SIZES, family_of
 from fastvideo.distillation.config.schema import LoRAConfig, MergedLoRA, RunConfig
 from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.engine.checkpoint.initial import start_from
+from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.lora import AdapterSwitch, Merge, merge_file, parameter_shapes, start_adapter
 from fastvideo.distillation.engine.optional.footprint import check_memory
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import includes, is_trained
 from fastvideo.distillation.engine.placement import EmptyPlacement, Placement, check_tokens
+from fastvideo.distillation.engine.runtime import Averages
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.expert_checks import check_experts
 from fastvideo.distillation.experts import boundary_of, idle_expert_of
@@ -535,3 +537,8 @@ def build_wan_dmd2_method(
     if named != ("wan", "dmd2"):
         raise UserError(f"build_wan_dmd2_method builds wan x dmd2, the config says {' x '.join(named)}")
     return cast(DMD2Method, build_method(config, build_adapter(config, processes), processes, networks))
+
+
+def build_averages(config: Config, method: Method) -> Averages:
+    """Begin the averages of trained roles that the config asks for."""
+    return keep_averages(method.bundle, config.ema)

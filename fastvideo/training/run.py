@@ -13,7 +13,15 @@ from fastvideo.data.order import SampleStream
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.batches import BatchPreparer
-from fastvideo.distillation.builder import Adapter, Config, Method, build_adapter, build_families, build_on
+from fastvideo.distillation.builder import (
+    Adapter,
+    Config,
+    Method,
+    build_adapter,
+    build_averages,
+    build_families,
+    build_on,
+)
 from fastvideo.distillation.engine.runtime import Processes, Runtime, Tracker
 from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.session import Session
@@ -164,7 +172,13 @@ def build_trainer(
     """The trainer over its runtime, still without hooks."""
     every = config.parallel.sync_every_micro_batch
     runtime = Runtime(
-        method, config.trainer, tracker, processes, sync_every_micro_batch=every, ema=config.ema, source=adapter
+        method,
+        config.trainer,
+        tracker,
+        processes,
+        sync_every_micro_batch=every,
+        averages=build_averages(config, method),
+        source=adapter,
     )
     families = [adapter, *(handle.adapter for handle in method.bundle)]
     prepare = BatchPreparer(adapter.codec, conditioners_of(families), any_size=config.data.buckets)

@@ -12,10 +12,11 @@ from pydantic import (
     model_validator,
 )
 
+from fastvideo.distillation.config.averages import EMAConfig
 from fastvideo.distillation.config.base import RESUMABLE, MethodConfig, Section, ordered
 from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.config.parallel import ParallelConfig
-from fastvideo.distillation.config.sections import AdapterConfig, EMAConfig, TrainerConfig
+from fastvideo.distillation.config.sections import AdapterConfig, TrainerConfig
 from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.scaling import Quantise

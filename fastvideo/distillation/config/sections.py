@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from fastvideo.distillation.config.base import RESUMABLE, Section
-from fastvideo.ranges import Beta, Flops, NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Threads
+from fastvideo.ranges import Flops, NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Threads
 
 Level = Literal["closed form", "tiny equality", "tiny distillation", "real weights"]
 """Proof of a family: equal to a formula; equal to its stock pipeline on tiny random weights; distilled on tiny trained
@@ -98,16 +98,3 @@ class TrainerConfig(Section):
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: names such as SIGTERM are expected, but none that cannot be caught")
         return names
-
-
-class EMAConfig(Section):
-    """Averaged weights; those of the student are the result."""
-
-    enabled: bool = True
-    """Keep averages."""
-    roles: tuple[str, ...] = ("student",)
-    """Trained roles that have an average."""
-    decay: Beta = 0.98
-    """Decay per update of the role."""
-    start_step: NonNegativeInt = 0
-    """Step up to which the average copies the live weights."""

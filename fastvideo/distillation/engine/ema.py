@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
-from fastvideo.distillation.config.sections import EMAConfig
+from fastvideo.distillation.config.averages import EMAConfig
 from fastvideo.distillation.engine.parallel.sharding import local
 from fastvideo.distillation.engine.training import own_training, tensors_of, training_of
 

@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
+from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle, frozen
-from fastvideo.distillation.config.sections import EMAConfig, TrainerConfig
-from fastvideo.distillation.engine.ema import keep_averages
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard, StepRecord, clip_gradient
 from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
@@ -38,11 +38,20 @@ class Trainable(Protocol):
     rng: RandomStreams
 
 
+class Averages(Protocol):
+    """Averages of weights."""
+
+    def after_update(self, step: int, active: Sequence[str], skip: Tensor) -> None:
+        """Follow an update of the ``active`` roles, unless ``skip`` (a scalar) is 1."""
+        ...
+
+
 class Runtime:
     """Takes the steps of a method: backward, reduction, clipping, skipping, optimizers, averages, metrics, checkpoints.
 
     Args:
         sync_every_micro_batch: reduce sharded gradients after each micro-batch instead of the last of a step.
+        averages: averages of weights that follow each update.
         source: the family of the networks, to measure tokens per second; default: not measured.
 
     Raises:
@@ -57,7 +66,7 @@ class Runtime:
         processes: Processes | None = None,
         *,
         sync_every_micro_batch: bool = False,
-        ema: EMAConfig | None = None,
+        averages: Averages | None = None,
         source: TokenSource | None = None,
     ) -> None:
         self.bundle, self.rng, self.options, self.tracker = method.bundle, method.rng, options, tracker
@@ -67,7 +76,7 @@ class Runtime:
             raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
         if options.memory_snapshot and device.type != "cuda":
             raise UserError(f"trainer.memory_snapshot is of CUDA memory; this run is on {device}")
-        self.averages = keep_averages(self.bundle, ema)
+        self.averages = averages
         self.guard = NonFiniteGuard(options.non_finite, options.max_skips, folder / "non_finite", rank)
         self.metrics, self.agreement = Metrics(), Agreement()
         self.performance = Performance(self.bundle, self.processes, source, options.peak_flops)
@@ -150,7 +159,8 @@ class Runtime:
             norm, rate = record.gradients[handle.name].total, torch.tensor(training.learning_rate)
             record.metrics.append({f"{handle.name}/grad_norm": norm, f"{handle.name}/learning_rate": rate})
             training.step(skip)
-        self.averages.after_update(record.step + 1, record.active, skip)
+        if self.averages is not None:
+            self.averages.after_update(record.step + 1, record.active, skip)
         self._profile.after_step(record.step + 1)
         self._unsettled = record
 

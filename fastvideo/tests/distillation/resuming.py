@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from fastvideo.data.order import MemorySource, SampleStream, Shard
+from fastvideo.distillation.config.averages import EMAConfig
 from fastvideo.distillation.config.checkpoints import CheckpointConfig
-from fastvideo.distillation.config.sections import EMAConfig, TrainerConfig
+from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import restore
 from fastvideo.distillation.engine.checkpoint.state import split_state
+from fastvideo.distillation.engine.ema import keep_averages
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime
 from fastvideo.distillation.engine.saving import Saving
@@ -78,7 +80,7 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
     stream = SampleStream(MemorySource([str(i / 10) for i in range(SAMPLES)], latents, walks), 3, Shard(4))
     loop = TrainerConfig(max_steps=STEPS, grad_accumulation=accumulation, log_every=LOG_EVERY)
     ema = EMAConfig(roles=method.trainable_roles, decay=0.9, start_step=2)
-    runtime = Runtime(method, loop, Tracker(folder), ema=ema)
+    runtime = Runtime(method, loop, Tracker(folder), averages=keep_averages(method.bundle, ema))
     adapter = method.bundle["student"].adapter
     trainer = DistillTrainer(method, preparer(adapter), loop, runtime)  # type: ignore[attr-defined]
     parts = Saving(runtime).parts(*survivors(trainer, stream))
