@@ -59,7 +59,9 @@ def fit(stored: Sequence[Profile], wanted: Profile) -> Fit:
     solved /= solved.sum()
     own = _overlaps([wanted], [wanted])[0, 0]
     missed = max(float(solved @ among @ solved - 2 * solved @ towards + own), 0.0)
-    return Fit(dict(zip(known, solved.tolist(), strict=True)), (missed / own) ** 0.5, float(np.linalg.norm(solved)))
+    return Fit(
+        dict(zip(known, solved.tolist(), strict=True)), float((missed / own) ** 0.5), float(np.linalg.norm(solved))
+    )
 
 
 def _overlaps(rows: Sequence[Profile], columns: Sequence[Profile]) -> np.ndarray:

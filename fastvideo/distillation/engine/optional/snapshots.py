@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.sections import PostHocConfig
+from fastvideo.distillation.engine.checkpoint.manifest import step_of
 from fastvideo.distillation.engine.ema import PowerAverages
 from fastvideo.distillation.engine.optional.profiles import Fit, Profile, fit
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -28,6 +29,8 @@ from fastvideo.files import make_folder, replacing
 
 FOLDER = "snapshots"
 """Folder of a run that holds them."""
+STEP = "step"
+"""Key of a file's metadata: finished steps of the run."""
 NAME = re.compile(r"update-(\d+)-std-(0\.\d+)\.safetensors")
 
 
@@ -40,7 +43,7 @@ class Snapshots:
 
     def __init__(self, student: RoleHandle, options: PostHocConfig, folder: Path, processes: Processes) -> None:
         self.student, self.options, self.folder, self.processes = student, options, folder, processes
-        self.updates = 0
+        self.updates = self.step = 0
 
     def due(self, step: int) -> bool:
         """Never at once: averages change with an update alone, before which this hook is called in any case."""
@@ -54,7 +57,7 @@ class Snapshots:
         """
         if self.student.name not in active:
             return
-        self.updates += 1
+        self.updates, self.step = self.updates + 1, step
         if self.updates % distance(self.updates, self.options) == 0:
             self.write()
 
@@ -92,7 +95,7 @@ class Snapshots:
         try:
             make_folder(self.folder)
             with replacing(file) as partial:
-                save_file(dict(tensors), partial, metadata={"format": "pt", "average": f"std {profile.std:g}"})
+                save_file(dict(tensors), partial, metadata={"format": "pt", STEP: str(self.step)})
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"snapshot {file} cannot be written: {error}. The run stops here: make room and go on with --resume"
@@ -110,6 +113,7 @@ class Snapshots:
             Lines about snapshots that are missing.
         """
         self.updates = int(training_of(self.student).powers[PowerAverages.COUNT][PowerAverages.COUNT])
+        self.step = step_of(checkpoint) or 0
         if not self.processes.is_main:
             return ()
         self._delete(lambda update: update > self.updates)
@@ -145,8 +149,19 @@ def snapshots_in(folder: Path) -> dict[Profile, Path]:
     return {Profile(int(found[1]), float(found[2])): file for found, file in named if found is not None}
 
 
-def disk_bytes(student: RoleHandle, options: PostHocConfig) -> int:
-    """Most bytes that a run's snapshots take."""
+def saved_step(file: Path) -> int:
+    """Finished steps of the run when a snapshot was written; 0 if its header cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return int(opened.metadata()[STEP])
+    except (OSError, SafetensorError):
+        return 0
+
+
+def disk_bytes(student: RoleHandle, options: PostHocConfig | None) -> int:
+    """Most bytes that a run's snapshots take; 0 for a run without any."""
+    if options is None:
+        return 0
     item = getattr(torch, options.precision).itemsize
     sizes = [t.numel() * (item if t.is_floating_point() else t.element_size()) for t in tensors_of(student).values()]
     return sum(sizes) * len(options.stds) * (options.keep + 1)
