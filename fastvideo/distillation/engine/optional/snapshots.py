@@ -95,7 +95,7 @@ class Snapshots:
         try:
             make_folder(self.folder)
             with replacing(file) as partial:
-                save_file(dict(tensors), partial, metadata={"format": "pt", STEP: str(self.step)})
+                save_file(dict(tensors), partial, metadata={STEP: str(self.step)})  # several keys have no order
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"snapshot {file} cannot be written: {error}. The run stops here: make room and go on with --resume"
