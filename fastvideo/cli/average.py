@@ -74,7 +74,6 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
     Raises:
         UserError: for a model that no judge knows, steps that its students do not have, or a folder in use.
     """
-    from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS
     from fastvideo.evaluation.averages import OWN, measure_averages
     from fastvideo.inference.averages import RESULT, beside, check_fit, check_free, write_averages
     from fastvideo.inference.sampler import BATCH_SIZE
@@ -84,7 +83,7 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
     for std in arguments.std:
         check_fit(run, std)
     rows: list[Measured] = []
-    size, stds = arguments.batch_size or BATCH_SIZE, arguments.std or DEFAULT_STDS
+    size, stds = arguments.batch_size or BATCH_SIZE, arguments.std or run.widths
     for row in measure_averages(run, stds, prompts=arguments.prompts, seed=arguments.seed, batch_size=size):
         _check_steps(row, arguments.steps)
         rows.append(row)

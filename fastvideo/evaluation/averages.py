@@ -50,7 +50,7 @@ def measure_averages(
         yield _measured(model, judge, batch_size, None, 0.0)
     for std in stds:
         if (error := run.fit(std).error) <= LARGEST_ERROR:
-            model = run.model(std)
+            model = run.average(std).model
             _check_judged(run, model)
             yield _measured(model, judge, batch_size, std, error)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastvideo.distillation.engine.lora import adapter_files, is_adapter
-from fastvideo.distillation.engine.optional.profiles import Fit, Profile, fit
+from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Fit, Profile, fit
 from fastvideo.distillation.engine.optional.snapshots import FOLDER, averaged, saved_step, snapshots_in
 from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.types import UserError
@@ -28,6 +29,15 @@ LARGEST_ERROR = 0.2
 
 
 @dataclass(frozen=True)
+class Average:
+    """The student with an average, on the CPU: its model, its trained tensors alone, and how they were found."""
+
+    model: LoadedModel
+    tensors: dict[str, Tensor]
+    fit: Fit
+
+
+@dataclass(frozen=True)
 class Snapshotted:
     """A run with snapshots: its config, its start weights, and the update that averages are made for."""
 
@@ -39,8 +49,13 @@ class Snapshotted:
         """How well the snapshots give the average of this width."""
         return fit(list(snapshots_in(self.folder)), Profile(self.update, std))
 
-    def model(self, std: float) -> LoadedModel:
-        """The student with that average, on the CPU.
+    @property
+    def widths(self) -> list[float]:
+        """Widths to choose from: those that the run stored, and the usual ones."""
+        return sorted({*DEFAULT_STDS, *(profile.std for profile in snapshots_in(self.folder))})
+
+    def average(self, std: float) -> Average:
+        """The average of this width.
 
         Raises:
             UserError: for a damaged snapshot, or one of another network.
@@ -48,7 +63,7 @@ class Snapshotted:
         tensors, found = averaged(self.folder, Profile(self.update, std))
         model = with_weights(self.source, tensors, self.folder)
         facts = {"std": std, "update": self.update, "error": round(found.error, 5)}
-        return replace(model, recipe={**model.recipe, MARK: facts})
+        return Average(replace(model, recipe={**model.recipe, MARK: facts}), tensors, found)
 
 
 def find_snapshots(run: Path, update: int | None = None) -> Snapshotted:
@@ -122,23 +137,21 @@ def check_fit(run: Snapshotted, std: float) -> None:
 
 
 def _write(run: Snapshotted, std: float, folder: Path) -> str:
-    model = run.model(std)
+    average = run.average(std)
+    model = average.model
     without_path(model.network)
     try:
         with replacing_folder(folder) as partial:
             slim = run.source.run_config.trainer.slim_result
             model.adapter.folder.save(partial, model.network, model.recipe, slim=slim)
-            _write_adapter(run, std, model, partial)
+            if is_adapter(average.tensors):  # beside the network that it is merged into, as in a run's result
+                _write_adapter(average, adapter_scaling(run.source), partial)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error}") from error
-    found = run.fit(std)
-    return f"{folder}: the average of std {std:g} at update {run.update}, error {found.error:.1%}"
+    return f"{folder}: the average of std {std:g} at update {run.update}, error {average.fit.error:.1%}"
 
 
-def _write_adapter(run: Snapshotted, std: float, model: LoadedModel, folder: Path) -> None:
-    """Write the averaged adapter beside the network that it is merged into, as a run's result has it."""
-    tensors = averaged(run.folder, Profile(run.update, std))[0]
-    if is_adapter(tensors):
-        files = adapter_files(tensors, adapter_scaling(run.source), model.adapter.folder.parts[0])
-        for name, own in files.items():
-            save_file(own, folder / name, metadata={"format": "pt"})
+def _write_adapter(average: Average, scaling: float, folder: Path) -> None:
+    files = adapter_files(average.tensors, scaling, average.model.adapter.folder.parts[0])
+    for name, own in files.items():
+        save_file(own, folder / name, metadata={"format": "pt"})

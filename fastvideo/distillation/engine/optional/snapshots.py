@@ -43,7 +43,7 @@ class Snapshots:
 
     def __init__(self, student: RoleHandle, options: PostHocConfig, folder: Path, processes: Processes) -> None:
         self.student, self.options, self.folder, self.processes = student, options, folder, processes
-        self.updates = self.step = 0
+        self.updates = self.step = self.written = 0
 
     def due(self, step: int) -> bool:
         """Never at once: averages change with an update alone, before which this hook is called in any case."""
@@ -63,11 +63,12 @@ class Snapshots:
 
     def finish(self) -> None:
         """Write the last update, for which averages are made."""
-        if self.updates and Profile(self.updates, self.options.stds[0]) not in snapshots_in(self.folder):
+        if self.updates != self.written:  # no look at the files, which other processes may see later
             self.write()
 
     def write(self) -> None:
         """Write the averages as they are, then delete what is no longer kept."""
+        self.written = self.updates
         for std in self.options.stds:
             tensors = self._whole(training_of(self.student).powers[f"{std:g}"])
             if self.processes.is_main:
@@ -80,7 +81,8 @@ class Snapshots:
         """Tensors in the files' precision on the main process's host, gathered one by one."""
         dtype, found = getattr(torch, self.options.precision), dict[str, Tensor]()
         for name, tensor in average.items():
-            whole = full(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            own = tensor.to(self.processes.device)  # offloaded shards too: a device's processes gather there alone
+            whole = full(own.to(dtype) if tensor.is_floating_point() else own)
             if self.processes.is_main:
                 found[name] = whole.detach().cpu().contiguous()
         return found
