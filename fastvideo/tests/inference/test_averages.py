@@ -17,7 +17,7 @@ from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.optional.profiles import Profile
 from fastvideo.distillation.engine.optional.snapshots import averaged, snapshots_in
 from fastvideo.inference.loading import load_model
-from fastvideo.tests.distillation.tiny import wan_config, wan_folder
+from fastvideo.tests.distillation.tiny import experts_folder, wan_config, wan_folder
 from fastvideo.training.run import run
 
 FILE = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -144,3 +144,30 @@ def test_the_best_of_several_is_chosen_on_training_prompts(tmp_path: Path, capsy
     assert "measured at 2 or 1" in refused(
         capsys, folder, "--choose", "--std", "0.1", "--prompts", "6", "--steps", "3", "--overwrite"
     )
+
+
+@pytest.mark.parametrize(
+    "kind", ["stream", *(pytest.param(k, marks=pytest.mark.slow) for k in ("experts", "flow map"))]
+)
+def test_students_of_every_kind_are_averaged(kind: str, tmp_path: Path) -> None:
+    """Two experts in one network, a student that streams, and one with a head that its base does not have."""
+    whole: dict[str, Any] = {
+        "roles": {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")}
+    }
+    rates: dict[str, Any] = {"student_learning_rate": 0.01, "generator_update_interval": 1}
+    if kind == "experts":
+        size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+        whole |= {"model": {"path": str(experts_folder(tmp_path)), **size}, "method": rates}
+    elif kind == "stream":
+        whole |= {"distill_method": "self_forcing", "method": rates | {"reach": {"chunk": 1}}}
+    else:
+        tiny = {"model": {"path": "tiny"}, "data": {"path": "tiny", "size": 8, "batch_size": 2}}
+        whole |= {"distill_method": "anyflow", "method": rates, **tiny}
+    folder = run(config_of(values_of(tmp_path, **whole), "test")).parent
+    assert main(["average", str(folder), "--std", "0.1"]) == 0
+    stored = load_file(snapshots_in(folder / "snapshots")[Profile(2, 0.1)])
+    loaded, own = (load_model(str(folder / name)) for name in ("averaged-0.1", "student"))
+    state = loaded.network.state_dict()
+    assert state.keys() == stored.keys() == own.network.state_dict().keys()
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert loaded.sampler() == own.sampler()
