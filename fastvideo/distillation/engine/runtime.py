@@ -25,7 +25,7 @@ from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explai
 from fastvideo.distillation.engine.optional.mirror import Mirror, checkpoints_at
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
 from fastvideo.distillation.engine.optional.recorder import STACKS
-from fastvideo.distillation.engine.optional.snapshots import FOLDER, Snapshots
+from fastvideo.distillation.engine.optional.snapshots import Snapshots, begin
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
 from fastvideo.distillation.engine.parallel.collective import Agreement
 from fastvideo.distillation.engine.parallel.context import has_split_tokens
@@ -75,7 +75,7 @@ class Runtime:
             raise UserError("trainer.max_cpu_seconds: several processes would stop at different steps; give max_steps")
         if options.memory_snapshot and device.type != "cuda":
             raise UserError(f"trainer.memory_snapshot is of CUDA memory; this run is on {device}")
-        self.averages, self._post_hoc = keep_averages(self.bundle, ema), ema and ema.post_hoc
+        self.averages, self._post_hoc = keep_averages(self.bundle, ema), None if ema is None else ema.post_hoc
         self.guard = NonFiniteGuard(options.non_finite, options.max_skips, folder / "non_finite", rank)
         self.metrics, self.agreement = Metrics(), Agreement()
         self.performance = Performance(self.bundle, self.processes, source, options.peak_flops)
@@ -258,17 +258,8 @@ class Runtime:
         return CheckpointHook(folder, parts, self.processes, options, self.options.max_steps, facts, self._mirror)
 
     def snapshots(self, source: Path | None) -> tuple[Snapshots, ...]:
-        """The hook that writes averages of the student to choose from afterwards, if the config asks for it.
-
-        Args:
-            source: the checkpoint that was restored, if any.
-        """
-        if not self._post_hoc:
-            return ()
-        hook = Snapshots(self.bundle["student"], self._post_hoc, self.tracker.folder / FOLDER, self.processes)
-        for line in hook.resume(source) if source else []:
-            self.tracker.say(line)
-        return (hook,)
+        """The hook that writes averages of the student, after a ``source`` that was restored; none if not asked for."""
+        return begin(self.bundle, self._post_hoc, self.tracker, self.processes, source)
 
     def restore(self, source: Path, parts: Parts) -> ResumePoint:
         """Load an intact checkpoint into the parts, and rename later ones beside it that are of this run.

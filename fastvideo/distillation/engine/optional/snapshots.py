@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.config.sections import PostHocConfig
 from fastvideo.distillation.engine.checkpoint.manifest import step_of
 from fastvideo.distillation.engine.ema import PowerAverages
 from fastvideo.distillation.engine.optional.profiles import Fit, Profile, fit
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import full
+from fastvideo.distillation.engine.tracking import Tracker
 from fastvideo.distillation.engine.training import tensors_of, training_of
 from fastvideo.errors import RunError, UserError
 from fastvideo.files import make_folder, replacing
@@ -129,6 +130,22 @@ class Snapshots:
         if self.updates < self.options.every or snapshots_in(self.folder):
             return ()
         return (f"no snapshots up to update {self.updates} are in {self.folder}: wide averages will be less exact",)
+
+
+def begin(
+    bundle: ModelBundle,
+    options: PostHocConfig | None,
+    tracker: Tracker,
+    processes: Processes,
+    source: Path | None,
+) -> tuple[Snapshots, ...]:
+    """The hook of a run that keeps snapshots, which goes on from a restored checkpoint if there is one."""
+    if options is None:
+        return ()
+    hook = Snapshots(bundle["student"], options, tracker.folder / FOLDER, processes)
+    for line in () if source is None else hook.resume(source):
+        tracker.say(line)
+    return (hook,)
 
 
 def distance(updates: int, options: PostHocConfig) -> int:
