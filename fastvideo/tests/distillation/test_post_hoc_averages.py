@@ -61,8 +61,9 @@ def trained(student: RoleHandle, folder: Path, options: PostHocConfig, updates: 
         set_weights(student, weight_after(update))
         averages.after_update(2 * update, ("student",), STAY)
         hook.after_step(2 * update, ("student",))
-        averages.after_update(2 * update + 1, ("critic",), STAY)
-        hook.after_step(2 * update + 1, ("critic",))
+        for _ in range(update % 3):
+            averages.after_update(2 * update + 1, ("critic",), STAY)
+            hook.after_step(2 * update + 1, ("critic",))
     hook.finish()
     return hook
 

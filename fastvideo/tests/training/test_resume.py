@@ -48,10 +48,13 @@ def test_snapshots_of_a_resumed_run_are_those_of_an_undisturbed_one(analytic_val
     files = snapshots(tmp_path / "whole")
     assert [name[:15] for name in files] == [f"update-{update:08d}" for update in (4, 4, 8, 8, 12, 12)]
     parts = values | {"output": str(tmp_path / "parts")}
-    run(config_of(parts | {"trainer": values["trainer"] | {"max_steps": 7}}))
-    assert "update-00000007-std-0.1.safetensors" in snapshots(tmp_path / "parts")
+    run(config_of(parts | {"trainer": values["trainer"] | {"max_steps": 8}}))
+    assert "update-00000008-std-0.1.safetensors" in snapshots(tmp_path / "parts")
+    back = tmp_path / "parts" / "checkpoints" / "step-5"
+    run(config_of(parts | {"trainer": values["trainer"] | {"max_steps": 7}}), resume_from=back)
+    assert [int(name[7:15]) for name in snapshots(tmp_path / "parts")] == [2, 2, 4, 4, 6, 6, 7, 7]
     again = tmp_path / "whole" / "checkpoints" / "step-5"
-    run(config_of(parts), resume_from=tmp_path / "parts" / "checkpoints" / "step-5")
+    run(config_of(parts), resume=True)
     run(config_of(values | {"output": str(tmp_path / "copy")}), resume_from=again)
     assert snapshots(tmp_path / "parts") == files
     assert snapshots(tmp_path / "copy") == files
