@@ -1,4 +1,4 @@
-"""Quality of a student against the CPU seconds of its training, at 4, 2 and 1 steps, live and averaged weights.
+"""Quality of a student against the CPU seconds of its training, at 4, 2 and 1 steps, for live and averaged weights.
 
     python benchmarks/time_to_quality.py dmd2 --seed 0                       # one row of docs/time-to-quality.md
     python benchmarks/time_to_quality.py dmd2 --seed 0 1 2 --set method.generator_update_interval=4 ema.decay=0.9
@@ -10,7 +10,9 @@ project's trainer. Its clock is the CPU time of this process inside training ste
 encoding, and everything that measures cost a run nothing; what a recipe needs done beforehand (stored trajectories, a
 first stage) counts as in ``leaderboard.py``. At each mark the weights are written to RUNS/METHOD-SEED-DIGEST, and only
 after the training they are measured. A run that is there is not trained again, a measured row is not measured again.
-Settings are chosen with ``--split train``: figures of held-out prompts are for reporting.
+Settings are chosen with ``--split train``: figures of held-out prompts are for reporting. With ``--set
+ema.post_hoc.every=4`` a run also keeps what averages of any width are made of (docs/averages.md): each is a row of the
+training split, and the one that is best there at the most steps is the row ``post_hoc`` of held-out prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +38,8 @@ from time_to_quality_page import write_page
 from torch import Tensor
 
 from fastvideo.distillation.builder import Config, Method, build_adapter, build_families, build_on
+from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile
+from fastvideo.distillation.engine.optional.snapshots import Snapshots, averaged
 from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.engine.training import tensors_of, training_of
 from fastvideo.distillation.rollout import Ladder
@@ -51,6 +55,8 @@ from fastvideo.training.texts import conditioners_of, encode_ahead
 
 STEPS = (4, 2, 1)
 WEIGHTS = ("averaged", "live")
+POST_HOC = "post_hoc"
+"""Weights of a row: the average that was chosen after the run; with a width behind it, one to choose from."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ class Run:
 class Keeper:
     """Hook that writes the student's weights as the trainer's clock passes each mark."""
 
-    def __init__(self, run: Run, trainer: DistillTrainer, ahead: float) -> None:
-        self.run, self.trainer, self.ahead = run, trainer, ahead
+    def __init__(self, run: Run, trainer: DistillTrainer, ahead: float, snapshots: Sequence[Snapshots]) -> None:
+        self.run, self.trainer, self.ahead, self.snapshots = run, trainer, ahead, snapshots
         self.marks = [mark for mark in run.marks if mark > ahead]
         self.passed: dict[int, dict[str, float]] = {}
         self.updates = 0
@@ -143,10 +149,14 @@ class Keeper:
         return self.ahead + self.trainer.cpu_seconds
 
     def weights(self) -> dict[str, Mapping[str, Tensor]]:
-        """The student's live weights, and averaged ones where the recipe has some."""
+        """The student's live weights, averaged ones where the recipe has some, and those made out of snapshots."""
         student = self.trainer.method.bundle["student"]
         averages = training_of(student).ema
         found: dict[str, Mapping[str, Tensor]] = {"live": {n: t.detach() for n, t in tensors_of(student).items()}}
+        for one in self.snapshots:
+            one.finish()
+            for std in DEFAULT_STDS:
+                found[f"{POST_HOC} {std:g}"] = averaged(one.folder, Profile(one.updates, std))[0]
         return found if averages is None else found | {"averaged": averages}
 
 
@@ -178,8 +188,9 @@ def train(run: Run, config: Config, session: Session, trainer: DistillTrainer, a
     conditioners = conditioners_of([role.adapter for role in bundle])
     data, _ = build_data(config, bundle["student"].adapter, session.processes, conditioners[1:])
     encode_ahead(config, conditioners, data, 0)
-    keeper = Keeper(run, trainer, ahead)
-    trainer.hooks = (keeper,)
+    snapshots = trainer.runtime.snapshots(None)
+    keeper = Keeper(run, trainer, ahead, snapshots)
+    trainer.hooks = (*snapshots, keeper)
     trainer.run(data)
     run.training.write_text(json.dumps({"identity": run.identity, "marks": keeper.passed}, indent=2) + "\n")
 
@@ -189,32 +200,58 @@ def measured(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.figures.read_text().splitlines()] if run.figures.is_file() else []
 
 
+def kept(run: Run, mark: int, prompts: int, split: str) -> dict[str, Path]:
+    """Files of a mark by the weights of their rows: to choose from on the training split, chosen on the other."""
+    files = {weights: run.snapshot(mark, weights) for weights in (*WEIGHTS, *candidates(run, mark))}
+    if split == "heldout" and (stds := candidates(run, mark)):
+        seen = {row["weights"]: row["frechet"]["value"] for row in measured(run) if is_choice(row, mark, prompts)}
+        files = {weights: run.snapshot(mark, weights) for weights in WEIGHTS}
+        files[POST_HOC] = run.snapshot(mark, min(stds, key=lambda weights: seen[weights]))
+    return {weights: file for weights, file in files.items() if file.is_file()}
+
+
+def candidates(run: Run, mark: int) -> list[str]:
+    """Weights of a mark that were made out of snapshots."""
+    return sorted(file.stem.partition("-")[2] for file in run.folder.glob(f"{mark:04d}-{POST_HOC} *.safetensors"))
+
+
+def is_choice(row: Mapping[str, Any], mark: int, prompts: int) -> bool:
+    """True for a row that an average of a mark is chosen by: as many training prompts, the most steps."""
+    return (row["split"], row["mark"], row["prompts"], row["steps"]) == ("train", mark, prompts, STEPS[0])
+
+
 def missing(run: Run, prompts: int, split: str) -> Iterator[tuple[dict[str, Any], Path]]:
     """Keys of the rows that are not measured yet, newest mark first, with their weights."""
     marks = json.loads(run.training.read_text())["marks"]
     there = [{key: row[key] for key in ("mark", "weights", "steps", "prompts", "split")} for row in measured(run)]
     for mark in sorted(map(int, marks), reverse=True):
-        for weights in WEIGHTS:
+        for weights, file in kept(run, mark, prompts, split).items():
             for steps in STEPS:
                 key = {"mark": mark, "weights": weights, "steps": steps, "prompts": prompts, "split": split}
-                if key not in there and run.snapshot(mark, weights).is_file():
-                    yield {**key, **marks[str(mark)]}, run.snapshot(mark, weights)
+                if key not in there:
+                    yield {**key, **marks[str(mark)], "file": file.stem}, file
+
+
+def choices(run: Run, prompts: int) -> list[tuple[dict[str, Any], Path]]:
+    """Keys of the rows that averages are chosen by and that are not measured yet."""
+    rows = missing(run, prompts, "train")
+    return [(key, file) for key, file in rows if POST_HOC in key["weights"] and key["steps"] == STEPS[0]]
 
 
 @torch.no_grad()
-def measure(run: Run, method: Method, judge: Judge, prompts: int, split: str) -> None:
-    """Measure every row that is missing and append it to the run's figures."""
+def measure(run: Run, method: Method, judge: Judge, wanted: Iterable[tuple[dict[str, Any], Path]]) -> None:
+    """Measure rows and append them to the run's figures."""
     student = method.bundle["student"]
-    for key, weights in missing(run, prompts, split):
+    for key, weights in wanted:
         for name, tensor in load_file(weights).items():
             tensors_of(student)[name].copy_(tensor)
         times = sub_ladder(method.ladder.times, key["steps"])
         sampler = SamplerSpec.student(Ladder(times), kind=method.sampler)
-        wanted = Sampling(judge.prompts, sampler, judge.seed)
+        sampling = Sampling(judge.prompts, sampler, judge.seed)
         codec = student.adapter.codec
         batches = [
             judge.observe(codec.decode(batch.latents).float().clamp(-1, 1))
-            for batch in sample_batches(student.adapter, student, wanted)
+            for batch in sample_batches(student.adapter, student, sampling)
         ]
         row = {**key, **figures_of(judge, Observed.join(batches))}
         with run.figures.open("a") as file:
@@ -256,8 +293,10 @@ def do(run: Run, arguments: Arguments) -> None:
         if not trained:
             trainer = build_trainer(config, adapter, method, session.tracker, session.processes)
             train(run, config, session, trainer, seconds)
+        if arguments.split == "heldout" and (rows := choices(run, arguments.prompts)):
+            measure(run, method, Judge(arguments.prompts, 0, "train"), rows)
         judge = Judge(arguments.prompts, 0, arguments.split)
-        measure(run, method, judge, arguments.prompts, arguments.split)
+        measure(run, method, judge, missing(run, arguments.prompts, arguments.split))
 
 
 def main() -> int:

@@ -19,6 +19,8 @@ NonNegativeFloat = Annotated[float, Interval(ge=0, le=1e9)]
 Number = Annotated[float, Interval(ge=-1e9, le=1e9)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 LearningRate = Annotated[float, Interval(gt=0, le=1)]
+RelativeDeviation = Annotated[float, Interval(ge=0.01, le=0.28)]
+"""Width of an average over a run's length; the mean of all updates alike has 0.289."""
 Beta = Annotated[float, Interval(ge=0, lt=1)]
 """Momentum of an optimizer, or decay of an average."""
 Seconds = Annotated[float, Interval(ge=0, le=1e8)]

@@ -27,6 +27,7 @@ VERBS = {
     "generate": ("fastvideo.cli.generate", "make a video from a prompt with a student or a teacher"),
     "live": ("fastvideo.cli.live", "play a streaming student on a page of this machine, and steer it while it plays"),
     "evaluate": ("fastvideo.cli.evaluate", "measure how good a student is, against its teacher or a known truth"),
+    "average": ("fastvideo.cli.average", "average a finished run's student anew, and choose the best average"),
     "export": ("fastvideo.cli.export", "write a student as a pipeline folder that stock diffusers samples"),
     "merge": ("fastvideo.cli.merge", "merge LoRA files of any program into a model, or read its network from one file"),
     "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),

@@ -149,7 +149,8 @@ def check_new_folder(out: Path, source: Path | None, overwrite: bool, mark: str)
     if not overwrite:
         raise UserError(f"output folder {out} is in use: choose another with --out, or replace it: --overwrite")
     if not _is_marked(out, mark):
-        raise UserError(f"--overwrite: {out} is no earlier {'export' if mark == MARK else 'merge'}; delete it yourself")
+        made = "export" if mark == MARK else "result of this verb"
+        raise UserError(f"--overwrite: {out} is no earlier {made}; delete it yourself")
 
 
 def _check_apart(out: Path, folder: Path) -> None:

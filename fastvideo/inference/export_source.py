@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.builder import Config, build_adapter, build_families, load_role
 from fastvideo.distillation.config.reading import config_of, read_yaml
@@ -112,22 +114,35 @@ def load_source(source: ExportSource) -> LoadedModel:
     Raises:
         UserError: for an unreadable or unfitting model folder, config or checkpoint.
     """
-    model = load_model(str(source.folder)) if source.folder else _unfinished(source)
     if source.checkpoint is None:
-        return model
+        return load_model(str(source.folder))
     try:
         verified(source.checkpoint)
     except DamagedError as error:
         raise UserError(f"checkpoint {source.checkpoint} cannot be used: {error}") from error
     state = role_weights(source.checkpoint, "student", PARTS[source.weights])  # type: ignore[index]
+    return with_weights(source, state, source.checkpoint)
+
+
+def with_weights(source: ExportSource, state: Mapping[str, Tensor], where: Path) -> LoadedModel:
+    """The source's model with weights of its student, or its adapter merged, and their recipe.
+
+    Args:
+        state: the student's trained tensors.
+        where: their place.
+
+    Raises:
+        UserError: for weights of another network.
+    """
+    adapted = is_adapter(state)  # an adapter's own network, not a result with one merged
+    model = load_model(str(source.folder)) if source.folder and not adapted else _unfinished(source)
     try:
-        if is_adapter(state):
-            model = _unfinished(source)  # the adapter's own network, not a result with one merged
+        if adapted:
             merge(model.network, state, adapter_scaling(source))
         else:
             model.network.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{source.checkpoint} does not fit the network that the run's config names: {error}") from error
+        raise UserError(f"{where} does not fit the network that the run's config names: {error}") from error
     return replace(model, recipe={**model.recipe, "weights": source.weights, "steps": source.step})
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastvideo.distillation.builder import Config
+from fastvideo.distillation.engine.optional.snapshots import disk_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes, check_layout
 from fastvideo.distillation.features import widths_of
 from fastvideo.planning.fake import FakeRun, fake_run
@@ -39,6 +40,7 @@ class Plan:
         encoding: text encoders that are there until all texts are encoded, before the first step.
         step: arithmetic of one micro-batch on one process.
         sent: bytes that one process sends per step.
+        snapshots: most bytes on the disk of what averages are made of after the run.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Plan:
     encoding: int
     step: StepCost
     sent: int
+    snapshots: int
 
     @property
     def stays(self) -> int:
@@ -107,6 +110,7 @@ class Planner:
             encoding=sum(size for name, size in encoders(run).items() if name not in parts) if encodes(config) else 0,
             step=step,
             sent=int(_sent(run, roles, step)),
+            snapshots=disk_bytes(run.method.bundle["student"], config.ema.post_hoc),
         )
 
     def _step(self, run: FakeRun, split: bool, leave: bool) -> StepCost:

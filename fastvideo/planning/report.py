@@ -36,6 +36,9 @@ def step_lines(plan: Plan, rates: Rates | None) -> list[str]:
         f"forwards per micro-batch: {calls}; backwards {backwards:.3g}",
         f"traffic: each process sends {gib(plan.sent)} per step",
     ]
+    if plan.snapshots and (options := plan.config.ema.post_hoc):
+        count = len(options.stds) * (options.keep + 1)
+        lines.append(f"disk: at most {count} snapshots of the student's averages, {gib(plan.snapshots)} in all")
     if rates:
         lines.append(time_line(plan, rates))
     return lines

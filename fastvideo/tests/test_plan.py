@@ -18,6 +18,7 @@ from fastvideo.distillation.builder import build_adapter, build_families
 from fastvideo.distillation.config import reading
 from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import DataConfig
+from fastvideo.distillation.engine.optional.snapshots import disk_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement
 from fastvideo.distillation.types import UserError
@@ -28,7 +29,7 @@ from fastvideo.planning.fake import LiveBytes, fake_run, stacks
 from fastvideo.planning.layout import device_bytes, frozen_parts, gathered_bytes, role_plans
 from fastvideo.planning.published import ARCHITECTURES, config_folder, without_weights
 from fastvideo.planning.rates import Rates, measured_rates
-from fastvideo.planning.report import time_line
+from fastvideo.planning.report import step_lines, time_line
 from fastvideo.planning.simulate import Kind, StepCost, _peaks, _train, at_depth, simulate
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.distillation import parse
@@ -94,6 +95,22 @@ def test_roles_with_adapters_hold_their_network_once() -> None:
         assert roles["student"].gradients == roles["student"].weights == 4 * 30 * 2 * 4 * 32 * (1536 + 1536)
     held = sum(role.weights + role.gradients + role.optimizer for role in roles.values())
     assert base < held <= 1.5 * base
+
+
+@pytest.mark.slow
+def test_averages_to_choose_from_are_counted_in_memory_and_on_the_disk() -> None:
+    """Two more copies of the student and a count of its updates; half of that in each of 17 pairs of files."""
+    run = fake_run(config_of(TINY, "--ema.post-hoc.every", "4", "--validation.every", "0"))
+    student = next(role for role in role_plans(run) if role.name == "student")
+    assert student.average == 3 * student.gradients + 4
+    assert disk_bytes(run.method.bundle["student"], run.config.ema.post_hoc) == 17 * 2 * student.gradients // 2
+
+
+def test_a_plan_says_what_snapshots_take() -> None:
+    config, step = config_of(TINY, "--ema.post-hoc.every", "8"), StepCost({}, 0.0, 0.0, {}, {})
+    plan = Plan(config, 1, (), {}, 0, {"student": 0}, 0, 0, step, sent=0, snapshots=3 * 2**29)
+    assert step_lines(plan, None)[-1] == "disk: at most 34 snapshots of the student's averages, 1.50 GiB in all"
+    assert not any("disk" in line for line in step_lines(replace(plan, snapshots=0), None))
 
 
 def test_second_family_is_counted() -> None:
@@ -300,7 +317,7 @@ def test_a_layout_must_divide_the_processes() -> None:
 
 def test_attention_takes_its_time_at_its_own_rate() -> None:
     step = StepCost(peaks={}, flops=10e12, attention=0.75, calls={}, backwards={})
-    plan = Plan(config_of(TINY), 1, (), {}, 0, {}, 0, 0, step, sent=int(2e11))
+    plan = Plan(config_of(TINY), 1, (), {}, 0, {}, 0, 0, step, sent=int(2e11), snapshots=0)
     one, two = time_line(plan, Rates(2e12, 2e12, 1e11)), time_line(plan, Rates(2.5e12, 5e12, 1e11))
     assert one.startswith("time: 5 s of arithmetic at 2e+12 FLOP/s, 2 s of traffic at 1e+11 B/s: 5 to 7 s per step")
     assert "1.5 s of attention at 5e+12 FLOP/s, 1 s of other arithmetic at 2.5e+12 FLOP/s" in two

@@ -23,7 +23,7 @@ from fastvideo.distillation.builder import (
     build_on,
 )
 from fastvideo.distillation.engine.runtime import Processes, Runtime, Tracker
-from fastvideo.distillation.engine.saving import Saving
+from fastvideo.distillation.engine.saving import Saving, Snapshots
 from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.files import replacing_folder
@@ -121,8 +121,9 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     for line in resumed(saving.restore(source, parts), data) if source else []:
         tracker.say(line)
     tracker.rewind(trainer.step)
+    snapshots = saving.snapshots(config.ema.post_hoc, source)
     checkpoints = saving.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
-    trainer.hooks = (start.report_to(tracker), validation, *frame_hooks(trainer, tracker), checkpoints)
+    trainer.hooks = (start.report_to(tracker), validation, *frame_hooks(trainer, tracker), *snapshots, checkpoints)
     trainer.on_stop = lambda step: (
         f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"
     )
@@ -140,11 +141,18 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     with checkpoints.closing():
         validation.resume(trainer.step)
         start.reached("preparation")
-        trainer.run(data)
+        _train(trainer, data, snapshots)
     save_result(config, adapter, trainer, output / "student")
     for line in (f"saved {output / 'student'}", *next_commands(config, adapter)):
         tracker.say(line)
     return output / "student"
+
+
+def _train(trainer: DistillTrainer, data: SampleStream, snapshots: Sequence[Snapshots]) -> None:
+    """Take the steps, and write the averages after the last one."""
+    trainer.run(data)
+    for one in snapshots:
+        one.finish()
 
 
 def _build_method(config: Config, adapter: Adapter, processes: Processes) -> tuple[Method, list[Conditioner]]:

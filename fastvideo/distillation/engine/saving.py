@@ -9,16 +9,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastvideo.distillation.config.averages import PostHocConfig
 from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.engine.checkpoint.checkpoint import CheckpointHook, Parts, RunFacts
 from fastvideo.distillation.engine.checkpoint.restore import ResumePoint, restore, set_aside
 from fastvideo.distillation.engine.checkpoint.state import PerProcess, RoleState, Stateful
 from fastvideo.distillation.engine.ema import has_average
 from fastvideo.distillation.engine.optional.mirror import Mirror, checkpoints_at
+from fastvideo.distillation.engine.optional.snapshots import Snapshots, begin
 from fastvideo.distillation.engine.placement import NetworkSource, result_of
 from fastvideo.distillation.engine.runtime import Runtime
 
-__all__ = ["ResumePoint", "RunFacts", "Saving"]
+__all__ = ["ResumePoint", "RunFacts", "Saving", "Snapshots"]
 
 
 class Saving:
@@ -49,6 +51,10 @@ class Saving:
             mirror = Mirror(checkpoints_at(options.mirror), folder, options, self.runtime.tracker.say)
             self.runtime.figures_beside.append(mirror.figures)
         return CheckpointHook(folder, parts, self.processes, options, steps, facts, mirror)
+
+    def snapshots(self, options: PostHocConfig | None, source: Path | None) -> tuple[Snapshots, ...]:
+        """The hook that writes averages of the student, after a ``source`` that was restored; none if not asked for."""
+        return begin(self.bundle, options, self.runtime.tracker, self.processes, source)
 
     def restore(self, source: Path, parts: Parts) -> ResumePoint:
         """Load an intact checkpoint into the parts, and rename later ones beside it that are of this run.

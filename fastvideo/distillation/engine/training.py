@@ -30,11 +30,13 @@ class RoleTraining:
 
     Attributes:
         ema: averages of ``tensors_of(handle)`` by name, for a role that has them; shards where those are shards.
+        powers: averages under power functions by their deviation, and the updates that they count, if a run keeps any.
     """
 
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None = None
     ema: dict[str, Tensor] | None = None
+    powers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _schedule_before: tuple[dict[str, Any], list[float]] = field(default=({}, []), init=False, repr=False)
 
     def step(self, skip: Tensor | None = None) -> None:

@@ -84,6 +84,7 @@ def plain_kinds(hint: Any) -> Iterator[Any]:
 
 ARGUMENTS = [(verb, name) for verb in VERBS for name in numbers_of(arguments_of(verb))]
 NEEDED = {
+    "average": ["run"],
     "generate": ["tiny", "--prompt", "x"],
     "preprocess": ["v", "--model", "tiny", "--out", "o"],
     "precompute-trajectories": ["--config", "c", "--out", "o"],

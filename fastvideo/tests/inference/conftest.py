@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of DMD2 on toy Wan: two steps, a checkpoint after each, averaged weights far from the live ones."""
+    """A real run of DMD2 on toy Wan: two steps, a checkpoint after each, averaged weights far from the live ones,
+    and snapshots of averages."""
     root = tmp_path_factory.mktemp("run")
     (root / "prompts.txt").write_text("\n".join(PROMPTS * 2) + "\n")
     values = {
@@ -36,7 +37,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "method": {"student_learning_rate": 0.01, "generator_update_interval": 1},
         "data": {"prompts": str(root / "prompts.txt"), "batch_size": 2},
         "trainer": {"max_steps": 2},
-        "ema": {"decay": 0.5},
+        "ema": {"decay": 0.5, "post_hoc": {"every": 1, "precision": "float32"}},
         "checkpoint": {"every": 1},
     }
     return run(validate(run_schema("wan", "dmd2"), values, "test")).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,40 @@ def test_resume_continues_bit_exactly_between_a_student_and_a_critic_step(
     for line in last:
         del line["seconds"]
     assert last[0] == last[1]
+
+
+def test_snapshots_of_a_resumed_run_are_those_of_an_undisturbed_one(analytic_values: dict, tmp_path: Path) -> None:
+    """To the byte, and later ones than the checkpoint are gone; from another run's checkpoint they are copied."""
+    values = analytic_values | {"checkpoint": {"every": 5, "keep": 4}, "ema": {"post_hoc": {"every": 2, "keep": 4}}}
+    values["method"] = analytic_values["method"] | {"generator_update_interval": 1}
+    whole = values | {"output": str(tmp_path / "whole")}
+    run(config_of(whole))
+    files = snapshots(tmp_path / "whole")
+    assert [name[:15] for name in files] == [f"update-{update:08d}" for update in (4, 4, 8, 8, 12, 12)]
+    parts = values | {"output": str(tmp_path / "parts")}
+    run(config_of(parts | {"trainer": values["trainer"] | {"max_steps": 8}}))
+    assert "update-00000008-std-0.1.safetensors" in snapshots(tmp_path / "parts")
+    back = tmp_path / "parts" / "checkpoints" / "step-5"
+    run(config_of(parts | {"trainer": values["trainer"] | {"max_steps": 7}}), resume_from=back)
+    assert [int(name[7:15]) for name in snapshots(tmp_path / "parts")] == [2, 2, 4, 4, 6, 6, 7, 7]
+    again = tmp_path / "whole" / "checkpoints" / "step-5"
+    run(config_of(parts), resume=True)
+    run(config_of(values | {"output": str(tmp_path / "copy")}), resume_from=again)
+    assert snapshots(tmp_path / "parts") == files
+    assert snapshots(tmp_path / "copy") == files
+
+
+def test_a_run_that_goes_on_without_its_snapshots_says_so(analytic_values: dict, capsys: Any) -> None:
+    values = analytic_values | {"checkpoint": {"every": 10}, "ema": {"post_hoc": {"every": 1}}}
+    run(config_of(values))
+    shutil.rmtree(Path(values["output"]) / "snapshots")
+    run(config_of(values), resume=True)
+    assert "no snapshots up to update" in capsys.readouterr().err
+
+
+def snapshots(folder: Path) -> dict[str, bytes]:
+    """Content of a run's snapshots by name."""
+    return {file.name: file.read_bytes() for file in sorted((folder / "snapshots").iterdir())}
 
 
 def test_a_resumed_run_logs_each_step_once(analytic_values: dict) -> None:

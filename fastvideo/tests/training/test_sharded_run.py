@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import fastvideo.training.distillation as entry
+from fastvideo.distillation.engine.optional.profiles import Profile
+from fastvideo.distillation.engine.optional.snapshots import snapshots_in
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.launch import config_file, torchrun
@@ -39,6 +41,7 @@ def values_of(root: Path, output: Path, lora: dict[str, Any] | None) -> dict[str
         "trainer": {"max_steps": 4, "log_every": 2},
         "validation": {"every": 2, "prompts": ["a green seven"]},
         "checkpoint": {"every": 2},
+        "ema": {"post_hoc": {"every": 1, "keep": 4, "precision": "float32"}},
     }  # fmt: skip
 
 
@@ -60,6 +63,13 @@ def test_a_sharded_run_and_its_resume_end_where_a_data_parallel_run_does(lora: A
         off = ((found[name] - tensor).abs() > 0.02 * moved).float().mean()
         assert off < 0.05, name
     assert torch.isfinite(torch.stack([t.float().sum() for t in found.values()])).all()
+    kept, whole = (snapshots_in(tmp_path / name / "snapshots") for name in ("sharded", "plain"))
+    assert list(kept) == list(whole) == [Profile(update, std) for update in range(1, 5) for std in (0.05, 0.1)]
+    for profile, file in kept.items():
+        tensors, same = load_file(file), load_file(whole[profile])
+        assert tensors.keys() == same.keys()
+        off = torch.cat([((tensors[name] - same[name]).abs() > 0.02 * moved).flatten() for name in same])
+        assert off.float().mean() < 0.05, profile
     assert load_model(str(result)).is_student
     videos = {file.name for file in (tmp_path / "sharded" / "validation").glob("*.mp4")}
     assert videos >= {f"step-{step:06d}-{kind}.mp4" for step in (2, 4) for kind in ("ema", "student")}

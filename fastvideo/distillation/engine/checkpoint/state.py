@@ -16,7 +16,7 @@ from fastvideo.distillation.engine.parallel.sharding import local
 from fastvideo.distillation.engine.training import own_training, tensors_of, training_of
 
 JOINT = "::"
-NETWORK, EMA, OPTIMIZER, SCHEDULE = "network", "ema", "optimizer", "lr_scheduler"
+NETWORK, EMA, POWERS, OPTIMIZER, SCHEDULE = "network", "ema", "powers", "optimizer", "lr_scheduler"
 
 
 class Stateful(Protocol):
@@ -79,11 +79,13 @@ class RoleState:
 
     def state_dict(self) -> dict[str, Any]:
         """The live tensors, not copies."""
-        training, state = own_training(self.handle), {NETWORK: tensors_of(self.handle)}
+        training, state = own_training(self.handle), dict[str, Any]({NETWORK: tensors_of(self.handle)})
         if training is None:
             return state
         if training.ema is not None:
             state[EMA] = dict(training.ema)
+        if training.powers:
+            state[POWERS] = dict(training.powers)
         state[OPTIMIZER] = self._optimizer_state(training.optimizer)
         if training.lr_scheduler is not None:
             state[SCHEDULE] = training.lr_scheduler.state_dict()
@@ -102,8 +104,8 @@ class RoleState:
     def targets(self, index: Index) -> dict[str, Tensor]:
         """Memory for each stored tensor (by its name within the role) that this run uses, sharded as its own."""
         training, parameters = own_training(self.handle), self.handle.named_parameters()
-        averages = {} if training is None else training.ema or {}
-        live = split_state({NETWORK: tensors_of(self.handle), EMA: averages})[0]
+        averages = {} if training is None else {EMA: training.ema or {}, POWERS: training.powers}
+        live = split_state({NETWORK: tensors_of(self.handle), **averages})[0]
         found: dict[str, Tensor] = {}
         for name, stored in index.items():
             kind, *path = name.split(JOINT)
@@ -140,6 +142,8 @@ class RoleState:
         if training.ema is not None:
             # A run that begins to average here starts from the live weights.
             fill(training.ema, state.get(EMA, state[NETWORK]))
+        for name, power in training.powers.items():
+            fill(power, state[POWERS][name])
         self._load_optimizer(training.optimizer, state[OPTIMIZER])
         if training.lr_scheduler is not None:
             training.resume_schedule(state[SCHEDULE])

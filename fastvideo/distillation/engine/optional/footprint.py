@@ -94,7 +94,8 @@ def role_bytes(
     shard = 1 if packed else shard
     own, trained = own_parameters(handle, handle.network), handle.named_parameters()
     kept = [*(own if holds else ()), *(trained.values() if handle.shares_network else ())]
-    averages = {} if (training := own_training(handle)) is None else training.ema or {}
+    training = own_training(handle)
+    averages = [] if training is None else [training.ema or {}, *training.powers.values()]
     moving = [p for name, p in trained.items() if not (idle and name.startswith(f"{idle}."))]
     return RoleBytes(
         name=handle.name,
@@ -105,7 +106,9 @@ def role_bytes(
         gradients=sum(local_numel(p, shard) * FLOAT32 for p in moving),
         # torch makes moments with a parameter's first gradient, 8-bit ones are made for all before the first step.
         optimizer=optimizer_bytes(trained.values() if states == "8bit" else moving, shard, states),
-        average=sum(local_numel(a, shard if n in trained else 1) * a.element_size() for n, a in averages.items()),
+        average=sum(
+            local_numel(a, shard if n in trained else 1) * a.element_size() for one in averages for n, a in one.items()
+        ),
     )
 
 
