@@ -13,7 +13,8 @@ import tyro
 from fastvideo.cli.arguments import INT, OptionalPath, OptionalSteps, Switch, parse
 from fastvideo.cli.console import console
 from fastvideo.errors import UserError
-from fastvideo.ranges import BatchSize, PositiveInt, RelativeDeviation, Samples, Seed
+from fastvideo.ranges import PositiveInt, RelativeDeviation, Seed
+from fastvideo.sampling_ranges import BatchSize, Samples
 
 if TYPE_CHECKING:
     from rich.table import Table
