@@ -172,6 +172,20 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
+class HandText:
+    """Cross-attention of a layer, by hand: the keys of the one prompt are computed in the first call."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, attn: Any, hidden_states: Tensor, text: Tensor, *_: Any, **__: Any) -> Tensor:
+        heads = (attn.heads, -1)
+        if self.kept is None:
+            self.kept = attn.norm_k(attn.to_k(text)).unflatten(2, heads), attn.to_v(text).unflatten(2, heads)
+        mixed = dispatch_attention_fn(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads), *self.kept)
+        return attn.to_out[1](attn.to_out[0](mixed.flatten(2, 3)))
+
+
 class HandLoop:
     """A stream by hand: diffusers' network and decoder, window 8 + sink 1, chunks of one latent frame."""
 
@@ -189,6 +203,7 @@ class HandLoop:
         }
         for block in self.network.blocks:
             block.attn1.set_processor(HandAttention(self))
+            block.attn2.set_processor(HandText())
 
     def call(self, x: Tensor, t: float) -> Tensor:
         return self.network(x, torch.full((1,), 1000 * t), self.text, return_dict=False)[0]

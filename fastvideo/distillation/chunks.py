@@ -139,6 +139,8 @@ class Past:
         pieces: those that the next chunk sees, oldest first.
         length: frames committed so far, seen or not.
         maker: network and adapter that committed them; ``None`` for an empty one, and for one of a checkpoint.
+        texts: what the family keeps of the prompts of the latest commit for the calls that follow; good until the
+            weights change.
         derived: what the family makes of a past for all calls on it, such as positions; a new past begins without.
     """
 
@@ -146,6 +148,7 @@ class Past:
     pieces: tuple[Piece, ...] = ()
     length: int = 0
     maker: Any = field(default=None, compare=False, repr=False)
+    texts: Any = field(default=None, compare=False, repr=False)
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def add(self, piece: Piece) -> Past:

@@ -28,7 +28,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import PipelineConfig, P
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.adapters.diffusers.stored_texts import STORED, DiffusersConditioner
 from fastvideo.distillation.adapters.diffusers.teacher_forced import teacher_forced
-from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view
+from fastvideo.distillation.adapters.diffusers.view import Table, View, axis_table, check_causal, next_view, paired
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, Span
 from fastvideo.distillation.config.sections import Level
 from fastvideo.distillation.frames import latent_frames
@@ -274,12 +274,14 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
     ) -> Tensor:
         if isinstance(context, Masked):
             return teacher_forced(self, network, x_t, t, condition, context)
-        positions = _rotary(network, x_t) if context is None else next_view(context, x_t, RotaryGrid.of(network, x_t))
+        if context is None:
+            return self._call(network, x_t, t, condition, _rotary(network, x_t), r)
+        positions = next_view(network, context, x_t, RotaryGrid.of(network, x_t))
         return self._call(network, x_t, t, condition, positions, r)
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         taken: list[tuple[Tensor, ...]] = []
-        view = replace(next_view(past, x0, RotaryGrid.of(network, x0)), taken=taken)
+        view = replace(next_view(network, past, x0, RotaryGrid.of(network, x0)), taken=taken)
         self._call(network, x0, full_time(x0, t), condition, view)
         return past.add(Piece(past.length, x0, tuple(taken)))
 
@@ -289,7 +291,7 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         x_t: Tensor,
         t: Tensor,
         condition: Condition,
-        positions: Table | View | None,
+        positions: Halves | View | None,
         r: Tensor | None = None,
     ) -> Tensor:
         if t.ndim != 1:
@@ -309,12 +311,16 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
         return grid.flow_velocity(x_t, x, t, v.float().transpose(1, 2))
 
 
+Halves = tuple[Tensor, Tensor]
+"""Cosines and sines ``[tokens, D]``, as CogVideoX takes them."""
+
+
 @dataclass(frozen=True)
 class RotaryGrid:
     """Tokens of a patch's frames, and their rotary embedding, of which time is the first quarter of the channels."""
 
-    frame: Table
-    """Cosines and sines ``[tokens, D]`` of the first frame."""
+    frame: Tensor
+    """Cosines and sines ``[tokens, D / 2, 2]`` of the first frame."""
     step: int
     """Latent frames of a patch: 2 in CogVideoX 1.5."""
 
@@ -333,28 +339,23 @@ class RotaryGrid:
             )
         if x.shape[2] % step:
             raise UserError(f"reach.chunk: patches of CogVideoX 1.5 span {step} latent frames, got {x.shape[2]}")
-        return cls(frame, step)
+        return cls(paired(*frame), step)
 
     def span(self, frames: Span) -> Span:
         """Frames in tokens."""
-        tokens = len(self.frame[0])
+        tokens = len(self.frame)
         return frames[0] // self.step * tokens, frames[1] // self.step * tokens
 
     def table(self, positions: tuple[int, ...], device: torch.device) -> Table:
         """Rotation of every token of frames at these positions, without an end."""
         at = tuple(position // self.step for position in positions[:: self.step])
-        times = axis_table(self.frame[0].shape[1] // 4, at)
-        cos, sin = (self._spread(time.to(device), own) for time, own in zip(times, self.frame, strict=True))
-        return cos, sin
-
-    def _spread(self, time: Tensor, frame: Tensor) -> Tensor:
-        """Values ``[n, D / 4]`` of the times beside those of every token of a frame, as ``[1, n * tokens, 1, D]``."""
-        shape, width = (len(time), len(frame), -1), time.shape[1]
-        both = torch.cat([time[:, None].expand(shape), frame[None, :, width:].expand(shape)], dim=-1)
+        time = axis_table(self.frame.shape[1] // 2, at).to(device)
+        shape, width = (len(time), len(self.frame), -1, 2), time.shape[1]
+        both = torch.cat([time[:, None].expand(shape), self.frame[None, :, width:].expand(shape)], dim=2)
         return both.flatten(0, 1)[None, :, None]
 
 
-def _rotary(network: nn.Module, x: Tensor, frames: int | None = None) -> Table | None:
+def _rotary(network: nn.Module, x: Tensor, frames: int | None = None) -> Halves | None:
     """Rotary embedding of latents ``[B, C, F, H, W]``, or of ``frames`` patches of that size; ``None`` without one."""
     config: Any = network.config
     if not config.use_rotary_positional_embeddings:
@@ -369,7 +370,7 @@ def _rotary(network: nn.Module, x: Tensor, frames: int | None = None) -> Table |
 @torch.inference_mode(False)
 def _rotary_table(
     width: int, base: tuple[int, int], grid: tuple[int, int, int], sliced: bool, device: torch.device
-) -> Table:
+) -> Halves:
     """The table of ``CogVideoXPipeline``: 1.0 stretches the trained size over ``grid``, 1.5 cuts from it (sliced)."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid

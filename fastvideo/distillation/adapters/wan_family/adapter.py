@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
+from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, read_index
+from fastvideo.distillation.adapters.diffusers.text_keys import TextKeys, knowing, reads_text
 from fastvideo.distillation.adapters.diffusers.view import Grid, View, check_causal, next_view, seeing, view_of
 from fastvideo.distillation.adapters.wan import SPEC, TIME_UNITS, WanAdapter, WanConfig, WanFolder
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
@@ -28,6 +30,9 @@ from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_r
 from fastvideo.distillation.experts import Experts, boundary_between, boundary_of, networks_of
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
+
+TEXT_EMBEDDER = "condition_embedder.text_embedder"
+"""Module that makes of a prompt what cross-attention reads."""
 
 
 class WanFamily(DiffusersAdapter[WanConfig], WanAdapter):
@@ -66,14 +71,25 @@ class WanFamily(DiffusersAdapter[WanConfig], WanAdapter):
     ) -> Tensor:
         if isinstance(context, Masked):
             return self._masked(network, x_t, t, condition, context)
-        view = None if context is None else next_view(context, x_t, Grid.of(network, x_t))
-        return self._call(network, x_t, t, condition, view, r)
+        if context is None:
+            return self._call(network, x_t, t, condition, r=r)
+        keys = None if torch.is_grad_enabled() else self._text_keys(network, context, x_t, condition)
+        view = next_view(network, context, x_t, Grid.of(network, x_t))
+        return self._call(network, x_t, t, condition, view, r, keys if keys and keys.layers else None)
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         taken: list[tuple[Tensor, ...]] = []
-        view = replace(next_view(past, x0, Grid.of(network, x0)), taken=taken)
-        self._call(network, x0, full_time(x0, t), condition, view)
-        return past.add(Piece(past.length, x0, tuple(taken)))
+        view = replace(next_view(network, past, x0, Grid.of(network, x0)), taken=taken)
+        keys = self._text_keys(network, past, x0, condition)
+        self._call(network, x0, full_time(x0, t), condition, view, keys=keys)
+        return replace(past.add(Piece(past.length, x0, tuple(taken))), texts=keys)
+
+    def _text_keys(self, network: nn.Module, past: Past, x: Tensor, condition: Condition) -> TextKeys | None:
+        """Keys of the prompts that a commit kept, or new ones; ``None`` if the network keeps none."""
+        own, casts = condition.of(self.conditioner.key), self._casts(network, x)
+        if past.texts is not None and past.texts.are_of(own[TEXT], casts):
+            return past.texts  # type: ignore[no-any-return]
+        return None if IMAGE_EMBEDS in own or not reads_text(network, SPEC.blocks) else TextKeys(own[TEXT], casts)
 
     def _masked(self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, context: Masked) -> Tensor:
         """All chunks at once, the noisy half of ``[clean, noisy]`` under teacher forcing."""
@@ -94,13 +110,14 @@ class WanFamily(DiffusersAdapter[WanConfig], WanAdapter):
         condition: Condition,
         view: View | None = None,
         r: Tensor | None = None,
+        keys: TextKeys | None = None,
     ) -> Tensor:
         if view is not None:
             check_causal(network, SPEC.blocks)
         span = None if r is None else t - r
         if span is not None and t.ndim == 2:
             span = _per_token(span, x_t, network)
-        with self._reading(network, span), seeing(network, view):
+        with self._reading(network, span), seeing(network, view), knowing(network, TEXT_EMBEDDER, keys):
             return super().velocity(network, x_t, t, condition)
 
     def _inputs(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, ...]:
@@ -139,11 +156,12 @@ class WanFamilyFolder(DiffusersFolder[WanConfig], WanFolder):
         return (*parts, SECOND) if experts_in(source) > 1 else parts
 
     def _ready(self, network: Any, path: str | None) -> nn.Module:
-        """With self-attention that takes causal calls, and computes the others as the stock one does."""
-        from fastvideo.distillation.adapters.diffusers.view_attention import ViewAttention
+        """With attention that takes causal calls, and computes the others as the stock one does."""
+        from fastvideo.distillation.adapters.diffusers.view_attention import TextAttention, ViewAttention
 
         for layer, block in enumerate(network.blocks):
             block.attn1.set_processor(ViewAttention(layer))
+            block.attn2.set_processor(TextAttention(layer))
         return super()._ready(network, path)
 
     def _joined(self, networks: Sequence[nn.Module], path: str | None) -> nn.Module:

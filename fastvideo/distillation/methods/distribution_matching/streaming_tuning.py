@@ -52,7 +52,8 @@ class StreamingTuningMethod(SelfForcingMethod):
         stream, new = self.extended(before, self.new_frames(before, batch))
         count = self.window(batch, stream.length)
         frames = torch.cat([before.latents, new], dim=2)[:, :, -(LEAD + count) :]
-        self.keeper.stream = replace(stream, latents=frames.detach())
+        past = replace(stream.past, texts=None)  # the weights change before the next step
+        self.keeper.stream = replace(stream, latents=frames.detach(), past=past)
         window, up_to_it = frames[:, :, -count:], frames[:, :, : frames.shape[2] - count + 1]
         start = stream.length - count
         condition = frames_of(stream.condition, start, stream.length)

@@ -65,6 +65,18 @@ def test_a_stream_goes_on_from_step_to_step_until_its_end() -> None:
     assert len(adapter.of(method.student)) == len(adapter.commits) == 4 + 3 + 3 + 4 + 3
 
 
+def test_a_stream_keeps_nothing_of_texts_for_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family's commits may keep what it made of the prompts; the student has learnt when the next step comes."""
+    adapter = spy_of(4)
+    commit = adapter.commit
+    monkeypatch.setattr(adapter, "commit", lambda *arguments: replace(commit(*arguments), texts="keys"))
+    method = tuning(adapter, Exit(0))
+    method.sample(prompts(adapter))
+    assert method.keeper.stream is not None
+    assert method.keeper.stream.past.length == 4
+    assert method.keeper.stream.past.texts is None
+
+
 class Remembering(AnalyticCodec):
     """A causal decoder: every frame keeps two fifths of the one before."""
 

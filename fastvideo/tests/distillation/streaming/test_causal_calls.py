@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -99,13 +100,77 @@ def test_calls_on_one_past_share_its_view(student: Denoiser, condition: Conditio
     """Their tables are computed once, and never serve another past or another size of chunk."""
     grid, x = Grid(2, 2, (16, 16, 16)), draw(2)
     past = student.commit(Past(Reach(2, positions="absolute")), x, condition)
-    view = next_view(past, x, grid)
-    assert next_view(past, draw(2, seed=1), grid) is view
-    later = next_view(replace(past, length=4), x, grid)
+    view = next_view(student.network, past, x, grid)
+    assert next_view(student.network, past, draw(2, seed=1), grid) is view
+    later = next_view(student.network, replace(past, length=4), x, grid)
     assert view.table is not None
     assert later.table is not None
-    assert not torch.equal(later.table[0], view.table[0])
-    assert next_view(past, draw(1), grid).parts[0].queries == (0, 4)
+    assert not torch.equal(later.table, view.table)
+    assert next_view(student.network, past, draw(1), grid).parts[0].queries == (0, 4)
+
+
+def keys_made(student: Denoiser, layer: int = 0) -> Any:
+    """Grows by one for each call that computes keys of its prompts."""
+    made: list[int] = []
+    student.network.blocks[layer].attn2.to_k.register_forward_hook(lambda *_: made.append(layer))
+    return made
+
+
+def test_keys_of_the_prompts_are_made_once(adapter: WanFamily, condition: Condition) -> None:
+    """By the first commit, for all calls without gradient behind it, and to the bit those of a call of its own."""
+    student, x, t = Denoiser(adapter, adapter.folder.load_network()), draw(1), torch.tensor([0.7, 0.4])
+    made = keys_made(student)
+    past = student.commit(student.commit(Past(Reach(1)), x, condition), draw(1, seed=1), condition)
+    with torch.no_grad():
+        found = student.velocity(x, t, condition, context=past)
+        assert len(made) == 1
+        assert torch.equal(student.velocity(x, t, condition, context=replace(past, texts=None)), found)
+    assert len(made) == 2
+
+
+def test_kept_keys_serve_no_other_prompt_and_no_gradient(adapter: WanFamily, condition: Condition) -> None:
+    student, x, t = Denoiser(adapter, adapter.folder.load_network()), draw(1), torch.tensor([0.7, 0.4])
+    other = adapter.conditioner.encode_prompts(["a green nine moving left", "blue two"])
+    past = student.commit(Past(Reach(1)), x, condition)
+    with torch.no_grad():
+        found = student.velocity(x, t, other, context=past)
+        assert torch.equal(found, student.velocity(x, t, other, context=replace(past, texts=None)))
+        assert student.commit(past, x, other).texts.text is other.of(adapter.conditioner.key)["prompt_embeds"]
+    student.network.requires_grad_(True)
+    student.velocity(x, t, condition, context=past).square().mean().backward()
+    assert student.network.blocks[0].attn2.to_k.weight.grad.abs().sum() > 0
+
+
+def test_a_foreign_processor_of_text_keeps_no_keys(adapter: WanFamily, condition: Condition) -> None:
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    student, x = Denoiser(adapter, adapter.folder.load_network()), draw(1)
+    expected = student.commit(Past(Reach(1)), x, condition)
+    student.network.blocks[1].attn2.set_processor(WanAttnProcessor())
+    found = student.commit(Past(Reach(1)), x, condition)
+    assert (expected.texts is None, found.texts) == (False, None)
+    assert torch.equal(found.pieces[0].layers[3][0], expected.pieces[0].layers[3][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_rotation_is_the_stock_one(dtype: torch.dtype) -> None:
+    """To the bit, and so is its gradient; compiled code multiplies the pairs one by one."""
+    table = Grid(2, 2, (16, 16, 16)).table((0, 3, 4), torch.device("cpu"))
+    cos, sin = (half.repeat_interleave(2, -1) for half in table.unbind(-1))
+    x, weight = (torch.randn(2, 12, 4, 48, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+
+    def stock(x: Tensor) -> Tensor:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-second, first], dim=-1).flatten(-2)
+        return (x * cos + turned * sin).type_as(x)
+
+    for turn in (lambda x: rotate(x, table), torch.compile(lambda x: rotate(x, table), backend="eager")):
+        own, theirs = (x.clone().requires_grad_() for _ in range(2))
+        found, expected = turn(own), stock(theirs)
+        assert torch.equal(found, expected)
+        for value in (found, expected):
+            (value * weight).sum().backward()
+        assert torch.equal(own.grad, theirs.grad) or dtype == torch.bfloat16
 
 
 def test_a_call_leaves_the_network_as_it_was(student: Denoiser, condition: Condition) -> None:
