@@ -145,10 +145,11 @@ def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
     """
     from fastvideo.data.footage import rate_of
     from fastvideo.data.video_io import FPS, video_format
+    from fastvideo.distillation.sound import SoundingCodec
 
-    own = model.adapter.codec.sounding_rate
-    if own is None:
+    if not isinstance(codec := model.adapter.codec, SoundingCodec):
         return arguments.fps or FPS
+    own = codec.sounding_rate
     if arguments.fps not in (None, own):
         raise UserError(f"--fps {arguments.fps}: sound and pictures of this model fit at {own:g}: leave --fps out")
     exact = rate_of(own)

@@ -19,7 +19,7 @@ from fastvideo.data.faults import VideoError
 from fastvideo.data.schema import LATENT, METADATA_KEY, TEXT, Floats, schema_with, tensor_columns
 from fastvideo.data.sound_io import read_sound
 from fastvideo.distillation.adapters.base import Codec, Conditioner
-from fastvideo.distillation.sound import Sound
+from fastvideo.distillation.sound import Sound, SoundingCodec
 from fastvideo.distillation.types import UserError
 from fastvideo.errors import counted
 from fastvideo.files import replacing
@@ -37,21 +37,23 @@ def encode_clip(clip: Clip, video: Video, codec: Codec, conditioner: Conditioner
 
     Encodes one clip at a time, so that a row depends on its video alone.
     """
-    videos, fps = clip.tensor[None], codec.sounding_rate
-    sound = None if fps is None else sound_of(clip, video, fps, codec)
-    latents = codec.encode(videos)
-    if sound is not None:
-        latents = codec.with_sound(latents, sound)
+    videos = clip.tensor[None]
+    if isinstance(codec, SoundingCodec):
+        sound = sound_of(clip, video, codec)
+        latents = codec.with_sound(codec.encode(videos), sound)
+    else:
+        latents = codec.encode(videos)
     tensors = {LATENT: latents, **conditioner.encode_stored(videos, [video.caption])}
     return {name: value[0].float().cpu() for name, value in tensors.items()}
 
 
-def sound_of(clip: Clip, video: Video, fps: float, codec: Codec) -> Sound:
+def sound_of(clip: Clip, video: Video, codec: SoundingCodec) -> Sound:
     """The sound of a clip, for a model whose videos have one.
 
     Raises:
         VideoError: if there is none, or it does not fit the pictures at the model's frame rate.
     """
+    fps = codec.sounding_rate
     if clip.still:
         raise VideoError("an image has no sound: the model needs videos with sound")
     if abs(clip.fps - fps) > RATE_ERROR * fps:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastvideo.distillation.sample import SamplerSpec
-from fastvideo.distillation.sound import Sound
+from fastvideo.distillation.sound import Sound, SoundingCodec
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.progress import PatientBar
 from fastvideo.inference.sampler import Sampling, sample_latents
@@ -52,4 +52,5 @@ def generate_clip(
         wanted = Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames)
         latents = sample_latents(model.adapter, model.denoiser, wanted, bar)
     codec, latents = model.adapter.codec, latents.to(model.adapter.device)
-    return Clip(codec.decode(latents)[0].float().cpu().clamp(-1, 1), codec.decode_sound(latents))
+    sound = codec.decode_sound(latents) if isinstance(codec, SoundingCodec) else None
+    return Clip(codec.decode(latents)[0].float().cpu().clamp(-1, 1), sound)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fastvideo.distillation.chunks import Past
     from fastvideo.distillation.parts import Parts
     from fastvideo.distillation.scaling import Scaling, StoredTensor
-    from fastvideo.distillation.sound import Sound
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
 Shape = tuple[int | None, ...]
@@ -106,24 +105,6 @@ class Codec(ABC):
             UserError: for a family that decodes whole videos only.
         """
         raise UserError(f"{type(self).__name__} decodes whole videos: this family has no streams")
-
-    @property
-    def sounding_rate(self) -> float | None:
-        """Frames per second at which videos and their sound are of one length; ``None`` for pictures alone."""
-        return None
-
-    @property
-    def sound_format(self) -> tuple[int, int]:
-        """Samples per second and channels of sounds that are encoded, for a family with sound."""
-        raise NotImplementedError(f"{type(self).__name__}.sounding_rate promises it")
-
-    def with_sound(self, latents: Tensor, sound: Sound) -> Tensor:
-        """Latents of videos with those of their sound, for a family with sound."""
-        raise NotImplementedError(f"{type(self).__name__}.sounding_rate promises it")
-
-    def decode_sound(self, latents: Tensor) -> Sound | None:
-        """Sound of normalised latents, without gradient; ``None`` for a family of pictures alone."""
-        return None
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise the VAE's raw latents, on any device: published datasets hold these.

@@ -13,7 +13,7 @@ from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec, comp
 from fastvideo.distillation.adapters.diffusers.pipeline import library_class
 from fastvideo.distillation.adapters.ltx2.config import AUDIO_VAE, SPECTRUM, parts_of
 from fastvideo.distillation.parts import Parts
-from fastvideo.distillation.sound import Sound
+from fastvideo.distillation.sound import Sound, SoundingCodec
 
 WINDOW = 1024
 """Samples of a spectrogram's window, at 16 kHz; the authors' code, not a checkpoint, says so."""
@@ -21,7 +21,7 @@ FLOOR = 1e-5
 """Least magnitude in a spectrogram."""
 
 
-class LTX2Codec(DiffusersCodec):
+class LTX2Codec(DiffusersCodec, SoundingCodec):
     """``AutoencoderKLLTX2Video`` and ``AutoencoderKLLTX2Audio``. A video that comes without sound has silence."""
 
     @cached_property
