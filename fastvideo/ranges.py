@@ -27,6 +27,8 @@ Seconds = Annotated[float, Interval(ge=0, le=1e8)]
 Pixels = Annotated[int, Interval(ge=1, le=16_384)]
 Frames = Annotated[int, Interval(ge=1, le=100_000)]
 Tokens = Annotated[int, Interval(ge=1, le=100_000)]
+Steps = Annotated[int, Interval(ge=1, le=10_000)]
+"""Network calls of a sampler."""
 Threads = Annotated[int, Interval(ge=0, le=1024)]
 Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 """Processes of a run."""

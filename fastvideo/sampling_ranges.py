@@ -12,8 +12,6 @@ WrittenRate = Annotated[int, Interval(ge=1, le=1000)]
 """Frames per second of a file that is written."""
 Scale = Annotated[int, Interval(ge=1, le=64)]
 """Enlargement of every pixel."""
-Steps = Annotated[int, Interval(ge=1, le=10_000)]
-"""Network calls of a sampler."""
 BatchSize = Annotated[int, Interval(ge=1, le=65_536)]
 Width = Annotated[int, Interval(ge=1, le=65_536)]
 """Width of a layer, or rank of a change to it."""

@@ -12,8 +12,8 @@ import tyro
 from annotated_types import Interval
 
 from fastvideo.errors import UserError
-from fastvideo.ranges import Frames, GuidanceScale, Pixels, Tokens
-from fastvideo.sampling_ranges import Steps, WrittenRate
+from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens
+from fastvideo.sampling_ranges import WrittenRate
 from fastvideo.wording import see
 
 T = TypeVar("T")

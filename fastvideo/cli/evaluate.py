@@ -22,8 +22,8 @@ from fastvideo.cli.arguments import (
 )
 from fastvideo.cli.console import console as standard_output
 from fastvideo.errors import UserError
-from fastvideo.ranges import GuidanceScale, Seed
-from fastvideo.sampling_ranges import ON_SWITCH, BatchSize, HeldOut, OnSwitch, Samples, Steps
+from fastvideo.ranges import GuidanceScale, Seed, Steps
+from fastvideo.sampling_ranges import ON_SWITCH, BatchSize, HeldOut, OnSwitch, Samples
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,6 @@ import tyro
 
 from fastvideo.cli.arguments import OptionalSteps, parse
 from fastvideo.cli.console import console
-from fastvideo.distillation.grids import uniform_ladder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,6 +81,7 @@ def stock_ladder(config: Config, steps: int | None) -> str:
     Raises:
         UserError: for a family without a diffusers pipeline, or steps that its schedulers cannot take.
     """
+    from fastvideo.distillation.grids import uniform_ladder
     from fastvideo.distillation.registry import load_exporter, load_method
 
     wanted = config.ladder.times if steps is None else uniform_ladder(steps).times

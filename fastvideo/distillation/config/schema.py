@@ -21,8 +21,8 @@ from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.scaling import Quantise
 from fastvideo.errors import UserError
-from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed
-from fastvideo.sampling_ranges import BatchSize, HeldOut, Repeats, Samples, Steps, Width, WrittenRate
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed, Steps
+from fastvideo.sampling_ranges import BatchSize, HeldOut, Repeats, Samples, Width, WrittenRate
 from fastvideo.storage import is_remote
 
 

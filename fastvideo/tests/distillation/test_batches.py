@@ -7,7 +7,8 @@ import torch
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConditioner, AnalyticConfig
 from fastvideo.distillation.batches import BatchPreparer
-from fastvideo.distillation.types import Condition, RawBatch
+from fastvideo.distillation.caption_dropout import without_captions
+from fastvideo.distillation.types import Batch, Condition, RawBatch
 
 
 class Doubled(AnalyticConditioner):
@@ -46,7 +47,7 @@ def test_rows_and_drops_act_on_every_family(conditioners: list[AnalyticCondition
         conditioners[0].encode_prompts(prompts) | conditioners[1].encode_prompts(prompts)
         for prompts in (("1", "3"), ("", ""))
     )
-    mixed = text.where(torch.tensor([False, True]), null)
+    mixed = without_captions(Batch((2, 1, 1, 1, 1), text, null), torch.tensor([False, True]))
     assert [mixed.of(key)["shift"].tolist() for key in ("analytic", "doubled")] == [[0.0, 3.0], [0.0, 6.0]]
     assert [text.rows(slice(1, 2)).of(key)["shift"].tolist() for key in ("analytic", "doubled")] == [[3.0], [6.0]]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
+from fastvideo.distillation.caption_dropout import without_captions
 from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.base import DistillMethod
@@ -217,7 +218,8 @@ def test_given_frames_travel_with_the_condition() -> None:
     assert joined.given is given
     assert set(joined.tensors) == {"a", "b"}
     assert (Condition({}, given) | text).given is given
-    dropped = replace(text, given=given).where(torch.tensor([True, False, True]), replace(other, given=given))
+    batch = Batch(shape, replace(text, given=given), replace(other, given=given))
+    dropped = without_captions(batch, torch.tensor([True, False, True]))
     assert dropped.given is given
     rows = replace(text, given=given).rows(slice(1, 3))
     assert rows.given is not None

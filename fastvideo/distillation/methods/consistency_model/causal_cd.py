@@ -24,8 +24,7 @@ from fastvideo.distillation.noise import add_noise, expand_time
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, RoleLoss
-from fastvideo.ranges import Beta, LearningRate, PositiveFloat
-from fastvideo.sampling_ranges import Steps
+from fastvideo.ranges import Beta, LearningRate, PositiveFloat, Steps
 
 
 class CausalCDConfig(CausalOptions, OptimizerOptions):

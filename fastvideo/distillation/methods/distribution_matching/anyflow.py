@@ -23,8 +23,7 @@ from fastvideo.distillation.noise import add_noise, full_time, shift_time, veloc
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from fastvideo.sampling_ranges import Steps
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Steps
 
 
 class AnyFlowPretrainConfig(FlowMapLossConfig, OptimizerOptions):

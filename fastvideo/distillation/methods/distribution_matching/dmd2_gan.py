@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.denoiser import Family
-from fastvideo.distillation.features import widths_of, x0_guided_and_features
+from fastvideo.distillation.features import x0_guided_and_features
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
@@ -62,7 +62,7 @@ class DMD2GANMethod(DMD2Method):
     @classmethod
     def heads(cls, config: DMD2Config, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         assert isinstance(config, DMD2GANConfig)
-        return {"discriminator": Adversary.build(config, widths_of(families[config.features_of]))}
+        return {"discriminator": Adversary.build(config, families[config.features_of])}
 
     @classmethod
     def uses_latents(cls, config: DMD2Config) -> bool:

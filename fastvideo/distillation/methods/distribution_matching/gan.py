@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastvideo.distillation.bundle import RoleHandle, frozen
 from fastvideo.distillation.config.base import MethodConfig
+from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.methods.distribution_matching.discriminator import Discriminator, taps_at
 from fastvideo.distillation.noise import add_noise
@@ -72,8 +73,9 @@ class Adversary:
         self.taps = taps_at(config.feature_depths, len(widths_of(backbone.adapter)))
 
     @staticmethod
-    def build(config: AdversaryConfig, widths: Sequence[int]) -> nn.Module:
-        """Network of the discriminator for a backbone with these token widths."""
+    def build(config: AdversaryConfig, family: Family) -> nn.Module:
+        """Network of the discriminator for a backbone of a family."""
+        widths = widths_of(family)
         return Discriminator([widths[tap] for tap in taps_at(config.feature_depths, len(widths))], config.head_width)
 
     @property
@@ -89,8 +91,12 @@ class Adversary:
         """Logits ``[B, taps]`` of a backbone's tokens."""
         return self.heads.network(features, t, condition.given)  # type: ignore[no-any-return]
 
+    def judge(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits of noised latents."""
+        return self.logits(features(self.backbone, x_t, t, condition, self.taps), t, condition)
+
     def see(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Logits of noised latents, without gradient to latents or backbone."""
+        """:meth:`judge` without gradient to latents or backbone."""
         with torch.no_grad():
             tokens = features(self.backbone, x_t, t, condition, self.taps)
         return self.logits(tokens, t, condition)

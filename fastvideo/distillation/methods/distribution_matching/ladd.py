@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Guidance, OptimizerConfig, Shares, TimeRange
 from fastvideo.distillation.denoiser import Family
-from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
@@ -26,8 +25,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Rungs, few_step
 from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat
-from fastvideo.sampling_ranges import Steps
+from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
 class LADDConfig(AdversaryConfig):
@@ -99,7 +97,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
 
     @classmethod
     def heads(cls, config: LADDConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
-        return {"discriminator": Adversary.build(config, widths_of(families["teacher"]))}
+        return {"discriminator": Adversary.build(config, families["teacher"])}
 
     @classmethod
     def uses_latents(cls, config: LADDConfig) -> bool:
@@ -153,8 +151,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
         t = self.times(len(x0))
         x_t = add_noise(x0, self.rng.normal_like(x0), t)
         with self.adversary.frozen():
-            tokens = features(self.teacher, x_t, t, batch.condition, self.adversary.taps)
-            logits = self.adversary.logits(tokens, t, batch.condition)
+            logits = self.adversary.judge(x_t, t, batch.condition)
         return RoleLoss("student", generator_loss(logits, self.config.gan_loss), frozen=self.adversary.roles)
 
     def times(self, count: int) -> Tensor:

@@ -29,8 +29,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Velocity
 from fastvideo.distillation.tangent import consistency_error, consistency_tangent, sample_warmup_tangent, trig_field
 from fastvideo.distillation.types import Batch, Need, RoleLoss
-from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat
-from fastvideo.sampling_ranges import Steps
+from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
 class RCMConfig(ForcedOptions, DMD2Config, DerivativeConfig):

@@ -18,8 +18,7 @@ from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rollout import SamplerKind
 from fastvideo.distillation.trajectory import Trajectory, TrajectoryKind
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
-from fastvideo.ranges import LearningRate
-from fastvideo.sampling_ranges import Steps
+from fastvideo.ranges import LearningRate, Steps
 
 TOLERANCE = 1e-6
 """Largest difference of a stored state's time from the ladder's: float32 rounding."""
