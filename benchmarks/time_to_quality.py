@@ -40,6 +40,7 @@ from torch import Tensor
 from fastvideo.distillation.builder import Config, Method, build_adapter, build_families, build_on
 from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile
 from fastvideo.distillation.engine.optional.snapshots import Snapshots, averaged
+from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.session import Session
 from fastvideo.distillation.engine.training import tensors_of, training_of
 from fastvideo.distillation.rollout import Ladder
@@ -188,7 +189,7 @@ def train(run: Run, config: Config, session: Session, trainer: DistillTrainer, a
     conditioners = conditioners_of([role.adapter for role in bundle])
     data, _ = build_data(config, bundle["student"].adapter, session.processes, conditioners[1:])
     encode_ahead(config, conditioners, data, 0)
-    snapshots = trainer.runtime.snapshots(None)
+    snapshots = Saving(trainer.runtime).snapshots(config.ema.post_hoc, None)
     keeper = Keeper(run, trainer, ahead, snapshots)
     trainer.hooks = (*snapshots, keeper)
     trainer.run(data)
