@@ -86,6 +86,15 @@ def test_mistakes_are_one_sentence_and_write_nothing(finished: Path, tmp_path: P
     )
 
 
+@pytest.mark.parametrize("words", [("--steps", "1"), ("--prompts", "512"), ("--seed", "0"), ("--batch-size", "4")])
+def test_what_measures_nothing_is_refused_without_choose(words: tuple[str, str], finished: Path, capsys: Any) -> None:
+    """The defaults too: given, they are meant."""
+    message = refused(capsys, finished, "--std", "0.1", *words)
+    assert f"{words[0]} is for --choose" in message
+    assert "leave it out, or add --choose" in message
+    assert not list(finished.glob("averaged*"))
+
+
 def test_a_family_without_a_pipeline_is_refused(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "config.yaml").write_text("distill_model: analytic\n")
     assert "'analytic', which has no pipeline" in refused(capsys, tmp_path, "--std", "0.1")
