@@ -98,11 +98,10 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
     check_free(out, arguments.overwrite)
     for std in arguments.std:
         check_fit(run, std)
-    rows: list[Measured] = []
     size, stds, prompts = arguments.batch_size or BATCH_SIZE, arguments.std or run.widths, arguments.prompts or PROMPTS
-    for row in measure_averages(run, stds, prompts=prompts, seed=arguments.seed or 0, batch_size=size):
-        _check_steps(row, arguments.steps)
-        rows.append(row)
+    seed = arguments.seed or 0
+    measured = measure_averages(run, stds, steps=arguments.steps, prompts=prompts, seed=seed, batch_size=size)
+    rows = list(measured)
     steps = arguments.steps or max(rows[0].frechet)
     best = min((row for row in rows if row.std is not None), key=lambda row: row.frechet[steps].value)
     assert best.std is not None
@@ -113,11 +112,6 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
     if own and own[0].frechet[steps].value <= best.frechet[steps].value:
         print(f"the run's own result, {beside(run, OWN)}, is as good")
     print(f"figures to report, on held-out prompts: fastvideo evaluate {shlex.quote(str(out))}")
-
-
-def _check_steps(row: Measured, steps: int | None) -> None:
-    if steps is not None and steps not in row.frechet:
-        raise UserError(f"--steps {steps}: this student is measured at {' or '.join(map(str, row.frechet))}")
 
 
 def table(rows: Sequence[Measured], best: Measured, title: str) -> Table:

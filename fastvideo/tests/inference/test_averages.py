@@ -16,6 +16,7 @@ from fastvideo.cli import main
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.optional.profiles import Profile
 from fastvideo.distillation.engine.optional.snapshots import averaged, snapshots_in
+from fastvideo.evaluation import averages as evaluation
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import experts_folder, wan_config, wan_folder
 from fastvideo.training.run import run
@@ -93,6 +94,19 @@ def test_what_measures_nothing_is_refused_without_choose(words: tuple[str, str],
     assert f"{words[0]} is for --choose" in message
     assert "leave it out, or add --choose" in message
     assert not list(finished.glob("averaged*"))
+
+
+def test_steps_off_the_ladder_are_refused_before_anything_is_measured(
+    finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that says it is of the tiny world; its ladder has four steps."""
+    recipe = json.loads((finished / "student" / "recipe.json").read_text())
+    recipe["model"]["path"] = "tiny"
+    (finished / "student" / "recipe.json").write_text(json.dumps(recipe))
+    measured: list[Any] = []
+    monkeypatch.setattr(evaluation, "_measured", lambda *given: measured.append(given))
+    assert "--steps 3: this student is measured at 4 or 1" in refused(capsys, finished, "--choose", "--steps", "3")
+    assert measured == []
 
 
 def test_a_family_without_a_pipeline_is_refused(tmp_path: Path, capsys: Any) -> None:
