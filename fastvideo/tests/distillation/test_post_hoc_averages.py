@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -168,6 +169,25 @@ def test_a_weight_that_float16_cannot_hold_ends_the_run_with_the_remedy(student:
     hook.after_step(1, ("student",))
     with pytest.raises(RunError, match=r"does not fit into float16; set ema\.post_hoc\.precision: float32"):
         hook.finish()
+    assert snapshots_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "NaN"), (math.inf, "infinite")])
+def test_an_average_that_is_not_finite_is_said_to_be_so(
+    precision: Literal["float16", "float32"], value: float, shown: str, student: RoleHandle, tmp_path: Path
+) -> None:
+    """No precision would help."""
+    averages = PowerAverages(student, (0.05, 0.1))
+    hook = Snapshots(student, PostHocConfig(precision=precision), tmp_path, Processes())
+    set_weights(student, 1.0)
+    averages.after_update(STAY)
+    for tensor in training_of(student).powers["0.05"].values():
+        tensor.fill_(value)
+    hook.after_step(1, ("student",))
+    with pytest.raises(RunError, match=f"update 1 .* is {shown}: the student's weights diverged") as caught:
+        hook.finish()
+    assert "precision" not in str(caught.value)
     assert snapshots_in(tmp_path) == {}
 
 
