@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
@@ -18,7 +18,14 @@ from fastvideo.distillation.engine.ema import EMAHook, PowerAverages
 from fastvideo.distillation.engine.optional import snapshots as module
 from fastvideo.distillation.engine.optional.footprint import role_bytes
 from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile, exponent_of, fit, std_of
-from fastvideo.distillation.engine.optional.snapshots import Snapshots, averaged, disk_bytes, distance, snapshots_in
+from fastvideo.distillation.engine.optional.snapshots import (
+    Snapshots,
+    averaged,
+    disk_bytes,
+    distance,
+    saved_step,
+    snapshots_in,
+)
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.training import attach_optimizer, tensors_of, training_of
 from fastvideo.errors import RunError, UserError
@@ -206,6 +213,20 @@ def test_a_full_disk_and_a_damaged_file_are_one_sentence(
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(RunError, match=r"No space left on device\. The run stops here: make room and go on with --res"):
         hook.write()
+
+
+def test_a_snapshot_that_does_not_tell_its_step_is_refused(tmp_path: Path) -> None:
+    """Step 0 would stand in the result's recipe."""
+    file = tmp_path / "update-00000002-std-0.1.safetensors"
+    for metadata in (None, {"format": "pt"}, {"step": "two"}):
+        save_file({"weight": torch.zeros(2)}, file, metadata=metadata)
+        with pytest.raises(UserError, match=f"snapshot {file} cannot be read: its metadata has no number 'step'"):
+            saved_step(file)
+    save_file({"weight": torch.zeros(2)}, file, metadata={"step": "7"})
+    assert saved_step(file) == 7
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=f"snapshot {file} cannot be read"):
+        saved_step(file)
 
 
 @pytest.mark.parametrize("values", [{"stds": [0.1]}, {"stds": [0.1, 0.1]}, {"stds": [0.1, 0.3]}, {"keep": 2}])

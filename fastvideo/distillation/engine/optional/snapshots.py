@@ -178,12 +178,19 @@ def snapshots_in(folder: Path) -> dict[Profile, Path]:
 
 
 def saved_step(file: Path) -> int:
-    """Finished steps of the run when a snapshot was written; 0 if its header cannot be read."""
+    """Finished steps of the run when a snapshot was written.
+
+    Raises:
+        UserError: if its header cannot be read, or does not say it.
+    """
     try:
         with safe_open(file, "pt") as opened:
-            return int(opened.metadata()[STEP])
-    except (OSError, SafetensorError):
-        return 0
+            step = (opened.metadata() or {}).get(STEP, "")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, str(error)) from error
+    if not step.isdecimal():
+        raise _unreadable(file, f"its metadata has no number {STEP!r}")
+    return int(step)
 
 
 def disk_bytes(student: RoleHandle, options: PostHocConfig | None) -> int:
@@ -220,6 +227,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"snapshot {file} cannot be read: {error}; delete it, and the others make the average"
-        ) from error
+        raise _unreadable(file, str(error)) from error
+
+
+def _unreadable(file: Path, reason: str) -> UserError:
+    return UserError(f"snapshot {file} cannot be read: {reason}; delete it, and the others make the average")
