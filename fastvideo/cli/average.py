@@ -52,7 +52,7 @@ class AverageArguments:
     out: OptionalPath = None
     """Folder of the result; must be new or empty."""
     overwrite: Switch = False
-    """Replace an earlier result of this verb in that folder."""
+    """Replace an earlier average in that folder."""
 
 
 def main(argv: Sequence[str]) -> int:

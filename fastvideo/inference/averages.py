@@ -114,7 +114,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: if it is in use.
     """
-    check_new_folder(folder, None, overwrite, MARK)
+    check_new_folder(folder, None, overwrite, MARK, "average")
 
 
 def beside(run: Snapshotted, name: str) -> Path:

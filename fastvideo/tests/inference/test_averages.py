@@ -65,7 +65,7 @@ def test_an_earlier_update_and_a_folder_of_ones_own(finished: Path, tmp_path: Pa
     assert json.loads((out / "recipe.json").read_text())["steps"] == 1
     assert "is in use" in refused(capsys, finished, "--std", "0.05", "--out", out)
     assert main(["average", str(finished), "--std", "0.05", "--out", str(out), "--overwrite"]) == 0
-    assert "is no earlier result of this verb" in refused(
+    assert "is no earlier average; delete it yourself" in refused(
         capsys, finished, "--std", "0.05", "--out", finished / "student", "--overwrite"
     )
 
