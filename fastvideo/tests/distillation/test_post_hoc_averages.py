@@ -17,7 +17,7 @@ from fastvideo.distillation.config.averages import PostHocConfig
 from fastvideo.distillation.engine.ema import EMAHook, PowerAverages
 from fastvideo.distillation.engine.optional import snapshots as module
 from fastvideo.distillation.engine.optional.footprint import role_bytes
-from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile, exponent_of, fit, std_of
+from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile, exponent_of, fit
 from fastvideo.distillation.engine.optional.snapshots import (
     Snapshots,
     averaged,
@@ -53,6 +53,11 @@ def exact(exponent: float, updates: int = UPDATES) -> float:
     mass = [(u / updates) ** (exponent + 1) - ((u - 1) / updates) ** (exponent + 1) for u in range(1, updates + 1)]
     assert sum(mass) == pytest.approx(1)
     return sum(m * weight_after(u) for u, m in enumerate(mass, 1))
+
+
+def std_of(exponent: float) -> float:
+    """Relative standard deviation of a profile (equation 123)."""
+    return float((exponent + 1) ** 0.5 / ((exponent + 2) * (exponent + 3) ** 0.5))
 
 
 def set_weights(student: RoleHandle, value: float) -> None:
