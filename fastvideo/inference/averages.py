@@ -100,7 +100,7 @@ def write_averages(run: Snapshotted, stds: Sequence[float], out: Path | None, ov
         UserError: for a width that the snapshots do not give, or a folder in use; writes nothing then.
     """
     if out is not None and len(stds) > 1:
-        raise UserError("--out is the folder of one average; give one --std, or leave --out away")
+        raise UserError("--out is the folder of one average; give one --std, or leave --out out")
     folders = {std: out or beside(run, f"{RESULT}-{std:g}") for std in stds}
     for std, folder in folders.items():
         check_fit(run, std)

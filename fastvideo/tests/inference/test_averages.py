@@ -75,7 +75,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(finished: Path, tmp_path: P
     assert "is no run's folder" in refused(capsys, tmp_path, "--std", "0.1")
     assert "for an update with a snapshot: 1, 2" in refused(capsys, finished, "--std", "0.1", "--update", "3")
     assert "--std must be from 0.01 to 0.28, got 0.3" in refused(capsys, finished, "--std", "0.3")
-    assert "one --std, or leave --out away" in refused(capsys, finished, "--std", "0.1", "0.2", "--out", tmp_path / "x")
+    assert "one --std, or leave --out out" in refused(capsys, finished, "--std", "0.1", "0.2", "--out", tmp_path / "x")
     message = refused(capsys, finished, "--std", "0.05", "0.01")
     assert "--std 0.01" in message
     assert "20% is the most" in message

@@ -47,7 +47,7 @@ class Snapshots:
         self.updates = self.step = self.written = 0
 
     def due(self, step: int) -> bool:
-        """Never at once: averages change with an update alone, before which this hook is called in any case."""
+        """False: this hook always runs before the next update, with which alone averages change."""
         return False
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
