@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fastvideo.inference.averages import Snapshotted
 
 PROMPTS = 512
+"""Training prompts unless said otherwise."""
+MEASURING = ("steps", "prompts", "seed", "batch_size")
+"""Arguments that --choose alone reads."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,16 @@ class AverageArguments:
     """Steps of the sampler by which --choose decides: all of the ladder (the default) or 1."""
     update: Annotated[PositiveInt | None, INT] = None
     """Update of the student for which the average is made, one with a snapshot. Default: the last one."""
-    prompts: Samples = PROMPTS
-    """Training prompts for --choose."""
-    seed: Seed = 0
-    """Seed of prompts and noise for --choose."""
+    prompts: Annotated[Samples | None, INT] = None
+    """Training prompts for --choose. Default: 512."""
+    seed: Annotated[Seed | None, INT] = None
+    """Seed of prompts and noise for --choose. Default: 0."""
     batch_size: Annotated[BatchSize | None, INT] = None
     """Videos that are denoised together for --choose. Default: 64."""
     out: OptionalPath = None
     """Folder of the result; must be new or empty."""
     overwrite: Switch = False
-    """Replace an earlier result of this verb in that folder."""
+    """Replace an earlier average in that folder."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(AverageArguments, argv, "average")
     if not arguments.std and not arguments.choose:
         raise UserError("average: give --std with one or more widths, such as --std 0.08, or --choose")
+    if not arguments.choose:
+        _check_nothing_to_measure(arguments)
 
     from fastvideo.inference.averages import find_snapshots, write_averages
 
@@ -67,6 +72,16 @@ def main(argv: Sequence[str]) -> int:
     for line in write_averages(run, arguments.std, arguments.out, arguments.overwrite):
         print(line)
     return 0
+
+
+def _check_nothing_to_measure(arguments: AverageArguments) -> None:
+    """Refuse what only --choose reads, so that no one takes it for a property of the average."""
+    for flag in MEASURING:
+        if vars(arguments)[flag] is not None:
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for --choose, which measures averages; --std alone writes them "
+                f"unmeasured: leave it out, or add --choose"
+            )
 
 
 def choose(run: Snapshotted, arguments: AverageArguments) -> None:
@@ -83,26 +98,20 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
     check_free(out, arguments.overwrite)
     for std in arguments.std:
         check_fit(run, std)
-    rows: list[Measured] = []
-    size, stds = arguments.batch_size or BATCH_SIZE, arguments.std or run.widths
-    for row in measure_averages(run, stds, prompts=arguments.prompts, seed=arguments.seed, batch_size=size):
-        _check_steps(row, arguments.steps)
-        rows.append(row)
+    size, stds, prompts = arguments.batch_size or BATCH_SIZE, arguments.std or run.widths, arguments.prompts or PROMPTS
+    seed = arguments.seed or 0
+    measured = measure_averages(run, stds, steps=arguments.steps, prompts=prompts, seed=seed, batch_size=size)
+    rows = list(measured)
     steps = arguments.steps or max(rows[0].frechet)
     best = min((row for row in rows if row.std is not None), key=lambda row: row.frechet[steps].value)
     assert best.std is not None
-    title = f"{run.folder.parent}, update {run.update}: {arguments.prompts} training prompts"
+    title = f"{run.folder.parent}, update {run.update}: {prompts} training prompts"
     console().print(table(rows, best, title))
     print(*write_averages(run, [best.std], out, arguments.overwrite), sep="\n")
     own = [row for row in rows if row.std is None]
     if own and own[0].frechet[steps].value <= best.frechet[steps].value:
         print(f"the run's own result, {beside(run, OWN)}, is as good")
     print(f"figures to report, on held-out prompts: fastvideo evaluate {shlex.quote(str(out))}")
-
-
-def _check_steps(row: Measured, steps: int | None) -> None:
-    if steps is not None and steps not in row.frechet:
-        raise UserError(f"--steps {steps}: this student is measured at {' or '.join(map(str, row.frechet))}")
 
 
 def table(rows: Sequence[Measured], best: Measured, title: str) -> Table:

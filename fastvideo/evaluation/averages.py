@@ -35,47 +35,64 @@ class Measured:
 
 
 def measure_averages(
-    run: Snapshotted, stds: Sequence[float], *, prompts: int = 512, seed: int = 0, batch_size: int = BATCH_SIZE
+    run: Snapshotted,
+    stds: Sequence[float],
+    *,
+    steps: int | None = None,
+    prompts: int = 512,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[Measured]:
     """Measure the run's result, then each average that the snapshots give, at all of the ladder's steps and at one.
 
+    Args:
+        steps: by which the caller decides; has to be among those that are measured.
+
     Raises:
-        UserError: for a model whose videos no judge knows.
+        UserError: for a model whose videos no judge knows, or other steps, before anything is measured.
     """
     judge = Judge(prompts, seed, split="train")
     own = beside(run, OWN)
     if own.is_dir():
         model = load_model(str(own))
-        _check_judged(run, model)
+        _check_judged(run, model, steps)
         yield _measured(model, judge, batch_size, None, 0.0)
     for std in stds:
         if (error := run.fit(std).error) <= LARGEST_ERROR:
             model = run.average(std).model
-            _check_judged(run, model)
+            _check_judged(run, model, steps)
             yield _measured(model, judge, batch_size, std, error)
 
 
-def _check_judged(run: Snapshotted, model: LoadedModel) -> None:
-    """Check that the tiny world knows what the model makes."""
+def _check_judged(run: Snapshotted, model: LoadedModel, steps: int | None) -> None:
+    """Check that the tiny world knows what the model makes, and that the wanted steps are measured."""
     if not model.is_embedded:
         raise UserError(
             f"--choose: only the tiny world judges on its own, and {run.folder.parent} is not of it; make several "
             f"with --std 0.05 0.1 0.15, and compare them: fastvideo evaluate FOLDER ... --teacher TEACHER "
             f"--prompts FILE, with prompts of the training data"
         )
+    if steps is not None and steps not in (counts := _step_counts(model)):
+        raise UserError(f"--steps {steps}: this student is measured at {' or '.join(map(str, counts))}")
+
+
+def _step_counts(model: LoadedModel) -> tuple[int, ...]:
+    """All steps of a student's ladder and one, or the steps of a teacher."""
+    own = len(model.sampler().times)
+    return tuple(dict.fromkeys((own, 1))) if model.is_student else (own,)
 
 
 def _measured(model: LoadedModel, judge: Judge, batch_size: int, std: float | None, error: float) -> Measured:
     found = Measured(std, model.recipe.get("weights", ""), error, {}, {})
     frames = judge.first_frames(model.adapter.conditioner)
     label = found.weights if std is None else f"std {std:g}"
-    for steps in (None, 1) if model.is_student else (None,):
+    for steps in _step_counts(model):
         sampler = model.sampler(steps)
         units = len(judge.prompts) * (sampler.calls_of(model.adapter.codec.latent_shape[1]) + DECODE_UNITS)
-        with PatientBar(f"{label}, {len(sampler.times)} steps", units) as bar:
+        with PatientBar(f"{label}, {steps} steps", units) as bar:
             seen = sample_videos(
                 model, sampler, judge, judge.prompts, judge.seed, batch_size, 0, bar, frames=frames
             ).seen
-        found.frechet[len(sampler.times)] = judge.distances(seen)[0]
-        found.digit[len(sampler.times)] = judge.accuracies(seen)["digit_accuracy"]
+        found.frechet[steps] = judge.distances(seen)[0]
+        found.digit[steps] = judge.accuracies(seen)["digit_accuracy"]
     return found

@@ -100,7 +100,7 @@ def write_averages(run: Snapshotted, stds: Sequence[float], out: Path | None, ov
         UserError: for a width that the snapshots do not give, or a folder in use; writes nothing then.
     """
     if out is not None and len(stds) > 1:
-        raise UserError("--out is the folder of one average; give one --std, or leave --out away")
+        raise UserError("--out is the folder of one average; give one --std, or leave --out out")
     folders = {std: out or beside(run, f"{RESULT}-{std:g}") for std in stds}
     for std, folder in folders.items():
         check_fit(run, std)
@@ -114,7 +114,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: if it is in use.
     """
-    check_new_folder(folder, None, overwrite, MARK)
+    check_new_folder(folder, None, overwrite, MARK, "average")
 
 
 def beside(run: Snapshotted, name: str) -> Path:

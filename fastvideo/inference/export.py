@@ -62,7 +62,7 @@ def run_export(
         raise UserError(f"--slim: {to} holds the adapter alone already")
     found = find_source(source, weights)
     folder = Path(os.path.abspath(out))
-    check_new_folder(folder, found.folder, overwrite, MARK)
+    check_new_folder(folder, found.folder, overwrite, MARK, "export")
     _check_whole_videos(to, found)
     if to in LORA_FORMATS:
         return Export(folder, write_adapter(found, folder, to, MARK), ())
@@ -131,11 +131,12 @@ def _check_format(name: str) -> None:
         raise UserError(f"--to {name!r}: unknown format, one of {', '.join(FORMATS)} is expected{hint}")
 
 
-def check_new_folder(out: Path, source: Path | None, overwrite: bool, mark: str) -> None:
+def check_new_folder(out: Path, source: Path | None, overwrite: bool, mark: str, noun: str) -> None:
     """Check that a folder can be written: new, empty, or an earlier result with ``mark`` in its recipe.
 
     Args:
         source: folder that is read, which must be apart.
+        noun: name of such a result, for the message.
 
     Raises:
         UserError: if it cannot.
@@ -149,8 +150,7 @@ def check_new_folder(out: Path, source: Path | None, overwrite: bool, mark: str)
     if not overwrite:
         raise UserError(f"output folder {out} is in use: choose another with --out, or replace it: --overwrite")
     if not _is_marked(out, mark):
-        made = "export" if mark == MARK else "result of this verb"
-        raise UserError(f"--overwrite: {out} is no earlier {made}; delete it yourself")
+        raise UserError(f"--overwrite: {out} is no earlier {noun}; delete it yourself")
 
 
 def _check_apart(out: Path, folder: Path) -> None:

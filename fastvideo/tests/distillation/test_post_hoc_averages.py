@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.distillation.bundle import RoleHandle
@@ -16,8 +17,15 @@ from fastvideo.distillation.config.averages import PostHocConfig
 from fastvideo.distillation.engine.ema import EMAHook, PowerAverages
 from fastvideo.distillation.engine.optional import snapshots as module
 from fastvideo.distillation.engine.optional.footprint import role_bytes
-from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile, exponent_of, fit, std_of
-from fastvideo.distillation.engine.optional.snapshots import Snapshots, averaged, disk_bytes, distance, snapshots_in
+from fastvideo.distillation.engine.optional.profiles import DEFAULT_STDS, Profile, exponent_of, fit
+from fastvideo.distillation.engine.optional.snapshots import (
+    Snapshots,
+    averaged,
+    disk_bytes,
+    distance,
+    saved_step,
+    snapshots_in,
+)
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.training import attach_optimizer, tensors_of, training_of
 from fastvideo.errors import RunError, UserError
@@ -45,6 +53,11 @@ def exact(exponent: float, updates: int = UPDATES) -> float:
     mass = [(u / updates) ** (exponent + 1) - ((u - 1) / updates) ** (exponent + 1) for u in range(1, updates + 1)]
     assert sum(mass) == pytest.approx(1)
     return sum(m * weight_after(u) for u, m in enumerate(mass, 1))
+
+
+def std_of(exponent: float) -> float:
+    """Relative standard deviation of a profile (equation 123)."""
+    return float((exponent + 1) ** 0.5 / ((exponent + 2) * (exponent + 3) ** 0.5))
 
 
 def set_weights(student: RoleHandle, value: float) -> None:
@@ -171,6 +184,25 @@ def test_a_weight_that_float16_cannot_hold_ends_the_run_with_the_remedy(student:
     assert snapshots_in(tmp_path) == {}
 
 
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "NaN"), (math.inf, "infinite")])
+def test_an_average_that_is_not_finite_is_said_to_be_so(
+    precision: Literal["float16", "float32"], value: float, shown: str, student: RoleHandle, tmp_path: Path
+) -> None:
+    """No precision would help."""
+    averages = PowerAverages(student, (0.05, 0.1))
+    hook = Snapshots(student, PostHocConfig(precision=precision), tmp_path, Processes())
+    set_weights(student, 1.0)
+    averages.after_update(STAY)
+    for tensor in training_of(student).powers["0.05"].values():
+        tensor.fill_(value)
+    hook.after_step(1, ("student",))
+    with pytest.raises(RunError, match=f"update 1 .* is {shown}: the student's weights diverged") as caught:
+        hook.finish()
+    assert "precision" not in str(caught.value)
+    assert snapshots_in(tmp_path) == {}
+
+
 def test_a_full_disk_and_a_damaged_file_are_one_sentence(
     student: RoleHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +218,20 @@ def test_a_full_disk_and_a_damaged_file_are_one_sentence(
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(RunError, match=r"No space left on device\. The run stops here: make room and go on with --res"):
         hook.write()
+
+
+def test_a_snapshot_that_does_not_tell_its_step_is_refused(tmp_path: Path) -> None:
+    """Step 0 would stand in the result's recipe."""
+    file = tmp_path / "update-00000002-std-0.1.safetensors"
+    for metadata in (None, {"format": "pt"}, {"step": "two"}):
+        save_file({"weight": torch.zeros(2)}, file, metadata=metadata)
+        with pytest.raises(UserError, match=f"snapshot {file} cannot be read: its metadata has no number 'step'"):
+            saved_step(file)
+    save_file({"weight": torch.zeros(2)}, file, metadata={"step": "7"})
+    assert saved_step(file) == 7
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=f"snapshot {file} cannot be read"):
+        saved_step(file)
 
 
 @pytest.mark.parametrize("values", [{"stds": [0.1]}, {"stds": [0.1, 0.1]}, {"stds": [0.1, 0.3]}, {"keep": 2}])

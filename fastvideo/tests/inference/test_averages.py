@@ -16,6 +16,7 @@ from fastvideo.cli import main
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.optional.profiles import Profile
 from fastvideo.distillation.engine.optional.snapshots import averaged, snapshots_in
+from fastvideo.evaluation import averages as evaluation
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import experts_folder, wan_config, wan_folder
 from fastvideo.training.run import run
@@ -64,7 +65,7 @@ def test_an_earlier_update_and_a_folder_of_ones_own(finished: Path, tmp_path: Pa
     assert json.loads((out / "recipe.json").read_text())["steps"] == 1
     assert "is in use" in refused(capsys, finished, "--std", "0.05", "--out", out)
     assert main(["average", str(finished), "--std", "0.05", "--out", str(out), "--overwrite"]) == 0
-    assert "is no earlier result of this verb" in refused(
+    assert "is no earlier average; delete it yourself" in refused(
         capsys, finished, "--std", "0.05", "--out", finished / "student", "--overwrite"
     )
 
@@ -74,7 +75,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(finished: Path, tmp_path: P
     assert "is no run's folder" in refused(capsys, tmp_path, "--std", "0.1")
     assert "for an update with a snapshot: 1, 2" in refused(capsys, finished, "--std", "0.1", "--update", "3")
     assert "--std must be from 0.01 to 0.28, got 0.3" in refused(capsys, finished, "--std", "0.3")
-    assert "one --std, or leave --out away" in refused(capsys, finished, "--std", "0.1", "0.2", "--out", tmp_path / "x")
+    assert "one --std, or leave --out out" in refused(capsys, finished, "--std", "0.1", "0.2", "--out", tmp_path / "x")
     message = refused(capsys, finished, "--std", "0.05", "0.01")
     assert "--std 0.01" in message
     assert "20% is the most" in message
@@ -84,6 +85,28 @@ def test_mistakes_are_one_sentence_and_write_nothing(finished: Path, tmp_path: P
     assert "holds no snapshots; a run keeps them with `ema: {post_hoc: {}}`" in refused(
         capsys, finished, "--std", "0.1"
     )
+
+
+@pytest.mark.parametrize("words", [("--steps", "1"), ("--prompts", "512"), ("--seed", "0"), ("--batch-size", "4")])
+def test_what_measures_nothing_is_refused_without_choose(words: tuple[str, str], finished: Path, capsys: Any) -> None:
+    """The defaults too: given, they are meant."""
+    message = refused(capsys, finished, "--std", "0.1", *words)
+    assert f"{words[0]} is for --choose" in message
+    assert "leave it out, or add --choose" in message
+    assert not list(finished.glob("averaged*"))
+
+
+def test_steps_off_the_ladder_are_refused_before_anything_is_measured(
+    finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that says it is of the tiny world; its ladder has four steps."""
+    recipe = json.loads((finished / "student" / "recipe.json").read_text())
+    recipe["model"]["path"] = "tiny"
+    (finished / "student" / "recipe.json").write_text(json.dumps(recipe))
+    measured: list[Any] = []
+    monkeypatch.setattr(evaluation, "_measured", lambda *given: measured.append(given))
+    assert "--steps 3: this student is measured at 4 or 1" in refused(capsys, finished, "--choose", "--steps", "3")
+    assert measured == []
 
 
 def test_a_family_without_a_pipeline_is_refused(tmp_path: Path, capsys: Any) -> None:

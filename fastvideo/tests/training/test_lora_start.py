@@ -258,6 +258,11 @@ def test_merge_mistakes(base: Path, style: LoRAFile, tmp_path: Path, capsys: pyt
         assert main(["merge", str(base), *options, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "recipe.json").write_text('{"post_hoc": {}}')
+    lora = ["--lora", str(style.source), "--out", str(tmp_path / "used"), "--overwrite"]
+    assert main(["merge", str(base), *lora]) == 2
+    assert "used is no earlier merge; delete it yourself" in capsys.readouterr().err
 
 
 def sharded_answer(values: dict[str, Any], rank: int, size: int) -> torch.Tensor:

@@ -44,11 +44,6 @@ def exponent_of(std: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - square, 12.0 - square]).real.max())
 
 
-def std_of(exponent: float) -> float:
-    """Inverse of :func:`exponent_of` (equation 123)."""
-    return float((exponent + 1) ** 0.5 / ((exponent + 2) * (exponent + 3) ** 0.5))
-
-
 def fit(stored: Sequence[Profile], wanted: Profile) -> Fit:
     """Least squares over functions of the update; a stored profile is taken alone, and later ones do not help."""
     if wanted in stored:

@@ -47,14 +47,14 @@ class Snapshots:
         self.updates = self.step = self.written = 0
 
     def due(self, step: int) -> bool:
-        """Never at once: averages change with an update alone, before which this hook is called in any case."""
+        """False: this hook always runs before the next update, with which alone averages change."""
         return False
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
         """Count the student's updates, and write those that are due; all processes take part.
 
         Raises:
-            RunError: if a file cannot be written, or an average does not fit into float16.
+            RunError: if a file cannot be written, or an average is not finite or does not fit into float16.
         """
         if self.student.name not in active:
             return
@@ -79,22 +79,31 @@ class Snapshots:
             self._delete(lambda update: update % step > 0 and update != self.updates)
 
     def _whole(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in the files' precision on the main process's host, gathered one by one."""
+        """Tensors in the files' precision on the main process's host, gathered one by one.
+
+        Raises:
+            RunError: for one that is not finite there.
+        """
         dtype, found = getattr(torch, self.options.precision), dict[str, Tensor]()
         for name, tensor in average.items():
             own = tensor.to(self.processes.device)  # offloaded shards too: a device's processes gather there alone
             whole = full(own.to(dtype) if tensor.is_floating_point() else own)
+            if not whole.isfinite().all():  # on every process alike
+                raise self._not_finite(name, full(own))
             if self.processes.is_main:
                 found[name] = whole.detach().cpu().contiguous()
         return found
 
+    def _not_finite(self, name: str, average: Tensor) -> RunError:
+        """The error of a snapshot: its average outgrew the files' precision, or is itself infinite or NaN."""
+        begin = f"snapshots of update {self.updates} in {self.folder}: the average of {name}"
+        if average.isfinite().all():
+            return RunError(f"{begin} does not fit into {self.options.precision}; set ema.post_hoc.precision: float32")
+        kind = "NaN" if average.isnan().any() else "infinite"
+        return RunError(f"{begin} is {kind}: the student's weights diverged; go on from an earlier checkpoint")
+
     def _save(self, profile: Profile, tensors: Mapping[str, Tensor]) -> None:
         file = self.folder / file_name(profile)
-        large = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if large:
-            raise RunError(
-                f"snapshot {file}: {large[0]} does not fit into float16; set ema.post_hoc.precision: float32"
-            )
         try:
             make_folder(self.folder)
             with replacing(file) as partial:
@@ -169,12 +178,19 @@ def snapshots_in(folder: Path) -> dict[Profile, Path]:
 
 
 def saved_step(file: Path) -> int:
-    """Finished steps of the run when a snapshot was written; 0 if its header cannot be read."""
+    """Finished steps of the run when a snapshot was written.
+
+    Raises:
+        UserError: if its header cannot be read, or does not say it.
+    """
     try:
         with safe_open(file, "pt") as opened:
-            return int(opened.metadata()[STEP])
-    except (OSError, SafetensorError):
-        return 0
+            step = (opened.metadata() or {}).get(STEP, "")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, str(error)) from error
+    if not step.isdecimal():
+        raise _unreadable(file, f"its metadata has no number {STEP!r}")
+    return int(step)
 
 
 def disk_bytes(student: RoleHandle, options: PostHocConfig | None) -> int:
@@ -211,6 +227,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"snapshot {file} cannot be read: {error}; delete it, and the others make the average"
-        ) from error
+        raise _unreadable(file, str(error)) from error
+
+
+def _unreadable(file: Path, reason: str) -> UserError:
+    return UserError(f"snapshot {file} cannot be read: {reason}; delete it, and the others make the average")
