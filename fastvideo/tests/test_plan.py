@@ -164,15 +164,15 @@ def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
             assert adapter.scaling is not None
             adapter.scaling.recompute(network, checkpointed("full"))
     method = build_method(config, adapter, networks=networks)
-    method.rng.shared_index = lambda high: high - 1  # type: ignore[method-assign]
+    method.rng.shared_choice = lambda shares: len(shares) - 1  # type: ignore[method-assign]
     from fastvideo.distillation.types import RawBatch
 
     batch = preparer(adapter)(RawBatch(("a red three", "a green one")))
     with LiveBytes() as memory:
         _train(method, batch, 0)
     assert max(planned.peaks.values()) == pytest.approx(memory.peak, rel=0.02)
-    assert planned.calls == pytest.approx({"student": 2.5, "teacher": 0.4, "critic": 1.2})
-    assert sum(planned.backwards.values()) == pytest.approx(1.2)
+    assert planned.calls == pytest.approx({"student": 2.5, "teacher": 0.4, "critic": 1.0})
+    assert sum(planned.backwards.values()) == pytest.approx(1.0)
 
 
 @pytest.mark.slow
@@ -374,7 +374,7 @@ def test_embedded_data_and_those_at_urls_are_there(path: str) -> None:
 
 @pytest.mark.slow
 def test_the_exit_code_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--config", TINY, "--data.batch-size", "8", "--reserve", "0"]
+    command = ["plan", "--config", TINY, "--data.batch-size", "32", "--reserve", "0"]
     assert main([*command, "--gpu-memory", "8GiB"]) == 0
     assert "FITS" in capsys.readouterr().out
     assert main([*command, "--gpu-memory", "1MiB"]) == 1
