@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_sound(path: Path, start: float, seconds: float, rate: int, channels: in
     """The sound of a file between ``start`` and ``start + seconds``, resampled, in that many channels.
 
     Raises:
-        VideoError: if there is none, or it covers less than :data:`COVERED` of that time.
+        VideoError: if there is none, it cannot be decoded as one, or it covers less than :data:`COVERED` of that time.
     """
     try:
         with av.open(str(path)) as container:
@@ -70,7 +71,7 @@ def _samples(container: Any, end: float, rate: int, channels: int) -> tuple[floa
         raise VideoError("no sound")
     resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
     zero, first, count, parts = (container.start_time or 0) / av.time_base, 0.0, 0, list[Any]()
-    for frame in chain(container.decode(stream), [None]):
+    for frame in chain(checked(container.decode(stream)), [None]):
         if frame is not None and not parts:
             first = frame.time - zero
         found = [one.to_ndarray() for one in resampler.resample(frame)]
@@ -80,6 +81,23 @@ def _samples(container: Any, end: float, rate: int, channels: int) -> tuple[floa
     if not parts:
         raise VideoError("no sound")
     return first, np.concatenate(parts, axis=1)
+
+
+def checked(frames: Iterable[Any]) -> Iterator[Any]:
+    """The frames of one track.
+
+    Raises:
+        VideoError: for a frame without a time, or of other channels, rate or format than the first.
+    """
+    first = None
+    for frame in frames:
+        if frame.time is None:
+            raise VideoError("its sound has no clock")
+        kind = f"{frame.layout.name}, {frame.sample_rate} Hz, {frame.format.name}"
+        first = first or kind
+        if kind != first:
+            raise VideoError(f"its sound changes from {first} to {kind}")
+        yield frame
 
 
 def write_wav(path: Path, sound: Sound) -> Path:
