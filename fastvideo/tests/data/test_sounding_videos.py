@@ -115,3 +115,19 @@ def test_a_sound_without_times_is_left_out() -> None:
     frame = av.AudioFrame.from_ndarray(np.zeros((2, 8), np.float32), format="fltp", layout="stereo")
     with pytest.raises(VideoError, match="its sound has no clock"):
         next(checked([frame]))
+
+
+def test_what_comes_behind_a_gap_of_the_clock_is_heard_at_its_time(tmp_path: Path) -> None:
+    """A second of silence, none of a tone that begins at 1.5 s, and the tone."""
+    path, t = tmp_path / "a.mkv", torch.arange(RATE) / RATE
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        for begin, size in ((0.0, 0.0), (1.5, 0.5)):
+            samples = (size * torch.sin(2 * math.pi * 1000 * t) * 32767).short().numpy()[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = RATE, round(begin * RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match=r"its sound covers 2\.00 s of a clip of 2\.50 s"):
+        read_sound(path, 0.0, 2.5, RATE, 2)
+    assert loud(read_sound(path, 1.45, 1.0, RATE, 2)) == pytest.approx((0.05, 1.0), abs=2e-3)
