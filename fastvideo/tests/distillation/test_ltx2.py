@@ -176,6 +176,19 @@ def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter)
         odd.conditioner.encode_prompts(["red"])
 
 
+def test_several_sizes_are_refused_before_anything_is_written(
+    family: LTX2Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "videos", tmp_path / "data"
+    write_video(folder / "one.mp4", torch.zeros(3, 9, 64, 96), 24)
+    (folder / "one.txt").write_text("a red three")
+    call = ["preprocess", str(folder), "--model", family.config.path, "--out", str(out), "--workers", "1"]
+    call += ["--num-frames", "9", "--height", "64", "--width", "96", "--max-sequence-length", "12"]
+    assert main([*call, "--buckets", "64x96x9", "96x64x9"]) == 2
+    assert "--buckets 64x96x9, 96x64x9: latents of video and audio have one size: give one" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_teacher_of_another_space_and_frames_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
     config = config_of(family, "ltx2", "dmd2", tmp_path).model_dump()
     other = {"family": "wan", "path": "tiny", "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
