@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,15 @@ def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter)
     odd = like(family, max_sequence_length=7)
     with pytest.raises(UserError, match="must be a multiple of the connectors' 2 registers, such as 6 or 8, got 7"):
         odd.conditioner.encode_prompts(["red"])
+
+
+def test_connectors_without_registers_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(family.config.path, copy)
+    file = copy / "connectors" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"audio_connector_num_learnable_registers": None}))
+    with pytest.raises(UserError, match="the audio connector has no registers"):
+        like(family, path=str(copy)).conditioner.encode_prompts(["red"])
 
 
 def test_several_sizes_are_refused_before_anything_is_written(

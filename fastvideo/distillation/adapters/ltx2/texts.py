@@ -79,7 +79,13 @@ class LTX2Texts(FlowTexts[LTX2Config]):
         """Padding is filled with whole sets of registers."""
         length = self.config.max_sequence_length
         for part in ("video", "audio"):
-            registers = self._connectors[f"{part}_connector_num_learnable_registers"] or 1
+            registers = self._connectors[f"{part}_connector_num_learnable_registers"]
+            if not registers:
+                raise UserError(
+                    f"model.path: {self.pipeline.source}: the {part} connector has no registers "
+                    f"({part}_connector_num_learnable_registers in {CONNECTORS}/config.json), and the network would "
+                    f"read the padding of prompts: LTX-2.0 and LTX-2.3 have 128"
+                )
             if length % registers:
                 below = max(length // registers, 1) * registers
                 raise UserError(
