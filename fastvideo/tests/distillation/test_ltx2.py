@@ -29,7 +29,7 @@ from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
-from fastvideo.inference.generate import generate_clip
+from fastvideo.inference.generate import generate_sounded, generate_video
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.test_flow_families import config_of, sizes
 from fastvideo.tests.distillation.tiny import made_family
@@ -243,10 +243,13 @@ def test_a_student_is_exported_with_its_sound_and_goes_on_after_a_stop(family: L
     # Its sampler draws noise between its steps: its first step alone is the same everywhere.
     first = {**call, "num_inference_steps": 1, "sigmas": call["sigmas"][:1]}
     video, sound = pipeline(prompt=PROMPTS[0], output_type="pt", return_dict=False, **first)
-    clip = generate_clip(model, PROMPTS[0], model.sampler(1), seed=3)
+    clip = generate_sounded(model, PROMPTS[0], model.sampler(1), seed=3)
     assert clip.sound is not None
     assert float(((clip.video + 1) / 2 - video[0].transpose(0, 1)).abs().max()) <= CLOSE
     assert float((clip.sound.waveform - sound).abs().max()) <= CLOSE
+    vocoder = model.adapter.codec.vocoder
+    vocoder.register_forward_pre_hook(lambda *_: pytest.fail("a sound is made that nobody hears"))
+    assert torch.equal(generate_video(model, PROMPTS[0], model.sampler(1), seed=3), clip.video)
 
 
 def test_generate_writes_the_sound_into_the_video_or_beside_it(family: LTX2Adapter, tmp_path: Path) -> None:
