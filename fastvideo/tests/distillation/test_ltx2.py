@@ -169,6 +169,8 @@ def test_tokens_of_both_parts_are_judged(family: LTX2Adapter) -> None:
         family.features(network, noise.requires_grad_(), t, condition, (0,))[1][0][:, count:].square().sum(), noise
     )
     assert parts.split(gradient)[1].any()
+    with pytest.raises(UserError, match="the sound's tokens have 9 channels and the video's 8"):
+        family._tokens(noise, (torch.zeros(1, 4, 8), torch.zeros(1, 2, 9)))
 
 
 def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter) -> None:
