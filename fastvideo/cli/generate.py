@@ -52,7 +52,8 @@ class GenerateArguments:
     image: OptionalPath = None
     """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
     out: Path = Path("video.mp4")
-    """Video file; .mp4, .gif, .webp or .apng; .png for a still."""
+    """Video file; .mp4, .gif, .webp or .apng; .png for a still. Beside any but .mp4, sound replaces the .wav of its
+    name."""
     steps: OptionalSteps = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
@@ -65,7 +66,7 @@ class GenerateArguments:
     seed: Seed = 0
     """Same seed, same video."""
     fps: OptionalRate = None
-    """Frames per second of the file. Default: 8; for a model that makes sound those of its videos, and no others."""
+    """Frames per second of the file. Default: 8; a model with sound uses its own rate and refuses others."""
     scale: Annotated[Scale | None, INT] = None
     """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
     height: OptionalPixels = None
