@@ -161,10 +161,14 @@ def test_a_video_that_comes_alone_has_silence(family: LTX2Adapter) -> None:
 def test_tokens_of_both_parts_are_judged(family: LTX2Adapter) -> None:
     network, noise = family.folder.load_network(), normal((2, *family.codec.latent_shape), seeded(3))
     condition, t, parts = family.conditioner.encode_prompts(PROMPTS), torch.tensor([0.4, 0.8]), family.codec.parts
+    seen = list[Tensor]()
+    hook = network.transformer_blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output[1]))
     _, (tokens,) = family.features(network, noise, t, condition, (0,))
+    hook.remove()
     video, sound = (part.shape for part in parts.members)
     count = video[1] * video[2] * video[3]
     assert tokens.shape == (2, count + sound[0] * max(1, count // sound[0]), 16)
+    assert torch.equal(tokens[:, count : count + sound[0], : seen[0].shape[2]], seen[0])
     (gradient,) = torch.autograd.grad(
         family.features(network, noise.requires_grad_(), t, condition, (0,))[1][0][:, count:].square().sum(), noise
     )
