@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from fastvideo.data.video_io import Rate
     from fastvideo.distillation.sample import SamplerSpec
-    from fastvideo.inference.generate import Clip
+    from fastvideo.inference.generate import SoundedVideo
     from fastvideo.inference.loading import LoadedModel
 
 WATCHABLE = 256
@@ -52,7 +52,8 @@ class GenerateArguments:
     image: OptionalPath = None
     """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
     out: Path = Path("video.mp4")
-    """Video file; .mp4, .gif, .webp or .apng; .png for a still."""
+    """Video file; .mp4, .gif, .webp or .apng; .png for a still. Beside any but .mp4, sound replaces the .wav of its
+    name."""
     steps: OptionalSteps = None
     """Network steps: a student takes all steps of its ladder (the default) or 1, a teacher any number (default 50)."""
     ladder: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
@@ -65,7 +66,7 @@ class GenerateArguments:
     seed: Seed = 0
     """Same seed, same video."""
     fps: OptionalRate = None
-    """Frames per second of the file. Default: 8; for a model that makes sound those of its videos, and no others."""
+    """Frames per second of the file. Default: 8; a model with sound uses its own rate and refuses others."""
     scale: Annotated[Scale | None, INT] = None
     """Enlarge every pixel this many times. Default: until the video is at least 256 pixels high."""
     height: OptionalPixels = None
@@ -120,7 +121,7 @@ def _sizes(arguments: GenerateArguments) -> dict[str, int]:
 def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) -> str:
     """A video that is made at once."""
     from fastvideo.inference.first_frames import first_frames
-    from fastvideo.inference.generate import generate_clip
+    from fastvideo.inference.generate import generate_sounded
     from fastvideo.tiny.captions import outside_note
 
     if flag := "--switch" if arguments.switch else "--window" if arguments.window else None:
@@ -132,7 +133,7 @@ def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) 
         print(note, file=sys.stderr)
     frames, rate = first_frames(model, arguments.image), _rate(arguments, model)
     begin = time.perf_counter()
-    clip = generate_clip(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
+    clip = generate_sounded(model, arguments.prompt, spec, arguments.seed, arguments.negative_prompt, frames)
     seconds = time.perf_counter() - begin
     note = _write(arguments, clip, rate)
     return f"{_summary(arguments.out, clip.video, spec, seconds)}{note}"
@@ -159,7 +160,7 @@ def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
     return exact
 
 
-def _write(arguments: GenerateArguments, clip: Clip, rate: Rate) -> str:
+def _write(arguments: GenerateArguments, clip: SoundedVideo, rate: Rate) -> str:
     """Write the video, with its sound in it or beside it; returns a line about the sound."""
     from fastvideo.data.sound_io import write_wav
     from fastvideo.data.video_io import video_format, write_video

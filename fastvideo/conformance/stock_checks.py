@@ -78,7 +78,7 @@ def stock_video(subject: Subject, stock: StockSampler, noise: Tensor, guidance: 
         **image,
         **_sizes(adapter.config, type(pipeline)),
     )
-    images, sound = made[0], [made[1]] if adapter.codec.parts is not None else []
+    images, sound = made[0], [made[1]] if isinstance(adapter.codec, SoundCodec) else []
     images = images[:, None] if images.ndim == 4 else images
     return [images.transpose(1, 2).float().cpu(), *sound]
 

@@ -18,6 +18,7 @@ from fastvideo.data.output import SKIPPED, Written, shard_path, sources_key, wri
 from fastvideo.data.shards import ShardWriter
 from fastvideo.data.stills import is_image
 from fastvideo.data.workers import FileJob, WriteFile, start_server
+from fastvideo.distillation.adapters.base import Codec
 from fastvideo.errors import UserError
 from fastvideo.shares import ALONE, Share
 
@@ -91,9 +92,17 @@ def preprocess(job: Job, *, workers: int, overwrite: bool = False, share: Share 
     if workers > 1:
         start_server(__name__)
     codec = job.choice.adapter(job.device).codec
+    _check_sizes(job.policy, codec)
     manifest: dict[str, Any] = {"settings": job.settings(codec.latent_key), "sources": sources_key(job.videos)}
     manifest |= {"videos": len(job.videos), "files": job.files}
     return write_missing(job, manifest, workers=workers, overwrite=overwrite, share=share)
+
+
+def _check_sizes(policy: Policy, codec: Codec) -> None:
+    """Latents of several parts are taken apart by one size alone."""
+    if codec.parts is not None and len(policy.sizes) > 1:
+        sizes = ", ".join(map(str, policy.sizes))
+        raise UserError(f"--buckets {sizes}: latents of {codec.parts} have one size: give one")
 
 
 def make_job(

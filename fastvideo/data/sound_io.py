@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ LAYOUTS = {1: "mono", 2: "stereo"}
 """Names of the channels, by their number."""
 COVERED = 0.95
 """Least share of a clip that its sound has to cover; the rest is silent. Tracks end a packet before their video."""
+
+JUMP = 0.04
+"""Largest difference in seconds between a frame's time and the end of the one before it that is not a gap."""
 
 
 class SoundTrack:
@@ -47,39 +51,70 @@ def read_sound(path: Path, start: float, seconds: float, rate: int, channels: in
     """The sound of a file between ``start`` and ``start + seconds``, resampled, in that many channels.
 
     Raises:
-        VideoError: if there is none, or it covers less than :data:`COVERED` of that time.
+        VideoError: if there is none, it cannot be decoded as one, or it covers less than :data:`COVERED` of that time:
+            gaps in its clock stay silent.
     """
+    length = round(seconds * rate)
+    wanted, heard = np.zeros((channels, length), np.float32), np.zeros(length, bool)
     try:
         with av.open(str(path)) as container:
-            first, samples = _samples(container, start + seconds, rate, channels)
+            for place, samples in _placed(container, start, rate, channels):
+                if place >= length:
+                    break
+                part = slice(max(0, place), max(0, place + samples.shape[1]))
+                wanted[:, part] = samples[:, max(0, -place) :][:, : len(heard[part])]
+                heard[part] = True
     except av.error.FFmpegError as error:
         raise VideoError(f"its sound cannot be decoded: {error.strerror}") from error
-    wanted = np.zeros((channels, round(seconds * rate)), np.float32)
-    begin = round((first - start) * rate)  # of the samples, in what is wanted
-    kept = samples[:, max(0, -begin) :][:, : max(0, wanted.shape[1] - max(0, begin))]
-    if kept.shape[1] < COVERED * wanted.shape[1]:
-        raise VideoError(f"its sound covers {kept.shape[1] / rate:.2f} s of a clip of {seconds:.2f} s")
-    wanted[:, max(0, begin) : max(0, begin) + kept.shape[1]] = kept
+    if heard.sum() < COVERED * length:
+        raise VideoError(f"its sound covers {heard.sum() / rate:.2f} s of a clip of {seconds:.2f} s")
     return Sound(torch.from_numpy(wanted)[None], rate)
 
 
-def _samples(container: Any, end: float, rate: int, channels: int) -> tuple[float, Any]:
-    """Time of the first sample, and the samples ``[channels, n]`` up to the time ``end`` or beyond."""
+def _placed(container: Any, start: float, rate: int, channels: int) -> Iterator[tuple[int, Any]]:
+    """Samples ``[channels, n]``, each with the place of its first one, counted from the time ``start``."""
     stream = container.streams.best("audio")
     if stream is None:
         raise VideoError("no sound")
-    resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
-    zero, first, count, parts = (container.start_time or 0) / av.time_base, 0.0, 0, list[Any]()
-    for frame in chain(container.decode(stream), [None]):
-        if frame is not None and not parts:
-            first = frame.time - zero
-        found = [one.to_ndarray() for one in resampler.resample(frame)]
-        parts, count = [*parts, *found], count + sum(one.shape[1] for one in found)
-        if first + count / rate >= end:
-            break
-    if not parts:
-        raise VideoError("no sound")
-    return first, np.concatenate(parts, axis=1)
+    zero = (container.start_time or 0) / av.time_base
+    for run in _runs(checked(container.decode(stream))):
+        resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
+        first = next(run)
+        place = round((first.time - zero - start) * rate)
+        for frame in chain([first], run, [None]):
+            for one in resampler.resample(frame):
+                yield place, one.to_ndarray()
+                place += one.samples
+
+
+def _runs(frames: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Frames that follow each other without a jump of the clock of more than :data:`JUMP`."""
+    number, end = 0, None
+
+    def run_of(frame: Any) -> int:
+        nonlocal number, end
+        number += end is not None and abs(frame.time - end) > JUMP
+        end = frame.time + frame.samples / frame.sample_rate
+        return number
+
+    return (run for _, run in groupby(frames, run_of))
+
+
+def checked(frames: Iterable[Any]) -> Iterator[Any]:
+    """The frames of one track.
+
+    Raises:
+        VideoError: for a frame without a time, or of other channels, rate or format than the first.
+    """
+    first = None
+    for frame in frames:
+        if frame.time is None:
+            raise VideoError("its sound has no clock")
+        kind = f"{frame.layout.name}, {frame.sample_rate} Hz, {frame.format.name}"
+        first = first or kind
+        if kind != first:
+            raise VideoError(f"its sound changes from {first} to {kind}")
+        yield frame
 
 
 def write_wav(path: Path, sound: Sound) -> Path:

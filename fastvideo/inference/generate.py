@@ -14,7 +14,7 @@ from fastvideo.inference.sampler import Sampling, sample_latents
 
 
 @dataclass(frozen=True)
-class Clip:
+class SoundedVideo:
     """A video ``[3, T, H, W]`` in ``[-1, 1]``, float32 on the CPU, and its sound, if the model makes one."""
 
     video: Tensor
@@ -29,18 +29,20 @@ def generate_video(
     negative_prompt: str | None = None,
     frames: Tensor | None = None,
 ) -> Tensor:
-    """The pictures of :func:`generate_clip` alone."""
-    return generate_clip(model, prompt, spec, seed, negative_prompt, frames).video
+    """The pictures of :func:`generate_sounded` alone."""
+    return _pictures(
+        model, _latents(model, Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames))
+    )
 
 
-def generate_clip(
+def generate_sounded(
     model: LoadedModel,
     prompt: str,
     spec: SamplerSpec,
     seed: int = 0,
     negative_prompt: str | None = None,
     frames: Tensor | None = None,
-) -> Clip:
+) -> SoundedVideo:
     """The video of one prompt, with its sound.
 
     ``frames``: conditioning frames ``[1, 3, T', H, W]``.
@@ -48,9 +50,17 @@ def generate_clip(
     Raises:
         UserError: for a prompt that the text encoder cannot take.
     """
-    with PatientBar("generating", spec.calls_of(model.adapter.codec.latent_shape[1])) as bar:
-        wanted = Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames)
-        latents = sample_latents(model.adapter, model.denoiser, wanted, bar)
-    codec, latents = model.adapter.codec, latents.to(model.adapter.device)
+    latents = _latents(model, Sampling([prompt], spec, seed, negative_prompt=negative_prompt, frames=frames))
+    codec = model.adapter.codec
     sound = codec.decode_sound(latents) if isinstance(codec, SoundCodec) else None
-    return Clip(codec.decode(latents)[0].float().cpu().clamp(-1, 1), sound)
+    return SoundedVideo(_pictures(model, latents), sound)
+
+
+def _latents(model: LoadedModel, wanted: Sampling) -> Tensor:
+    """Normalised latents ``[1, C, T, H, W]`` on the model's device."""
+    with PatientBar("generating", wanted.sampler.calls_of(model.adapter.codec.latent_shape[1])) as bar:
+        return sample_latents(model.adapter, model.denoiser, wanted, bar).to(model.adapter.device)
+
+
+def _pictures(model: LoadedModel, latents: Tensor) -> Tensor:
+    return model.adapter.codec.decode(latents)[0].float().cpu().clamp(-1, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from fastvideo.data.captions import Video
 from fastvideo.data.clips import Clip, Policy, Size, read_clips
 from fastvideo.data.faults import VideoError
 from fastvideo.data.shards import sound_of
-from fastvideo.data.sound_io import read_sound
+from fastvideo.data.sound_io import checked, read_sound
 from fastvideo.data.video_io import write_video
 from fastvideo.distillation.sound import Sound
 
@@ -85,3 +87,47 @@ def test_what_has_no_sound_that_fits_is_left_out_with_its_reason(file: Path, tmp
     assert reason(slow, file) == "12 frames per second, and the model's videos have 24: --fps 24"
     assert reason(Clip(clip.frames, FPS, 1, start=None), file).startswith("its clock jumps before this clip")
     assert reason(Clip(clip.frames[:1], FPS, 0, still=True), file).startswith("an image has no sound")
+
+
+def stored(path: Path, layout: str, rate: int) -> bytes:
+    """A second of sound as AAC packets that can be put one behind another."""
+    with av.open(str(path), "w", format="adts") as container:
+        stream = container.add_stream("aac", rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(
+            np.full((stream.layout.nb_channels, rate), 0.1, np.float32), format="fltp", layout=layout
+        )
+        frame.sample_rate, frame.pts = rate, 0
+        for one in (frame, None):
+            container.mux(stream.encode(one))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(("layout", "rate"), [("mono", RATE), ("stereo", 24_000)])
+def test_a_sound_that_changes_its_channels_or_rate_is_left_out(layout: str, rate: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.aac"
+    path.write_bytes(stored(path, "stereo", RATE) + stored(tmp_path / "b.aac", layout, rate))
+    with pytest.raises(VideoError, match=rf"its sound changes from stereo, 16000 Hz, fltp to {layout}, {rate} Hz"):
+        read_sound(path, 0.0, 1.5, RATE, 2)
+    assert read_sound(path, 0.0, 0.8, RATE, 2).waveform.shape == (1, 2, 12_800)
+
+
+def test_a_sound_without_times_is_left_out() -> None:
+    frame = av.AudioFrame.from_ndarray(np.zeros((2, 8), np.float32), format="fltp", layout="stereo")
+    with pytest.raises(VideoError, match="its sound has no clock"):
+        next(checked([frame]))
+
+
+def test_what_comes_behind_a_gap_of_the_clock_is_heard_at_its_time(tmp_path: Path) -> None:
+    """A second of silence, none of a tone that begins at 1.5 s, and the tone."""
+    path, t = tmp_path / "a.mkv", torch.arange(RATE) / RATE
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        for begin, size in ((0.0, 0.0), (1.5, 0.5)):
+            samples = (size * torch.sin(2 * math.pi * 1000 * t) * 32767).short().numpy()[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = RATE, round(begin * RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match=r"its sound covers 2\.00 s of a clip of 2\.50 s"):
+        read_sound(path, 0.0, 2.5, RATE, 2)
+    assert loud(read_sound(path, 1.45, 1.0, RATE, 2)) == pytest.approx((0.05, 1.0), abs=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.sound import Sound
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.export import run_export
-from fastvideo.inference.generate import generate_clip
+from fastvideo.inference.generate import generate_sounded, generate_video
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.test_flow_families import config_of, sizes
 from fastvideo.tests.distillation.tiny import made_family
@@ -160,20 +161,48 @@ def test_a_video_that_comes_alone_has_silence(family: LTX2Adapter) -> None:
 def test_tokens_of_both_parts_are_judged(family: LTX2Adapter) -> None:
     network, noise = family.folder.load_network(), normal((2, *family.codec.latent_shape), seeded(3))
     condition, t, parts = family.conditioner.encode_prompts(PROMPTS), torch.tensor([0.4, 0.8]), family.codec.parts
+    seen = list[Tensor]()
+    hook = network.transformer_blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output[1]))
     _, (tokens,) = family.features(network, noise, t, condition, (0,))
+    hook.remove()
     video, sound = (part.shape for part in parts.members)
     count = video[1] * video[2] * video[3]
     assert tokens.shape == (2, count + sound[0] * max(1, count // sound[0]), 16)
+    assert torch.equal(tokens[:, count : count + sound[0], : seen[0].shape[2]], seen[0])
     (gradient,) = torch.autograd.grad(
         family.features(network, noise.requires_grad_(), t, condition, (0,))[1][0][:, count:].square().sum(), noise
     )
     assert parts.split(gradient)[1].any()
+    with pytest.raises(UserError, match="the sound's tokens have 9 channels and the video's 8"):
+        family._tokens(noise, (torch.zeros(1, 4, 8), torch.zeros(1, 2, 9)))
 
 
 def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter) -> None:
     odd = like(family, max_sequence_length=7)
     with pytest.raises(UserError, match="must be a multiple of the connectors' 2 registers, such as 6 or 8, got 7"):
         odd.conditioner.encode_prompts(["red"])
+
+
+def test_connectors_without_registers_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(family.config.path, copy)
+    file = copy / "connectors" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"audio_connector_num_learnable_registers": None}))
+    with pytest.raises(UserError, match="the audio connector has no registers"):
+        like(family, path=str(copy)).conditioner.encode_prompts(["red"])
+
+
+def test_several_sizes_are_refused_before_anything_is_written(
+    family: LTX2Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "videos", tmp_path / "data"
+    write_video(folder / "one.mp4", torch.zeros(3, 9, 64, 96), 24)
+    (folder / "one.txt").write_text("a red three")
+    call = ["preprocess", str(folder), "--model", family.config.path, "--out", str(out), "--workers", "1"]
+    call += ["--num-frames", "9", "--height", "64", "--width", "96", "--max-sequence-length", "12"]
+    assert main([*call, "--buckets", "64x96x9", "96x64x9"]) == 2
+    assert "--buckets 64x96x9, 96x64x9: latents of video and audio have one size: give one" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_teacher_of_another_space_and_frames_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
@@ -220,10 +249,13 @@ def test_a_student_is_exported_with_its_sound_and_goes_on_after_a_stop(family: L
     # Its sampler draws noise between its steps: its first step alone is the same everywhere.
     first = {**call, "num_inference_steps": 1, "sigmas": call["sigmas"][:1]}
     video, sound = pipeline(prompt=PROMPTS[0], output_type="pt", return_dict=False, **first)
-    clip = generate_clip(model, PROMPTS[0], model.sampler(1), seed=3)
+    clip = generate_sounded(model, PROMPTS[0], model.sampler(1), seed=3)
     assert clip.sound is not None
     assert float(((clip.video + 1) / 2 - video[0].transpose(0, 1)).abs().max()) <= CLOSE
     assert float((clip.sound.waveform - sound).abs().max()) <= CLOSE
+    vocoder = model.adapter.codec.vocoder
+    vocoder.register_forward_pre_hook(lambda *_: pytest.fail("a sound is made that nobody hears"))
+    assert torch.equal(generate_video(model, PROMPTS[0], model.sampler(1), seed=3), clip.video)
 
 
 def test_generate_writes_the_sound_into_the_video_or_beside_it(family: LTX2Adapter, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fastvideo.distillation.adapters.ltx2.codec import LTX2Codec
 from fastvideo.distillation.adapters.ltx2.config import LTX2Config, parts_of
 from fastvideo.distillation.adapters.ltx2.texts import AUDIO_TEXT, LTX2Texts, connectors_of
 from fastvideo.distillation.noise import velocity_to_x0, x0_to_velocity
+from fastvideo.distillation.types import UserError
 
 TOKENS = Patches(1)
 """Layout of the video in the network: a token per latent pixel."""
@@ -96,7 +97,13 @@ class LTX2Adapter(FlowAdapter[LTX2Config]):
     def _tokens(self, x_t: Tensor, output: Any) -> Tensor:
         """Tokens of the video, then those of its sound, as wide and so often that both weigh alike in a mean."""
         video, audio = output
-        audio = nn.functional.pad(audio, (0, video.shape[2] - audio.shape[2]))
+        narrower = video.shape[2] - audio.shape[2]
+        if narrower < 0:
+            raise UserError(
+                f"model.path: {self.config.path}: the sound's tokens have {audio.shape[2]} channels and the video's "
+                f"{video.shape[2]}: a discriminator takes no wider ones"
+            )
+        audio = nn.functional.pad(audio, (0, narrower))
         return torch.cat([video, audio.repeat(1, max(1, video.shape[1] // audio.shape[1]), 1)], dim=1)
 
     def network_call(

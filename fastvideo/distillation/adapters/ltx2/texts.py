@@ -22,10 +22,18 @@ AUDIO_TEXT = "audio_prompt_embeds"
 CONNECTORS = "connectors"
 
 
+def _class() -> Any:
+    """The connectors' class in diffusers."""
+    return library_class("diffusers.pipelines.ltx2", "LTX2TextConnectors")
+
+
+def _config_of(pipeline: Pipeline[LTX2Config]) -> Mapping[str, Any]:
+    return load_config(_class(), pipeline.source, CONNECTORS)
+
+
 def connectors_of(pipeline: Pipeline[LTX2Config]) -> Any:
     """The pipeline's connectors, with weights as they are made."""
-    cls = library_class("diffusers.pipelines.ltx2", "LTX2TextConnectors")
-    return cls.from_config(load_config(cls, pipeline.source, CONNECTORS))
+    return _class().from_config(_config_of(pipeline))
 
 
 class LTX2Texts(FlowTexts[LTX2Config]):
@@ -37,8 +45,7 @@ class LTX2Texts(FlowTexts[LTX2Config]):
 
     @cached_property
     def _connectors(self) -> Mapping[str, Any]:
-        cls = library_class("diffusers.pipelines.ltx2", "LTX2TextConnectors")
-        return load_config(cls, self.pipeline.source, CONNECTORS)
+        return _config_of(self.pipeline)
 
     @property
     def widths(self) -> list[int]:
@@ -55,9 +62,8 @@ class LTX2Texts(FlowTexts[LTX2Config]):
     def text_encoder(self) -> nn.ModuleDict:
         """Gemma and the connectors, which have its dtype."""
         found = super().text_encoder
-        cls = library_class("diffusers.pipelines.ltx2", "LTX2TextConnectors")
         dtype = next(found["text_encoder"].parameters()).dtype
-        found[CONNECTORS] = self.pipeline.frozen(cls, CONNECTORS, torch_dtype=dtype)
+        found[CONNECTORS] = self.pipeline.frozen(_class(), CONNECTORS, torch_dtype=dtype)
         return found
 
     @property
@@ -79,7 +85,13 @@ class LTX2Texts(FlowTexts[LTX2Config]):
         """Padding is filled with whole sets of registers."""
         length = self.config.max_sequence_length
         for part in ("video", "audio"):
-            registers = self._connectors[f"{part}_connector_num_learnable_registers"] or 1
+            registers = self._connectors[f"{part}_connector_num_learnable_registers"]
+            if not registers:
+                raise UserError(
+                    f"model.path: {self.pipeline.source}: the {part} connector has no registers "
+                    f"({part}_connector_num_learnable_registers in {CONNECTORS}/config.json), and the network would "
+                    f"read the padding of prompts: LTX-2.0 and LTX-2.3 have 128"
+                )
             if length % registers:
                 below = max(length // registers, 1) * registers
                 raise UserError(
