@@ -374,7 +374,8 @@ def test_embedded_data_and_those_at_urls_are_there(path: str) -> None:
 
 @pytest.mark.slow
 def test_the_exit_code_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--config", TINY, "--data.batch-size", "32", "--reserve", "0"]
+    joint = "--method.critic-updates-on-student-steps"
+    command = ["plan", "--config", TINY, "--data.batch-size", "8", joint, "--reserve", "0"]
     assert main([*command, "--gpu-memory", "8GiB"]) == 0
     assert "FITS" in capsys.readouterr().out
     assert main([*command, "--gpu-memory", "1MiB"]) == 1
