@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zlib import crc32
 
-from fastvideo.distillation.sample import sample_seed
+from fastvideo.distillation.rng import mixed
 from fastvideo.errors import UserError
 from fastvideo.texts import lines_of, read_text
 from fastvideo.wording import see
@@ -65,7 +65,7 @@ def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
             raise UserError(f"{label}: {name!r} is named twice, in {places[name]} and {place}")
         places[name] = place
         known = [text for text in (" ".join(text.split()) for text in texts) if text]
-        captions[name] = known[sample_seed(seed, crc32(name.encode())) % len(known)] if known else ""
+        captions[name] = known[mixed(seed, crc32(name.encode())) % len(known)] if known else ""
     return captions
 
 

@@ -35,8 +35,9 @@ from fastvideo.distillation.config.causal import StreamOptions, reach_of
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.registry import load_adapter, load_method
+from fastvideo.distillation.rng import mixed
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced, sample_seed
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample, sample_forced
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES, TrajectoryKind
 from fastvideo.distillation.types import RawBatch, UserError
 
@@ -188,7 +189,7 @@ def _keep(states: list[Tensor], sampler: SamplerSpec, config: Config, step: int,
 
 
 def _noise(config: Config, adapter: Adapter, rows: range) -> SampleNoise:
-    return SampleNoise([sample_seed(config.seed, row) for row in rows], adapter.device)
+    return SampleNoise([mixed(config.seed, row) for row in rows], adapter.device)
 
 
 def precompute(

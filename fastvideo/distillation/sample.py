@@ -66,11 +66,6 @@ class SamplerSpec:
         return cls(times, guidance, "euler")
 
 
-def sample_seed(seed: int, *indices: int) -> int:
-    """64-bit seed for one generated sample, unrelated for neighbouring (seed, indices)."""
-    return mixed(seed, *indices)
-
-
 def prompt_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
     """Noise seed of each prompt, from ``seed``, the prompt, and its earlier occurrences in ``prompts``.
 
@@ -80,7 +75,7 @@ def prompt_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
     seeds = []
     for prompt in prompts:
         words = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big")
-        seeds.append(sample_seed(seed, words, before[prompt]))
+        seeds.append(mixed(seed, words, before[prompt]))
         before[prompt] += 1
     return seeds
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.features import features, widths_of
 from fastvideo.distillation.noise import add_noise
-from fastvideo.distillation.sample import SampleNoise, sample_seed
+from fastvideo.distillation.rng import mixed
+from fastvideo.distillation.sample import SampleNoise
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import LoadedModel
 
@@ -46,7 +47,7 @@ class Instrument:
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Noise ``[B, C, F, H, W]`` of each sample."""
-        streams = [sample_seed(seed, _STREAM) for seed in seeds]
+        streams = [mixed(seed, _STREAM) for seed in seeds]
         return SampleNoise(streams, self.adapter.device).draw(self.adapter.codec.latent_shape)
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ class Snapshotted:
     update: int
 
     def fit(self, std: float) -> Fit:
-        """How well the snapshots give the average of this width."""
+        """Least-squares fit of the average of this width by the snapshots."""
         return fit(list(snapshots_in(self.folder)), Profile(self.update, std))
 
     @property

@@ -19,8 +19,7 @@ from fastvideo.data.trajectories import precompute
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
-from fastvideo.distillation.rng import normal, seeded
-from fastvideo.distillation.sample import sample_seed
+from fastvideo.distillation.rng import mixed, normal, seeded
 from fastvideo.distillation.types import UserError
 from fastvideo.training.data import open_source
 from fastvideo.training.run import run
@@ -79,7 +78,7 @@ def test_a_row_is_the_guided_walk_from_its_own_noise(values: MakeConfig, tmp_pat
     assert [row["caption"] for row in rows] == (["0.5", "-1", "0"] * 4)[:ROWS]
     times = sorted({*(1 - i / 7 for i in range(7)), *LADDER}, reverse=True)
     for number, row in enumerate(rows):
-        x = normal((1, 1, 2, 3), seeded(sample_seed(4, number)))
+        x = normal((1, 1, 2, 3), seeded(mixed(4, number)))
         mean, states = 0.7 + 2.0 * float(row["caption"]), {}  # guidance 2 moves the mean by twice the caption
         for t, after in zip(times, (*times[1:], 0.0), strict=True):
             states[t] = x
@@ -217,7 +216,7 @@ def test_a_causal_row_goes_on_from_its_own_video(values: MakeConfig, videos: Mem
         assert row["caption"] == f"{number % 7}"
         assert torch.equal(row["vae_latent"], data)
         torch.testing.assert_close(row["trajectory_times"], torch.tensor([*LADDER, 0.0]))
-        x, states = normal((1, 2, 2, 3), seeded(sample_seed(4, number))), {}
+        x, states = normal((1, 2, 2, 3), seeded(mixed(4, number))), {}
         before = 0.9 * (data[:, :1] - 0.7)
         variance = torch.tensor([0.16, 0.16 * (1 - 0.81)]).view(1, 2, 1, 1)
         for t, after in zip(times, [*times[1:], 0.0], strict=True):
