@@ -79,6 +79,7 @@ def check_needs(config: Config) -> None:
         other for other in METHODS if not lacks(load_method(other).Config(), load_method(other), load_adapter(name))
     ]
     hint = "set method.jvp: central_difference; " if "jvp" in lacking else ""
+    hint += "leave method.critic_sees_rung out; " if "critic" in method.flow_maps_of(config.method) else ""
     raise UserError(
         f"{config.distill_method} needs {' and '.join(lacking)} of the model family, which {name} does not have: {hint}"
         f"families that do: {', '.join(fitting) or 'none'}; methods that run on {name}: {', '.join(methods) or 'none'}"
@@ -177,10 +178,9 @@ def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:
 
 
 def load_role(config: Config, families: Families, role: str) -> nn.Module:
-    """The network of a role as training starts with it: the student of a method of flow maps is one."""
-    options, needs = config.roles[role], load_method(config.distill_method).needs_of(config.method)
-    flow_map = role == "student" and "flow_map" in needs
-    change = of_folder(families.by_role[role].folder).add_flow_map if flow_map else None
+    """The network of a role as training starts with it: some methods make flow maps of some."""
+    options, flow_maps = config.roles[role], load_method(config.distill_method).flow_maps_of(config.method)
+    change = of_folder(families.by_role[role].folder).add_flow_map if role in flow_maps else None
     if options.trainable and is_quantised(options.path):
         raise UserError(
             f"roles.{role}.path: {options.path} holds fp8 weights, which are read for frozen roles and as the base of "
@@ -228,12 +228,13 @@ def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwit
     """The roles that train an adapter, and the frozen ones over the same weights: one network per family and path.
 
     Raises:
-        UserError: if an adapter does not fit, or the method changes the student's network itself.
+        UserError: if an adapter does not fit, or the method changes that role's network itself.
     """
     method, switches = load_method(config.distill_method), dict[str, AdapterSwitch]()
     adapted = {name: role.lora for name, role in config.roles.items() if role.lora is not None}
-    if "student" in adapted and "flow_map" in method.needs_of(config.method):
-        raise UserError(f"roles.student.lora: {config.distill_method} adds a part to the student and trains it whole")
+    for role in method.flow_maps_of(config.method):
+        if role in adapted:
+            raise UserError(f"roles.{role}.lora: {config.distill_method} adds a part to the {role} and trains it whole")
     for base in dict.fromkeys(_base_of(config, families, name) for name in adapted):
         sharing = [name for name in families.roles_of(base[0]) if _base_of(config, families, name) == base]
         adapters = {name: lora for name, lora in adapted.items() if name in sharing}
@@ -381,9 +382,11 @@ def _check_guidance(config: Config, families: Families) -> None:
 
 
 def _check_needs_of_others(config: Config, families: Families) -> None:
-    needs = load_method(config.distill_method).needs_of(config.method) & {"features"}
+    method = load_method(config.distill_method)
+    needs, flow_maps = method.needs_of(config.method), method.flow_maps_of(config.method)
     for role, family in families.by_role.items():
-        if family is not families.main and (lacking := needs - family.supports):
+        needed = needs & ({"features", "flow_map"} if role in flow_maps else {"features"})
+        if family is not families.main and (lacking := needed - family.supports):
             name = family_of(config, role)[0]
             raise UserError(
                 f"roles.{role}.model.family: {config.distill_method} needs {' and '.join(sorted(lacking))}, "

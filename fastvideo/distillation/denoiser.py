@@ -97,9 +97,11 @@ class Denoiser:
         """Sample at times ``r``: ``x_t - (t - r) u(x_t, t, r)``."""
         return velocity_to_x0(x_t, self.velocity(x_t, t, condition, r=r), t - r)
 
-    def x0(self, x_t: Tensor, t: Tensor, condition: Condition, *, context: Context | None = None) -> Tensor:
-        """Estimated clean latents, float32; conditioning frames are exact."""
-        return exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition, context=context), t), condition)
+    def x0(
+        self, x_t: Tensor, t: Tensor, condition: Condition, *, r: Tensor | None = None, context: Context | None = None
+    ) -> Tensor:
+        """Estimated clean latents, float32, arguments as for :meth:`velocity`; conditioning frames are exact."""
+        return exact(velocity_to_x0(x_t, self.velocity(x_t, t, condition, r=r, context=context), t), condition)
 
     def commit(self, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         """The past after one more finished chunk ``[B, C, c, H, W]``, without gradient.

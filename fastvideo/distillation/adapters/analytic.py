@@ -198,7 +198,8 @@ class AnalyticFolder(ModelFolder, FolderAbilities):
         """
         if not isinstance(network, GaussianMeanVelocity | SiteMLP):
             raise UserError(
-                "the analytic family's flow maps are 'mean_velocity' and 'mlp': roles.student.path names one of them"
+                "the analytic family's networks of two times are 'mean_velocity' and 'mlp': give one of them as the "
+                "path of the role that needs it"
             )
 
     def save(self, folder: Path, network: nn.Module, recipe: Mapping[str, Any], *, slim: bool = False) -> None:

@@ -70,6 +70,11 @@ class DistillMethod(ABC, Generic[ConfigT]):
         return config.needs
 
     @classmethod
+    def flow_maps_of(cls, config: ConfigT) -> tuple[str, ...]:
+        """Roles whose networks read a second time ``r``."""
+        return ("student",) if "flow_map" in cls.needs_of(config) else ()
+
+    @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
         """Networks of the method's own, such as a loss weight, by role; ``families`` are those of the other roles."""
         return {}

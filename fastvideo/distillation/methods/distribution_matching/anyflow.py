@@ -17,8 +17,8 @@ from fastvideo.distillation.config.base import Guidance, OptimizerConfig, Optimi
 from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.flow_map_loss import FlowMapLoss, FlowMapLossConfig
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise, full_time, shift_time, velocity_target
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
@@ -79,6 +79,8 @@ class AnyFlowConfig(DMD2Config, FlowMapLossConfig):
     """Shift of the noise levels of both: uniform for the comparison, logit-normal for the critic."""
     score_and_train: Annotated[bool, refused("its critic learns at noise levels of another distribution")] = False
     """Not possible here."""
+    critic_sees_rung: Annotated[bool, refused("its jumps are those of rollout_steps")] = False
+    """Not possible here."""
     rung_shares: Annotated[Shares, refused("its jumps are those of rollout_steps", "empty")] = ()
     """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6
@@ -102,6 +104,10 @@ class AnyFlowMethod(DMD2Method):
     @classmethod
     def needs_of(cls, config: AnyFlowConfig) -> frozenset[Need]:  # type: ignore[override]
         return config.derivative_needs | {"flow_map"}
+
+    @classmethod
+    def flow_maps_of(cls, config: AnyFlowConfig) -> tuple[str, ...]:  # type: ignore[override]
+        return ("student",)
 
     @classmethod
     def uses_latents(cls, config: AnyFlowConfig) -> bool:  # type: ignore[override]

@@ -17,7 +17,8 @@ from fastvideo.distillation.config.base import Shares
 from fastvideo.distillation.config.causal import CausalOptions
 from fastvideo.distillation.methods.distribution_matching.chunk_metrics import means_by_chunk
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.types import Batch, Need
 from fastvideo.ranges import Beta, LearningRate
@@ -28,6 +29,8 @@ class CausVidConfig(CausalOptions, DMD2Config):
 
     rollout: Literal["data"] = "data"
     """Input of the student: real latents, each chunk noised to a step of the ladder or left clean."""
+    critic_sees_rung: Annotated[bool, refused("each chunk is at a step of its own, or clean")] = False
+    """Not possible here."""
     rung_shares: Annotated[Shares, refused("each chunk is at a step of its own, or clean", "empty")] = ()
     """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6

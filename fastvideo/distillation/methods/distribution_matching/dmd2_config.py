@@ -1,26 +1,13 @@
-"""Options of DMD2 and of the methods built on it."""
+"""Options of DMD2."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import model_validator
 
 from fastvideo.distillation.config.base import Guidance, MethodConfig, Shares, TimeRange
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-T = TypeVar("T")
-
-
-def refused(reason: str, only: str = "false") -> AfterValidator:
-    """Validator that refuses an option of DMD2 in a method that does not support it."""
-
-    def check(value: T) -> T:
-        if value:
-            raise ValueError(f"must be {only} for this method: {reason}")
-        return value
-
-    return AfterValidator(check)
 
 
 class DMD2Config(MethodConfig):
@@ -38,6 +25,10 @@ class DMD2Config(MethodConfig):
     rung_shares: Shares = ()
     """Share of the rollouts that end at each step of the ladder, the noisiest first; empty means equal shares. More of
     the first one serves one-step sampling, and rollouts that end there are the shortest."""
+    critic_sees_rung: bool = False
+    """Tell the critic at which step of the ladder a sample was made, by a second time that its network then reads (part
+    of it, with weights of its own). One critic of all steps matches their mixture to the teacher: steps that are
+    faint and steps that are bold make up for each other."""
     teacher_guidance: Guidance = 4.5
     """Classifier-free guidance of the teacher in the standard convention, where 1 is the conditional prediction; others
     are converted by name: `{extra: 3.5}` is 4.5."""
@@ -65,12 +56,8 @@ class DMD2Config(MethodConfig):
             return self
         if self.generator_update_interval == 1:
             raise ValueError(
-                "generator_update_interval: 1 without critic_updates_on_student_steps never trains the critic; give an "
-                "interval of 2 or more"
+                "generator_update_interval: 1 never trains the critic without critic_updates_on_student_steps"
             )
         if self.score_and_train:
-            raise ValueError(
-                "score_and_train is one forward for both losses of a student step: it needs "
-                "critic_updates_on_student_steps: true"
-            )
+            raise ValueError("score_and_train is one forward for both losses: it needs critic_updates_on_student_steps")
         return self

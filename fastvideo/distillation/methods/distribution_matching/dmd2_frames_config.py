@@ -8,7 +8,8 @@ from pydantic import model_validator
 
 from fastvideo.distillation.config.base import Guidance, TimeRange
 from fastvideo.distillation.frame_bridge import FrameSpace
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.ranges import LearningRate, NonNegativeFloat, NonNegativeInt, PositiveInt
 from fastvideo.sampling_ranges import BatchSize
 

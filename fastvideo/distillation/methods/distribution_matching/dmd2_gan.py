@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
@@ -17,8 +18,8 @@ from fastvideo.distillation.config.base import OptimizerConfig
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.features import x0_guided_and_features
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
 from fastvideo.distillation.methods.distribution_matching.gan import Adversary, AdversaryConfig, generator_loss
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
@@ -36,6 +37,15 @@ class DMD2GANConfig(AdversaryConfig, DMD2Config):
     features_of: Literal["teacher", "critic"] = "teacher"
     """Source of the discriminator's features: the frozen `teacher`, or the moving `critic` (trained by its own loss
     only)."""
+
+    @model_validator(mode="after")
+    def _critic_is_one(self) -> DMD2GANConfig:
+        if self.critic_sees_rung and self.features_of == "critic":
+            raise ValueError(
+                "critic_sees_rung: real videos have no ladder step, and with features_of: critic the discriminator "
+                "reads them through the critic; give features_of: teacher"
+            )
+        return self
 
 
 class DMD2GANMethod(DMD2Method):
@@ -70,7 +80,7 @@ class DMD2GANMethod(DMD2Method):
 
     @classmethod
     def needs_of(cls, config: DMD2Config) -> frozenset[Need]:
-        return frozenset({"features"})
+        return super().needs_of(config) | {"features"}
 
     @classmethod
     def gradient_roles_of(cls, config: DMD2Config) -> tuple[str, ...]:
@@ -96,7 +106,7 @@ class DMD2GANMethod(DMD2Method):
         if self.config.features_of == "teacher":
             real, seen = x0_guided_and_features(self.teacher, x_t, t, condition, negative, guidance, taps)
             with torch.no_grad():
-                fake = self.critic.x0(x_t, t, condition)
+                fake = self.critic.x0(x_t, t, condition, r=self.second_time(t))
         else:
             fake, seen = x0_guided_and_features(self.critic, x_t, t, condition, condition, 1.0, taps)
             with torch.no_grad():

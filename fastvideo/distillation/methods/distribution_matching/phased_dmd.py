@@ -19,8 +19,9 @@ from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Shares, Time
 from fastvideo.distillation.experts import boundary_between
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
 from fastvideo.distillation.methods.distribution_matching.phase import Phase, within
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import MARGIN, RandomStreams
 from fastvideo.distillation.rollout import Ladder, few_step, renoise
@@ -45,6 +46,8 @@ class PhasedDMDConfig(DMD2Config):
     """Guided steps of the teacher from noise to the start of the phase `low`; 0 starts from the student's own phase
     `high`, which fits its sampling, and wants that phase to be trained."""
     score_and_train: Annotated[bool, refused("its phases score noisy samples in a call of their own")] = False
+    critic_sees_rung: Annotated[bool, refused("each phase has its own score times")] = False
+    """Not possible here."""
     rung_shares: Annotated[Shares, refused("each phase draws among its own steps", "empty")] = ()
 
 

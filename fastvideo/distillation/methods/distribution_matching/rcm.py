@@ -23,7 +23,7 @@ from fastvideo.distillation.interpolant import Interpolant
 from fastvideo.distillation.jvp import DerivativeConfig, derivative
 from fastvideo.distillation.methods.causal import Forced
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import refused
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise, expand_time, full_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Velocity
@@ -46,6 +46,8 @@ class RCMConfig(ForcedOptions, DMD2Config, DerivativeConfig):
     score_and_train: Annotated[bool, refused("its critic rests on the student's steps")] = False
     """Not possible here."""
     critic_updates_on_student_steps: Annotated[bool, refused("its critic rests on the student's steps")] = False
+    """Not possible here."""
+    critic_sees_rung: Annotated[bool, refused("its rollouts take drawn times instead of the ladder's")] = False
     """Not possible here."""
     rung_shares: Annotated[Shares, refused("its rollouts take drawn times instead of the ladder's", "empty")] = ()
     """Not possible here."""

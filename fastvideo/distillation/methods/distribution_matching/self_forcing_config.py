@@ -8,7 +8,8 @@ from pydantic import field_validator, model_validator
 
 from fastvideo.distillation.config.base import Guidance, Shares, Time
 from fastvideo.distillation.config.causal import CausalOptions
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config, refused
+from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.types import UserError
 from fastvideo.ranges import LearningRate, PositiveInt
@@ -38,6 +39,8 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
     first_ladder: tuple[Time, ...] = ()
     """Noise levels of the first chunk, falling from 1, where it needs more steps than the ladder of the others has
     (Causal-Forcing++); empty for the same ones."""
+    critic_sees_rung: Annotated[bool, refused("chunks of one stream leave the ladder at steps of their own")] = False
+    """Not possible here."""
     rung_shares: Annotated[Shares, refused("its chunks leave the ladder by same_exit and last_exit_only", "empty")] = ()
     """Not possible here."""
     teacher_guidance: Guidance = 4.0

@@ -148,12 +148,13 @@ def covering() -> dict[str, list[Case]]:
 
 
 def variants(family: str) -> list[Case]:
-    """Accumulation, recomputation, adapters and one forward for both losses, alone and together."""
+    """Accumulation, recomputation, adapters, one forward for both losses, a critic that reads two times."""
     every = {"parallel": {"sync_every_micro_batch": True, "keep_gathered": "all"}} | ACCUMULATED
     cases = [Case(family, "dmd2", ACCUMULATED), Case(family, "dmd2", CHECKPOINTED), Case(family, "dmd2", {}, LORA)]
     cases += [Case(family, "dmd2", every), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA)]
-    joint = {"score_and_train": True}
-    return [*cases, Case(family, "dmd2", {}, {}, joint), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA, joint)]
+    joint, told = {"score_and_train": True}, {"critic_sees_rung": True}
+    cases += [Case(family, "dmd2", {}, {}, joint), Case(family, "dmd2", CHECKPOINTED | ACCUMULATED, LORA, joint)]
+    return [*cases, Case(family, "dmd2", {}, {}, told), Case(family, "dmd2_gan", CHECKPOINTED, {}, told)]
 
 
 def test_the_matrix_covers_every_method_layout_and_family() -> None:
