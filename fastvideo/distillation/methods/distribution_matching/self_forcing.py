@@ -82,6 +82,7 @@ class SelfForcingMethod(DMD2Method):
         """
         first_times = self.first_times if opening else self.ladder.times
         ladders = [first_times, *[self.ladder.times] * (chunks - 1)]
+        self.rung = self.ladder.times[-1]
         if self.config.last_exit_only:
             return ladders
         if not self.config.same_exit:
@@ -89,6 +90,7 @@ class SelfForcingMethod(DMD2Method):
         first, other = len(first_times), len(self.ladder)
         drawn = self.rng.shared_index(first)
         rest = drawn if first == other else self.rng.shared_index(other)
+        self.rung = self.ladder.times[rest]
         return [first_times[: drawn + 1], *[self.ladder.times[: rest + 1]] * (chunks - 1)]
 
     def length(self, batch: Batch) -> int:

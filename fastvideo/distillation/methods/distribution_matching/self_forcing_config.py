@@ -39,8 +39,6 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
     first_ladder: tuple[Time, ...] = ()
     """Noise levels of the first chunk, falling from 1, where it needs more steps than the ladder of the others has
     (Causal-Forcing++); empty for the same ones."""
-    critic_sees_rung: Annotated[bool, refused("chunks of one stream leave the ladder at steps of their own")] = False
-    """Not possible here."""
     rung_shares: Annotated[Shares, refused("its chunks leave the ladder by same_exit and last_exit_only", "empty")] = ()
     """Not possible here."""
     teacher_guidance: Guidance = 4.0
@@ -50,6 +48,8 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
 
     @model_validator(mode="after")
     def _lengths(self) -> SelfForcingConfig:
+        if self.critic_sees_rung and not (self.same_exit or self.last_exit_only):
+            raise ValueError("critic_sees_rung: the chunks must leave the ladder at one step: same_exit: true")
         least, most, chunk = self.min_frames, self.max_frames, self.reach.chunk
         if least is not None and (most is None or least > most or (most - least) % chunk):
             raise ValueError(f"min_frames: max_frames less a multiple of chunk {chunk}, got {least} and {most}")

@@ -115,7 +115,7 @@ def test_the_critic_of_all_steps_is_called_as_ever(adapter: SpyAdapter) -> None:
     assert [call.r for call in adapter.of(method.bundle["critic"])] == [None, None]
 
 
-REFUSED = ["rcm", "anyflow", "causvid", "self_forcing", "streaming_tuning", "phased_dmd"]
+REFUSED = ["rcm", "anyflow", "causvid", "phased_dmd"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
