@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+import yaml
 
 from fastvideo.evaluation.evaluate import evaluate_rows
 from fastvideo.evaluation.metrics import Row
@@ -57,11 +58,23 @@ def two_experts(folder: Path) -> Path:
     return folder
 
 
+def recipe(folder: Path) -> Path:
+    """Write the tiny recipe without the options that methods of two phases do not have; returns the file."""
+    values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    for option in ("rung_shares", "critic_sees_rung"):
+        values["method"].pop(option, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
 def trained(method: str, model: str, steps: int, arguments: Arguments) -> Path:
     """The student of a run, which is made if it is not there."""
     out = arguments.out / f"{method}-{Path(model).name}-seed-{arguments.seed}"
     if not (out / "student").is_dir():
-        flags = ["--config", str(RECIPE), "--output", str(out), "--distill-method", method, "--model.path", model]
+        flags = ["--config", str(recipe(arguments.out)), "--output", str(out), "--distill-method", method]
+        flags += ["--model.path", model]
         flags += ["--trainer.max-steps", str(steps), "--validation.every", "0", "--trainer.threads", "1"]
         run(parse([*flags, "--seed", str(arguments.seed)])[1], overwrite=True)
     return out / "student"

@@ -35,6 +35,8 @@ from fastvideo.tests.preparing import preparer
 from fastvideo.training.distillation import parse
 
 TINY, LARGE = "examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml"
+PLAIN = "--method.no-critic-sees-rung"
+"""Flag of TINY for networks that are all alike."""
 ADAPTERS = "examples/distillation/tiny_wan_dmd2_lora.yaml"
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
@@ -113,9 +115,14 @@ def test_a_plan_says_what_snapshots_take() -> None:
     assert not any("disk" in line for line in step_lines(replace(plan, snapshots=0), None))
 
 
+def test_a_critic_that_reads_two_times_is_counted_with_the_part_that_reads_the_second() -> None:
+    student, _, critic = role_plans(fake_run(config_of(TINY)))
+    assert (critic.name, critic.parameters - student.parameters) == ("critic", 17 * 192 + 193 * 192)
+
+
 def test_second_family_is_counted() -> None:
     """Teacher and critic of another family bring their networks and text encoder, and the bridge both VAEs."""
-    config = config_of(TINY, "--validation.every", "0")
+    config = config_of(TINY, "--validation.every", "0", PLAIN)
     other = {"family": "cogvideox", "path": "tiny_cogvideox", "max_sequence_length": 8}
     scoring = {name: config.roles[name].model_copy(update={"model": other}) for name in ("teacher", "critic")}
     run = fake_run(config.model_copy(update={"roles": config.roles | scoring}))
@@ -151,7 +158,7 @@ def test_live_bytes_are_those_of_tensors_that_live() -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
     """Four blocks are run as they are; fake and real tensors agree to the byte on what operators make."""
-    config = config_of(TINY, "--parallel.activation-checkpointing", recompute, "--data.batch-size", "2")
+    config = config_of(TINY, "--parallel.activation-checkpointing", recompute, "--data.batch-size", "2", PLAIN)
     planned = simulate(fake_run(config), split=False, leave=False)
     adapter = build_adapter(config)
     networks = {name: adapter.folder.load_network() for name in config.roles}
@@ -271,12 +278,12 @@ def test_more_processes_hold_less_and_send_more() -> None:
 
 
 def test_networks_that_stay_gathered_are_counted_whole_and_sent_once() -> None:
-    bare = config_of(TINY, "--parallel.shard", "2")
+    bare = config_of(TINY, "--parallel.shard", "2", PLAIN)
     roles = role_plans(fake_run(bare, Processes(shard=2)))
     whole, teacher = roles[0].whole, next(role for role in roles if not role.trainable)
     held, gathers = {}, {}
     for kept in ("none", "frozen", "all"):
-        config = config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", kept)
+        config = config_of(TINY, "--parallel.shard", "2", "--parallel.keep-gathered", kept, PLAIN)
         held[kept] = gathered_bytes(config, roles)
         gathers[kept] = [_gathers(config, role, 2.5, 1.0 * role.trainable) for role in (roles[0], teacher)]
     assert held == {"none": held["none"], "frozen": held["none"] + whole, "all": held["none"] + 3 * whole}
