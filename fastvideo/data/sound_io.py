@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import chain, islice
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from fastvideo.data.faults import VideoError
+from fastvideo.data.sound_clock import Clock, checked, entered, runs
 from fastvideo.distillation.sound import Sound
 from fastvideo.files import replacing
 
@@ -19,9 +23,6 @@ LAYOUTS = {1: "mono", 2: "stereo"}
 """Names of the channels, by their number."""
 COVERED = 0.95
 """Least share of a clip that its sound has to cover; the rest is silent. Tracks end a packet before their video."""
-
-JUMP = 0.04
-"""Largest difference in seconds between a frame's time and the end of the one before it that is not a gap."""
 
 
 class SoundTrack:
@@ -57,8 +58,8 @@ def read_sound(path: Path, start: float, seconds: float, rate: int, channels: in
     length = round(seconds * rate)
     wanted, heard = np.zeros((channels, length), np.float32), np.zeros(length, bool)
     try:
-        with av.open(str(path)) as container:
-            for place, samples in _placed(container, start, rate, channels):
+        with ExitStack() as opened:
+            for place, samples in _placed(opened, path, start, rate, channels):
                 if place >= length:
                     break
                 part = slice(max(0, place), max(0, place + samples.shape[1]))
@@ -71,50 +72,59 @@ def read_sound(path: Path, start: float, seconds: float, rate: int, channels: in
     return Sound(torch.from_numpy(wanted)[None], rate)
 
 
-def _placed(container: Any, start: float, rate: int, channels: int) -> Iterator[tuple[int, Any]]:
-    """Samples ``[channels, n]``, each with the place of its first one, counted from the time ``start``."""
+def _placed(opened: ExitStack, path: Path, start: float, rate: int, channels: int) -> Iterator[tuple[int, Any]]:
+    """Samples ``[channels, n]``, each with the place of its first one, counted from the time ``start``.
+
+    They begin near that time where the file can be entered there, and with the track elsewhere.
+    """
+    container, stream = _track(opened, path)
+    head = list(islice(checked(container.decode(stream)), 2))
+    if not head:
+        return
+    zero, clock = (container.start_time or 0) / av.time_base, Clock.of(head)
+    frames = entered(container, stream, clock, Fraction(zero + start))
+    if frames is None:
+        container, stream = _track(opened, path)
+        frames = container.decode(stream)
+    origin = round((head[0].time - zero - start) * rate)
+    for run in runs(checked(frames, head[0]), clock):
+        first = next(run)
+        place, samples = _resampled(chain([first], run), clock.place(first), rate, channels)
+        place += origin
+        for one in samples:
+            yield place, one.to_ndarray()
+            place += one.samples
+
+
+def _track(opened: ExitStack, path: Path) -> tuple[Any, Any]:
+    """A file at its beginning, and its best track of sound."""
+    container = opened.enter_context(av.open(str(path)))
     stream = container.streams.best("audio")
     if stream is None:
         raise VideoError("no sound")
-    zero = (container.start_time or 0) / av.time_base
-    for run in _runs(checked(container.decode(stream))):
-        resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
-        first = next(run)
-        place = round((first.time - zero - start) * rate)
-        for frame in chain([first], run, [None]):
-            for one in resampler.resample(frame):
-                yield place, one.to_ndarray()
-                place += one.samples
+    return container, stream
 
 
-def _runs(frames: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """Frames that follow each other without a jump of the clock of more than :data:`JUMP`."""
-    number, end = 0, None
+def _resampled(frames: Iterator[Any], place: int, rate: int, channels: int) -> tuple[int, Iterator[Any]]:
+    """Frames at another rate, with the place of their first sample at that rate; ``place`` is that of the first frame.
 
-    def run_of(frame: Any) -> int:
-        nonlocal number, end
-        number += end is not None and abs(frame.time - end) > JUMP
-        end = frame.time + frame.samples / frame.sample_rate
-        return number
-
-    return (run for _, run in groupby(frames, run_of))
-
-
-def checked(frames: Iterable[Any]) -> Iterator[Any]:
-    """The frames of one track.
-
-    Raises:
-        VideoError: for a frame without a time, or of other channels, rate or format than the first.
+    The grid of the new rate is that of the beginning of the track: silence fills the time from a common sample on.
     """
-    first = None
-    for frame in frames:
-        if frame.time is None:
-            raise VideoError("its sound has no clock")
-        kind = f"{frame.layout.name}, {frame.sample_rate} Hz, {frame.format.name}"
-        first = first or kind
-        if kind != first:
-            raise VideoError(f"its sound changes from {first} to {kind}")
-        yield frame
+    resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
+    first = next(frames)
+    common = gcd(rate, first.sample_rate)
+    number, missing = divmod(place, first.sample_rate // common)
+    silence = [_silence(first, missing)] if missing else []
+    whole = chain(silence, [first], frames, [None])
+    return number * (rate // common), (one for frame in whole for one in resampler.resample(frame))
+
+
+def _silence(like: Any, samples: int) -> Any:
+    frame = av.AudioFrame(format=like.format.name, layout=like.layout.name, samples=samples)
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size))
+    frame.sample_rate, frame.time_base = like.sample_rate, like.time_base
+    return frame
 
 
 def write_wav(path: Path, sound: Sound) -> Path:

@@ -15,7 +15,8 @@ from fastvideo.data.captions import Video
 from fastvideo.data.clips import Clip, Policy, Size, read_clips
 from fastvideo.data.faults import VideoError
 from fastvideo.data.shards import sound_of
-from fastvideo.data.sound_io import checked, read_sound
+from fastvideo.data.sound_clock import checked
+from fastvideo.data.sound_io import read_sound
 from fastvideo.data.video_io import write_video
 from fastvideo.distillation.sound import Sound
 
