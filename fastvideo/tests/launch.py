@@ -5,6 +5,7 @@ All that a process prints goes to one file, so that no full pipe holds it up whi
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import subprocess
@@ -186,11 +187,15 @@ def in_world(size: int, work: Callable[[int, int], Any], folder: Path) -> list[A
 
 def _told(folder: Path, rank: int, code: int | None) -> str:
     file = folder / f"{rank}.txt"
-    return file.read_text() if file.is_file() else f"rank {rank} ended without a word, code {code}"
+    if file.is_file():
+        return file.read_text()
+    stack = folder / f"{rank}.crash"
+    return f"rank {rank} ended without a word, code {code}\n{stack.read_text() if stack.is_file() else ''}"
 
 
 def _enter(rank: int, size: int, work: Callable[[int, int], Any], folder: Path) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable((folder / f"{rank}.crash").open("w"))
     try:
         dist.init_process_group("gloo", f"file://{folder}/store", COLLECTIVE, size, rank)
         found = work(rank, size)

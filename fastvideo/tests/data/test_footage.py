@@ -109,6 +109,7 @@ def test_a_gap_in_the_clock_is_cut_and_not_filled(jump: int, suffix: str, tmp_pa
         assert numbers(found) == [[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]]
         assert [clip.number for clip in found] == [0, 1]
         assert [clip.fps for clip in found] == [8.0, 8.0]
+        assert [clip.start for clip in found] == [0.0, None], "the place of its sound is not known behind the gap"
 
 
 def test_a_late_last_frame_does_not_stay_on_screen(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -86,8 +87,14 @@ def test_what_has_no_sound_that_fits_is_left_out_with_its_reason(file: Path, tmp
     assert reason(next(read_clips(short, Policy((SIZE,)))), short).endswith("s of a clip of 0.38 s")
     slow = Clip(clip.frames, 12.0, 0, start=0.0)
     assert reason(slow, file) == "12 frames per second, and the model's videos have 24: --fps 24"
-    assert reason(Clip(clip.frames, FPS, 1, start=None), file).startswith("its clock jumps before this clip")
+    assert reason(replace(slow, fps=25.0), file).startswith("25 frames per second")
+    assert reason(replace(clip, start=None), file).startswith("its clock jumps before this clip")
     assert reason(Clip(clip.frames[:1], FPS, 0, still=True), file).startswith("an image has no sound")
+
+
+def test_a_rate_of_23_976_is_taken_for_24_and_its_sound_is_as_long_as_the_models(file: Path) -> None:
+    clip = Clip(np.zeros((9, 32, 32, 3), np.uint8), 24_000 / 1001, 0, start=0.0)
+    assert sound_of(clip, Video(file, "a", ""), FPS, (RATE, 2)).waveform.shape == (1, 2, 6000)  # not 6006
 
 
 def stored(path: Path, layout: str, rate: int) -> bytes:
@@ -118,17 +125,29 @@ def test_a_sound_without_times_is_left_out() -> None:
         next(checked([frame]))
 
 
-def test_what_comes_behind_a_gap_of_the_clock_is_heard_at_its_time(tmp_path: Path) -> None:
-    """A second of silence, none of a tone that begins at 1.5 s, and the tone."""
-    path, t = tmp_path / "a.mkv", torch.arange(RATE) / RATE
+def seconds_of_sound(path: Path, *parts: tuple[float, float]) -> Path:
+    """A second of 1 kHz for each beginning and loudness, on one clock."""
+    t = torch.arange(RATE) / RATE
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
-        for begin, size in ((0.0, 0.0), (1.5, 0.5)):
+        for begin, size in parts:
             samples = (size * torch.sin(2 * math.pi * 1000 * t) * 32767).short().numpy()[None]
             frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
             frame.sample_rate, frame.pts = RATE, round(begin * RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def test_what_comes_behind_a_gap_of_the_clock_is_heard_at_its_time(tmp_path: Path) -> None:
+    """A second of silence, none of a tone that begins at 1.5 s, and the tone."""
+    path = seconds_of_sound(tmp_path / "a.mkv", (0.0, 0.0), (1.5, 0.5))
     with pytest.raises(VideoError, match=r"its sound covers 2\.00 s of a clip of 2\.50 s"):
         read_sound(path, 0.0, 2.5, RATE, 2)
     assert loud(read_sound(path, 1.45, 1.0, RATE, 2)) == pytest.approx((0.05, 1.0), abs=2e-3)
+
+
+def test_times_count_from_the_beginning_of_the_file(tmp_path: Path) -> None:
+    """As those of its pictures do; its clock begins at five seconds."""
+    path = seconds_of_sound(tmp_path / "a.mkv", (5.0, 0.0), (6.0, 0.5))
+    assert loud(read_sound(path, 0.5, 1.0, RATE, 2)) == pytest.approx((0.5, 1.0), abs=2e-3)

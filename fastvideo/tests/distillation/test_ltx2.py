@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import wave
@@ -77,12 +78,13 @@ def stock(adapter: LTX2Adapter, noise: Tensor, guidance: float) -> tuple[Tensor,
     return pipeline(prompt=PROMPTS, output_type="pt", return_dict=False, **call)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("factor", "rescale"), [(1.0, 0.0), (3.0, 0.7)])
+@pytest.mark.parametrize(("factor", "rescale", "rate"), [(1.0, 0.0, 24.0), (3.0, 0.7, 12.5)])
 @pytest.mark.parametrize("name", ["ltx2", "ltx2-2.3"])
 def test_guided_steps_give_the_video_and_the_sound_of_the_stock_pipeline(
-    name: str, factor: float, rescale: float, tiny_wan: Path
+    name: str, factor: float, rescale: float, rate: float, tiny_wan: Path
 ) -> None:
-    adapter = made_family(name, tiny_wan.parent, audio_guidance_factor=factor, guidance_rescale=rescale)
+    options = {"audio_guidance_factor": factor, "guidance_rescale": rescale, "frame_rate": rate}
+    adapter = made_family(name, tiny_wan.parent, **options)
     assert isinstance(adapter, LTX2Adapter)
     noise = normal((2, *adapter.codec.latent_shape), seeded(6))
     (video, sound), (stock_video, stock_sound) = ours(adapter, noise, 2.5), stock(adapter, noise, 2.5)
@@ -129,17 +131,22 @@ def test_prompts_of_other_lengths_reach_the_network_as_in_the_stock_pipeline(fam
 
 
 def test_a_waveform_becomes_the_spectrum_of_its_definition(family: LTX2Adapter) -> None:
-    """Magnitudes of a windowed transform in bands of the slaney scale, and their logarithm."""
+    """Magnitudes of a windowed transform in bands of the slaney scale, and their logarithm; the stock pipeline takes
+    the latents back to those of its autoencoder."""
+    from diffusers import LTX2Pipeline
     from transformers.audio_utils import mel_filter_bank
 
     codec, seen = family.codec, list[Tensor]()
-    codec.audio_vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    vae = codec.audio_vae
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     waveform = 0.3 * normal((1, 2, 16_000), seeded(2))
     waveform[..., 1500:4500] = 0.0  # longer than a window
     latents = codec.encode_sound(waveform)
     length, width = codec.parts.members[1].shape
     assert latents.shape == (1, length, width)
     assert seen[0].shape == (1, 2, 4 * length - 3, 8)
+    raw = LTX2Pipeline._pack_audio_latents(vae.encode(seen[0]).latent_dist.mode())
+    torch.testing.assert_close(LTX2Pipeline._denormalize_audio_latents(latents, vae.latents_mean, vae.latents_std), raw)
     window = torch.hann_window(1024, dtype=torch.float64)
     options = {"center": True, "pad_mode": "reflect", "return_complex": True}
     magnitudes = torch.stft(waveform[0].double(), 1024, 160, window=window, **options).abs()
@@ -152,10 +159,35 @@ def test_a_waveform_becomes_the_spectrum_of_its_definition(family: LTX2Adapter) 
 
 
 def test_a_video_that_comes_alone_has_silence(family: LTX2Adapter) -> None:
-    codec = family.codec
-    latents = codec.encode(normal((2, 3, 9, 64, 96), seeded(1)).clamp(-1, 1))
-    silent = codec.encode_sound(torch.zeros(1, 2, 100))
-    assert torch.equal(codec.parts.split(latents)[1], silent.expand(2, -1, -1))
+    """Beside its own latents, which the stock pipeline takes back to those of its autoencoder."""
+    from diffusers import LTX2Pipeline
+
+    codec, vae, videos = family.codec, family.codec.vae, normal((2, 3, 9, 64, 96), seeded(1)).clamp(-1, 1)
+    pictures, sounds = codec.parts.split(codec.encode(videos))
+    assert torch.equal(sounds, codec.encode_sound(torch.zeros(1, 2, 100)).expand(2, -1, -1))
+    statistics = vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+    raw = LTX2Pipeline._denormalize_latents(pictures, *statistics)
+    torch.testing.assert_close(raw, vae.encode(videos).latent_dist.mode(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_sound_weighs_in_losses_as_the_config_says(family: LTX2Adapter) -> None:
+    assert family.codec.parts.shares == [0.5, 0.5]
+    assert like(family, audio_weight=3.0).codec.parts.shares == [0.25, 0.75]
+
+
+@torch.no_grad()
+def test_another_autoencoder_of_sound_is_another_space_and_other_connectors_make_other_texts(
+    family: LTX2Adapter, tmp_path: Path
+) -> None:
+    """Stored latents and texts of the one are refused by the other."""
+    other = like(family, path=str(shutil.copytree(family.config.path, tmp_path / "other")))
+    for module, part in ((family.codec.audio_vae, "audio_vae"), (family.conditioner.text_encoder, "connectors")):
+        changed = copy.deepcopy(getattr(module, part, module))
+        next(changed.parameters()).add_(1.0)
+        changed.save_pretrained(tmp_path / "other" / part)
+    assert other.codec.latent_key != family.codec.latent_key
+    found, before = other.conditioner.text_settings, family.conditioner.text_settings
+    assert {name for name in before if found[name] != before[name]} == {"connectors"}
 
 
 def test_tokens_of_both_parts_are_judged(family: LTX2Adapter) -> None:

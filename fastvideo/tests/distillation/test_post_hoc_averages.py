@@ -157,6 +157,23 @@ def test_more_snapshots_and_a_width_between_are_nearer() -> None:
     assert max(profile.update for profile in fit(many, Profile(900, 0.15)).coefficients) == 900
 
 
+def test_error_and_noise_are_norms_of_what_is_missed_and_of_the_coefficients() -> None:
+    """Against profiles on a fine grid of updates."""
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 1000
+
+    def on_grid(profile: Profile) -> Tensor:
+        exponent = exponent_of(profile.std)
+        found = (exponent + 1) * (grid / profile.update) ** exponent / profile.update
+        return found.where(grid < profile.update, 0.0)
+
+    wanted = Profile(100, 0.15)
+    found = fit([Profile(update, std) for update in (50, 100) for std in (0.05, 0.1)], wanted)
+    missed = sum(on_grid(profile) * c for profile, c in found.coefficients.items()) - on_grid(wanted)
+    assert found.error == pytest.approx(float(missed.norm() / on_grid(wanted).norm()), rel=1e-4)
+    assert found.error > 0.01
+    assert found.noise == pytest.approx(math.hypot(*found.coefficients.values()))
+
+
 def test_snapshots_are_bounded_in_number_and_size(student: RoleHandle, tmp_path: Path) -> None:
     options = PostHocConfig(every=2, keep=5)
     for updates in range(1, 400):
@@ -166,6 +183,7 @@ def test_snapshots_are_bounded_in_number_and_size(student: RoleHandle, tmp_path:
     trained(student, tmp_path, options, 99)
     assert sorted({profile.update for profile in snapshots_in(tmp_path)}) == [32, 64, 96, 99]
     assert len(list(tmp_path.iterdir())) == 8
+    assert all(saved_step(file) == 2 * profile.update for profile, file in snapshots_in(tmp_path).items())
     stored = sum(t.nbytes for file in snapshots_in(tmp_path).values() for t in load_file(file).values())
     assert stored == 8 * 2 * sum(t.numel() for t in tensors_of(student).values())
     assert disk_bytes(student, options) == stored // 8 * 2 * 6

@@ -17,7 +17,8 @@ from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.optional.profiles import Profile
 from fastvideo.distillation.engine.optional.snapshots import averaged, snapshots_in
 from fastvideo.evaluation import averages as evaluation
-from fastvideo.inference.loading import load_model
+from fastvideo.evaluation.judge import Judge
+from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tests.distillation.tiny import experts_folder, wan_config, wan_folder
 from fastvideo.training.run import run
 
@@ -151,19 +152,39 @@ def test_the_average_of_an_adapter_is_merged_and_stands_beside(tmp_path: Path) -
     assert changed
     beside = load_file(folder / "averaged-0.1" / "pytorch_lora_weights.safetensors")
     assert beside.keys() == load_file(folder / "student" / "pytorch_lora_weights.safetensors").keys()
+    for name in (name for name in beside if name.endswith(".lora_B.weight")):  # stock pipelines scale by 1
+        change = beside[name] @ beside[name.replace(".lora_B.", ".lora_A.")]
+        layer = f"{name.removeprefix('transformer.').removesuffix('.lora_B.weight')}.weight"
+        torch.testing.assert_close(merged[layer], base[layer] + change, rtol=1e-6, atol=1e-7)
     assert yaml.safe_load((folder / "config.yaml").read_text())["ema"]["post_hoc"]["stds"] == [0.05, 0.1]
 
 
 @pytest.mark.slow
-def test_the_best_of_several_is_chosen_on_training_prompts(tmp_path: Path, capsys: Any) -> None:
+def test_the_best_of_several_is_chosen_on_training_prompts(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = values_of(tmp_path, model={"path": "tiny"}, data={"path": "tiny", "size": 8, "batch_size": 2})
     folder = run(config_of(values, "test")).parent
+    splits, rows, measured = set[str](), list[evaluation.Measured](), evaluation._measured
+
+    def watched(model: LoadedModel, judge: Judge, *others: Any) -> evaluation.Measured:
+        splits.add(judge.world.split)
+        rows.append(measured(model, judge, *others))
+        return rows[-1]
+
+    monkeypatch.setattr(evaluation, "_measured", watched)
     assert main(["average", str(folder), "--choose", "--std", "0.05", "0.1", "--prompts", "6", "--steps", "1"]) == 0
     shown = capsys.readouterr().out
     assert "6 training prompts" in shown
     assert all(word in shown for word in ("own (live)", "0.05", "0.1", "Frechet, 2", "digit, 1", "fastvideo evaluate"))
     recipe = json.loads((folder / "averaged" / "recipe.json").read_text())
-    assert recipe["post_hoc"]["std"] in (0.05, 0.1)
+    own, *averages = sorted(rows, key=lambda row: row.std is not None)
+    best = min(averages, key=lambda row: row.frechet[1].value)
+    assert splits == {"train"}
+    assert [row.std for row in rows] == [None, 0.05, 0.1]
+    assert len({row.frechet[1].value for row in averages}) == 2
+    assert recipe["post_hoc"]["std"] == best.std
+    assert ("is as good" in shown) == (own.frechet[1].value <= best.frechet[1].value)
     assert "measured at 2 or 1" in refused(
         capsys, folder, "--choose", "--std", "0.1", "--prompts", "6", "--steps", "3", "--overwrite"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,13 @@ def waits(rank: int, size: int) -> set[float]:
 
 def test_every_group_waits_as_long_as_the_config_says(tmp_path: Path) -> None:
     assert in_world(4, waits, tmp_path) == [{7.0}] * 4
+
+
+def crash(rank: int, size: int) -> None:
+    if rank:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_rank_that_crashes_says_where(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 ended .* code -11\n.*Segmentation fault.* in crash\n"):
+        in_world(2, crash, tmp_path)

@@ -16,6 +16,7 @@ from fastvideo.distillation.config.base import Section
 from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.schema import HealthConfig, TrackingConfig, ValidationConfig
+from fastvideo.distillation.engine.optional.snapshots import saved_step, snapshots_in
 from fastvideo.distillation.registry import METHODS, run_schema
 from fastvideo.errors import UserError
 from fastvideo.tests.training.test_run import config_of, result
@@ -56,7 +57,10 @@ def test_snapshots_of_a_resumed_run_are_those_of_an_undisturbed_one(analytic_val
     assert [int(name[7:15]) for name in snapshots(tmp_path / "parts")] == [2, 2, 4, 4, 6, 6, 7, 7]
     again = tmp_path / "whole" / "checkpoints" / "step-5"
     run(config_of(parts), resume=True)
-    run(config_of(values | {"output": str(tmp_path / "copy")}), resume_from=again)
+    copied = values | {"output": str(tmp_path / "copy")}
+    run(config_of(copied | {"trainer": values["trainer"] | {"max_steps": 7}}), resume_from=again)
+    assert [int(name[7:15]) for name in snapshots(tmp_path / "copy")] == [4, 4, 6, 6, 7, 7]
+    run(config_of(copied), resume=True)
     assert snapshots(tmp_path / "parts") == files
     assert snapshots(tmp_path / "copy") == files
 
@@ -67,6 +71,8 @@ def test_a_run_that_goes_on_without_its_snapshots_says_so(analytic_values: dict,
     shutil.rmtree(Path(values["output"]) / "snapshots")
     run(config_of(values), resume=True)
     assert "no snapshots up to update" in capsys.readouterr().err
+    written = snapshots_in(Path(values["output"]) / "snapshots")
+    assert {saved_step(file) for file in written.values()} == {values["trainer"]["max_steps"]}
 
 
 def snapshots(folder: Path) -> dict[str, bytes]:
