@@ -141,6 +141,8 @@ class Past:
         maker: network and adapter that committed them; ``None`` for an empty one, and for one of a checkpoint.
         texts: what the family keeps of the prompts of the latest commit for the calls that follow; good until the
             weights change.
+        shared: what the family makes once, with its graph, for all calls of a rollout that ends in one backward pass;
+            ``None`` if calls stand alone. Passes on to later pasts; good until that pass.
         derived: what the family makes of a past for all calls on it, such as positions; a new past begins without.
     """
 
@@ -149,13 +151,14 @@ class Past:
     length: int = 0
     maker: Any = field(default=None, compare=False, repr=False)
     texts: Any = field(default=None, compare=False, repr=False)
+    shared: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def add(self, piece: Piece) -> Past:
         """The past after one more chunk; whole pieces beyond sink and window are dropped."""
         length = self.length + piece.frames
         kept = (old for old in (*self.pieces, piece) if self.reach.sees(old.start, length))
-        return Past(self.reach, tuple(kept), length, self.maker)
+        return Past(self.reach, tuple(kept), length, self.maker, shared=self.shared)
 
     @property
     def frames(self) -> int:

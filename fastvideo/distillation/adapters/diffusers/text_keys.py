@@ -1,8 +1,9 @@
 """Keys and values of a prompt in cross-attention, computed once for the calls of a rollout.
 
 They depend on the prompt and the weights alone. A commit keeps them beside the past, and later calls without gradient
-read them; a call with gradient computes its own. Like a view of the past they travel as an argument, in the place of
-the text, so that nothing is kept on a module.
+read them. A rollout that ends in one backward pass shares those of its first call with gradient too, with their graph
+(``Past.shared``): their projections run forward and backward once, for the sum of the calls' gradients. Like a view of
+the past they travel as an argument, in the place of the text, so that nothing is kept on a module.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from fastvideo.distillation.chunks import Past
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values ``[B, L, heads, D]`` of one layer."""
@@ -35,6 +39,24 @@ class TextKeys:
     def are_of(self, text: Tensor, casts: bool) -> bool:
         """True if a call on this text reads the same ones."""
         return self.text is text and self.casts == casts
+
+    def detached(self) -> TextKeys:
+        """The same ones, without their graph."""
+        return TextKeys(self.text, self.casts, [(key.detach(), value.detach()) for key, value in self.layers])
+
+
+def kept_keys(past: Past) -> TextKeys | None:
+    """Keys for a call on a past: with their graph where gradients are enabled, and only shared ones then."""
+    shared: TextKeys | None = (past.shared or {}).get(torch.is_grad_enabled())
+    return shared if shared is not None or torch.is_grad_enabled() else past.texts
+
+
+def share_keys(past: Past, keys: TextKeys) -> None:
+    """Keep the keys of a finished call for all calls of its rollout; those with a graph for calls without one too."""
+    if past.shared is None or past.shared.get(torch.is_grad_enabled()) is keys:
+        return
+    past.shared[torch.is_grad_enabled()] = keys
+    past.shared[False] = keys.detached() if torch.is_grad_enabled() else keys
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,13 @@ from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
 from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, read_index
-from fastvideo.distillation.adapters.diffusers.text_keys import TextKeys, knowing, reads_text
+from fastvideo.distillation.adapters.diffusers.text_keys import (
+    TextKeys,
+    kept_keys,
+    knowing,
+    reads_text,
+    share_keys,
+)
 from fastvideo.distillation.adapters.diffusers.view import Grid, View, check_causal, next_view, seeing, view_of
 from fastvideo.distillation.adapters.wan import SPEC, TIME_UNITS, WanAdapter, WanConfig, WanFolder
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
@@ -73,9 +79,14 @@ class WanFamily(DiffusersAdapter[WanConfig], WanAdapter):
             return self._masked(network, x_t, t, condition, context)
         if context is None:
             return self._call(network, x_t, t, condition, r=r)
-        keys = None if torch.is_grad_enabled() else self._text_keys(network, context, x_t, condition)
-        view = next_view(network, context, x_t, Grid.of(network, x_t))
-        return self._call(network, x_t, t, condition, view, r, keys if keys and keys.layers else None)
+        view, keys = next_view(network, context, x_t, Grid.of(network, x_t)), None
+        if not torch.is_grad_enabled() or self._shares_graphs(network, context):
+            keys = self._text_keys(network, context, x_t, condition)
+        if keys is None or (context.shared is None and not keys.layers):
+            return self._call(network, x_t, t, condition, view, r)
+        u = self._call(network, x_t, t, condition, view, r, keys)
+        share_keys(context, keys)
+        return u
 
     def commit(self, network: nn.Module, past: Past, x0: Tensor, condition: Condition, t: float = 0.0) -> Past:
         taken: list[tuple[Tensor, ...]] = []
@@ -84,11 +95,20 @@ class WanFamily(DiffusersAdapter[WanConfig], WanAdapter):
         self._call(network, x0, full_time(x0, t), condition, view, keys=keys)
         return replace(past.add(Piece(past.length, x0, tuple(taken))), texts=keys)
 
+    def _shares_graphs(self, network: Any, past: Past) -> bool:
+        """True if calls with gradient share the keys of their prompts, with their graph.
+
+        Split weights are gathered for the backward pass of one call, which must hold all of its graph; recomputation
+        keeps nothing of a call, and would keep these. Both make them anew.
+        """
+        return past.shared is not None and not (self._whole_forwards or network.gradient_checkpointing)
+
     def _text_keys(self, network: nn.Module, past: Past, x: Tensor, condition: Condition) -> TextKeys | None:
-        """Keys of the prompts that a commit kept, or new ones; ``None`` if the network keeps none."""
+        """Keys of the prompts that an earlier call kept, or new ones; ``None`` if the network keeps none."""
         own, casts = condition.of(self.conditioner.key), self._casts(network, x)
-        if past.texts is not None and past.texts.are_of(own[TEXT], casts):
-            return past.texts  # type: ignore[no-any-return]
+        kept = kept_keys(past)
+        if kept is not None and kept.are_of(own[TEXT], casts):
+            return kept
         return None if IMAGE_EMBEDS in own or not reads_text(network, SPEC.blocks) else TextKeys(own[TEXT], casts)
 
     def _masked(self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, context: Masked) -> Tensor:

@@ -135,7 +135,7 @@ class RCMMethod(Forced, DMD2Method):
             return solve(partial(self.student.velocity, condition=batch.condition), x)
         stream = Continuation(self.student, batch.condition, self.config.context_time, self.rng.normal_like)
         noises = torch.split(x, [end - start for start, end in spans(x.shape[2], reach.chunk)], dim=2)
-        return torch.cat([chunk for _, chunk in roll(stream, Past(reach), noises, solve)], dim=2)
+        return torch.cat([chunk for _, chunk in roll(stream, Past(reach, shared={}), noises, solve)], dim=2)
 
     def solved(self, velocity: Velocity, noise: Tensor, earlier: int) -> Tensor:
         """Clean sample from ``noise`` after ``earlier`` calls without gradient and one with.

@@ -58,7 +58,7 @@ class SelfForcingMethod(DMD2Method):
         start = frames - self.window(batch, frames)
         plan = zip(self.exits(len(runs)), (end > start for _, end in runs), strict=True)
         chunks = torch.split(noise, [b - a for a, b in runs], dim=2)
-        rolled = roll(self.stream(batch), Past(self.config.reach), chunks, self.solver(plan))
+        rolled = roll(self.stream(batch), Past(self.config.reach, shared={}), chunks, self.solver(plan))
         return torch.cat([chunk for _, chunk in rolled], dim=2)
 
     def stream(self, batch: Batch) -> Continuation:

@@ -52,7 +52,7 @@ class StreamingTuningMethod(SelfForcingMethod):
         stream, new = self.extended(before, self.new_frames(before, batch))
         count = self.window(batch, stream.length)
         frames = torch.cat([before.latents, new], dim=2)[:, :, -(LEAD + count) :]
-        past = replace(stream.past, texts=None)  # the weights change before the next step
+        past = replace(stream.past, texts=None, shared=None)  # the weights change before the next step
         self.keeper.stream = replace(stream, latents=frames.detach(), past=past)
         window, up_to_it = frames[:, :, -count:], frames[:, :, : frames.shape[2] - count + 1]
         start = stream.length - count
@@ -115,7 +115,8 @@ class StreamingTuningMethod(SelfForcingMethod):
         shape, solve = stream.latents.shape, self.solver(plan)
         noise = self.rng.normal((*shape[:2], count, *shape[3:]))
         student = self.continuation(stream)
-        pasts, chunks = zip(*roll(student, stream.past, torch.split(noise, runs, dim=2), solve), strict=True)
+        begun = replace(stream.past, shared={})
+        pasts, chunks = zip(*roll(student, begun, torch.split(noise, runs, dim=2), solve), strict=True)
         past = student.commit(pasts[-1], chunks[-1])
         return replace(stream, past=past, length=stream.length + count), torch.cat(chunks, dim=2)
 

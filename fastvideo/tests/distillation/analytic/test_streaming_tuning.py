@@ -74,7 +74,7 @@ def test_a_stream_keeps_nothing_of_texts_for_other_weights(monkeypatch: pytest.M
     method.sample(prompts(adapter))
     assert method.keeper.stream is not None
     assert method.keeper.stream.past.length == 4
-    assert method.keeper.stream.past.texts is None
+    assert (method.keeper.stream.past.texts, method.keeper.stream.past.shared) == (None, None)
 
 
 class Remembering(AnalyticCodec):

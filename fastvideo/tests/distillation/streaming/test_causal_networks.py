@@ -16,7 +16,7 @@ from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.causal_rollout import roll
+from fastvideo.distillation.causal_rollout import Continuation, roll
 from fastvideo.distillation.chunks import Masked, Past, Reach
 from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.reading import validate
@@ -27,7 +27,7 @@ from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.noise import full_time, velocity_to_x0
 from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.rollout import Velocity
-from fastvideo.distillation.sample import SampleNoise, SamplerSpec, Stream, sample
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError
 from fastvideo.tests.distillation.tiny import wan_config, wan_folder
@@ -55,15 +55,25 @@ def half(x: Tensor) -> Tensor:
     return full_time(x, 0.5)
 
 
-def rolled(student: Denoiser, condition: Condition, seed: int = 0, frames: int = 4) -> Tensor:
+def rolled(
+    student: Denoiser, condition: Condition, seed: int = 0, shared: dict[Any, Any] | None = None, frames: int = 4
+) -> Tensor:
     """A video of one step per chunk, each with its graph, on pasts that move on before the backward pass."""
-    stream = Stream(student, SampleNoise([]), SamplerSpec((1.0,), 1.0, "renoise", REACH), condition)
+    stream = Continuation(student, condition, 0.0, torch.randn_like)
 
     def one_step(velocity: Velocity, noise: Tensor) -> Tensor:
         return velocity_to_x0(noise, velocity(noise, half(noise)), half(noise))
 
-    rolled = roll(stream, stream.opened, draw(frames, seed).split(1, dim=2), one_step)
-    return torch.cat([chunk for _, chunk in rolled], dim=2)
+    chunks = roll(stream, Past(REACH, shared=shared), draw(frames, seed).split(1, dim=2), one_step)
+    return torch.cat([chunk for _, chunk in chunks], dim=2)
+
+
+def keys_made(network: nn.Module) -> list[bool]:
+    """Grows with each call that computes keys of its prompts, by its having a graph."""
+    made: list[bool] = []
+    layer = network.get_submodule("blocks.0.attn2.to_k")
+    layer.register_forward_hook(lambda *_: made.append(torch.is_grad_enabled()))
+    return made
 
 
 # Adapters on one base
@@ -98,7 +108,7 @@ def test_a_causal_student_a_teacher_and_a_critic_on_one_base(
     student, teacher, critic = method.student, method.teacher, method.critic
     assert student.network is teacher.network is critic.network
     x, t, base = draw(4, seed=5), torch.tensor([0.7, 0.4]), Denoiser(adapter, adapter.folder.load_network())
-    video = rolled(student, condition)
+    video = rolled(student, condition, shared={})
     seen = teacher.velocity(x, t, condition)
     critic.velocity(video.detach(), t, condition).square().mean().backward()
     trained = {role: [p.grad for p in method.bundle[role].parameters()] for role in ("student", "critic")}
@@ -151,23 +161,72 @@ def test_recomputation_sees_the_past_of_its_own_call(adapter: WanFamily, conditi
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def split_work(adapter: WanFamily, condition: Condition, rank: int, size: int) -> Any:
+def test_a_rollout_makes_keys_of_the_prompts_once(adapter: WanFamily, condition: Condition) -> None:
+    """With one graph for all calls and commits: the same video to the bit, and gradients but for their rounding."""
+    networks = [placed(adapter, Processes()) for _ in range(2)]
+    made = [keys_made(network) for network in networks]
+    videos = [
+        rolled(Denoiser(adapter, network), condition, shared=shared)
+        for network, shared in zip(networks, (None, {}), strict=True)
+    ]
+    assert made == [[True, False, True, True, True], [True]]
+    assert torch.equal(*videos)
+    for video in videos:
+        video.square().mean().backward()
+    alone, together = map(gradients, networks)
+    assert alone["blocks.0.attn2.to_k.weight"].abs().sum() > 0
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-7)
+
+
+def test_shared_keys_serve_no_other_prompt(adapter: WanFamily, condition: Condition) -> None:
+    network = placed(adapter, Processes())
+    student, other, x = Denoiser(adapter, network), adapter.conditioner.encode_prompts(["blue two", "a four"]), draw(1)
+    past, alone = Past(REACH, shared={}), Past(REACH)
+    for prompts in (condition, other):
+        found, expected = (student.velocity(x, half(x), prompts, context=value) for value in (past, alone))
+        assert torch.equal(found, expected)
+    with torch.no_grad():
+        for prompts in (condition, other):
+            kept, made = (student.commit(value, x, prompts).pieces[0].layers for value in (past, alone))
+            assert all(torch.equal(a, b) for pair in zip(kept, made, strict=True) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputed_calls_make_their_own_keys(adapter: WanFamily, condition: Condition, recompute: str) -> None:
+    """Or those of all layers would be kept until backward."""
+    network, shared = placed(adapter, Processes(), recompute), dict[Any, Any]()
+    made = keys_made(network)
+    rolled(Denoiser(adapter, network), condition, shared=shared)
+    assert made == [True, False, True, True, True]
+    assert True not in shared
+
+
+def split_work(adapter: WanFamily, condition: Condition, recompute: str, rank: int, size: int) -> Any:
     """Video of this rank's own noise, and gradients of its part of the mean over all ranks; then a masked call."""
-    network = placed(adapter, Processes(rank, size, torch.device("cpu"), size), "full")
+    network = placed(adapter, Processes(rank, size, torch.device("cpu"), size), recompute)
     student = Denoiser(adapter, network)
-    video = rolled(student, condition, seed=rank)
-    video.square().mean().backward()
+    video = rolled(student, condition, seed=rank, shared={})
+    loss(video).backward()
     with torch.no_grad():
         forced = student.velocity(draw(4), torch.full((2, 4), 0.5), condition, context=Masked(REACH, draw(4, 1)))
     return video.detach(), gradients(network), forced
 
 
-def test_split_networks_stream_as_whole_ones(adapter: WanFamily, condition: Condition, tmp_path: Path) -> None:
+def loss(video: Tensor) -> Tensor:
+    """Mean over all chunks but the first: a scored window begins with an image latent in the place of its own."""
+    return video[:, :, 1:].square().mean()
+
+
+@pytest.mark.parametrize("recompute", ["full", "none"])
+def test_split_networks_stream_as_whole_ones(
+    adapter: WanFamily, condition: Condition, tmp_path: Path, recompute: str
+) -> None:
     whole = Denoiser(adapter, placed(adapter, Processes()))
-    ends = in_world(2, partial(split_work, adapter, condition), tmp_path)
+    split = WanFamily(adapter.config, whole_forwards=True)
+    ends = in_world(2, partial(split_work, split, condition, recompute), tmp_path)
     for rank, (video, *_) in enumerate(ends):
-        expected = rolled(whole, condition, seed=rank)
-        (expected.square().mean() / 2).backward()
+        expected = rolled(whole, condition, seed=rank, shared={})
+        (loss(expected) / 2).backward()
         torch.testing.assert_close(video, expected.detach(), rtol=1e-4, atol=1e-5)
     wanted = gradients(whole.network)
     with torch.no_grad():
