@@ -42,6 +42,11 @@ def generator_loss(fake: Tensor, kind: GanLoss = "softplus") -> Tensor:
     return -fake.mean() if kind == "hinge" else functional.softplus(-fake).mean()
 
 
+def told_apart(fake: Tensor, real: Tensor) -> Tensor:
+    """Share of pairs whose real sample has the higher logit: 0.5 is a coin, below it the heads trail the student."""
+    return (real > fake).float().mean()
+
+
 def approximate_r1(logits: Tensor, moved: Tensor, sigma: float) -> Tensor:
     """``mean ((D(x) - D(x + sigma n)) / sigma)^2``, which tends to R1's ``E |dD/dx|^2`` without second derivatives."""
     return ((logits - moved) / sigma).square().mean()
@@ -108,7 +113,11 @@ class Adversary:
         real_t = add_noise(real, noise, t)
         real_logits = self.see(real_t, t, condition)
         loss = discriminator_loss(fake_logits, real_logits, self.config.gan_loss)
-        metrics = {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
+        metrics = {
+            "real_logit": real_logits.detach().mean(),
+            "fake_logit": fake_logits.detach().mean(),
+            "told_apart": told_apart(fake_logits, real_logits),
+        }
         if self.config.r1_weight:
             moved = self.see(real_t + self.config.r1_sigma * self.rng.normal_like(real_t), t, condition)
             penalty = approximate_r1(real_logits, moved, self.config.r1_sigma)

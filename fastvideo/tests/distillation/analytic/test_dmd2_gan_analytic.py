@@ -173,6 +173,17 @@ def test_real_and_fake_meet_the_discriminator_at_the_same_noise(adapter: SpyAdap
     torch.testing.assert_close(fake.x_t - real.x_t, scale * (x0 - batch.x0), rtol=1e-4, atol=1e-6)
 
 
+def test_pairs_that_the_discriminator_tells_apart_are_counted() -> None:
+    """At one noise a fake above its real sample is taken for real by a rising head, and told apart by a falling one."""
+    adapter, head = spy((1, 1, 1, 1)), Quadratic()
+    method, batch = with_head(method_of(adapter), head), analytic_batch(adapter, 8)
+    above = torch.tensor([-1.0, 1.0, 1.0, 1.0] * 2).view(8, 1, 1, 1, 1)
+    for slope, share in ((1.0, 0.25), (-1.0, 0.75)):
+        head.weight.data = torch.tensor([0.0, slope, 0.0])
+        metrics = method.discriminator_loss(batch.latents + above, batch).metrics
+        assert float(metrics["told_apart"]) == share
+
+
 def test_the_best_discriminator_of_two_gaussians_is_found_by_its_own_loss() -> None:
     """``l = alpha (mu - m) / v (x - alpha (mu + m) / 2)``; linear in the teacher's ``y``."""
     adapter, student_mean = spy((1, 1, 1, 1)), 0.2
