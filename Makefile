@@ -57,9 +57,9 @@ test-slow: $(READY) ## run the tests marked slow: layouts against one process, t
 test-nightly: $(READY) ## run the tests marked nightly: every training to the truth, every layout x method, ...
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-extras: $(READY) ## run the tests of 8-bit optimizer states and quantised roles, with torchao and bitsandbytes beside the other packages
-	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/extras torchao bitsandbytes
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/extras $(BIN)/python -m pytest -q $(addprefix fastvideo/tests/distillation/, test_eight_bit.py test_quantised.py)
+test-extras: $(READY) ## run the tests of 8-bit optimizer states and quantised roles, with torchao, bitsandbytes and gguf beside the other packages
+	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/extras torchao bitsandbytes gguf
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/extras $(BIN)/python -m pytest -q $(addprefix fastvideo/tests/distillation/, test_eight_bit.py test_quantised.py test_gguf.py)
 
 test-versions: test-lowest test-newest ## test both ends of the ranges of versions (about 7 GB of packages each)
 

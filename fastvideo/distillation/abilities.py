@@ -82,6 +82,23 @@ class FolderAbilities:
         """Place of each stored parameter, by its name; a ``UserError`` if there are no safetensors files."""
         raise UserError("files by parameter: the family is loaded whole")
 
+    def load_gguf(self, path: str, dtype: torch.dtype, where: str) -> nn.Module:
+        """The network of a ``.gguf`` file, whose matrices stay as they are and are multiplied out to ``dtype`` for a
+        call; ``where`` is the config's key."""
+        raise UserError(f"{where}: the family reads no .gguf files")
+
+    def check_gguf(self, path: str, where: str) -> None:
+        """Check that :meth:`load_gguf` can read a file; its weights are not read.
+
+        Raises:
+            UserError: for another family, architecture or size, a file that cannot be read, or a missing package.
+        """
+        raise UserError(f"{where}: the family reads no .gguf files")
+
+    def gguf_sizes(self, network: nn.Module, path: str) -> Mapping[Tensor, int]:
+        """Bytes of those parameters of an empty network that :meth:`load_gguf` stores in another way."""
+        return {}
+
     def add_flow_map(self, network: nn.Module) -> None:
         """Make a flow map of a network: one that reads ``r``, and at first answers as before whatever ``r`` is."""
         raise UserError("the family has no flow maps: its networks take one time, not two")

@@ -187,7 +187,7 @@ def load_role(config: Config, families: Families, role: str) -> nn.Module:
             f"adapters; give the weights in full precision to train them, or add `lora`"
         )
     family, placement = families.by_role[role], families.placement(role)
-    if options.quantise is not None:
+    if options.storage is not None:
         return load_quantised(config, family, placement, role, partial(merge_files, config, family, role))
     network = placement.load(options.path, trained=options.trainable, change=change)
     merge_files(config, family, role, network)

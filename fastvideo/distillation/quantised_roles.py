@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.packed import packed_sizes
 from fastvideo.distillation.bundle import RoleHandle
-from fastvideo.distillation.config.schema import RunConfig
+from fastvideo.distillation.config.schema import RoleConfig, RunConfig
 from fastvideo.distillation.engine.placement import Placement
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.registry import ADAPTERS, load_adapter
 from fastvideo.distillation.types import UserError
 
 Adapter = DistillAdapter[Any]
@@ -21,12 +25,14 @@ Config = RunConfig[Any, Any]
 
 def quantised(config: Config) -> list[str]:
     """Roles whose networks are stored in fewer bits."""
-    return [name for name, role in config.roles.items() if role.quantise is not None]
+    return [name for name, role in config.roles.items() if role.storage is not None]
 
 
 def key_of(config: Config, role: str) -> str:
     """The config's key and value, for messages."""
-    return f"roles.{role}.quantise: {config.roles[role].quantise}"
+    options = config.roles[role]
+    key, value = ("path", options.path) if options.storage == "gguf" else ("quantise", options.quantise)
+    return f"roles.{role}.{key}: {value}"
 
 
 @runtime_checkable
@@ -76,7 +82,21 @@ def check_quantised(
                 f"{where}: a quantised network stays whole on the device, and parallel.offload: "
                 f"{config.parallel.offload} keeps frozen networks on the host: choose one of them"
             )
-        placements[family].check_packing(config.roles[role].quantise, where)  # type: ignore[arg-type]
+        _check_storage(config.roles[role], family, placements[family], where)
+
+
+def _check_storage(role: RoleConfig, family: Adapter, placement: Placement, where: str) -> None:
+    if role.storage != "gguf":
+        return placement.check_packing(role.storage, where)  # type: ignore[arg-type]
+    if not reads_gguf(type(family)):
+        able = [name for name in ADAPTERS if reads_gguf(load_adapter(name))]
+        raise UserError(f"{where}: diffusers reads no .gguf files of this family; families that do: {', '.join(able)}")
+    of_folder(family.folder).check_gguf(str(role.path), where)
+
+
+def reads_gguf(family: type[Adapter]) -> bool:
+    """True for a family whose network diffusers reads from a ``.gguf`` file."""
+    return issubclass(family, DiffusersAdapter) and family.reads_gguf()
 
 
 def _reads_gradient(config: Config, role: str) -> str:
@@ -102,8 +122,22 @@ def load_quantised(
     Its blocks run eagerly: kernels of other libraries are not compiled.
     """
     options = config.roles[role]
-    assert options.quantise is not None
-    return placement.load_packed(_on_host(family).folder, options.path, options.quantise, key_of(config, role), change)
+    assert options.storage is not None
+    return placement.load_packed(_on_host(family).folder, options.path, options.storage, key_of(config, role), change)
+
+
+def unpacked_path(config: Config, role: str) -> str | None:
+    """Path of a quantised role's weights as they were; for a ``.gguf`` file, those of the run's own model stand in."""
+    options = config.roles[role]
+    return None if options.storage == "gguf" else options.path
+
+
+def has_unpacked(config: Config, family: Adapter, role: str) -> bool:
+    """True if the network at :func:`unpacked_path` has the size of the role's."""
+    path, folder = config.roles[role].path, of_folder(family.folder)
+    paths = {path, unpacked_path(config, role)}
+    shapes = [{name: p.shape for name, p in folder.empty(p, torch.float32).named_parameters()} for p in paths]
+    return shapes[0] == shapes[-1]
 
 
 def load_unpacked(config: Config, family: Adapter, role: str, change: Callable[[nn.Module], None]) -> nn.Module:
@@ -111,7 +145,7 @@ def load_unpacked(config: Config, family: Adapter, role: str, change: Callable[[
     call, so that a device has room for it which has none for the network."""
     from accelerate import cpu_offload
 
-    network = _on_host(family).folder.load_network(config.roles[role].path, family.folder.compute_dtype)
+    network = _on_host(family).folder.load_network(unpacked_path(config, role), family.folder.compute_dtype)
     change(network)
     if family.scaling is not None:
         family.scaling.compute_directly(network)
@@ -125,7 +159,9 @@ def _on_host(family: Adapter) -> Adapter:
 
 def sizes_of(config: Config, handle: RoleHandle, family: Adapter) -> dict[Tensor, int]:
     """Bytes of the parameters of a role's unpacked (or empty) network that a run stores in another way."""
-    kind = config.roles[handle.name].quantise
-    if kind is None or family.scaling is None:
+    role = config.roles[handle.name]
+    if (kind := role.storage) is None or family.scaling is None:
         return {}
+    if kind == "gguf":
+        return dict(of_folder(family.folder).gguf_sizes(handle.network, str(role.path)))
     return packed_sizes(family.scaling.matrices(handle.network), kind)

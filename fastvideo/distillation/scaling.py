@@ -11,6 +11,13 @@ from torch import nn
 
 Quantise = Literal["int8", "nf4", "fp8_storage"]
 """Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
+Storage = Literal["int8", "nf4", "fp8_storage", "gguf"]
+"""The same, or as a ``.gguf`` file holds them."""
+
+
+def is_gguf(path: str | None) -> bool:
+    """True for the path of a ``.gguf`` file, which may not exist."""
+    return path is not None and path.lower().endswith(".gguf")
 
 
 class StoredTensor(NamedTuple):
@@ -35,7 +42,7 @@ class Scaling(Protocol):
         """Linear layers of the blocks by name, but for those that the family keeps in float32."""
         ...
 
-    def check_packing(self, kind: Quantise, where: str) -> None:
+    def check_packing(self, kind: Storage, where: str) -> None:
         """Check that the package is there which :meth:`pack` needs.
 
         Raises:
@@ -43,7 +50,7 @@ class Scaling(Protocol):
         """
         ...
 
-    def pack(self, network: nn.Module, kind: Quantise, device: torch.device, where: str) -> None:
+    def pack(self, network: nn.Module, kind: Storage, device: torch.device, where: str) -> None:
         """Freeze a network, store its :meth:`matrices` in fewer bits, and move it to ``device``; calls with gradient to
         its inputs are refused."""
         ...

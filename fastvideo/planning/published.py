@@ -9,6 +9,7 @@ from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.attention import NATIVE, check_attention
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.types import UserError
 
@@ -55,7 +56,7 @@ def config_folder(path: str, architecture: str | None = None) -> str:
     Raises:
         UserError: if there is no such folder and no architecture stands for it.
     """
-    if path in EMBEDDED or Path(path).is_dir():
+    if path in EMBEDDED or Path(path).is_dir() or is_single_file(path):
         return path
     known = {hub_id.lower(): name for name, ids in ARCHITECTURES.items() for hub_id in ids}
     name = known.get(path.lower(), architecture)

@@ -63,7 +63,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [
         *project["dependencies"],
-        *(d for extra in ("live", "quantise") for d in project["optional-dependencies"][extra]),
+        *(d for extra in ("live", "quantise", "gguf") for d in project["optional-dependencies"][extra]),
     ]
     known = {line.split(">")[0] for line in declared} | {"fastvideo"} | sys.stdlib_module_names
     library = [source for source in SOURCES if PACKAGE / "tests" not in source.parents]

@@ -15,7 +15,7 @@ from fastvideo.distillation.bundle import Bridge, RoleHandle
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.noise import add_noise
-from fastvideo.distillation.quantised_roles import key_of, load_unpacked, quantised
+from fastvideo.distillation.quantised_roles import has_unpacked, key_of, load_unpacked, quantised
 from fastvideo.distillation.rng import stream_seed
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.trainer import DistillTrainer
@@ -46,14 +46,20 @@ def quantised_notes(
         return
     batch, bundle = trainer.prepare(data.source.read(data.rows_ahead(1))), trainer.method.bundle
     for role in roles:
+        family: Any = bundle[role].adapter
+        if not has_unpacked(config, family, role):
+            yield f"{key_of(config, role)}: quantised; without its weights in full precision the error is not measured"
+            continue
         errors = velocity_errors(config, bundle[role], batch, bundle.bridge("student", role))
         tracker.log({f"quantised/{role}_error_t{t:g}": error for t, error in errors.items()}, trainer.step)
-        yield _told(key_of(config, role), errors)
+        from_file = config.roles[role].storage == "gguf"
+        exact = f"the weights of {config.model.path}" if from_file else "the weights as they were"
+        yield _told(key_of(config, role), exact, errors)
 
 
-def _told(where: str, errors: Mapping[float, float]) -> str:
+def _told(where: str, exact: str, errors: Mapping[float, float]) -> str:
     listed = ", ".join(f"{error:.2%} at t = {t:g}" for t, error in errors.items())
-    line = f"{where}: its velocities are off those of the weights as they were by {listed}"
+    line = f"{where}: its velocities are off those of {exact} by {listed}"
     if max(errors.values()) <= LARGE:
         return line
     return f"{line}; WARNING: above {LARGE:.0%}, so the student learns another target: docs/quantised-teachers.md"

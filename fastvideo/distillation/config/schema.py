@@ -19,7 +19,7 @@ from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.sections import AdapterConfig, TrainerConfig
 from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
-from fastvideo.distillation.scaling import Quantise
+from fastvideo.distillation.scaling import Quantise, Storage, is_gguf
 from fastvideo.errors import UserError
 from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed, Steps
 from fastvideo.sampling_ranges import BatchSize, HeldOut, Repeats, Samples, Width, WrittenRate
@@ -146,13 +146,17 @@ class MergedLoRA(Section):
     """Factor on its change; 1 is the file's own strength."""
 
 
+FOLDER_OF_FILE = "; `fastvideo merge MODEL --network FILE --out FOLDER` makes a folder of a .gguf file"
+
+
 class RoleConfig(Section):
     """One role of the run."""
 
     trainable: bool
     """True if the role is trained, as the method demands."""
     path: str | None = None
-    """Weights of its network; the model's own path if not given."""
+    """Weights of its network; the model's own path if not given. A `.gguf` file stays quantised, for frozen roles: see
+    `docs/quantised-teachers.md`."""
     model: dict[str, Any] | None = None
     """Family and options of its own, such as `{family: cogvideox, path: ...}`, with the fields of that family's `model`
     section; sizes are the run's if not given. Roles without it use the run's `model`."""
@@ -171,6 +175,11 @@ class RoleConfig(Section):
     """Store the matrices of a frozen network's blocks in fewer bits: `int8` (half of bfloat16), `nf4` (a quarter and a
     bit), or `fp8_storage` (half, needs no package). For roles that no gradient passes, such as DMD2's teacher; see
     `docs/quantised-teachers.md`."""
+
+    @property
+    def storage(self) -> Storage | None:
+        """Storage of the matrices in fewer bits: as ``quantise`` says, or as they are in a ``.gguf`` file."""
+        return "gguf" if is_gguf(self.path) else self.quantise
 
     @property
     def lora_files(self) -> tuple[str, ...]:
@@ -192,19 +201,27 @@ class RoleConfig(Section):
 
     @model_validator(mode="after")
     def _quantised_is_frozen(self) -> RoleConfig:
-        if self.quantise is None:
+        if self.storage is None:
             return self
         if self.trainable:
             what = "the base of an adapter passes gradients on" if self.lora else "its weights change"
-            raise ValueError(
-                f"`quantise` {self.quantise} is for frozen roles, such as a teacher, and this one is trained: {what}; "
-                f"leave `quantise` out here"
-            )
+            given, hint = f"`quantise` {self.quantise}", "leave `quantise` out here"
+            if self.storage == "gguf":
+                given, hint = f"`path` {self.path}", f"give the weights in full precision here{FOLDER_OF_FILE}"
+            raise ValueError(f"{given} is for frozen roles, such as a teacher, and this one is trained: {what}; {hint}")
         if self.init_from is not None:
             raise ValueError(
                 "`quantise` stores the weights of `path` or `model` when they are loaded, before `init_from` would "
                 "replace them: give a model folder with those weights as `path`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _file_is_quantised(self) -> RoleConfig:
+        if is_gguf(self.path) and self.quantise is not None:
+            raise ValueError(f"`quantise` {self.quantise}: {self.path} is quantised already, leave `quantise` out")
+        if is_gguf(self.path) and self.loras:
+            raise ValueError(f"`loras` cannot be merged into the quantised {self.path}{FOLDER_OF_FILE}")
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_network,
 )
 from fastvideo.distillation.rng import stream_seed
-from fastvideo.distillation.scaling import Quantise, Scaling
+from fastvideo.distillation.scaling import Scaling, Storage
 from fastvideo.errors import UserError
 
 
@@ -102,7 +102,7 @@ class Placement:
         self._choose_precision(network, alike=not trained)
         return network
 
-    def check_packing(self, kind: Quantise, where: str) -> None:
+    def check_packing(self, kind: Storage, where: str) -> None:
         """Check that :meth:`load_packed` can store matrices in this way.
 
         Raises:
@@ -112,7 +112,7 @@ class Placement:
         self.source.scaling.check_packing(kind, where)
 
     def load_packed(
-        self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
+        self, host: NetworkFolder, path: str | None, kind: Storage, where: str, change: Callable[[nn.Module], None]
     ) -> nn.Module:
         """Load a frozen network with its matrices in fewer bits; every process holds it whole.
 
@@ -121,8 +121,12 @@ class Placement:
             where: the config's key, for a call whose inputs need a gradient, which is refused.
             change: called with the network before it is packed.
         """
-        network, scaling = host.load_network(path, self.source.folder.compute_dtype), self.source.scaling
+        dtype, scaling = self.source.folder.compute_dtype, self.source.scaling
         assert scaling is not None
+        if kind == "gguf":
+            network = of_folder(host).load_gguf(str(path), dtype, where)
+        else:
+            network = host.load_network(path, dtype)
         change(network)
         scaling.pack(network, kind, self.processes.device, where)
         if self.processes.context > 1:
@@ -213,11 +217,11 @@ class EmptyPlacement(Placement):
         """No seed: adapters are empty too."""
         return None
 
-    def check_packing(self, kind: Quantise, where: str) -> None:
+    def check_packing(self, kind: Storage, where: str) -> None:
         """Check nothing: bytes are counted without the packages that store them."""
 
     def load_packed(
-        self, host: NetworkFolder, path: str | None, kind: Quantise, where: str, change: Callable[[nn.Module], None]
+        self, host: NetworkFolder, path: str | None, kind: Storage, where: str, change: Callable[[nn.Module], None]
     ) -> nn.Module:
         """Load the network unpacked: its bytes are counted from the shapes."""
         return self.load(path, trained=False, change=change)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvideo.distillation.abilities import FolderAbilities
 from fastvideo.distillation.adapters.diffusers.attention import (
@@ -20,10 +20,16 @@ from fastvideo.distillation.adapters.diffusers.attention import (
     keep_dtype_of_attention,
 )
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
+from fastvideo.distillation.adapters.diffusers.gguf_file import GGUFFile, packed_matrices, shape_of, with_packed
 from fastvideo.distillation.adapters.diffusers.kernels import check_kernel, counting, native_kernel
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, library_class, load_config
 from fastvideo.distillation.adapters.diffusers.plain import PlainFolder
-from fastvideo.distillation.adapters.diffusers.single_file import is_single_file, load_single_file
+from fastvideo.distillation.adapters.diffusers.single_file import (
+    check_fit,
+    in_diffusers,
+    is_single_file,
+    load_single_file,
+)
 from fastvideo.distillation.scaling import StoredTensor
 from fastvideo.errors import UserError
 
@@ -78,6 +84,33 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         load_single_file(network, str(path))
         return self._ready(network, path).to(self.pipeline.device)
 
+    def load_gguf(self, path: str, dtype: torch.dtype, where: str) -> nn.Module:
+        network, state = self._gguf(path, dtype, GGUFFile(path, where).tensors())
+        config = Path(*self.pipeline.config_place(path, self.parts[0]))
+        return self._ready(with_packed(network, state, str(config), dtype), path).to(self.pipeline.device)
+
+    def check_gguf(self, path: str, where: str) -> None:
+        file = GGUFFile(path, where)
+        try:
+            self._gguf(path, self.compute_dtype, file.tensors(empty=True))
+        except UserError as error:
+            raise UserError(f"{where}: {error} (its architecture is {file.architecture})") from error
+
+    def gguf_sizes(self, network: nn.Module, path: str) -> Mapping[Tensor, int]:
+        _, state = self._gguf(path, self.compute_dtype, GGUFFile(path, path).tensors(empty=True))
+        packed = packed_matrices(network, state)
+        return {p: packed[name].nbytes for name, p in network.named_parameters() if name in packed}
+
+    def _gguf(
+        self, path: str, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """An empty network for a file's tensors, and these under its names."""
+        (part,) = self._parts(path)
+        network = self._skeleton(path, dtype, part)
+        state = in_diffusers(type(network).__name__, tensors)
+        check_fit(network, {name: shape_of(tensor) for name, tensor in state.items()}, path)
+        return network, state
+
     def empty(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """Parameters on the meta device; buffers (tables of positions) and a flow map's head are real."""
         networks = [self._skeleton(path, dtype, part) for part in self._parts(path)]
@@ -102,7 +135,7 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            network = self._class.from_config(load_config(self._class, self.pipeline.resolved(path), part))
+            network = self._class.from_config(load_config(self._class, *self.pipeline.config_place(path, part)))
         kept = set(network._keep_in_fp32_modules or ())
         for name, parameter in network.named_parameters():
             if not kept & set(name.split(".")):

@@ -118,7 +118,11 @@ class Pipeline(Generic[ConfigT]):
 
     def network_config(self, path: str | None = None) -> Mapping[str, Any]:
         """The network's config, with diffusers' defaults for what its file lacks."""
-        return self._read(self.spec.network, self.resolved(path), self.spec.parts[0])
+        return self._read(self.spec.network, *self.config_place(path, self.spec.parts[0]))
+
+    def config_place(self, path: str | None, part: str) -> tuple[str, str]:
+        """Folder and subfolder of the ``config.json`` of one part of the network behind ``path``."""
+        return self.resolved(path), part
 
     @cached_property
     def index(self) -> Mapping[str, Any]:

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastvideo.distillation.adapters.diffusers.gguf_file import GGUFFile, multiplied_out
+from fastvideo.distillation.scaling import is_gguf
 from fastvideo.distillation.types import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -36,12 +38,13 @@ UNREADABLE = (
     SafetensorError,
 )
 """Errors of safetensors and of torch on files that hold something else."""
+OTHER_SIZE = "for a network of another size than the model's, put the config.json of its folder beside the file"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def is_single_file(path: str | None) -> bool:
-    """True for a path that names a file of weights and not a folder."""
-    return path is not None and path.endswith(SUFFIXES) and Path(path).is_file()
+    """True for a path that names a file of weights and not a folder; a .gguf file need not be there."""
+    return is_gguf(path) or (path is not None and path.endswith(SUFFIXES) and Path(path).is_file())
 
 
 def is_quantised(path: str | None) -> bool:
@@ -53,13 +56,15 @@ def is_quantised(path: str | None) -> bool:
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file; a pickle is read as tensors alone.
+    """Tensors and header of a file; a pickle is read as tensors alone, and packed ones of a .gguf file multiplied out.
 
     Of a checkpoint of Self-Forcing these are the averaged generator's, or the generator's where no average is kept.
 
     Raises:
         UserError: if it cannot be read, or holds anything else.
     """
+    if is_gguf(str(file)):
+        return {name: multiplied_out(tensor) for name, tensor in GGUFFile(str(file), str(file)).tensors().items()}, {}
     try:
         if file.suffix != ".safetensors":
             content = dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -91,23 +96,33 @@ def load_single_file(network: nn.Module, path: str) -> None:
     """Put the weights of a single file into a network of the right size, which may be on the meta device.
 
     Raises:
-        UserError: if the file cannot be read, or names or shapes differ after the conversion to diffusers' names.
+        UserError: if the file cannot be read, or as :func:`check_fit`.
     """
     state = in_diffusers(type(network).__name__, dequantised(path, load_tensors(Path(path))[0]))
+    check_fit(network, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
     own = network.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
+
+
+def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Check that a file's tensors, given by their shapes under diffusers' names, are those of a network.
+
+    Raises:
+        UserError: with the first that are not.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
     if missing or unknown:
         lists = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in
                  (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
-        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}")
-    wrong = [name for name in own if own[name].shape != state[name].shape]
+        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}; {OTHER_SIZE}")
+    wrong = [name for name in own if own[name] != shapes[name]]
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"{path}: {len(wrong)} tensors do not fit this network, the first of them {name} with "
-            f"{tuple(state[name].shape)} where {tuple(own[name].shape)} is expected"
+            f"{path}: {len(wrong)} tensors do not fit this network, the first of them {name} with {shapes[name]} where "
+            f"{own[name]} is expected; {OTHER_SIZE}"
         )
-    network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
 
 
 def in_diffusers(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

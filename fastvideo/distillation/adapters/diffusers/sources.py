@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,17 @@ class FetchedPipeline(Pipeline[ConfigT]):
 
     def resolved(self, path: str | None) -> str:
         return super().resolved(None if is_single_file(path) else path)
+
+    def config_place(self, path: str | None, part: str) -> tuple[str, str]:
+        """The one beside a single file, if it is of this network's class, or else the run's own."""
+        if path is not None and is_single_file(path):
+            beside = Path(path).with_name("config.json")
+            if (
+                beside.is_file()
+                and json.loads(beside.read_text(encoding="utf-8")).get("_class_name") == self.spec.network
+            ):
+                return str(beside.parent), ""
+        return super().config_place(path, part)
 
 
 def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
