@@ -59,7 +59,7 @@ class LADDConfig(AdversaryConfig):
     """AdamW weight decay of both."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
-    student_decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
+    decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
     """Updates of the student, after the warm-up, over which its rate falls to zero as a cosine; 0 keeps it constant.
     The discriminator's never falls, so it sees ever finer differences. A resumed run may extend it."""
     rung_shares: Shares = ()
@@ -95,7 +95,7 @@ class LADDMethod(DistillMethod[LADDConfig]):
     @classmethod
     def optimizers(cls, config: LADDConfig) -> Mapping[str, OptimizerConfig]:
         shared = {"betas": config.betas, "weight_decay": config.weight_decay, "warmup_steps": config.warmup_steps}
-        student = {"learning_rate": config.student_learning_rate, "decay_steps": config.student_decay_steps}
+        student = {"learning_rate": config.student_learning_rate, "decay_steps": config.decay_steps}
         own = {"student": student, "discriminator": {"learning_rate": config.discriminator_learning_rate}}
         return {role: OptimizerConfig.model_validate(options | shared) for role, options in own.items()}
 

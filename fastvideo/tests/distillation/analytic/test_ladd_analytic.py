@@ -157,7 +157,7 @@ def test_steps_of_training_follow_the_curriculum(adapter: SpyAdapter) -> None:
 
 
 def test_only_the_students_rate_falls(adapter: SpyAdapter) -> None:
-    options = LADDMethod.optimizers(LADDConfig(student_decay_steps=4, warmup_steps=2))
+    options = LADDMethod.optimizers(LADDConfig(decay_steps=4, warmup_steps=2))
     assert {role: (one.warmup_steps, one.decay_steps) for role, one in options.items()} == {
         "student": (2, 4),
         "discriminator": (2, 0),
@@ -238,7 +238,7 @@ def last_swing(decay: int) -> float:
     rates = {"student_learning_rate": 0.03, "discriminator_learning_rate": 0.1, "betas": (0.0, 0.999)}
     options = {**rates, "weight_decay": 0.0, "renoise_range": (0.4, 0.4), "generator_update_interval": 3}
     adapter = spy((1, 1, 1, 16))
-    method = with_head(method_of(adapter, -0.5, 1.2, student_decay_steps=decay, **options), Quadratic())
+    method = with_head(method_of(adapter, -0.5, 1.2, decay_steps=decay, **options), Quadratic())
     method.ladder = method.rungs.ladder = Ladder((1.0,))
     for role, optimizer in LADDMethod.optimizers(method.config).items():
         attach_optimizer(method.bundle[role], optimizer)
