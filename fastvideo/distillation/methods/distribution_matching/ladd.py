@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastvideo.distillation.bundle import ModelBundle
-from fastvideo.distillation.config.base import Guidance, OptimizerConfig, Shares, TimeRange
+from fastvideo.distillation.config.base import RESUMABLE, Guidance, OptimizerConfig, Shares, TimeRange
 from fastvideo.distillation.denoiser import Family
 from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
@@ -59,6 +59,9 @@ class LADDConfig(AdversaryConfig):
     """AdamW weight decay of both."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
+    decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
+    """Updates of the student, after the warm-up, over which its rate falls to zero as a cosine; 0 keeps it constant.
+    The discriminator's never falls, so it sees ever finer differences. A resumed run may extend it."""
     rung_shares: Shares = ()
     """Share of training at each step of the ladder, the noisiest first; empty means equal shares."""
     early_rung_shares: Shares = ()
@@ -92,8 +95,9 @@ class LADDMethod(DistillMethod[LADDConfig]):
     @classmethod
     def optimizers(cls, config: LADDConfig) -> Mapping[str, OptimizerConfig]:
         shared = {"betas": config.betas, "weight_decay": config.weight_decay, "warmup_steps": config.warmup_steps}
-        rates = {"student": config.student_learning_rate, "discriminator": config.discriminator_learning_rate}
-        return {role: OptimizerConfig.model_validate({"learning_rate": rate, **shared}) for role, rate in rates.items()}
+        student = {"learning_rate": config.student_learning_rate, "decay_steps": config.decay_steps}
+        own = {"student": student, "discriminator": {"learning_rate": config.discriminator_learning_rate}}
+        return {role: OptimizerConfig.model_validate(options | shared) for role, options in own.items()}
 
     @classmethod
     def heads(cls, config: LADDConfig, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:
