@@ -9,6 +9,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -134,7 +135,12 @@ def fields_of(schema: type[Section], before: str = "") -> Iterator[tuple[str, Fi
 
 
 PAIRS = [("wan", method) for method in METHODS] + [(family, "sft") for family in ADAPTERS]
-FIELDS = [(family, method, key) for family, method in PAIRS for key, _ in fields_of(run_schema(family, method))]
+
+
+@cache
+def every_field() -> list[tuple[str, str, str]]:
+    """Family, method and key; not made while tests are collected, which takes every schema some seconds."""
+    return [(family, method, key) for family, method in PAIRS for key, _ in fields_of(run_schema(family, method))]
 
 
 def limits(field: FieldInfo) -> list[Any]:
@@ -196,7 +202,7 @@ def try_numbers(count: int, seed: int) -> None:
                 print(f"fastvideo {verb} {name} {word!r}"[:300])
                 try_argument(verb, name, word)
             else:
-                place = draw.choice(FIELDS)
+                place = draw.choice(every_field())
                 words = [word, draw_word(draw)] if draw.random() < 0.2 else [word]
                 print(f"{place} {words!r}"[:300])
                 try_field(*place, words)
