@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastvideo.cli import main
+from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.diffusers import gguf_file
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.builder import build_adapter, build_method
@@ -25,7 +26,7 @@ from fastvideo.planning.fake import fake_run
 from fastvideo.planning.layout import role_plans
 from fastvideo.tests.distillation.gguf_files import Q6_K, write_gguf
 from fastvideo.tests.distillation.test_quantised import ROLES, refusal, values
-from fastvideo.tests.distillation.tiny import wan_config
+from fastvideo.tests.distillation.tiny import made_family, wan_config
 from fastvideo.training.run import run
 
 package = pytest.mark.skipif(find_spec("gguf") is None, reason="no package gguf")
@@ -139,6 +140,9 @@ def test_what_is_no_file_of_the_network_is_refused_before_anything_is_loaded(tmp
     assert "is no WanTransformer3DModel" in (said := refusal(tmp_path, {"path": str(other)}))
     assert said.endswith("(its architecture is llama)")
     assert "cannot be read as a .gguf file" in refusal(tmp_path, {"path": str(broken)})
+    flux = made_family("flux", tmp_path / "flux")
+    with pytest.raises(UserError, match=r"is no FluxTransformer2DModel: .* cannot convert .*architecture is llama"):
+        of_folder(flux.folder).check_gguf(str(other), "roles.teacher.path")
     gone = tmp_path / "gone.gguf"
     assert refusal(tmp_path, {"path": str(gone)}) == f"roles.teacher.path: {gone}: there is no such file"
 
@@ -169,6 +173,22 @@ def test_fastvideo_merge_makes_a_folder_of_a_file(teacher: Path, family: WanFami
     assert main(["merge", "tiny", "--network", str(teacher), "--out", str(folder)]) == 0
     made, read = (family.folder.load_network(str(path)).state_dict() for path in (folder, teacher))
     assert all(torch.equal(tensor, read[name]) for name, tensor in made.items())
+
+
+@package
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "ltx"])
+def test_files_of_other_families_in_their_own_names(name: str, tmp_path: Path) -> None:
+    made = made_family(name, tmp_path / name)
+    network, path = made.folder.load_network(), tmp_path / "a.gguf"
+    eight = lambda key, w: "Q8_0" if key.endswith(".weight") and w.ndim == 2 and w.shape[1] % 32 == 0 else "F32"  # noqa: E731
+    assert "Q8_0" in write_gguf(path, network, eight, name, str).values()
+    packed = of_folder(made.folder).load_gguf(str(path), torch.float32, "roles.teacher.path")
+    x, t = torch.randn(2, *made.codec.latent_shape), torch.tensor([0.4, 0.9])
+    condition = made.conditioner.encode_prompts(["a red seven", "a blue two"])
+    with torch.no_grad():
+        found, exact = (made.velocity(n, x, t, condition) for n in (packed, network))
+    assert 0 < (found - exact).norm() < 0.05 * exact.norm()
 
 
 FILE = "teacher-Q4_K_M.gguf"

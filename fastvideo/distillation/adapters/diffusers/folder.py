@@ -107,7 +107,7 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         """An empty network for a file's tensors, and these under its names."""
         (part,) = self._parts(path)
         network = self._skeleton(path, dtype, part)
-        state = in_diffusers(type(network).__name__, tensors)
+        state = in_diffusers(network, tensors, path)
         check_fit(network, {name: shape_of(tensor) for name, tensor in state.items()}, path)
         return network, state
 

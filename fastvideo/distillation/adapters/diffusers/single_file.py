@@ -98,7 +98,7 @@ def load_single_file(network: nn.Module, path: str) -> None:
     Raises:
         UserError: if the file cannot be read, or as :func:`check_fit`.
     """
-    state = in_diffusers(type(network).__name__, dequantised(path, load_tensors(Path(path))[0]))
+    state = in_diffusers(network, dequantised(path, load_tensors(Path(path))[0]), path)
     check_fit(network, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
     own = network.state_dict()
     network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
@@ -125,15 +125,24 @@ def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: s
         )
 
 
-def in_diffusers(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under diffusers' names, by diffusers' own converter of that class where it has one."""
+def in_diffusers(network: nn.Module, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Tensors under a network's own names, by diffusers' own converter of its class where it has one.
+
+    Raises:
+        UserError: if the converter does not find what it looks for.
+    """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    stripped = {name.removeprefix(ROOT).removeprefix("diffusion_model."): tensor for name, tensor in state.items()}
-    if network not in SINGLE_FILE_LOADABLE_CLASSES or any(".attn1." in name for name in stripped):
+    name = type(network).__name__
+    stripped = {key.removeprefix(ROOT).removeprefix("diffusion_model."): tensor for key, tensor in state.items()}
+    converted = stripped.keys() == network.state_dict().keys() or any(".attn1." in key for key in stripped)
+    if converted or name not in SINGLE_FILE_LOADABLE_CLASSES:
         return stripped
-    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[network]["checkpoint_mapping_fn"]
-    return dict(convert(checkpoint=stripped))
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    try:
+        return dict(convert(checkpoint=stripped))
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no {name}: diffusers cannot convert its tensors ({error})") from error
 
 
 def dequantised(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
