@@ -4,8 +4,10 @@
 
 The student is the tiny teacher itself. Discriminator and critic learn on its samples first (200 and 60 updates at the
 recipes' rates); then both gradients are taken at one-step samples of other prompts, at several noise levels, and
-compared with the way to the end of the guided teacher's trajectory from the same noise. Before that, how fast heads of
-several rates learn a student that stands still: their loss on pairs that they have not seen. 60 seconds of one core.
+compared with the way to the end of the guided teacher's trajectory from the same noise. Before that, how fast heads
+of several rates learn a student that stands still: their loss on pairs that they have not seen. Last, how well heads
+see the prompt: trained to tell real videos with their own prompts from the same ones with others'. 40 seconds of one
+core.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RATE = 2e-4
 RATES = (RATE, 1e-3, 5e-3)
 UPDATES = (10, 30, 100)
+SIGHT_UPDATES = 300
 UNSEEN = 4
 """Batches whose samples end at each step of the ladder."""
 
@@ -78,6 +81,31 @@ class Bench:
             noise, fake = self.noise(latents), self.sample(latents, condition, i % len(LADDER))
             found.append((*self.seen(latents, t, noise, condition), *self.seen(fake, t, noise, condition), t))
         return found
+
+    @torch.no_grad()
+    def exchanged(self, real: Tensor, captions: list[str]) -> list[tuple[Tensor, ...]]:
+        """As :meth:`pairs`, of real videos with their own prompts and with others'."""
+        found: list[tuple[Tensor, ...]] = []
+        for i, latents in enumerate(real.split(BATCH)):
+            own = captions[i * BATCH : (i + 1) * BATCH]
+            condition = self.family.conditioner.encode_prompts(own)
+            others = condition.map(lambda value: value.roll(1, 0))
+            differ = torch.tensor([a != b for a, b in zip(own, own[-1:] + own[:-1], strict=True)])
+            t, noise = torch.randn(BATCH, generator=self.rng).sigmoid().clamp(0.001, 0.999), self.noise(latents)
+            both = (*self.seen(latents, t, noise, condition), *self.seen(latents, t, noise, others), t)
+            found.append(tuple(each[differ] for each in both))
+        return found
+
+    @torch.no_grad()
+    def prompts_seen(self, pairs: list[tuple[Tensor, ...]], updates: int, rate: float) -> float:
+        """Share of the last pairs in which a video's own prompt has the higher logit, after training on the others."""
+        with torch.enable_grad():
+            heads = self.adversary(pairs[:-UNSEEN], updates, rate)
+        count, right = len(self.taps), []
+        for *seen, t in pairs[-UNSEEN:]:
+            own, other = heads(seen[:count], t).mean(1), heads(seen[count:], t).mean(1)
+            right.append((own > other).float())
+        return float(torch.cat(right).mean())
 
     def adversary(self, pairs: list[tuple[Tensor, ...]], updates: int, rate: float = RATE) -> Discriminator:
         """A discriminator after ``updates`` on stored features."""
@@ -174,6 +202,10 @@ def main() -> None:
 
     report("adversary", adversarial, way)
     report("distribution matching", matching, way)
+    exchanged = bench.exchanged(real, captions)
+    for rate in RATES:
+        share = bench.prompts_seen(exchanged, SIGHT_UPDATES, rate)
+        print(f"heads at rate {rate}: {share:.2f} of unseen prompts told from others' after {SIGHT_UPDATES} updates")
 
 
 if __name__ == "__main__":
