@@ -1,8 +1,7 @@
 """DMD2: distribution matching distillation (DMD arXiv 2311.18828; DMD2 arXiv 2405.14867).
 
-The student minimises the reverse KL to the guided teacher at all noise levels. Its gradient is the difference of two
-denoisers: the frozen teacher, and a critic that keeps training on the student's samples. Public implementations differ;
-this one uses a normaliser and a score time per sample (``docs/methods/dmd2.md``).
+The student minimises the reverse KL to the guided teacher at all noise levels. Its gradient is the difference of the
+frozen teacher and a critic that keeps training on the student's samples (``docs/methods/dmd2.md``).
 """
 
 from __future__ import annotations
@@ -141,8 +140,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
         return RoleLoss("critic", batch.mean(squares), self.chunk_metrics("loss", squares.detach(), batch))
 
     def second_time(self, t: Tensor) -> Tensor | None:
-        """Second time of the critic's calls at ``t`` ``[B]``, which names the ladder step of the samples: ``t`` itself
-        for those of the last step, lower for earlier ones. ``None`` for a critic that is not told."""
+        """Second time of the critic's calls: ``t`` ``[B]`` itself for samples of the ladder's last step, else lower."""
         return t - (self.rung - self.ladder.times[-1]) if self.config.critic_sees_rung else None
 
     def chunk_metrics(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:

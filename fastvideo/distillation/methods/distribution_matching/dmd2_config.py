@@ -14,21 +14,19 @@ class DMD2Config(MethodConfig):
     """Options of DMD2."""
 
     rollout: Literal["simulate", "data"] = "simulate"
-    """Input of the student: `simulate` runs the student itself from noise (prompts suffice), `data` noises real latents
-    to a step of the ladder."""
+    """`simulate` runs the student from noise (prompts suffice), `data` noises real latents to a step of the ladder."""
     generator_update_interval: PositiveInt = 5
     """Steps per update of the student; whatever learns from its samples is updated on the others, and on those too with
     `critic_updates_on_student_steps`."""
     critic_updates_on_student_steps: bool = True
-    """Update the critic (and a discriminator) on the student's steps too, on the sample that the student learnt from:
-    an interval of 5 is 1 student and 5 critic updates. Without, student steps are cheaper: 1 and 4, as in FastGen."""
+    """Update the critic (and a discriminator) on the student's steps too, on the same sample: an interval of 5 is 1
+    student and 5 critic updates. Without, student steps are cheaper: 1 and 4, as in FastGen."""
     rung_shares: Shares = ()
     """Share of the rollouts that end at each step of the ladder, the noisiest first; empty means equal shares. More of
     the first one serves one-step sampling, and rollouts that end there are the shortest."""
     critic_sees_rung: bool = False
-    """Tell the critic at which step of the ladder a sample was made, by a second time that its network then reads (part
-    of it, with weights of its own). One critic of all steps matches their mixture to the teacher: steps that are
-    faint and steps that are bold make up for each other."""
+    """Tell the critic at which step of the ladder a sample was made, by a second time that its network learns to read.
+    One critic of all steps matches their mixture to the teacher: faint and bold ones make up for each other."""
     teacher_guidance: Guidance = 4.5
     """Classifier-free guidance of the teacher in the standard convention, where 1 is the conditional prediction; others
     are converted by name: `{extra: 3.5}` is 4.5."""
