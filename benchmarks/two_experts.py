@@ -35,7 +35,7 @@ class Arguments:
 
     methods: tuple[str, ...] = ("dmd2", "phased_dmd")
     """Methods of the student of two experts."""
-    steps: int = 3500
+    steps: int = 2000
     """Training steps of the student of one network."""
     factor: float = 2.0
     """Training steps of the student of two, over those."""

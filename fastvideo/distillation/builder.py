@@ -71,7 +71,8 @@ def check_needs(config: Config) -> None:
         UserError: with what is lacking, and what would work instead.
     """
     method, name = load_method(config.distill_method), config.distill_model
-    lacking = lacks(config.method, method, load_adapter(name))
+    own = [role for role in method.flow_maps_of(config.method) if config.roles[role].model is None]
+    lacking = [need for need in lacks(config.method, method, load_adapter(name)) if need != "flow_map" or own]
     if not lacking:
         return
     fitting = [other for other in ADAPTERS if not lacks(config.method, method, load_adapter(other))]
@@ -79,7 +80,7 @@ def check_needs(config: Config) -> None:
         other for other in METHODS if not lacks(load_method(other).Config(), load_method(other), load_adapter(name))
     ]
     hint = "set method.jvp: central_difference; " if "jvp" in lacking else ""
-    hint += "leave method.critic_sees_rung out; " if "critic" in method.flow_maps_of(config.method) else ""
+    hint += "leave method.critic_sees_rung out; " if "flow_map" in lacking and "critic" in own else ""
     raise UserError(
         f"{config.distill_method} needs {' and '.join(lacking)} of the model family, which {name} does not have: {hint}"
         f"families that do: {', '.join(fitting) or 'none'}; methods that run on {name}: {', '.join(methods) or 'none'}"
@@ -362,6 +363,7 @@ def check_run(
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     _check_needs_of_others(config, families)
+    _check_rungs(config)
     check_experts(config, families.by_role, processes)
     check_quantised(config, method, families.by_role, families.placements, _bases(config, families))
     _check_averages(config, trainable)
@@ -392,6 +394,14 @@ def _check_needs_of_others(config: Config, families: Families) -> None:
                 f"roles.{role}.model.family: {config.distill_method} needs {' and '.join(sorted(lacking))}, "
                 f"which {name} does not have"
             )
+
+
+def _check_rungs(config: Config) -> None:
+    if "critic" in load_method(config.distill_method).flow_maps_of(config.method) and len(config.ladder.times) == 1:
+        raise UserError(
+            "method.critic_sees_rung: a ladder of one step makes samples of one kind, and the critic could be told "
+            "nothing; leave it out"
+        )
 
 
 def _check_heads(config: Config, heads: Mapping[str, nn.Module]) -> None:

@@ -53,10 +53,13 @@ def _calls_one_expert(config: RunConfig[Any, Any]) -> bool:
 
 
 def _check_needs(config: RunConfig[Any, Any], by_role: Mapping[str, DistillAdapter[Any]]) -> None:
-    needs = load_method(config.distill_method).needs_of(config.method)
+    method = load_method(config.distill_method)
+    needs, flow_maps = method.needs_of(config.method), method.flow_maps_of(config.method)
     for role, family in by_role.items():
-        if of_folder(family.folder).boundary(config.roles[role].path) is not None and needs - family.supports:
+        lacking = needs - family.supports - (set() if role in flow_maps else {"flow_map"})
+        if of_folder(family.folder).boundary(config.roles[role].path) is not None and lacking:
+            hint = "; leave method.critic_sees_rung out" if role == "critic" and "flow_map" in lacking else ""
             raise UserError(
-                f"{config.distill_method} needs {' and '.join(sorted(needs - family.supports))}, which a model of two "
-                f"experts does not have ({family.config.path}, role {role})"
+                f"{config.distill_method} needs {' and '.join(sorted(lacking))}, which a model of two experts does not "
+                f"have ({family.config.path}, role {role}){hint}"
             )

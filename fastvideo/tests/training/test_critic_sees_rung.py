@@ -74,3 +74,15 @@ def test_families_without_flow_maps_refuse_it_and_say_what_to_leave_out() -> Non
     values = {"distill_model": "ltx2", "distill_method": "dmd2", "output": "x", "roles": ROLES, "method": TOLD}
     with pytest.raises(UserError, match=r"dmd2 needs flow_map .*: leave method\.critic_sees_rung out; families"):
         check_needs(validate(run_schema("ltx2", "dmd2"), values | {"model": {"path": "x"}}, "test"))
+
+
+def test_the_hint_is_for_what_is_lacking() -> None:
+    values = {"distill_model": "sdxl", "distill_method": "self_forcing", "output": "x", "roles": ROLES, "method": TOLD}
+    with pytest.raises(UserError, match="self_forcing needs chunks") as refused:
+        check_needs(validate(run_schema("sdxl", "self_forcing"), values | {"model": {"path": "x"}}, "test"))
+    assert "critic_sees_rung" not in str(refused.value)
+
+
+def test_a_ladder_of_one_step_has_nothing_to_tell(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"method\.critic_sees_rung: a ladder of one step"):
+        run(wan(tmp_path, ladder={"times": [1.0]}))

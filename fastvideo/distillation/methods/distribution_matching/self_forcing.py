@@ -82,7 +82,6 @@ class SelfForcingMethod(DMD2Method):
         """
         first_times = self.first_times if opening else self.ladder.times
         ladders = [first_times, *[self.ladder.times] * (chunks - 1)]
-        self.rung = self.ladder.times[-1]
         if self.config.last_exit_only:
             return ladders
         if not self.config.same_exit:

@@ -48,8 +48,11 @@ class SelfForcingConfig(CausalOptions, DMD2Config):
 
     @model_validator(mode="after")
     def _lengths(self) -> SelfForcingConfig:
-        if self.critic_sees_rung and not (self.same_exit or self.last_exit_only):
-            raise ValueError("critic_sees_rung: the chunks must leave the ladder at one step: same_exit: true")
+        if self.critic_sees_rung and (self.first_ladder or self.last_exit_only or not self.same_exit):
+            raise ValueError(
+                "critic_sees_rung needs samples of one step of the ladder, drawn for all chunks: same_exit: true, "
+                "without last_exit_only and first_ladder"
+            )
         least, most, chunk = self.min_frames, self.max_frames, self.reach.chunk
         if least is not None and (most is None or least > most or (most - least) % chunk):
             raise ValueError(f"min_frames: max_frames less a multiple of chunk {chunk}, got {least} and {most}")
