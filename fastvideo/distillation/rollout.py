@@ -61,26 +61,34 @@ class Ladder:
 
 
 class Rungs:
-    """Draws ladder steps by shares.
+    """Draws ladder steps by shares; with ``told`` it gives the second time of a critic that reads the latest one.
 
     Raises:
         UserError: if the number of shares is not the ladder's length; ``field`` of the method has them.
     """
 
-    def __init__(self, shares: Sequence[float], ladder: Ladder, field: str = "rung_shares") -> None:
-        self.shares, self.ladder = tuple(shares), ladder
+    def __init__(self, shares: Sequence[float], ladder: Ladder, field: str = "rung_shares", told: bool = False) -> None:
+        self.shares, self.ladder, self.told = tuple(shares), ladder, told
+        self.latest: Tensor | float = ladder.times[-1]
         if shares and len(shares) != len(ladder):
             times = ", ".join(f"{t:g}" for t in ladder.times)
             raise UserError(f"method.{field}: {len(shares)} shares for a ladder of {len(ladder)} steps ({times})")
 
     def stop(self, rng: RandomStreams) -> int:
         """Ladder index at which a simulated rollout stops, equal on all ranks."""
-        return rng.shared_choice(self.shares) if self.shares else rng.shared_index(len(self.ladder))
+        index = rng.shared_choice(self.shares) if self.shares else rng.shared_index(len(self.ladder))
+        self.latest = self.ladder.times[index]
+        return index
 
     def times(self, count: int, rng: RandomStreams) -> Tensor:
         """Float32 ``[count]``: a ladder time per sample."""
         index = rng.choice(count, self.shares) if self.shares else rng.index(count, len(self.ladder))
-        return torch.tensor(self.ladder.times, device=index.device)[index]
+        self.latest = times = torch.tensor(self.ladder.times, device=index.device)[index]
+        return times
+
+    def second_time(self, t: Tensor) -> Tensor | None:
+        """Times ``[B]`` below ``t`` by how much earlier than the ladder's last step the latest samples were made."""
+        return t - (self.latest - self.ladder.times[-1]) if self.told else None
 
 
 class Velocity(Protocol):

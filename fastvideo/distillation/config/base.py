@@ -38,6 +38,11 @@ class MethodConfig(Section):
     needs: ClassVar[frozenset[Need]] = frozenset()
     """Abilities that these options need of the families."""
 
+    @property
+    def flow_maps(self) -> tuple[str, ...]:
+        """Roles that these options make read a second time ``r``."""
+        return ()
+
     def check_frames(self, frames: int) -> None:
         """Check options against the ``frames`` latent frames of the model's videos; most methods have none to check."""
 

@@ -67,12 +67,12 @@ class DistillMethod(ABC, Generic[ConfigT]):
     @classmethod
     def needs_of(cls, config: ConfigT) -> frozenset[Need]:
         """Abilities that this config needs of the families; a family without them is refused before loading."""
-        return config.needs
+        return config.needs | ({"flow_map"} if config.flow_maps else set())
 
     @classmethod
     def flow_maps_of(cls, config: ConfigT) -> tuple[str, ...]:
         """Roles whose networks read a second time ``r``."""
-        return ("student",) if "flow_map" in cls.needs_of(config) else ()
+        return config.flow_maps or (("student",) if "flow_map" in cls.needs_of(config) else ())
 
     @classmethod
     def heads(cls, config: ConfigT, families: Mapping[str, Family]) -> Mapping[str, nn.Module]:

@@ -106,10 +106,6 @@ class AnyFlowMethod(DMD2Method):
         return config.derivative_needs | {"flow_map"}
 
     @classmethod
-    def flow_maps_of(cls, config: AnyFlowConfig) -> tuple[str, ...]:  # type: ignore[override]
-        return ("student",)
-
-    @classmethod
     def uses_latents(cls, config: AnyFlowConfig) -> bool:  # type: ignore[override]
         return config.flow_map_weight > 0
 

@@ -21,7 +21,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD
 from fastvideo.distillation.noise import add_noise, shift_time, velocity_target, velocity_to_x0
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Rungs, SamplerKind, few_step
-from fastvideo.distillation.types import Batch, Need, RoleLoss, Scored, UserError, level
+from fastvideo.distillation.types import Batch, RoleLoss, Scored, UserError, level
 
 
 @runtime_checkable
@@ -54,9 +54,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
             raise UserError(f"DMD2 needs velocity() and ensure_negative_conditioning() of {self.teacher.adapter}")
         self.teacher.adapter.ensure_negative_conditioning()
         self.to_teacher = bundle.bridge("student", "teacher")
-        self.rungs = Rungs(config.rung_shares, ladder)
-        self.rung: Tensor | float = ladder.times[-1]
-        """Ladder time of the last call of the latest rollout, or of each of its samples ``[B]``."""
+        self.rungs = Rungs(config.rung_shares, ladder, told=config.critic_sees_rung)
 
     @classmethod
     def optimizers(cls, config: DMD2Config) -> Mapping[str, OptimizerConfig]:
@@ -67,14 +65,6 @@ class DMD2Method(DistillMethod[DMD2Config]):
     @classmethod
     def uses_latents(cls, config: DMD2Config) -> bool:
         return config.rollout == "data"
-
-    @classmethod
-    def needs_of(cls, config: DMD2Config) -> frozenset[Need]:
-        return config.needs | ({"flow_map"} if config.critic_sees_rung else set())
-
-    @classmethod
-    def flow_maps_of(cls, config: DMD2Config) -> tuple[str, ...]:
-        return ("critic",) if config.critic_sees_rung else ()
 
     def active_roles(self, step: int) -> tuple[str, ...]:
         if step % self.config.generator_update_interval:
@@ -106,16 +96,15 @@ class DMD2Method(DistillMethod[DMD2Config]):
         noise = self.rng.normal(batch.shape)
         if self.config.rollout == "simulate":
             velocity, stop = partial(self.student.velocity, condition=batch.condition), self.rungs.stop(self.rng)
-            self.rung = self.ladder.times[stop]
             return few_step(velocity, noise, self.ladder.times[: stop + 1], self.rng.normal_like)
-        self.rung = t = self.rungs.times(len(batch), self.rng)
+        t = self.rungs.times(len(batch), self.rng)
         return self.student.x0(add_noise(batch.latents, noise, t), t, batch.condition)
 
     def student_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """DMD loss at drawn noise levels."""
         with torch.no_grad():
             x_t, t, _ = self.renoise_sample(x0)
-            fake = self.critic.x0(x_t, t, batch.condition, r=self.second_time(t))
+            fake = self.critic.x0(x_t, t, batch.condition, r=self.rungs.second_time(t))
         return self.dmd_loss(x0, batch, x_t, t, fake)
 
     def dmd_loss(self, x0: Tensor, batch: Batch, x_t: Tensor, t: Tensor, fake: Tensor) -> RoleLoss:
@@ -135,13 +124,9 @@ class DMD2Method(DistillMethod[DMD2Config]):
     def critic_loss(self, x0: Tensor, batch: Batch) -> RoleLoss:
         """Conditional flow matching on the student's samples."""
         x_t, t, target = self.renoise_sample(x0)
-        u = self.critic.velocity(x_t, t, batch.condition, r=self.second_time(t))
+        u = self.critic.velocity(x_t, t, batch.condition, r=self.rungs.second_time(t))
         squares = (u - target).square()
         return RoleLoss("critic", batch.mean(squares), self.chunk_metrics("loss", squares.detach(), batch))
-
-    def second_time(self, t: Tensor) -> Tensor | None:
-        """Second time of the critic's calls: ``t`` ``[B]`` itself for samples of the ladder's last step, else lower."""
-        return t - (self.rung - self.ladder.times[-1]) if self.config.critic_sees_rung else None
 
     def chunk_metrics(self, name: str, squares: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Means of ``squares`` ``[B, C, F, H, W]`` in each chunk, as metrics; none for a method without chunks."""
@@ -150,7 +135,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     def joint_losses(self, x0: Tensor, batch: Batch) -> Iterator[RoleLoss]:
         """Both losses from one call of the critic, whose graph outlives the student's backward."""
         x_t, t, target = self.renoise_sample(x0.detach())
-        u = self.critic.velocity(x_t, t, batch.condition, r=self.second_time(t))
+        u = self.critic.velocity(x_t, t, batch.condition, r=self.rungs.second_time(t))
         yield self.dmd_loss(x0, batch, x_t, t, velocity_to_x0(x_t, u.detach(), t))
         yield RoleLoss("critic", batch.mean((u - target).square()))
 

@@ -16,14 +16,12 @@ class DMD2Config(MethodConfig):
     rollout: Literal["simulate", "data"] = "simulate"
     """`simulate` runs the student from noise (prompts suffice), `data` noises real latents to a step of the ladder."""
     generator_update_interval: PositiveInt = 5
-    """Steps per update of the student; whatever learns from its samples is updated on the others, and on those too with
-    `critic_updates_on_student_steps`."""
+    """Steps per update of the student; the others update what learns from its samples."""
     critic_updates_on_student_steps: bool = True
     """Update the critic (and a discriminator) on the student's steps too, on the same sample: an interval of 5 is 1
     student and 5 critic updates. Without, student steps are cheaper: 1 and 4, as in FastGen."""
     rung_shares: Shares = ()
-    """Share of the rollouts that end at each step of the ladder, the noisiest first; empty means equal shares. More of
-    the first one serves one-step sampling, and rollouts that end there are the shortest."""
+    """Share of the rollouts that end at each step of the ladder, the noisiest first; empty means equal shares."""
     critic_sees_rung: bool = False
     """Tell the critic at which step of the ladder a sample was made, by a second time that its network learns to read.
     One critic of all steps matches their mixture to the teacher: faint and bold ones make up for each other."""
@@ -47,6 +45,10 @@ class DMD2Config(MethodConfig):
     """AdamW weight decay of both."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
+
+    @property
+    def flow_maps(self) -> tuple[str, ...]:
+        return ("critic",) if self.critic_sees_rung else ()
 
     @model_validator(mode="after")
     def _critic_trains(self) -> DMD2Config:

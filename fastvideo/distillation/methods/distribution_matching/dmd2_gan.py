@@ -106,7 +106,7 @@ class DMD2GANMethod(DMD2Method):
         if self.config.features_of == "teacher":
             real, seen = x0_guided_and_features(self.teacher, x_t, t, condition, negative, guidance, taps)
             with torch.no_grad():
-                fake = self.critic.x0(x_t, t, condition, r=self.second_time(t))
+                fake = self.critic.x0(x_t, t, condition, r=self.rungs.second_time(t))
         else:
             fake, seen = x0_guided_and_features(self.critic, x_t, t, condition, condition, 1.0, taps)
             with torch.no_grad():

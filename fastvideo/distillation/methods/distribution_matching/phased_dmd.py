@@ -1,8 +1,7 @@
 """Phased DMD: distribution matching of a student of two experts, each on its range of noise (arXiv 2510.27684).
 
-The expert of high noise ends at a time ``s``, the boundary, and is matched to the teacher on its noisy samples
-``x_s``; the expert of low noise goes on from there to clean samples. Each phase has its steps of the ladder, its score
-times and, in teacher and critic, its expert.
+The expert of high noise ends at a time ``s``, the boundary, and is matched to the teacher on its noisy samples ``x_s``;
+that of low noise goes on to clean samples. Each phase has its steps of the ladder, score times and scoring experts.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Shares, Time
 from fastvideo.distillation.experts import boundary_between
-from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
-from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 from fastvideo.distillation.methods.distribution_matching.phase import Phase, within
 from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise, full_time
@@ -47,7 +45,6 @@ class PhasedDMDConfig(DMD2Config):
     `high`, which fits its sampling, and wants that phase to be trained."""
     score_and_train: Annotated[bool, refused("its phases score noisy samples in a call of their own")] = False
     critic_sees_rung: Annotated[bool, refused("each phase has its own score times")] = False
-    """Not possible here."""
     rung_shares: Annotated[Shares, refused("each phase draws among its own steps", "empty")] = ()
 
 

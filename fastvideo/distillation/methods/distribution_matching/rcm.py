@@ -48,7 +48,6 @@ class RCMConfig(ForcedOptions, DMD2Config, DerivativeConfig):
     critic_updates_on_student_steps: Annotated[bool, refused("its critic rests on the student's steps")] = False
     """Not possible here."""
     critic_sees_rung: Annotated[bool, refused("its rollouts take drawn times instead of the ladder's")] = False
-    """Not possible here."""
     rung_shares: Annotated[Shares, refused("its rollouts take drawn times instead of the ladder's", "empty")] = ()
     """Not possible here."""
     consistency_steps: NonNegativeInt = 1000

@@ -89,7 +89,7 @@ class SelfForcingMethod(DMD2Method):
         first, other = len(first_times), len(self.ladder)
         drawn = self.rng.shared_index(first)
         rest = drawn if first == other else self.rng.shared_index(other)
-        self.rung = self.ladder.times[rest]
+        self.rungs.latest = self.ladder.times[rest]
         return [first_times[: drawn + 1], *[self.ladder.times[: rest + 1]] * (chunks - 1)]
 
     def length(self, batch: Batch) -> int:

@@ -68,11 +68,11 @@ def errors(method: DMD2Method, adapter: SpyAdapter, condition: Condition) -> lis
     """Rms distance of the critic's velocity at t = 0.5 from the truth, for samples of either step."""
     found, t = [], 0.5
     for rung, mean, std in zip(TIMES, MEANS, STDS, strict=True):
-        method.rung = rung
+        method.rungs.latest = rung
         noise = torch.randn((64, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(1))
         x = (1 - t) * mean + ((1 - t) ** 2 * std**2 + t**2) ** 0.5 * noise
         times = torch.full((64,), t)
-        u = method.critic.velocity(x, times, condition, r=method.second_time(times))
+        u = method.critic.velocity(x, times, condition, r=method.rungs.second_time(times))
         found.append(float((u - velocity_of(x, t, mean, std)).square().mean().sqrt()))
     return found
 
