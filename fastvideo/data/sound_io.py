@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from itertools import chain, islice
-from math import gcd
+from math import ceil, gcd
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,8 @@ def _placed(opened: ExitStack, path: Path, start: float, rate: int, channels: in
     origin = round((head[0].time - zero - start) * rate)
     for run in runs(checked(frames, head[0]), clock):
         first = next(run)
-        place, samples = _resampled(chain([first], run), clock.place(first), rate, channels)
-        place += origin
-        for one in samples:
-            yield place, one.to_ndarray()
-            place += one.samples
+        for place, samples in _resampled(chain([first], run), clock.place(first), rate, channels):
+            yield origin + place, samples
 
 
 def _track(opened: ExitStack, path: Path) -> tuple[Any, Any]:
@@ -105,18 +102,23 @@ def _track(opened: ExitStack, path: Path) -> tuple[Any, Any]:
     return container, stream
 
 
-def _resampled(frames: Iterator[Any], place: int, rate: int, channels: int) -> tuple[int, Iterator[Any]]:
-    """Frames at another rate, with the place of their first sample at that rate; ``place`` is that of the first frame.
+def _resampled(frames: Iterator[Any], place: int, rate: int, channels: int) -> Iterator[tuple[int, Any]]:
+    """Samples ``[channels, n]`` of frames at another rate, each with the place of its first one at that rate.
 
-    The grid of the new rate is that of the beginning of the track: silence fills the time from a common sample on.
+    The grid of the new rate is that of the beginning of the track: the resampler hears silence from a common sample on
+    until the first frame, whose place is ``place``. None of that silence comes out.
     """
     resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
     first = next(frames)
     common = gcd(rate, first.sample_rate)
     number, missing = divmod(place, first.sample_rate // common)
     silence = [_silence(first, missing)] if missing else []
-    whole = chain(silence, [first], frames, [None])
-    return number * (rate // common), (one for frame in whole for one in resampler.resample(frame))
+    at, begin = number * (rate // common), ceil(Fraction(place * rate, first.sample_rate))
+    for one in chain.from_iterable(map(resampler.resample, chain(silence, [first], frames, [None]))):
+        silent = max(0, begin - at)
+        if silent < one.samples:
+            yield at + silent, one.to_ndarray()[:, silent:]
+        at += one.samples
 
 
 def _silence(like: Any, samples: int) -> Any:

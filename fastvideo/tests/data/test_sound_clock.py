@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fastvideo.data import sound_io
+from fastvideo.data.faults import VideoError
 from fastvideo.data.sound_io import read_sound
 
 SECONDS = 12
@@ -24,8 +26,9 @@ FILES: dict[str, tuple[str, int, dict[str, str]]] = {
     "d.wav": ("pcm_s16le", 44_100, {}),
     "e.mp4": ("libmp3lame", 44_100, {}),
     "f.mkv": ("libmp3lame", 44_100, {}),
+    "g.wav": ("pcm_s16le", 22_254, {}),  # samples of 16 kHz fall on its own every 0.5 s
 }
-FAST = ("a.mp4", "c.webm")
+FAST = ("a.mp4", "c.webm", "g.wav")
 SHARED = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FILES]
 
 
@@ -106,6 +109,29 @@ def test_a_window_behind_a_gap_has_the_samples_of_its_time(name: str, gap: float
     starts = tuple(gap + start for start in (7.0, 10.013))
     for other in (rate, 16_000):
         assert alike(windows(path, starts, other), from_the_beginning(path, starts, other))
+
+
+def test_a_window_at_a_rate_with_one_common_sample_a_second_is_that_of_the_whole_sound(
+    tmp_path: Path, entries: list[bool]
+) -> None:
+    """Within rounding: where a block of samples ends, the resampler may sum in another order."""
+    path = write(tmp_path / "a.wav", "pcm_s16le", 44_101, SECONDS, {}, lambda t: t)
+    for found, expected in zip(windows(path, STARTS, 48_000), from_the_beginning(path, STARTS, 48_000), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert entries[: len(STARTS)] == [start > 3 for start in STARTS]
+
+
+@pytest.mark.parametrize(("rate", "other"), [(22_254, 16_000), (11_127, 16_000), (44_101, 48_000), (44_100, 16_000)])
+def test_a_gap_alone_is_silent_and_does_not_count_as_heard(rate: int, other: int, tmp_path: Path) -> None:
+    """Of 0.3 s behind the block of samples in which 5 s lie; common samples of two rates are up to 1 s apart."""
+    path = write(tmp_path / "a.mkv", "pcm_s16le", rate, SECONDS, {}, lambda t: t + 0.3 * (t >= 5))
+    begin = math.ceil(5 * rate / 4096) * 4096 / rate
+    (found,) = windows(path, (4.0,), other, 7.0)
+    silent = 4 + (found.flatten() == 0).nonzero().flatten() / other
+    assert (silent[0].item(), silent[-1].item()) == pytest.approx((begin, begin + 0.3), abs=2e-3)
+    assert len(silent) / other == pytest.approx(0.3, abs=2e-3)
+    with pytest.raises(VideoError, match=r"its sound covers 2\.70 s of a clip of 3\.00 s"):
+        windows(path, (4.0,), other, 3.0)
 
 
 def test_a_clock_that_does_not_tell_a_place_is_not_trusted(tmp_path: Path, entries: list[bool]) -> None:

@@ -13,10 +13,11 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticCo
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD, HEAD_FILE, head_of
 from fastvideo.distillation.builder import build_adapter, build_method, check_needs
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
-from fastvideo.training.run import run
+from fastvideo.training.data import build_data
+from fastvideo.training.run import build_trainer, run
 
 TOLD = {"critic_sees_rung": True}
 ROLES = {"student": {"trainable": True}, "teacher": {"trainable": False}, "critic": {"trainable": True}}
@@ -48,13 +49,17 @@ def test_a_run_goes_on_exactly(analytic_values: dict[str, Any], tmp_path: Path) 
 
 
 def test_the_critic_alone_gets_a_second_time_and_learns_it(tmp_path: Path) -> None:
-    config = wan(tmp_path)
-    method = build_method(config, build_adapter(config, Processes()), Processes())
+    config, processes = wan(tmp_path), Processes()
+    adapter = build_adapter(config, processes)
+    method = build_method(config, adapter, processes)
     heads = {role: head_of(method.bundle[role].network) for role in ROLES}
     assert heads["critic"] is not None
     assert (heads["student"], heads["teacher"]) == (None, None)
-    owned = {id(parameter) for parameter in method.bundle["critic"].parameters()}
-    assert all(id(parameter) in owned for parameter in heads["critic"].parameters())
+    data, _ = build_data(config, adapter, processes)
+    weight = heads["critic"].get_parameter("last.weight")
+    assert not weight.any()
+    build_trainer(config, adapter, method, Tracker(tmp_path, enabled=False), processes).train_step(data)
+    assert weight.any()
 
 
 def test_the_result_is_the_student_that_stock_tools_load(tmp_path: Path) -> None:
