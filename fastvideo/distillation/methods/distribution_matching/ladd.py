@@ -24,13 +24,14 @@ from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder, Rungs, few_step
 from fastvideo.distillation.samplers import euler
-from fastvideo.distillation.types import Batch, Need, RoleLoss
+from fastvideo.distillation.types import Batch, RoleLoss
 from fastvideo.ranges import Beta, LearningRate, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, Steps
 
 
 class LADDConfig(AdversaryConfig):
     """Options of LADD."""
 
+    needs = frozenset({"features"})
     real_samples: Literal["data", "teacher"] = "data"
     """Real samples: latents of the `data`, or samples of the guided `teacher` for the batch's prompts."""
     teacher_steps: Steps = 16
@@ -60,8 +61,7 @@ class LADDConfig(AdversaryConfig):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
     decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
-    """Updates of the student, after the warm-up, over which its rate falls to zero as a cosine; 0 keeps it constant.
-    The discriminator's never falls, so it sees ever finer differences. A resumed run may extend it."""
+    """Updates of the student over which its rate falls to zero as a cosine, while the discriminator's stays; 0: never."""
     rung_shares: Shares = ()
     """Share of training at each step of the ladder, the noisiest first; empty means equal shares."""
     early_rung_shares: Shares = ()
@@ -106,10 +106,6 @@ class LADDMethod(DistillMethod[LADDConfig]):
     @classmethod
     def uses_latents(cls, config: LADDConfig) -> bool:
         return config.real_samples == "data"
-
-    @classmethod
-    def needs_of(cls, config: LADDConfig) -> frozenset[Need]:
-        return frozenset({"features"})
 
     @classmethod
     def gradient_roles_of(cls, config: LADDConfig) -> tuple[str, ...]:
