@@ -61,7 +61,7 @@ class LADDConfig(AdversaryConfig):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up, for both."""
     decay_steps: Annotated[NonNegativeInt, RESUMABLE] = 0
-    """Updates of the student over which its rate falls to zero as a cosine, while the discriminator's stays; 0: never."""
+    """Updates of the student over which its rate falls to zero as a cosine (the discriminator's stays); 0: never."""
     rung_shares: Shares = ()
     """Share of training at each step of the ladder, the noisiest first; empty means equal shares."""
     early_rung_shares: Shares = ()
