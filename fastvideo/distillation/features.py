@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class Featured(Family, Protocol):
         Raises:
             UserError: for a tap that is no block.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsFeatures(Protocol):
+    """Method with heads of their family's own widths on the features of one role."""
+
+    @classmethod
+    def backbone_of(cls, config: Any) -> str:
+        """That role."""
         ...
 
 

@@ -83,6 +83,11 @@ class DMD2GANMethod(DMD2Method):
         return super().needs_of(config) | {"features"}
 
     @classmethod
+    def backbone_of(cls, config: DMD2Config) -> str:
+        assert isinstance(config, DMD2GANConfig)
+        return config.features_of
+
+    @classmethod
     def gradient_roles_of(cls, config: DMD2Config) -> tuple[str, ...]:
         assert isinstance(config, DMD2GANConfig)
         return ("teacher",) if config.features_of == "teacher" else ()

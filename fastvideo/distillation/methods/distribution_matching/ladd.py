@@ -112,6 +112,10 @@ class LADDMethod(DistillMethod[LADDConfig]):
         return frozenset({"features"})
 
     @classmethod
+    def backbone_of(cls, config: LADDConfig) -> str:
+        return "teacher"
+
+    @classmethod
     def gradient_roles_of(cls, config: LADDConfig) -> tuple[str, ...]:
         return ("teacher",)
 
