@@ -37,6 +37,8 @@ class Arguments:
     """Guided steps of the teachers."""
     train: int = 0
     """Steps of the students' training; 0 measures teachers alone."""
+    set: tuple[str, ...] = ()
+    """Changes of the students' recipe, such as `method.critic_sees_rung=false`."""
     out: Path = Path("outputs/quantised_teacher")
     """Where folders and figures go."""
 
@@ -69,10 +71,11 @@ def teacher_folder(kind: Quantise, out: Path) -> Path:
 
 def student_folder(kind: Quantise | None, arguments: Arguments) -> Path:
     """A student of the tiny recipe, of a teacher in this kind of storage."""
-    run = arguments.out / f"student_{kind or 'none'}_{arguments.train}"
+    run = arguments.out / "_".join(("student", kind or "none", str(arguments.train), *arguments.set))
     if not (run / "student").exists():
         flags = ["--config", RECIPE, "--output", str(run), "--trainer.max-steps", str(arguments.train)]
         flags += ["--trainer.threads", "1", "--validation.every", "0", "--overwrite"]
+        flags += [part for change in arguments.set for part in f"--{change}".split("=", 1)]
         fastvideo(["distill", *flags, *(["--roles.teacher.quantise", kind] if kind else [])])
     return run / "student"
 

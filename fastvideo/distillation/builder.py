@@ -35,6 +35,7 @@ from fastvideo.distillation.engine.runtime import Averages
 from fastvideo.distillation.engine.training import attach_optimizer, check_states
 from fastvideo.distillation.expert_checks import check_experts
 from fastvideo.distillation.experts import boundary_of, idle_expert_of
+from fastvideo.distillation.features import ReadsFeatures
 from fastvideo.distillation.frame_bridge import ScoresFrames
 from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.lora_file import LoRAFile
@@ -366,6 +367,7 @@ def check_run(
     _check_rungs(config)
     check_experts(config, families.by_role, processes)
     check_quantised(config, method, families.by_role, families.placements, _bases(config, families))
+    _check_backbone(config, families)
     _check_averages(config, trainable)
     for family in families.placements:
         paths = {name: config.roles[name].path for name in families.roles_of(family)}
@@ -401,6 +403,24 @@ def _check_rungs(config: Config) -> None:
         raise UserError(
             "method.critic_sees_rung: a ladder of one step makes samples of one kind, and the critic could be told "
             "nothing; leave it out"
+        )
+
+
+def _check_backbone(config: Config, families: Families) -> None:
+    """Refuse other blocks than the family's own in a role whose features are read: heads are made for those."""
+    if not isinstance(config.method, ReadsFeatures):
+        return
+    role = config.method.backbone
+    family, path = families.by_role[role], config.roles[role].path
+    if path is None or family.scaling is None:
+        return
+    empty, blocks = of_folder(family.folder).empty, family.scaling.blocks
+    sizes = [[p.shape for b in blocks(empty(at, torch.float32)) for p in b.parameters()] for at in (None, path)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"roles.{role}.path: {path} has blocks of another number or size than {family.config.path}, for which the "
+            f"discriminator on the features of the {role} is made; give a pipeline folder of its own instead: "
+            f"roles.{role}.model: {{family: {family_of(config, role)[0]}, path: FOLDER}}"
         )
 
 

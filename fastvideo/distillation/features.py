@@ -41,6 +41,16 @@ class Featured(Family, Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsFeatures(Protocol):
+    """Options of a method with heads of their family's own widths on the features of one role."""
+
+    @property
+    def backbone(self) -> str:
+        """That role."""
+        ...
+
+
 def widths_of(family: Family) -> tuple[int, ...]:
     """Widths of a family's tokens, block by block; none for a family without features."""
     return family.feature_widths if isinstance(family, Featured) else ()

@@ -86,8 +86,8 @@ def check_quantised(
 
 
 def _check_storage(role: RoleConfig, family: Adapter, placement: Placement, where: str) -> None:
-    if role.storage != "gguf":
-        return placement.check_packing(role.storage, where)  # type: ignore[arg-type]
+    if role.quantise is not None:
+        return placement.check_packing(role.quantise, where)
     if not reads_gguf(type(family)):
         able = [name for name in ADAPTERS if reads_gguf(load_adapter(name))]
         raise UserError(f"{where}: diffusers reads no .gguf files of this family; families that do: {', '.join(able)}")
@@ -133,11 +133,12 @@ def unpacked_path(config: Config, role: str) -> str | None:
 
 
 def has_unpacked(config: Config, family: Adapter, role: str) -> bool:
-    """True if the network at :func:`unpacked_path` has the size of the role's."""
-    path, folder = config.roles[role].path, of_folder(family.folder)
-    paths = {path, unpacked_path(config, role)}
-    shapes = [{name: p.shape for name, p in folder.empty(p, torch.float32).named_parameters()} for p in paths]
-    return shapes[0] == shapes[-1]
+    """True if the network at :func:`unpacked_path` has the size of the role's, as all but those of files have."""
+    if config.roles[role].storage != "gguf":
+        return True
+    empty, paths = of_folder(family.folder).empty, (config.roles[role].path, unpacked_path(config, role))
+    packed, own = ({name: p.shape for name, p in empty(at, torch.float32).named_parameters()} for at in paths)
+    return packed == own
 
 
 def load_unpacked(config: Config, family: Adapter, role: str, change: Callable[[nn.Module], None]) -> nn.Module:
@@ -160,8 +161,8 @@ def _on_host(family: Adapter) -> Adapter:
 def sizes_of(config: Config, handle: RoleHandle, family: Adapter) -> dict[Tensor, int]:
     """Bytes of the parameters of a role's unpacked (or empty) network that a run stores in another way."""
     role = config.roles[handle.name]
-    if (kind := role.storage) is None or family.scaling is None:
+    if role.storage is None or family.scaling is None:
         return {}
-    if kind == "gguf":
+    if role.quantise is None:
         return dict(of_folder(family.folder).gguf_sizes(handle.network, str(role.path)))
-    return packed_sizes(family.scaling.matrices(handle.network), kind)
+    return packed_sizes(family.scaling.matrices(handle.network), role.quantise)

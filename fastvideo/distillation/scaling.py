@@ -12,7 +12,7 @@ from torch import nn
 Quantise = Literal["int8", "nf4", "fp8_storage"]
 """Storage of a frozen network's matrices: eight bits per number, four, or an 8-bit float that is cast up for a call."""
 Storage = Literal["int8", "nf4", "fp8_storage", "gguf"]
-"""The same, or as a ``.gguf`` file holds them."""
+"""Storage of a frozen network's matrices: a kind of :data:`Quantise`, or the packed numbers of a ``.gguf`` file."""
 
 
 def is_gguf(path: str | None) -> bool:
@@ -42,7 +42,7 @@ class Scaling(Protocol):
         """Linear layers of the blocks by name, but for those that the family keeps in float32."""
         ...
 
-    def check_packing(self, kind: Storage, where: str) -> None:
+    def check_packing(self, kind: Quantise, where: str) -> None:
         """Check that the package is there which :meth:`pack` needs.
 
         Raises:

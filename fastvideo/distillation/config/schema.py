@@ -146,7 +146,8 @@ class MergedLoRA(Section):
     """Factor on its change; 1 is the file's own strength."""
 
 
-FOLDER_OF_FILE = "; `fastvideo merge MODEL --network FILE --out FOLDER` makes a folder of a .gguf file"
+MERGE_HINT = "`fastvideo merge MODEL --network FILE --out FOLDER` makes a folder of a .gguf file"
+"""Way out of a key that a ``.gguf`` file cannot have, for messages."""
 
 
 class RoleConfig(Section):
@@ -207,9 +208,9 @@ class RoleConfig(Section):
             what = "the base of an adapter passes gradients on" if self.lora else "its weights change"
             given, hint = f"`quantise` {self.quantise}", "leave `quantise` out here"
             if self.storage == "gguf":
-                given, hint = f"`path` {self.path}", f"give the weights in full precision here{FOLDER_OF_FILE}"
+                given, hint = f"`path` {self.path}", f"give the weights in full precision here; {MERGE_HINT}"
             raise ValueError(f"{given} is for frozen roles, such as a teacher, and this one is trained: {what}; {hint}")
-        if self.init_from is not None:
+        if self.init_from is not None and self.quantise is not None:
             raise ValueError(
                 "`quantise` stores the weights of `path` or `model` when they are loaded, before `init_from` would "
                 "replace them: give a model folder with those weights as `path`"
@@ -221,7 +222,12 @@ class RoleConfig(Section):
         if is_gguf(self.path) and self.quantise is not None:
             raise ValueError(f"`quantise` {self.quantise}: {self.path} is quantised already, leave `quantise` out")
         if is_gguf(self.path) and self.loras:
-            raise ValueError(f"`loras` cannot be merged into the quantised {self.path}{FOLDER_OF_FILE}")
+            raise ValueError(f"`loras` cannot be merged into the quantised {self.path}; {MERGE_HINT}")
+        if is_gguf(self.path) and self.init_from is not None:
+            raise ValueError(
+                f"`init_from` cannot replace the quantised weights of `path` {self.path}: give the weights that are "
+                f"meant as `path`, and leave `init_from` out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ from fastvideo.distillation.engine.parallel.sharding import (
     shard_network,
 )
 from fastvideo.distillation.rng import stream_seed
-from fastvideo.distillation.scaling import Scaling, Storage
+from fastvideo.distillation.scaling import Quantise, Scaling, Storage
 from fastvideo.errors import UserError
 
 
@@ -102,7 +102,7 @@ class Placement:
         self._choose_precision(network, alike=not trained)
         return network
 
-    def check_packing(self, kind: Storage, where: str) -> None:
+    def check_packing(self, kind: Quantise, where: str) -> None:
         """Check that :meth:`load_packed` can store matrices in this way.
 
         Raises:
@@ -217,7 +217,7 @@ class EmptyPlacement(Placement):
         """No seed: adapters are empty too."""
         return None
 
-    def check_packing(self, kind: Storage, where: str) -> None:
+    def check_packing(self, kind: Quantise, where: str) -> None:
         """Check nothing: bytes are counted without the packages that store them."""
 
     def load_packed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle, frozen
+from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.parallel.recompute import checkpointed
 from fastvideo.distillation.features import features, x0_guided_and_features
 from fastvideo.distillation.methods.distribution_matching.discriminator import generated_tokens
@@ -139,3 +142,49 @@ def test_held_weights_let_gradient_through_and_keep_none(tiny_wan: Path) -> None
     assert x_t.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in role.network.parameters())
     assert len(role.parameters()) == len(list(role.network.parameters()))
+
+
+def judged(pipeline: Path, backbone: str, teacher: dict[str, Any], **changes: Any) -> Any:
+    """A method whose discriminator reads a role that has options of its own."""
+    trained = {"student", "discriminator"} | ({"critic"} if backbone == "critic" else set())
+    roles: Any = {role: {"trainable": role in trained} for role in ("teacher", *sorted(trained))}
+    roles[backbone] |= teacher
+    size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+    made = {
+        "distill_model": "wan",
+        "distill_method": "ladd" if backbone == "teacher" else "dmd2_gan",
+        "output": str(pipeline.parent / "run"),
+        "model": {"path": str(pipeline), **size},
+        "roles": roles,
+        "method": {} if backbone == "teacher" else {"features_of": "critic"},
+        "data": {"path": str(pipeline.parent / "data"), "batch_size": 2},
+        "tracking": {"backends": []},
+    }
+    config = config_of(made, "test")
+    return build_method(config, build_adapter(config))
+
+
+@pytest.mark.parametrize("size", [{"num_layers": 4}, {"num_attention_heads": 4}], ids=["deeper", "wider"])
+@pytest.mark.parametrize("backbone", ["teacher", "critic"])
+def test_a_role_of_another_size_has_features_of_another_size(
+    backbone: str, size: dict[str, int], tiny_wan: Path, tmp_path: Path
+) -> None:
+    """Heads are made for the size of the run's model, so a path to another is refused; a model of its own is not."""
+    from diffusers import WanTransformer3DModel
+
+    own = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
+    other = Path(shutil.copytree(tiny_wan, tmp_path / "other"))
+    WanTransformer3DModel.from_config({**own.config, **size}).save_pretrained(other / "transformer")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path in (other, file):  # the file has its config.json beside it
+        with pytest.raises(UserError) as error:
+            judged(tiny_wan, backbone, {"path": str(path)})
+        assert str(error.value).startswith(f"roles.{backbone}.path: {path} has blocks of another number or size than ")
+        assert str(error.value).endswith(f"roles.{backbone}.model: {{family: wan, path: FOLDER}}")
+    same = judged(tiny_wan, backbone, {"path": str(shutil.copytree(tiny_wan, tmp_path / "same"))})
+    assert max(same.adversary.taps) == 1
+    if backbone == "teacher":
+        method = judged(tiny_wan, backbone, {"model": {"family": "wan", "path": str(other)}})
+        x_t, t, condition = inputs(method.teacher.adapter)
+        assert max(method.adversary.taps) == len(method.teacher.network.blocks) - 1
+        assert method.adversary.judge(x_t, t, condition).shape[0] == len(t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,15 @@ def test_a_plan_counts_the_bytes_of_the_file(precision: str, teacher: Path, tmp_
 
 @package
 @pytest.mark.slow
-def test_fastvideo_plan_takes_a_file(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fastvideo_plan_counts_the_bytes_of_a_file(
+    teacher: Path, family: WanFamily, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = of_folder(family.folder).load_gguf(str(teacher), torch.float32, "roles.teacher.path")
+    weights = (held(network) + sum(b.nbytes for b in network.buffers())) / 2**20
     recipe = "examples/distillation/tiny_wan_dmd2.yaml"
     assert main(["plan", "--config", recipe, "--roles.teacher.path", str(teacher)]) == 0
-    assert "teacher" in capsys.readouterr().out
+    assert weights < 4
+    assert re.search(rf"^teacher \(frozen\) +[\d,]+ +{weights:.2f} MiB ", capsys.readouterr().out, re.MULTILINE)
 
 
 @package
@@ -201,7 +207,7 @@ FILE = "teacher-Q4_K_M.gguf"
         ({"student": {"trainable": True, "lora": {}, "path": FILE}}, "base of an adapter.*fastvideo merge MODEL"),
         ({"teacher": {"trainable": False, "path": FILE, "quantise": "nf4"}}, "nf4: .* is quantised already"),
         ({"teacher": {"trainable": False, "path": FILE, "loras": [{"path": "x"}]}}, "cannot be merged into"),
-        ({"teacher": {"trainable": False, "path": FILE, "init_from": "x"}}, "teacher.*give a model folder"),
+        ({"teacher": {"trainable": False, "path": FILE, "init_from": "x"}}, f"`init_from` cannot .* `path` {FILE}"),
     ],
 )
 def test_a_config_takes_files_for_frozen_roles_alone(roles: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import same_space
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.quantised_roles import gradient_roles_of
+from fastvideo.distillation.quantised_roles import gradient_roles_of, has_unpacked
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.planning.fake import fake_run
@@ -209,6 +209,14 @@ def test_a_plan_counts_stored_bytes_without_the_packages(tmp_path: Path, monkeyp
         assert teacher.weights == sum(sizes.get(p, p.nbytes) for p in layers.parameters())
         assert teacher.parameters == sum(p.numel() for p in layers.parameters())
         assert (teacher.block, teacher.unpacked) == (0, 192 * 512 * 4)
+
+
+def test_weights_as_they_were_have_the_size_of_those_that_were_packed(tmp_path: Path) -> None:
+    """No network is made to see that."""
+    config = config_of(values(tmp_path, {"quantise": "fp8_storage"}), "test")
+    family = build_adapter(config)
+    family.folder.empty = lambda *_: pytest.fail("made a network")  # type: ignore[attr-defined]
+    assert has_unpacked(config, family, "teacher")
 
 
 @pytest.mark.slow

@@ -237,6 +237,23 @@ def test_single_files_that_do_not_fit(values: dict[str, Any], one_file: Path, tm
             built(values)
 
 
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ("{ not json", "is not valid JSON: Expecting property name"),
+        ("[]", "an object is expected, found list"),
+        ('{"_class_name": "WanTransformer3DModel", "num_layers": "five"}', "diffusers makes no Wan"),
+    ],
+)
+def test_a_broken_config_beside_a_single_file(
+    beside: str, message: str, values: dict[str, Any], one_file: Path, tmp_path: Path
+) -> None:
+    values["roles"]["teacher"]["path"] = str(shutil.copy(one_file, tmp_path / "teacher.safetensors"))
+    (tmp_path / "config.json").write_text(beside)
+    with pytest.raises(UserError, match=rf"{tmp_path}/config\.json:? .*{message}"):
+        built(values)
+
+
 def test_merge_writes_a_folder(base: Path, style: LoRAFile, one_file: Path, tmp_path: Path) -> None:
     arguments = ["merge", str(base), "--lora", f"{style.source}:0.25", "--lora", str(style.source)]
     assert main([*arguments, "--network", str(one_file), "--out", str(tmp_path / "out")]) == 0

@@ -20,13 +20,13 @@ from torch.autograd.forward_ad import unpack_dual
 from fastvideo.distillation.adapters.diffusers.flow_map import reading
 from fastvideo.distillation.adapters.diffusers.folder import repeated_blocks
 from fastvideo.distillation.adapters.diffusers.gguf_file import is_readable
-from fastvideo.distillation.adapters.diffusers.packed import check_installed, pack
+from fastvideo.distillation.adapters.diffusers.packed import check_installed, freeze, pack
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline
 from fastvideo.distillation.adapters.diffusers.plain import PlainAdapter
 from fastvideo.distillation.adapters.diffusers.sources import FetchedPipeline
 from fastvideo.distillation.experts import networks_of
 from fastvideo.distillation.features import Taps, Tokens, check_taps
-from fastvideo.distillation.scaling import Storage
+from fastvideo.distillation.scaling import Quantise, Storage
 from fastvideo.distillation.types import Condition
 
 
@@ -158,11 +158,14 @@ class DiffusersScaling:
         named = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear) and m in inside}
         return {name: layer for name, layer in named.items() if not kept & set(name.split("."))}
 
-    def check_packing(self, kind: Storage, where: str) -> None:
+    def check_packing(self, kind: Quantise, where: str) -> None:
         check_installed(kind, where)
 
     def pack(self, network: nn.Module, kind: Storage, device: torch.device, where: str) -> None:
-        pack(network, {} if kind == "gguf" else self.matrices(network), kind, device, where)
+        if kind == "gguf":
+            freeze(network, device, where)
+        else:
+            pack(network, self.matrices(network), kind, device, where)
 
     def context_counts(self, path: str | None, latent_shape: Sequence[int]) -> Mapping[str, int]:
         config = self.pipeline.network_config(path)

@@ -30,6 +30,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import (
     is_single_file,
     load_single_file,
 )
+from fastvideo.distillation.adapters.diffusers.sources import read_object
 from fastvideo.distillation.scaling import StoredTensor
 from fastvideo.errors import UserError
 
@@ -134,8 +135,14 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
     def _skeleton(self, path: str | None, dtype: torch.dtype, part: str) -> nn.Module:
         from accelerate import init_empty_weights
 
-        with init_empty_weights(include_buffers=False):
-            network = self._class.from_config(load_config(self._class, *self.pipeline.config_place(path, part)))
+        place = self.pipeline.config_place(path, part)
+        config = load_config(self._class, *place)
+        try:
+            with init_empty_weights(include_buffers=False):
+                network = self._class.from_config(config)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            file, name = Path(*place, "config.json"), self.pipeline.spec.network
+            raise UserError(f"{file}: diffusers makes no {name} of it: {error or type(error).__name__}") from error
         kept = set(network._keep_in_fp32_modules or ())
         for name, parameter in network.named_parameters():
             if not kept & set(name.split(".")):
@@ -233,12 +240,7 @@ def read_recipe(source: str) -> dict[str, Any]:
         UserError: if the file is not a JSON object.
     """
     file = Path(source) / "recipe.json"
-    try:
-        recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{file}: an object is expected, found {type(recipe).__name__}")
+    recipe = read_object(file) if file.is_file() else {}
     if isinstance(model := recipe.get("model"), dict):
         recipe["model"] = {key: value for key, value in model.items() if key not in RETIRED}
     return recipe

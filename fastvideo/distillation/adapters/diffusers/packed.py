@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastvideo.distillation.scaling import Storage
+from fastvideo.distillation.scaling import Quantise
 from fastvideo.distillation.types import UserError
 
-PACKAGES: Mapping[Storage, str] = {"nf4": "bitsandbytes", "int8": "torchao"}
+PACKAGES: Mapping[Quantise, str] = {"nf4": "bitsandbytes", "int8": "torchao"}
 """Packages that the kinds need, by the names that import them."""
 BLOCK = 64
 """Numbers that share a float32 scale in nf4."""
@@ -31,7 +31,7 @@ ROW_BYTES = 4 + 1
 FLOAT8 = torch.float8_e4m3fn
 
 
-def check_installed(kind: Storage, where: str) -> None:
+def check_installed(kind: Quantise, where: str) -> None:
     """Check that the package of a kind is installed.
 
     Raises:
@@ -45,14 +45,14 @@ def check_installed(kind: Storage, where: str) -> None:
         )
 
 
-def packed_sizes(layers: Mapping[str, nn.Linear], kind: Storage) -> dict[Tensor, int]:
+def packed_sizes(layers: Mapping[str, nn.Linear], kind: Quantise) -> dict[Tensor, int]:
     """Bytes of each parameter of the layers that :func:`pack` stores in another way."""
     if kind == "fp8_storage":
         return {p: p.numel() for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None}
     return {layer.weight: _matrix_bytes(layer.weight, kind) for layer in layers.values()}
 
 
-def _matrix_bytes(weight: Tensor, kind: Storage) -> int:
+def _matrix_bytes(weight: Tensor, kind: Quantise) -> int:
     count = weight.numel()
     if kind == "int8":
         return count + weight.shape[0] * ROW_BYTES
@@ -65,17 +65,25 @@ def largest_matrix(layers: Mapping[str, nn.Linear]) -> int:
 
 
 def pack(
-    network: nn.Module, layers: Mapping[str, nn.Linear], kind: Storage, device: torch.device, where: str
+    network: nn.Module, layers: Mapping[str, nn.Linear], kind: Quantise, device: torch.device, where: str
 ) -> nn.Module:
-    """Freeze a network, store the matrices of ``layers`` (its own, by name) in fewer bits, and move it to ``device``.
+    """:func:`freeze` a network, the matrices of whose ``layers`` (its own, by name) are stored in fewer bits.
 
-    Its calls compute in the dtype that the matrices had. A call with gradient to its inputs raises ``UserError``, with
-    ``where`` as the config's key.
+    Its calls compute in the dtype that the matrices had.
     """
     network.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, PACKERS[kind](layer.to(device)))
+    return freeze(network, device, where)
+
+
+def freeze(network: nn.Module, device: torch.device, where: str) -> nn.Module:
+    """Freeze a packed network and move it to ``device``.
+
+    A call with gradient to its inputs raises ``UserError``, with ``where`` as the config's key.
+    """
+    network.requires_grad_(False)
     network.register_forward_pre_hook(partial(_refuse_gradient, where), with_kwargs=True)
     return network.to(device)
 

@@ -8,6 +8,7 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     EMBEDDED,
@@ -39,12 +40,24 @@ class FetchedPipeline(Pipeline[ConfigT]):
         """The one beside a single file, if it is of this network's class, or else the run's own."""
         if path is not None and is_single_file(path):
             beside = Path(path).with_name("config.json")
-            if (
-                beside.is_file()
-                and json.loads(beside.read_text(encoding="utf-8")).get("_class_name") == self.spec.network
-            ):
+            if beside.is_file() and read_object(beside).get("_class_name") == self.spec.network:
                 return str(beside.parent), ""
         return super().config_place(path, part)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: if it cannot be read or holds anything else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: an object is expected, found {type(found).__name__}")
+    return found
 
 
 def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:

@@ -38,6 +38,10 @@ class DMD2GANConfig(AdversaryConfig, DMD2Config):
     """Source of the discriminator's features: the frozen `teacher`, or the moving `critic` (trained by its own loss
     only)."""
 
+    @property
+    def backbone(self) -> str:
+        return self.features_of
+
     @model_validator(mode="after")
     def _critic_is_one(self) -> DMD2GANConfig:
         if self.critic_sees_rung and self.features_of == "critic":

@@ -69,6 +69,11 @@ class AdversaryConfig(MethodConfig):
     discriminator_learning_rate: LearningRate = 1e-5
     """AdamW learning rate of the discriminator."""
 
+    @property
+    def backbone(self) -> str:
+        """Role whose features the heads read."""
+        return "teacher"
+
 
 class Adversary:
     """Discriminator ``heads`` on the features of a ``backbone`` role; ``rng`` draws the penalty's noise."""
