@@ -37,6 +37,7 @@ from fastvideo.training.distillation import parse
 TINY, LARGE = "examples/distillation/tiny_wan_dmd2.yaml", "examples/distillation/wan2.1_t2v_1.3b_dmd2.yaml"
 PLAIN = "--method.no-critic-sees-rung"
 """Flag of TINY for networks that are all alike."""
+OTHER = "examples/distillation/tiny_cogvideox_dmd2.yaml"
 ADAPTERS = "examples/distillation/tiny_wan_dmd2_lora.yaml"
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
@@ -126,7 +127,7 @@ def test_second_family_is_counted() -> None:
     other = {"family": "cogvideox", "path": "tiny_cogvideox", "max_sequence_length": 8}
     scoring = {name: config.roles[name].model_copy(update={"model": other}) for name in ("teacher", "critic")}
     run = fake_run(config.model_copy(update={"roles": config.roles | scoring}))
-    own, alone = fake_run(config), fake_run(config_of("examples/distillation/tiny_cogvideox_dmd2.yaml"))
+    own, alone = fake_run(config), fake_run(config_of(OTHER, PLAIN))
     roles, counted = {role.name: role for role in role_plans(run)}, {role.name: role for role in role_plans(alone)}
     assert roles["student"] == role_plans(own)[0]
     assert (roles["teacher"], roles["critic"].weights) == (counted["teacher"], counted["critic"].weights)
