@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
-from fastvideo.entry import report_user_errors, speak_utf8
+from fastvideo.entry import end_process, report_user_errors, speak_utf8
 from fastvideo.errors import EXIT_USER_ERROR
 from fastvideo.wording import did_you_mean
 
@@ -69,3 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     module = import_module(VERBS[verb][0])
     return report_user_errors(lambda: int(module.main(rest)))
+
+
+def program() -> NoReturn:
+    """Run the command ``fastvideo``, of this process's arguments."""
+    end_process(main())

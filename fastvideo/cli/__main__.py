@@ -1,5 +1,5 @@
 """``python -m fastvideo.cli`` is ``fastvideo``."""
 
-from fastvideo.cli import main
+from fastvideo.cli import program
 
-raise SystemExit(main())
+program()

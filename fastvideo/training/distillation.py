@@ -109,4 +109,6 @@ def guarded(argv: Sequence[str] | None = None, model: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded())
+    from fastvideo.entry import end_process
+
+    end_process(guarded())

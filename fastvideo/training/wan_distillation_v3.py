@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fastvideo.entry import end_process
 from fastvideo.training.distillation import guarded
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(model="wan"))
+    end_process(guarded(model="wan"))
