@@ -93,9 +93,19 @@ def _held(values: Any) -> Iterator[Tensor]:
 
 
 class WorstCase(RandomStreams):
-    """Decisions that change which forwards run are taken as given: the last of the choices, or the first."""
+    """Decisions that change which forwards run are taken as given: the last of the choices, or the first.
+
+    What a step does grows by the same with each choice, so that its mean is one of the two, weighed by :attr:`share`.
+    """
 
     longest = True
+    place = 0.5
+    """Mean of the latest choice's distribution, from 0, the first of the choices, to 1, the last."""
+
+    @property
+    def share(self) -> float:
+        """Weight of the choice that is taken."""
+        return self.place if self.longest else 1 - self.place
 
     def shared_index(self, high: int) -> int:
         return high - 1 if self.longest else 0
@@ -104,6 +114,9 @@ class WorstCase(RandomStreams):
         return 1.0 - 2**-24 if self.longest else 0.0
 
     def shared_choice(self, shares: Sequence[float]) -> int:
+        last = len(shares) - 1
+        if last:
+            self.place = sum(index * share for index, share in enumerate(shares)) / sum(shares) / last
         return self.shared_index(len(shares))
 
     def positions(self, count: int) -> Tensor:

@@ -181,12 +181,15 @@ def _counts(config: Config, kind: Kind, depth: int | None) -> tuple[dict[str, fl
         period = _period(method)
         for step in range(min(period, 2)):
             for method.rng.longest in (True, False):
-                share = (1 if step == 0 else period - 1) / period / 2
-                hooks = [h.network.register_forward_hook(_adder(forwards, h.name, share)) for h in method.bundle]
-                for role, count in _train(method, batch, step).items():
-                    backwards[role] += share * count
+                called = dict.fromkeys(method.bundle.roles, 0)
+                hooks = [h.network.register_forward_hook(_adder(called, h.name)) for h in method.bundle]
+                trained = _train(method, batch, step)
                 for hook in hooks:
                     hook.remove()
+                share = (1 if step == 0 else period - 1) / period * method.rng.share
+                for role in method.bundle.roles:
+                    forwards[role] += share * called[role]
+                    backwards[role] += share * trained[role]
     return forwards, backwards
 
 
@@ -214,8 +217,8 @@ def _train(method: Method, batch: Batch, step: int, after: Callable[[str], None]
     return backwards
 
 
-def _adder(counts: dict[str, float], name: str, share: float) -> Callable[..., None]:
+def _adder(counts: dict[str, int], name: str) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        counts[name] += share
+        counts[name] += 1
 
     return hook
