@@ -195,7 +195,7 @@ GATHERED = ("dmd2_gan", "ladd", "tcm")
 
 @pytest.mark.parametrize(
     "methods",
-    [pytest.param(GATHERED, marks=pytest.mark.slow), pytest.param(tuple(METHODS), marks=pytest.mark.nightly)],
+    [pytest.param(GATHERED, marks=pytest.mark.slow), pytest.param((*WHOLE, *CAUSAL), marks=pytest.mark.nightly)],
     ids=["some", "all"],
 )
 def test_every_method_trains_alike_while_its_networks_stay_gathered(
