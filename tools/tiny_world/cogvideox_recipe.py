@@ -81,7 +81,7 @@ class CogVideoXRecipe:
 
     classifier: ClassifierRecipe = field(default_factory=ClassifierRecipe)
     vae: CogVideoXVaeRecipe = field(default_factory=CogVideoXVaeRecipe)
-    sharpen: SharpenRecipe = field(default_factory=lambda: SharpenRecipe(steps=1400, muon_rate=4e-3, adam_rate=2e-3))
+    sharpen: SharpenRecipe = field(default_factory=lambda: SharpenRecipe(steps=2400, muon_rate=4e-3, adam_rate=2e-3))
     text: TextRecipe = field(default_factory=lambda: TextRecipe(max_length=8))
     transformer: CogVideoXTransformerRecipe = field(default_factory=CogVideoXTransformerRecipe)
     imitation: ImitationRecipe = field(default_factory=ImitationRecipe)
