@@ -85,10 +85,9 @@ class Streamer:
             UserError: as ``load_model``, and for a model that generates whole videos at once.
         """
         model = load_model(folder, options, device)
-        sampler = model.sampler()
-        if note := window_note(sampler, window):
+        streamer = cls(model, with_window(model.sampler(), window), seed)
+        if note := window_note(model.sampler(), window):
             warnings.warn(note, stacklevel=2)
-        streamer = cls(model, with_window(sampler, window), seed)
         streamer.open(ANY_PROMPT).close()
         return streamer
 

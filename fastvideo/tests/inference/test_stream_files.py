@@ -172,5 +172,5 @@ def test_a_word_that_the_tiny_world_does_not_know(student: str, of_the_world: st
 
 
 def test_without_a_prompt_it_is_a_video_of_anything(of_the_world: str, tmp_path: Path) -> None:
-    run_generate(GenerateArguments(of_the_world, out=tmp_path / "a.apng", frames=5, switch=(f"1:{NEW}",)))
+    run_generate(GenerateArguments(of_the_world, out=tmp_path / "a.apng", scale=1, frames=5, switch=(f"1:{NEW}",)))
     assert len(frames_of(tmp_path / "a.apng")) == 5
