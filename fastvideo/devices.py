@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastvideo.errors import UserError
-from fastvideo.wording import did_you_mean
+from fastvideo.wording import counted, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("cpu", "cuda", "cuda:1", "mps")
 """What people name."""
@@ -24,8 +29,19 @@ def check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r}: one of {known} is expected{did_you_mean(name, NAMES)}") from error
+    if why := _why_not(device):
+        raise UserError(f"device {name!r} is not on this machine ({why}); one of {known} is expected")
+
+
+def _why_not(device: torch.device) -> str | None:
+    """Reason for which a device cannot be used; ``None`` for one that can."""
+    import torch
+
+    if device.type == "cuda":  # counted: a tensor on it would begin a context, which keeps some of its memory
+        count = torch.cuda.device_count()
+        return None if (device.index or 0) < count else f"torch sees {counted(count, 'CUDA device')}"
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # the latter in a torch that was built without the kind
-        why = str(error).split(". ")[0].splitlines()[0].strip(" .")
-        raise UserError(f"device {name!r} is not on this machine ({why}); one of {known} is expected") from error
+        return str(error).split(". ")[0].splitlines()[0].strip(" .")
+    return None
