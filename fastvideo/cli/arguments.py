@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import tyro
 from annotated_types import Interval
 
+from fastvideo.devices import check_device
 from fastvideo.errors import UserError
 from fastvideo.ranges import Frames, GuidanceScale, Pixels, Steps, Tokens
 from fastvideo.sampling_ranges import WrittenRate
@@ -39,12 +40,13 @@ def parse(arguments: type[T], argv: Sequence[str], verb: str) -> T:
     """Parse the arguments of a verb.
 
     Raises:
-        UserError: for a number outside of its range, or a URL in place of a path.
+        UserError: for a number outside of its range, a URL in place of a path, or a device that is not here.
         SystemExit: after ``--help``, or for arguments that do not exist.
     """
     parsed = tyro.cli(arguments, args=list(argv), prog=f"fastvideo {verb}")
     check_ranges(parsed)
     _check_local(parsed)
+    check_device(vars(parsed).get("device", "cpu"))
     return parsed
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastvideo.cli.evaluate import EvaluateArguments, row_specs, shown, world_prompts, write_out
 from fastvideo.errors import UserError
+from fastvideo.sampling_ranges import ON_SWITCH
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +57,8 @@ def run_streams(arguments: EvaluateArguments, console: Console) -> None:
     assert arguments.long is not None
     if arguments.switches == 1:
         raise UserError("--switches: at least 2 are expected, which have a spread")
+    if arguments.on_switch != ON_SWITCH and not arguments.switches:
+        raise UserError(f"--on-switch {arguments.on_switch}: no prompt changes: add --switches, such as --switches 64")
     rows = row_specs(arguments.folders, arguments.guidance, arguments.ladder)
     whole = arguments.out is not None and arguments.out.suffix != ".json"
     if arguments.out is not None and whole:

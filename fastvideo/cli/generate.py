@@ -27,6 +27,7 @@ from fastvideo.cli.arguments import (
 from fastvideo.errors import UserError
 from fastvideo.ranges import Seed
 from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch, Scale
+from fastvideo.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,8 @@ def run_generate(arguments: GenerateArguments) -> str:
     video_format(arguments.out, arguments.fps or FPS)
     model = load_model(arguments.folder, _sizes(arguments), arguments.device)
     spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
+    if arguments.negative_prompt is not None and spec.guidance == 1.0:
+        raise UserError("--negative-prompt: guidance leads away from it, and this model runs without: add --guidance 2")
     return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
 
 
@@ -124,12 +127,12 @@ def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) 
     from fastvideo.inference.generate import generate_sounded
     from fastvideo.tiny.captions import outside_note
 
-    if flag := "--switch" if arguments.switch else "--window" if arguments.window else None:
+    if flag := _flag_of_streams(arguments):
         raise UserError(
             f"{flag} is for streaming students, and the model in {model.source} makes whole videos at once: its "
             f"recipe.json has no `streaming`, which training with a causal method writes"
         )
-    if model.is_embedded and (note := outside_note([arguments.prompt])):
+    if model.is_embedded and arguments.prompt and (note := outside_note([arguments.prompt])):
         print(note, file=sys.stderr)
     frames, rate = first_frames(model, arguments.image), _rate(arguments, model)
     begin = time.perf_counter()
@@ -137,6 +140,16 @@ def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) 
     seconds = time.perf_counter() - begin
     note = _write(arguments, clip, rate)
     return f"{_summary(arguments.out, clip.video, spec, seconds)}{note}"
+
+
+def _flag_of_streams(arguments: GenerateArguments) -> str | None:
+    """The first flag that is given and that only a stream obeys."""
+    given = {
+        "--switch": arguments.switch,
+        "--on-switch": arguments.on_switch != ON_SWITCH,
+        "--window": arguments.window,
+    }
+    return next((flag for flag, value in given.items() if value), None)
 
 
 def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
@@ -182,6 +195,8 @@ def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec)
 
     if arguments.image is not None:
         raise UserError(f"--image {arguments.image}: a stream starts from text alone")
+    if arguments.on_switch != ON_SWITCH and not arguments.switch:
+        raise UserError(f'--on-switch {arguments.on_switch}: no prompt changes: add --switch FRAME:"PROMPT"')
     seen, config = with_window(spec, arguments.window), model.adapter.config
     streamer = Streamer(model, seen, arguments.seed, arguments.negative_prompt)
     plan = plan_switches(streamer, config.num_frames, [*map(parse_switch, arguments.switch)], arguments.on_switch)
@@ -192,7 +207,8 @@ def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec)
         stats = write_stream(stream, plan, config.num_frames, arguments.out, arguments.fps or FPS, scale)
     seconds = time.perf_counter() - begin
     size = f"{config.width}x{config.height}"
-    made = f"{stats.frames} frames of {size} in {stats.chunks} chunks, {seconds:.2f} s, {stats.fps:.1f} frames/s"
+    parts = f"{counted(stats.frames, 'frame')} of {size} in {counted(stats.chunks, 'chunk')}"
+    made = f"{parts}, {seconds:.2f} s, {stats.fps:.1f} frames/s"
     return f"{arguments.out}: {made}\n{streamer.describe(stats.past_bytes)}"
 
 
@@ -206,6 +222,6 @@ def _summary(path: Path, video: Tensor, spec: SamplerSpec, seconds: float) -> st
     frames, height, width = video.shape[1:]
     guidance = "" if spec.guidance == 1.0 else f", guidance {guidance_text(spec.guidance)}"
     return (
-        f"{path}: {frames} frames of {width}x{height}, {len(spec.times)} steps{guidance} "
-        f"({spec.network_calls} network calls), {seconds:.2f} s"
+        f"{path}: {counted(frames, 'frame')} of {width}x{height}, {counted(len(spec.times), 'step')}{guidance} "
+        f"({counted(spec.network_calls, 'network call')}), {seconds:.2f} s"
     )

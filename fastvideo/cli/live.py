@@ -98,7 +98,7 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     streamer, world = Streamer(model, with_window(model.sampler(), arguments.window), arguments.seed), model.is_embedded
     if threads := arguments.threads or (1 if world else None):
         torch.set_num_threads(threads)
-    prompt = arguments.prompt or (FIRST_PROMPT if world else None)
+    prompt = FIRST_PROMPT if arguments.prompt is None and world else arguments.prompt
     if prompt is None:
         raise UserError(f"--prompt: the first prompt is needed, as {arguments.folder} is no model of the tiny world")
     session = Session(streamer, prompt, Clock(arguments.fps), Reader() if world else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,11 @@ def _summary(out: Path, source: ExportSource, facts: CardFacts) -> str:
     lines += [f"  our sampler      {ladder_text(facts.spec.times)}"] if facts.recipe.get("ladder") else []
     if facts.spec.reach is not None:
         return "\n".join(
-            [*lines, f"  streams {reach_text(facts.spec.reach)}", f"  fastvideo generate {out} --prompt ..."]
+            [
+                *lines,
+                f"  streams {reach_text(facts.spec.reach)}",
+                f"  fastvideo generate {shlex.quote(str(out))} --prompt ...",
+            ]
         )
     if facts.stock is not None:
         lines.append(f"  stock diffusers  {ladder_text(facts.stock.times)}  {type(facts.stock.scheduler).__name__}")

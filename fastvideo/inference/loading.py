@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from fastvideo.data.model import check_sizes, pipeline_class
+from fastvideo.devices import check_device
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
@@ -131,8 +132,9 @@ def open_model(
 
     Raises:
         UserError: if the folder is not a diffusers pipeline of a known family, its recipe is not readable, a size is
-            in neither recipe nor options, or an option is wrong.
+            in neither recipe nor options, an option is wrong, or the device is not here.
     """
+    check_device(device)
     source = resolve_pipeline(folder, tuple(families()))
     recipe = read_recipe(source)
     family = load_adapter(families()[pipeline_class(source)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +185,8 @@ def _stream_usage(facts: CardFacts) -> list[str]:
         "    for index, frames in zip(range(40), stream):  # uint8 [n, height, width, 3]; it has no end",
         "        print(index, frames.shape)",
     ]
-    command = f"fastvideo generate {facts.name} --prompt {_prompt(facts)} --frames {frames} --output video.mp4"
+    name = shlex.quote(facts.name)
+    command = f"fastvideo generate {name} --prompt {_prompt(facts)} --frames {frames} --out video.mp4"
     return ["```bash", command, "```", "", "```python", *lines, "```"]
 
 

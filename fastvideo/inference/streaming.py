@@ -31,6 +31,7 @@ from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock
 from fastvideo.inference.video_stream import Maker, Snapshot, Texts, VideoStream
 from fastvideo.tiny.captions import parse_caption
+from fastvideo.wording import counted
 
 ANY_PROMPT = "a digit"
 """Words that every model knows, to load and to warm it up."""
@@ -84,10 +85,9 @@ class Streamer:
             UserError: as ``load_model``, and for a model that generates whole videos at once.
         """
         model = load_model(folder, options, device)
-        sampler = model.sampler()
-        if note := window_note(sampler, window):
+        streamer = cls(model, with_window(model.sampler(), window), seed)
+        if note := window_note(model.sampler(), window):
             warnings.warn(note, stacklevel=2)
-        streamer = cls(model, with_window(sampler, window), seed)
         streamer.open(ANY_PROMPT).close()
         return streamer
 
@@ -123,7 +123,7 @@ class Streamer:
         reach, twice = self.reach, self.sampler.guidance != 1.0
         seen = "the whole past" if reach.window is None else f"window {reach.window}"
         sink = f" + sink {reach.sink}" if reach.sink else ""
-        calls = f"{self.sampler.network_calls} calls + {1 + twice} commit{'s' * twice} per chunk"
+        calls = f"{counted(self.sampler.network_calls, 'call')} + {counted(1 + twice, 'commit')} per chunk"
         past = "" if past_bytes is None else f", past {readable_size(past_bytes)}"
         return f"stream: chunks of {reach.chunk}, {seen}{sink}, {calls}{past}"
 
@@ -150,7 +150,7 @@ class Streamer:
     def _encode(self, prompt: str) -> Texts:
         """Condition of a prompt, and the negative one."""
         conditioner, guidance = self.model.adapter.conditioner, self.sampler.guidance
-        if self._knows_captions_alone:
+        if self._knows_captions_alone and prompt.strip():
             check_caption(prompt)
         with lock_of(conditioner):
             condition = conditioner.encode_prompts([prompt])

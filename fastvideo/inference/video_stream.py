@@ -188,8 +188,14 @@ class VideoStream:
         self._asked.append(Switch(text, _checked(on_switch), self._maker.encode(text)))
 
     def snapshot(self) -> Snapshot:
-        """The stream now; during a chunk, after it."""
+        """The stream now; during a chunk, after it.
+
+        Raises:
+            UserError: for a closed stream, whose past is gone.
+        """
         with self._working:
+            if self._closed:
+                raise UserError("a closed stream has no past to go on from: take the snapshot before it is closed")
             return replace(self._moment.fork(), asked=self._asked[-1] if self._asked else None)
 
     def close(self) -> None:

@@ -20,11 +20,13 @@ from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
 from fastvideo.distillation.batches import text_name
 from fastvideo.distillation.builder import Adapter, Config
+from fastvideo.distillation.config.causal import reach_of
 from fastvideo.distillation.engine.placement import check_tokens
 from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES
 from fastvideo.distillation.types import UserError
+from fastvideo.storage import is_remote
 from fastvideo.tiny.captions import outside_note
 from fastvideo.tiny.world import FRAMES, WORLDS
 from fastvideo.training.switches import check_switches, with_switches
@@ -152,10 +154,13 @@ def _trajectories(config: Config, adapter: Adapter) -> tuple[Source, str]:
     from fastvideo.data.parquet import ParquetSource
     from fastvideo.data.trajectories import check_made_for, metadata_at, state_times
 
-    if config.data.prompts is not None or config.data.path in WORLDS:
+    missing = not is_remote(config.data.path) and not Path(config.data.path).exists()
+    if config.data.prompts is not None or config.data.path in WORLDS or missing:
+        causal = "" if reach_of(config.method) is None else " --causal"
         raise UserError(
-            f"data.path: {config.distill_method} trains on a teacher's trajectories; make them with: fastvideo "
-            f"precompute-trajectories --config CONFIG --out FOLDER, and give the folder as data.path"
+            f"data.path: {config.distill_method} trains on a teacher's trajectories, and there are none at "
+            f"{config.data.path!r}: make them with: fastvideo precompute-trajectories{causal} --config CONFIG --out "
+            f"FOLDER, and give the folder as data.path"
         )
     teacher = adapter.folder.load_network(config.method.teacher_path)
     kinds = {check_made_for(made, config, adapter, teacher) for made in metadata_at(config.data.path)}

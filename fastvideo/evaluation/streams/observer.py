@@ -67,7 +67,7 @@ class StreamObserver:
 
     @torch.no_grad()
     def add(self, frames: Tensor) -> None:
-        """Take the next frames ``[B, 3, n, 32, 32]`` in ``[-1, 1]``.
+        """Take the next frames ``[B, 3, n, 32, 32]`` in ``[-1, 1]``, none from a decoder that waits for more latents.
 
         Raises:
             UserError: for frames of another size.
@@ -77,8 +77,8 @@ class StreamObserver:
                 f"streams are measured on the tiny world, whose frames are {SIZE}x{SIZE}; this model makes "
                 f"{frames.shape[-2]}x{frames.shape[-1]}"
             )
-        for frame in torch.split(frames.float().cpu(), 1, dim=2):
-            self._add_one(frame)
+        for index in range(frames.shape[2]):
+            self._add_one(frames[:, :, index : index + 1].float().cpu())
 
     def _add_one(self, frame: Tensor) -> None:
         self._last = frame if self._last is None else torch.cat([self._last, frame], dim=2)[:, :, -FRAMES:]

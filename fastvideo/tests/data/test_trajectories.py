@@ -137,6 +137,7 @@ def test_a_run_trains_on_them(values: MakeConfig, tmp_path: Path) -> None:
         ({"model": {"path": "denoiser", "shape": [1, 1, 2, 3], "means": [0.8]}}, "teacher weights: made with [0-9a-f]"),
         ({"data": {"prompts": "PROMPTS"}}, "trains on a teacher's trajectories"),
         ({"data": {"path": "tiny"}}, "precompute-trajectories --config"),
+        ({"data": {"path": "no/such/folder"}}, "none at 'no/such/folder': make them with: .*-trajectories --config"),
     ],
 )
 def test_a_run_that_is_not_theirs_is_refused_with_both_values(
@@ -261,6 +262,11 @@ def test_a_run_refuses_trajectories_of_another_kind(values: MakeConfig, videos: 
     config = validate(run_schema("analytic", "kd"), plain, "test")
     with pytest.raises(UserError, match="are causal, and kd trains on bidirectional ones"):
         open_source(config, AnalyticAdapter(config.model))
+    nowhere = validate(run_schema("analytic", "causal_kd"), {**strict, "data": {"path": "nowhere"}}, "test")
+    with pytest.raises(
+        UserError, match="none at 'nowhere': make them with: fastvideo precompute-trajectories --causal "
+    ):
+        open_source(nowhere, AnalyticAdapter(nowhere.model))
     assert main(command(tmp_path, plain, "bidirectional")) == 0
     strict["data"] = {**strict["data"], "path": str(tmp_path / "bidirectional")}
     config = validate(run_schema("analytic", "causal_kd"), strict, "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
+from fastvideo.cli import main
 from fastvideo.distillation.adapters.export.streaming import visible_frames, warped_steps
 from fastvideo.distillation.chunks import Reach
 from fastvideo.distillation.grids import uniform_ladder
@@ -111,6 +113,15 @@ def test_our_folder_says_first_that_stock_diffusers_is_not_its_sampler(
     assert "samples all frames at once" in said.err
     assert read(out / "recipe.json")["streaming"] == STREAMING
     assert read(out / "scheduler" / "scheduler_config.json") == read(streaming / "scheduler" / "scheduler_config.json")
+
+
+def test_the_command_of_its_card_runs(streaming: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (export(streaming, tmp_path / "my student") / "README.md").read_text()
+    program, *words = shlex.split(card.split("```bash\n")[1].splitlines()[0])
+    words[words.index("--prompt") + 1] = "a cat"  # the toy's texts are short
+    monkeypatch.chdir(tmp_path)
+    assert (program, main(words)) == ("fastvideo", 0)
+    assert (tmp_path / "video.mp4").is_file()
 
 
 @pytest.mark.parametrize(

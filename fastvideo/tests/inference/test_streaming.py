@@ -125,6 +125,13 @@ def test_a_snapshot_goes_on_twice(streamer: Streamer) -> None:
         assert (again.frames, again.prompt_in_force) == (29, NEW)
 
 
+def test_a_closed_stream_has_no_past(streamer: Streamer) -> None:
+    with streamer.open(OLD) as stream:
+        next(stream)
+    with pytest.raises(UserError, match="take the snapshot before it is closed"):
+        stream.snapshot()
+
+
 def switched(streamer: Streamer, policy: str, before: int = 5, prompt: str = NEW) -> VideoStream:
     """A stream after ``before`` chunks of the old prompt and one of the new."""
     stream = streamer.open(OLD)

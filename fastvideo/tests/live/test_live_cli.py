@@ -70,6 +70,7 @@ def test_pages_see_the_frames_of_the_stream(student: Path) -> None:
         (["tiny"], "generates whole videos at once"),
         (["STUDENT"], "--prompt: the first prompt is needed, as "),
         (["STUDENT", "--prompt", " "], "the prompt is empty"),
+        (["tiny_stream", "--prompt", ""], "the prompt is empty"),
         (["STUDENT", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
     ],
 )

@@ -69,8 +69,8 @@ def check_divisible(config: PipelineConfig, side: int, frames: int) -> None:
     for name, size in (("height", config.height), ("width", config.width)):
         if size % side:
             raise ValueError(f"{name} must be a multiple of {side} (VAE factor {side // 2}, patch 2), got {size}")
-    if config.num_frames % frames != 1:
-        raise ValueError(f"num_frames must be one more than a multiple of {frames}, got {config.num_frames}")
+    if (low := config.num_frames - (config.num_frames - 1) % frames) != config.num_frames:
+        raise ValueError(f"num_frames must be one more than a multiple of {frames}, such as {low} or {low + frames}")
 
 
 ConfigT = TypeVar("ConfigT", bound=PipelineConfig)

@@ -61,6 +61,8 @@ class StreamingTuningConfig(SelfForcingConfig):
 
     def check_frames(self, frames: int) -> None:
         super().check_frames(frames)
+        if (self.min_new_frames or 1) > (scored := self.scored_frames or frames):
+            raise UserError(f"method.min_new_frames: at most the {scored} scored frames, got {self.min_new_frames}")
         chunk, longest, last = self.reach.chunk, self.longest(frames), max(self.switch_starts(frames), default=0)
         if last + chunk > longest:
             raise UserError(

@@ -154,6 +154,18 @@ def test_a_switch_that_leaves_no_chunk_is_refused() -> None:
     StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 19)).check_frames(7)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scored_frames": 8}, r"method.scored_frames: the model's videos have 7 latent frames .* got 8"),
+        ({"min_new_frames": 8}, "method.min_new_frames: at most the 7 scored frames, got 8"),
+    ],
+)
+def test_more_frames_than_the_teacher_sees_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        StreamingTuningConfig(max_frames=12, **options).check_frames(7)
+
+
 def test_behind_a_cut_the_first_chunk_takes_its_own_times() -> None:
     """As in a stream that is cut while it plays."""
     adapter = spy_of(4)

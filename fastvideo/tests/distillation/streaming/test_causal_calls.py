@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import fastvideo
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.view import Grid, next_view, rotate, view_of
@@ -301,6 +304,22 @@ def test_gradient_reaches_the_chunk_and_not_the_past(
         assert torch.equal(mine.grad, theirs.grad)
 
 
+def test_the_first_chunk_takes_the_remainder_and_one_function_says_so() -> None:
+    """Masks, times and rollouts that each had a rule of their own would not agree on the chunks of a video."""
+    assert spans(7, 3) == ((0, 4), (4, 7))
+    assert spans(9, 1) == tuple((i, i + 1) for i in range(9))
+    assert spans(4, 4) == ((0, 4),)
+    package = Path(fastvideo.__file__).parent
+    sources = [path for path in package.rglob("*.py") if "tests" not in path.parts]
+    taken = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in sources
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"% [a-z_.]*chunk\b", line) and not line.lstrip().startswith("if ")
+    ]
+    assert taken == ["distillation/chunks.py: edges = [0, *range(chunk + frames % chunk, frames + 1, chunk)]"]
+
+
 @pytest.mark.parametrize(("frames", "chunk"), [*itertools.product(range(1, 12), range(1, 5))])
 def test_pasts_keep_what_the_definition_keeps(frames: int, chunk: int) -> None:
     """Window and sink in frames: pieces against the definition, for every layout."""
@@ -324,6 +343,8 @@ def test_pasts_keep_what_the_definition_keeps(frames: int, chunk: int) -> None:
     ("options", "message"),
     [
         ({"chunk": 0}, "reach.chunk: at least 1"),
+        ({"chunk": -2}, "reach.chunk: at least 1 latent frame, got -2"),
+        ({"chunk": 1, "window": 2, "sink": -1}, "reach.sink: 0 or a multiple of chunk 1, got -1"),
         ({"chunk": 3, "window": 4}, "reach.window: a positive multiple of chunk 3"),
         ({"chunk": 3, "window": 0}, "reach.window: a positive multiple"),
         ({"chunk": 2, "window": 4, "sink": 1}, "reach.sink: 0 or a multiple"),

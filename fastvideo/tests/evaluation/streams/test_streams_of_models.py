@@ -165,6 +165,7 @@ def test_command_measures_streams(folder: str, tmp_path: Path) -> None:
     [
         ({"switches": 4}, "add --long"),
         ({"on_switch": "cut"}, "add --long"),
+        ({"long": 25, "on_switch": "cut"}, "--on-switch cut: no prompt changes: add --switches"),
         ({"long": 26}, "such as 25 or 29"),
         ({"long": 17}, "at least 25"),
         ({"long": 25, "switches": 1}, "at least 2"),
