@@ -174,9 +174,14 @@ def _check_one_tensor(role: str, *families: Adapter) -> None:
 def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:
     """A bridge takes pixels as they come: both families make videos of one size."""
     sizes = dict(own)
-    for name, size in other:
-        if name in SIZES and sizes.get(name, size) != size:
-            raise UserError(f"roles.{role}.model: {name} is {size}, the student's is {sizes[name]}; give both one")
+    wrong = {name: size for name, size in other if name in SIZES and sizes.get(name, size) != size}
+    if "num_frames" in wrong and "num_frames" in other.own_sizes:
+        raise UserError(
+            f"roles.{role}.model: it makes stills, and the student videos of {sizes['num_frames']} frames: "
+            f"distill_method: dmd2_frames takes it as frame_teacher and frame_critic, beside a teacher of videos"
+        )
+    for name, size in wrong.items():
+        raise UserError(f"roles.{role}.model: {name} is {size}, the student's is {sizes[name]}; give both one")
 
 
 def load_role(config: Config, families: Families, role: str) -> nn.Module:
@@ -380,9 +385,14 @@ def check_run(
 
 
 def _check_guidance(config: Config, families: Families) -> None:
-    guidance = dict(config.method).get("teacher_guidance")
-    if guidance is not None:
-        of_folder(families.by_role.get("teacher", families.main).folder).check_guidance(guidance)
+    for role, key in (("teacher", "teacher_guidance"), ("frame_teacher", "frame_guidance")):
+        guidance, family = dict(config.method).get(key), families.by_role.get(role, families.main)
+        if guidance is None:
+            continue
+        try:
+            of_folder(family.folder).check_guidance(guidance)
+        except UserError as error:
+            raise UserError(f"method.{key}: {error}") from error
 
 
 def _check_needs_of_others(config: Config, families: Families) -> None:

@@ -60,6 +60,11 @@ def _check_stills(use: FrameUse, by_role: Mapping[str, Adapter]) -> None:
     """The roles make stills, in one latent space and of one size, and read one kind of text."""
     first, *others = use.roles
     codec = by_role[first].codec
+    if codec.parts is not None:
+        raise UserError(
+            f"roles.{first}.model: its samples are {codec.parts}, and single frames are scored here: give a family of "
+            f"images, such as {{family: sdxl, path: ...}}"
+        )
     if (frames := codec.latent_shape[1]) != 1:
         raise UserError(
             f"roles.{first}.model: it makes videos of {frames} latent frames, and scores single frames here: give a "

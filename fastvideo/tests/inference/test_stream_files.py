@@ -105,7 +105,7 @@ def test_a_signal_leaves_a_video_that_plays(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 24}, "one more than a multiple of 4, got 24"),
+        ({"frames": 24}, "one more than a multiple of 4, such as 21 or 25, got 24"),
         ({"switch": ("4",)}, r"--switch '4': FRAME:\"PROMPT\""),
         ({"switch": (f"x:{NEW}",)}, r"--switch 'x:a red.*FRAME"),
         ({"switch": (f"0:{NEW}",)}, "--switch 0: the video begins with --prompt"),

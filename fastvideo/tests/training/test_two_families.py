@@ -117,3 +117,42 @@ def test_unequal_sizes_name_what_to_set(values: dict[str, Any]) -> None:
     config = config_of(values | {"roles": roles}, "test")
     with pytest.raises(UserError, match=r"roles\.teacher\.model: height is 16, the student's is 32"):
         build_method(config, build_adapter(config))
+
+
+STILLS = {"family": "sdxl", "path": "tiny_stills", "height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"teacher": {"model": STILLS}, "critic": {"model": STILLS}},
+            r"roles\.teacher\.model: it makes stills, and the student videos of 9 frames: distill_method: dmd2_frames",
+        ),
+        (
+            {"critic": {}},
+            r"roles\.critic\.model: teacher and critic score .*; give the critic the teacher's model section",
+        ),
+        (
+            {"teacher": {"path": "tiny_cogvideox"}, "critic": {}},
+            r"'tiny_cogvideox' holds a CogVideoXPipeline; this family reads .*`model: {family: NAME, path: \.\.\.}`",
+        ),
+        (
+            {"teacher": {"model": {**TEACHER, "height": 40}}},
+            r"roles\.teacher\.model: height must be a multiple of 16 \(VAE factor x patch\), such as 32 or 48, got",
+        ),
+        ({"teacher": {"model": {**TEACHER, "num_frames": 8}}}, "one more than a multiple of 8, such as 9 or 17, got 8"),
+        ({"teacher": {"model": {**STILLS, "precision": "float16"}}}, r"precision: .*'bfloat16' \(got 'float16'\)"),
+    ],
+)
+def test_sections_that_do_not_fit_name_the_way_out(
+    values: dict[str, Any], sections: dict[str, dict[str, Any]], message: str
+) -> None:
+    given = {role: {"trainable": role == "critic", **section} for role, section in sections.items()}
+    with pytest.raises(UserError, match=message):
+        built(values | {"roles": values["roles"] | given})
+
+
+def built(wanted: dict[str, Any]) -> Any:
+    config = config_of(wanted, "test")
+    return build_method(config, build_adapter(config))
