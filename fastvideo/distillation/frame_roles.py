@@ -118,11 +118,11 @@ def _shares_first_frame(use: FrameUse, source: Codec, target: Codec) -> tuple[bo
 
 
 def _check_identity(use: FrameUse, source: Codec, target: Codec, fits: bool, difference: float | None) -> None:
-    role = use.roles[0]
+    role, one = use.roles[0], source.latent_shape[0] == target.latent_shape[0]
     if not fits:
         raise UserError(
             f"method.frame_space: identity, and a latent frame of the student is {_shape(source)}, a still of {role} "
-            f"{_shape(target)} (C, H, W): give both one height and width, or frame_space: decoded"
+            f"{_shape(target)} (C, H, W): {'give both one height and width, or' if one else 'set'} frame_space: decoded"
         )
     if difference is not None and difference > AGREEMENT:
         raise UserError(

@@ -279,6 +279,11 @@ def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path, still: dict[
         built(values(tmp_path, {**still, "path": str(folder)}))
 
 
+def test_spaces_of_other_channels_are_not_said_to_differ_by_size(tmp_path: Path, still: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"\(16, 4, 4\), a still of .* \(4, 16, 16\) .*: set frame_space: decoded"):
+        built(values(tmp_path, still, frame_space="identity"))
+
+
 def test_a_guidance_that_the_frame_teacher_is_not_sampled_with_is_refused(tmp_path: Path) -> None:
     """The default is 2, and FLUX.1-dev reads its guidance as an input."""
     flux = {"family": "flux", **tiny_options("flux", tmp_path / "flux"), "height": 32, "width": 32}
