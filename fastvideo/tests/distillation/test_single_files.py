@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvideo.cli import main
+from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import made_family
 
@@ -85,6 +86,15 @@ def test_a_whole_checkpoint_in_the_authors_layout_is_the_network(
     for file in files:
         found = made.folder.load_network(str(file)).state_dict()
         assert all(torch.equal(found[key], value) for key, value in network.state_dict().items()), file
+
+
+def test_names_of_layers_are_those_of_the_file(tiny_wan: Path) -> None:
+    made = made_family("sdxl", tiny_wan.parent)
+    original = load_exporter(made.config).original_name
+    names = [*made.folder.load_network().state_dict()]
+    assert [original(name) for name in names] == [unet_name(name) for name in names]
+    with pytest.raises(UserError, match=r"down_blocks\.7\.x: Stability's code has no such layer"):
+        original("down_blocks.7.x")
 
 
 def test_a_tensor_that_the_converter_of_unets_passes_over_is_named(tiny_wan: Path, tmp_path: Path) -> None:
