@@ -12,12 +12,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from fastvideo.cli import main
+from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.bridge import LatentBridge
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.training.run import run
+from fastvideo.training.texts import encode_ahead
 
 PROMPTS = ("a red seven moving left", "a blue three moving up", "a green one", "a red two")
 TEACHER = {"family": "cogvideox", "path": "tiny_cogvideox"}
@@ -109,6 +111,18 @@ def test_captions_must_be_there_for_the_second_family(values: dict[str, Any]) ->
     prepare(RawBatch(PROMPTS[:2], extras={"text_embedding": stored["text_embedding"]}))
     with pytest.raises(UserError, match="a second model family must encode the captions, and a sample has none"):
         prepare(RawBatch((PROMPTS[0], ""), extras={"text_embedding": stored["text_embedding"]}))
+
+
+def test_captions_that_are_not_there_are_told_before_the_first_step(values: dict[str, Any]) -> None:
+    config = config_of(values, "test")
+    method = build_method(config, build_adapter(config))
+    conditioners = [role.adapter.conditioner for role in (method.student, method.teacher)]
+    stored = conditioners[0].encode_stored(torch.zeros(4, 3, 9, 32, 32), PROMPTS)
+    data = SampleStream(MemorySource((*PROMPTS[:3], ""), extras=stored), 0, Shard(2))
+    with pytest.raises(UserError, match=r"data\.path: 1 of 4 captions of .* are empty, and a second model family must"):
+        encode_ahead(config, conditioners, data, 0)
+    whole = SampleStream(MemorySource(PROMPTS, extras=stored), 0, Shard(2))
+    assert encode_ahead(config, conditioners, whole, 0) == []
 
 
 def test_unequal_sizes_name_what_to_set(values: dict[str, Any]) -> None:
