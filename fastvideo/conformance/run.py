@@ -24,6 +24,7 @@ from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.registry import ADAPTERS, load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.progress import tracked
+from fastvideo.wording import did_you_mean
 
 RULES = (network_checks, chunk_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
@@ -72,7 +73,8 @@ def find_family(name: str) -> type[DistillAdapter[Any]]:
     """
     if ":" not in name:
         if name not in ADAPTERS:
-            raise UserError(f"{name!r} is neither one of {', '.join(ADAPTERS)} nor package.module:Class")
+            hint = did_you_mean(name, ADAPTERS)
+            raise UserError(f"{name!r} is neither one of {', '.join(ADAPTERS)} nor package.module:Class{hint}")
         return load_adapter(name)
     module_name, _, class_name = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: an author runs this beside the file
@@ -144,6 +146,8 @@ def conform(
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder, quiet() if family.Config.pipelines else nullcontext():
         own = {} if tiny is None else tiny_options(tiny, Path(folder) / "tiny")
+        if family.Config.model_fields["path"].is_required() and "path" not in {**own, **options}:
+            raise UserError("no model is named: give its folder as --set path=FOLDER, or --tiny for random weights")
         adapter = family(validate(family.Config, {**own, **options}, "of the model"), device)
         subject = Subject(adapter, prompts, Path(folder))
         return list(tracked(examine(subject), "conformance", total=len(CHECKS)))

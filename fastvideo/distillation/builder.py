@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,15 @@ from fastvideo.stopping import unit_done
 Adapter = DistillAdapter[Any]
 Method = DistillMethod[Any]
 Config = RunConfig[Any, Any]
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Put the config's key before what is wrong with its value."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def build_adapter(config: Config, processes: Processes | None = None) -> Adapter:
@@ -174,9 +183,14 @@ def _check_one_tensor(role: str, *families: Adapter) -> None:
 def _check_sizes(role: str, own: AdapterConfig, other: AdapterConfig) -> None:
     """A bridge takes pixels as they come: both families make videos of one size."""
     sizes = dict(own)
-    for name, size in other:
-        if name in SIZES and sizes.get(name, size) != size:
-            raise UserError(f"roles.{role}.model: {name} is {size}, the student's is {sizes[name]}; give both one")
+    wrong = {name: size for name, size in other if name in SIZES and sizes.get(name, size) != size}
+    if "num_frames" in wrong and "num_frames" in other.own_sizes:
+        raise UserError(
+            f"roles.{role}.model: it makes stills, and the student videos of {sizes['num_frames']} frames: "
+            f"distill_method: dmd2_frames takes it as frame_teacher and frame_critic, beside a teacher of videos"
+        )
+    for name, size in wrong.items():
+        raise UserError(f"roles.{role}.model: {name} is {size}, the student's is {sizes[name]}; give both one")
 
 
 def load_role(config: Config, families: Families, role: str) -> nn.Module:
@@ -191,7 +205,8 @@ def load_role(config: Config, families: Families, role: str) -> nn.Module:
     family, placement = families.by_role[role], families.placement(role)
     if options.storage is not None:
         return load_quantised(config, family, placement, role, partial(merge_files, config, family, role))
-    network = placement.load(options.path, trained=options.trainable, change=change)
+    with nullcontext() if options.path is None else _naming(f"roles.{role}.path"):
+        network = placement.load(options.path, trained=options.trainable, change=change)
     merge_files(config, family, role, network)
     return network
 
@@ -220,10 +235,8 @@ def merges_of(config: Config, family: Adapter, role: str, network: nn.Module) ->
 
 
 def _read_lora(key: str, path: str, family: Adapter, network: nn.Module) -> LoRAFile:
-    try:
+    with _naming(key):
         return read_lora(Path(path), parameter_shapes(network), load_exporter(family.config).original_name)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
 
 
 def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwitch]:
@@ -270,7 +283,8 @@ def _share(
                 key = f"roles.{role}.lora.init_from"
                 start_adapter(network, role, _read_lora(key, lora.init_from, family, network))
 
-    network = families.placements[family].load_shared(path, adapters, config.seed, start)
+    with nullcontext() if path is None else _naming(f"roles.{first}.path"):
+        network = families.placements[family].load_shared(path, adapters, config.seed, start)
     merged = merges_of(config, family, first, network)
     for file, weight in merged:
         merge_file(network, file, weight)
@@ -364,6 +378,7 @@ def check_run(
     check_roles(trainable, roles, method.trainable_roles, method.optional_roles)
     check_needs(config)
     _check_needs_of_others(config, families)
+    _check_paths(config, families)
     _check_rungs(config)
     check_experts(config, families.by_role, processes)
     check_quantised(config, method, families.by_role, families.placements, _bases(config, families))
@@ -379,10 +394,20 @@ def check_run(
     check_states(config.trainer.optimizer_states, optimizers)
 
 
+def _check_paths(config: Config, families: Families) -> None:
+    """Find the folders of roles with a path of their own."""
+    for role, options in config.roles.items():
+        if options.path is not None:
+            with _naming(f"roles.{role}.path"):
+                of_folder(families.by_role[role].folder).recipe_of(options.path)
+
+
 def _check_guidance(config: Config, families: Families) -> None:
-    guidance = dict(config.method).get("teacher_guidance")
-    if guidance is not None:
-        of_folder(families.by_role.get("teacher", families.main).folder).check_guidance(guidance)
+    for role, key in (("teacher", "teacher_guidance"), ("frame_teacher", "frame_guidance")):
+        guidance, family = dict(config.method).get(key), families.by_role.get(role, families.main)
+        if guidance is not None:
+            with _naming(f"method.{key}"):
+                of_folder(family.folder).check_guidance(guidance)
 
 
 def _check_needs_of_others(config: Config, families: Families) -> None:

@@ -60,6 +60,11 @@ def _check_stills(use: FrameUse, by_role: Mapping[str, Adapter]) -> None:
     """The roles make stills, in one latent space and of one size, and read one kind of text."""
     first, *others = use.roles
     codec = by_role[first].codec
+    if codec.parts is not None:
+        raise UserError(
+            f"roles.{first}.model: its samples are {codec.parts}, and single frames are scored here: give a family of "
+            f"images, such as {{family: sdxl, path: ...}}"
+        )
     if (frames := codec.latent_shape[1]) != 1:
         raise UserError(
             f"roles.{first}.model: it makes videos of {frames} latent frames, and scores single frames here: give a "
@@ -113,11 +118,11 @@ def _shares_first_frame(use: FrameUse, source: Codec, target: Codec) -> tuple[bo
 
 
 def _check_identity(use: FrameUse, source: Codec, target: Codec, fits: bool, difference: float | None) -> None:
-    role = use.roles[0]
+    role, one = use.roles[0], source.latent_shape[0] == target.latent_shape[0]
     if not fits:
         raise UserError(
             f"method.frame_space: identity, and a latent frame of the student is {_shape(source)}, a still of {role} "
-            f"{_shape(target)} (C, H, W): give both one height and width, or frame_space: decoded"
+            f"{_shape(target)} (C, H, W): {'give both one height and width, or' if one else 'set'} frame_space: decoded"
         )
     if difference is not None and difference > AGREEMENT:
         raise UserError(

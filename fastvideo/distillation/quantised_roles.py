@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
+from fastvideo.distillation.adapters.diffusers.gguf_file import FEW_BITS
 from fastvideo.distillation.adapters.diffusers.packed import packed_sizes
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.schema import RoleConfig, RunConfig
@@ -90,7 +91,10 @@ def _check_storage(role: RoleConfig, family: Adapter, placement: Placement, wher
         return placement.check_packing(role.quantise, where)
     if not reads_gguf(type(family)):
         able = [name for name in ADAPTERS if reads_gguf(load_adapter(name))]
-        raise UserError(f"{where}: diffusers reads no .gguf files of this family; families that do: {', '.join(able)}")
+        raise UserError(
+            f"{where}: diffusers reads no .gguf files of this family; {FEW_BITS}; families that read such files: "
+            f"{', '.join(able)}"
+        )
     of_folder(family.folder).check_gguf(str(role.path), where)
 
 

@@ -65,7 +65,7 @@ FLOW = "fastvideo.distillation.adapters.export.flow:FlowExporter"
 FLUX2 = "fastvideo.distillation.adapters.export.flux2:Flux2Exporter"
 EXPORTERS = {
     "WanPipeline": "fastvideo.distillation.adapters.export.wan:WanExporter",
-    "StableDiffusionXLPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
+    "StableDiffusionXLPipeline": f"{STABLE_DIFFUSION}:SDXLExporter",
     "StableDiffusionPipeline": f"{STABLE_DIFFUSION}:StableDiffusionExporter",
     "QwenImagePipeline": FLOW,
     "ZImagePipeline": FLOW,

@@ -62,8 +62,8 @@ def config_folder(path: str, architecture: str | None = None) -> str:
     name = known.get(path.lower(), architecture)
     if name is None:
         raise UserError(
-            f"model {path!r} is not a folder, and its architecture is not among the published ones that ship with "
-            f"this package: name the one it has with --architecture ({', '.join(ARCHITECTURES)})"
+            f"model {path!r} is no folder or file here, and its architecture is not among the published ones that ship "
+            f"with this package: name the one it has with --architecture ({', '.join(ARCHITECTURES)})"
         )
     return str(architecture_folder(name))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -54,12 +54,18 @@ def encode_ahead(config: Config, conditioners: Sequence[Conditioner], data: Samp
     """Encode what this process needs from ``step`` on, and free the text encoders; returns notes for the log.
 
     An encoder stays only if its texts do not fit into the cache.
+
+    Raises:
+        UserError: for captions that are not there, where a second family must encode them.
     """
     notes = []
     batches = (config.trainer.max_steps - step) * config.trainer.grad_accumulation
     for number, conditioner in enumerate(conditioners):
         texts = of_texts(conditioner)
-        missing = texts.missing_texts(_captions(data, batches, number, conditioner))
+        captions = _captions(data, batches, number, conditioner)
+        if number and "text_embedding" in _stored(data):
+            _check_captions(config, captions)
+        missing = texts.missing_texts(captions)
         if not texts.texts_fit(missing):
             notes.append(_stays(config, conditioner, len(missing)))
             continue
@@ -74,12 +80,29 @@ def encode_ahead(config: Config, conditioners: Sequence[Conditioner], data: Samp
 def _captions(data: SampleStream, batches: int, number: int, conditioner: Conditioner) -> Sequence[str]:
     """Captions that a conditioner encodes in training; none where the data holds its texts."""
     name, source = "text_embedding" if number == 0 else text_name(conditioner), data.source
+    if name in _stored(data):
+        return ()
     if isinstance(source, MemorySource):
-        if name in source.extras:
-            return ()
         rows = range(len(source.captions)) if batches >= data.rounds else data.rows_ahead(batches)
         return [captions[row] for captions in (source.captions, source.switches) if captions for row in rows]
-    return source.captions() if isinstance(source, StoredSource) and name not in source.texts else ()
+    return source.captions() if isinstance(source, StoredSource) else ()
+
+
+def _stored(data: SampleStream) -> Collection[str]:
+    """Names in a raw batch of the texts that the data hold."""
+    source = data.source
+    if isinstance(source, MemorySource):
+        return source.extras
+    return source.texts if isinstance(source, StoredSource) else ()
+
+
+def _check_captions(config: Config, captions: Sequence[str]) -> None:
+    """Refuse captions that are empty because a text embedding, of the student's family, stands for them."""
+    if empty := sum(not caption for caption in captions):
+        raise UserError(
+            f"data.path: {empty} of {counted(len(captions), 'caption')} of {config.data.path} are empty, and a second "
+            f"model family must encode them (the text embeddings there are the student's): preprocess again with them"
+        )
 
 
 def _stays(config: Config, conditioner: Conditioner, count: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.pipeline import PipelineSpec
 from fastvideo.distillation.adapters.diffusers.unet import UNetAdapter, UNetConfig, UNetTexts
+from fastvideo.distillation.config.sections import Level
 from fastvideo.ranges import Pixels
 
 POOLED = "pooled_prompt_embeds"
@@ -27,6 +28,7 @@ class SDXLConfig(UNetConfig):
     """Options of the SDXL family."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    level: ClassVar[Level] = "tiny distillation"
     path: str
     """A diffusers SDXL pipeline: a folder, or a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`."""
     height: Pixels = 1024

@@ -248,7 +248,7 @@ def test_negative_conditioning_is_made_once(subject: Subject, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wann", "neither one of wan"),
+        ("wann", "neither one of wan.*; did you mean 'wan'"),
         ("no_such_module:Adapter", "cannot import 'no_such_module'"),
         ("fastvideo.errors:Adapter", "has no class 'Adapter'"),
         ("fastvideo.errors:UserError", "not a subclass"),
@@ -275,6 +275,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     figures = json.loads(shown.splitlines()[-1])
     assert (figures["family"], figures["failed"]) == ("conform_mine:Mine", ["it declares itself"])
     assert main(["conformance", "analytic", "--set", "meens=1"]) == 2
+    assert main(["conformance", "sdxl"]) == 2
+    assert "give its folder as --set path=FOLDER, or --tiny" in capsys.readouterr().err
     assert torch.is_grad_enabled()
 
 

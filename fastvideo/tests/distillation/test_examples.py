@@ -16,6 +16,7 @@ from fastvideo.data.prompts import read_prompts
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.causal import StreamOptions
 from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.experts import check_boundary
 from fastvideo.distillation.registry import load_method, run_schema
 from fastvideo.tests.distillation.tiny import cogvideox_folder, made_family
 from fastvideo.training.distillation import parse
@@ -112,6 +113,17 @@ def test_wan_recipe_is_the_published_one() -> None:
     assert config.method.teacher_guidance == 4.5
     assert config.model.prompt_for_negative.startswith("Bright tones, overexposed")
     assert config.model.prompt_for_negative.endswith("walking backwards")
+
+
+@pytest.mark.parametrize(("kind", "boundary"), [("t2v", 0.875), ("i2v", 0.9)])
+def test_both_experts_of_a14b_have_two_steps(kind: str, boundary: float) -> None:
+    """I2V at the shift 5 of its authors; the 12 of T2V would leave the low expert one."""
+    recipe = EXAMPLES / "distillation" / f"wan2.2_{kind}_a14b_dmd2_lora.yaml"
+    config = config_of(read_yaml(recipe), recipe)
+    assert config.ladder.times == pytest.approx((1.0, 0.9375, 0.8333, 0.625), abs=1e-4)
+    check_boundary(config.ladder.times, boundary, "ladder.times")
+    assert [t > boundary for t in config.ladder.times] == [True, True, False, False]
+    assert load_method("dmd2").uses_latents(config.method) is False
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)

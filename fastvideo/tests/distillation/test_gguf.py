@@ -27,7 +27,7 @@ from fastvideo.planning.fake import fake_run
 from fastvideo.planning.layout import role_plans
 from fastvideo.tests.distillation.gguf_files import Q6_K, write_gguf
 from fastvideo.tests.distillation.test_quantised import ROLES, refusal, values
-from fastvideo.tests.distillation.tiny import made_family, wan_config
+from fastvideo.tests.distillation.tiny import experts_folder, made_family, wan_config
 from fastvideo.training.run import run
 
 package = pytest.mark.skipif(find_spec("gguf") is None, reason="no package gguf")
@@ -228,7 +228,21 @@ def test_what_a_file_cannot_be_is_refused_without_the_package(tmp_path: Path, mo
     )
     assert "parallel.offload: frozen" in refusal(tmp_path, file, parallel={"shard": 2, "offload": "frozen"})
     said = refusal(tmp_path, file, distill_model="cogvideox", model={"path": "tiny_cogvideox"})
-    assert said.endswith("families that do: wan, qwen_image, z_image, flux2, flux, krea2, sd3, ltx, ltx2")
+    assert said.endswith(
+        "of this family; `quantise: nf4` (or int8) stores the matrices of a pipeline folder in as few bits; families "
+        "that read such files: wan, qwen_image, z_image, flux2, flux, krea2, sd3, ltx, ltx2"
+    )
+
+
+def test_a_file_is_no_teacher_of_two_experts(tiny_wan: Path) -> None:
+    """Said before the package is asked for."""
+    folder = experts_folder(tiny_wan.parent)
+    with pytest.raises(UserError) as error:
+        of_folder(WanFamily(wan_config(folder)).folder).check_gguf(FILE, f"roles.teacher.path: {FILE}")
+    assert str(error.value) == (
+        f"roles.teacher.path: {FILE}: one file, and {folder} has transformer and transformer_2: give a pipeline folder "
+        "with both; `quantise: nf4` (or int8) stores the matrices of a pipeline folder in as few bits"
+    )
 
 
 def test_families_that_read_files_are_those_whose_class_has_a_converter() -> None:

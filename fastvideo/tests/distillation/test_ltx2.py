@@ -21,8 +21,11 @@ from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.data.sound_io import read_sound
 from fastvideo.data.video_io import write_video
 from fastvideo.distillation.adapters.ltx2.adapter import LTX2Adapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.frame_bridge import FrameUse
+from fastvideo.distillation.frame_roles import frame_bridge
 from fastvideo.distillation.registry import load_exporter, run_schema
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SampleNoise, prompt_seeds
@@ -33,7 +36,7 @@ from fastvideo.inference.export import run_export
 from fastvideo.inference.generate import generate_sounded, generate_video
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.test_flow_families import config_of, sizes
-from fastvideo.tests.distillation.tiny import made_family
+from fastvideo.tests.distillation.tiny import made_family, wan_config
 from fastvideo.training.run import run
 
 PROMPTS = ["a green seven moving up", "red three"]
@@ -244,6 +247,13 @@ def test_a_teacher_of_another_space_and_frames_are_refused(family: LTX2Adapter, 
         config["roles"][role] = {**config["roles"][role], "model": other}
     with pytest.raises(UserError, match=r"roles\.\w+\.model: video and audio cross to no other latent space"):
         run(validate(run_schema("ltx2", "dmd2"), config, "test"))
+
+
+def test_a_model_with_sound_scores_no_single_frames(family: LTX2Adapter, tiny_wan: Path) -> None:
+    main = WanFamily(wan_config(tiny_wan, height=64, width=96))
+    use = FrameUse(("frame_teacher",), "auto", count=1, first=True, times=(0.02, 0.5), resize=False)
+    with pytest.raises(UserError, match=r"roles\.frame_teacher\.model: its samples are video and audio, and single"):
+        frame_bridge(use, main, {"frame_teacher": family})
 
 
 @pytest.mark.parametrize("method", ["sft", "cm", "tcm", "scm", "rcm", "dmd2_gan", "f_distill", "ladd", "phased_dmd"])

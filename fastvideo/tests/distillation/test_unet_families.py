@@ -268,6 +268,29 @@ def test_a_lora_file_changes_the_stock_pipeline_as_it_changes_our_network(
     torch.testing.assert_close(stock, merged, rtol=1e-4, atol=1e-4)
 
 
+def kohya(*layers: str, **options: Any) -> dict[str, Tensor]:
+    """An adapter as kohya's scripts write it, for layers of 16 channels."""
+    found = {f"lora_unet_{layer}.lora_down.weight": torch.ones(2, 16) for layer in layers}
+    return found | {f"lora_unet_{layer}.lora_up.weight": torch.ones(16, 2) for layer in layers} | options
+
+
+def test_kohyas_files_name_layers_of_sdxl_as_stability_does(sdxl: Any, tmp_path: Path) -> None:
+    """A golden name on the way down, one in the middle and one on the way up; diffusers' own names are read too."""
+    golden = {
+        "input_blocks_3_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+        "middle_block_1_transformer_blocks_0_attn1_to_v": "mid_block.attentions.0.transformer_blocks.0.attn1.to_v",
+        "output_blocks_1_1_proj_in": "up_blocks.0.attentions.1.proj_in",
+        "up_blocks_0_attentions_0_proj_out": "up_blocks.0.attentions.0.proj_out",
+    }
+    shapes = {name: tuple(p.shape) for name, p in network_of(sdxl).named_parameters()}
+    original, file = load_exporter(sdxl.config).original_name, tmp_path / "style.safetensors"
+    save_file(kohya(*golden), file)
+    assert set(read_lora(file, shapes, original).factors) == {*golden.values()}
+    save_file(kohya(*golden, lora_te1_text_model_encoder_layers_0_mlp_fc1_alpha=torch.ones(1)), file)
+    with pytest.raises(UserError, match=r"1 of 9 tensors .* text encoders stay .*pipe\.fuse_lora\(\)"):
+        read_lora(file, shapes, original)
+
+
 def test_an_adapters_file_has_the_pipelines_name_of_the_network(sdxl: Any, tmp_path: Path) -> None:
     student = run(config_of("sdxl", "dmd2", sdxl.config.path, tmp_path, lora={"rank": 2}))
     names = load_file(student / "pytorch_lora_weights.safetensors")

@@ -101,7 +101,8 @@ def test_list_says_what_goes_together(capsys: pytest.CaptureFixture[str], monkey
 
 def test_list_says_how_far_a_family_is_proven(capsys: pytest.CaptureFixture[str]) -> None:
     levels = {row[0]: row[2] for row in shown(capsys, "list") if len(row) == 3 and row[0]}
-    assert levels["wan"] == "tiny distillation"
+    assert levels["wan"] == levels["sdxl"] == "tiny distillation"
+    assert levels["sd15"] == "tiny equality"
     assert levels["analytic"] == "closed form"
 
 

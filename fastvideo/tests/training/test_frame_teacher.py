@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ def test_a_frame_critic_does_not_start_from_a_student(tmp_path: Path, still: dic
     source.save(tmp_path / "wan", source.load_network(), {})
     section = {"trainable": True, "model": still, "init_from": str(tmp_path / "wan")}
     config = config_of(changed(tmp_path, still, "frame_critic", section), "test")
-    with pytest.raises(UserError, match=r"frame_critic|unet"):
+    with pytest.raises(UserError, match=r"roles\.frame_critic\.init_from: .*wan' holds a WanPipeline; .*XLPipeline"):
         build_method(config, build_adapter(config))
 
 
@@ -270,3 +271,22 @@ def test_pictures_have_sizes_of_their_own(tmp_path: Path, still: dict[str, Any])
     config = config_of(values(tmp_path, bare), "test")
     with pytest.raises(UserError, match=r"its pictures are 1024 x 1024 .* trained on up to 32 x 32"):
         build_method(config, build_adapter(config))
+
+
+def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path, still: dict[str, Any]) -> None:
+    folder = shutil.copytree(still["path"], tmp_path / "bare", ignore=shutil.ignore_patterns("vae"))
+    with pytest.raises(UserError, match=rf"cannot read the config of 'vae' in '{folder}'"):
+        built(values(tmp_path, {**still, "path": str(folder)}))
+
+
+def test_spaces_of_other_channels_are_not_said_to_differ_by_size(tmp_path: Path, still: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"\(16, 4, 4\), a still of .* \(4, 16, 16\) .*: set frame_space: decoded"):
+        built(values(tmp_path, still, frame_space="identity"))
+
+
+def test_a_guidance_that_the_frame_teacher_is_not_sampled_with_is_refused(tmp_path: Path) -> None:
+    """The default is 2, and FLUX.1-dev reads its guidance as an input."""
+    flux = {"family": "flux", **tiny_options("flux", tmp_path / "flux"), "height": 32, "width": 32}
+    with pytest.raises(UserError, match=r"method\.frame_guidance: guidance 2: the network reads a guidance \(3\.5"):
+        built(values(tmp_path, flux))
+    assert built(values(tmp_path, flux, frame_guidance=1.0)).term.teacher.adapter.config.path == flux["path"]

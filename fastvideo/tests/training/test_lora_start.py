@@ -233,7 +233,7 @@ def test_single_files_that_do_not_fit(values: dict[str, Any], one_file: Path, tm
     for message, tensors in changes.items():
         save_file(tensors, tmp_path / "changed.safetensors")
         values["roles"]["teacher"]["path"] = str(tmp_path / "changed.safetensors")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"roles\.teacher\.path: .*{message}"):
             built(values)
 
 

@@ -12,12 +12,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from fastvideo.cli import main
+from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.bridge import LatentBridge
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.training.run import run
+from fastvideo.training.texts import encode_ahead
 
 PROMPTS = ("a red seven moving left", "a blue three moving up", "a green one", "a red two")
 TEACHER = {"family": "cogvideox", "path": "tiny_cogvideox"}
@@ -111,9 +113,60 @@ def test_captions_must_be_there_for_the_second_family(values: dict[str, Any]) ->
         prepare(RawBatch((PROMPTS[0], ""), extras={"text_embedding": stored["text_embedding"]}))
 
 
+def test_captions_that_are_not_there_are_told_before_the_first_step(values: dict[str, Any]) -> None:
+    config = config_of(values, "test")
+    method = build_method(config, build_adapter(config))
+    conditioners = [role.adapter.conditioner for role in (method.student, method.teacher)]
+    stored = conditioners[0].encode_stored(torch.zeros(4, 3, 9, 32, 32), PROMPTS)
+    data = SampleStream(MemorySource((*PROMPTS[:3], ""), extras=stored), 0, Shard(2))
+    with pytest.raises(UserError, match=r"data\.path: 1 of 4 captions of .* are empty, and a second model family must"):
+        encode_ahead(config, conditioners, data, 0)
+    whole = SampleStream(MemorySource(PROMPTS, extras=stored), 0, Shard(2))
+    assert encode_ahead(config, conditioners, whole, 0) == []
+
+
 def test_unequal_sizes_name_what_to_set(values: dict[str, Any]) -> None:
     roles = {**values["roles"], "teacher": {"trainable": False, "model": {**TEACHER, "height": 16}}}
     roles["critic"] = {"trainable": True, "model": {**TEACHER, "height": 16}}
     config = config_of(values | {"roles": roles}, "test")
     with pytest.raises(UserError, match=r"roles\.teacher\.model: height is 16, the student's is 32"):
         build_method(config, build_adapter(config))
+
+
+STILLS = {"family": "sdxl", "path": "tiny_stills", "height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"teacher": {"model": STILLS}, "critic": {"model": STILLS}},
+            r"roles\.teacher\.model: it makes stills, and the student videos of 9 frames: distill_method: dmd2_frames",
+        ),
+        (
+            {"critic": {}},
+            r"roles\.critic\.model: teacher and critic score .*; give the critic the teacher's model section",
+        ),
+        (
+            {"teacher": {"path": "tiny_cogvideox"}, "critic": {}},
+            r"roles\.teacher\.path: .*'tiny_cogvideox' holds a CogVideoX.*`model: {family: NAME, path: \.\.\.}`",
+        ),
+        (
+            {"teacher": {"model": {**TEACHER, "height": 40}}},
+            r"roles\.teacher\.model: height must be a multiple of 16 \(VAE factor x patch\), such as 32 or 48, got",
+        ),
+        ({"teacher": {"model": {**TEACHER, "num_frames": 8}}}, "one more than a multiple of 8, such as 9 or 17, got 8"),
+        ({"teacher": {"model": {**STILLS, "precision": "float16"}}}, r"precision: .*'bfloat16' \(got 'float16'\)"),
+    ],
+)
+def test_sections_that_do_not_fit_name_the_way_out(
+    values: dict[str, Any], sections: dict[str, dict[str, Any]], message: str
+) -> None:
+    given = {role: {"trainable": role == "critic", **section} for role, section in sections.items()}
+    with pytest.raises(UserError, match=message):
+        built(values | {"roles": values["roles"] | given})
+
+
+def built(wanted: dict[str, Any]) -> Any:
+    config = config_of(wanted, "test")
+    return build_method(config, build_adapter(config))

@@ -20,7 +20,13 @@ from fastvideo.distillation.adapters.diffusers.attention import (
     keep_dtype_of_attention,
 )
 from fastvideo.distillation.adapters.diffusers.flow_map import HEAD_FILE, add_head, load_head, save_head, without_head
-from fastvideo.distillation.adapters.diffusers.gguf_file import GGUFFile, packed_matrices, shape_of, with_packed
+from fastvideo.distillation.adapters.diffusers.gguf_file import (
+    FEW_BITS,
+    GGUFFile,
+    packed_matrices,
+    shape_of,
+    with_packed,
+)
 from fastvideo.distillation.adapters.diffusers.kernels import check_kernel, counting, native_kernel
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, library_class, load_config
 from fastvideo.distillation.adapters.diffusers.plain import PlainFolder
@@ -29,6 +35,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import (
     in_diffusers,
     is_single_file,
     load_single_file,
+    of_network,
 )
 from fastvideo.distillation.adapters.diffusers.sources import read_object
 from fastvideo.distillation.scaling import StoredTensor
@@ -91,6 +98,11 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         return self._ready(with_packed(network, state, str(config), dtype), path).to(self.pipeline.device)
 
     def check_gguf(self, path: str, where: str) -> None:
+        if len(self.parts) > 1:
+            raise UserError(
+                f"{where}: one file, and {self.config.path} has {' and '.join(self.parts)}: give a pipeline folder "
+                f"with both; {FEW_BITS}"
+            )
         file = GGUFFile(path, where)
         try:
             self._gguf(path, self.compute_dtype, file.tensors(empty=True))
@@ -108,7 +120,7 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         """An empty network for a file's tensors, and these under its names."""
         (part,) = self._parts(path)
         network = self._skeleton(path, dtype, part)
-        state = in_diffusers(network, tensors, path)
+        state = in_diffusers(network, of_network(tensors), path)
         check_fit(network, {name: shape_of(tensor) for name, tensor in state.items()}, path)
         return network, state
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastvideo.distillation.types import UserError
 
 PACKAGE = "gguf"
+FEW_BITS = "`quantise: nf4` (or int8) stores the matrices of a pipeline folder in as few bits"
+"""Way out where such a file cannot be read, for messages."""
 SHAPE_FIELD = "comfy.gguf.orig_shape."
 """Field of a file with the shape of a tensor that was stored in another one, before its name."""
 PLAIN = ("F32", "F16")

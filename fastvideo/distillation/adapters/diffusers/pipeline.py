@@ -64,13 +64,13 @@ def check_divisible(config: PipelineConfig, side: int, frames: int) -> None:
     """Check that sides are multiples of ``side`` and frames one more than a multiple of ``frames``.
 
     Raises:
-        ValueError: for the first that is not, as pydantic's validators want it.
+        ValueError: with the nearest sizes, as pydantic's validators want it.
     """
-    for name, size in (("height", config.height), ("width", config.width)):
-        if size % side:
-            raise ValueError(f"{name} must be a multiple of {side} (VAE factor {side // 2}, patch 2), got {size}")
-    if (low := config.num_frames - (config.num_frames - 1) % frames) != config.num_frames:
-        raise ValueError(f"num_frames must be one more than a multiple of {frames}, such as {low} or {low + frames}")
+    for name, step, more in (("height", side, 0), ("width", side, 0), ("num_frames", frames, 1)):
+        if (size := getattr(config, name)) % step != more:
+            below = max(size - more, step) // step * step + more
+            kind = f"one more than a multiple of {step}" if more else f"a multiple of {step} (VAE factor x patch)"
+            raise ValueError(f"{name} must be {kind}, such as {below} or {below + step}, got {size}")
 
 
 ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
@@ -164,8 +164,8 @@ def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...])
     content = json.loads(index.read_text(encoding="utf-8"))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
-            f"model folder {path!r} holds a {content.get('_class_name')}; "
-            f"this family reads {' or '.join(pipeline_classes)}"
+            f"model folder {path!r} holds a {content.get('_class_name')}; this family reads "
+            f"{' or '.join(pipeline_classes)} (a role names another as `model: {{family: NAME, path: ...}}`)"
         )
     return str(folder)
 

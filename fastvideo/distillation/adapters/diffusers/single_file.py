@@ -1,4 +1,7 @@
-"""Networks in one file: the authors' own layout, ComfyUI's, and its fp8 weights with scales."""
+"""Networks in one file: the authors' own layout, ComfyUI's, and its fp8 weights with scales.
+
+A whole checkpoint, with VAE and text encoders beside the network, is read for its network alone.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,15 @@ INPUT_SCALES = (".scale_input", ".input_scale")
 MARKS = ("scaled_fp8", ".comfy_quant")
 """Tensors that only say that a file is quantised."""
 ROOT = "model.diffusion_model."
+"""Prefix of the network in a whole checkpoint."""
+UNET = "UNet2DConditionModel"
+"""Class of diffusers whose converter asks for :data:`ROOT` and the config, and passes over what it does not know."""
 WRAPPER = "model."
 """Prefix of Self-Forcing's wrapper around its network."""
 GENERATORS = ("generator_ema", "generator")
 """Keys of the networks in a checkpoint of Self-Forcing and LongLive, the averaged one first."""
+LIGHTNING = "state_dict"
+"""Key of the tensors in a checkpoint of Lightning, as Stable Diffusion's authors wrote them."""
 UNREADABLE = (
     OSError,
     EOFError,
@@ -38,6 +46,10 @@ UNREADABLE = (
     SafetensorError,
 )
 """Errors of safetensors and of torch on files that hold something else."""
+UNKNOWN_LAYOUT = (
+    "none of its names is this network's, so that it holds another model, or this one in a layout that diffusers does "
+    "not convert: give a pipeline folder of diffusers"
+)
 OTHER_SIZE = "for a network of another size than the model's, put the config.json of its folder beside the file"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -58,7 +70,8 @@ def is_quantised(path: str | None) -> bool:
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file; a pickle is read as tensors alone, and packed ones of a .gguf file multiplied out.
 
-    Of a checkpoint of Self-Forcing these are the averaged generator's, or the generator's where no average is kept.
+    Of a checkpoint of Self-Forcing these are the averaged generator's, or the generator's where no average is kept; of
+    one of Lightning, those of its ``state_dict``.
 
     Raises:
         UserError: if it cannot be read, or holds anything else.
@@ -68,7 +81,7 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if file.suffix != ".safetensors":
             content = dict(torch.load(file, map_location="cpu", weights_only=True))
-            return _tensors_alone(file, _generator(content) or content), {}
+            return _tensors_alone(file, _generator(content) or content.get(LIGHTNING, content)), {}
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
     except UNREADABLE as error:
@@ -98,7 +111,7 @@ def load_single_file(network: nn.Module, path: str) -> None:
     Raises:
         UserError: if the file cannot be read, or as :func:`check_fit`.
     """
-    state = in_diffusers(network, dequantised(path, load_tensors(Path(path))[0]), path)
+    state = in_diffusers(network, dequantised(path, of_network(load_tensors(Path(path))[0])), path)
     check_fit(network, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
     own = network.state_dict()
     network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
@@ -115,7 +128,8 @@ def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: s
     if missing or unknown:
         lists = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in
                  (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
-        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}; {OTHER_SIZE}")
+        hint = OTHER_SIZE if own.keys() & shapes else UNKNOWN_LAYOUT
+        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}; {hint}")
     wrong = [name for name in own if own[name] != shapes[name]]
     if wrong:
         name = wrong[0]
@@ -125,24 +139,47 @@ def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: s
         )
 
 
+def of_network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's among a file's tensors, without the prefixes of whole checkpoints and of ComfyUI."""
+    own = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
+    return own or {name.removeprefix("diffusion_model."): tensor for name, tensor in tensors.items()}
+
+
 def in_diffusers(network: nn.Module, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """Tensors under a network's own names, by diffusers' own converter of its class where it has one.
+
+    Of the names as they are and those converted, the ones nearer to the network's are taken.
+
+    Args:
+        state: those of :func:`of_network`.
 
     Raises:
         UserError: if the converter does not find what it looks for.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    name = type(network).__name__
-    stripped = {key.removeprefix(ROOT).removeprefix("diffusion_model."): tensor for key, tensor in state.items()}
-    converted = stripped.keys() == network.state_dict().keys() or any(".attn1." in key for key in stripped)
-    if converted or name not in SINGLE_FILE_LOADABLE_CLASSES:
-        return stripped
-    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    name, own, plain = type(network).__name__, network.state_dict().keys(), dict(state)
+    if plain.keys() == own or name not in SINGLE_FILE_LOADABLE_CLASSES:
+        return plain
     try:
-        return dict(convert(checkpoint=stripped))
+        converted = _converted(network, SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"], state)
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no {name}: diffusers cannot convert its tensors ({error})") from error
+        if len(own & plain.keys()) > len(own) / 2:
+            return plain
+        raise UserError(
+            f"{path} is no {name}: diffusers cannot convert its tensors ({error}); it holds another model, or this one "
+            f"in another layout: give a pipeline folder of diffusers"
+        ) from error
+    return min(plain, converted, key=lambda found: len(found.keys() ^ own))
+
+
+def _converted(network: Any, convert: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that a converter gives them; those that a UNet's passes over, by their own."""
+    if type(network).__name__ != UNET:
+        return dict(convert(checkpoint=dict(state)))
+    found = dict(convert(checkpoint={f"{ROOT}{name}": tensor for name, tensor in state.items()}, config=network.config))
+    taken = {id(tensor) for tensor in found.values()}
+    return found | {name: tensor for name, tensor in state.items() if id(tensor) not in taken}
 
 
 def dequantised(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from fastvideo.distillation.adapters.diffusers.folder import DiffusersFolder
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     ConfigT,
     PipelineConfig,
+    check_divisible,
     library_class,
     load_config,
 )
@@ -35,9 +36,7 @@ class ImageConfig(PipelineConfig):
     def _a_still(self) -> ImageConfig:
         if self.num_frames != 1:
             raise ValueError(f"num_frames must be 1: the family makes images, got {self.num_frames}")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % self.side:
-                raise ValueError(f"{name} must be a multiple of {self.side} (VAE factor and patch), got {size}")
+        check_divisible(self, self.side, frames=4)  # one frame fits
         return self
 
 

@@ -14,7 +14,7 @@ from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter
 from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig
 from fastvideo.distillation.adapters.diffusers.packing import Patches
-from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, check_divisible
 from fastvideo.distillation.features import Taps, Tokens
 from fastvideo.distillation.types import Condition
 
@@ -30,15 +30,7 @@ class FlowVideoConfig(FlowConfig):
 
     @model_validator(mode="after")
     def _divisible(self) -> FlowVideoConfig:
-        sizes = (("height", self.side, 0), ("width", self.side, 0), ("num_frames", self.stride, 1))
-        for name, step, offset in sizes:
-            size: int = getattr(self, name)
-            if size % step != offset:
-                below = max(size - offset, step) // step * step + offset
-                more = f" plus {offset}" if offset else ""
-                raise ValueError(
-                    f"{name} must be a multiple of {step}{more}, such as {below} or {below + step}, got {size}"
-                )
+        check_divisible(self, self.side, self.stride)
         return self
 
 

@@ -32,6 +32,12 @@ from fastvideo.texts import read_text
 from fastvideo.wording import did_you_mean
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "unet.", "")
+TEXT_PREFIXES = ("lora_te", "text_encoder")
+OF_TEXTS = (
+    "; text encoders stay as they are here: merge the file with diffusers, which changes both "
+    "(pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.save_pretrained(FOLDER)), and give the folder"
+)
+"""Prefixes of layers of text encoders, and the way out for messages."""
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight")
 UP = (".lora_B.weight", ".lora_up.weight", ".lora_B.default.weight", ".lora.up.weight")
 ALPHA = ".alpha"
@@ -183,6 +189,7 @@ def _sorted_parts(
             _add(file, name, parts.low_rank.setdefault(layer, {}), kind, tensor)
     if unknown:
         hint = did_you_mean(_stems(_split(unknown[0])[0])[0], list(known))
+        hint = next((OF_TEXTS for name in unknown if name.startswith(TEXT_PREFIXES)), hint)
         raise UserError(
             f"{file}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this network, the first of them "
             f"{', '.join(sorted(unknown)[:5])}{hint}"

@@ -1,0 +1,130 @@
+"""Networks in one file, in the layout in which their authors publish them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastvideo.cli import main
+from fastvideo.distillation.registry import load_exporter
+from fastvideo.distillation.types import UserError
+from fastvideo.tests.distillation.tiny import made_family
+
+ORIGINAL = {
+    "conv_in": "input_blocks.0.0",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+"""Modules of the tiny UNet in the code of Stability (two levels of one block each, attention in the lower one)."""
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+LTX = {"proj_in.": "patchify_proj.", "time_embed.": "adaln_single.", "norm_q": "q_norm", "norm_k": "k_norm"}
+
+
+def unet_name(name: str) -> str:
+    (module,) = (own for own in ORIGINAL if name.startswith(f"{own}."))
+    rest = name.removeprefix(module)
+    for own, original in RESNET.items() if ".resnets." in module else ():
+        rest = rest.replace(f".{own}.", f".{original}.")
+    return ORIGINAL[module] + rest
+
+
+def ltx_name(name: str) -> str:
+    for own, original in LTX.items():
+        name = name.replace(own, original)
+    return name
+
+
+def checkpoint(network: Any, name: Any) -> dict[str, Tensor]:
+    """A whole one: network, VAE and text encoder, whose table of positions is of whole numbers."""
+    own = {f"model.diffusion_model.{name(key)}": value.contiguous() for key, value in network.state_dict().items()}
+    positions = {"conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    return {**own, **positions, "first_stage_model.encoder.conv_in.bias": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(("family", "name"), [("sdxl", unet_name), ("sd15", unet_name), ("ltx", ltx_name)])
+def test_a_whole_checkpoint_in_the_authors_layout_is_the_network(
+    family: str, name: Any, tiny_wan: Path, tmp_path: Path
+) -> None:
+    made = made_family(family, tiny_wan.parent)
+    network = made.folder.load_network()
+    whole = checkpoint(network, name)
+    alone = {key.removeprefix("model.diffusion_"): value for key, value in whole.items() if "diffusion_model" in key}
+    files = [tmp_path / "whole.safetensors", tmp_path / "comfy.safetensors", tmp_path / "whole.ckpt"]
+    save_file(whole, files[0])
+    save_file({f"diffusion_{key}": value for key, value in alone.items()}, files[1])
+    torch.save({"epoch": 3, "state_dict": whole}, files[2])
+    for file in files:
+        found = made.folder.load_network(str(file)).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in network.state_dict().items()), file
+
+
+def test_names_of_layers_are_those_of_the_file(tiny_wan: Path) -> None:
+    made = made_family("sdxl", tiny_wan.parent)
+    original = load_exporter(made.config).original_name
+    names = [*made.folder.load_network().state_dict()]
+    assert [original(name) for name in names] == [unet_name(name) for name in names]
+    with pytest.raises(UserError, match=r"down_blocks\.7\.x: Stability's code has no such layer"):
+        original("down_blocks.7.x")
+
+
+def test_a_tensor_that_the_converter_of_unets_passes_over_is_named(tiny_wan: Path, tmp_path: Path) -> None:
+    made, file = made_family("sd15", tiny_wan.parent), tmp_path / "a.safetensors"
+    tensors = checkpoint(made.folder.load_network(), unet_name)
+    save_file(tensors | {"model.diffusion_model.label_emb.0.0.bias": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match=r"no UNet2DConditionModel of this size: 1 unknown \(label_emb\.0\.0\.bias\)"):
+        made.folder.load_network(str(file))
+    save_file({key: value for key, value in tensors.items() if "time_embed" not in key}, file)
+    with pytest.raises(UserError, match=r"of this size: 4 missing \(time_embedding\.linear_1\.bias, "):
+        made.folder.load_network(str(file))
+
+
+def test_a_file_of_something_else_says_to_take_a_folder(tiny_wan: Path, tmp_path: Path) -> None:
+    """Where diffusers has a converter of the class and where it has none."""
+    file = tmp_path / "other.safetensors"
+    save_file({"blocks.0.scale": torch.zeros(1)}, file)
+    for family, message in {
+        "kandinsky5": "none of its names is this network's, .* give a pipeline folder of diffusers",
+        "sdxl": "diffusers cannot convert its tensors .*; it holds another model, .*: give a pipeline folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            made_family(family, tiny_wan.parent).folder.load_network(str(file))
+
+
+@pytest.mark.slow
+def test_fastvideo_merge_makes_a_folder_of_a_whole_checkpoint(tiny_wan: Path, tmp_path: Path) -> None:
+    made = made_family("sdxl", tiny_wan.parent)
+    file, out = tmp_path / "a.safetensors", tmp_path / "out"
+    save_file(checkpoint(made.folder.load_network(), unet_name), file)
+    assert main(["merge", made.config.path, "--network", str(file), "--out", str(out)]) == 0
+    found = made.folder.load_network(str(out)).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in made.folder.load_network().state_dict().items())
