@@ -82,17 +82,17 @@ class FolderAbilities:
         """Place of each stored parameter, by its name; a ``UserError`` if there are no safetensors files."""
         raise UserError("files by parameter: the family is loaded whole")
 
+    def from_file(self, path: str | None) -> nn.Module | None:
+        """The network of one file in any layout, on the host in float32; ``None`` where :meth:`files` finds them."""
+        return None
+
     def load_gguf(self, path: str, dtype: torch.dtype, where: str) -> nn.Module:
         """The network of a ``.gguf`` file, whose matrices stay as they are and are multiplied out to ``dtype`` for a
         call; ``where`` is the config's key."""
         raise UserError(f"{where}: the family reads no .gguf files")
 
     def check_gguf(self, path: str, where: str) -> None:
-        """Check that :meth:`load_gguf` can read a file; its weights are not read.
-
-        Raises:
-            UserError: for another family, architecture or size, a file that cannot be read, or a missing package.
-        """
+        """Refuse what :meth:`load_gguf` cannot read: another family or size, a missing package; reads no weights."""
         raise UserError(f"{where}: the family reads no .gguf files")
 
     def gguf_sizes(self, network: nn.Module, path: str) -> Mapping[Tensor, int]:

@@ -112,7 +112,9 @@ def write_one_file(model: LoadedModel, out: Path, dtype: str | None, steps: int 
     if spec.kind == "flow_map":
         raise UserError("--to comfy: this student is a flow map, whose second time only `fastvideo generate` passes on")
     if "comfy" not in exporter.lora_layouts:
-        raise UserError(f"--to comfy: {type(model.network).__name__} has no names of its authors here: --to diffusers")
+        raise UserError(
+            f"--to comfy: {type(model.network).__name__} is not written under its authors' names: --to diffusers"
+        )
     network = in_precision(model.network, dtype)
     sampling = {"sigmas": json.dumps([*spec.times, 0.0]), "sampler": spec.kind, "guidance": str(spec.guidance)}
     recipe = {**model.recipe, MARK: "comfy"}

@@ -296,6 +296,8 @@ def result_of(
 
 def read_whole(folder: NetworkFolder, path: str | None) -> nn.Module:
     """Read a network to the host, in float32."""
+    if (whole := of_folder(folder).from_file(path)) is not None:
+        return whole
     network, state = of_folder(folder).empty(path, torch.float32), dict[str, Tensor]()
     found = {name: stored for name, stored in of_folder(folder).files(path).items() if name in network.state_dict()}
     for file in sorted({stored.file for stored in found.values()}):

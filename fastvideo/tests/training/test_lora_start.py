@@ -19,6 +19,7 @@ from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.lora import merge_file, parameter_shapes
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.engine.placement import whole_network
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.errors import UserError
@@ -197,6 +198,16 @@ def test_a_single_file_is_the_network(values: dict[str, Any], base: Path, one_fi
     for name in ("prefixed.safetensors", "original.pth"):
         values["roles"]["teacher"]["path"] = str(tmp_path / name)
         assert torch.equal(answer(built(values).bundle["teacher"]), answer(network_of(base).denoiser))
+
+
+def test_an_adapter_over_a_single_file_is_merged_into_it(values: dict[str, Any], base: Path, one_file: Path) -> None:
+    """As a run does when it saves its result, after all its steps."""
+    for name in ("student", "teacher"):
+        values["roles"][name]["path"] = str(one_file)
+    student = built(values).bundle["student"]
+    whole, own = whole_network(student, student.adapter, Processes()), network_of(base).network.state_dict()
+    assert whole is not None
+    assert all(torch.equal(value, own[name]) for name, value in whole.state_dict().items()), "a new adapter is nothing"
 
 
 def test_scaled_fp8_is_read_for_frozen_roles(

@@ -88,9 +88,15 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         parts = self._parts(path)
         if not is_single_file(path):
             return super().load_network(path, dtype)
-        network = self._skeleton(path, dtype, parts[0])
-        load_single_file(network, str(path))
-        return self._ready(network, path).to(self.pipeline.device)
+        return self._from_file(str(path), dtype, parts[0]).to(self.pipeline.device)
+
+    def from_file(self, path: str | None) -> nn.Module | None:
+        return self._from_file(str(path), torch.float32, self._parts(path)[0]) if is_single_file(path) else None
+
+    def _from_file(self, path: str, dtype: torch.dtype, part: str) -> nn.Module:
+        network = self._skeleton(path, dtype, part)
+        load_single_file(network, path)
+        return self._ready(network, path)
 
     def load_gguf(self, path: str, dtype: torch.dtype, where: str) -> nn.Module:
         network, state = self._gguf(path, dtype, GGUFFile(path, where).tensors())
