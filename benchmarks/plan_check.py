@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from fastvideo.entry import end_process
+
 LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "tiny": ("tiny", 1, ["--data.batch-size", "64"]),
     "tiny, recomputed": (
@@ -46,7 +48,7 @@ def resident(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def worker(argv: list[str]) -> None:
+def worker(argv: list[str]) -> int:
     """Train as ``argv`` says; print the peak above what the libraries take."""
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
@@ -61,6 +63,7 @@ def worker(argv: list[str]) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     code = guarded(argv)
     print(json.dumps({"code": code, "peak": resident("VmHWM") - before}), flush=True)
+    return code
 
 
 def warm_up(argv: list[str]) -> None:
@@ -155,6 +158,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        worker([argument for argument in sys.argv[1:] if argument != "--worker"])
+        end_process(worker([argument for argument in sys.argv[1:] if argument != "--worker"]))
     else:
         main()

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import yaml
 
+from fastvideo.entry import end_process
+
 SHARDS = ["--parallel.shard", "2"]
 LAYOUTS = {
     "one": (1, []),
@@ -35,7 +37,7 @@ BATCH = 4
 """Videos per process."""
 
 
-def worker(argv: list[str]) -> None:
+def worker(argv: list[str]) -> int:
     """Train with the process on one core; print the mean time of a step: steps differ by role."""
     os.sched_setaffinity(0, {int(os.environ.get("LOCAL_RANK", "0")) % (os.cpu_count() or 1)})
 
@@ -54,6 +56,7 @@ def worker(argv: list[str]) -> None:
     DistillTrainer.train_step = timed  # type: ignore[assignment,method-assign]
     code = guarded(argv)
     print(json.dumps({"code": code, "seconds": statistics.mean(times[WARM_UP:])}), flush=True)
+    return code
 
 
 def seconds(file: Path, world: int, flags: list[str]) -> float:
@@ -127,6 +130,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        worker([argument for argument in sys.argv[1:] if argument != "--worker"])
+        end_process(worker([argument for argument in sys.argv[1:] if argument != "--worker"]))
     else:
         main()

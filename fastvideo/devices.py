@@ -42,6 +42,6 @@ def _why_not(device: torch.device) -> str | None:
         return None if (device.index or 0) < count else f"torch sees {counted(count, 'CUDA device')}"
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # the latter in a torch that was built without the kind
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two in a torch without the kind
         return str(error).split(". ")[0].splitlines()[0].strip(" .")
     return None

@@ -46,9 +46,10 @@ def end_process(code: int) -> NoReturn:
     """End this process with ``code``; one of a group of processes without taking the interpreter apart.
 
     The threads of gloo and of the group's store outlive ``destroy_process_group``. One that wakes while the interpreter
-    and the libraries are taken apart kills the process with SIGABRT or SIGSEGV, although all its work is done.
+    and the libraries are taken apart kills the process with SIGABRT or SIGSEGV, although all its work is done. Python's
+    threads and exit hooks end as ever; exit hooks of C, and a profiler that waits for the program's end, do not run.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ or "torch" not in sys.modules:
         raise SystemExit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons, pools' too
     atexit._run_exitfuncs()

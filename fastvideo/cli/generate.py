@@ -109,8 +109,11 @@ def run_generate(arguments: GenerateArguments) -> str:
     video_format(arguments.out, arguments.fps or FPS)
     model = load_model(arguments.folder, _sizes(arguments), arguments.device)
     spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
-    if arguments.negative_prompt is not None and spec.guidance == 1.0:
-        raise UserError("--negative-prompt: guidance leads away from it, and this model runs without: add --guidance 2")
+    if arguments.negative_prompt and spec.guidance == 1.0:
+        raise UserError(
+            "--negative-prompt: guidance leads away from it, and this model runs without: add --guidance above 1, "
+            "which models that are distilled may not take"
+        )
     return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
 
 

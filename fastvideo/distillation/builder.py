@@ -55,11 +55,11 @@ Config = RunConfig[Any, Any]
 
 @contextmanager
 def _naming(key: str) -> Iterator[None]:
-    """Put the config's key before what is wrong with its value."""
+    """Put the config's key before what is wrong with its value, unless the message names a role's key already."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(str(error) if str(error).startswith("roles.") else f"{key}: {error}") from error
 
 
 def build_adapter(config: Config, processes: Processes | None = None) -> Adapter:

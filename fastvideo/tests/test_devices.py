@@ -22,8 +22,9 @@ def test_a_device_that_is_not_here() -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(UserError, match=rf"device '{missing}' is not on this machine \(.+\); one of cpu, cuda"):
         check_device(missing)
-    with pytest.raises(UserError, match=r"device .meta. is not on this machine"):
-        check_device("meta")
+    for kind in ("meta", "hpu"):
+        with pytest.raises(UserError, match=rf"device .{kind}. is not on this machine"):
+            check_device(kind)
     check_device("cpu")
 
 

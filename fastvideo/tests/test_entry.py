@@ -10,6 +10,8 @@ from fastvideo.tests.launch import Child
 
 PROGRAM = """
 import atexit, os, sys, time
+if "WORLD_SIZE" in os.environ:
+    import torch
 from concurrent.futures import ThreadPoolExecutor
 from fastvideo.entry import end_process
 

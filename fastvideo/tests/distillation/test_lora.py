@@ -25,8 +25,10 @@ PROMPTS = ("a green seven", "red three moving up")
 FOLDERS = {"wan": (wan_folder, 5), "cogvideox": (cogvideox_folder, 9)}
 
 
-def method_of(family: str, root: Path, recompute: str = "none", model: Any = None, **student: Any) -> Any:
-    """DMD2 with an adapter for student and critic."""
+def method_of(
+    family: str, root: Path, recompute: str = "none", model: Any = None, path: str | None = None, **student: Any
+) -> Any:
+    """DMD2 with an adapter for student and critic; ``path`` is that of all roles."""
     folder, frames = FOLDERS[family]
     values = {
         "distill_model": family,
@@ -45,6 +47,8 @@ def method_of(family: str, root: Path, recompute: str = "none", model: Any = Non
         "method": {"generator_update_interval": 1, "student_learning_rate": 1e-2, "critic_learning_rate": 1e-2},
         "parallel": {"activation_checkpointing": recompute},
     }  # fmt: skip
+    for role in values["roles"].values():
+        role["path"] = path
     config = validate(run_schema(family, "dmd2"), values, "test")
     return build_method(config, build_adapter(config))
 
@@ -174,6 +178,8 @@ def test_every_run_starts_from_the_same_adapters(tiny_wan: Path) -> None:
 def test_a_target_that_is_no_layer_is_refused_with_those_there_are(tiny_wan: Path) -> None:
     with pytest.raises(UserError, match=r"roles\.student\.lora\.targets: to_query is no linear layer .*attn1\.to_q"):
         method_of("wan", tiny_wan.parent, targets=["to_q", "to_query"])
+    with pytest.raises(UserError, match=r"^roles\.student\.lora\.targets: to_query"):
+        method_of("wan", tiny_wan.parent, path=str(tiny_wan), targets=["to_q", "to_query"])
 
 
 def test_a_frozen_role_has_no_adapter(tiny_wan: Path) -> None:

@@ -67,7 +67,7 @@ class FlowFolder(TextsFolder[ConfigT]):
         if isinstance(config, GuidedImageConfig) and embedded is not None and not config.allow_cfg_on_distilled:
             raise UserError(
                 f"guidance {guidance:g}: the network reads a guidance ({embedded:g}, model.guidance_embedded) and is "
-                f"sampled without another, 1; model.allow_cfg_on_distilled: true allows both"
+                f"sampled without another, 1; allow_cfg_on_distilled: true in its model's section allows both"
             )
 
     def teacher_times(self, steps: int) -> tuple[float, ...]:
