@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 
+from fastvideo.cli import main
 from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import load_model
@@ -112,6 +113,8 @@ def test_a_signal_leaves_a_video_that_plays(
         ({"switch": (f"9:{NEW}",)}, "--switch 9: the video has frames 0 to 8, and its last chunk begins at frame 5"),
         ({"switch": (f"2:{NEW}", f"4:{NEW}")}, "--switch 4: the chunk at frame 5 has another switch already"),
         ({"switch": (f"5:{NEW} {NEW}",)}, "prompt has 11 tokens, the text encoder takes 8"),
+        ({"negative_prompt": NEW}, "--negative-prompt: guidance leads away from it, and this model runs without"),
+        ({"on_switch": "cut"}, "--on-switch cut: no prompt changes: add --switch FRAME"),
         ({"window": 2, "ladder": (0.5,)}, "start from pure noise, time 1"),
         ({"image": Path("a.png")}, "--image a.png: a stream starts from text alone"),
         ({"out": Path("/proc/nowhere/a.mp4")}, "--out /proc/nowhere/a.mp4 cannot be written"),
@@ -125,7 +128,14 @@ def test_what_is_refused(student: str, tmp_path: Path, options: dict[str, Any], 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"switch": ("5:a seven",)}, {"window": 3}])
+def test_an_unknown_policy_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "tiny_stream", "--switch", f"5:{NEW}", "--on-switch", "recash"])
+    assert "'recash' for argument '--on-switch'" in (said := capsys.readouterr().err)
+    assert "'recache', 'keep', 'flush', 'cut'" in said
+
+
+@pytest.mark.parametrize("options", [{"switch": ("5:a seven",)}, {"window": 3}, {"on_switch": "cut"}])
 def test_a_model_of_whole_videos_has_no_switches(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is for streaming students, and the model in .* makes whole videos at once"):
         run_generate(GenerateArguments("tiny", "a seven", out=tmp_path / "a.mp4", **options))
@@ -138,18 +148,29 @@ def test_another_window_warns(student: str, generate: Callable[..., str], capfd:
     assert "warning: the student was trained with a window of 2" in capfd.readouterr().err
 
 
-def test_a_word_that_the_tiny_world_does_not_know(student: str, tmp_path: Path) -> None:
-    """The message names its words, and the stream goes on."""
+@pytest.fixture
+def of_the_world(tmp_path: Path) -> str:
+    """A model of the tiny world under the sampler of a stream."""
     folder = tmp_path / "tiny"
     shutil.copytree(PIPELINE_FOLDER, folder)
     model = {"path": "tiny", "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
     recipe = {"ladder": [1.0], "sampler": "renoise", "model": model, "streaming": STREAMING}
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    assert load_model(str(folder)).is_embedded
+    return str(folder)
+
+
+def test_a_word_that_the_tiny_world_does_not_know(student: str, of_the_world: str) -> None:
+    """The message names its words, and the stream goes on."""
+    assert load_model(of_the_world).is_embedded
     assert not load_model(student).is_embedded
-    stream = Streamer.load(str(folder)).open(NEW)
+    stream = Streamer.load(of_the_world).open(NEW)
     next(stream)
     with pytest.raises(UserError, match=r"unknown word cat\. The tiny world knows: a, an"):
         stream.prompt("a red cat")
     assert next(stream).shape == (4, 32, 32, 3)
     assert stream.prompt_in_force == NEW
+
+
+def test_without_a_prompt_it_is_a_video_of_anything(of_the_world: str, tmp_path: Path) -> None:
+    run_generate(GenerateArguments(of_the_world, out=tmp_path / "a.apng", scale=1, frames=5, switch=(f"1:{NEW}",)))
+    assert len(frames_of(tmp_path / "a.apng")) == 5
