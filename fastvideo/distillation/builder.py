@@ -197,7 +197,7 @@ def load_role(config: Config, families: Families, role: str) -> nn.Module:
     """The network of a role as training starts with it: some methods make flow maps of some."""
     options, flow_maps = config.roles[role], load_method(config.distill_method).flow_maps_of(config.method)
     change = of_folder(families.by_role[role].folder).add_flow_map if role in flow_maps else None
-    if options.trainable and is_quantised(options.path):
+    if options.trainable and not options.lora and is_quantised(options.path):
         raise UserError(
             f"roles.{role}.path: {options.path} holds fp8 weights, which are read for frozen roles and as the base of "
             f"adapters; give the weights in full precision to train them, or add `lora`"

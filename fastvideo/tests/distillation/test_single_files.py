@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvideo.cli import main
+from fastvideo.distillation.adapters.diffusers.single_file import is_quantised, load_tensors
+from fastvideo.distillation.adapters.export.stable_diffusion import original_blocks
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import made_family
@@ -86,6 +90,57 @@ def test_a_whole_checkpoint_in_the_authors_layout_is_the_network(
     for file in files:
         found = made.folder.load_network(str(file)).state_dict()
         assert all(torch.equal(found[key], value) for key, value in network.state_dict().items()), file
+
+
+class Callback:
+    """Key of a callback's state in a checkpoint of Lightning."""
+
+
+def test_a_checkpoint_with_python_objects_says_to_save_it_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "epoch": 3, "callbacks": {"a": {"best": 0.5}}}, file)
+    assert set(load_tensors(file)[0]) == {"a"}
+    torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": {Callback: {}}}, file)
+    with pytest.raises(UserError, match=r"holds Python objects beside tensors: save the weights as \.safetensors$"):
+        load_tensors(file)
+
+
+def test_a_text_encoder_in_fp8_makes_no_network_quantised(tmp_path: Path) -> None:
+    few = torch.zeros(2).to(torch.float8_e4m3fn)
+    network, file = {"model.diffusion_model.out.2.bias": torch.zeros(2)}, str(tmp_path / "whole.safetensors")
+    for tensors, quantised in [
+        (network | {"text_encoders.t5xxl.transformer.shared.weight": few}, False),
+        (network | {"model.diffusion_model.out.2.weight": few}, True),
+        ({"out.2.weight": few}, True),
+    ]:
+        save_file(tensors, file)
+        assert is_quantised(file) is quantised
+
+
+def test_a_file_that_predicts_v_is_told_apart(tiny_wan: Path, tmp_path: Path) -> None:
+    made, file = made_family("sdxl", tiny_wan.parent), tmp_path / "a.safetensors"
+    whole = checkpoint(made.folder.load_network(), unet_name)
+    save_file(whole | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
+    scheduler = EulerDiscreteScheduler.from_pretrained(made.config.path, subfolder="scheduler")
+    options = 'prediction_type="v_prediction", rescale_betas_zero_snr=True'
+    for step, change in enumerate(({}, {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True})):
+        folder = shutil.copytree(made.config.path, tmp_path / f"{step}")
+        scheduler.register_to_config(**change)
+        scheduler.save_pretrained(folder / "scheduler")
+        family = made_family("sdxl", tiny_wan.parent, path=str(folder))
+        if step < 2:
+            message = rf"{file} holds v_pred and ztsnr, .*scheduler of '{folder}' .*register_to_config\({options}\)"
+            with pytest.raises(UserError, match=message):
+                family.folder.load_network(str(file))
+    found = family.folder.load_network(str(file)).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in made.folder.load_network().state_dict().items())
+
+
+def test_levels_of_different_depths_have_no_names_of_stability() -> None:
+    levels = {"layers_per_block": [1, 2], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    with pytest.raises(UserError, match=r"layers_per_block \[1, 2\]: .*; only diffusers' names fit this network"):
+        original_blocks(levels)
+    assert original_blocks(levels | {"layers_per_block": 1})["down_blocks.1.resnets.0"] == "input_blocks.3.0"
 
 
 def test_names_of_layers_are_those_of_the_file(tiny_wan: Path) -> None:

@@ -289,6 +289,9 @@ def test_kohyas_files_name_layers_of_sdxl_as_stability_does(sdxl: Any, tmp_path:
     save_file(kohya(*golden, lora_te1_text_model_encoder_layers_0_mlp_fc1_alpha=torch.ones(1)), file)
     with pytest.raises(UserError, match=r"1 of 9 tensors .* text encoders stay .*pipe\.fuse_lora\(\)"):
         read_lora(file, shapes, original)
+    save_file(kohya(*golden, "input_blocks_9_1_proj_in", lora_te1_layers_0_alpha=torch.ones(1)), file)
+    with pytest.raises(UserError, match=r"3 of 11 tensors .*input_blocks_9_1_proj_in(?!.*text encoders)"):
+        read_lora(file, shapes, original)
 
 
 def test_an_adapters_file_has_the_pipelines_name_of_the_network(sdxl: Any, tmp_path: Path) -> None:

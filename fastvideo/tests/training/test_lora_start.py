@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fastvideo.cli import main
 from fastvideo.distillation.adapters.diffusers.single_file import dequantised
 from fastvideo.distillation.adapters.export.lora import LAYOUTS
-from fastvideo.distillation.builder import build_adapter, build_method
+from fastvideo.distillation.builder import build_adapter, build_families, build_method, load_role
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.lora import merge_file, parameter_shapes
 from fastvideo.distillation.engine.parallel.distributed import Processes
@@ -220,6 +220,10 @@ def test_scaled_fp8_is_read_for_frozen_roles(
     values["roles"]["student"] = {"trainable": True, "path": str(tmp_path / "fp8.safetensors")}
     with pytest.raises(UserError, match=r"roles\.student\.path: .* holds fp8 weights"):
         built(values)
+    values["roles"]["student"]["lora"] = {"rank": 2}
+    config = config_of(values, "test")
+    families = build_families(config, build_adapter(config), Processes())
+    assert load_role(config, families, "student"), "what an export adds an unfinished run's adapter to"
 
 
 def test_scales_belong_to_rows() -> None:

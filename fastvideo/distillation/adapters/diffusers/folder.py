@@ -35,6 +35,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import (
     in_diffusers,
     is_single_file,
     load_single_file,
+    load_tensors,
     of_network,
 )
 from fastvideo.distillation.adapters.diffusers.sources import read_object
@@ -95,8 +96,12 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
 
     def _from_file(self, path: str, dtype: torch.dtype, part: str) -> nn.Module:
         network = self._skeleton(path, dtype, part)
-        load_single_file(network, path)
+        load_single_file(network, path, self._stored(path))
         return self._ready(network, path)
+
+    def _stored(self, path: str) -> Mapping[str, Tensor]:
+        """Tensors of a single file."""
+        return load_tensors(Path(path))[0]
 
     def load_gguf(self, path: str, dtype: torch.dtype, where: str) -> nn.Module:
         network, state = self._gguf(path, dtype, GGUFFile(path, where).tensors())

@@ -35,16 +35,7 @@ GENERATORS = ("generator_ema", "generator")
 """Keys of the networks in a checkpoint of Self-Forcing and LongLive, the averaged one first."""
 LIGHTNING = "state_dict"
 """Key of the tensors in a checkpoint of Lightning, as Stable Diffusion's authors wrote them."""
-UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    UnpicklingError,
-    SafetensorError,
-)
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError)
 """Errors of safetensors and of torch on files that hold something else."""
 UNKNOWN_LAYOUT = (
     "none of its names is this network's, so that it holds another model, or this one in a layout that diffusers does "
@@ -60,21 +51,24 @@ def is_single_file(path: str | None) -> bool:
 
 
 def is_quantised(path: str | None) -> bool:
-    """True for a single file that holds fp8 weights."""
+    """True for a single file that holds fp8 weights; in a whole checkpoint the network's alone count."""
     if not is_single_file(path) or not str(path).endswith(".safetensors"):
         return False
     with safe_open(str(path), framework="pt") as file:
-        return any(file.get_slice(name).get_dtype().startswith("F8") for name in file.keys())  # noqa: SIM118
+        names = list(file.keys())
+        own = [name for name in names if name.startswith(ROOT)] or names
+        return any(file.get_slice(name).get_dtype().startswith("F8") for name in own)
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file; a pickle is read as tensors alone, and packed ones of a .gguf file multiplied out.
+    """Tensors and header of a file; packed ones of a .gguf file are multiplied out.
 
-    Of a checkpoint of Self-Forcing these are the averaged generator's, or the generator's where no average is kept; of
-    one of Lightning, those of its ``state_dict``.
+    A pickle is read if it holds nothing but tensors and plain values, such as numbers and texts. Of a checkpoint of
+    Self-Forcing the tensors are the averaged generator's, or the generator's where no average is kept; of one of
+    Lightning, those of its ``state_dict``.
 
     Raises:
-        UserError: if it cannot be read, or holds anything else.
+        UserError: if it cannot be read, or holds anything else, such as the objects of a training.
     """
     if is_gguf(str(file)):
         return {name: multiplied_out(tensor) for name, tensor in GGUFFile(str(file), str(file)).tensors().items()}, {}
@@ -84,6 +78,11 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return _tensors_alone(file, _generator(content) or content.get(LIGHTNING, content)), {}
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+    except UnpicklingError as error:  # torch's own text tells to switch its protection off
+        raise UserError(
+            f"{file} cannot be read as a file of weights: it is damaged, or holds Python objects beside tensors: save "
+            f"the weights as .safetensors"
+        ) from error
     except UNREADABLE as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read as a file of weights: {first}") from error
@@ -105,13 +104,13 @@ def _tensors_alone(file: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return content
 
 
-def load_single_file(network: nn.Module, path: str) -> None:
-    """Put the weights of a single file into a network of the right size, which may be on the meta device.
+def load_single_file(network: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put a single file's tensors into a network of the right size, which may be on the meta device.
 
     Raises:
-        UserError: if the file cannot be read, or as :func:`check_fit`.
+        UserError: as :func:`dequantised`, :func:`in_diffusers` and :func:`check_fit`.
     """
-    state = in_diffusers(network, dequantised(path, of_network(load_tensors(Path(path))[0])), path)
+    state = in_diffusers(network, dequantised(path, of_network(tensors)), path)
     check_fit(network, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
     own = network.state_dict()
     network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)

@@ -30,6 +30,8 @@ from fastvideo.ranges import Tokens
 
 SCHEDULER = "DDIMScheduler"
 """Class that reads the checkpoint's noise levels, and takes the same timesteps as its own scheduler."""
+SAID_BY_FILES = {"v_pred": 'prediction_type="v_prediction"', "ztsnr": "rescale_betas_zero_snr=True"}
+"""Empty tensors of a whole checkpoint that say how its network was trained, and the scheduler's option for it."""
 
 
 class UNetConfig(ImageConfig):
@@ -77,6 +79,25 @@ class UNetFolder(TextsFolder[ConfigT]):
                 f"text-to-image checkpoints are read, none for inpainting or editing"
             )
         return super().load_network(path, dtype)
+
+    def _stored(self, path: str) -> Mapping[str, Tensor]:
+        """Tensors of a single file, without those that only say how its network was trained.
+
+        Raises:
+            UserError: for a file that names another prediction, or other noise levels, than the model's scheduler.
+        """
+        tensors, grid = super()._stored(path), self.grid
+        fits = {"v_pred": grid.prediction == "v_prediction", "ztsnr": grid.noisiest == 1.0}
+        said = [name for name in fits if name in tensors]
+        if not all(fits[name] for name in said):
+            options = ", ".join(SAID_BY_FILES[name] for name in said)
+            raise UserError(
+                f"{path} holds {' and '.join(said)}, so its network is one of {options}, and the scheduler of "
+                f"{self.pipeline.source!r} is not: make a folder of the file with diffusers, which takes that from you "
+                f"(pipe = ...Pipeline.from_single_file(FILE), pipe.scheduler.register_to_config({options}), "
+                f"pipe.save_pretrained(FOLDER)), and give it as model.path"
+            )
+        return {name: tensor for name, tensor in tensors.items() if name not in fits}
 
     @property
     def head_width(self) -> int:

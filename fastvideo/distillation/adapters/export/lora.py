@@ -33,11 +33,12 @@ from fastvideo.wording import did_you_mean
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "unet.", "")
 TEXT_PREFIXES = ("lora_te", "text_encoder")
+"""Prefixes of layers of text encoders."""
 OF_TEXTS = (
     "; text encoders stay as they are here: merge the file with diffusers, which changes both "
     "(pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.save_pretrained(FOLDER)), and give the folder"
 )
-"""Prefixes of layers of text encoders, and the way out for messages."""
+"""Way out for a file that changes text encoders, as the end of a message."""
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight")
 UP = (".lora_B.weight", ".lora_up.weight", ".lora_B.default.weight", ".lora.up.weight")
 ALPHA = ".alpha"
@@ -188,8 +189,8 @@ def _sorted_parts(
         else:
             _add(file, name, parts.low_rank.setdefault(layer, {}), kind, tensor)
     if unknown:
-        hint = did_you_mean(_stems(_split(unknown[0])[0])[0], list(known))
-        hint = next((OF_TEXTS for name in unknown if name.startswith(TEXT_PREFIXES)), hint)
+        others = [name for name in unknown if not name.startswith(TEXT_PREFIXES)]
+        hint = did_you_mean(_stems(_split(others[0])[0])[0], list(known)) if others else OF_TEXTS
         raise UserError(
             f"{file}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this network, the first of them "
             f"{', '.join(sorted(unknown)[:5])}{hint}"

@@ -60,7 +60,16 @@ class SDXLExporter(StableDiffusionExporter):
 
 
 def original_blocks(config: Mapping[str, Any]) -> dict[str, str]:
-    """Modules of a UNet, in diffusers and in Stability's code, which counts the blocks of all levels through."""
+    """Modules of a UNet, in diffusers and in Stability's code, which counts the blocks of all levels through.
+
+    Raises:
+        UserError: for levels of different depths.
+    """
+    if not isinstance(config["layers_per_block"], int):
+        raise UserError(
+            f"layers_per_block {config['layers_per_block']}: Stability's names are known for one number of layers at "
+            f"all levels; only diffusers' names fit this network"
+        )
     found, count = dict(ENDS), config["layers_per_block"] + 1  # with what makes maps smaller, or larger
     for level in range(len(config["down_block_types"])):
         for layer in range(count - 1):
