@@ -110,6 +110,7 @@ def test_another_sampler_or_other_weights_are_other_samples(prompts: Path, tmp_p
     assert "6 videos sampled" in evaluate(teacher=f"{model}:3", **options)
 
 
+@pytest.mark.slow
 def test_the_tiny_worlds_truth_stands_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvideo.evaluation.judge.Judge", partial(Judge, reference=256))
     out = tmp_path / "measured"

@@ -44,6 +44,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_trajectory_is_the_same_with_and_without_validation(values: dict[str, Any], tmp_path: Path) -> None:
     plain = trained(values)
     watched = trained(values, output=str(tmp_path / "watched"), validation={"every": 2, "prompts": PROMPTS})
@@ -76,6 +77,7 @@ def test_validation_shows_the_weights_asked_for_and_no_panel_unless_asked(
     assert written == [f"step-000004-{name}.mp4" for name in names]
 
 
+@pytest.mark.slow
 def test_health_is_looked_at_in_every_validation(values: dict[str, Any], tmp_path: Path) -> None:
     """The teacher's videos are made once; the same bits come out again after a resume."""
     health = {"prompts": 2, "teacher_steps": 3}
