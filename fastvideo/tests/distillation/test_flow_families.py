@@ -172,7 +172,9 @@ def test_a_prompt_that_just_fits_is_taken_and_a_longer_one_refused(family: Any) 
 
 def test_sizes_that_do_not_divide_are_refused(family: Any) -> None:
     wrong = {**family.config.model_dump(), "height": 24}
-    with pytest.raises(UserError, match=r"height must be a multiple of (16|32) .*, such as (16 or 32|32 or 64), got 24"):
+    with pytest.raises(
+        UserError, match=r"height must be a multiple of (16|32) .*, such as (16 or 32|32 or 64), got 24"
+    ):
         validate(type(family.config), wrong, "test")
 
 
