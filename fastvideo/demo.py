@@ -103,7 +103,7 @@ def preprocess_world(config: Config, folder: Path, count: int) -> Path:
     """Write the tiny world as MP4 files and preprocess them; returns the folder of Parquet files."""
     from fastvideo.data.clips import Policy, Size
     from fastvideo.data.model import ModelChoice
-    from fastvideo.data.preprocess import make_job, preprocess
+    from fastvideo.data.preprocess import make_job, preprocess, summary
     from fastvideo.tiny.video_files import write_world
 
     videos, out = folder / f"videos-{count}", folder / f"parquet-{count}"
@@ -112,7 +112,7 @@ def preprocess_world(config: Config, folder: Path, count: int) -> Path:
     print(f"fastvideo preprocess {videos} --model {config.model.path} --out {out} --overwrite")
     policy = Policy((Size(config.model.height, config.model.width, config.model.num_frames),))
     choice = ModelChoice(config.distill_model, config.model.model_dump())
-    print(preprocess(make_job(videos, None, choice, policy, out, 64, "cpu"), workers=1, overwrite=True))
+    print(summary(out, preprocess(make_job(videos, None, choice, policy, out, 64, "cpu"), workers=1, overwrite=True)))
     return out
 
 
