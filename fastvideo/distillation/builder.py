@@ -45,6 +45,7 @@ from fastvideo.distillation.quantised_roles import check_quantised, load_quantis
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_exporter, load_method
 from fastvideo.distillation.rng import RandomStreams, stream_seed
 from fastvideo.distillation.rollout import Ladder
+from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import Need, UserError
 from fastvideo.stopping import unit_done
 
@@ -548,13 +549,17 @@ def _check_trained(config: Config, own: StreamOptions, role: str, recipe: Mappin
     if STREAMING not in recipe or config.roles[role].init_from is not None:
         return
     assert own.reach is not None, "these are options of a stream"
-    path, known, chunk = config.roles[role].path or config.model.path, recipe[STREAMING], own.reach.chunk
-    if (trained := known.get("chunk", chunk)) != chunk:
+    path, chunk = config.roles[role].path or config.model.path, own.reach.chunk
+    try:
+        known = streaming_of(recipe)
+    except UserError as error:
+        raise UserError(f"roles.{role}.path {path}: {error}") from error
+    if (trained := known["reach"].chunk) != chunk:
         raise UserError(
             f"method.reach.chunk: {chunk}, but roles.{role}.path {path} was trained on chunks of {trained} (its "
             f"recipe.json says so); set method.reach.chunk: {trained}"
         )
-    if role != "student" and own.context_time > (most := known.get("context_time", 0.0)):
+    if role != "student" and own.context_time > (most := known["context_time"]):
         raise UserError(
             f"method.context_time: {own.context_time:g}, but roles.{role}.path {path} was trained with noise up to "
             f"{most:g} on its past (its recipe.json says so); set {most:g} at most"

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import OpenedModel, load_recipe, student_sampler
-from fastvideo.inference.recipe import streaming_of
 
 
 @dataclass(frozen=True)

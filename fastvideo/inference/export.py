@@ -16,6 +16,7 @@ from fastvideo.distillation.adapters.export.base import StockSampler, deviation
 from fastvideo.distillation.experts import by_expert, side_file
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export_lora import LORA_FORMATS, write_adapter
@@ -24,7 +25,7 @@ from fastvideo.inference.export_streaming import STREAMING_FORMATS, write_stream
 from fastvideo.inference.exported import CLOSE, MARK, Export, edit_json, in_precision, ladder_text, without_path
 from fastvideo.inference.loading import RECIPE, LoadedModel
 from fastvideo.inference.model_card import CardFacts, call_options, model_card
-from fastvideo.inference.recipe import Weights, reach_text, streaming_of
+from fastvideo.inference.recipe import Weights, reach_text
 from fastvideo.wording import did_you_mean
 
 FORMATS = ("diffusers", "comfy", *STREAMING_FORMATS, *LORA_FORMATS)

@@ -24,8 +24,8 @@ from fastvideo.distillation.noise import GuidanceValue
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.recipe import streaming_of
 
 RECIPE = "recipe.json"
 TEACHER_STEPS = 50

@@ -124,6 +124,11 @@ def test_a_teacher_of_whole_videos_is_refused(tiny_wan: Path, tmp_path: Path) ->
     )
     (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 3}}))
     assert "trained on chunks of 3 (its recipe.json says so); set method.reach.chunk: 3" in refused(roles=roles)
+    (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 2, "sink": 1}}))
+    assert "is not what a stream needs: reach.sink: 0 or a multiple of chunk 2, got 1" in refused(roles=roles)
+    (teacher / "recipe.json").write_text(json.dumps({"streaming": 3}))
+    assert f"roles.teacher.path {teacher}: recipe.json: streaming 3 is not what a stream needs" in refused(roles=roles)
+    (teacher / "recipe.json").write_text(json.dumps({"streaming": {"chunk": 3}}))
     for ema in ({"enabled": False}, {"roles": []}):
         assert "ema: causal_cd trains on the average of the student" in refused(roles=roles, ema=ema)
     starts = {**given["roles"], "student": {"trainable": True, "path": str(teacher)}}
