@@ -20,6 +20,8 @@ from fastvideo.distillation.registry import load_method
 from fastvideo.evaluation.charts import Axis, Point, Series, grid, series_class, short, svg, thinned
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 720, 360, 56, 16, 44, 190
+LETTER = 7
+"""Pixels of a letter at most: a long legend makes a chart wider."""
 STYLE = """<style>
 svg { background: #fff; } text { font: 12px system-ui, sans-serif; fill: #55606d; } .grid { stroke: #e0e5ea; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; } .dashed { stroke-dasharray: 5 3; }
@@ -90,22 +92,23 @@ def curves(run: Path) -> tuple[list[Point], list[Point]]:
 def chart(title: str, below: str, series: Series) -> str:
     """Curves as a file of their own: logarithmic height, a legend on the right."""
     points = [point for line in series.values() for point in line]
+    labels = [f"{name} {short(line[-1][1])}" for name, line in series.items()]
     right = WIDTH - LEGEND
+    width = max(WIDTH, right + 48 + LETTER * max(map(len, labels)))
     x = Axis.over([a for a, _ in points], LEFT, right)
     y = Axis.over([b for _, b in points], HEIGHT - BOTTOM, TOP, log=True)
     parts = [STYLE, *grid(x, y, right, right=0)]
-    for index, (name, line) in enumerate(series.items()):
+    for index, (label, line) in enumerate(zip(labels, series.values(), strict=True)):
         style, at = series_class(index), TOP + 16 + 18 * index
         path = " ".join(f"{x(a)},{y(b)}" for a, b in thinned(line))
         parts.append(f'<polyline class="line {style}" points="{path}"/>')
         parts += [f'<circle class="dot {style}" cx="{x(a)}" cy="{y(b)}" r="2.5"/>' for a, b in line]
         parts.append(f'<line class="line {style}" x1="{right + 12}" x2="{right + 34}" y1="{at - 4}" y2="{at - 4}"/>')
-        last = short(line[-1][1])
-        parts.append(f'<text x="{right + 40}" y="{at}">{escape(name)} {last}</text>')
+        parts.append(f'<text x="{right + 40}" y="{at}">{escape(label)}</text>')
     parts.append(f'<text x="{right}" y="{HEIGHT - 8}" text-anchor="end">{escape(below)}</text>')
     parts.append(f'<text x="{LEFT}" y="{TOP - 3}">{escape(title)}</text>')
-    drawn = svg(title, parts, WIDTH, HEIGHT)
-    return drawn.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" ', 1)
+    drawn = svg(title, parts, width, HEIGHT)
+    return drawn.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT}" ', 1)
 
 
 def write_curves(folders: Mapping[str, Path], images: Path) -> list[str]:

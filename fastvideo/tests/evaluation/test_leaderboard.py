@@ -94,3 +94,18 @@ def test_the_page_holds_every_row_and_the_closest_comes_first(board: ModuleType,
         drawn = minidom.parse(str(tmp_path / "docs" / "images" / "leaderboard" / file))
         assert len(drawn.getElementsByTagName("polyline")) == 2
     assert (tmp_path / "docs" / "images" / "leaderboard" / "gallery.gif").is_file()
+
+
+def test_a_chart_is_as_wide_as_its_longest_name_needs(board: ModuleType) -> None:
+    page = importlib.import_module("leaderboard_page")
+    short, long = (
+        minidom.parseString(page.chart("distance", "seconds", {name: [(1.0, 2.0), (2.0, 1.0)]})).documentElement
+        for name in ("dmd2", "ladd " + 6 * "method.option=1 ")
+    )
+    assert short is not None
+    assert long is not None
+    assert int(short.getAttribute("width")) == page.WIDTH
+    text = long.getElementsByTagName("text")[-3]
+    end = float(text.getAttribute("x")) + 6.5 * len(text.firstChild.nodeValue)
+    assert text.firstChild.nodeValue.startswith("ladd ")
+    assert end < int(long.getAttribute("width"))
