@@ -28,7 +28,7 @@ class ExportArguments:
     """A run's folder (finished or not), or the student's folder in it."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the model; must be new or empty."""
-    to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "diffusers"
+    to: Annotated[str, tyro.conf.arg(metavar="FORMAT", aliases=("--format",))] = "diffusers"
     """Format: `diffusers`, a pipeline folder whose scheduler takes the student's ladder, or `comfy`, the network in one
     file under its authors' names; for a student that streams `fastvideo` (a folder for FastVideo and SGLang) or
     `self-forcing` (one file for Self-Forcing's code); for one that was trained as an adapter also that adapter alone:

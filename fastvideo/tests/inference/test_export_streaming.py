@@ -95,7 +95,7 @@ def test_a_file_for_self_forcing(streaming: Path, tmp_path: Path, capsys: pytest
 
 
 def test_such_a_file_is_a_roles_start(streaming: Path, tmp_path: Path) -> None:
-    out = export(streaming, tmp_path / "out", "--to", "self-forcing")
+    out = export(streaming, tmp_path / "out", "--format", "self-forcing")
     model = load_model(str(streaming))
     start = model.adapter.folder.load_network(str(out / "generator.pt"))
     assert equal(dict(start.state_dict()), dict(model.network.state_dict()))
