@@ -104,17 +104,32 @@ def run_generate(arguments: GenerateArguments) -> str:
         Stopped: for a stream that a signal ended; its file plays.
     """
     from fastvideo.data.video_io import FPS, video_format
-    from fastvideo.inference.loading import load_model
+    from fastvideo.inference.loading import open_model, with_network
 
     video_format(arguments.out, arguments.fps or FPS)
-    model = load_model(arguments.folder, _sizes(arguments), arguments.device)
-    spec = model.sampler(arguments.steps, arguments.guidance, arguments.ladder)
+    opened = open_model(arguments.folder, _sizes(arguments), arguments.device)
+    spec = opened.sampler(arguments.steps, arguments.guidance, arguments.ladder)
+    _check_flags(arguments, opened.source, spec)
+    model = with_network(opened)
+    return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
+
+
+def _check_flags(arguments: GenerateArguments, source: str, spec: SamplerSpec) -> None:
+    """Refuse, before the weights are read, flags that this model's sampler does not obey."""
     if arguments.negative_prompt and spec.guidance == 1.0:
         raise UserError(
             "--negative-prompt: guidance leads away from it, and this model runs without: add --guidance above 1, "
             "which models that are distilled may not take"
         )
-    return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
+    if spec.reach is None and (flag := _flag_of_streams(arguments)):
+        raise UserError(
+            f"{flag} is for streaming students, and the model in {source} makes whole videos at once: its "
+            f"recipe.json has no `streaming`, which training with a causal method writes"
+        )
+    if spec.reach is not None and arguments.image is not None:
+        raise UserError(f"--image {arguments.image}: a stream starts from text alone")
+    if arguments.on_switch != ON_SWITCH and not arguments.switch:
+        raise UserError(f'--on-switch {arguments.on_switch}: no prompt changes: add --switch FRAME:"PROMPT"')
 
 
 def _sizes(arguments: GenerateArguments) -> dict[str, int]:
@@ -130,11 +145,6 @@ def _whole(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) 
     from fastvideo.inference.generate import generate_sounded
     from fastvideo.tiny.captions import outside_note
 
-    if flag := _flag_of_streams(arguments):
-        raise UserError(
-            f"{flag} is for streaming students, and the model in {model.source} makes whole videos at once: its "
-            f"recipe.json has no `streaming`, which training with a causal method writes"
-        )
     if model.is_embedded and arguments.prompt and (note := outside_note([arguments.prompt])):
         print(note, file=sys.stderr)
     frames, rate = first_frames(model, arguments.image), _rate(arguments, model)
@@ -196,10 +206,6 @@ def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec)
     from fastvideo.inference.streaming import Streamer, window_note, with_window
     from fastvideo.inference.switch_plan import parse_switch, plan_switches
 
-    if arguments.image is not None:
-        raise UserError(f"--image {arguments.image}: a stream starts from text alone")
-    if arguments.on_switch != ON_SWITCH and not arguments.switch:
-        raise UserError(f'--on-switch {arguments.on_switch}: no prompt changes: add --switch FRAME:"PROMPT"')
     seen, config = with_window(spec, arguments.window), model.adapter.config
     streamer = Streamer(model, seen, arguments.seed, arguments.negative_prompt)
     plan = plan_switches(streamer, config.num_frames, [*map(parse_switch, arguments.switch)], arguments.on_switch)

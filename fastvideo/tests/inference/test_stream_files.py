@@ -128,6 +128,13 @@ def test_what_is_refused(student: str, tmp_path: Path, options: dict[str, Any], 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [{"negative_prompt": NEW}, {"on_switch": "cut"}, {"image": Path("a.png")}], ids=str)
+def test_flags_are_checked_before_the_weights_are_read(student: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    bare = shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')}"):
+        run_generate(GenerateArguments(str(bare), OLD, **{"out": tmp_path / "a.mp4", **options}))
+
+
 def test_an_unknown_policy_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "tiny_stream", "--switch", f"5:{NEW}", "--on-switch", "recash"])
