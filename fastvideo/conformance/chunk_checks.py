@@ -20,6 +20,7 @@ REACHES = (Reach(2), Reach(1, window=2, sink=1))
 """All of the past in chunks of two (the first has three frames), and a window that moves on, beside a sink."""
 LEVELS = (0.9, 0.3, 0.6, 0.8, 0.5)
 TOLERANCE = 1e-4
+"""Of the largest value: some CPUs round a convolution by its number of frames. A seam is a hundred times that."""
 
 
 def _role(subject: Subject) -> Denoiser:
@@ -181,4 +182,4 @@ def a_decoded_stream_has_no_seams(subject: Subject) -> None:
         other(-frame)
     whole = codec.decode(latents)
     for name, stream in (("a stream", pieces), ("its forks", forked)):
-        require_close(torch.cat(stream, dim=2), whole, f"frames of {name} and of the whole video")
+        require_close(torch.cat(stream, dim=2), whole, f"frames of {name} and of the whole video", TOLERANCE)

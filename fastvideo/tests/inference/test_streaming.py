@@ -62,7 +62,9 @@ def test_a_stream_is_the_sampled_video(model: LoadedModel, sampler: SamplerSpec)
     latents = sample_latents(model.adapter, model.denoiser, Sampling([OLD], sampler, 5))
     whole = to_frames(model.adapter.codec.decode(latents)[0])
     chunks = list(Streamer(model, sampler, seed=5).open(OLD, frames=25))
-    assert np.array_equal(np.concatenate(chunks), whole)
+    difference = np.abs(np.concatenate(chunks).astype(int) - whole)
+    assert difference.max() <= 1, "a convolution may round by its number of frames, and a pixel then by one level"
+    assert (difference > 0).mean() < 0.001
     reach = sampler.reach
     assert reach is not None
     assert [len(chunk) for chunk in chunks[1:]] == [4 * reach.chunk] * (7 // reach.chunk - 1)

@@ -15,9 +15,9 @@ from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.noise import full_time, guide, velocity_to_x0
 from fastvideo.distillation.rollout import start
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
+from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import Condition
 from fastvideo.errors import UserError
-from fastvideo.inference.recipe import streaming_of
 
 SHAPE = (16, 5, 4, 4)
 TIMES = (1.0, 0.7, 0.4)
