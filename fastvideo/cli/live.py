@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
@@ -49,7 +51,7 @@ class LiveArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until Ctrl-C; returns the exit code."""
+    """Serve until Ctrl-C or SIGTERM; returns the exit code."""
     arguments = parse(LiveArguments, argv, "live")
     _check_extra()
     from fastvideo.live.server import address, listen, serve
@@ -61,9 +63,20 @@ def main(argv: Sequence[str]) -> int:
         print(f"{session.streamer.describe()}\n{url}  (Ctrl-C ends it)", flush=True)
         if arguments.open and not webbrowser.open(url):
             print("no browser was found here: open the address in one", flush=True)
-        serve(session, page, listening)
+        with _ending_alike():
+            serve(session, page, listening)
     print(f"ended after {session.frames} frames")
     return 0
+
+
+@contextmanager
+def _ending_alike() -> Iterator[None]:
+    """Let SIGTERM end as Ctrl-C does: the server closes everything and then raises its signal again."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_extra() -> None:

@@ -63,7 +63,7 @@ def address(listening: socket.socket) -> str:
 
 
 def serve(session: Session, page: str, listening: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM.
+    """Serve until Ctrl-C, or a SIGTERM that is handled as one.
 
     Raises:
         Exception: what made the session's worker fail.

@@ -93,7 +93,8 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_ctrl_c(student: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_asked_to_end(student: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "fastvideo.cli", "live", str(student), "--prompt", PROMPT, "--port", "0"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -106,7 +107,7 @@ def test_the_command_serves_until_ctrl_c(student: Path) -> None:
         with urllib.request.urlopen(f"{url}/events") as events:
             while b'"frame":5' not in events.readline():
                 pass
-            run.send_signal(signal.SIGINT)
+            run.send_signal(number)
             while events.readline() != b"event: bye\n":
                 pass
         assert run.stdout.readline().startswith("ended after ")
