@@ -550,10 +550,8 @@ def _check_trained(config: Config, own: StreamOptions, role: str, recipe: Mappin
         return
     assert own.reach is not None, "these are options of a stream"
     path, chunk = config.roles[role].path or config.model.path, own.reach.chunk
-    try:
+    with _naming(f"roles.{role}.path {path}"):
         known = streaming_of(recipe)
-    except UserError as error:
-        raise UserError(f"roles.{role}.path {path}: {error}") from error
     if (trained := known["reach"].chunk) != chunk:
         raise UserError(
             f"method.reach.chunk: {chunk}, but roles.{role}.path {path} was trained on chunks of {trained} (its "

@@ -1,4 +1,4 @@
-"""What ``recipe.json`` of a model folder says of a model that generates chunk by chunk."""
+"""Sampler of a model that generates chunk by chunk, as its ``recipe.json`` has it."""
 
 from __future__ import annotations
 
