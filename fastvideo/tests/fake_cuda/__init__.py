@@ -8,7 +8,6 @@ dtype fails here, and what is alive at the same time can be held against ``fastv
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ class NoGuard(Exception):
 
 @cache
 def build_guard() -> Path:
-    """Compile the guard, once for a version of torch and of its source.
+    """Compile the guard, once for an installed torch (it is linked to that folder's libraries) and for its source.
 
     Raises:
         NoGuard: without a C++ compiler, or if torch has CUDA already.
@@ -42,18 +41,19 @@ def build_guard() -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:
         raise NoGuard("no C++ compiler (set CXX, or install g++)")
-    key = hashlib.sha256(f"{torch.__version__} {SOURCE.read_text()}".encode()).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"fastvideo-fake-cuda-{os.getuid()}" / f"{key}.so"
+    built = guard_file(torch.__version__, Path(torch.__file__).resolve().parent)
     if not built.is_file():
-        _compile(compiler, built)
+        _compile(compiler, built, Path(torch.__file__).resolve().parent)
     return built
 
 
-def _compile(compiler: str, built: Path) -> None:
-    found = importlib.util.find_spec("torch")
-    assert found is not None
-    assert found.origin is not None
-    torch_folder = Path(found.origin).parent
+def guard_file(version: str, torch_folder: Path) -> Path:
+    """Name the guard of a torch: its own for each folder, as a guard of another loads no library once that is gone."""
+    key = hashlib.sha256(f"{version} {torch_folder} {SOURCE.read_text()}".encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"fastvideo-fake-cuda-{os.getuid()}" / f"{key}.so"
+
+
+def _compile(compiler: str, built: Path, torch_folder: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     partial = built.with_suffix(f".{os.getpid()}")
     libraries = torch_folder / "lib"

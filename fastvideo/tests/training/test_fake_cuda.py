@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from fastvideo.tests.fake_cuda import NoGuard, build_guard, take_steps, validate
+from fastvideo.tests.fake_cuda import NoGuard, build_guard, guard_file, take_steps, validate
 
 pytestmark = pytest.mark.slow
 CASES = {
@@ -35,3 +37,9 @@ def test_a_student_and_a_critic_step_run_in_bfloat16_and_hold_what_the_plan_says
 def test_a_validation_of_eight_prompts_holds_no_more_than_decoding_one_video() -> None:
     found = validate("wan2.1_t2v_1.3b_dmd2", prompts=8, frames=5)
     assert found["peak"] <= 1.01 * found["decode"], found
+
+
+def test_two_environments_share_no_guard() -> None:
+    here, there = (guard_file("2.13.0", Path(folder)) for folder in ("/one/site-packages/torch", "/two/torch"))
+    assert here != there
+    assert here.parent == there.parent
