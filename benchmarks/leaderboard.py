@@ -1,11 +1,12 @@
 """Every method on the tiny world: the same teacher, the same compute, the same prompts and noise, one table.
 
-python benchmarks/leaderboard.py --budget 5m
+python benchmarks/leaderboard.py --budget 5m --seeds 0 1 2
 
 A method takes part if it has a recipe ``examples/distillation/tiny_wan_METHOD.yaml``. Each is trained in a process of
 its own, on one thread, until that process has spent the budget of CPU seconds on training steps: other work on the
 machine costs wall time and no budget. What a recipe needs done beforehand comes out of that.
-Runs that are measured already (RUNS/BUDGET/METHOD) are not run again; a changed recipe is.
+Runs that are measured already (RUNS/BUDGET/METHOD-SEED) are not run again; a changed recipe is. So calls with other
+``--methods`` can share the work, and a last one writes the page.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 FIGURES = ("digit_accuracy", "colour_accuracy", "direction_accuracy", "frechet", "frechet_pixel", "diversity")
 KEPT_VIDEOS = 8
 LOOP = {"trainer.threads": 1, "trainer.max-steps": 10_000_000}
+NO_STUDENT = ("sft",)
+"""Methods that train no model of few steps: measured only if they are asked for."""
 VALIDATIONS = 8
 """Points of a curve, about."""
 CPU_PER_STEP = 0.35
@@ -70,11 +73,11 @@ class Arguments:
     budget: str = "5m"
     """CPU time of each training: 20s, 5m, 1h."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD...", help_behavior_hint="")] = ()
-    """Which; default: every registered method of whole videos with a tiny recipe."""
+    """Which; default: every registered method of whole videos with a tiny recipe, but ``sft``."""
     prompts: int = 512
     """Held-out prompts; all rows get the same ones, and the same noise."""
-    seed: int = 0
-    """Training seed; prompts and evaluation noise do not depend on it."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds; prompts and evaluation noise do not depend on them. The first one's run has curves and videos."""
     runs: Path = Path("outputs/leaderboard")
     """Where runs and their figures are kept."""
     out: Path = Path("docs/results.md")
@@ -110,13 +113,40 @@ def chosen(arguments: Arguments) -> list[str]:
         if method not in METHODS or not recipe_of(method).is_file():
             raise UserError(f"--methods {method}: no such method, or no {recipe_of(method)}")
     whole = [name for name in METHODS if reach_of(load_method(name).Config()) is None]
-    return list(arguments.methods) or [method for method in whole if recipe_of(method).is_file()]
+    distilling = [name for name in whole if name not in NO_STUDENT]
+    return list(arguments.methods) or [name for name in distilling if recipe_of(name).is_file()]
 
 
-def identity(arguments: Arguments, method: str) -> dict[str, Any]:
-    """What a training depends on."""
-    recipe = hashlib.sha256(recipe_of(method).read_bytes()).hexdigest()
-    return {"budget": arguments.seconds, "seed": arguments.seed, "recipe": recipe, "teacher": teacher_identity()}
+@dataclass(frozen=True)
+class Run:
+    """One training: a method, a seed, its budget in CPU seconds, and where it goes."""
+
+    method: str
+    seed: int
+    seconds: float
+    folder: Path
+    curve: bool = False
+    """Validate while training; costs no budget."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the student depends on."""
+        recipe = hashlib.sha256(recipe_of(self.method).read_bytes()).hexdigest()
+        return {"budget": self.seconds, "seed": self.seed, "recipe": recipe, "teacher": teacher_identity()}
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """Cost of the training if it is over and its recipe is still the same."""
+        done = self.folder / "training.json"
+        kept = json.loads(done.read_text()) if done.is_file() else {}
+        return dict(kept["cost"]) if kept.get("identity") == self.identity else None
+
+
+def runs_of(arguments: Arguments, method: str) -> list[Run]:
+    """A method's runs, one for each seed."""
+    root = arguments.runs / arguments.budget
+    first = arguments.seeds[0]
+    return [Run(method, seed, arguments.seconds, root / f"{method}-{seed}", seed == first) for seed in arguments.seeds]
 
 
 def teacher_identity() -> str:
@@ -161,53 +191,55 @@ def as_words(flags: Mapping[str, Any]) -> list[str]:
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def prepare(arguments: Arguments, method: str, folder: Path, log: Path) -> Preparation:
-    """Store trajectories of the teacher, or train the first stage, for a method that needs it."""
+def prepare(method: str, seed: int, seconds: float, folder: Path, log: Path) -> Preparation:
+    """Store trajectories of the teacher, or train the first stage, for a method that needs it: half of ``seconds``."""
     shutil.rmtree(folder, ignore_errors=True)
-    half = arguments.seconds / 2
+    half = seconds / 2
     if method in FROM_TRAJECTORIES:
         count = max(64, round(half / CPU_PER_TRAJECTORY))
         cost = measured_process(PRECOMPUTE.format(recipe=recipe_of(method), prepared=folder, count=count).split(), log)
         return Preparation(cost["cpu_seconds"], cost["cpu_seconds"], cost["wall_seconds"], {"data.path": folder})
     if method in FIRST_STAGES:
         first, roles = FIRST_STAGES[method]
-        flags = {"config": recipe_of(first), "output": folder, "trainer.max-cpu-seconds": half, **LOOP}
+        flags = {"config": recipe_of(first), "output": folder, "seed": seed, "trainer.max-cpu-seconds": half, **LOOP}
         cost = measured_process(["fastvideo.training.distillation", *as_words(flags | {"validation.every": 0})], log)
         starts = {f"roles.{role}.path": folder / "student" for role in roles}
         return Preparation(half, cost["cpu_seconds"], cost["wall_seconds"], starts)
     return Preparation()
 
 
-def train(arguments: Arguments, method: str, folder: Path) -> dict[str, Any]:
-    """Train within the budget, unless that is done already; what it cost."""
-    done, key = folder / "training.json", identity(arguments, method)
-    if done.is_file() and (kept := json.loads(done.read_text()))["identity"] == key:
-        return dict(kept["cost"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figures.json").unlink(missing_ok=True)
-    log, run = folder / "log.txt", folder / "run"
+def train(run: Run) -> dict[str, Any]:
+    """Train within the budget, unless that is done already; what it cost.
+
+    Raises:
+        UserError: if the training fails, or its preparation takes the whole budget.
+    """
+    if run.cost is not None:
+        return run.cost
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "figures.json").unlink(missing_ok=True)
+    log, output = run.folder / "log.txt", run.folder / "run"
     log.write_text("")
-    ahead = prepare(arguments, method, folder / "prepared", log)
-    budget = arguments.seconds - ahead.seconds
+    ahead = prepare(run.method, run.seed, run.seconds, run.folder / "prepared", log)
+    budget = run.seconds - ahead.seconds
     if budget <= 0:
-        raise UserError(f"{method}: its preparation alone took {ahead.seconds} CPU seconds of {arguments.budget}")
-    every = max(5, round(arguments.seconds / VALIDATIONS / CPU_PER_STEP))
+        raise UserError(f"{run.method}: its preparation alone took {ahead.seconds} of {run.seconds} CPU seconds")
     flags = {
-        "config": recipe_of(method),
-        "output": run,
-        "seed": arguments.seed,
+        "config": recipe_of(run.method),
+        "output": output,
+        "seed": run.seed,
         "trainer.max-cpu-seconds": budget,
         **LOOP,
-        "validation.every": every,
+        "validation.every": max(5, round(run.seconds / VALIDATIONS / CPU_PER_STEP)) if run.curve else 0,
         "validation.world-prompts": 64,
         **ahead.flags,
     }
-    shutil.rmtree(run, ignore_errors=True)  # a run that was cut off: what it cost is not known
+    shutil.rmtree(output, ignore_errors=True)  # a run that was cut off: what it cost is not known
     cost: dict[str, Any] = measured_process(["fastvideo.training.distillation", *as_words(flags)], log)
     cost["wall_seconds"] = round(cost["wall_seconds"] + ahead.wall_seconds, 1)
     cost["cpu_seconds"] = round(cost["cpu_seconds"] + ahead.cpu_seconds, 1)
-    cost["train_steps"] = load_recipe(str(run / "student"))["steps"]
-    done.write_text(json.dumps({"identity": key, "cost": cost}, indent=2) + "\n")
+    cost["train_steps"] = load_recipe(str(output / "student"))["steps"]
+    (run.folder / "training.json").write_text(json.dumps({"identity": run.identity, "cost": cost}, indent=2) + "\n")
     return cost
 
 
@@ -226,14 +258,14 @@ def rows_of(student: str) -> dict[str, RowSpec]:
     return {str(steps): RowSpec(student, ladder=sub_ladder(recipe["ladder"], steps)) for steps in STEPS}
 
 
-def evaluate(arguments: Arguments, name: str, rows: Mapping[str, RowSpec], folder: Path, key: Any) -> dict[str, Any]:
+def evaluate(prompts: int, name: str, rows: Mapping[str, RowSpec], folder: Path, key: Any) -> dict[str, Any]:
     """Figures of each row, measured unless they are there; the first videos go into a file."""
     file = folder / "figures.json"
-    key = {"prompts": arguments.prompts, "model": key}
+    key = {"prompts": prompts, "model": key}
     if file.is_file() and (kept := json.loads(file.read_text()))["identity"] == key:
         return dict(kept["rows"])
     torch.set_num_threads(1)
-    found: Evaluation = evaluate_rows(rows, prompts=arguments.prompts, keep_videos=KEPT_VIDEOS)
+    found: Evaluation = evaluate_rows(rows, prompts=prompts, keep_videos=KEPT_VIDEOS)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({row: videos.contiguous() for row, videos in found.videos.items()}, folder / "videos.safetensors")
     figures = {row: found.rows[row].to_dict() for row in rows}
@@ -244,11 +276,26 @@ def evaluate(arguments: Arguments, name: str, rows: Mapping[str, RowSpec], folde
     return figures
 
 
-def entries(method: str, figures: Mapping[str, Any], cost: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The objects of ``results.json`` for one method."""
+def measure(run: Run, prompts: int) -> list[dict[str, Any]]:
+    """Train a run and measure its student, unless that is done: its objects of ``results.json``.
+
+    Raises:
+        UserError: if the training fails.
+    """
+    cost = train(run)
+    rows = rows_of(str(run.folder / "run" / "student"))
+    figures = evaluate(prompts, f"{run.method}, seed {run.seed}", rows, run.folder, run.identity)
+    return entries(run.method, figures, cost, run.seed)
+
+
+def entries(
+    method: str, figures: Mapping[str, Any], cost: Mapping[str, Any], seed: int | None = None
+) -> list[dict[str, Any]]:
+    """The objects of ``results.json`` for one method and training seed."""
     return [
         {
             "method": method,
+            "seed": seed,
             "steps": int(steps),
             **{name: row[name] for name in FIGURES},
             "wall_seconds": cost["wall_seconds"],
@@ -263,36 +310,32 @@ def entries(method: str, figures: Mapping[str, Any], cost: Mapping[str, Any]) ->
     ]
 
 
-def is_measured(arguments: Arguments, method: str, folder: Path) -> bool:
-    """Whether a method that was not asked for is on the page anyway: its run is there and still the recipe's."""
-    done = folder / "training.json"
-    return done.is_file() and bool(json.loads(done.read_text())["identity"] == identity(arguments, method))
+def on_the_page(arguments: Arguments) -> list[str]:
+    """The methods that were asked for, and those whose runs are there anyway and still their recipes'."""
+    wanted = chosen(arguments)
+
+    def done(method: str) -> bool:
+        return all(run.cost is not None for run in runs_of(arguments, method))
+
+    return [name for name in METHODS if name in wanted or (recipe_of(name).is_file() and done(name))]
 
 
 def main() -> int:
     """Measure, then write."""
     arguments = tyro.cli(Arguments)
-    root, results, failed = arguments.runs / arguments.budget, [], {}
     free = {"wall_seconds": 0.0, "peak_rss_mb": 0, "cpu_seconds": 0.0, "train_steps": 0}
-    teacher = {str(steps): RowSpec("tiny", steps=steps) for steps in TEACHER_STEPS}
-    figures = evaluate(arguments, "teacher", teacher, arguments.runs / "teacher", teacher_identity())
-    results += entries("teacher", figures, free)
-    folders = {"teacher": arguments.runs / "teacher"}
-    wanted = chosen(arguments)
-    for method in (name for name in METHODS if recipe_of(name).is_file()):
-        folder = root / method
-        if method not in wanted and not is_measured(arguments, method, folder):
-            continue
+    rows = {str(steps): RowSpec("tiny", steps=steps) for steps in TEACHER_STEPS}
+    teacher = arguments.runs / "teacher"
+    results = entries("teacher", evaluate(arguments.prompts, "teacher", rows, teacher, teacher_identity()), free)
+    folders, failed = {"teacher": teacher}, {}
+    for method in on_the_page(arguments):
         try:
-            cost = train(arguments, method, folder)
-            rows = rows_of(str(folder / "run" / "student"))
-            figures = evaluate(arguments, method, rows, folder, identity(arguments, method))
+            runs = runs_of(arguments, method)
+            results += [row for run in runs for row in measure(run, arguments.prompts)]
+            folders[method] = runs[0].folder
         except UserError as error:
             print(f"{method}: {error}", file=sys.stderr, flush=True)
             failed[method] = str(error)
-            continue
-        results += entries(method, figures, cost)
-        folders[method] = folder
     videos = {name: load_file(folder / "videos.safetensors") for name, folder in folders.items()}
     write_page(arguments, results, folders, videos, failed, environment())
     print(arguments.out)

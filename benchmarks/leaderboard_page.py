@@ -31,34 +31,38 @@ svg { background: #fff; } text { font: 12px system-ui, sans-serif; fill: #55606d
 COLUMNS = {
     "method": "{}",
     "steps": "{}",
-    "network_calls": "{}",
+    "network_calls": "{:.0f}",
     "digit_accuracy": "{:.3f}",
     "colour_accuracy": "{:.3f}",
     "direction_accuracy": "{:.3f}",
     "frechet": "{:.2f}",
+    "over_seeds": "{}",
     "frechet_pixel": "{:.0f}",
     "diversity": "{:.2f}",
 }
-COST = {"train_steps": "{}", "cpu_seconds": "{:.0f}", "wall_seconds": "{:.0f}", "peak_rss_mb": "{:.0f}"}
+COST = {"train_steps": "{:.0f}", "cpu_seconds": "{:.0f}", "wall_seconds": "{:.0f}", "peak_rss_mb": "{:.0f}"}
 HEAD = """# Results on the tiny world
 
 Made by `python benchmarks/leaderboard.py --budget {budget}{options}` at revision {revision}, on {cores} cores
-({machine}, torch {torch}), fp32, one thread per run.
+({machine}, torch {torch}), fp32, one thread per run.{seeds}
 
 Every method distils the same teacher with the same compute: its process trains on one thread until it has spent
 **{budget} of CPU time** on training steps. CPU time and not wall time is the budget, because other work on the machine
 then costs a method nothing. What a recipe needs done beforehand comes out of it: half of it goes to stored
 trajectories of the teacher (`kd`) or to the first of two stages (`tcm` after `cm`, `anyflow` after `anyflow_pretrain`).
 `cpu seconds` is what the training used in all, with start and validations, and so is wall time; memory is of the
-last process. Each recipe is `examples/distillation/tiny_wan_METHOD.yaml`, so steps differ in size and in number.
+last process. `sft` has no row: it trains a teacher, no student of few steps. Each recipe is
+`examples/distillation/tiny_wan_METHOD.yaml`, so steps differ in size and in number.
 
 Then all models get the same {prompts} held-out prompts and the same noise, at 4, 2 and 1 steps. Two steps are the first
 and the third of a student's four steps, a ladder that it was not trained for as such (`--ladder` of
-`fastvideo evaluate`); a model without a ladder (`sft`) is sampled like the teacher, with guidance. Distances are
-Frechet distances from 2048 other real held-out videos; as many real videos after the VAE, what a perfect model of the
-latents would score, are at {floor:.2f}.
+`fastvideo evaluate`). Distances are Frechet distances from 2048 other real held-out videos; as many real videos after
+the VAE, what a perfect model of the latents would score, are at {floor:.2f}.
 What the columns mean: [the tiny world](tiny-world.md). Several seeds of one recipe: [tiny figures](tiny-figures.md).
 """
+SEEDS = """
+A row is the mean of {} training seeds; `over seeds` is the lowest and the highest distance of them. Curves and videos
+are of the first one."""
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
@@ -71,9 +75,31 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list
     return lines + ["| " + " | ".join(cell(row[c], form) for c, form in columns.items()) + " |" for row in rows]
 
 
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of the tables: means over the runs of several seeds, with their lowest and highest distance."""
+    measured = [name for name in (*COLUMNS, *COST) if name not in ("method", "steps", "over_seeds")]
+    row = {name: _mean([row[name] for row in rows]) for name in measured}
+    distances = [row["frechet"] for row in rows]
+    several = len(rows) > 1 and row["frechet"] is not None
+    spread = f"{min(distances):.2f}-{max(distances):.2f}" if several else None
+    return {"method": rows[0]["method"], "steps": rows[0]["steps"], **row, "over_seeds": spread}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean; none if one is missing: the others' would not be the method's."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
 def by_distance(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The closest to real videos first."""
     return sorted(rows, key=lambda row: math.inf if row["frechet"] is None else row["frechet"])
+
+
+def by_method(rows: Sequence[Mapping[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Every method's row at a number of steps, over its seeds."""
+    at = [row for row in rows if row["steps"] == steps]
+    return [over_seeds([row for row in at if row["method"] == name]) for name in dict.fromkeys(r["method"] for r in at)]
 
 
 def curves(run: Path) -> tuple[list[Point], list[Point]]:
@@ -140,6 +166,12 @@ def write_gallery(videos: Mapping[str, Mapping[str, Tensor]], images: Path) -> l
     return ["## Gallery", "", text, "", "![Videos of every method](images/leaderboard/gallery.gif)", ""]
 
 
+def given_of(arguments: Any) -> str:
+    """Flags beside the budget that the figures depend on."""
+    seeds = f" --seeds {' '.join(map(str, arguments.seeds))}" if arguments.seeds != (0,) else ""
+    return seeds + (f" --prompts {arguments.prompts}" if arguments.prompts != 512 else "")
+
+
 def write_page(
     arguments: Any,
     results: Sequence[Mapping[str, Any]],
@@ -153,7 +185,8 @@ def write_page(
     images.mkdir(parents=True, exist_ok=True)
     head = HEAD.format(
         budget=arguments.budget,
-        options="" if arguments.prompts == 512 else f" --prompts {arguments.prompts}",
+        options=given_of(arguments),
+        seeds=SEEDS.format(len(arguments.seeds)) if len(arguments.seeds) > 1 else "",
         prompts=arguments.prompts,
         revision=environment["revision"][:7],
         cores=os.cpu_count(),
@@ -163,12 +196,13 @@ def write_page(
     )
     teacher = [row for row in results if row["method"] == "teacher"]
     students = [row for row in results if row["method"] != "teacher"]
-    lines = [head, "## Teacher, guided", "", *table(teacher, COLUMNS)]
+    columns = {name: form for name, form in COLUMNS.items() if name != "over_seeds" or len(arguments.seeds) > 1}
+    lines = [head, "## Teacher, guided", "", *table([over_seeds([row]) for row in teacher], columns)]
     for steps in (4, 2, 1):
-        rows = by_distance([row for row in students if row["steps"] == steps])
-        lines += ["", f"## {steps} step{'s' if steps > 1 else ''}", "", *table(rows, COLUMNS)]
+        rows = by_distance(by_method(students, steps))
+        lines += ["", f"## {steps} step{'s' if steps > 1 else ''}", "", *table(rows, columns)]
     lines += ["", "## Cost of the training", ""]
-    lines += table([row for row in students if row["steps"] == 4], {"method": "{}", **COST})
+    lines += table(by_method(students, 4), {"method": "{}", **COST})
     lines += write_curves(folders, images) + write_gallery(videos, images)
     lines += ["## Methods", ""]
     for name in folders:

@@ -31,7 +31,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import tyro
-from leaderboard import Arguments as Budget
 from leaderboard import prepare, recipe_of, sub_ladder, teacher_identity
 from safetensors.torch import load_file, save_file
 from time_to_quality_page import write_page
@@ -283,9 +282,8 @@ def do(run: Run, arguments: Arguments) -> None:
     if not trained:
         shutil.rmtree(run.folder, ignore_errors=True)  # one that was cut off: its clock is not known
         (run.folder / "run").mkdir(parents=True)
-    budget = Budget(budget=f"{run.marks[-1]}s", seed=run.seed)
     log = run.folder / "log.txt"
-    ahead = None if trained else prepare(budget, run.method, run.folder / "prepared", log)
+    ahead = None if trained else prepare(run.method, run.seed, run.marks[-1], run.folder / "prepared", log)
     seconds, flags = (0.0, {}) if ahead is None else (ahead.seconds, ahead.flags)
     config = config_of(run, flags, run.marks[-1] - seconds)
     with Session.open(config) as session:
