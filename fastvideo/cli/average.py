@@ -91,7 +91,9 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
         UserError: for a model that no judge knows, steps that its students do not have, or a folder in use.
     """
     from fastvideo.evaluation.averages import OWN, measure_averages
+    from fastvideo.evaluation.measuring import measuring_command
     from fastvideo.inference.averages import RESULT, beside, check_fit, check_free, write_averages
+    from fastvideo.inference.loading import load_recipe
     from fastvideo.inference.sampler import BATCH_SIZE
 
     out = arguments.out or beside(run, RESULT)
@@ -111,7 +113,8 @@ def choose(run: Snapshotted, arguments: AverageArguments) -> None:
     own = [row for row in rows if row.std is None]
     if own and own[0].frechet[steps].value <= best.frechet[steps].value:
         print(f"the run's own result, {beside(run, OWN)}, is as good")
-    print(f"figures to report, on held-out prompts: fastvideo evaluate {shlex.quote(str(out))}")
+    command = measuring_command(shlex.quote(str(out)), load_recipe(str(out)).get("model", {}))
+    print(f"figures to report, on held-out prompts: {command}")
 
 
 def table(rows: Sequence[Measured], best: Measured, title: str) -> Table:

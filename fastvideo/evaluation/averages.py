@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.evaluate import DECODE_UNITS, sample_videos
 from fastvideo.evaluation.judge import Judge
+from fastvideo.evaluation.measuring import check_judged
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.inference.averages import LARGEST_ERROR, Snapshotted, beside
 from fastvideo.inference.loading import LoadedModel, load_model
@@ -72,6 +73,7 @@ def _check_judged(run: Snapshotted, model: LoadedModel, steps: int | None) -> No
             f"with --std 0.05 0.1 0.15, and compare them: fastvideo evaluate FOLDER ... --teacher TEACHER "
             f"--prompts FILE, with prompts of the training data"
         )
+    check_judged(str(run.folder.parent), model)
     if steps is not None and steps not in (counts := _step_counts(model)):
         raise UserError(f"--steps {steps}: this student is measured at {' or '.join(map(str, counts))}")
 

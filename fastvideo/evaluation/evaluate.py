@@ -17,6 +17,7 @@ from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.environment import environment
 from fastvideo.evaluation.frechet import Moments, frechet
 from fastvideo.evaluation.judge import DIVERSITY_SEEDS, Judge, Observed
+from fastvideo.evaluation.measuring import check_judged
 from fastvideo.evaluation.metrics import Row, SampledRow
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.inference.loading import LoadedModel, OpenedModel, load_model
@@ -78,9 +79,11 @@ def evaluate_rows(
         judge: replaces the held-out one of ``prompts`` and ``seed``.
 
     Raises:
-        UserError: for a bad folder or sampler (before anything is sampled), or a model of another world.
+        UserError: for a bad folder or sampler or a model of another world, before anything is sampled.
     """
     models = {spec.folder: load_model(spec.folder, device=device) for spec in rows.values()}
+    for name, spec in rows.items():
+        check_judged(name, models[spec.folder])
     samplers = {name: spec.sampler(models[spec.folder]) for name, spec in rows.items()}
     judge = judge or Judge(prompts, seed)
     text_seconds = {folder: warm_up(model, judge.prompts) for folder, model in models.items()}

@@ -13,6 +13,7 @@ from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.adapters.base import Conditioner
 from fastvideo.distillation.types import UserError
 from fastvideo.evaluation.frechet import Moments, PixelPCA, frechet
+from fastvideo.evaluation.measuring import TEACHER_JUDGES
 from fastvideo.evaluation.metrics import accuracies, diversity, frechet_estimate, named_attributes, spread
 from fastvideo.evaluation.statistics import Estimate, resample_counts
 from fastvideo.inference.progress import PatientBar
@@ -125,7 +126,7 @@ class Judge:
         if tuple(videos.shape[1:]) != (3, FRAMES, SIZE, SIZE):
             raise UserError(
                 f"evaluation compares with the tiny world's videos, [3, {FRAMES}, {SIZE}, {SIZE}]; "
-                f"this model makes {list(videos.shape[1:])}"
+                f"this model makes {list(videos.shape[1:])}: {TEACHER_JUDGES}"
             )
         return observe(videos)
 

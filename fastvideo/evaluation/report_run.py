@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastvideo.errors import UserError
+from fastvideo.evaluation.measuring import measuring_command
 from fastvideo.wording import nearest
 
 METRICS, VIDEOS, INDEX = "metrics.json", "videos", "index.json"
@@ -102,6 +104,12 @@ class Run:
         values = self.settings
         names = [str(values[key]).upper() for key in ("distill_method", "distill_model") if key in values]
         return " \u00d7 ".join(names)
+
+    @property
+    def measuring(self) -> str:
+        """The command that measures this run's student and keeps the figures with it."""
+        student = measuring_command(shlex.quote(f"{self.folder}/student"), self.settings.get("model", {}))
+        return f"{student} --out {shlex.quote(str(self.folder))}"
 
     @property
     def measurement(self) -> tuple[Any, ...]:

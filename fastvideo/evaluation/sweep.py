@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fastvideo.evaluation.evaluate import sample_videos, warm_up
 from fastvideo.evaluation.judge import Judge
+from fastvideo.evaluation.measuring import check_judged
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.inference.loading import load_model
@@ -23,8 +24,13 @@ def sweep_guidance(
     batch_size: int = BATCH_SIZE,
     device: str = "cpu",
 ) -> dict[float, Estimate]:
-    """Frechet distance at each guidance scale, on training prompts against training videos."""
+    """Frechet distance at each guidance scale, on training prompts against training videos.
+
+    Raises:
+        UserError: for a model of another world, before anything is sampled.
+    """
     model = load_model(spec.folder, device=device)
+    check_judged(spec.folder, model)
     judge = Judge(prompts, seed, split="train")
     warm_up(model, judge.prompts)
     frames = judge.first_frames(model.adapter.conditioner)

@@ -15,7 +15,6 @@ from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
-from fastvideo.distillation.frames import first_frame
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.sampler import Sampling
@@ -79,12 +78,13 @@ def build_validation(
 def _world_judge(prompts: int, seed: int, adapter: Adapter) -> Judge | StreamJudge:
     """The judge of the tiny world, or of the one without edges for videos longer than that world's."""
     from fastvideo.evaluation.judge import Judge
+    from fastvideo.evaluation.measuring import check_validated, video_shape
     from fastvideo.evaluation.streams.world import StreamJudge
     from fastvideo.tiny.classifier import FRAMES
 
-    codec = adapter.codec
-    frames = first_frame(codec.latent_shape[1], codec.temporal)
-    if frames <= FRAMES:
+    check_validated(adapter)
+    frames, *_ = video_shape(adapter)
+    if frames == FRAMES:
         return Judge(prompts, seed, reference=VALIDATION_REFERENCE)
     return StreamJudge(prompts, seed, frames, reference=VALIDATION_REFERENCE)
 
