@@ -517,6 +517,11 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
             f"parallel.context: {name} attends chunk by chunk, which attention over several processes does not do; set "
             f"parallel.context: 1, and parallel.shard for memory"
         )
+    if frames := max(of_frames(families.main.conditioner).first_frames):
+        raise UserError(
+            f"method.reach: this model goes on from given frames ({frames}), and streams start from text alone; leave "
+            f"out model.given_frames, or take a text-to-video model"
+        )
     own.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, own, families)
     for role in ("student", *_autoregressive(config, own)):

@@ -173,6 +173,11 @@ def _fastvideo_warnings(student: Streamed) -> Iterator[str]:
 
 
 def _self_forcing_warnings(student: Streamed) -> Iterator[str]:
+    if noise := student.spec.context_time:
+        yield (
+            f"finished chunks carry noise {noise:g} in training; its inference.py tells the network that time, and "
+            f"keeps the chunks clean"
+        )
     reach, size = student.reach, (student.options.get("height"), student.options.get("width"))
     blocks = student.model.network.config.num_layers  # type: ignore[union-attr]
     if (*size, blocks) != (*PUBLISHED_SIZE, PUBLISHED_BLOCKS):

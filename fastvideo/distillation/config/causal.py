@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import WrapValidator
+from pydantic import WrapValidator, model_validator
 
 from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.config.base import MethodConfig
@@ -71,6 +71,19 @@ class CausalOptions(StreamOptions):
     """Noise on the finished chunks that the next one sees, as a time in [0, 1]; 0 keeps them clean. Rollouts and
     streams have this much; teacher forcing draws times up to it, as the code of Causal Forcing does, so that the
     weights know less noise too, and can be the start of a method with less."""
+
+
+class ForcingOptions(CausalOptions):
+    """Options of methods that train on a clean past or on a noisy one."""
+
+    forcing: Literal["teacher", "diffusion"] = "teacher"
+    """Past that a chunk is trained on: clean chunks, or noisy ones at times of their own."""
+
+    @model_validator(mode="after")
+    def _noise_of_a_clean_past(self) -> Self:
+        if self.context_time and self.forcing == "diffusion":
+            raise ValueError("`context_time` is noise on a clean past: `forcing: diffusion` has none, leave it out")
+        return self
 
 
 class ForcedOptions(StreamOptions):

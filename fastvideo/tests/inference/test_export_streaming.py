@@ -94,6 +94,15 @@ def test_a_file_for_self_forcing(streaming: Path, tmp_path: Path, capsys: pytest
     assert "8 tokens" in said
 
 
+def test_noise_on_finished_chunks_is_a_warning_in_both(
+    student: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = student(streaming=STREAMING | {"context_time": 0.1})
+    for to in ("fastvideo", "self-forcing"):
+        export(folder, tmp_path / to, "--to", to)
+        assert "finished chunks carry noise 0.1 in training" in capsys.readouterr().err
+
+
 def test_such_a_file_is_a_roles_start(streaming: Path, tmp_path: Path) -> None:
     out = export(streaming, tmp_path / "out", "--format", "self-forcing")
     model = load_model(str(streaming))

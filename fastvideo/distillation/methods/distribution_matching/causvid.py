@@ -21,7 +21,7 @@ from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD
 from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise
 from fastvideo.distillation.types import Batch, Need
-from fastvideo.ranges import Beta, LearningRate
+from fastvideo.ranges import Beta, Fraction, LearningRate
 
 
 class CausVidConfig(CausalOptions, DMD2Config):
@@ -32,6 +32,10 @@ class CausVidConfig(CausalOptions, DMD2Config):
     critic_sees_rung: Annotated[bool, refused("each chunk is at a step of its own, or clean")] = False
     """Not possible here."""
     rung_shares: Annotated[Shares, refused("each chunk is at a step of its own, or clean", "empty")] = ()
+    """Not possible here."""
+    context_time: Annotated[
+        Fraction, refused("it trains on a noisy past, or a clean one", "0")
+    ] = 0.0
     """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the critic."""

@@ -8,23 +8,18 @@ Both see all chunks of a video in one call.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
-
-from pydantic import model_validator
 
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Context, Masked, by_chunk, spans
-from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.causal import ForcingOptions
 from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
 from fastvideo.distillation.types import Batch, Need, RoleLoss
 from fastvideo.ranges import Fraction, LearningRate, PositiveFloat
 
 
-class CausalSFTConfig(CausalOptions, SFTConfig):
+class CausalSFTConfig(ForcingOptions, SFTConfig):
     """Options of causal SFT."""
 
-    forcing: Literal["teacher", "diffusion"] = "teacher"
-    """Past that a chunk is trained on: clean chunks, or noisy ones at times of their own."""
     bidirectional_share: Fraction = 0.0
     """Share of the batches on which a plain bidirectional step is taken, so that one network stays a bidirectional
     teacher too."""
@@ -32,12 +27,6 @@ class CausalSFTConfig(CausalOptions, SFTConfig):
     """Shift of the training times, which are drawn per chunk."""
     learning_rate: LearningRate = 2e-6
     """AdamW learning rate."""
-
-    @model_validator(mode="after")
-    def _clean_past(self) -> CausalSFTConfig:
-        if self.context_time and self.forcing == "diffusion":
-            raise ValueError("`context_time` is noise on a clean past: `forcing: diffusion` has none, leave it out")
-        return self
 
 
 class CausalSFTMethod(SFTMethod):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.distillation.causal_rollout import forced
 from fastvideo.distillation.chunks import Context, Masked, by_chunk
-from fastvideo.distillation.config.causal import CausalOptions
+from fastvideo.distillation.config.causal import ForcingOptions
 from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
 from fastvideo.distillation.noise import expand_time
 from fastvideo.distillation.trajectory import TrajectoryKind
@@ -24,7 +24,7 @@ from fastvideo.distillation.types import Batch, RoleLoss
 from fastvideo.ranges import LearningRate
 
 
-class CausalKDConfig(CausalOptions, KDConfig):
+class CausalKDConfig(ForcingOptions, KDConfig):
     """Options of causal knowledge distillation."""
 
     forcing: Literal["teacher", "diffusion"] = "teacher"

@@ -56,6 +56,34 @@ def test_a_reach_that_is_none_is_named_with_its_key(reach: dict[str, Any], messa
         config_of(values(tiny_wan, **reach), "here")
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("causal_sft", {"forcing": "diffusion"}, "`context_time` is noise on a clean past"),
+        ("causal_kd", {"forcing": "diffusion"}, "`context_time` is noise on a clean past"),
+        ("causvid", {"teacher_guidance": 2.0}, r"method.context_time: must be 0 for this method"),
+    ],
+)
+def test_noise_on_the_past_is_refused_where_no_training_meets_it(
+    method: str, options: dict[str, Any], message: str, tiny_wan: Path
+) -> None:
+    """The result's recipe would give it to every stream."""
+    given = values(tiny_wan)
+    given |= {"distill_method": method, "method": {**given["method"], **options}, "roles": DMD2_ROLES}
+    if method != "causvid":
+        given["roles"] = {"student": {"trainable": True}}
+    with pytest.raises(UserError, match=message):
+        config_of(given, "here")
+
+
+def test_a_model_that_goes_on_from_frames_does_not_stream(tiny_wan: Path) -> None:
+    given = values(tiny_wan)
+    given["model"]["given_frames"] = 1
+    config = config_of(given, "here")
+    with pytest.raises(UserError, match=r"method.reach: .* given frames \(1\), and streams start from text alone"):
+        build_method(config, build_adapter(config))
+
+
 def test_flags_reach_into_it(tiny_wan: Path) -> None:
     flags = {"method.reach.window": ["3"], "method.reach.positions": ["absolute"]}
     config = config_of(values(tiny_wan), "here", flags)
