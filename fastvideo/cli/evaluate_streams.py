@@ -38,7 +38,8 @@ SWITCHES = {
     "switch_p90": ("90 %", 0),
     "switch_never": ("never", 3),
     "kept_before": ("kept\nbefore", 3),
-    "kept_after": ("kept\nafter", 3),
+    "kept_during": ("kept\nbehind it", 3),
+    "kept_after": ("kept at\nthe end", 3),
     "continuous": ("continuous", 3),
 }
 

@@ -108,7 +108,7 @@ def video_bytes(video: Tensor, suffix: str = ".apng", fps: int = FPS, scale: int
 
 
 class VideoWriter:
-    """Encoder of one video, frame by frame; as a context it finishes the file. A GIF waits for all of its colours, a WebP for its encoder.
+    """Encoder of one video, frame by frame; as a context it finishes the file. GIF and WebP appear at its end alone.
 
     Args:
         target: name of a file, or a buffer that can seek.

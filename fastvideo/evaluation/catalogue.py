@@ -99,7 +99,8 @@ SWITCHES = (
     Figure("switch_p90", "90 % of latencies", 0, lower_is_better=True),
     Figure("switch_never", "never", 1, lower_is_better=True, percent=True),
     Figure("kept_before", "rest right before", 1, percent=True),
-    Figure("kept_after", "rest right after", 1, percent=True),
+    Figure("kept_during", "rest right behind it", 1, percent=True),
+    Figure("kept_after", "rest right at the end", 1, percent=True),
     Figure("continuous", "no jump", 1, percent=True),
 )
 """Figures of prompt switches."""

@@ -59,7 +59,7 @@ def long_goals(student: StreamRow) -> Iterator[Goal]:
     real = _figure(student, "real_ink_slope")
     yield Goal("brightness_slope", _figure(student, "ink_slope").value, real.low, real.high)
     yield Goal("switch_latency", _figure(student, "switch_median").value, highest=13.0)
-    yield Goal("switch_kept", _figure(student, "kept_after").value, 0.95)
+    yield Goal("switch_kept", _figure(student, "kept_during").value, 0.95)
 
 
 def bias_goals(student: StreamRow, causvid: StreamRow) -> Iterator[Goal]:

@@ -45,8 +45,9 @@ def switch_figures(
 
     ``switch_median`` and ``switch_p90``: :func:`latencies` in frames, never counting as infinite; ``switch_never``:
     share of those. ``kept_before`` and ``kept_after``: accuracy of the two attributes that do not change, in the window
-    before the switch and in the last one. ``continuous``: share without a step of more than :data:`CONTINUOUS` pixels
-    in the first window after the switch.
+    before the switch and in the last one; ``kept_during``: the lowest of the windows that hold a frame of the first
+    window after the switch, those that hold the switch among them. ``continuous``: share without a step of more than
+    :data:`CONTINUOUS` pixels in that first window.
 
     Args:
         wanted: attributes ``[N, 3]`` of the new prompts.
@@ -59,6 +60,7 @@ def switch_figures(
     never, nevers = weighted_mean(took.isinf().double(), counts)
     unchanged = wanted.scatter(1, changed[:, None], -1)
     before = seen.starts.index(switch - FRAMES)
+    during = [place for place, start in enumerate(seen.starts) if switch - FRAMES < start < switch + FRAMES]
     moved = steps(seen.positions, SIZE)[:, switch - 1 : switch + FRAMES - 1].norm(dim=-1)
     steady, steadies = weighted_mean((moved <= CONTINUOUS).all(1).double(), counts)
     return {
@@ -66,6 +68,7 @@ def switch_figures(
         "switch_p90": _quantile(took, counts, 0.9),
         "switch_never": estimate(never, nevers, len(took), highest=1.0),
         "kept_before": _kept(seen.read[:, before], unchanged, counts),
+        "kept_during": min((_kept(seen.read[:, at], unchanged, counts) for at in during), key=lambda kept: kept.value),
         "kept_after": _kept(seen.read[:, -1], unchanged, counts),
         "continuous": estimate(steady, steadies, len(took), highest=1.0),
     }

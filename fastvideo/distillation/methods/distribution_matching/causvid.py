@@ -33,9 +33,7 @@ class CausVidConfig(CausalOptions, DMD2Config):
     """Not possible here."""
     rung_shares: Annotated[Shares, refused("each chunk is at a step of its own, or clean", "empty")] = ()
     """Not possible here."""
-    context_time: Annotated[
-        Fraction, refused("it trains on a noisy past, or a clean one", "0")
-    ] = 0.0
+    context_time: Annotated[Fraction, refused("it trains on a noisy past, or a clean one", "0")] = 0.0
     """Not possible here."""
     critic_learning_rate: LearningRate = 2e-6
     """AdamW learning rate of the critic."""

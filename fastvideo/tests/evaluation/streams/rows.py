@@ -51,7 +51,7 @@ def stream_row(drift: float, kind: str, calls: int, steps: int) -> StreamRow:
         "switch_median": Estimate(9.0, 7.0, 11.0, 64),
         "switch_p90": never if drift > 0.3 else Estimate(13.0, 11.0, 15.0, 64),
         "switch_never": Estimate(drift / 3, 0.0, drift, 64),
-        **{name: Estimate(0.97, 0.94, 1.0, 64) for name in ("kept_before", "kept_after", "continuous")},
+        **{name: Estimate(0.97, 0.94, 1.0, 64) for name in ("kept_before", "kept_during", "kept_after", "continuous")},
     }
     return StreamRow(
         figures=figures,

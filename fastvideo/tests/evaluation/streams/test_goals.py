@@ -43,7 +43,7 @@ def long_row(**figures: float) -> StreamRow:
 
 def test_goals_of_long_streams() -> None:
     assert missed(list(long_goals(long_row()))) == []
-    spoilt = {"digit_drop": 0.05, "speed_last": 0.7, "ink_slope": 0.03, "kept_after": 0.5}
+    spoilt = {"digit_drop": 0.05, "speed_last": 0.7, "ink_slope": 0.03, "kept_during": 0.5}
     assert missed(list(long_goals(long_row(**spoilt)))) == [
         *("digit_drop", "speed_ratio", "brightness_slope", "switch_kept")
     ]

@@ -56,6 +56,7 @@ def test_an_instant_switch_takes_the_floor() -> None:
     assert found["switch_p90"].value <= 9
     assert found["switch_never"].value == 0.0
     assert found["kept_before"].value >= 0.95
+    assert found["kept_during"].value >= 0.95
     assert found["kept_after"].value >= 0.95
     assert found["continuous"].value >= 0.8
 
@@ -97,6 +98,15 @@ def test_a_jump_and_a_lost_attribute_cost() -> None:
     found = measure(videos)
     assert found["continuous"].value == 0.0
     assert found["kept_before"].value - found["kept_after"].value > 0.25
+
+
+def test_a_flash_behind_a_switch_costs_though_all_is_well_at_the_end() -> None:
+    videos = shown_from(SWITCH)
+    videos[:, :, SWITCH : SWITCH + 9] = videos[:, :, SWITCH : SWITCH + 9].amax(1, keepdim=True)  # white
+    found = measure(videos)
+    assert found["kept_before"].value >= 0.95
+    assert found["kept_after"].value >= 0.95
+    assert found["kept_during"].value < 0.75
 
 
 def test_to_read_it_once_is_not_to_keep_reading_it() -> None:
