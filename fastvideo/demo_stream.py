@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastvideo.demo import PICTURE, is_earlier_demo, side_by_side, student_updates, train
+from fastvideo.ranges import Threads
 
 if TYPE_CHECKING:
     from fastvideo.evaluation.evaluate import Evaluation
@@ -52,6 +54,8 @@ class StreamDemoArguments:
     """Seed of the trainings."""
     with_causvid: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train a CausVid student too, from the same start and for as many steps, and compare its exposure bias."""
+    threads: Threads = 0
+    """Threads of torch in the trainings; 0: those of the recipes. Another number sums in another order."""
     short: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Take a few steps and prompts, to see that everything runs; the student is not a good one."""
 
@@ -63,23 +67,28 @@ class StreamDemoArguments:
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of a measurement; ``reference``: real windows behind the reference of Frechet distances."""
+    """Size of a measurement; ``reference``: real windows behind the reference of Frechet distances;
+    ``vae_videos``: videos behind the VAE's goals."""
 
     prompts: int
     long: int
     switches: int
     teacher_steps: int
     reference: int
+    vae_videos: int
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; the last line on standard output is the goals as one JSON object."""
     arguments = tyro.cli(StreamDemoArguments, args=argv, prog="python -m fastvideo.demo_stream")
+    from fastvideo.evaluation.figures import duration
+
     out = arguments.folder
     check(arguments)
+    begin = time.monotonic()
     students, cost = distil(arguments)
-    goals = evaluate(arguments, students, cost)
-    print_goals(goals, "A student that streams")
+    goals = evaluate(arguments, students, cost, begin)
+    print_goals(goals, f"A student that streams, made and measured in {duration(time.monotonic() - begin)}")
     print(f"\n{out / 'report.html'}: streams as long as in training; {out / 'long' / 'report.html'}: longer ones")
     print(f"{out / 'metrics.json'}: the figures")
     print(json.dumps({goal.name: goal.to_dict() for goal in goals}))
@@ -137,13 +146,16 @@ def _train(arguments: StreamDemoArguments, method: str, folder: Path, start: Pat
     flags = ["--config", str(RECIPES / f"tiny_wan_{method}.yaml"), "--output", str(folder)]
     flags += ["--seed", str(arguments.seed), "--model.path", arguments.model]
     flags += ["--trainer.max-steps", str(STEPS[method])]
+    flags += ["--trainer.threads", str(arguments.threads)] if arguments.threads else []
     flags += ["--roles.student.path", str(start / "student")] if start else []
     if arguments.short:
         flags += [*SHORT_TRAINING, *(NO_VALIDATION if start else [])]
     return train(flags, replace=is_earlier_demo(folder, arguments.folder, (DEMO, SHORT_DEMO)))
 
 
-def evaluate(arguments: StreamDemoArguments, students: Mapping[str, str], cost: Mapping[str, Any]) -> list[Goal]:
+def evaluate(
+    arguments: StreamDemoArguments, students: Mapping[str, str], cost: Mapping[str, Any], begin: float
+) -> list[Goal]:
     """Measure the streams, write figures, pages and picture; returns the goals.
 
     ``metrics.json`` of the output folder has the streams as long as in training, and all goals; ``long`` the others.
@@ -154,6 +166,8 @@ def evaluate(arguments: StreamDemoArguments, students: Mapping[str, str], cost: 
     from fastvideo.evaluation.report_store import save_measured
     from fastvideo.evaluation.rows import RowSpec
     from fastvideo.evaluation.streams.goals import bias_goals, long_goals, short_goals
+    from fastvideo.evaluation.streams.reconstruction import codec_goals
+    from fastvideo.inference.loading import open_model
 
     out, extent = arguments.folder, extent_of(arguments)
     rows = compared(arguments.model, students["streaming_tuning"], extent.teacher_steps)
@@ -165,8 +179,11 @@ def evaluate(arguments: StreamDemoArguments, students: Mapping[str, str], cost: 
     long = measured({name: RowSpec(folder) for name, folder in streamed.items()}, extent, extent.long, extent.switches)
     goals = [*short_goals(*(short.rows[name] for name in (teacher, untrained, student)))]
     goals += long_goals(long.rows["streaming_tuning"])
+    codec = open_model(arguments.model, {"num_frames": extent.long}).adapter.codec
+    goals += codec_goals(codec, extent.long, extent.vae_videos)
     goals += bias_goals(long.rows["self_forcing"], long.rows["causvid"]) if "causvid" in students else []
     save_measured(out / "long", long)
+    cost = {**cost, "demo_seconds": round(time.monotonic() - begin, 1)}
     save_measured(out, short, distillation=cost, goals={goal.name: goal.to_dict() for goal in goals})
     write_report([out / "long"])
     write_report([out])
@@ -177,8 +194,8 @@ def evaluate(arguments: StreamDemoArguments, students: Mapping[str, str], cost: 
 def extent_of(arguments: StreamDemoArguments) -> Extent:
     """The extent of a demo; a short one ignores the numbers."""
     if arguments.short:
-        return Extent(prompts=4, long=33, switches=3, teacher_steps=SHORT_TEACHER_STEPS, reference=128)
-    return Extent(arguments.prompts, arguments.long, arguments.switches, TEACHER_STEPS, 2048)
+        return Extent(prompts=4, long=33, switches=3, teacher_steps=SHORT_TEACHER_STEPS, reference=128, vae_videos=2)
+    return Extent(arguments.prompts, arguments.long, arguments.switches, TEACHER_STEPS, reference=2048, vae_videos=128)
 
 
 def compared(teacher: str, student: str, steps: int) -> dict[str, RowSpec]:

@@ -9,12 +9,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from fastvideo.evaluation.streams.reconstruction import psnr
 from fastvideo.tiny.classifier import FRAMES, TinyClassifier
 from fastvideo.tiny.world import TinyWorld, WorldSample, stills
 from tools.tiny_world.recipe import WeighedTraining
 from tools.tiny_world.train_classifier import accuracy
 from tools.tiny_world.train_vae import ink_error, optimise, training_batches, use_channels_last
-from tools.tiny_world.vae import LOG_VARIANCE_START, psnr
+from tools.tiny_world.vae import LOG_VARIANCE_START
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from fastvideo.evaluation.streams.reconstruction import BLOCK, psnr, psnr_by_block
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 from fastvideo.tiny.world import torus
 from tools.tiny_world import teacher
@@ -22,12 +23,11 @@ from tools.tiny_world.pipeline import save_half
 from tools.tiny_world.recipe import TextRecipe, VaeRecipe
 from tools.tiny_world.stream_vae import SharpStreamRecipe, StreamVaeRecipe, fit_on_streams, sharpen_on_streams
 from tools.tiny_world.train_vae import WAN, fit_vae
-from tools.tiny_world.vae import encode_moments, psnr
+from tools.tiny_world.vae import encode_moments
 
 CONFIG = teacher.CONFIG.with_name("tiny_wan_causal_sft.yaml")
 GUIDANCE = 4.0  # the best of: fastvideo evaluate FOLDER:25 --long 33 --prompts 256 --guidance G, for G in 3, 4
 STEPS = 12  # as good as 25, and fast enough for `fastvideo live` on one core
-BLOCK = 16  # frames between two readings of the reconstruction's quality
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,5 @@ def reconstruction(vae: AutoencoderKLWan, recipe: StreamRecipe) -> dict[str, flo
     """PSNR in dB of reconstructed held-out videos: of all frames, and of each block of :data:`BLOCK` frames."""
     videos = torus("heldout", recipe.report_frames).sample(recipe.report_videos, seed=0).videos
     decoded = torch.cat([vae.decode(encode_moments(vae, part)[0]).sample for part in videos.split(8)])
-    blocks = zip(decoded.split(BLOCK, dim=2), videos.split(BLOCK, dim=2), strict=True)
-    figures = {f"psnr_{BLOCK * index}": round(psnr(*pair), 2) for index, pair in enumerate(blocks)}
+    figures = {f"psnr_{BLOCK * i}": round(block, 2) for i, block in enumerate(psnr_by_block(decoded, videos))}
     return {"psnr": round(psnr(decoded, videos), 2), **figures}

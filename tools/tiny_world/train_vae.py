@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import nn
 
+from fastvideo.evaluation.streams.reconstruction import psnr
 from fastvideo.inference.progress import tracked
 from fastvideo.tiny.classifier import TinyClassifier
 from fastvideo.tiny.world import TinyWorld, WorldSample
@@ -20,7 +21,7 @@ from tools.tiny_world import vae as wan_vae
 from tools.tiny_world.muon import Muon
 from tools.tiny_world.recipe import VaeRecipe, VaeTraining
 from tools.tiny_world.train_classifier import accuracy
-from tools.tiny_world.vae import encode_moments, psnr
+from tools.tiny_world.vae import encode_moments
 
 Vae = Any
 """A diffusers video autoencoder."""

@@ -6,8 +6,6 @@ height and width, both of them also time. Parameter-free shortcuts around each s
 
 from __future__ import annotations
 
-import math
-
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -67,12 +65,6 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
     vae.clear_cache()
     video: torch.Tensor = unpatchify(torch.cat(chunks, dim=2), patch_size=vae.config.patch_size)
     return video
-
-
-def psnr(reconstruction: torch.Tensor, videos: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, of the mean squared error over all pixels; both in [-1, 1] (peak to peak 2)."""
-    error = (reconstruction - videos).square().mean().item()
-    return 10.0 * math.log10(4.0 / error)
 
 
 def kernels(vae: AutoencoderKLWan) -> list[nn.Parameter]:
