@@ -107,11 +107,15 @@ def chosen(arguments: Arguments) -> list[str]:
     """The methods to measure.
 
     Raises:
-        UserError: for one that is not registered or has no recipe.
+        UserError: for one that is not registered or has no recipe, or whose student streams.
     """
     for method in arguments.methods:
         if method not in METHODS or not recipe_of(method).is_file():
             raise UserError(f"--methods {method}: no such method, or no {recipe_of(method)}")
+        if reach_of(load_method(method).Config()) is not None:
+            raise UserError(
+                f"--methods {method}: its student streams; `python -m fastvideo.demo_stream` measures those"
+            )
     whole = [name for name in METHODS if reach_of(load_method(name).Config()) is None]
     distilling = [name for name in whole if name not in NO_STUDENT]
     return list(arguments.methods) or [name for name in distilling if recipe_of(name).is_file()]

@@ -46,7 +46,8 @@ HEAD = """# Results on the tiny world
 Made by `python benchmarks/leaderboard.py --budget {budget}{options}` at revision {revision}, on {cores} cores
 ({machine}, torch {torch}), fp32, one thread per run.{seeds}
 
-Every method distils the same teacher with the same compute: its process trains on one thread until it has spent
+Every method of whole videos distils the same teacher with the same compute ([streaming students](tiny-stream.md) have a
+world of their own): its process trains on one thread until it has spent
 **{budget} of CPU time** on training steps. CPU time and not wall time is the budget, because other work on the machine
 then costs a method nothing. What a recipe needs done beforehand comes out of it: half of it goes to stored
 trajectories of the teacher (`kd`) or to the first of two stages (`tcm` after `cm`, `anyflow` after `anyflow_pretrain`).

@@ -54,6 +54,8 @@ def test_every_tiny_recipe_takes_part_and_another_method_is_refused(board: Modul
     assert board.chosen(board.Arguments(methods=("sft",))) == ["sft"]
     with pytest.raises(UserError, match="--methods dmd3"):
         board.chosen(board.Arguments(methods=("dmd3",)))
+    with pytest.raises(UserError, match="--methods self_forcing: its student streams"):
+        board.chosen(board.Arguments(methods=("self_forcing",)))
 
 
 def test_a_process_is_measured_and_a_failing_one_named(board: ModuleType, tmp_path: Path) -> None:
