@@ -39,6 +39,7 @@ class Sampling:
         negative_prompt: guidance leads away from it; ``None`` is the family's own.
         frames: conditioning frames ``[len(prompts), 3, T, H, W]`` in ``[-1, 1]``, for a model that takes some.
         rows: numbers of the prompts to sample; all by default.
+        latent_frames: of each sample, for a model that streams; the model's own by default.
     """
 
     prompts: Sequence[str]
@@ -48,6 +49,12 @@ class Sampling:
     negative_prompt: str | None = None
     frames: Tensor | None = None
     rows: Sequence[int] | None = None
+    latent_frames: int | None = None
+
+    def shape(self, family: DistillAdapter[Any]) -> tuple[int, int, int, int]:
+        """Latent shape ``[C, F, H, W]`` of a sample."""
+        channels, frames, height, width = family.codec.latent_shape
+        return channels, self.latent_frames or frames, height, width
 
     @property
     def batches(self) -> list[Sequence[int]]:
@@ -70,9 +77,8 @@ def sample_batches(
         begin = time.perf_counter()
         noise = SampleNoise([seeds[row] for row in rows], family.device)
         called = None if progress is None else _counted(progress, len(rows), wanted.sampler)
-        shape = family.codec.latent_shape
         with lock_of(denoiser.network):
-            latents = sample(denoiser, noise, shape, wanted.sampler, condition, negative, called=called)
+            latents = sample(denoiser, noise, wanted.shape(family), wanted.sampler, condition, negative, called=called)
         latents = latents.float().cpu()  # waits for a GPU, so that the clock is right
         yield LatentBatch(latents, time.perf_counter() - begin)
 

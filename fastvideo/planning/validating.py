@@ -9,6 +9,7 @@ import torch
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.builder import Config
 from fastvideo.distillation.engine.parallel.distributed import Processes
+from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.rollout import full_time
 from fastvideo.planning.fake import FakeRun, LiveBytes, fake_codec, fake_run, one_thread
 
@@ -27,7 +28,7 @@ def validation_bytes(config: Config, processes: Processes, gathered: int) -> int
     batch = {"data": config.data.model_copy(update={"batch_size": config.validation_batch})}
     run = fake_run(config.model_copy(update=batch), replace(processes, memory=None), depth=1, gathered=gathered > 0)
     with run.mode, one_thread(), torch.no_grad():
-        return max(_forward(run) // processes.context + gathered, decode_bytes(run))
+        return max(_forward(run) // processes.context + gathered, decode_bytes(run, config.validation.frames))
 
 
 def _forward(run: FakeRun) -> int:
@@ -39,13 +40,14 @@ def _forward(run: FakeRun) -> int:
     return memory.peak
 
 
-def decode_bytes(run: FakeRun) -> int:
-    """Latents of a batch to videos, extended from a few latent frames to all."""
+def decode_bytes(run: FakeRun, frames_of_stream: int | None = None) -> int:
+    """Latents of a batch to videos, extended from a few latent frames to all, or to those of longer streams."""
     codec = run.families.main.codec
     if not isinstance(codec, DiffusersCodec):
         return 0
     fake_codec(run.families.main, run.mode)
     batch, (channels, frames, *size) = run.config.data.batch_size, codec.latent_shape
+    frames = latent_frames(frames_of_stream, codec.temporal) if frames_of_stream else frames
     few = min(frames, FEW_FRAMES + frames % 2)  # some go two by two, and take an odd one together with the first
     found = []
     for count in (few,) if few == frames else (few, few + 2):

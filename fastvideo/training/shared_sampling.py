@@ -67,7 +67,7 @@ class SharedSampler:
 
     def _own(self, denoiser: Denoiser, wanted: Sampling, label: str | None = None) -> Tensor:
         mine = replace(wanted, rows=self.rows(len(wanted.prompts)))
-        calls = len(mine.rows or ()) * wanted.sampler.calls_of(self.family.codec.latent_shape[1])
+        calls = len(mine.rows or ()) * wanted.sampler.calls_of(wanted.shape(self.family)[1])
         if label is None or self.processes.world_size > 1:
             return sample_latents(self.family, denoiser, mine, lambda done: self.unit_done())
         with PatientBar(label, calls) as bar:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from fastvideo.distillation.abilities import of_frames, of_texts
 from fastvideo.distillation.builder import Adapter, Config, Method
+from fastvideo.distillation.chunks import spans
 from fastvideo.distillation.config.causal import streaming
+from fastvideo.distillation.config.schema import ValidationConfig
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.engine.runtime import Processes, Tracker
 from fastvideo.distillation.engine.validation import ValidationHook, ValidationSinks
+from fastvideo.distillation.frames import latent_frames
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.sampler import Sampling
@@ -47,9 +50,9 @@ def build_validation(
 
     options = config.validation
     prompts: list[str] = list(options.prompts)
-    score = None
+    score, length = None, _latent_frames(config, adapter, method)
     if options.world_prompts:
-        judge = _world_judge(options.world_prompts, options.seed, adapter)
+        judge = _world_judge(options, adapter)
         prompts, score = list(judge.prompts), judge.score
         frames = judge.first_frames(adapter.conditioner)
     else:
@@ -59,7 +62,7 @@ def build_validation(
     sampler = SamplerSpec.student(method.ladder, kind=method.sampler)
     if (own := streaming(method.config)) is not None:
         sampler = replace(sampler, reach=own.reach, context_time=own.context_time, first_times=own.first_times)
-    wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames)
+    wanted = Sampling(prompts, sampler, options.seed, config.validation_batch, frames=frames, latent_frames=length)
     shared = SharedSampler(adapter, processes)
 
     def sample(denoiser: Denoiser) -> Tensor | None:
@@ -75,7 +78,25 @@ def build_validation(
     return ValidationHook(student, sample, sinks, folder, every=every, weights=options.weights)
 
 
-def _world_judge(prompts: int, seed: int, adapter: Adapter) -> Judge | StreamJudge:
+def _latent_frames(config: Config, adapter: Adapter, method: Method) -> int | None:
+    """Latent frames of longer streams than the model's videos; none where the config asks for none."""
+    frames, own = config.validation.frames, streaming(method.config)
+    if frames is None:
+        return None
+    if own is None or own.reach is None:
+        raise UserError(
+            f"validation.frames: {config.distill_method} trains a model of whole videos, which have the length of the "
+            f"model; leave it out"
+        )
+    try:
+        count = latent_frames(frames, adapter.codec.temporal)
+        spans(count, own.reach.chunk)
+    except UserError as error:
+        raise UserError(f"validation.frames: {error}") from error
+    return count
+
+
+def _world_judge(options: ValidationConfig, adapter: Adapter) -> Judge | StreamJudge:
     """The judge of the tiny world, or of the one without edges for videos longer than that world's."""
     from fastvideo.evaluation.judge import Judge
     from fastvideo.evaluation.measuring import check_validated, video_shape
@@ -83,10 +104,10 @@ def _world_judge(prompts: int, seed: int, adapter: Adapter) -> Judge | StreamJud
     from fastvideo.tiny.classifier import FRAMES
 
     check_validated(adapter)
-    frames, *_ = video_shape(adapter)
+    frames = options.frames or video_shape(adapter)[0]
     if frames == FRAMES:
-        return Judge(prompts, seed, reference=VALIDATION_REFERENCE)
-    return StreamJudge(prompts, seed, frames, reference=VALIDATION_REFERENCE)
+        return Judge(options.world_prompts, options.seed, reference=VALIDATION_REFERENCE)
+    return StreamJudge(options.world_prompts, options.seed, frames, reference=VALIDATION_REFERENCE)
 
 
 def _of_health(config: Config, wanted: Sampling) -> Sampling:

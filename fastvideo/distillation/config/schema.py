@@ -21,7 +21,7 @@ from fastvideo.distillation.grids import published_ladder, uniform_ladder
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.scaling import Quantise, Storage, is_gguf
 from fastvideo.errors import UserError
-from fastvideo.ranges import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed, Steps
+from fastvideo.ranges import Frames, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed, Steps
 from fastvideo.sampling_ranges import BatchSize, HeldOut, Repeats, Samples, Width, WrittenRate
 from fastvideo.storage import is_remote
 
@@ -258,6 +258,9 @@ class ValidationConfig(Section):
     weights: Literal["both", "live", "ema"] = "both"
     """Weights of the student that are shown: the trained ones, their average or both; without an average, the
     trained ones."""
+    frames: Frames | None = None
+    """Frames of each video, for a student that streams: how it goes on beyond the training's length. The default is
+    the model's own."""
     fps: WrittenRate = 8
     """Frames per second of the files."""
 
