@@ -31,6 +31,7 @@ FIGURES = {
     "seam_jump_pixels": ("seams:\npixels", 2),
     "frechet_bias_last": ("own past:\nFrechet", 1),
     "digit_bias_last": ("own past:\ndigit", 3),
+    "colour_bias_last": ("own past:\ncolour", 3),
     "direction_bias_last": ("own past:\ndirection", 3),
 }
 SWITCHES = {

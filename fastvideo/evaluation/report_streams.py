@@ -21,11 +21,14 @@ CHARTS = {
     "speed": ("Speed", "over the first window's"),
     "turn": ("Turn", "degrees from the first direction"),
     "frozen": ("Standing still", "share of streams"),
+    "runaway": ("Running away", "share of streams"),
     "identity": ("Change of looks", "over that of real streams"),
     "ink": ("Brightness", "mean light"),
     "saturation": ("Saturation", "chroma over light"),
     "frechet_bias": ("Exposure bias: Fréchet", "own past minus real past"),
     "digit_bias": ("Exposure bias: digit", "own past minus real past"),
+    "colour_bias": ("Exposure bias: colour", "own past minus real past"),
+    "direction_bias": ("Exposure bias: direction", "own past minus real past"),
 }
 """Title and note of each curve, in the order of the page."""
 SHOWN_FRAMES = (1, 33, 65, 129, 257, 513)

@@ -12,7 +12,7 @@ from fastvideo.evaluation.charts import Banded, band_chart
 from fastvideo.evaluation.figures import short_names
 from fastvideo.evaluation.report import write_report
 from fastvideo.evaluation.report_run import VideoFile
-from fastvideo.evaluation.report_streams import points, strip
+from fastvideo.evaluation.report_streams import CHARTS, points, strip
 from fastvideo.evaluation.statistics import Estimate
 from fastvideo.tests.evaluation.runs import make_run
 from fastvideo.tests.evaluation.streams.rows import measured_streams
@@ -26,7 +26,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_every_course_is_drawn_with_its_band_beside_real_streams(page: str) -> None:
     charts = re.findall(r'<figure class="chart">.*?</figure>', page.split('id="streams"')[1].split("</section>")[0])
-    assert len(charts) == 12
+    assert len(charts) == len(CHARTS) == 15
     digit = next(chart for chart in charts if "Right digit" in chart)
     assert digit.count('<polygon class="band') == digit.count('<polyline class="line') == 3
     assert "Student, 4 steps" in digit
