@@ -237,7 +237,7 @@ def merges_of(config: Config, family: Adapter, role: str, network: nn.Module) ->
 
 def _read_lora(key: str, path: str, family: Adapter, network: nn.Module) -> LoRAFile:
     with _naming(key):
-        return read_lora(Path(path), parameter_shapes(network), load_exporter(family.config).original_name)
+        return read_lora(Path(path), parameter_shapes(network), load_exporter(family.config))
 
 
 def shared_networks(config: Config, families: Families) -> dict[str, AdapterSwitch]:

@@ -24,9 +24,9 @@ from fastvideo.distillation.experts import SIDES, boundary_between, by_expert, s
 from fastvideo.distillation.registry import families, load_adapter, load_exporter, load_method
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
-from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling
-from fastvideo.inference.loading import RECIPE, load_recipe
-from fastvideo.inference.model_card import read_front_matter
+from fastvideo.inference.export_source import PARTS, ExportSource, adapter_scaling, source_recipe
+from fastvideo.inference.licences import OTHER_MODELS, licence_lines, licence_name, licence_of, read_front_matter
+from fastvideo.inference.loading import RECIPE
 from fastvideo.wording import counted
 
 LORA_FORMATS = tuple(f"lora-{name}" for name in LAYOUTS)
@@ -50,6 +50,11 @@ class AdapterFacts:
     def config(self) -> Mapping[str, Any]:
         """The run's config."""
         return self.source.config
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe of the student."""
+        return source_recipe(self.source)
 
     @cached_property
     def base_path(self) -> str:
@@ -105,8 +110,15 @@ class AdapterFacts:
             sampling["boundary_ratio"] = self.boundary
         named = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in sampling.items()}
         origin = {"base_model": self.base, "rank": str(self.rank), "method": self.config["distill_method"]}
-        licence = read_front_matter(Path(self.base_path)).get("license")
-        return {"format": "pt", **origin, **named, **({"license": str(licence)} if licence else {})}
+        return {"format": "pt", **origin, **named, "license": self.licences}
+
+    @property
+    def licences(self) -> str:
+        """Licence of the base model, and those of the models beside it by their names."""
+        others = self.recipe.get(OTHER_MODELS, [])
+        own = licence_name(licence_of(self.base_path))
+        named = [f"{model['name']}: {licence_name(model)}" for model in others]
+        return "; ".join([f"{self.base}: {own}", *named]) if others else own
 
 
 def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> str:
@@ -123,7 +135,7 @@ def write_adapter(source: ExportSource, out: Path, layout: str, mark: str) -> st
     if facts.layout not in able:
         programs = ", ".join(f"lora-{name}" for name in able)
         raise UserError(f"export: {layout}: {source.config['distill_model']} has the layouts {programs}")
-    recipe = (load_recipe(str(source.folder)) if source.folder else {}) | {mark: layout}
+    recipe = facts.recipe | {mark: layout}
     with replacing_folder(out) as partial:
         for side, file in facts.files.items():
             tensors = LAYOUTS[facts.layout].write(facts.experts[side], exporter.original_name, exporter.network_part)
@@ -170,7 +182,9 @@ def _read_me(facts: AdapterFacts, stock: StockSampler | None) -> str:
     steps = counted(len(facts.times), "step")
     head = f"# {facts.name}\n\nAn adapter (LoRA) over `{facts.base}`: with it that model samples in {steps}."
     usage = {"comfy": _comfy, "kohya": _comfy, "lightx2v": _lightx2v, "peft": _peft}.get(facts.layout)
-    return "\n".join([head, "", *(usage(facts) if usage else _diffusers(facts, stock)), ""])
+    lines = usage(facts) if usage else _diffusers(facts, stock)
+    licence = ["", f"Licence of the base model: {licence_name(licence_of(facts.base_path))}."]
+    return "\n".join([head, "", *lines, *licence, *licence_lines(facts.recipe), ""])
 
 
 def _diffusers(facts: AdapterFacts, stock: StockSampler | None) -> list[str]:

@@ -53,7 +53,7 @@ def _network(loaded: LoadedModel, path: str | None) -> nn.Module:
 
 def _read(text: str, loaded: LoadedModel, network: nn.Module) -> Merge:
     path, weight = parse_lora(text)
-    return read_lora(path, parameter_shapes(network), load_exporter(loaded.adapter.config).original_name), weight
+    return read_lora(path, parameter_shapes(network), load_exporter(loaded.adapter.config)), weight
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -22,6 +22,14 @@ from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec, guidance_text
 from fastvideo.evaluation.report_run import read_object
 from fastvideo.inference.export_source import ExportSource
+from fastvideo.inference.licences import (
+    OTHER_MODELS,
+    PACKAGE_LICENSE,
+    licence_lines,
+    public_name,
+    read_front_matter,
+    shared_licence,
+)
 from fastvideo.inference.loading import LoadedModel
 from fastvideo.inference.recipe import reach_text
 from fastvideo.wording import counted
@@ -39,8 +47,6 @@ SAVED_VIDEO = (
 )
 SAVED_IMAGE = (").images[0]", 'image.save("image.png")')
 """Ends of the code that calls a pipeline."""
-PACKAGE_LICENSE = {"license": "apache-2.0"}
-"""Licence of the embedded pipelines."""
 UNKNOWN_LICENSE = {"license": "other", "license_name": "same-as-base-model"}
 
 
@@ -94,14 +100,18 @@ class CardFacts:
     @property
     def base(self) -> str:
         """The base model's public name: a local path without its folders."""
-        path = str(self.recipe.get("model", {}).get("path", "unknown"))
-        return path if path in EMBEDDED or HUB_ID.fullmatch(path) else Path(path).name
+        return public_name(str(self.recipe.get("model", {}).get("path", "unknown")))
 
     @property
-    def license(self) -> dict[str, Any]:
+    def base_license(self) -> dict[str, Any]:
         """Licence keys of the base model's card: a student is derived from its weights."""
         found = {key: value for key, value in self.base_card.items() if key.startswith("license")}
         return found or (PACKAGE_LICENSE if self.base in EMBEDDED else UNKNOWN_LICENSE)
+
+    @property
+    def license(self) -> dict[str, Any]:
+        """Licence keys of the card, for the base model and those beside it."""
+        return shared_licence([self.base_license, *self.recipe.get(OTHER_MODELS, [])])
 
 
 def model_card(facts: CardFacts, use: Sequence[str] = ()) -> str:
@@ -111,19 +121,6 @@ def model_card(facts: CardFacts, use: Sequence[str] = ()) -> str:
     parts = [_front_matter(facts), _head(facts), usage, _ladder(facts), _recipe(facts)]
     parts += [_figures(facts.run_file("metrics.json")), _versions(facts), _license(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def read_front_matter(folder: Path) -> dict[str, Any]:
-    """YAML at the head of a folder's ``README.md``; empty if absent or unreadable."""
-    file = folder / "README.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    try:
-        found = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -275,7 +272,8 @@ def _versions(facts: CardFacts) -> str:
 
 def _license(facts: CardFacts) -> str:
     text = "The student is derived from the base model's weights, so the base model's licence applies to it"
-    if facts.license == UNKNOWN_LICENSE:
-        return f"## Licence\n\n{text}. Its folder does not say which; look it up before you publish this one."
-    named = ", ".join(map(str, facts.license.values()))
-    return f"## Licence\n\n{text}: {named}. The training data may add terms of its own."
+    others = "\n".join(licence_lines(facts.recipe))
+    if facts.base_license == UNKNOWN_LICENSE:
+        return f"## Licence\n\n{text}. Its folder does not say which; look it up before you publish this one.{others}"
+    named = ", ".join(map(str, facts.base_license.values()))
+    return f"## Licence\n\n{text}: {named}. The training data may add terms of its own.{others}"

@@ -11,6 +11,7 @@ from fastvideo.distillation.builder import Config
 from fastvideo.distillation.chunks import STREAMING, Reach
 from fastvideo.distillation.config.causal import streaming
 from fastvideo.distillation.registry import load_method
+from fastvideo.inference.licences import OTHER_MODELS, other_models
 from fastvideo.wording import counted
 
 Weights = Literal["ema", "live"]
@@ -18,7 +19,7 @@ Weights = Literal["ema", "live"]
 
 
 def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: int) -> dict[str, Any]:
-    """The recipe of a run's student after ``step`` steps."""
+    """The recipe of a run's student after ``step`` steps, with the licences that are known on this machine."""
     method = load_method(config.distill_method)
     recipe: dict[str, Any] = {
         "distill_model": config.distill_model,
@@ -27,6 +28,7 @@ def result_recipe(config: Config, folder: ModelFolder, weights: Weights, step: i
         "sampler": method.sampler,
         "weights": weights,
         "steps": step,
+        OTHER_MODELS: other_models(config),
     }
     if (own := streaming(config.method)) is not None:
         recipe[STREAMING] = {**asdict(own.reach), "context_time": own.context_time}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fastvideo.distillation.adapters.analytic import AnalyticConfig
@@ -45,3 +48,14 @@ def test_original_names_of_wan(layer: str, name: str) -> None:
     assert load_exporter(load_adapter("wan").Config()).original_name(layer) == name
     with pytest.raises(UserError, match=r"blocks\.7\.norm: the authors' code of Wan has no such layer"):
         load_exporter(load_adapter("wan").Config()).original_name("blocks.7.norm")
+
+
+def test_the_page_says_which_layouts_of_lora_files_a_family_writes() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "weights.md").read_text()
+    table = text.partition("| family | read | written")[2].partition("\n\n")[0]
+    said: dict[str, tuple[str, ...]] = {}
+    for row in table.splitlines()[2:]:
+        names, _, written = row.strip("|").split("|")
+        said |= dict.fromkeys(re.findall("`(.+?)`", names), tuple(re.findall("`(.+?)`", written)))
+    names = set(families().values())
+    assert said == {name: load_exporter(load_adapter(name).Config(path=f"tiny_{name}")).lora_layouts for name in names}

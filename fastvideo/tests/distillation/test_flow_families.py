@@ -476,7 +476,7 @@ def test_a_lora_file_changes_the_stock_pipeline_as_it_changes_our_network(
     }
     assert layout in exporter.lora_layouts
     save_file(own.write(factors, exporter.original_name, exporter.network_part), tmp_path / own.file)
-    found = read_lora(tmp_path, {k: tuple(v.shape) for k, v in network.named_parameters()}, exporter.original_name)
+    found = read_lora(tmp_path, {k: tuple(v.shape) for k, v in network.named_parameters()}, exporter)
     assert found.factors.keys() == factors.keys()
     pipeline = stock_pipeline(adapter)
     attrgetter(exporter.lora_loader)(pipeline)(tmp_path, weight_name=own.file)

@@ -19,7 +19,7 @@ from fastvideo.distillation.engine.lora import AdapterSwitch, add_adapter, merge
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.errors import UserError
-from fastvideo.tests.distillation.tiny import FAMILIES
+from fastvideo.tests.distillation.tiny import FAMILIES, made_family
 
 RANK = 3
 TARGETS = {
@@ -36,7 +36,8 @@ class Subject:
         self.adapter: DistillAdapter[Any] = FAMILIES[name].make(folder)
         self.network = self.adapter.folder.load_network()
         self.shapes = parameter_shapes(self.network)
-        self.original = load_exporter(self.adapter.config).original_name
+        self.exporter = load_exporter(self.adapter.config)
+        self.original = self.exporter.original_name
         ends = tuple(f".{target}.weight" for target in TARGETS[name])
         self.layers = [key.removesuffix(".weight") for key in self.shapes if key.endswith(ends)]
 
@@ -49,7 +50,7 @@ class Subject:
         }
 
     def read(self, path: Path) -> LoRAFile:
-        return read_lora(path, self.shapes, self.original)
+        return read_lora(path, self.shapes, self.exporter)
 
 
 @pytest.fixture(scope="module", params=["wan", "cogvideox"])
@@ -274,3 +275,79 @@ def test_an_adapter_that_is_too_small(wan: Subject, tmp_path: Path) -> None:
     add_adapter(network, "critic", LoRAConfig(rank=4), seed=0)
     with pytest.raises(UserError, match=r"add to roles\.critic\.lora\.targets: .*ffn"):
         start_adapter(network, "critic", file)
+
+
+KOHYA, COMFY = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
+AUTHORS: dict[str, tuple[str, tuple[str, str], tuple[str, ...]]] = {
+    "flux, comfy": (
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        COMFY,
+        tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
+    ),
+    "z_image, comfy": (
+        "diffusion_model.layers.0.attention.qkv",
+        COMFY,
+        tuple(f"layers.0.attention.to_{name}" for name in "qkv"),
+    ),
+    "z_image, out": ("diffusion_model.layers.0.attention.out", COMFY, ("layers.0.attention.to_out.0",)),
+    "flux": (
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        KOHYA,
+        tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
+    ),
+    "flux2": (
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        COMFY,
+        tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
+    ),
+    "z_image": (
+        "lora_unet_layers_0_attention_qkv",
+        KOHYA,
+        tuple(f"layers.0.attention.to_{name}" for name in "qkv"),
+    ),
+    "krea2": ("diffusion_model.blocks.0.attn.wq", COMFY, ("transformer_blocks.0.attn.to_q",)),
+    "ltx2": ("diffusion_model.patchify_proj", COMFY, ("proj_in",)),
+}
+"""A layer in its authors' names, with the suffixes of its factors, and the layers that it is here, top to bottom."""
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_layers_of_other_names_go_through_diffusers_converter(name: str, tiny_wan: Path, tmp_path: Path) -> None:
+    """Joined projections too; an alpha of twice the rank, half the strength."""
+    stem, (down, up), layers = AUTHORS[name]
+    adapter = made_family(name.partition(",")[0], tiny_wan.parent)
+    network, shapes = adapter.folder.load_network(), parameter_shapes(adapter.folder.load_network())
+    generator, rows = torch.Generator().manual_seed(0), [shapes[f"{layer}.weight"][0] for layer in layers]
+    a = torch.randn(RANK, shapes[f"{layers[0]}.weight"][1], generator=generator)
+    b = torch.randn(sum(rows), RANK, generator=generator)
+    tensors = {stem + down: a, stem + up: b, f"{stem}.alpha": torch.tensor(2.0 * RANK)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    merge_file(network, read_lora(tmp_path, shapes, load_exporter(adapter.config)), 0.5)
+    changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {f"{layer}.weight" for layer in layers}
+    for layer, part in zip(layers, b.split(rows), strict=True):
+        expected = before[f"{layer}.weight"] + part @ a
+        torch.testing.assert_close(network.state_dict()[f"{layer}.weight"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lora_unet_double_blocks_0_img_attn_qkv.diff_b": (48,)}, r"4 of its tensors .*img_attn_qkv\.alpha"),
+        ({"lora_unet_double_blocks_9_img_attn_proj.lora_down.weight": (3, 16)}, "1 of its .*double_blocks_9_img_attn"),
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (3, 16)}, "qkv changes layers that have tensors"),
+    ],
+    ids=["a part that it leaves out", "no such block", "twice"],
+)
+def test_what_the_converter_leaves_out_is_refused(
+    more: dict[str, tuple[int, ...]], message: str, tiny_wan: Path, tmp_path: Path
+) -> None:
+    stem, (down, up), layers = AUTHORS["flux"]
+    adapter = made_family("flux", tiny_wan.parent)
+    shapes = parameter_shapes(adapter.folder.load_network())
+    rows, columns = shapes[f"{layers[0]}.weight"]
+    tensors = {stem + down: torch.ones(3, columns), stem + up: torch.ones(3 * rows, 3), f"{stem}.alpha": torch.ones(())}
+    save_file(tensors | {key: torch.ones(shape) for key, shape in more.items()}, tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_lora(tmp_path, shapes, load_exporter(adapter.config))

@@ -251,7 +251,7 @@ def test_a_lora_file_changes_the_stock_pipeline_as_it_changes_our_network(
     }
     own = LAYOUTS[layout]
     save_file(own.write(factors, exporter.original_name, exporter.network_part), tmp_path / own.file)
-    found = read_lora(tmp_path, {k: tuple(v.shape) for k, v in network.named_parameters()}, exporter.original_name)
+    found = read_lora(tmp_path, {k: tuple(v.shape) for k, v in network.named_parameters()}, exporter)
     assert found.factors.keys() == factors.keys()
     pipeline = DiffusionPipeline.from_pretrained(adapter.config.path)
     before = pipeline.unet.state_dict()
@@ -283,15 +283,15 @@ def test_kohyas_files_name_layers_of_sdxl_as_stability_does(sdxl: Any, tmp_path:
         "up_blocks_0_attentions_0_proj_out": "up_blocks.0.attentions.0.proj_out",
     }
     shapes = {name: tuple(p.shape) for name, p in network_of(sdxl).named_parameters()}
-    original, file = load_exporter(sdxl.config).original_name, tmp_path / "style.safetensors"
+    exporter, file = load_exporter(sdxl.config), tmp_path / "style.safetensors"
     save_file(kohya(*golden), file)
-    assert set(read_lora(file, shapes, original).factors) == {*golden.values()}
+    assert set(read_lora(file, shapes, exporter).factors) == {*golden.values()}
     save_file(kohya(*golden, lora_te1_text_model_encoder_layers_0_mlp_fc1_alpha=torch.ones(1)), file)
-    with pytest.raises(UserError, match=r"1 of 9 tensors .* text encoders stay .*pipe\.fuse_lora\(\)"):
-        read_lora(file, shapes, original)
+    with pytest.raises(UserError, match=r"1 of its tensors .* text encoders stay .*pipe\.fuse_lora\(\)"):
+        read_lora(file, shapes, exporter)
     save_file(kohya(*golden, "input_blocks_9_1_proj_in", lora_te1_layers_0_alpha=torch.ones(1)), file)
-    with pytest.raises(UserError, match=r"3 of 11 tensors .*input_blocks_9_1_proj_in(?!.*text encoders)"):
-        read_lora(file, shapes, original)
+    with pytest.raises(UserError, match=r"3 of its tensors .*input_blocks_9_1_proj_in(?!.*text encoders)"):
+        read_lora(file, shapes, exporter)
 
 
 def test_an_adapters_file_has_the_pipelines_name_of_the_network(sdxl: Any, tmp_path: Path) -> None:

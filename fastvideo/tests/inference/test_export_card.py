@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import safe_open
 
-from fastvideo.tests.inference.exporting import export
+from fastvideo.cli import main
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import run_schema
+from fastvideo.inference.licences import licence_of, other_models
+from fastvideo.tests.distillation.tiny import wan_config, wan_folder
+from fastvideo.tests.inference.exporting import PROMPTS, export
+from fastvideo.training.run import run
 
 
 def test_the_cards_lines_run_as_they_stand(distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +73,90 @@ def student_again(folder: Path, ladder: list[float], to: Path) -> Path:
     recipe = json.loads((to / "recipe.json").read_text())
     (to / "recipe.json").write_text(json.dumps(recipe | {"ladder": ladder}))
     return to
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an adapter under a teacher of its own licence, and a critic whose card nobody has."""
+    root = tmp_path_factory.mktemp("taught")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    base, teacher, critic = wan_folder(root / "own"), root / "someones-model", root / "nameless"
+    for copy in (teacher, critic):
+        shutil.copytree(base, copy)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (teacher / "README.md").write_text("---\nlicense: other\nlicense_name: dev-only\nlicense_link: LICENSE.md\n---\n")
+    values = {
+        "distill_model": "wan",
+        "distill_method": "dmd2",
+        "output": str(root / "run"),
+        "device": "cpu",
+        "model": wan_config(base).model_dump(),
+        "roles": {
+            "student": {"trainable": True, "lora": {"rank": 2}},
+            "teacher": {"trainable": False, "path": str(teacher)},
+            "critic": {"trainable": True, "path": str(critic)},
+        },
+        "ladder": {"times": [1.0, 0.5]},
+        "method": {"generator_update_interval": 1},
+        "data": {"prompts": str(root / "prompts.txt"), "batch_size": 2},
+        "trainer": {"max_steps": 1},
+    }
+    return run(validate(run_schema("wan", "dmd2"), values, "test"))
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in its run", "alone"])
+def test_the_teachers_licences_are_passed_on(taught: Path, tmp_path: Path, moved: bool) -> None:
+    source = Path(shutil.copytree(taught, tmp_path / "alone")) if moved else taught
+    _, front, body = (export(source, tmp_path / "out") / "README.md").read_text().split("---\n", 2)
+    named = yaml.safe_load(front)
+    assert (named["license"], named["license_name"]) == ("other", "apache-2.0-and-dev-only-and-unknown")
+    assert "base model's licence applies to it: apache-2.0." in body
+    assert "* `someones-model`: other, dev-only, LICENSE.md\n" in body
+    assert "* `nameless`: not known here" in body
+
+
+def test_an_adapters_header_names_all_licences(taught: Path, tmp_path: Path) -> None:
+    assert main(["export", str(taught.parent), "--to", "lora-diffusers", "--out", str(tmp_path / "out")]) == 0
+    with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as file:
+        named = file.metadata()["license"]
+    assert named.endswith(": apache-2.0; someones-model: dev-only; nameless: unknown")
+    assert "* `someones-model`: other, dev-only, LICENSE.md\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_models_of_other_families_and_of_earlier_runs_are_named_once(taught: Path, tmp_path: Path) -> None:
+    theirs = {"family": "cogvideox", "path": "tiny_cogvideox"}
+    roles = {"teacher": {"trainable": False, "model": theirs}, "critic": {"trainable": True, "model": theirs}}
+    values = {
+        "distill_model": "wan",
+        "distill_method": "dmd2",
+        "output": str(tmp_path / "run"),
+        "model": {"path": "tiny"},
+        "method": {},
+        "roles": {"student": {"trainable": True, "path": str(taught)}, **roles},
+    }
+    found = other_models(validate(run_schema("wan", "dmd2"), values, "test"))
+    assert [(model["name"], model.get("license")) for model in found] == [
+        ("student", "apache-2.0"),
+        ("someones-model", "other"),
+        ("nameless", None),
+        ("tiny_cogvideox", "apache-2.0"),
+    ]
+
+
+def test_a_card_on_the_hub_is_read_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--someone--a-model"
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert licence_of("someone/a-model") == {"license": "mit"}
+    assert licence_of("someone/another") == {}
+
+
+def test_a_student_whose_recipe_names_no_models_says_so(student: Callable[..., Path], tmp_path: Path) -> None:
+    source = student()
+    recipe = json.loads((source / "recipe.json").read_text())
+    del recipe["other_models"]
+    (source / "recipe.json").write_text(json.dumps(recipe))
+    assert "does not say which other models" in (export(source, tmp_path / "out") / "README.md").read_text()

@@ -11,14 +11,17 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor
 
+from fastvideo.cli import main
 from fastvideo.data.model import SIZES
 from fastvideo.distillation.adapters.cogvideox import CogVideoXAdapter
-from fastvideo.distillation.registry import load_exporter
+from fastvideo.distillation.config.reading import validate
+from fastvideo.distillation.registry import load_exporter, run_schema
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.samplers import generate
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.tests.distillation.tiny import cogvideox_config, cogvideox_folder
 from fastvideo.tests.inference.exporting import PROMPTS, export
+from fastvideo.training.run import run
 
 ONE_LEVEL = 1 / 255
 
@@ -83,3 +86,31 @@ def test_a_ladder_off_the_grid_of_timesteps_comes_with_a_warning(
 ) -> None:
     export(student(tmp_path, "renoise", [1.0, 0.75, 0.5, 0.25]), tmp_path / "out")
     assert "no stock scheduler yields this ladder. Trained: 1.0000 0.7500 0.5000 0.2500" in capsys.readouterr().err
+
+
+def test_only_names_that_its_programs_know_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SAT's names are not known here: diffusers' would be written in their place."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    values = {
+        "distill_model": "cogvideox",
+        "distill_method": "dmd2",
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "model": cogvideox_config(cogvideox_folder(tmp_path)).model_dump(),
+        "roles": {
+            "student": {"trainable": True, "lora": {"rank": 2}},
+            "teacher": {"trainable": False},
+            "critic": {"trainable": True, "lora": {"rank": 2}},
+        },
+        "method": {},
+        "data": {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 2},
+        "trainer": {"max_steps": 1},
+    }
+    run(validate(run_schema("cogvideox", "dmd2"), values, "test"))
+    for layout in ("lora-comfy", "lora-kohya", "lora-lightx2v"):
+        assert main(["export", str(tmp_path / "run"), "--to", layout, "--out", str(tmp_path / "out")]) == 2
+        assert f"{layout}: cogvideox has the layouts lora-diffusers, lora-peft" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), "--to", "comfy", "--out", str(tmp_path / "out")]) == 2
+    assert "is not written under its authors' names: --to diffusers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(tmp_path / "run"), "--to", "lora-diffusers", "--out", str(tmp_path / "out")]) == 0

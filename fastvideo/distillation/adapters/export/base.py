@@ -54,8 +54,9 @@ class Exporter:
 
     network_part: str = "transformer"
     """Name of the network in the diffusers pipeline, before the layers' names in a LoRA file of it."""
-    lora_layouts: tuple[str, ...] = ("diffusers", "peft", "kohya", "comfy", "lightx2v")
-    """Layouts of LoRA files whose programs have the family, by their names in ``export.lora.LAYOUTS``."""
+    lora_layouts: tuple[str, ...] = ("diffusers", "peft")
+    """Layouts of LoRA files whose programs have the family under :meth:`original_name`, by their names in
+    ``export.lora.LAYOUTS``; ``comfy`` stands for whole networks under these names too."""
     call_options: tuple[str, ...] = ("height", "width", "num_frames", "max_sequence_length")
     """Options of the family that the diffusers pipeline is called with."""
     lora_loader: str = "load_lora_weights"

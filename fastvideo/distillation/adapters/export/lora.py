@@ -1,7 +1,9 @@
 """LoRA files of other programs: their names, and which layers of a network they change.
 
-Five layouts are read and written. Which one a file has is not asked: every layer of the network is looked up under all
-of its spellings, and a name that none of them explains is an error.
+Five layouts are read and written, as far as a family's ``Exporter.original_name`` has the authors' names. Which one a
+file has is not asked: every layer of the network is looked up under all of its spellings. A layer under another name,
+or one that stands for several, goes through the converter of the family's diffusers pipeline, and a name that this does
+not explain either is an error.
 
 | layout | prefix | layer | factors | alpha |
 |---|---|---|---|---|
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.distillation.adapters.diffusers.single_file import load_tensors
+from fastvideo.distillation.adapters.export.base import Exporter
 from fastvideo.distillation.experts import SIDES, by_expert
 from fastvideo.distillation.lora_file import LoRAFile
 from fastvideo.distillation.types import UserError
@@ -89,7 +92,7 @@ def find_file(path: Path) -> Path:
     return found[0]
 
 
-def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name) -> LoRAFile:
+def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], exporter: Exporter) -> LoRAFile:
     """Read an adapter of any layout for a network.
 
     A network of two experts has a file for each, in one folder or one alone; ``high_noise`` or ``low_noise`` in its
@@ -98,7 +101,7 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name)
     Args:
         path: its file, or a folder that holds it.
         shapes: shape of every parameter of the network, by diffusers' name.
-        original: the family's ``Exporter.original_name``.
+        exporter: of the family.
 
     Raises:
         UserError: if the file cannot be read, holds another kind of adapter or a name that no layer of the network has,
@@ -106,11 +109,12 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name)
     """
     experts = by_expert(shapes)
     if "" not in experts:
-        return _read_experts(path, experts, original)
+        return _read_experts(path, experts, exporter)
     file = find_file(path)
     tensors, metadata = load_tensors(file)
     _check_kind(file, tensors)
-    parts = _sorted_parts(file, tensors, spellings(shapes, original), shapes)
+    known = spellings(shapes, exporter.original_name)
+    parts = _sorted_parts(file, _in_diffusers(file, tensors, known, exporter), known, shapes)
     scale = _scale_beside(file, metadata)
     factors = {layer: _factors(file, layer, found, shapes, scale) for layer, found in parts.low_rank.items()}
     for name, change in parts.differences.items():
@@ -120,7 +124,7 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], original: Name)
     return LoRAFile(file, factors, parts.differences)
 
 
-def _read_experts(path: Path, experts: Mapping[str, Mapping[str, tuple[int, ...]]], original: Name) -> LoRAFile:
+def _read_experts(path: Path, experts: Mapping[str, Mapping[str, tuple[int, ...]]], exporter: Exporter) -> LoRAFile:
     """The files of two experts as one, under the names of the module that holds both."""
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     factors, differences = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
@@ -129,7 +133,7 @@ def _read_experts(path: Path, experts: Mapping[str, Mapping[str, tuple[int, ...]
         if len(own) > 1:
             raise UserError(f"{path} holds several files for {side}: {', '.join(file.name for file in own)}; keep one")
         for file in own:
-            read = read_lora(file, experts[side], original)
+            read = read_lora(file, experts[side], exporter)
             factors |= {f"{part}.{name}": value for name, value in read.factors.items()}
             differences |= {f"{part}.{name}": value for name, value in read.differences.items()}
     if not factors and not differences:
@@ -166,6 +170,53 @@ def _or_same(original: Name, name: str) -> str:
         return name
 
 
+def _in_diffusers(
+    file: Path, tensors: Mapping[str, Tensor], known: Mapping[str, str], exporter: Exporter
+) -> dict[str, Tensor]:
+    """The file with diffusers' names for layers that are not known, where its converter gives known ones."""
+    found, unknown = dict(tensors), dict[str, dict[str, Tensor]]()
+    for name in tensors:
+        if not _is_known(name, known):
+            unknown.setdefault(_split(name)[0], {})[name] = found.pop(name)
+    for stem, layer in unknown.items():
+        made = _converted(stem, layer, known, exporter)
+        if found.keys() & made.keys():
+            raise UserError(f"{file}: {stem} changes layers that have tensors of their own: merge the parts one by one")
+        found |= made
+    return found
+
+
+def _is_known(name: str, known: Mapping[str, str]) -> bool:
+    return any(stem in known for stem in _stems(_split(name)[0]))
+
+
+def _converted(stem: str, layer: dict[str, Tensor], known: Mapping[str, str], exporter: Exporter) -> dict[str, Tensor]:
+    """Both factors of one layer by the pipeline's converter; the layer as it is, if that knows it under no suffixes.
+
+    It gets one layer at a time, so that what it leaves out is seen, with ``alpha`` multiplied in, which it forgets for
+    some layers.
+    """
+    import diffusers
+
+    found = {_split(name)[1]: tensor for name, tensor in layer.items()}
+    convert = getattr(getattr(diffusers, next(iter(exporter.config.pipelines), ""), None), "lora_state_dict", None)
+    if convert is None or found.keys() - {"alpha"} != {"down", "up"}:
+        return layer
+    down, up, alpha = found["down"], found["up"], found.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        return layer
+    up = up if alpha is None else up.float() * (alpha.float() / down.shape[0])
+    for suffixes in zip(DOWN, UP, strict=True):
+        try:
+            made = convert({stem + suffixes[0]: down, stem + suffixes[1]: up})
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            continue
+        made = made[0] if isinstance(made, tuple) else made  # Stable Diffusion's has alphas beside
+        if made and all(_is_known(name, known) for name in made):
+            return dict(made)
+    return layer
+
+
 @dataclass
 class _Parts:
     """Tensors of a file, by diffusers' name of their layer or parameter."""
@@ -192,7 +243,7 @@ def _sorted_parts(
         others = [name for name in unknown if not name.startswith(TEXT_PREFIXES)]
         hint = did_you_mean(_stems(_split(others[0])[0])[0], list(known)) if others else OF_TEXTS
         raise UserError(
-            f"{file}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this network, the first of them "
+            f"{file}: {len(unknown)} of its tensors belong to no layer of this network, the first of them "
             f"{', '.join(sorted(unknown)[:5])}{hint}"
         )
     return parts

@@ -6,6 +6,7 @@ import re
 
 from fastvideo.distillation.adapters.export.base import StreamingClasses
 from fastvideo.distillation.adapters.export.flow_match import FlowMatchExporter
+from fastvideo.distillation.adapters.export.lora import LAYOUTS
 from fastvideo.distillation.types import UserError
 
 IN_A_BLOCK = {
@@ -48,6 +49,7 @@ OUTSIDE = {
 class WanExporter(FlowMatchExporter):
     """``FlowMatchEulerDiscreteScheduler``, the authors' names, and FastVideo's classes for streaming."""
 
+    lora_layouts = tuple(LAYOUTS)
     streaming = StreamingClasses("WanCausalDMDPipeline", "CausalWanTransformer3DModel", "SelfForcingFlowMatchScheduler")
 
     def original_name(self, name: str) -> str:
