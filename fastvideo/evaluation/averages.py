@@ -73,9 +73,9 @@ def _check_judged(run: Snapshotted, model: LoadedModel, steps: int | None) -> No
             f"with --std 0.05 0.1 0.15, and compare them: fastvideo evaluate FOLDER ... --teacher TEACHER "
             f"--prompts FILE, with prompts of the training data"
         )
-    check_judged(str(run.folder.parent), model)
     if steps is not None and steps not in (counts := _step_counts(model)):
         raise UserError(f"--steps {steps}: this student is measured at {' or '.join(map(str, counts))}")
+    check_judged(str(run.folder.parent), model)
 
 
 def _step_counts(model: LoadedModel) -> tuple[int, ...]:
