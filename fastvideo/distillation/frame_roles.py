@@ -35,7 +35,7 @@ def frame_bridge(use: FrameUse, main: Adapter, by_role: Mapping[str, Adapter]) -
     teacher = by_role[use.roles[0]]
     _check_stills(use, by_role)
     _check_videos(use, main)
-    noisiest = teacher.folder.teacher_times(1)[0]
+    noisiest = of_folder(teacher.folder).noisiest
     if use.times[1] > noisiest:
         raise UserError(
             f"method.frame_time_range: ends at {use.times[1]}, and the noisiest level that {use.roles[0]} was trained "
