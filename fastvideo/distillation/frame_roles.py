@@ -82,11 +82,6 @@ def _check_stills(use: FrameUse, by_role: Mapping[str, Adapter]) -> None:
 
 def _check_videos(use: FrameUse, main: Adapter) -> None:
     """The student generates every frame, and enough of them."""
-    if main.codec.parts is not None:
-        raise UserError(
-            f"model: a sample is {main.codec.parts} in one state, which has no frames to pick: a frame teacher is for "
-            f"families of videos alone"
-        )
     if of_frames(main.conditioner).needs_frames:
         raise UserError(
             "model: it goes on from given frames, which hold no information for a frame teacher: methods without one "

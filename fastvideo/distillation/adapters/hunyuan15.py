@@ -159,6 +159,7 @@ class Hunyuan15Adapter(FlowAdapter[Hunyuan15Config]):
 
     Config = Hunyuan15Config
     summary = "HunyuanVideo 1.5, videos from text: rectified flow, Qwen2.5-VL text, ByT5 for quoted text"
+    supports = FlowAdapter.supports | {"frames"}
     time_units = 1000.0
     time_projection = ("time_embed.time_proj", 1000.0)
     _codec, _texts, _folder = Hunyuan15Codec, Hunyuan15Conditioner, Hunyuan15Folder
