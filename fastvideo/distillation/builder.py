@@ -157,16 +157,20 @@ def build_bridges(
         notes.append(note)
     rest = [role for role in families.by_role if use is None or role not in use.roles]
     others = {role: families.by_role[role] for role in rest if families.by_role[role] is not main}
-    for role, family in others.items():
-        bridge = bridge_between(main.codec, family.codec)
+    for family in dict.fromkeys(others.values()):
+        roles = [name for name in others if others[name] is family]
+        role = roles[0]
+        if main.codec.latent_key != family.codec.latent_key:
+            _check_one_tensor(role, main, family)
+        bridge, note = bridge_between(main.codec, family.codec, roles)
+        notes.append(note)
         if bridge is same_space:
             continue
-        _check_one_tensor(role, main, family)
         if not method.bridges or of_frames(main.conditioner).needs_frames:
             why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
             raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
         _check_sizes(role, main.config, family.config)
-        bridges["student", role] = bridge
+        bridges |= {("student", name): bridge for name in roles}
     scoring = [family for role, family in families.by_role.items() if role in ("teacher", "critic")]
     if others and len({family.codec.latent_key for family in scoring}) > 1:
         raise UserError(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.adapters.base import Codec, DistillAdapter
+from fastvideo.distillation.bridge import AGREEMENT, difference
 from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import UserError
@@ -20,8 +20,6 @@ from fastvideo.distillation.types import UserError
 Adapter = DistillAdapter[Any]
 STILLS, SIDE, COARSE = 8, 64, 8
 """Stills of the probe, their side in pixels, and that of the coarse colours that they are made of."""
-AGREEMENT = 0.01
-"""Rms difference, of 1, up to which two codecs are taken to encode stills alike."""
 STRETCH = 1.1
 """Ratio of two shapes up to which a frame counts as not squeezed."""
 
@@ -157,14 +155,8 @@ def _check_sizes(use: FrameUse, source: Codec, teacher: Adapter) -> None:
 
 
 def still_difference(source: Codec, target: Codec) -> float:
-    """Rms difference of two codecs' latents of the same stills, as a share of the first's; NaN without weights."""
-    stills = probe_stills()
-    one, other = source.encode(stills), target.encode(stills.to(target.device))
-    if isinstance(one, FakeTensor) or isinstance(other, FakeTensor):
-        return math.nan
-    if one.shape != other.shape:
-        return math.inf
-    return float((one - other).square().mean().sqrt() / one.square().mean().sqrt())
+    """:func:`~fastvideo.distillation.bridge.difference` on stills."""
+    return difference(source, target, probe_stills())
 
 
 def probe_stills() -> Tensor:
