@@ -91,13 +91,13 @@ def _through_pixels(names: str, why: str) -> str:
 
 
 def clip_difference(source: PixelCodec, target: PixelCodec) -> float:
-    """:func:`difference` on a short clip, which the first codec decodes from noise."""
+    """:func:`latent_difference` on a short clip, which the first codec decodes from noise."""
     channels, *sizes = source.latent_shape
     shape = (1, channels, *map(min, sizes, CLIP))
-    return difference(source, target, source.decode(normal(shape, seeded(0)).to(source.device)))
+    return latent_difference(source, target, source.decode(normal(shape, seeded(0)).to(source.device)))
 
 
-def difference(source: PixelCodec, target: PixelCodec, videos: Tensor) -> float:
+def latent_difference(source: PixelCodec, target: PixelCodec, videos: Tensor) -> float:
     """Rms difference of two codecs' latents of the same videos, as a share of the first's; NaN without weights."""
     one, other = source.encode(videos), target.encode(videos.to(target.device))
     if isinstance(one, FakeTensor) or isinstance(other, FakeTensor):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.adapters.base import Codec, DistillAdapter
-from fastvideo.distillation.bridge import AGREEMENT, difference
+from fastvideo.distillation.bridge import AGREEMENT, latent_difference
 from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import UserError
@@ -155,8 +155,8 @@ def _check_sizes(use: FrameUse, source: Codec, teacher: Adapter) -> None:
 
 
 def still_difference(source: Codec, target: Codec) -> float:
-    """:func:`~fastvideo.distillation.bridge.difference` on stills."""
-    return difference(source, target, probe_stills())
+    """:func:`~fastvideo.distillation.bridge.latent_difference` on stills."""
+    return latent_difference(source, target, probe_stills())
 
 
 def probe_stills() -> Tensor:
