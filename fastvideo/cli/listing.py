@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from fastvideo.cli.arguments import parse
 from fastvideo.cli.console import console
@@ -78,6 +78,19 @@ def combination_table() -> Table:
     return table
 
 
+def experts_line() -> str:
+    """What models of two experts lack of their family's abilities, and how far they are proven."""
+    from fastvideo.distillation.experts import LEVEL, SUPPORTS
+    from fastvideo.distillation.registry import METHODS, load_method
+    from fastvideo.distillation.types import Need
+
+    methods = [name for name in METHODS if load_method(name).needs_of(load_method(name).Config()) <= SUPPORTS]
+    return (
+        f"Models of two experts (Wan 2.2 A14B): level {LEVEL}, methods {', '.join(methods)}; they lack "
+        f"{', '.join(sorted({*get_args(Need)} - SUPPORTS))}."
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the tables; returns the exit code."""
     parse(ListArguments, argv, "list")
@@ -86,5 +99,6 @@ def main(argv: Sequence[str]) -> int:
     for table in (method_table(), family_table(), combination_table()):
         out.print(table)
     out.print("Name a pair in a config (distill_method, distill_model), or with the flags of the same names.")
+    out.print(experts_line())
     out.print("A need of jvp goes away with method.jvp: central_difference.")
     return 0

@@ -42,6 +42,11 @@ class FolderAbilities:
     trained_side: int | None = None
     """Side in pixels of the pictures that an image family's network was trained on."""
 
+    @property
+    def noisiest(self) -> float:
+        """Latest time that the family's networks know: 1, pure noise, or where a table of noise levels ends before."""
+        return 1.0
+
     @cached_property
     def kernels(self) -> str:
         """Kernels that compute the network, in one line for the log."""

@@ -52,6 +52,8 @@ from fastvideo.stopping import unit_done
 Adapter = DistillAdapter[Any]
 Method = DistillMethod[Any]
 Config = RunConfig[Any, Any]
+ROUNDING = 1e-4
+"""Difference of two times that are one, of which a config writes four digits."""
 
 
 @contextmanager
@@ -155,16 +157,20 @@ def build_bridges(
         notes.append(note)
     rest = [role for role in families.by_role if use is None or role not in use.roles]
     others = {role: families.by_role[role] for role in rest if families.by_role[role] is not main}
-    for role, family in others.items():
-        bridge = bridge_between(main.codec, family.codec)
+    for family in dict.fromkeys(others.values()):
+        roles = [name for name in others if others[name] is family]
+        role = roles[0]
+        if main.codec.latent_key != family.codec.latent_key:
+            _check_one_tensor(role, main, family)
+        bridge, note = bridge_between(main.codec, family.codec, roles)
+        notes.append(note)
         if bridge is same_space:
             continue
-        _check_one_tensor(role, main, family)
         if not method.bridges or of_frames(main.conditioner).needs_frames:
             why = "conditioning frames" if method.bridges else f"samples of {method.__name__}"
             raise UserError(f"roles.{role}.model: its latent space is not the student's, and {why} stay in one")
         _check_sizes(role, main.config, family.config)
-        bridges["student", role] = bridge
+        bridges |= {("student", name): bridge for name in roles}
     scoring = [family for role, family in families.by_role.items() if role in ("teacher", "critic")]
     if others and len({family.codec.latent_key for family in scoring}) > 1:
         raise UserError(
@@ -353,7 +359,7 @@ def build_on(
     rank, ranks = processes.data_rank, processes.data_size
     rng = rng or RandomStreams(config.seed, rank=rank, ranks=ranks, device=processes.device)
     built = method(config.method, ModelBundle(handles, bridges), Ladder(config.ladder.times), rng)
-    built.notes = (*notes, *crossings, *built.notes)
+    built.notes = (*notes, *crossings, *_noise_notes(config, families), *built.notes)
     return built
 
 
@@ -381,6 +387,7 @@ def check_run(
     _check_needs_of_others(config, families)
     _check_paths(config, families)
     _check_rungs(config)
+    _check_first_time(config, families)
     check_experts(config, families.by_role, processes)
     check_quantised(config, method, families.by_role, families.placements, _bases(config, families))
     _check_backbone(config, families)
@@ -430,6 +437,31 @@ def _check_rungs(config: Config) -> None:
             "method.critic_sees_rung: a ladder of one step makes samples of one kind, and the critic could be told "
             "nothing; leave it out"
         )
+
+
+def _check_first_time(config: Config, families: Families) -> None:
+    """Refuse to train a student at a time above its family's levels, from which stock samplers would not start."""
+    first, noisiest = config.ladder.times[0], of_folder(families.main.folder).noisiest
+    if load_method(config.distill_method).makes_teachers or first <= noisiest + ROUNDING:
+        return
+    fitting = load_exporter(config.model).stock_sampler(config.ladder.times, "renoise").times
+    raise UserError(
+        f"ladder.times (or steps, count): they start at {first:g}, and the noisiest level of {config.distill_model} is "
+        f"{noisiest:.4f}, from which stock diffusers samples: take its levels, those of `fastvideo schedule stock`: "
+        f"ladder: {{times: [{', '.join(f'{t:.6f}' for t in fitting)}]}}"
+    )
+
+
+def _noise_notes(config: Config, families: Families) -> list[str]:
+    """A line about scores at times above the levels of the networks that give them."""
+    found, scoring = dict(config.method).get("score_time_range"), families.by_role.get("teacher", families.main)
+    noisiest = of_folder(scoring.folder).noisiest
+    if found is None or found[1] <= noisiest + ROUNDING:
+        return []
+    return [
+        f"method.score_time_range ends at {found[1]:g}, and the noisiest level of the teacher is {noisiest:.4f}: the "
+        f"times above are scored as that level; end the range there or below"
+    ]
 
 
 def _check_backbone(config: Config, families: Families) -> None:

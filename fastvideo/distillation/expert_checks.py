@@ -9,7 +9,7 @@ from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
-from fastvideo.distillation.experts import check_boundary
+from fastvideo.distillation.experts import SUPPORTS, check_boundary
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.types import UserError
 
@@ -38,7 +38,7 @@ def check_experts(
         )
     if processes.world_size > 1 and not _calls_one_expert(config):
         methods = {name: load_method(name) for name in METHODS}
-        able = [name for name, m in methods.items() if m.calls_one_expert and not m.needs_of(m.Config())]
+        able = [name for name, m in methods.items() if m.calls_one_expert and m.needs_of(m.Config()) <= SUPPORTS]
         raise UserError(
             f"{config.distill_method} draws a time of its own for every sample, so that {processes.world_size} "
             f"processes would call different experts of {config.model.path} and wait for each other for ever: run it "

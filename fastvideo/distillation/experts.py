@@ -8,9 +8,15 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fastvideo.distillation.config.sections import Level
+from fastvideo.distillation.types import Need
 from fastvideo.errors import UserError
 
 T = TypeVar("T")
+SUPPORTS: frozenset[Need] = frozenset({"frames"})
+"""Abilities of a model of two experts: a sample at several times would need both, and the tokens of either differ."""
+LEVEL: Level = "tiny equality"
+"""Proof that such a model has passed."""
 
 
 class Experts(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.adapters.base import Codec, DistillAdapter
+from fastvideo.distillation.bridge import AGREEMENT, latent_difference
 from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.types import UserError
@@ -20,8 +20,6 @@ from fastvideo.distillation.types import UserError
 Adapter = DistillAdapter[Any]
 STILLS, SIDE, COARSE = 8, 64, 8
 """Stills of the probe, their side in pixels, and that of the coarse colours that they are made of."""
-AGREEMENT = 0.01
-"""Rms difference, of 1, up to which two codecs are taken to encode stills alike."""
 STRETCH = 1.1
 """Ratio of two shapes up to which a frame counts as not squeezed."""
 
@@ -35,7 +33,7 @@ def frame_bridge(use: FrameUse, main: Adapter, by_role: Mapping[str, Adapter]) -
     teacher = by_role[use.roles[0]]
     _check_stills(use, by_role)
     _check_videos(use, main)
-    noisiest = teacher.folder.teacher_times(1)[0]
+    noisiest = of_folder(teacher.folder).noisiest
     if use.times[1] > noisiest:
         raise UserError(
             f"method.frame_time_range: ends at {use.times[1]}, and the noisiest level that {use.roles[0]} was trained "
@@ -82,11 +80,6 @@ def _check_stills(use: FrameUse, by_role: Mapping[str, Adapter]) -> None:
 
 def _check_videos(use: FrameUse, main: Adapter) -> None:
     """The student generates every frame, and enough of them."""
-    if main.codec.parts is not None:
-        raise UserError(
-            f"model: a sample is {main.codec.parts} in one state, which has no frames to pick: a frame teacher is for "
-            f"families of videos alone"
-        )
     if of_frames(main.conditioner).needs_frames:
         raise UserError(
             "model: it goes on from given frames, which hold no information for a frame teacher: methods without one "
@@ -162,14 +155,8 @@ def _check_sizes(use: FrameUse, source: Codec, teacher: Adapter) -> None:
 
 
 def still_difference(source: Codec, target: Codec) -> float:
-    """Rms difference of two codecs' latents of the same stills, as a share of the first's; NaN without weights."""
-    stills = probe_stills()
-    one, other = source.encode(stills), target.encode(stills.to(target.device))
-    if isinstance(one, FakeTensor) or isinstance(other, FakeTensor):
-        return math.nan
-    if one.shape != other.shape:
-        return math.inf
-    return float((one - other).square().mean().sqrt() / one.square().mean().sqrt())
+    """:func:`~fastvideo.distillation.bridge.latent_difference` on stills."""
+    return latent_difference(source, target, probe_stills())
 
 
 def probe_stills() -> Tensor:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from fastvideo.distillation.parts import Parts
     from fastvideo.distillation.trajectory import Trajectory
 
-Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks"]
+Need = Literal["flow_map", "jvp", "features", "frame_times", "chunks", "frames"]
 """Abilities of a model family beyond its velocity: a second time ``r``, forward-mode derivatives of ``velocity``,
-features inside the network, times per frame ``[B, F]``, causal calls on a past."""
+features inside the network, times per frame ``[B, F]``, causal calls on a past, samples that are frames alone."""
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def test_all_equal_lists_of_a_deep_unet_go_on_from_small_depths(tmp_path: Path) 
         "output": "unused",
         "model": options,
         "roles": {name: {"trainable": name != "teacher"} for name in ("student", "teacher", "critic")},
+        "ladder": {"times": [0.936, 0.803, 0.617, 0.409]},
         "method": {},
         "data": {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 2},
     }

@@ -217,7 +217,7 @@ class AnalyticAdapter(DistillAdapter[AnalyticConfig]):
 
     Config = AnalyticConfig
     summary = "Gaussians and mixtures with exact velocity: the test bed for algorithms"
-    supports = frozenset({"features", "flow_map", "jvp", "frame_times", "chunks"})
+    supports = frozenset({"features", "flow_map", "jvp", "frame_times", "chunks", "frames"})
 
     @cached_property
     def codec(self) -> AnalyticCodec:

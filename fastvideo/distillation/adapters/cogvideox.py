@@ -239,7 +239,7 @@ class CogVideoXAdapter(DiffusersAdapter[CogVideoXConfig]):
 
     Config = CogVideoXConfig
     summary = "CogVideoX text-to-video: v-prediction, zero-terminal-SNR schedule, T5 text"
-    supports = DiffusersAdapter.supports | {"chunks"}
+    supports = DiffusersAdapter.supports | {"chunks", "frames"}
     _spec = SPEC
 
     @cached_property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT, count_tokens
 from fastvideo.distillation.adapters.diffusers.flow import FlowAdapter, FlowFolder, Mu, parameters_of
-from fastvideo.distillation.adapters.diffusers.flow_config import StockCall, one_guidance
+from fastvideo.distillation.adapters.diffusers.flow_config import StockCall, guiding
 from fastvideo.distillation.adapters.diffusers.flow_texts import MASK, FlowTexts, count_written
 from fastvideo.distillation.adapters.diffusers.packing import Packing
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline, PipelineSpec, full_config, library_class
@@ -136,9 +136,9 @@ class Hunyuan15Folder(FlowFolder[Hunyuan15Config]):
         self.distilled = self.published_guidance == 1.0
 
     def check_guidance(self, guidance: GuidanceValue) -> None:
-        if self.distilled and one_guidance(guidance) != 1.0:
+        if self.distilled and (wanted := guiding(guidance)):
             raise UserError(
-                f"guidance {one_guidance(guidance):g}: {self.config.path} is distilled (guidance 1 in its guider) and "
+                f"guidance {wanted}: {self.config.path} is distilled (guidance 1 in its guider) and "
                 f"sampled without it, 1; take a checkpoint with guidance as the teacher"
             )
 
@@ -159,6 +159,7 @@ class Hunyuan15Adapter(FlowAdapter[Hunyuan15Config]):
 
     Config = Hunyuan15Config
     summary = "HunyuanVideo 1.5, videos from text: rectified flow, Qwen2.5-VL text, ByT5 for quoted text"
+    supports = FlowAdapter.supports | {"frames"}
     time_units = 1000.0
     time_projection = ("time_embed.time_proj", 1000.0)
     _codec, _texts, _folder = Hunyuan15Codec, Hunyuan15Conditioner, Hunyuan15Folder

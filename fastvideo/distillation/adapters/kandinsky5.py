@@ -104,7 +104,7 @@ class Kandinsky5Adapter(OneByOneAdapter[Kandinsky5Config]):
 
     Config = Kandinsky5Config
     summary = "Kandinsky 5, videos from text: rectified flow, Qwen2.5-VL and CLIP text"
-    supports = OneByOneAdapter.supports - {"jvp"}
+    supports = OneByOneAdapter.supports - {"jvp"} | {"frames"}
     time_units = 1000.0
     _codec, _texts, _folder = ScaledVideoCodec, Kandinsky5Conditioner, Kandinsky5Folder
     _spec = PipelineSpec(

@@ -100,6 +100,7 @@ class LTXAdapter(FlowAdapter[LTXConfig]):
 
     Config = LTXConfig
     summary = "LTX-Video, videos from text: rectified flow on far smaller latents, T5 text"
+    supports = FlowAdapter.supports | {"frames"}
     time_units = 1000.0
     _codec, _texts = LTXCodec, LTXConditioner
     _spec = PipelineSpec(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -278,6 +281,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["conformance", "sdxl"]) == 2
     assert "give its folder as --set path=FOLDER, or --tiny" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chosen", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_toys_are_checked_on_one_thread_unless_somebody_chose(chosen: dict[str, str], threads: int) -> None:
+    free = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "fastvideo.cli", "conformance", "analytic", "--tiny", "--prompts", "0.5", "-1"]
+    shown = subprocess.run(command, env=free | chosen, capture_output=True, text=True, check=True).stdout
+    assert json.loads(shown.splitlines()[-1])["threads"] == threads
 
 
 @pytest.mark.slow

@@ -292,8 +292,9 @@ def test_guidance_where_there_is_none_is_refused(tiny_wan: Path, tmp_path: Path)
         made_family_like(flux, path=schnell, guidance_embedded=2.0).folder.check_guidance(1.0)
     distilled = made_family_like(klein, path=copied(klein, tmp_path / "klein", "model_index.json", is_distilled=True))
     assert distilled.folder.published_guidance == 1.0
-    with pytest.raises(UserError, match=r"is distilled \(is_distilled in its index\)"):
-        distilled.folder.check_guidance(4.0)
+    for wanted, named in ((4.0, "guidance 4: "), (((0.5, 1.0), (0.0, 3.0)), r"guidance 3 of the pair \[0, 3\]: ")):
+        with pytest.raises(UserError, match=named + r".* is distilled \(is_distilled in its index\)"):
+            distilled.folder.check_guidance(wanted)
 
 
 @pytest.mark.slow
@@ -421,6 +422,8 @@ def test_the_guider_of_hunyuan15_says_whether_it_is_distilled(tiny_wan: Path, tm
         assert distilled.folder.published_guidance == 1.0
         with pytest.raises(UserError, match=r"guidance 6: .* is distilled \(guidance 1 in its guider\)"):
             distilled.folder.check_guidance(6.0)
+        with pytest.raises(UserError, match=r"guidance 6 of the pair \[0\.5, 6\]: .* is distilled"):
+            distilled.folder.check_guidance(((0.5, 6.0), (0.0, 1.0)))
     late = copied(family, tmp_path / "late", "guider/guider_config.json", start=0.2)
     with pytest.raises(UserError, match=r"the guider of .*late is ClassifierFreeGuidance \(start 0\.2\)"):
         made_family_like(family, path=late).folder.check_guidance(1.0)
@@ -540,6 +543,28 @@ def check_golden(name: str, folder: Path) -> None:
     committed = json.loads(GOLDEN.read_text())
     assert name in committed, f"add to {GOLDEN}: {json.dumps({name: found})}"
     assert found == {key: pytest.approx(values, rel=RELATIVE, abs=1e-7) for key, values in committed[name].items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen_image", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ltx", "ltx2", "hunyuan15"))]
+)
+def test_a_teacher_may_be_guided_by_time_where_its_stock_pipeline_is_not(
+    name: str, tiny_wan: Path, tmp_path: Path
+) -> None:
+    """The score of a step is that of the pairs; only what stock diffusers would have to sample with is one number."""
+    adapter, pairs, found = made_family(name, tiny_wan.parent), ((0.5, 4.0), (0.0, 1.0)), dict[str, Any]()
+    for label, guidance in {"one": 1.0, "pairs": pairs, "all": 4.0}.items():
+        config = config_of(adapter, name, "dmd2", tmp_path / label)
+        changes = {"teacher_guidance": guidance, "generator_update_interval": 1}
+        method = validate(type(config.method), config.method.model_dump() | changes, "test")
+        run(config.model_copy(update={"method": method}))
+        lines = (tmp_path / label / "run" / "metrics.jsonl").read_text().splitlines()
+        found[label] = tuple(json.loads(line)["student/loss"] for line in lines)
+    assert len(set(found.values())) == 3
+    exporter = load_exporter(adapter.config)
+    stock = exporter.stock_parts if name == "hunyuan15" else exporter.guidance_arguments
+    with pytest.raises(UserError, match=r"guidance \[\[0\.5, 4\.0\], \[0\.0, 1\.0\]\]: the stock pipeline .* "):
+        stock(pairs)
 
 
 TRAINED = [("qwen_image", "dmd2")]

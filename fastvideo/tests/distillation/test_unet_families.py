@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.discrete_vp import NoiseGrid
 from fastvideo.distillation.adapters.export.lora import LAYOUTS, read_lora
-from fastvideo.distillation.builder import lacks
+from fastvideo.distillation.builder import build_method, lacks
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.noise import add_noise, expand_time, velocity_to_x0
@@ -322,6 +322,36 @@ def config_of(family: str, name: str, source: str, output: Path, **roles_of_stud
         "trainer": {"max_steps": 2, "log_every": 1},
     }
     return validate(run_schema(family, name), values, "test")
+
+
+def with_sections(config: Any, **sections: Any) -> Any:
+    """A config with some fields of its sections changed."""
+    values = config.model_dump()
+    return validate(type(config), values | {name: values[name] | own for name, own in sections.items()}, "test")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_a_ladder_above_the_noisiest_level_is_refused_with_one_that_fits(
+    name: str, tiny_wan: Path, tmp_path: Path
+) -> None:
+    """Stock pipelines would not start where such a student was trained to; a table that ends in pure noise takes 1."""
+    adapter = made_family(name, tiny_wan.parent)
+    config = with_sections(config_of(name, "dmd2", adapter.config.path, tmp_path), ladder={"times": [1.0, 0.75, 0.5]})
+    with pytest.raises(UserError, match=r"ladder\.times \(or steps, count\): they start at 1, .* is 0\.9360") as error:
+        build_method(config, adapter)
+    times = json.loads(f"[{str(error.value).split('{times: [')[1].rstrip(']}')}]")
+    assert load_exporter(adapter.config).stock_sampler(times, "renoise").times == pytest.approx(times, abs=1e-6)
+    build_method(with_sections(config, ladder={"times": times}), adapter)
+    teacher = config_of(name, "sft", adapter.config.path, tmp_path)
+    build_method(with_sections(teacher, ladder={"times": [1.0, 0.5]}), adapter)
+    build_method(config, rescheduled(name, tiny_wan.parent, tmp_path / "v", **V))
+
+
+def test_scores_above_the_noisiest_level_are_told(sdxl: Any, tmp_path: Path) -> None:
+    config = config_of("sdxl", "dmd2", sdxl.config.path, tmp_path)
+    (note,) = build_method(config, sdxl).notes
+    assert note.startswith("method.score_time_range ends at 0.98, and the noisiest level of the teacher is 0.9360")
+    assert not build_method(with_sections(config, method={"score_time_range": (0.1, 0.936)}), sdxl).notes
 
 
 PUBLISHED = {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.cli import main
-from fastvideo.cli.listing import split_paper
+from fastvideo.cli.listing import experts_line, split_paper
 from fastvideo.cli.schedule import published_steps
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
@@ -97,6 +97,20 @@ def test_list_says_what_goes_together(capsys: pytest.CaptureFixture[str], monkey
     assert "analytic" in fitting
     assert "wan" not in fitting
     assert rows["-"][2] == ", ".join(ADAPTERS)
+
+
+def test_list_says_which_families_a_frame_teacher_and_two_experts_go_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A state of parts has no frames, stills are none, and two experts have fewer abilities than their family."""
+    _, methods, fitting, others = whole_rows(shown(capsys, "list"), 4)["frames"]
+    assert methods == "dmd2_frames"
+    assert fitting == "wan, cogvideox, ltx, kandinsky5, hunyuan15, analytic"
+    assert "ltx2 (frames)" in others
+    assert "sdxl (frames)" in others
+    line = experts_line()
+    assert "Wan 2.2 A14B): level tiny equality, methods kd, cm, tcm, dmd2, phased_dmd, dmd2_frames, sft;" in line
+    assert line.endswith("they lack chunks, features, flow_map, frame_times, jvp.")
 
 
 def test_list_says_how_far_a_family_is_proven(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from fastvideo.conformance.tiny import tiny_options
 from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.batches import BatchPreparer
-from fastvideo.distillation.builder import build_adapter, build_method
+from fastvideo.distillation.builder import build_adapter, build_method, check_needs
 from fastvideo.distillation.config.checkpoints import CheckpointConfig
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.config.sections import TrainerConfig
@@ -290,3 +290,11 @@ def test_a_guidance_that_the_frame_teacher_is_not_sampled_with_is_refused(tmp_pa
     with pytest.raises(UserError, match=r"method\.frame_guidance: guidance 2: the network reads a guidance \(3\.5"):
         built(values(tmp_path, flux))
     assert built(values(tmp_path, flux, frame_guidance=1.0)).term.teacher.adapter.config.path == flux["path"]
+
+
+@pytest.mark.parametrize("family", ["ltx2", "qwen_image"])
+def test_a_student_without_frames_to_pick_is_refused(tmp_path: Path, still: dict[str, Any], family: str) -> None:
+    """Videos with sound are one state, and stills are no videos."""
+    wanted = {**values(tmp_path, still), "distill_model": family, "model": {"path": "x"}}
+    with pytest.raises(UserError, match=rf"dmd2_frames needs frames of the model family, which {family} does not have"):
+        check_needs(config_of(wanted, "test"))

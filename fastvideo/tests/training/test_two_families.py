@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from fastvideo.data.order import MemorySource, SampleStream, Shard
 from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.bridge import LatentBridge
 from fastvideo.distillation.builder import build_adapter, build_method
+from fastvideo.distillation.bundle import same_space
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.types import RawBatch, UserError
+from fastvideo.tests.distillation.tiny import wan_config, wan_folder
 from fastvideo.training.run import run
 from fastvideo.training.texts import encode_ahead
 
@@ -82,6 +85,30 @@ def test_scores_live_in_the_teachers_space_and_the_student_gets_their_gradient(v
     assert all(p.grad is None for p in method.critic.parameters())
     for codec in (student.codec, teacher.codec):
         assert all(p.grad is None and not p.requires_grad for p in codec.vae.parameters())
+
+
+def test_an_autoencoder_that_was_rounded_is_still_the_students_and_another_is_not(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A VAE that was saved in bfloat16 has another key and the same latents."""
+    from diffusers import AutoencoderKLWan
+
+    own = wan_folder(tmp_path)
+    options = wan_config(own).model_dump()
+    for name, change, way in (("rounded", 1.0, "as they are"), ("other", 1.5, "through pixels, whole videos")):
+        copy = shutil.copytree(own, tmp_path / name)
+        vae = AutoencoderKLWan.from_pretrained(copy, subfolder="vae")
+        vae.encoder.conv_in.weight.data *= change
+        vae.bfloat16().save_pretrained(copy / "vae")
+        section = {"trainable": False, "model": {**options, "family": "wan", "path": str(copy)}}
+        roles = {**values["roles"], "teacher": section, "critic": {**section, "trainable": True}}
+        config = config_of(values | {"model": options, "roles": roles}, "test")
+        method = build_method(config, build_adapter(config))
+        assert method.student.adapter.codec.latent_key != method.teacher.adapter.codec.latent_key
+        assert (method.to_teacher is same_space) == (name == "rounded")
+        (note,) = method.notes
+        assert note.startswith(f"samples reach teacher and critic {way}")
+        assert "latents of a clip differ by " in note
 
 
 def test_bridge_gradient_equals_its_finite_difference(values: dict[str, Any]) -> None:

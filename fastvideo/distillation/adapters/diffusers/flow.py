@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastvideo.distillation.adapters.diffusers.adapter import DiffusersAdapter
 from fastvideo.distillation.adapters.diffusers.codec import DiffusersCodec
 from fastvideo.distillation.adapters.diffusers.conditioner import TEXT
-from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig, GuidedImageConfig, one_guidance
+from fastvideo.distillation.adapters.diffusers.flow_config import FlowConfig, GuidedImageConfig, guiding
 from fastvideo.distillation.adapters.diffusers.flow_texts import FlowTexts, embedded_guidance
 from fastvideo.distillation.adapters.diffusers.packing import Packing
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, library_class, load_config
@@ -56,17 +56,17 @@ class FlowFolder(TextsFolder[ConfigT]):
             self.published_guidance = 1.0
 
     def check_guidance(self, guidance: GuidanceValue) -> None:
-        embedded, config, guidance = embedded_guidance(self.pipeline), self.config, one_guidance(guidance)
-        if guidance == 1.0:
+        embedded, config, wanted = embedded_guidance(self.pipeline), self.config, guiding(guidance)
+        if not wanted:
             return
         if self.distilled:
             raise UserError(
-                f"guidance {guidance:g}: {config.path} is distilled (is_distilled in its index) and sampled without "
+                f"guidance {wanted}: {config.path} is distilled (is_distilled in its index) and sampled without "
                 f"it, 1; take a base checkpoint as the teacher"
             )
         if isinstance(config, GuidedImageConfig) and embedded is not None and not config.allow_cfg_on_distilled:
             raise UserError(
-                f"guidance {guidance:g}: the network reads a guidance ({embedded:g}, model.guidance_embedded) and is "
+                f"guidance {wanted}: the network reads a guidance ({embedded:g}, model.guidance_embedded) and is "
                 f"sampled without another, 1; allow_cfg_on_distilled: true in its model's section allows both"
             )
 

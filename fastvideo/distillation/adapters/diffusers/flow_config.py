@@ -40,14 +40,22 @@ class StockCall:
 
 
 def one_guidance(guidance: GuidanceValue) -> float:
-    """The number of a guidance.
+    """The number of a guidance with which a stock pipeline is called.
 
     Raises:
         UserError: for one that depends on the time, which the pipelines of flows do not take.
     """
     if isinstance(guidance, tuple):
-        raise UserError(f"guidance {guidance}: this family is sampled with one number for all times")
+        pairs = [list(pair) for pair in guidance]
+        raise UserError(f"guidance {pairs}: the stock pipeline of this family takes one number for all times")
     return guidance
+
+
+def guiding(guidance: GuidanceValue) -> str:
+    """The first number of a guidance that is not 1 (none), with its pair if it depends on the time; or empty."""
+    if not isinstance(guidance, tuple):
+        return "" if guidance == 1.0 else f"{guidance:g}"
+    return next((f"{g:g} of the pair [{t:g}, {g:g}]" for t, g in guidance if g != 1.0), "")
 
 
 class FlowConfig(PipelineConfig):

@@ -57,6 +57,10 @@ class UNetFolder(TextsFolder[ConfigT]):
         """The noise levels that the network was trained on."""
         return noise_grid(self.pipeline.source, SCHEDULER)
 
+    @property
+    def noisiest(self) -> float:
+        return self.grid.noisiest
+
     @cached_property
     def trained_side(self) -> int:  # type: ignore[override]
         vae = self.pipeline.vae_config

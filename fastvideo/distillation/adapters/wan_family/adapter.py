@@ -33,7 +33,7 @@ from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
 from fastvideo.distillation.adapters.wan_family.images import IMAGE_EMBEDS, IMAGE_LATENTS, WanImageConditioner
 from fastvideo.distillation.adapters.wan_family.inputs import SECOND, NetworkInputs, WanFamilyConfig, experts_in
 from fastvideo.distillation.chunks import Context, Masked, Past, Piece, masked_runs, repeated
-from fastvideo.distillation.experts import Experts, boundary_between, boundary_of, networks_of
+from fastvideo.distillation.experts import SUPPORTS, Experts, boundary_between, boundary_of, networks_of
 from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.types import Condition, UserError
 
@@ -46,12 +46,12 @@ class WanFamily(DiffusersAdapter[WanConfig], WanAdapter):
 
     Config = WanFamilyConfig
     summary = "Wan 2.1, 2.2 A14B and TI2V-5B, from text and images: rectified flow, UMT5 text"
-    supports = DiffusersAdapter.supports | {"frame_times", "chunks"}
+    supports = DiffusersAdapter.supports | {"frame_times", "chunks", "frames"}
 
     def __init__(self, config: WanConfig, device: torch.device | str = "cpu", *, whole_forwards: bool = False) -> None:
         super().__init__(config, device, whole_forwards=whole_forwards)
         if experts_in(self._pipeline.source) > 1:
-            self.supports = frozenset()  # a sample at several times would need both experts, tokens of either differ
+            self.supports = SUPPORTS
 
     @cached_property
     def codec(self) -> WanFrameCodec:

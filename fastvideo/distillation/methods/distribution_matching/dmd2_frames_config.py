@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import model_validator
 
@@ -10,6 +10,7 @@ from fastvideo.distillation.config.base import Guidance, TimeRange
 from fastvideo.distillation.frame_bridge import FrameSpace
 from fastvideo.distillation.methods.distribution_matching.dmd2_config import DMD2Config
 from fastvideo.distillation.methods.distribution_matching.refused import refused
+from fastvideo.distillation.types import Need
 from fastvideo.ranges import LearningRate, NonNegativeFloat, NonNegativeInt, PositiveInt
 from fastvideo.sampling_ranges import BatchSize
 
@@ -17,6 +18,7 @@ from fastvideo.sampling_ranges import BatchSize
 class DMD2FramesConfig(DMD2Config):
     """Options of DMD2 and of its frame term."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"frames"})
     score_and_train: Annotated[bool, refused("two terms meet at the student's sample")] = False
     """Not possible here."""
     video_weight: NonNegativeFloat = 1.0

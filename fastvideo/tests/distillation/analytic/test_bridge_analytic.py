@@ -206,6 +206,7 @@ def test_a_second_family_of_the_same_latent_space_changes_no_bit() -> None:
     assert method.teacher.adapter is not method.student.adapter
     assert method.teacher.adapter is method.critic.adapter
     assert method.to_teacher is same_space
+    assert method.notes == ("samples reach teacher and critic as they are: the latent space is the student's",)
     assert losses_of(other) == losses_of(config(None))
 
 
@@ -213,6 +214,9 @@ def test_roles_with_one_section_share_a_family_and_a_bridge() -> None:
     wanted = config({"pixels": [[0.5]]})
     method = build_method(wanted, build_adapter(wanted))
     assert isinstance(method.to_teacher, LatentBridge)
+    (note,) = method.notes
+    assert note.startswith("samples reach teacher and critic through pixels, whole videos that are decoded and encoded")
+    assert note.endswith("latents of a clip differ by 100.00% rms, and up to 1% is taken for one space")
     assert method.bundle.bridge("teacher", "critic") is same_space
     x0 = torch.ones(1, 1, 1, 4, 4)
     torch.testing.assert_close(method.to_teacher(x0), 2 * x0)
@@ -257,5 +261,6 @@ def test_the_students_family_is_the_runs() -> None:
 
 def test_sizes_that_do_not_meet_are_refused() -> None:
     codecs = [family(1, ((1.0,),)).codec, family(2, ((1.0, 0.0), (0.0, 1.0))).codec]
+    bridge, _ = bridge_between(codecs[1], family(2, ((1.0, 0.5), (0.0, 1.0))).codec, ["teacher"])
     with pytest.raises(UserError, match="one height, width and num_frames"):
-        bridge_between(codecs[1], family(2, ((1.0, 0.5), (0.0, 1.0))).codec)(torch.ones(1, 2, 3, 1, 1))
+        bridge(torch.ones(1, 2, 3, 1, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fastvideo.conformance.tiny import MADE, tiny_options
+from fastvideo.distillation.batches import BatchPreparer
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.reading import validate
@@ -27,15 +29,16 @@ from fastvideo.distillation.trajectory import STATE_TIMES, STATES
 from fastvideo.distillation.types import Batch, RawBatch
 from fastvideo.tests.distillation.tiny import cogvideox_folder, wan_folder
 from fastvideo.tests.distillation.toys import TOYS
-from fastvideo.tests.preparing import preparer
 
 STEPS = 3
 TIMES = (1.0, 0.6)
 PROMPTS = ("a green seven", "red three moving up", "a blurry seven", "three moving left")
 FOLDERS = {"wan": wan_folder, "cogvideox": cogvideox_folder}
-SIZES = {
+"""Makers of pipelines; those of other families are the conformance command's, as are their sizes."""
+SIZES: dict[str, dict[str, int]] = {
     "wan": {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8},
     "cogvideox": {"height": 16, "width": 32, "num_frames": 9, "max_sequence_length": 8},
+    **{name: {**tiny.sizes, "max_sequence_length": tiny.length} for name, tiny in MADE.items()},
 }
 
 
@@ -75,11 +78,12 @@ class Result:
     weights: dict[str, Tensor]
 
 
-def role_folders(root: Path) -> dict[str, dict[str, Path]]:
+def role_folders(root: Path, families: Sequence[str] = ("wan", "cogvideox")) -> dict[str, dict[str, Path]]:
     """Weights per family and role: each role's own, so that teacher and critic disagree."""
     found: dict[str, dict[str, Path]] = {}
-    for family, folder in FOLDERS.items():
-        source = folder(root / family)
+    for family in families:
+        place = root / family / "source"
+        source = FOLDERS[family](place) if family in FOLDERS else Path(tiny_options(family, place)["path"])
         schema = run_schema(family, "sft").model_fields["model"].annotation
         assert schema is not None
         values = {"distill_model": family, "distill_method": "sft", "output": "unused", "method": {}}
@@ -112,7 +116,7 @@ def config_of(case: Case, folders: Mapping[str, Mapping[str, Path]], parallel: M
         "device": "cpu",
         "model": {"path": str(own[""]), **SIZES[case.family], **case.options.get("model", {})},
         "roles": roles,
-        "ladder": {"times": list(TIMES)},
+        "ladder": {"times": list(TIMES), **case.options.get("ladder", {})},
         "method": dict(TOYS[case.method].config) | dict(case.method_options),
         "parallel": dict(case.options.get("parallel", {})) | dict(parallel),
         "trainer": dict(case.options.get("trainer", {})),
@@ -151,7 +155,7 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
     options = TrainerConfig(max_steps=STEPS, grad_accumulation=case.accumulation, log_every=10 * STEPS)
     silent = Tracker(Path("unused"), enabled=False)
     runtime = Runtime(method, options, silent, processes, sync_every_micro_batch=config.parallel.sync_every_micro_batch)
-    trainer = DistillTrainer(method, preparer(adapter), options, runtime)
+    trainer = DistillTrainer(method, preparing(method), options, runtime)
     trained = [handle for handle in method.bundle if handle.trainable]
     for handle in trained:
         steady(handle)
@@ -196,7 +200,7 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
         seen: dict[str, list[float]] = {}
         for method, stream in zip(methods, streams, strict=True):
             for batch in itertools.islice(stream, case.accumulation):
-                backward(method, preparer(adapter)(batch), step, case.accumulation, seen)
+                backward(method, preparing(method)(batch), step, case.accumulation, seen)
         losses |= {f"{step}/{role}/loss": sum(values) / len(values) for role, values in seen.items()}
         gradients.append({})
         for role in methods[0].active_roles(step):
@@ -208,6 +212,12 @@ def train_alone(case: Case, folders: Mapping[str, Mapping[str, Path]], data_rank
                 training_of(handle).step()
     weights = {f"{h.name}/{name}": p.detach().clone() for h in trained[0] for name, p in h.network.named_parameters()}
     return Result(losses, gradients, weights)
+
+
+def preparing(method: Any) -> BatchPreparer:
+    """Data to batches of all families of a method's roles."""
+    families = dict.fromkeys(handle.adapter for handle in method.bundle)
+    return BatchPreparer(method.bundle["student"].adapter.codec, [family.conditioner for family in families])
 
 
 def backward(method: Any, batch: Batch, step: int, accumulation: int, seen: dict[str, list[float]]) -> None:

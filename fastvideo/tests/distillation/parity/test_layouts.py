@@ -24,7 +24,7 @@ from fastvideo.distillation.engine.parallel.context import context_mesh
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.parallel.sharding import shard_mesh
 from fastvideo.distillation.registry import METHODS, load_method
-from fastvideo.tests.distillation.parity.runs import Case, Result, role_folders, train, train_alone
+from fastvideo.tests.distillation.parity.runs import SIZES, Case, Result, role_folders, train, train_alone
 from fastvideo.tests.launch import in_world
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
@@ -210,6 +210,31 @@ def test_accumulation_recomputation_and_adapters_change_nothing_of_that(
     family: str, folders: Any, tmp_path: Path
 ) -> None:
     check(folders, dict.fromkeys(LAYOUTS, variants(family)), tmp_path)
+
+
+NEW = ("sdxl", "qwen_image", "ltx2")
+"""A UNet, a packed flow, and a state of parts; what other families do in a layout is what one of these does."""
+KNOWN = {"ladder": {"times": [0.93, 0.6]}}
+"""A ladder of times that SDXL knows."""
+
+
+@pytest.fixture(scope="module")
+def new_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    return role_folders(tmp_path_factory.mktemp("new"), ("wan", *NEW))
+
+
+@pytest.mark.slow
+def test_two_processes_train_other_kinds_of_networks_as_one_does(new_folders: Any, tmp_path: Path) -> None:
+    check(new_folders, {"shard2": [Case(name, "dmd2", KNOWN) for name in NEW]}, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_train_two_families_as_one_does(new_folders: Any, tmp_path: Path) -> None:
+    """A student of videos under teachers of videos and of frames: five networks of two kinds, and both autoencoders."""
+    stills = {"family": "sdxl", **SIZES["sdxl"]}
+    frames = {"frame_teacher": "teacher", "frame_critic": "critic"}
+    roles = {role: {"model": {**stills, "path": str(new_folders["sdxl"][own])}} for role, own in frames.items()}
+    check(new_folders, {"shard2": [Case("wan", "dmd2_frames", {}, roles)]}, tmp_path)
 
 
 def train_offloaded(folders: Any, case: Case, layout: str, rank: int, size: int) -> Result:
