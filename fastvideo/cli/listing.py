@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -71,11 +71,19 @@ def combination_table() -> Table:
     table = Table("needs of the family", "methods", "families", "families that lack", title="what goes together")
     for needs in sorted(groups, key=lambda needs: (len(needs), sorted(needs))):
         lacking = {name: sorted(needs - load_adapter(name).supports) for name in ADAPTERS}
-        others = [f"{name} ({', '.join(missing)})" for name, missing in lacking.items() if missing]
         fitting = [name for name, missing in lacking.items() if not missing]
-        rows = [", ".join(sorted(needs)), ", ".join(groups[needs]), ", ".join(fitting), ", ".join(others)]
+        rows = [", ".join(sorted(needs)), ", ".join(groups[needs]), ", ".join(fitting), _lacks(lacking)]
         table.add_row(*(cell or "-" for cell in rows))
     return table
+
+
+def _lacks(lacking: Mapping[str, Sequence[str]]) -> str:
+    """Families under what they lack, a line for each kind."""
+    kinds: dict[str, list[str]] = {}
+    for name, missing in lacking.items():
+        if missing:
+            kinds.setdefault(", ".join(missing), []).append(name)
+    return "\n".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
 
 
 def experts_line() -> str:
