@@ -24,7 +24,7 @@ PACKAGE_LICENSE = {"license": "apache-2.0"}
 def read_front_matter(folder: Path) -> dict[str, Any]:
     """YAML at the head of a folder's ``README.md``; empty if absent or unreadable."""
     file = folder / "README.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:

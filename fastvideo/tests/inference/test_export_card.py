@@ -160,3 +160,9 @@ def test_a_student_whose_recipe_names_no_models_says_so(student: Callable[..., P
     del recipe["other_models"]
     (source / "recipe.json").write_text(json.dumps(recipe))
     assert "does not say which other models" in (export(source, tmp_path / "out") / "README.md").read_text()
+
+
+def test_a_card_that_is_no_text_leaves_the_licence_unknown(tmp_path: Path) -> None:
+    """It is read when the result is written: nothing may be lost by it."""
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: [\xff\xfe\n---\n")
+    assert licence_of(str(tmp_path)) == {}
