@@ -87,7 +87,7 @@ def _lacks(lacking: Mapping[str, Sequence[str]]) -> str:
 
 
 def experts_line() -> str:
-    """What models of two experts lack of their family's abilities, and how far they are proven."""
+    """A line on models of two experts: their level, their methods, and the family's abilities that they lack."""
     from fastvideo.distillation.experts import LEVEL, SUPPORTS
     from fastvideo.distillation.registry import METHODS, load_method
     from fastvideo.distillation.types import Need

@@ -1,4 +1,4 @@
-"""Which judge a model has: the tiny world knows its own videos, a teacher those of every other world."""
+"""Choice of a model's judge: the tiny world knows its own videos, a teacher those of every other world."""
 
 from __future__ import annotations
 

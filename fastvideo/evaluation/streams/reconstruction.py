@@ -1,4 +1,4 @@
-"""What a codec keeps of long videos: reconstruction along the stream, and the content that is still read."""
+"""Reconstruction of long videos by a codec: its quality along the stream, and the content that is still read."""
 
 from __future__ import annotations
 

@@ -278,33 +278,15 @@ def test_an_adapter_that_is_too_small(wan: Subject, tmp_path: Path) -> None:
 
 
 KOHYA, COMFY = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
+FLUX_JOINED = tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv")
+Z_IMAGE_JOINED = tuple(f"layers.0.attention.to_{name}" for name in "qkv")
 AUTHORS: dict[str, tuple[str, tuple[str, str], tuple[str, ...]]] = {
-    "flux, comfy": (
-        "diffusion_model.double_blocks.0.img_attn.qkv",
-        COMFY,
-        tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
-    ),
-    "z_image, comfy": (
-        "diffusion_model.layers.0.attention.qkv",
-        COMFY,
-        tuple(f"layers.0.attention.to_{name}" for name in "qkv"),
-    ),
+    "flux, comfy": ("diffusion_model.double_blocks.0.img_attn.qkv", COMFY, FLUX_JOINED),
+    "z_image, comfy": ("diffusion_model.layers.0.attention.qkv", COMFY, Z_IMAGE_JOINED),
     "z_image, out": ("diffusion_model.layers.0.attention.out", COMFY, ("layers.0.attention.to_out.0",)),
-    "flux": (
-        "lora_unet_double_blocks_0_img_attn_qkv",
-        KOHYA,
-        tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
-    ),
-    "flux2": (
-        "diffusion_model.double_blocks.0.img_attn.qkv",
-        COMFY,
-        tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
-    ),
-    "z_image": (
-        "lora_unet_layers_0_attention_qkv",
-        KOHYA,
-        tuple(f"layers.0.attention.to_{name}" for name in "qkv"),
-    ),
+    "flux": ("lora_unet_double_blocks_0_img_attn_qkv", KOHYA, FLUX_JOINED),
+    "flux2": ("diffusion_model.double_blocks.0.img_attn.qkv", COMFY, FLUX_JOINED),
+    "z_image": ("lora_unet_layers_0_attention_qkv", KOHYA, Z_IMAGE_JOINED),
     "krea2": ("diffusion_model.blocks.0.attn.wq", COMFY, ("transformer_blocks.0.attn.to_q",)),
     "ltx2": ("diffusion_model.patchify_proj", COMFY, ("proj_in",)),
 }
