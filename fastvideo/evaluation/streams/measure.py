@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.distillation.abilities import frame_decoder, of_frames
-from fastvideo.distillation.adapters.base import Codec
+from fastvideo.distillation.abilities import of_frames
 from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
 from fastvideo.evaluation.evaluate import Evaluation, kind_of_row
+from fastvideo.evaluation.measuring import video_shape
 from fastvideo.evaluation.metrics import ATTRIBUTES, SampledRow, named_attributes
 from fastvideo.evaluation.rows import RowSpec
 from fastvideo.evaluation.statistics import Estimate, resample_counts
@@ -113,10 +113,10 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
         UserError: if not.
     """
     name, codec, reach = source.name, source.model.adapter.codec, source.sampler.reach
-    latents, whole = latent_frames(source.frames, codec.temporal), first_frame(codec.latent_shape[1], codec.temporal)
+    latents, (whole, height, width) = latent_frames(source.frames, codec.temporal), video_shape(source.model.adapter)
     if of_frames(source.model.adapter.conditioner).needs_frames:
         raise UserError(f"{name} goes on from given frames: streams start from text alone")
-    _check_size(name, codec)
+    _check_size(name, (height, width))
     if reach is not None:
         spans(latents, reach.chunk)
         if switches:
@@ -130,14 +130,11 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
         raise UserError(f"{name} makes whole videos at once and has no prompt switches: leave out --switches")
 
 
-def _check_size(name: str, codec: Codec) -> None:
-    """Check that a model's frames are the tiny world's, by decoding one of zeros."""
-    channels, _, *size = codec.latent_shape
-    frame = frame_decoder(codec)(torch.zeros(1, channels, 1, *size, device=codec.device))
-    if tuple(frame.shape[-2:]) != (SIZE, SIZE):
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    """Check that a model's frames are as large as the tiny world's."""
+    if size != (SIZE, SIZE):
         raise UserError(
-            f"streams are measured on the tiny world, whose frames are {SIZE}x{SIZE}; {name} makes "
-            f"{frame.shape[-2]}x{frame.shape[-1]}"
+            f"streams are measured on the tiny world, whose frames are {SIZE}x{SIZE}; {name} makes {size[0]}x{size[1]}"
         )
 
 

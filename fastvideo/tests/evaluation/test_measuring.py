@@ -27,6 +27,8 @@ def test_a_model_of_another_size_is_sent_to_its_teacher(tmp_path: Path) -> None:
     (Path(folder) / "recipe.json").write_text(json.dumps({"model": sizes}))
     with pytest.raises(UserError, match=r"makes 9 frames of 64x48: let its teacher judge, with --teacher"):
         run_evaluate(EvaluateArguments((folder,), prompts=8))
+    with pytest.raises(UserError, match=r"streams are measured on the tiny world, .* makes 64x48"):
+        run_evaluate(EvaluateArguments((folder,), prompts=8, long=33))
     with pytest.raises(UserError, match=r"validation\.world_prompts: .* give validation\.prompts"):
         check_validated(open_model(folder).adapter)
 
