@@ -55,7 +55,7 @@ test-slow: $(READY) ## run the tests marked slow: layouts against one process, t
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not nightly" -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-nightly: $(READY) ## run the tests marked nightly: every training to the truth, every layout x method, ...
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly --timeout 0 -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-extras: $(READY) ## run the tests of 8-bit optimizer states and quantised roles, with torchao, bitsandbytes and gguf beside the other packages
 	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/extras torchao bitsandbytes gguf

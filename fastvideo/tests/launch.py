@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ import yaml
 TRAIN = (sys.executable, "-m", "fastvideo.training.distillation")
 """A training, without torchrun."""
 PATIENCE = 300.0
-"""Seconds that a command may take: a hang is a failure."""
+"""Seconds that a child process may take: a hang is a failure, before the test's own limit (pyproject.toml) is one."""
 COLLECTIVE = timedelta(seconds=30)
 """Longest wait of a collective: processes that run different forwards are a failure and not a hang."""
 
@@ -87,6 +88,7 @@ class _Fork:
             descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            end_in_time(2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             os.environ.update(environment)
             torch.set_num_threads(1)
@@ -147,6 +149,16 @@ def ranks(count: int, work: Work, first: Work = ()) -> list[Child]:
     ]
 
 
+def end_in_time(log: int | IO[str]) -> None:
+    """Let the kernel end this forked process by SIGALRM after the patience, its stacks written to ``log`` before.
+
+    A fork of a process with threads can wait for ever, for a lock that a thread held which it does not have.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, file=log, chain=True)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+
 def fork(work: Callable[[], object], *, silent: bool = False) -> int:
     """Run ``work`` in a forked process; its number. It ends with code 0 if ``work`` returns, else with 1."""
     child = os.fork()
@@ -154,6 +166,7 @@ def fork(work: Callable[[], object], *, silent: bool = False) -> int:
         return child
     code = 1
     try:
+        end_in_time(os.dup(2))
         if silent:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         work()
@@ -195,7 +208,9 @@ def _told(folder: Path, rank: int, code: int | None) -> str:
 
 def _enter(rank: int, size: int, work: Callable[[int, int], Any], folder: Path) -> None:
     torch.set_num_threads(1)
-    faulthandler.enable((folder / f"{rank}.crash").open("w"))
+    crash = (folder / f"{rank}.crash").open("w")
+    faulthandler.enable(crash)
+    end_in_time(crash)
     try:
         dist.init_process_group("gloo", f"file://{folder}/store", COLLECTIVE, size, rank)
         found = work(rank, size)

@@ -17,6 +17,7 @@ from fastvideo.distillation.registry import run_schema
 from fastvideo.errors import UserError
 from fastvideo.tests.faults.corruption import KINDS, damages, is_detected
 from fastvideo.tests.faults.runs import Killer, analytic_run
+from fastvideo.tests.launch import fork
 from fastvideo.training.lock import LOCK, check_free, locked
 from fastvideo.training.run import run
 
@@ -42,13 +43,17 @@ def test_every_kind_of_damage_to_every_file_is_detected(tmp_path: Path) -> None:
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     values = analytic_run(tmp_path) | {"output": str(tmp_path / "run")}
     config = validate(run_schema("analytic", "dmd2"), values, "test")
-    ready, child = os.pipe(), os.fork()
-    if child == 0:
+    ready, told = os.pipe()
+
+    def hold() -> None:
         with locked(Path(config.output)):
-            os.write(ready[1], b"1")
+            os.write(told, b"1")
             signal.pause()
+
+    child = fork(hold)
+    os.close(told)
     try:
-        os.read(ready[0], 1)
+        assert os.read(ready, 1), "it ended without the lock"
         for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(UserError, match=rf"is in use by another run: process {child} on {os.uname().nodename}"):
                 run(config, **options)
@@ -56,6 +61,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_pa
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(ready)
     check_free(Path(config.output))
     run(config)  # the lock of a dead process holds nobody up
     assert not (Path(config.output) / LOCK).exists()
