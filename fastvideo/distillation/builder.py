@@ -152,7 +152,8 @@ def build_bridges(
     main, bridges, notes = families.main, dict[tuple[str, str], Bridge](), list[str]()
     use = method.frames_of(config.method) if issubclass(method, ScoresFrames) else None
     if use is not None:
-        to_frames, note = frame_bridge(use, main, families.by_role)
+        recompute = config.parallel.activation_checkpointing != "none"
+        to_frames, note = frame_bridge(use, main, families.by_role, recompute=recompute)
         bridges |= {("student", role): to_frames for role in use.roles}
         notes.append(note)
     rest = [role for role in families.by_role if use is None or role not in use.roles]

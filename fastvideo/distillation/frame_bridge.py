@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fastvideo.distillation.frames import latent_frame
 
@@ -97,7 +99,7 @@ class VideoCodec(Protocol):
 class FrameCodec(Protocol):
     """Codec that decodes single frames."""
 
-    def decode_frames(self, latents: Tensor, picks: Picks) -> Tensor:
+    def decode_frames(self, latents: Tensor, picks: Picks, *, recompute: bool = False) -> Tensor:
         """:func:`decode_frames`, at less cost."""
         ...
 
@@ -117,10 +119,19 @@ class CodecFrames(FrameBridge):
         source, target: codecs of the videos and of the stills.
         shared: the first latent frame is a still of the other space, and crosses as it is.
         noisiest: latest time that the networks of the other space know.
+        recompute: decode again in backward instead of keeping what decoding computes.
     """
 
-    def __init__(self, source: VideoCodec, target: StillCodec, *, shared: bool = False, noisiest: float = 1.0) -> None:
-        self.source, self.target, self.shared = source, target, shared
+    def __init__(
+        self,
+        source: VideoCodec,
+        target: StillCodec,
+        *,
+        shared: bool = False,
+        noisiest: float = 1.0,
+        recompute: bool = False,
+    ) -> None:
+        self.source, self.target, self.shared, self.recompute = source, target, shared, recompute
         self.temporal, self.noisiest = source.temporal, noisiest
 
     def stills(self, x0: Tensor, picks: Picks) -> Stills:
@@ -129,7 +140,7 @@ class CodecFrames(FrameBridge):
         if all(whole):
             return Stills(x0[:, :, :1].repeat_interleave(len(columns), dim=0))
         left = [column for column, same in zip(columns, whole, strict=True) if not same]
-        frames = decode_frames(self.source, x0, list(zip(*left, strict=True)))
+        frames = decode_frames(self.source, x0, list(zip(*left, strict=True)), recompute=self.recompute)
         encoded = self._encoded(frames)
         decoded = iter(encoded.unbind(1))
         parts = [x0[:, :, :1] if same else next(decoded) for same in whole]
@@ -143,25 +154,25 @@ class CodecFrames(FrameBridge):
         return latents.view(batch, count, *latents.shape[1:])
 
 
-def decode_frames(codec: VideoCodec, latents: Tensor, picks: Picks) -> Tensor:
+def decode_frames(codec: VideoCodec, latents: Tensor, picks: Picks, *, recompute: bool = False) -> Tensor:
     """Some video frames ``[B, 3, n, H, W]`` of each sample, with the gradient of their own latent frame alone.
 
     They are those of the codec's ``decode`` with ``gradient``. ``picks`` are ``n`` numbers of video frames per sample.
     """
-    return (
-        codec.decode_frames(latents, picks) if isinstance(codec, FrameCodec) else whole_decodes(codec, latents, picks)
-    )
+    if isinstance(codec, FrameCodec):
+        return codec.decode_frames(latents, picks, recompute=recompute)
+    return whole_decodes(codec, latents, picks, recompute=recompute)
 
 
-def whole_decodes(codec: VideoCodec, latents: Tensor, picks: Picks) -> Tensor:
+def whole_decodes(codec: VideoCodec, latents: Tensor, picks: Picks, *, recompute: bool = False) -> Tensor:
     """:func:`decode_frames` by one decode of the whole videos per pick of a sample."""
-    found, rows = [], range(len(latents))
+    found, rows, decode = [], range(len(latents)), partial(codec.decode, gradient=True)
     for frames in zip(*picks, strict=True):
         own = torch.zeros(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
         for row, frame in zip(rows, frames, strict=True):
             own[row, latent_frame(frame, codec.temporal)] = True
         only = latents.where(own[:, None, :, None, None], latents.detach())
-        videos = codec.decode(only, gradient=True)
+        videos = checkpoint(decode, only, use_reentrant=False) if recompute else decode(only)
         found.append(torch.stack([videos[row, :, frame] for row, frame in zip(rows, frames, strict=True)]))
     return torch.stack(found, dim=2)
 

@@ -24,8 +24,13 @@ STRETCH = 1.1
 """Ratio of two shapes up to which a frame counts as not squeezed."""
 
 
-def frame_bridge(use: FrameUse, main: Adapter, by_role: Mapping[str, Adapter]) -> tuple[FrameBridge, str]:
+def frame_bridge(
+    use: FrameUse, main: Adapter, by_role: Mapping[str, Adapter], *, recompute: bool = False
+) -> tuple[FrameBridge, str]:
     """The bridge from the student's videos to the frames' space, and a line about it.
+
+    Args:
+        recompute: of :class:`CodecFrames`.
 
     Raises:
         UserError: with the field, if roles, sizes, frames or times do not fit.
@@ -42,7 +47,7 @@ def frame_bridge(use: FrameUse, main: Adapter, by_role: Mapping[str, Adapter]) -
     shared, difference = _shares_first_frame(use, main.codec, teacher.codec)
     if not shared or use.count > 1:
         _check_sizes(use, main.codec, teacher)
-    bridge = CodecFrames(main.codec, teacher.codec, shared=shared, noisiest=noisiest)
+    bridge = CodecFrames(main.codec, teacher.codec, shared=shared, noisiest=noisiest, recompute=recompute)
     return bridge, _told(use, shared, difference)
 
 

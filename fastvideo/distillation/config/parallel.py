@@ -21,7 +21,7 @@ class ParallelConfig(Section):
     """Processes that share one sample, each with a part of its tokens (Ulysses); it divides the number of processes."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute activations in backward: `full` keeps only the inputs of blocks, `selective` also the results of
-    attention and of every second matrix product."""
+    attention and of every second matrix product. Either decodes frames for a frame teacher again in backward."""
     sync_every_micro_batch: bool = False
     """Reduce sharded gradients after every micro-batch: more traffic, but no whole gradients in memory."""
     keep_gathered: Literal["none", "frozen", "all"] = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from torch.nn import functional
 from fastvideo.distillation.adapters.diffusers.codec import component_hash, latent_space
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.frames import WanFrameCodec
-from fastvideo.distillation.frame_bridge import CodecFrames, FrameBridge, FrameUse, resized, whole_decodes
+from fastvideo.distillation.frame_bridge import (
+    CodecFrames,
+    FrameBridge,
+    FrameUse,
+    decode_frames,
+    resized,
+    whole_decodes,
+)
 from fastvideo.distillation.frame_roles import frame_bridge, still_difference
 from fastvideo.distillation.types import UserError
 from fastvideo.tests.distillation.tiny import made_family, wan_config
@@ -114,8 +122,45 @@ class _Constant:
     def __init__(self, frames: Tensor) -> None:
         self.frames = frames
 
-    def decode_frames(self, latents: Tensor, picks: Any) -> Tensor:
+    def decode_frames(self, latents: Tensor, picks: Any, *, recompute: bool = False) -> Tensor:
         return self.frames
+
+
+def kept_by(bridge: CodecFrames, latents: Tensor) -> tuple[int, Tensor]:
+    """Bytes that autograd keeps for backward, and the gradient."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    leaf = latents.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        frames = decode_frames(bridge.source, leaf, PICKS, recompute=bridge.recompute)
+    return sum(kept.values()), torch.autograd.grad(frames.square().sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["frame by frame", "whole decodes"])
+def test_recomputed_frames_have_the_same_gradient_and_keep_little(
+    own: bool, wan: WanFamily, sdxl: Any, latents: Tensor
+) -> None:
+    codec = wan.codec if own else _Whole(wan.codec)
+    whole, again = (
+        kept_by(CodecFrames(codec, sdxl.codec, recompute=recompute), latents) for recompute in (False, True)
+    )
+    assert torch.equal(whole[1], again[1])
+    assert again[0] < 0.1 * whole[0]
+
+
+@dataclass
+class _Whole:
+    """A codec that decodes whole videos alone."""
+
+    codec: WanFrameCodec
+    temporal = 4
+
+    def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor:
+        return self.codec.decode(latents, gradient=gradient)
 
 
 def test_gradient_of_the_bridge_equals_its_finite_difference(

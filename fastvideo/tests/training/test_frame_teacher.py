@@ -27,6 +27,7 @@ from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.runtime import Runtime, Tracker
 from fastvideo.distillation.engine.saving import Saving
 from fastvideo.distillation.engine.training import attach_optimizer
+from fastvideo.distillation.frame_bridge import CodecFrames
 from fastvideo.distillation.methods.distribution_matching.dmd2_frames import DMD2FramesMethod
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import RawBatch, UserError
@@ -192,6 +193,16 @@ def test_only_the_student_gets_the_frame_terms_gradient(tmp_path: Path, still: d
         assert all(torch.equal(before[name], value) for name, value in _weights(codec))
     notes = list(frame_notes(config, method))
     assert notes == ["frame teacher: taken as it is, without a test on real frames; its term is on after step 0"]
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_a_run_that_recomputes_activations_decodes_frames_again(
+    mode: str, tmp_path: Path, still: dict[str, Any]
+) -> None:
+    config = config_of(values(tmp_path, still) | {"parallel": {"activation_checkpointing": mode}}, "test")
+    bridge = build_method(config, build_adapter(config)).bundle.bridge("student", "frame_teacher")
+    assert isinstance(bridge, CodecFrames)
+    assert bridge.recompute == (mode != "none")
 
 
 def _weights(codec: Any) -> list[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastvideo.distillation.adapters.diffusers.pipeline import Pipeline
 from fastvideo.distillation.adapters.wan import WanCodec
@@ -36,7 +37,7 @@ class WanFrameCodec(WanCodec):
         """Diffusers' decode clamps its pixels, and a clamp stops the gradient of saturated ones."""
         return WanFrameDecoder(self).unclamped(latents) if gradient else super().decode(latents)
 
-    def decode_frames(self, latents: Tensor, picks: Sequence[Sequence[int]]) -> Tensor:
+    def decode_frames(self, latents: Tensor, picks: Sequence[Sequence[int]], *, recompute: bool = False) -> Tensor:
         """One latent frame at a time: the past of a picked one is decoded without gradient, and leaves its caches."""
         decoder, rows, found = WanFrameDecoder(self), list(range(len(latents))), dict[tuple[int, int], Tensor]()
         places = [[latent_frame(frame, self.temporal) for frame in own] for own in picks]
@@ -48,7 +49,8 @@ class WanFrameCodec(WanCodec):
             if not gradient:
                 pixels = decoder.unclamped(frame)[wanted]
             elif wanted:
-                pixels = decoder.rows(wanted).unclamped(frame[wanted])
+                ahead = decoder.rows(wanted).ahead
+                pixels = checkpoint(ahead, frame[wanted], use_reentrant=False) if recompute else ahead(frame[wanted])
             first = 1 + (number - 1) * self.temporal if number else 0
             for at, row in enumerate(rows[place] for place in wanted):
                 own = [pick for pick in picks[row] if latent_frame(pick, self.temporal) == number]
@@ -92,6 +94,10 @@ class WanFrameDecoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         return self.unclamped(latents).clamp(-1.0, 1.0)
+
+    def ahead(self, latents: Tensor) -> Tensor:
+        """Frames of :meth:`unclamped`, as often as asked: this decoder stays where it is."""
+        return self.fork().unclamped(latents)
 
     def unclamped(self, latents: Tensor) -> Tensor:
         """Frames as the network makes them, with gradient to the latents."""
