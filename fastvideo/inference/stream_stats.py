@@ -69,7 +69,7 @@ class Clock:
         """Note a chunk of so many video frames."""
         self._recent.append((self._now, frames))
         self._now, self._chunks = {}, self._chunks + 1
-        if self._first is None:
+        if frames and self._first is None:
             self._first = time.perf_counter() - self._opened
 
     def read(self, frames: int, past_bytes: int, decoder_bytes: int) -> StreamStats:

@@ -1,4 +1,4 @@
-"""Figures of a stream, read from any thread."""
+"""Figures of a stream: read from any thread, and right for decoders that wait."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def test_figures_are_read_while_another_thread_makes_chunks() -> None:
         maker.join(60)
     assert not maker.is_alive()
     assert figures.denoise_ms > 0
+
+
+def test_the_first_frame_comes_with_the_first_frames() -> None:
+    """A decoder may wait for another chunk before it gives any."""
+    clock = Clock(torch.device("cpu"))
+    clock.finish(0)
+    waiting = clock.read(0, 0, 0)
+    assert (waiting.chunks, waiting.first_frame_ms) == (1, None)
+    clock.finish(4)
+    first = clock.read(4, 0, 0).first_frame_ms
+    assert first is not None
+    clock.finish(4)
+    assert clock.read(8, 0, 0).first_frame_ms == first
