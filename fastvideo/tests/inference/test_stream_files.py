@@ -152,6 +152,13 @@ def test_flags_are_checked_before_the_weights_are_read(student: str, tmp_path: P
         run_generate(GenerateArguments(str(bare), OLD, **{"out": tmp_path / "a.mp4", **options}))
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.png", "a"])
+def test_a_folder_in_the_place_of_the_file_is_told_before_the_model_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"cannot write a video to '.*{name}': it is a folder"):
+        run_generate(GenerateArguments("no/such/model", OLD, out=tmp_path / name))
+
+
 def test_an_unknown_policy_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "tiny_stream", "--switch", f"5:{NEW}", "--on-switch", "recash"])
