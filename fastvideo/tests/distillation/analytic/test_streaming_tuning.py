@@ -195,6 +195,11 @@ def test_a_switch_that_leaves_no_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"switch_frames: .* frame 22 leaves no chunk of 3 .* 19 is the last"):
         StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 20)).check_frames(7)
     StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 19)).check_frames(7)
+    with pytest.raises(UserError, match=r"frame 5 leaves no chunk of 2 .* \(method.max_frames 6\); 3 is the last"):
+        StreamingTuningConfig(reach=Reach(2), max_frames=6, switch_frames=(4,)).check_frames(9)
+    StreamingTuningConfig(reach=Reach(2), max_frames=6, switch_frames=(3,)).check_frames(9)
+    with pytest.raises(UserError, match=r"frame 4 leaves no chunk of 3 .* \(method.max_frames 6\); none would do"):
+        StreamingTuningConfig(reach=Reach(3), max_frames=6, switch_frames=(1,)).check_frames(7)
 
 
 @pytest.mark.parametrize(
