@@ -107,10 +107,11 @@ def test_two_threads_on_one_network(model: LoadedModel, streamer: Streamer) -> N
     def measure() -> None:
         found.extend(sample_latents(model.adapter, model.denoiser, wanted) for _ in range(12))
 
-    other = threading.Thread(target=measure)
+    other = threading.Thread(target=measure, daemon=True)
     other.start()
     streamed = taken(streamer.open(OLD), 12)
-    other.join()
+    other.join(60)
+    assert not other.is_alive()
     assert np.array_equal(streamed, expected)
     assert len(found) == 12
     assert all(torch.equal(latents, whole) for latents in found)

@@ -66,13 +66,13 @@ def live(
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, name="server")
+    thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()
     try:
         yield Live(session, listening.getsockname()[1], address(listening), thread, raised)
     finally:
         session.close()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive(), "the server goes on after its session"
 
 
