@@ -65,7 +65,7 @@ def serving(model: str, fps: float) -> Iterator[int]:
         try:
             yield next(int(line.split()[0].rpartition(":")[2]) for line in process.stdout if line.startswith("http"))
         finally:
-            process.terminate()
+            process.kill()  # it has nothing to save, and may not have come so far as to listen
 
 
 @contextmanager

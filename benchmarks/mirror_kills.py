@@ -76,7 +76,7 @@ def killed_run(folder: Path, url: str, proxy: Proxy, after: int, soon: bool) -> 
     options = {"every": 2, "mirror": url, "mirror_wait": 10.0 if soon else 0.5}
     proxy.uploaded, proxy.upload_limit = 0, after
     ended = threading.Event()
-    helper = threading.Thread(target=come_back, args=(proxy, ended))
+    helper = threading.Thread(target=come_back, args=(proxy, ended), daemon=True)
     if soon:
         helper.start()
     run(training(folder, STEPS, options))

@@ -134,7 +134,7 @@ def serving(model: str, fps: float) -> Iterator[str]:
                 raise UserError(f"{' '.join(command[1:])} does not serve")
             yield url
         finally:
-            process.terminate()
+            process.kill()  # it has nothing to save, and may not have come so far as to listen
 
 
 def main(arguments: Sequence[str]) -> int:

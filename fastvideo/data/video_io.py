@@ -57,9 +57,11 @@ def video_format(path: Path | str, fps: Rate = FPS) -> VideoFormat:
     """The format that the suffix of ``path`` names.
 
     Raises:
-        UserError: for any other suffix, or a frame rate that it cannot hold; callers check before they spend time on a
-            video.
+        UserError: for any other suffix, a frame rate that it cannot hold, or a folder of that name; callers check
+            before they spend time on a video.
     """
+    if Path(path).is_dir():
+        raise UserError(f"cannot write a video to {str(path)!r}: it is a folder; give the name of a file")
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"cannot write a video to {str(path)!r}: its name must end in one of {', '.join(FORMATS)}")
@@ -102,7 +104,7 @@ def writing_video(
 def video_bytes(video: Tensor, suffix: str = ".apng", fps: int = FPS, scale: int = 1) -> bytes:
     """The file that :func:`write_video` would write, for embedding; ``.apng`` is exact and loops in every browser."""
     buffer = io.BytesIO()
-    with VideoWriter(buffer, video_format(f"video{suffix}"), fps, scale) as writer:
+    with VideoWriter(buffer, FORMATS[suffix], fps, scale) as writer:
         writer.write(to_frames(video))
     return buffer.getvalue()
 

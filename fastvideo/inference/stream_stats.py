@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -69,13 +69,14 @@ class Clock:
         """Note a chunk of so many video frames."""
         self._recent.append((self._now, frames))
         self._now, self._chunks = {}, self._chunks + 1
-        if self._first is None:
+        if frames and self._first is None:
             self._first = time.perf_counter() - self._opened
 
     def read(self, frames: int, past_bytes: int, decoder_bytes: int) -> StreamStats:
-        """Figures now."""
-        parts = {name: self._median(name) for name in ("commit", "denoise", "decode")}
-        spent = sum(sum(times.values()) for times, _ in self._recent)
+        """Figures now, also while another thread finishes chunks."""
+        recent = list(self._recent)
+        parts = {name: _median([times[name] for times, _ in recent if name in times]) for name in get_args(Part)}
+        spent = sum(sum(times.values()) for times, _ in recent)
         return StreamStats(
             frames=frames,
             chunks=self._chunks,
@@ -84,11 +85,12 @@ class Clock:
             commit_ms=parts["commit"],
             denoise_ms=parts["denoise"],
             decode_ms=parts["decode"],
-            fps=sum(count for _, count in self._recent) / spent if spent else 0.0,
+            fps=sum(count for _, count in recent) / spent if spent else 0.0,
             past_bytes=past_bytes,
             decoder_bytes=decoder_bytes,
         )
 
-    def _median(self, name: Part) -> float:
-        found = [times[name] for times, _ in self._recent if name in times]
-        return 1000 * statistics.median(found) if found else 0.0
+
+def _median(seconds: list[float]) -> float:
+    """Median in milliseconds; 0 of none."""
+    return 1000 * statistics.median(seconds) if seconds else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from fastvideo.inference.streaming import Streamer
 from fastvideo.sampling_ranges import ON_SWITCH, OnSwitch
 
 FORM = 'FRAME:"PROMPT", such as 65:"a red seven moving up", is expected'
+QUOTED = re.compile(r"""^(["'])((?:(?!\1).)*)\1$""", re.DOTALL)
+"""A text in quotes that do not occur inside it."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,13 @@ class PlannedSwitch:
 
 
 def parse_switch(text: str) -> PlannedSwitch:
-    """Read ``FRAME:PROMPT``.
+    """Read ``FRAME:PROMPT``; quotes around the whole prompt are not part of it, those within are.
 
     Raises:
         UserError: if it has another form.
     """
     frame, _, prompt = text.partition(":")
-    prompt = prompt.strip().strip("\"'")
+    prompt = QUOTED.sub(r"\2", prompt.strip()).strip()
     if not (frame.strip().isdecimal() and prompt):
         raise UserError(f"--switch {text!r}: {FORM}")
     return PlannedSwitch(int(frame), prompt)

@@ -76,8 +76,8 @@ class Snapshot:
     asked: Switch | None = None
 
     def fork(self) -> Snapshot:
-        """The same moment with a random stream and a decoder of its own."""
-        return replace(self, noise=self.noise.fork(), decode=self.decode.fork())
+        """The same moment with a random stream and a decoder of its own, and pasts that share their pieces alone."""
+        return replace(self, pasts=_bare(self.pasts), noise=self.noise.fork(), decode=self.decode.fork())
 
     @property
     def past_bytes(self) -> int:
@@ -117,7 +117,8 @@ class Maker:
             with clock.part("commit"):
                 moment = self.settled(moment)
             with clock.part("denoise"):
-                return moment, self._stream(moment).next_chunk(moment.pasts, None, start)[1]
+                latents = self._stream(moment).next_chunk(moment.pasts, None, start)[1]
+                return replace(moment, pasts=_bare(moment.pasts)), latents
 
     def settled(self, moment: Snapshot) -> Snapshot:
         """The moment with its last chunk in the past, and with the prompt that was asked for."""
@@ -235,6 +236,13 @@ class VideoStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _bare(pasts: Contexts) -> Contexts:
+    """Pasts without what their calls have derived, such as rotated keys; one past for both predictions stays one."""
+    found = {id(past): replace(past) for past in pasts if isinstance(past, Past)}
+    conditional, unconditional = (found[id(past)] for past in pasts)
+    return conditional, unconditional
 
 
 def _checked(policy: OnSwitch) -> OnSwitch:

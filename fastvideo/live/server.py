@@ -16,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastvideo.errors import UserError
 from fastvideo.live.session import LONGEST, Session, Watching
@@ -25,6 +26,10 @@ HEARTBEAT = 10.0
 """Seconds of silence after which a page is sent an empty line, so that a broken connection is noticed."""
 MOST_WAITING = 64
 """Events that may wait for a page. One that is slower is cut off, and connects again."""
+PATIENCE = 2.0
+"""Seconds for which a full connection may stay so before it is cut off."""
+GRACE = 3
+"""Seconds that pages have at the end, more than the patience with one that reads nothing."""
 LARGEST = 8 * LONGEST
 """Bytes of a request."""
 POLICY = (
@@ -69,7 +74,12 @@ def serve(session: Session, page: str, listening: socket.socket) -> None:
         Exception: what made the session's worker fail.
     """
     config = uvicorn.Config(
-        application(session, page), log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=3
+        application(session, page),
+        http=Connection,
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=GRACE,
     )
     session.start()
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has closed everything
@@ -77,6 +87,18 @@ def serve(session: Session, page: str, listening: socket.socket) -> None:
     session.close()
     if session.failure is not None:
         raise session.failure
+
+
+class Connection(H11Protocol):
+    """A connection that ends when nobody reads what it holds; what waits to be sent would wait for ever."""
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._end = self.loop.call_later(PATIENCE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._end.cancel()
+        super().resume_writing()
 
 
 async def _serve(server: uvicorn.Server, session: Session, listening: socket.socket) -> None:
@@ -118,6 +140,7 @@ async def feed(session: Session) -> AsyncIterator[bytes]:
 
     def put(event: bytes | None) -> None:
         if waiting.qsize() == MOST_WAITING:
+            session.leave(viewer)  # at once, as the page may never take another event
             event = None
         with suppress(asyncio.QueueFull):  # behind the end
             waiting.put_nowait(event)

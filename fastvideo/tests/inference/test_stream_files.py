@@ -19,7 +19,7 @@ from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.streaming import Streamer
-from fastvideo.inference.switch_plan import chunk_starts
+from fastvideo.inference.switch_plan import chunk_starts, parse_switch
 from fastvideo.stopping import Stopped
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tiny.paths import PIPELINE_FOLDER
@@ -81,6 +81,22 @@ def test_a_cut_moves_the_chunks_behind_it(student: str, generate: Callable[..., 
     assert len(frames_of(tmp_path / "a.apng")) == 25
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (f'"{NEW}"', NEW),
+        (f" '{NEW}' ", NEW),
+        ('a sign that says "hello"', 'a sign that says "hello"'),
+        ('"hello" on a sign', '"hello" on a sign'),
+        ('"hello" and "bye"', '"hello" and "bye"'),
+        ("the boys'", "the boys'"),
+        ('"the boys\'"', "the boys'"),
+    ],
+)
+def test_quotes_of_a_prompt_stay_and_those_around_it_go(text: str, prompt: str) -> None:
+    assert parse_switch(f"65:{text}").prompt == prompt
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_leaves_a_video_that_plays(
     student: str, tmp_path: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
@@ -108,6 +124,7 @@ def test_a_signal_leaves_a_video_that_plays(
     [
         ({"frames": 24}, "one more than a multiple of 4, such as 21 or 25, got 24"),
         ({"switch": ("4",)}, r"--switch '4': FRAME:\"PROMPT\""),
+        ({"switch": ('4:""',)}, r"--switch '4:\"\"': FRAME"),
         ({"switch": (f"x:{NEW}",)}, r"--switch 'x:a red.*FRAME"),
         ({"switch": (f"0:{NEW}",)}, "--switch 0: the video begins with --prompt"),
         ({"switch": (f"9:{NEW}",)}, "--switch 9: the video has frames 0 to 8, and its last chunk begins at frame 5"),
@@ -133,6 +150,13 @@ def test_flags_are_checked_before_the_weights_are_read(student: str, tmp_path: P
     bare = shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')}"):
         run_generate(GenerateArguments(str(bare), OLD, **{"out": tmp_path / "a.mp4", **options}))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png", "a"])
+def test_a_folder_in_the_place_of_the_file_is_told_before_the_model_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"cannot write a video to '.*{name}': it is a folder"):
+        run_generate(GenerateArguments("no/such/model", OLD, out=tmp_path / name))
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from fastvideo.live.session import Session
 from fastvideo.tests.live.world_stream import WorldStreamer
 
 PROMPT = "a red seven moving left"
+SMALL = 4096
+"""Bytes of a buffer that is full soon."""
 
 
 @dataclass
@@ -43,27 +46,48 @@ class Live:
 
 @contextmanager
 def live(
-    seconds: float = 0.0, fps: float = 40.0, judged: bool = True, prompt: str = PROMPT, name: str = "tiny_stream"
+    seconds: float = 0.0,
+    fps: float = 40.0,
+    judged: bool = True,
+    prompt: str = PROMPT,
+    name: str = "tiny_stream",
+    buffer: int | None = None,
 ) -> Iterator[Live]:
-    """A server of the true world; ``seconds`` per chunk."""
+    """A server of the true world; ``seconds`` per chunk, and bytes that the system keeps for a connection."""
     session = Session(WorldStreamer(seconds), PROMPT, Clock(fps), Reader() if judged else None)  # type: ignore[arg-type]
-    socket, raised = listen(0), []
+    listening, raised = listen(0), []
+    if buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     page = render(name, "the true world", 32, 32, fps, world=judged)
 
     def run() -> None:
         try:
-            serve(session, page, socket)
+            serve(session, page, listening)
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, name="server")
+    thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()
     try:
-        yield Live(session, socket.getsockname()[1], address(socket), thread, raised)
+        yield Live(session, listening.getsockname()[1], address(listening), thread, raised)
     finally:
         session.close()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive(), "the server goes on after its session"
+
+
+@contextmanager
+def deaf(live: Live) -> Iterator[socket.socket]:
+    """A page that stops reading as soon as it has joined."""
+    with socket.socket() as client:
+        client.settimeout(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
+        client.connect(("127.0.0.1", live.port))
+        client.sendall(b"GET /events HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        read = b""
+        while b"hello" not in read:
+            read += client.recv(64)
+        yield client
 
 
 class Page:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -24,6 +22,7 @@ from fastvideo.live.clock import Clock
 from fastvideo.live.server import listen
 from fastvideo.live.session import Session
 from fastvideo.tests.distillation.tiny import wan_folder
+from fastvideo.tests.launch import Child
 from fastvideo.tests.live.test_session import Viewer
 
 PROMPT = "a red seven moving left"
@@ -96,19 +95,21 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_it_is_asked_to_end(student: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "fastvideo.cli", "live", str(student), "--prompt", PROMPT, "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "stream: chunks of 1, window 2 + sink 1, 2 calls + 1 commit per chunk\n"
-        url = run.stdout.readline().split()[0]
-        with urllib.request.urlopen(url) as page:
+    run = Child(command, {"OMP_NUM_THREADS": "1"})
+    try:
+        run.wait_for("(Ctrl-C ends it)\n")
+        first, second = run.text.splitlines()[:2]
+        assert first == "stream: chunks of 1, window 2 + sink 1, 2 calls + 1 commit per chunk"
+        url = second.split()[0]
+        with urllib.request.urlopen(url, timeout=60) as page:
             assert "<textarea" in page.read().decode()
-        with urllib.request.urlopen(f"{url}/events") as events:
+        with urllib.request.urlopen(f"{url}/events", timeout=60) as events:
             while b'"frame":5' not in events.readline():
                 pass
-            run.send_signal(number)
+            run.signal(number)
             while events.readline() != b"event: bye\n":
                 pass
-        assert run.stdout.readline().startswith("ended after ")
         assert run.wait(60) == 0
+        assert run.text.splitlines()[-1].startswith("ended after ")
+    finally:
+        run.process.kill()

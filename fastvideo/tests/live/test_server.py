@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import re
+import socket
 import time
 import urllib.request
 
@@ -19,7 +20,8 @@ from fastvideo.live.page import render
 from fastvideo.live.server import MOST_WAITING, feed, listen
 from fastvideo.live.session import Session
 from fastvideo.live.sprites import sprite
-from fastvideo.tests.live.serving import PROMPT, Page, live
+from fastvideo.tests.launch import wait_until
+from fastvideo.tests.live.serving import PROMPT, SMALL, Page, deaf, live
 from fastvideo.tests.live.world_stream import BROKEN, WorldStreamer
 
 
@@ -94,12 +96,42 @@ def test_pages_come_and_go() -> None:
             while alone.wait("role") != {"drives": True, "viewers": 1}:
                 pass
             assert running.post({"viewer": alone.number, "prompt": PROMPT})[0] == 202
-        made = -1
-        deadline = time.monotonic() + 5
-        while made != running.session.frames and time.monotonic() < deadline:
-            made = running.session.frames
-            time.sleep(0.3)
-        assert made == running.session.frames, "nobody watches: the worker sleeps"
+        assert falls_asleep(running.session), "nobody watches"
+
+
+def falls_asleep(session: Session) -> bool:
+    """True once no more frames are made."""
+    made, deadline = -1, time.monotonic() + 30
+    while made != session.frames and time.monotonic() < deadline:
+        made = session.frames
+        time.sleep(0.3)
+    return made == session.frames
+
+
+def is_gone(page: socket.socket) -> bool:
+    """True if nobody takes what the page sends."""
+    try:
+        page.send(b" ")
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_a_page_that_stops_reading_neither_drives_nor_keeps_the_model_awake() -> None:
+    with live(seconds=0.002, fps=3000, judged=False, buffer=SMALL) as running, deaf(running) as page:
+        assert falls_asleep(running.session)
+        with Page(running) as other:
+            assert other.wait("role") == {"drives": True, "viewers": 1}
+        wait_until(lambda: is_gone(page), 30)
+
+
+def test_the_end_does_not_wait_for_a_page_that_stops_reading(capfd: pytest.CaptureFixture[str]) -> None:
+    with live(seconds=0.002, fps=3000, judged=False, buffer=SMALL) as running, deaf(running):
+        assert falls_asleep(running.session)
+        running.session.close()
+        running.thread.join(60)
+        assert not running.thread.is_alive()
+    assert capfd.readouterr().err == "", "no task was cancelled"
 
 
 def test_a_page_that_is_too_slow_is_cut_off_and_nothing_waits_for_it() -> None:
@@ -108,8 +140,7 @@ def test_a_page_that_is_too_slow_is_cut_off_and_nothing_waits_for_it() -> None:
         session.start()
         events = feed(session)
         first = [await anext(events)]
-        while session.frames < 5 * MOST_WAITING:
-            await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(falls_asleep, session), "nobody else watches"
         got = first + [event async for event in events]
         session.close()
         return got

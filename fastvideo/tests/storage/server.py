@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 SERVER = """
 import logging, sys
@@ -15,7 +19,7 @@ from moto.server import ThreadedMotoServer
 logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
-print(server.get_host_and_port()[1], flush=True)
+print("port", server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
 """Program of the server: prints its port, and ends with the process that started it."""
@@ -90,17 +94,34 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[Proxy]:
-    """Run a server; yields its proxy."""
-    command = [sys.executable, "-W", "ignore", "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        proxy = Proxy(("127.0.0.1", int(process.stdout.readline())))
+def s3_server(program: str = SERVER, seconds: float = 120.0) -> Iterator[Proxy]:
+    """Run a server; yields its proxy.
+
+    Raises:
+        AssertionError: if it does not serve in time, with what it printed.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
         try:
-            yield proxy
+            proxy = Proxy(("127.0.0.1", port_of(process, Path(log.name), seconds)))
+            try:
+                yield proxy
+            finally:
+                proxy.cut()
         finally:
-            proxy.cut()
             process.kill()
+            process.communicate(timeout=60)
+
+
+def port_of(process: subprocess.Popen[bytes], log: Path, seconds: float) -> int:
+    """The port that a server printed."""
+    deadline = time.monotonic() + seconds
+    while not (found := re.search(r"^port (\d+)\n", log.read_text(), re.MULTILINE)):
+        goes_on = time.monotonic() < deadline and process.poll() is None
+        assert goes_on, f"no server within {seconds} s, exit code {process.poll()}:\n{log.read_text()}"
+        time.sleep(0.02)
+    return int(found[1])
 
 
 def environment(proxy: Proxy) -> dict[str, str]:

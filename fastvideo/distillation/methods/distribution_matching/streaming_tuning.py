@@ -71,8 +71,8 @@ class StreamingTuningMethod(SelfForcingMethod):
         return replace(stream, past=past, condition=stream.switch, switch=None)
 
     def ended(self, stream: RunningStream, batch: Batch) -> bool:
-        """True if the next frames do not fit any more; behind a switch fewer of them do."""
-        return not stream.switches_now and stream.length + self.least_new(batch) > stream.most
+        """True if the next frames do not fit any more, and no switch is ahead: up to it and behind it fewer will do."""
+        return stream.switch is None and stream.length + self.least_new(batch) > stream.most
 
     def begun(self, batch: Batch) -> RunningStream:
         """A stream without a frame.

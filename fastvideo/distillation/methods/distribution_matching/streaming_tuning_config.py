@@ -55,9 +55,11 @@ class StreamingTuningConfig(SelfForcingConfig):
 
     def switch_starts(self, frames: int) -> list[int]:
         """First frames of the chunks where streams switch, of a model whose videos have ``frames`` latent frames."""
-        chunk = self.reach.chunk
-        first = spans(min(self.scored_frames or frames, frames), chunk)[0][1]
+        first, chunk = self._first_chunk(frames), self.reach.chunk
         return [first + chunk * max(0, -(-(frame - first) // chunk)) for frame in self.switch_frames]
+
+    def _first_chunk(self, frames: int) -> int:
+        return spans(min(self.scored_frames or frames, frames), self.reach.chunk)[0][1]
 
     def check_frames(self, frames: int) -> None:
         super().check_frames(frames)
@@ -65,7 +67,9 @@ class StreamingTuningConfig(SelfForcingConfig):
             raise UserError(f"method.min_new_frames: at most the {scored} scored frames, got {self.min_new_frames}")
         chunk, longest, last = self.reach.chunk, self.longest(frames), max(self.switch_starts(frames), default=0)
         if last + chunk > longest:
+            possible = range(self._first_chunk(frames), longest - chunk + 1, chunk)
+            hint = f"{possible[-1]} is the last that would do" if possible else "none would do"
             raise UserError(
                 f"method.switch_frames: a switch at latent frame {last} leaves no chunk of {chunk} in the longest "
-                f"stream (method.max_frames {longest}); {longest - chunk} is the last that would do"
+                f"stream (method.max_frames {longest}); {hint}"
             )

@@ -14,6 +14,7 @@ from fastvideo.distillation.adapters.analytic import AnalyticCodec
 from fastvideo.distillation.adapters.analytic_networks import FrameDenoiser
 from fastvideo.distillation.chunks import Past, Reach
 from fastvideo.distillation.engine.checkpoint.state import join_state, split_state
+from fastvideo.distillation.methods.distribution_matching.running_stream import RunningStream
 from fastvideo.distillation.methods.distribution_matching.streaming_tuning import (
     StreamingTuningConfig,
     StreamingTuningMethod,
@@ -148,10 +149,57 @@ def test_a_switch_near_the_end_takes_place() -> None:
     assert seen == [(9, 1.0), (12, 1.0), (17, -2.0), (9, 1.0)]
 
 
+def streams_of(method: StreamingTuningMethod, batch: Batch, count: int) -> list[list[RunningStream]]:
+    """The stream at the end of each step, for so many streams, as the method draws them; no network is called."""
+    found: list[list[RunningStream]] = []
+    while len(found) <= count:
+        stream = method.next_stream(batch)
+        new = method.new_frames(stream, batch)
+        assert new > 0
+        if not stream.length:
+            found.append([stream])
+        stream = method.keeper.stream = replace(stream, length=stream.length + new)
+        found[-1].append(stream)
+    return found[:count]
+
+
+@pytest.mark.parametrize(
+    ("frames", "options"),
+    [
+        (9, {"max_frames": 24, "min_new_frames": 9, "switch_frames": (20,)}),
+        (9, {"max_frames": 20, "min_new_frames": 9, "switch_frames": (19,)}),
+        (9, {"max_frames": 27, "min_new_frames": 9, "switch_frames": (9, 18)}),
+        (9, {"max_frames": 30, "min_frames": 15, "scored_frames": 7, "switch_frames": (3, 16, 25), "reach": Reach(3)}),
+        (9, {"max_frames": 6, "switch_frames": (2, 3), "reach": Reach(2)}),
+        (21, {"max_frames": 240, "min_new_frames": 18, "switch_frames": tuple(range(21, 202, 18)), "reach": Reach(3)}),
+    ],
+    ids=str,
+)
+def test_every_stream_reaches_its_switch_and_none_its_end_too_late(frames: int, options: dict[str, Any]) -> None:
+    method = tuning(adapter := spy_of(frames), on_switch="keep", **options)
+    method.config.check_frames(frames)
+    batch, switched_at = switching(adapter), set()
+    for begun, *after in streams_of(method, batch, 300):
+        assert after[-1].length <= begun.most <= method.config.longest(frames)
+        if begun.switch is None:  # a drawn length that has no chunk behind the switch
+            assert begun.switch_at + method.config.reach.chunk > begun.most
+            continue
+        lengths = [stream.length for stream in after if stream.switch is None]
+        assert lengths, f"a stream of {begun.most} frames never switched at {begun.switch_at}"
+        assert lengths[0] > begun.switch_at, "the first step under the second prompt"
+        switched_at.add(begun.switch_at)
+    assert switched_at == set(method.config.switch_starts(frames))
+
+
 def test_a_switch_that_leaves_no_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"switch_frames: .* frame 22 leaves no chunk of 3 .* 19 is the last"):
         StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 20)).check_frames(7)
     StreamingTuningConfig(reach=Reach(3), max_frames=22, switch_frames=(9, 19)).check_frames(7)
+    with pytest.raises(UserError, match=r"frame 5 leaves no chunk of 2 .* \(method.max_frames 6\); 3 is the last"):
+        StreamingTuningConfig(reach=Reach(2), max_frames=6, switch_frames=(4,)).check_frames(9)
+    StreamingTuningConfig(reach=Reach(2), max_frames=6, switch_frames=(3,)).check_frames(9)
+    with pytest.raises(UserError, match=r"frame 4 leaves no chunk of 3 .* \(method.max_frames 6\); none would do"):
+        StreamingTuningConfig(reach=Reach(3), max_frames=6, switch_frames=(1,)).check_frames(7)
 
 
 @pytest.mark.parametrize(
