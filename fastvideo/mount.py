@@ -75,6 +75,20 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def check_writable(path: Path, label: str = "--out") -> None:
+    """Refuse a place for a file or folder at which none can be made, before time is spent on what would go there.
+
+    Raises:
+        UserError: naming the place, and what stands in the way.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    folder = there if there.is_dir() else there.parent
+    if there.is_file() and there != path:
+        raise UserError(f"{label} {path} cannot be written: {there} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{label} {path} cannot be written: no permission to write to {folder.absolute()}")
+
+
 MEND = "a bucket needs a mount with a cache on the disk (SkyPilot: MOUNT_CACHED, rclone: --vfs-cache-mode full)"
 
 

@@ -107,15 +107,19 @@ def run_evaluate(arguments: EvaluateArguments, console: Console | None = None) -
     """Measure the folders, print the table and write ``arguments.out``.
 
     Raises:
-        UserError: for a bad folder or sampler, or an ``out`` that holds figures, before anything is sampled or written.
+        UserError: for a bad folder or sampler, or an ``out`` that holds figures or cannot be written, before anything
+            is sampled.
     """
     from fastvideo.evaluation.evaluate import evaluate_rows
     from fastvideo.evaluation.report_store import check_unmeasured
     from fastvideo.inference.sampler import BATCH_SIZE
+    from fastvideo.mount import check_writable
 
     console = console or standard_output()
     if not arguments.folders and arguments.teacher is None:
         raise UserError("evaluate: give at least one model folder, or `tiny`")
+    if arguments.out is not None:
+        check_writable(arguments.out)
     _check_together(arguments)
     if arguments.sweep_guidance is not None:
         run_sweep(arguments, console)

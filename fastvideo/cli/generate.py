@@ -105,8 +105,10 @@ def run_generate(arguments: GenerateArguments) -> str:
     """
     from fastvideo.data.video_io import FPS, video_format
     from fastvideo.inference.loading import open_model, with_network
+    from fastvideo.mount import check_writable
 
     video_format(arguments.out, arguments.fps or FPS)
+    check_writable(arguments.out)
     opened = open_model(arguments.folder, _sizes(arguments), arguments.device)
     spec = opened.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     _check_flags(arguments, opened.source, spec)

@@ -23,6 +23,7 @@ from fastvideo.data.schema import metadata_of
 from fastvideo.data.workers import FileJob, progress, write_files
 from fastvideo.errors import UserError
 from fastvideo.files import replacing
+from fastvideo.mount import check_writable
 from fastvideo.shares import ALONE, Share
 from fastvideo.wording import counted
 
@@ -112,8 +113,9 @@ def open_output(
     Several machines may do so at once: each writes the same manifest, and removes only what it left behind itself.
 
     Raises:
-        UserError: if the folder holds something else, or has other settings or other videos.
+        UserError: if the folder holds something else, has other settings or other videos, or cannot be written.
     """
+    check_writable(out)
     if overwrite and (out / MANIFEST).is_file():
         shutil.rmtree(out)
     if (out / MANIFEST).is_file():

@@ -56,8 +56,8 @@ class Figure:
         value, (low, high), count = row[self.key], row["intervals"][self.key], row["counts"][self.key]
         if value is None:
             return Cell("n/a")
-        all_right = self.percent and value == low == high == 1.0
-        return Cell(self.text(value), f"{count} of {count}" if all_right else self.interval(low, high))
+        alike = self.percent and value == low == high and value in (0.0, 1.0)
+        return Cell(self.text(value), f"{value * count:.0f} of {count}" if alike else self.interval(low, high))
 
 
 WORLD = (

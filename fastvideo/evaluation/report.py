@@ -21,6 +21,7 @@ from fastvideo.evaluation.report_streams import frame_strips, stream_charts
 from fastvideo.evaluation.report_training import alarm_list, chart_groups, curves_of, health_table, once_table
 from fastvideo.evaluation.tables import Cell, Line, Table
 from fastvideo.files import replace_file
+from fastvideo.mount import check_writable
 
 MOST_RUNS = 12
 """More curves than this cannot be told apart."""
@@ -57,6 +58,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     path = output or (runs[0] / "report.html" if len(runs) == 1 else COMPARISON)
     if path.suffix != ".html" or path.is_dir():
         raise UserError(f"--out {path}: the name of a page, ending in .html, is expected")
+    check_writable(path, "page" if output is None else "--out")
     page = render(read_runs(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page)

@@ -104,9 +104,10 @@ def first_steps(ladder: Ladder, count: int) -> Ladder:
     """Ladder of ``count`` calls, which must be 1 (the first time) or all, as trained; else UserError."""
     if count in (1, len(ladder)):
         return Ladder(ladder.times[:count])
+    own = "--steps 1" if len(ladder) == 1 else f"--steps {len(ladder)} or --steps 1"
     raise UserError(
-        f"this student was trained for the ladder {list(ladder.times)}: it runs with --steps {len(ladder.times)} or "
-        f"--steps 1, not {count}; name other times yourself: --ladder 1.0 0.5"
+        f"this student was trained for the ladder {list(ladder.times)}: it runs with {own}, not {count}; name other "
+        f"times yourself: --ladder 1.0 0.5"
     )
 
 

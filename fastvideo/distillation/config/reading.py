@@ -21,6 +21,8 @@ from fastvideo.wording import did_you_mean, nearest
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 NAMES = ("distill_model", "distill_method")
+MERGE = "<<"
+"""YAML's key for the keys of another mapping, which may be there more than once."""
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's names of a key that a section, or a value that is a dataclass, does not have."""
 
@@ -105,12 +107,38 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     text = read_text(Path(path), f"config {path}")
     try:
+        _check_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
     except NOT_YAML as error:
         raise UserError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path}: a mapping of keys is expected, found {type(content).__name__}")
     return content
+
+
+def _check_keys(path: str | Path, root: yaml.Node | None) -> None:
+    """Refuse a key that a mapping holds twice, of which YAML keeps the last."""
+    left, seen = [("", root)], set[int]()
+    while left:
+        where, node = left.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += [(f"{where}{number}.", item) for number, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            left += [(f"{where}{key.value}.", value) for key, value in node.value]
+            _check_once(path, where, [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+
+
+def _check_once(path: str | Path, where: str, keys: Sequence[yaml.ScalarNode]) -> None:
+    lines: dict[str, int] = {}
+    for key in keys:
+        line = key.start_mark.line + 1
+        if key.value in lines and key.value != MERGE:
+            both = f"in line {lines[key.value]} and in line {line}"
+            raise UserError(f"config {path}: {where}{key.value} is there twice, {both}; only the last would count")
+        lines[key.value] = line
 
 
 def validate(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:

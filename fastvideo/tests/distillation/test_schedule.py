@@ -85,6 +85,8 @@ def test_first_gives_the_ladders_a_student_was_trained_for(count: int, times: Se
 def test_first_refuses_any_other_count(count: int) -> None:
     with pytest.raises(UserError, match=rf"it runs with --steps 3 or --steps 1, not {count}"):
         first_steps(Ladder((1.0, 0.7, 0.4)), count)
+    with pytest.raises(UserError, match=r"it runs with --steps 1, not 4"):
+        first_steps(Ladder((1.0,)), 4)
 
 
 class Options(BaseModel):

@@ -15,6 +15,7 @@ import torch
 
 from fastvideo.data.video_io import video_bytes
 from fastvideo.errors import UserError
+from fastvideo.evaluation.catalogue import WORLD
 from fastvideo.evaluation.charts import Axis, Mark, cost_chart, line_chart
 from fastvideo.evaluation.evaluate import Evaluation
 from fastvideo.evaluation.figures import difference, headline, titles_of
@@ -172,6 +173,12 @@ def test_the_half_written_last_line_of_a_killed_run_is_left_out(tmp_path: Path) 
         read_curves(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_text("")
     assert read_curves(tmp_path / "m.jsonl") == {}
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1.0, "40 of 40"), (0.0, "0 of 40"), (0.5, "50.0 to 50.0")])
+def test_an_interval_without_width_at_either_end_is_a_count(value: float, shown: str) -> None:
+    row = {"digit_accuracy": value, "intervals": {"digit_accuracy": [value, value]}, "counts": {"digit_accuracy": 40}}
+    assert WORLD[0].cell(row).small == shown
 
 
 @pytest.mark.parametrize(

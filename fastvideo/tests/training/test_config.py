@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,30 @@ def test_a_falling_range_is_refused(analytic_values: dict) -> None:
     analytic_values["method"]["score_time_range"] = [0.98, 0.02]
     with pytest.raises(UserError, match=r"method\.score_time_range: a range must not fall"):
         parsed(analytic_values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "method:\n  a: 1\nseed: 2\nmethod:\n  b: 2\n",
+            "method is there twice, in line 1 and in line 4; only the last",
+        ),
+        ("roles:\n  student: {lora: {rank: 8, rank: 16}}\n", r"roles\.student\.lora\.rank is there twice, in line 2"),
+        ("stages:\n- {a: 1}\n- a: 1\n  'a': 2\n", r"stages\.1\.a is there twice, in line 3 and in line 4"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_keys_of_anchors_may_be_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b {x: 2}\nc:\n  <<: *a\n  <<: *b\n  y: 3\nd: *a\n")
+    assert read_yaml(tmp_path / "a.yaml")["c"] == {"x": 2, "y": 3}
+    (tmp_path / "a.yaml").write_text("a: &a [1, *a]\n")
+    assert list(read_yaml(tmp_path / "a.yaml")) == ["a"]
 
 
 def test_missing_and_malformed_files(tmp_path: Any) -> None:
