@@ -210,10 +210,60 @@ def test_both_files_are_read_again_each_for_its_expert(trained: Path, model: Pat
     torch.testing.assert_close(video(tmp_path / "merged"), video(trained / "student"), rtol=0, atol=1e-5)
 
 
+def merged(model: Path, trained: Path, root: Path, *names: str) -> Path:
+    """The model merged with a folder that holds the trained LoRA's files, high noise first, under other names."""
+    (root / "lora").mkdir()
+    for side, name in zip(["high_noise", "low_noise", "low_noise"], names, strict=False):
+        shutil.copy(trained / "student" / f"{side}_pytorch_lora_weights.safetensors", root / "lora" / name)
+    run_merge(str(model), root / "merged", [str(root / "lora")], None, overwrite=False)
+    return root / "merged"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lora_high_noise.safetensors", "lora_LOW.safetensors"),
+        ("Wan2.2-T2V-HighNoise-slow.safetensors", "Wan2.2-T2V-LowNoise-highres.safetensors"),
+    ],
+)
+def test_a_word_in_any_case_says_which_expert_a_file_is_for(
+    trained: Path, model: Path, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    student = merged(model, trained, tmp_path, *names)
+    torch.testing.assert_close(video(student), video(trained / "student"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("high_noise.safetensors", "flow.safetensors"),
+            r"flow\.safetensors: .* does not say which it is for: high_noise or",
+        ),
+        (("high_low.safetensors",), r"high_low\.safetensors: .* says both"),
+        (
+            ("high.safetensors", "a_low.safetensors", "LowNoise.safetensors"),
+            r"several files for low_noise: Low.*, a_low",
+        ),
+        ((), r"lora holds no \.safetensors file"),
+    ],
+)
+def test_every_file_of_a_folder_has_to_name_another_expert(
+    trained: Path, model: Path, tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        merged(model, trained, tmp_path, *names)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_file_that_names_no_expert_is_refused(trained: Path, model: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "student" / "low_noise_pytorch_lora_weights.safetensors", tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match=r"no file here says in its name which it is for: high_noise or low_noise"):
-        run_merge(str(model), tmp_path / "merged", [str(tmp_path / "lora.safetensors")], None, overwrite=False)
+    for name, message in (
+        ("lora", "name does not say which it is for: high_noise or low_noise"),
+        ("no", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_merge(str(model), tmp_path / "merged", [str(tmp_path / f"{name}.safetensors")], None, overwrite=False)
 
 
 @pytest.mark.slow
