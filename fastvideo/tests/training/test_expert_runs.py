@@ -191,9 +191,43 @@ def test_methods_that_mix_noise_levels_are_refused_on_several_processes(model: P
         UserError, match="sft draws a time of its own for every sample, so that 2 processes would call different"
     ):
         built(values, Processes(world_size=2))
-    values = values_of(tmp_path, model)
+
+
+def frame_roles(model: dict[str, Any]) -> dict[str, Any]:
+    return {role: {"trainable": role == "frame_critic", "model": model} for role in ("frame_teacher", "frame_critic")}
+
+
+STILLS = {"family": "sdxl", "path": "tiny_stills", "height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "more"),
+    [
+        ("dmd2", {"rollout": "data"}, {}),
+        ("dmd2_frames", {"rollout": "data", "allow_resize": True}, frame_roles(STILLS)),
+        ("rcm", {"jvp": "central_difference"}, {}),
+    ],
+)
+def test_methods_on_noised_data_are_refused_on_several_processes(
+    model: Path, tmp_path: Path, name: str, options: dict[str, Any], more: dict[str, Any]
+) -> None:
+    values = values_of(tmp_path, model, distill_method=name)
+    values |= {"method": options, "roles": {**values["roles"], **more}}
+    message = rf"^{name} draws .*take dmd2 or .*phased_dmd or dmd2_frames with method\.rollout: simulate"
+    with pytest.raises(UserError, match=message):
+        built(values, Processes(world_size=2))
+
+
+def test_phases_on_noised_data_share_their_step(model: Path, tmp_path: Path) -> None:
+    values = values_of(tmp_path, model, distill_method="phased_dmd")
     values["method"] |= {"rollout": "data"}
-    with pytest.raises(UserError, match=r"take dmd2 or .*phased_dmd.* with method\.rollout: simulate"):
+    built(values, Processes(world_size=2))
+
+
+def test_frame_roles_of_two_experts_are_refused_on_several_processes(model: Path, tmp_path: Path) -> None:
+    values = values_of(tmp_path, model, distill_method="dmd2_frames", method={})
+    values["roles"] |= frame_roles({"family": "wan", "path": str(model), **SIZE, "num_frames": 1})
+    with pytest.raises(UserError, match=r"roles\.frame_teacher: .* own, so that 2 processes would call different"):
         built(values, Processes(world_size=2))
 
 

@@ -53,6 +53,7 @@ class PhasedDMDMethod(DMD2Method):
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
     bridges = False
+    one_expert_rollouts = ("simulate", "data")
     summary = "Phased DMD, distribution matching of each of two experts on its range of noise (arXiv 2510.27684)"
 
     def __init__(self, config: PhasedDMDConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
