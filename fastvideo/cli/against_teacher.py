@@ -30,10 +30,11 @@ FEW = 64
 
 
 class Prompts(NamedTuple):
-    """Prompts of a measurement, and the tiny world's judge if they are its own."""
+    """Prompts of a measurement; if they are the tiny world's, its judge, or the reason why it judges no such video."""
 
     texts: tuple[str, ...]
-    judge: Judge | None
+    judge: Judge | None = None
+    unjudged: str | None = None
 
 
 def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
@@ -42,8 +43,9 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     Raises:
         UserError: for a mistake in the call, before anything is sampled.
     """
-    from fastvideo.evaluation.choice import absent, check_teacher, choose, external_metrics
+    from fastvideo.evaluation.choice import absent, check_teacher, choose, external_metrics, of_frames
     from fastvideo.evaluation.measure import batch_size_for, measure, open_rows, sample_rows
+    from fastvideo.evaluation.measuring import video_shape
     from fastvideo.evaluation.report_store import check_measurable
 
     choice = choose(arguments.metrics, arguments.clip, arguments.fvd_extractor)
@@ -52,8 +54,9 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     prompts = read_task_prompts(arguments)
     task = make_task(arguments, out, prompts, choice)
     rows = open_rows(task)
-    shape = rows[task.teacher].model.adapter.codec.latent_shape
-    task = replace(task, batch_size=arguments.batch_size or batch_size_for(shape))
+    adapter = rows[task.teacher].model.adapter
+    task = replace(task, batch_size=arguments.batch_size or batch_size_for(adapter.codec.latent_shape))
+    choice, short = of_frames(choice, arguments.metrics, video_shape(adapter)[0])
     check_teacher(choice, rows[task.teacher].model, task.prompts, arguments.data)
     external = [] if arguments.share else external_metrics(choice, task.device)
     count = sample_rows(task, rows, share)
@@ -65,7 +68,8 @@ def run_against_teacher(arguments: EvaluateArguments, console: Console) -> None:
     console.print(table(evaluation, task.teacher))
     if len(task.prompts) < FEW:
         console.print(f"[dim]{len(task.prompts)} prompts are few for distances and shares: take {FEW} or more[/dim]")
-    for name, remedy in absent(choice):
+    truth = [("the tiny world's truth", prompts.unjudged)] if prompts.unjudged else []
+    for name, remedy in [*truth, *short, *absent(choice)]:
         console.print(f"[dim]not measured: {name}: {remedy}[/dim]", highlight=False)
     console.print(write_out(out, evaluation), highlight=False)
 
@@ -89,15 +93,17 @@ def read_task_prompts(arguments: EvaluateArguments) -> Prompts:
     from fastvideo.data.prompts import read_prompts
     from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
     from fastvideo.evaluation.judge import Judge
-    from fastvideo.inference.loading import load_recipe
+    from fastvideo.evaluation.measuring import unjudged
+    from fastvideo.inference.loading import load_recipe, open_model
 
     if isinstance(arguments.prompts, str):
-        return Prompts(tuple(read_prompts(arguments.prompts)), None)
+        return Prompts(tuple(read_prompts(arguments.prompts)))
     spec = next(iter(row_specs([arguments.teacher or ""]).values()))
     if spec.folder not in EMBEDDED and load_recipe(spec.folder).get("model", {}).get("path") not in EMBEDDED:
         raise UserError(f"--prompts FILE: {spec.folder} needs prompts of its own world, one per line in a text file")
     judge = Judge(world_prompts(arguments), arguments.seed)
-    return Prompts(judge.prompts, judge)
+    reason = unjudged(open_model(spec.folder).adapter)
+    return Prompts(judge.prompts, judge if reason is None else None, reason)
 
 
 def make_task(arguments: EvaluateArguments, out: Path, prompts: Prompts, choice: Choice) -> Task:
@@ -148,13 +154,14 @@ def table(evaluation: Evaluation[JudgedRow], teacher: str) -> Table:
     """All rows with their intervals, a figure per line."""
     from rich.table import Table
 
-    from fastvideo.evaluation.catalogue import present
+    from fastvideo.evaluation.catalogue import RELATIVE, present
 
     rows = evaluation.rows
     first = next(iter(rows.values()))
+    ratios = ", ".join(figure.head for figure in present(first.values, RELATIVE) if figure.target == 1.0)
     out = Table(
         title=f"{first.samples} prompts, judged by {teacher}; 95 % bootstrap intervals",
-        caption="motion, sharpness, saturation, flicker and seed diversity: 1 is the teacher's",
+        caption=f"{ratios}: 1 is the teacher's" if ratios else None,
     )
     out.add_column("figure", no_wrap=True)
     for name in rows:

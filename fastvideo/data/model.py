@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
-from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
+from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, read_index
 from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.config.reading import validate
@@ -72,7 +70,7 @@ def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
 
 def pipeline_class(source: str) -> str:
     """``_class_name`` of a pipeline folder that :func:`resolve_pipeline` has checked."""
-    return str(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    return str(read_index(source)["_class_name"])
 
 
 def check_sizes(path: str, fields: Mapping[str, Any], config: type[AdapterConfig]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastvideo.distillation.abilities import of_folder
@@ -10,6 +10,7 @@ from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.experts import SUPPORTS, check_boundary
+from fastvideo.distillation.frame_bridge import ScoresFrames
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.types import UserError
 
@@ -36,20 +37,27 @@ def check_experts(
             f"roles.critic: its experts change at {boundaries['critic']:g}, the teacher's at "
             f"{boundaries['teacher']:g}, and both score the same samples: give both one boundary_ratio"
         )
-    if processes.world_size > 1 and not _calls_one_expert(config):
-        methods = {name: load_method(name) for name in METHODS}
-        able = [name for name, m in methods.items() if m.calls_one_expert and m.needs_of(m.Config()) <= SUPPORTS]
-        raise UserError(
-            f"{config.distill_method} draws a time of its own for every sample, so that {processes.world_size} "
-            f"processes would call different experts of {config.model.path} and wait for each other for ever: run it "
-            f"on one process, or take {' or '.join(able)} with method.rollout: simulate"
-        )
+    if processes.world_size > 1:
+        _check_calls(config, boundaries, processes.world_size)
 
 
-def _calls_one_expert(config: RunConfig[Any, Any]) -> bool:
-    """True for a method whose calls are on one side, with options that keep it so."""
+def _check_calls(config: RunConfig[Any, Any], experts: Collection[str], processes: int) -> None:
+    """Processes that share networks call the same expert; ``experts`` are the roles that have two."""
     method = load_method(config.distill_method)
-    return method.calls_one_expert and not (config.distill_method == "dmd2" and method.uses_latents(config.method))
+    mixing = f"so that {processes} processes would call different experts and wait for each other for ever"
+    if getattr(config.method, "rollout", "simulate") not in method.one_expert_rollouts:
+        methods = {name: load_method(name) for name in METHODS}
+        able = [name for name, m in methods.items() if m.one_expert_rollouts and m.needs_of(m.Config()) <= SUPPORTS]
+        raise UserError(
+            f"{config.distill_method} draws a time of its own for every sample, {mixing}: run it on one process, or "
+            f"take {' or '.join(able)} with method.rollout: simulate"
+        )
+    for role in method.frames_of(config.method).roles if issubclass(method, ScoresFrames) else ():
+        if role in experts:
+            raise UserError(
+                f"roles.{role}: the frames of every video are scored at a time of their own, {mixing}: run it on one "
+                f"process, or give the frame roles a model of one network"
+            )
 
 
 def _check_needs(config: RunConfig[Any, Any], by_role: Mapping[str, DistillAdapter[Any]]) -> None:

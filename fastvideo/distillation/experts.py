@@ -150,3 +150,8 @@ def boundary_between(times: tuple[float, ...], boundary: float) -> float:
     """
     above, below = [t for t in times if t >= boundary], [t for t in times if t < boundary]
     return (above[-1] + below[0]) / 2 if above and below else boundary
+
+
+def same_steps(times: tuple[float, ...], one: float, other: float) -> bool:
+    """True if no step of a ladder lies between two boundaries, so that its calls are those of the same experts."""
+    return all((time >= one) == (time >= other) for time in times)

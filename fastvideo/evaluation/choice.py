@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from fastvideo.errors import UserError
 from fastvideo.evaluation.catalogue import VBENCH_DIMENSIONS
 from fastvideo.evaluation.external import VBENCH_INSTALL, ClipScore, VBench, VideoDistance
 from fastvideo.evaluation.instrument import Instrument, distractors, taps_of
-from fastvideo.evaluation.looks import LOOKS
+from fastvideo.evaluation.looks import LEAST_FRAMES, LOOKS
 from fastvideo.evaluation.metric import Metric
 from fastvideo.evaluation.relative import Looks, PromptMatch, SeedDiversity, TeacherDistance
 from fastvideo.evaluation.user_data import check_data
@@ -78,6 +78,24 @@ def absent(choice: Choice) -> list[tuple[str, str]]:
     if not set(VBENCH) & set(choice.names):
         remedies.append(("vbench", f"{VBENCH_INSTALL}, then --metrics {VBENCH[0]} ..."))
     return remedies
+
+
+def of_frames(choice: Choice, wanted: Sequence[str], frames: int) -> tuple[Choice, list[tuple[str, str]]]:
+    """The choice without what videos of so many frames do not have, and that, each with the reason.
+
+    Raises:
+        UserError: for one of those that is ``wanted`` by name.
+    """
+    shown = "is a still" if frames == 1 else f"has {frames} frames"
+    short = [
+        (name, f"it compares {LEAST_FRAMES[name]} frames, and a sample here {shown}")
+        for name in choice.names
+        if frames < LEAST_FRAMES.get(name, 0)
+    ]
+    for name, reason in short:
+        if name in wanted:
+            raise UserError(f"--metrics {name}: {reason}")
+    return replace(choice, names=tuple(name for name in choice.names if name not in dict(short))), short
 
 
 def check_teacher(choice: Choice, teacher: OpenedModel, prompts: Sequence[str], data: Path | None) -> None:

@@ -13,10 +13,12 @@ ROWS, WINDOW = 64, 9
 RIDGE, TINY = 0.01, 1e-8
 """Share of the slope, and least slope, that keep a window without texture still."""
 LOOKS = ("motion", "sharpness", "saturation", "flicker")
+LEAST_FRAMES = {"motion": 2, "flicker": 3}
+"""Frames that figures of change over time compare; shorter videos, stills among them, do not have them."""
 
 
 def looks(videos: Tensor) -> dict[str, Tensor]:
-    """The figures :data:`LOOKS` of videos ``[B, 3, T, H, W]`` in ``[-1, 1]``, each ``[B]``; NaN where undefined.
+    """The figures :data:`LOOKS` of videos ``[B, 3, T, H, W]`` in ``[-1, 1]``, as far as they have them, each ``[B]``.
 
     ``motion``: see :func:`speed`. ``sharpness``: mean absolute Laplacian of the luminance. ``saturation``: mean span of
     the colour channels. ``flicker``: mean absolute second difference of the luminance in time, 0 for steady change.
@@ -25,12 +27,15 @@ def looks(videos: Tensor) -> dict[str, Tensor]:
     light = torch.einsum("bcthw,c->bthw", x, x.new_tensor(LUMINANCE))
     inner = light[..., 1:-1, 1:-1]
     around = light[..., :-2, 1:-1] + light[..., 2:, 1:-1] + light[..., 1:-1, :-2] + light[..., 1:-1, 2:]
-    return {
-        "motion": speed(light),
+    found = {
         "sharpness": (4 * inner - around).abs().flatten(1).mean(1),
         "saturation": (x.amax(1) - x.amin(1)).flatten(1).mean(1),
-        "flicker": light.diff(n=2, dim=1).abs().flatten(1).mean(1),
     }
+    if light.shape[1] >= LEAST_FRAMES["motion"]:
+        found["motion"] = speed(light)
+    if light.shape[1] >= LEAST_FRAMES["flicker"]:
+        found["flicker"] = light.diff(n=2, dim=1).abs().flatten(1).mean(1)
+    return found
 
 
 def speed(light: Tensor) -> Tensor:

@@ -20,8 +20,14 @@ Shape = tuple[int, int, int]
 def video_shape(adapter: DistillAdapter[Any]) -> Shape:
     """Shape of a model's videos; a family without a height makes those of the tiny world."""
     codec, sizes = adapter.codec, adapter.config.model_dump()
-    frames = first_frame(codec.latent_shape[1], codec.temporal)
+    frames = sizes.get("num_frames") or first_frame(codec.latent_shape[1], codec.temporal)
     return frames, sizes.get("height", SIZE), sizes.get("width", SIZE)
+
+
+def unjudged(adapter: DistillAdapter[Any]) -> str | None:
+    """The reason for which the tiny world knows no truth of a model's videos; ``None`` if they are its own."""
+    made, known = video_shape(adapter), (FRAMES, SIZE, SIZE)
+    return None if made == known else f"it knows videos of {shown(known)}, and this model makes {shown(made)}"
 
 
 def check_judged(name: str, model: OpenedModel) -> None:

@@ -40,8 +40,8 @@ class DistillMethod(ABC, Generic[ConfigT]):
     """True if it trains on a teacher's stored trajectories."""
     bridges: ClassVar[bool] = False
     """True if teacher and critic may use another latent space than the student (``ModelBundle.bridge``)."""
-    calls_one_expert: ClassVar[bool] = False
-    """True if all samples of a network call are on one side of a boundary between experts, on all processes alike."""
+    one_expert_rollouts: ClassVar[tuple[str, ...]] = ()
+    """Values of its option ``rollout`` (without one ``simulate``) with which all ranks call one expert at a time."""
     makes_teachers: ClassVar[bool] = False
     """True if its result is sampled with guidance in any number of steps instead of on the ladder."""
     summary: ClassVar[str]

@@ -70,6 +70,40 @@ def test_measures_any_prompts_and_samples_once(prompts: Path, tmp_path: Path) ->
     }
 
 
+def test_a_family_of_stills_is_measured_without_motion_and_flicker(prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "measured"
+    options = {"teacher": "tiny_stills:2", "prompts": prompts, "out": out}
+    for name, frames in (("motion", 2), ("flicker", 3)):
+        reason = f"it compares {frames} frames, and a sample here is a still"
+        with pytest.raises(UserError, match=f"--metrics {name}: {reason}"):
+            evaluate("tiny_stills:1", **options, metrics=(name,))
+    assert not out.exists()
+    text = evaluate("tiny_stills:1", **options)
+    assert "not measured: motion: it compares 2 frames, and a sample here is a still" in text
+    assert "not measured: flicker: it compares 3 frames" in text
+    assert "sharpness, saturation, seed diversity: 1 is the teacher's" in text
+    found = figures(out)
+    row = found["tiny_stills:1"]
+    assert {"sharpness", "saturation", "seed_diversity", "fd_teacher", "prompt_match"} <= set(row)
+    assert not {"motion", "motion_distance", "flicker"} & {
+        *row,
+        *row["intervals"],
+        *found["evaluation"]["metrics"].split(", "),
+    }
+    page = (out / "report.html").read_text()
+    assert "Against the teacher" in page
+    assert ">sharpness" in page
+    assert ">motion" not in page
+    assert "Stills have neither motion nor flicker" in page
+
+
+def test_the_tiny_world_gives_prompts_for_samples_whose_truth_it_does_not_know(tmp_path: Path) -> None:
+    out = tmp_path / "measured"
+    text = evaluate(teacher="tiny_stills:1", prompts=3, out=out, metrics=("sharpness",))
+    assert "not measured: the tiny world's truth: it knows videos of 9 frames of 32x32, and this model makes 1" in text
+    assert set(figures(out)["tiny_stills:1"]["intervals"]) == {"sharpness"}
+
+
 def test_continues_with_more_prompts_and_after_a_damaged_sample(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "measured"
     options = {"metrics": ("motion",), "out": out, "prompts": prompts}

@@ -9,10 +9,10 @@ import pytest
 
 from fastvideo.cli.evaluate import EvaluateArguments, run_evaluate
 from fastvideo.distillation.types import UserError
-from fastvideo.evaluation.measuring import check_validated, measuring_command
+from fastvideo.evaluation.measuring import check_validated, measuring_command, video_shape
 from fastvideo.evaluation.report_run import Run
 from fastvideo.inference.loading import open_model
-from fastvideo.tests.distillation.tiny import wan_folder
+from fastvideo.tests.distillation.tiny import made_family, wan_folder
 
 
 @pytest.mark.parametrize("sweep", [None, "1,2"])
@@ -45,3 +45,10 @@ def test_a_page_prints_the_command_that_fits_the_run(model: dict[str, object], f
     assert measuring_command("student", model) == f"fastvideo evaluate student{flags}"
     run = Run("mine", Path("out/my run"), config=f"model: {model}")
     assert run.measuring == f"fastvideo evaluate 'out/my run/student'{flags} --out 'out/my run'"
+
+
+def test_a_state_of_several_parts_has_the_frames_of_its_video(tmp_path: Path) -> None:
+    adapter = made_family("ltx2", tmp_path)
+    assert adapter.codec.latent_shape[1] == 1
+    assert video_shape(adapter) == (adapter.config.num_frames, adapter.config.height, adapter.config.width)
+    assert video_shape(adapter)[0] > 2

@@ -13,7 +13,7 @@ from fastvideo.distillation.sample import prompt_seeds
 from fastvideo.errors import UserError
 from fastvideo.evaluation.feature_distance import FeatureSpaces, components_for, halves_distance, split
 from fastvideo.evaluation.instrument import Instrument, distractors
-from fastvideo.evaluation.looks import looks
+from fastvideo.evaluation.looks import LOOKS, looks
 from fastvideo.evaluation.metric import Batch
 from fastvideo.evaluation.relative import Looks, PromptMatch, SeedDiversity, ratio, transport
 from fastvideo.evaluation.statistics import resample_counts
@@ -130,6 +130,13 @@ def test_looks_of_constructed_videos() -> None:
     red = grey.clone()
     red[:, 0] = 1.0
     assert float(looks(red)["saturation"]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("frames", "lacking"), [(1, {"motion", "flicker"}), (2, {"flicker"}), (3, set())])
+def test_short_videos_have_what_their_frames_can_tell(frames: int, lacking: set[str]) -> None:
+    found = looks(moving(1)[:, :, :frames])
+    assert set(LOOKS) - set(found) == lacking
+    assert all(bool(value.isfinite().all()) for value in found.values())
 
 
 def test_a_model_that_is_its_teacher_has_ratio_one_exactly() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.adapters.diffusers.pipeline import read_index
 from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.distillation.samplers import euler
@@ -119,6 +120,18 @@ def test_pipeline_of_an_unknown_family(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
     with pytest.raises(UserError, match="KolorsPipeline"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{bad", "cannot read .*: Expecting property name"), ("[]", r": a JSON object is expected, found list")],
+)
+def test_damaged_index(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    for read in (load_model, read_index):
+        with pytest.raises(UserError, match=message) as caught:
+            read(str(tmp_path))
+        assert str(tmp_path / "model_index.json") in str(caught.value)
 
 
 def test_damaged_recipe(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvideo.cli import main
 from fastvideo.distillation.adapters.export.flow_match import flow_match_sampler
 from fastvideo.distillation.builder import build_adapter, build_method
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.experts import SIDES
+from fastvideo.distillation.methods.distribution_matching.phase import boundary_of_phases
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import RawBatch, UserError
 from fastvideo.inference.export import run_export
@@ -26,7 +28,7 @@ from fastvideo.inference.merge import run_merge
 from fastvideo.planning.estimate import Planner
 from fastvideo.planning.fake import fake_run
 from fastvideo.planning.layout import role_plans
-from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder
+from fastvideo.tests.distillation.tiny import BOUNDARY, experts_folder, wan_folder
 from fastvideo.tests.launch import TRAIN, config_file, ranks
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.run import run
@@ -189,9 +191,43 @@ def test_methods_that_mix_noise_levels_are_refused_on_several_processes(model: P
         UserError, match="sft draws a time of its own for every sample, so that 2 processes would call different"
     ):
         built(values, Processes(world_size=2))
-    values = values_of(tmp_path, model)
+
+
+def frame_roles(model: dict[str, Any]) -> dict[str, Any]:
+    return {role: {"trainable": role == "frame_critic", "model": model} for role in ("frame_teacher", "frame_critic")}
+
+
+STILLS = {"family": "sdxl", "path": "tiny_stills", "height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "more"),
+    [
+        ("dmd2", {"rollout": "data"}, {}),
+        ("dmd2_frames", {"rollout": "data", "allow_resize": True}, frame_roles(STILLS)),
+        ("rcm", {"jvp": "central_difference"}, {}),
+    ],
+)
+def test_methods_on_noised_data_are_refused_on_several_processes(
+    model: Path, tmp_path: Path, name: str, options: dict[str, Any], more: dict[str, Any]
+) -> None:
+    values = values_of(tmp_path, model, distill_method=name)
+    values |= {"method": options, "roles": {**values["roles"], **more}}
+    message = rf"^{name} draws .*take dmd2 or .*phased_dmd or dmd2_frames with method\.rollout: simulate"
+    with pytest.raises(UserError, match=message):
+        built(values, Processes(world_size=2))
+
+
+def test_phases_on_noised_data_share_their_step(model: Path, tmp_path: Path) -> None:
+    values = values_of(tmp_path, model, distill_method="phased_dmd")
     values["method"] |= {"rollout": "data"}
-    with pytest.raises(UserError, match=r"take dmd2 or .*phased_dmd.* with method\.rollout: simulate"):
+    built(values, Processes(world_size=2))
+
+
+def test_frame_roles_of_two_experts_are_refused_on_several_processes(model: Path, tmp_path: Path) -> None:
+    values = values_of(tmp_path, model, distill_method="dmd2_frames", method={})
+    values["roles"] |= frame_roles({"family": "wan", "path": str(model), **SIZE, "num_frames": 1})
+    with pytest.raises(UserError, match=r"roles\.frame_teacher: .* own, so that 2 processes would call different"):
         built(values, Processes(world_size=2))
 
 
@@ -210,10 +246,60 @@ def test_both_files_are_read_again_each_for_its_expert(trained: Path, model: Pat
     torch.testing.assert_close(video(tmp_path / "merged"), video(trained / "student"), rtol=0, atol=1e-5)
 
 
+def merged(model: Path, trained: Path, root: Path, *names: str) -> Path:
+    """The model merged with a folder that holds the trained LoRA's files, high noise first, under other names."""
+    (root / "lora").mkdir()
+    for side, name in zip(["high_noise", "low_noise", "low_noise"], names, strict=False):
+        shutil.copy(trained / "student" / f"{side}_pytorch_lora_weights.safetensors", root / "lora" / name)
+    run_merge(str(model), root / "merged", [str(root / "lora")], None, overwrite=False)
+    return root / "merged"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lora_high_noise.safetensors", "lora_LOW.safetensors"),
+        ("Wan2.2-T2V-HighNoise-slow.safetensors", "Wan2.2-T2V-LowNoise-highres.safetensors"),
+    ],
+)
+def test_a_word_in_any_case_says_which_expert_a_file_is_for(
+    trained: Path, model: Path, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    student = merged(model, trained, tmp_path, *names)
+    torch.testing.assert_close(video(student), video(trained / "student"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("high_noise.safetensors", "flow.safetensors"),
+            r"flow\.safetensors: .* does not say which it is for: high_noise or",
+        ),
+        (("high_low.safetensors",), r"high_low\.safetensors: .* says both"),
+        (
+            ("high.safetensors", "a_low.safetensors", "LowNoise.safetensors"),
+            r"several files for low_noise: Low.*, a_low",
+        ),
+        ((), r"lora holds no \.safetensors file"),
+    ],
+)
+def test_every_file_of_a_folder_has_to_name_another_expert(
+    trained: Path, model: Path, tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        merged(model, trained, tmp_path, *names)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_file_that_names_no_expert_is_refused(trained: Path, model: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "student" / "low_noise_pytorch_lora_weights.safetensors", tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match=r"no file here says in its name which it is for: high_noise or low_noise"):
-        run_merge(str(model), tmp_path / "merged", [str(tmp_path / "lora.safetensors")], None, overwrite=False)
+    for name, message in (
+        ("lora", "name does not say which it is for: high_noise or low_noise"),
+        ("no", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_merge(str(model), tmp_path / "merged", [str(tmp_path / f"{name}.safetensors")], None, overwrite=False)
 
 
 @pytest.mark.slow
@@ -241,6 +327,69 @@ def test_the_expert_of_the_other_phase_stays_as_it_is_to_the_bit(
     trained = {"transformer": "transformer_2", "transformer_2": "transformer"}[idle]
     assert not changed(student, model, idle)
     assert changed(student, model, trained)
+
+
+@pytest.mark.parametrize("option", ["lora.init-from", "init-from", "path"])
+def test_the_low_expert_goes_on_from_the_run_of_the_high_one(model: Path, tmp_path: Path, option: str) -> None:
+    """The first student's boundary is half-way between two steps, and the teacher's stays where it was."""
+    for side, flags in (("high", []), ("low", [f"--roles.student.{option}", str(tmp_path / "high/run/student")])):
+        (tmp_path / side).mkdir()
+        values = values_of(tmp_path / side, model, distill_method="phased_dmd")
+        if not option.startswith("lora"):
+            values["roles"] = {role: {"trainable": role != "teacher"} for role in ("student", "teacher", "critic")}
+        values["method"] |= {"experts": side}
+        values["trainer"] = {"max_steps": 2, "log_every": 2}
+        assert main(["distill", "--config", str(config_file(values)), *flags]) == 0
+    high, low = (tmp_path / side / "run" / "student" for side in ("high", "low"))
+    assert changed(high, model, "transformer")
+    assert not changed(high, model, "transformer_2")
+    assert changed(low, high, "transformer_2")
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    torch.testing.assert_close(load_file(low / name), load_file(high / name), rtol=0, atol=1e-6)
+    assert json.loads((low / "model_index.json").read_text())["boundary_ratio"] == MIDPOINT
+
+
+@pytest.mark.parametrize(
+    ("student", "given", "ladder", "boundary"),
+    [
+        (MIDPOINT, None, LADDER, BOUNDARY),
+        (MIDPOINT, MIDPOINT, LADDER, BOUNDARY),
+        (None, None, LADDER, BOUNDARY),
+        (None, 0.9, LADDER, 0.9),
+        (0.9, None, (1.0, 0.89, 0.5), 0.9),
+        (None, None, (1.0, 0.5, 0.25, 0.1), 0.375),
+    ],
+)
+def test_phases_meet_at_the_teachers_boundary_where_the_students_calls_stay_the_same(
+    student: float | None, given: float | None, ladder: tuple[float, ...], boundary: float
+) -> None:
+    assert boundary_of_phases(student, BOUNDARY, given, ladder) == boundary
+    if student is not None:
+        with pytest.raises(UserError, match=rf"method\.boundary: 0\.8, but the student's .* {student:g}; leave it out"):
+            boundary_of_phases(student, BOUNDARY, 0.8, ladder)
+
+
+def test_phases_apart_from_the_teachers_experts_are_refused_with_the_way_out(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 0.7}))
+    values = values_of(tmp_path, model, distill_method="phased_dmd")
+    values["roles"] = {role: {"trainable": role != "teacher"} for role in ("student", "teacher", "critic")}
+    values["roles"]["student"] |= {"path": str(other)}
+    with pytest.raises(
+        UserError, match=r"at 0\.875, the student's phases at 0\.7; both have to be one: take a ladder without"
+    ):
+        built(values)
+    two = {"model": {"family": "wan", "path": str(model), **SIZE}}
+    values = values_of(tmp_path, wan_folder(tmp_path), distill_method="phased_dmd")
+    values["roles"] = {"student": {"trainable": True}, "teacher": {"trainable": False, **two}}
+    values["roles"]["critic"] = {"trainable": True, **two}
+    values["method"] |= {"boundary": 0.9}
+    with pytest.raises(UserError, match=r"phases at 0\.9; both have to be one: set method\.boundary: 0\.875"):
+        built(values)
+    del values["method"]["boundary"]
+    assert built(values).boundary == BOUNDARY
 
 
 @pytest.mark.parametrize("side", ["low", "high", "both"])

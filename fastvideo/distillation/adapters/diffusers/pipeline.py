@@ -110,7 +110,7 @@ class Pipeline(Generic[ConfigT]):
 
     def resolve(self, path: str) -> str:
         """The folder of a pipeline of the family."""
-        return local_pipeline(path, self.config.pipelines)
+        return checked_pipeline(local_path(path), path, self.config.pipelines)
 
     def resolved(self, path: str | None) -> str:
         """The pipeline folder behind ``path``; ``None`` is the run's own."""
@@ -140,11 +140,6 @@ class Pipeline(Generic[ConfigT]):
         return module.to(self.device).eval().requires_grad_(False)
 
 
-def local_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
-    """The folder ``path``, or the one that ships under this name, as :func:`checked_pipeline`."""
-    return checked_pipeline(local_path(path), path, pipeline_classes)
-
-
 def local_path(path: str) -> Path:
     """``path`` itself, or the folder that ships under this name."""
     return Path(str(files("fastvideo").joinpath(EMBEDDED[path]))) if path in EMBEDDED else Path(path)
@@ -161,7 +156,7 @@ def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...])
         there = "has no model_index.json" if folder.is_dir() else "is a file"
         what = there if folder.exists() else "does not exist"
         raise UserError(f"model folder {path!r} {what}: {EXPECTED}")
-    content = json.loads(index.read_text(encoding="utf-8"))
+    content = read_index(str(folder))
     if content.get("_class_name") not in pipeline_classes:
         raise UserError(
             f"model folder {path!r} holds a {content.get('_class_name')}; this family reads "
@@ -172,7 +167,12 @@ def checked_pipeline(folder: Path, path: str, pipeline_classes: tuple[str, ...])
 
 def read_index(source: str) -> dict[str, Any]:
     """``model_index.json`` of a pipeline folder."""
-    return dict(json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8")))
+    index = Path(source) / "model_index.json"
+    with _or_user_error(f"cannot read {index}"):
+        found = json.loads(index.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise UserError(f"{index}: a JSON object is expected, found {type(found).__name__}")
+    return found
 
 
 def first_line(error: Exception) -> str:

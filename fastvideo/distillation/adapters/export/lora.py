@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ OTHER_KINDS = {"dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid
 PEFT_CONFIG, PEFT_METADATA = "adapter_config.json", "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """File names of an adapter in a folder, of diffusers and of peft."""
+SIDE_WORD = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)", re.IGNORECASE)
+"""Word in a file's name that says for which of two experts it is: ``HIGH``, ``HighNoise``, ``high_noise``."""
 Name = Callable[[str], str]
 """From diffusers' name of a module or parameter to the authors'."""
 
@@ -95,8 +98,7 @@ def find_file(path: Path) -> Path:
 def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], exporter: Exporter) -> LoRAFile:
     """Read an adapter of any layout for a network.
 
-    A network of two experts has a file for each, in one folder or one alone; ``high_noise`` or ``low_noise`` in its
-    name says whose it is.
+    A network of two experts has a file for each, in one folder or one alone, whose names say which (:data:`SIDE_WORD`).
 
     Args:
         path: its file, or a folder that holds it.
@@ -126,22 +128,37 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], exporter: Expor
 
 def _read_experts(path: Path, experts: Mapping[str, Mapping[str, tuple[int, ...]]], exporter: Exporter) -> LoRAFile:
     """The files of two experts as one, under the names of the module that holds both."""
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     factors, differences = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
-    for part, side in SIDES.items():
-        own = [file for file in found if side in file.name]
-        if len(own) > 1:
-            raise UserError(f"{path} holds several files for {side}: {', '.join(file.name for file in own)}; keep one")
-        for file in own:
-            read = read_lora(file, experts[side], exporter)
-            factors |= {f"{part}.{name}": value for name, value in read.factors.items()}
-            differences |= {f"{part}.{name}": value for name, value in read.differences.items()}
-    if not factors and not differences:
-        raise UserError(
-            f"{path}: the network has two experts, and no file here says in its name which it is for: "
-            f"{' or '.join(SIDES.values())} is expected (such as high_noise_lora.safetensors)"
-        )
+    parts = {side: part for part, side in SIDES.items()}
+    for side, file in _files_by_side(path).items():
+        read = read_lora(file, experts[side], exporter)
+        factors |= {f"{parts[side]}.{name}": value for name, value in read.factors.items()}
+        differences |= {f"{parts[side]}.{name}": value for name, value in read.differences.items()}
     return LoRAFile(path, factors, differences)
+
+
+def _files_by_side(path: Path) -> dict[str, Path]:
+    """The file of each expert, by its side; one file alone, or all of a folder.
+
+    Raises:
+        UserError: if a name says no side or both, two say the same, or there is no file.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [find_file(path)]:
+        sides = {f"{word.lower()}_noise" for word in SIDE_WORD.findall(file.stem)}
+        if len(sides) != 1:
+            raise UserError(
+                f"{file}: the network has two experts, and the file's name "
+                f"{'says both' if sides else 'does not say which it is for'}: {' or '.join(SIDES.values())} is "
+                f"expected (such as high_noise_lora.safetensors); rename it, or move it elsewhere if it is no part of "
+                f"the LoRA"
+            )
+        if (side := sides.pop()) in found:
+            raise UserError(f"{path} holds several files for {side}: {found[side].name}, {file.name}; keep one")
+        found[side] = file
+    if not found:
+        raise UserError(f"{path} holds no .safetensors file; one for each of the network's two experts is expected")
+    return found
 
 
 def _check_kind(file: Path, tensors: Iterable[str]) -> None:

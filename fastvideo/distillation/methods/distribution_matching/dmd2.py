@@ -43,7 +43,7 @@ class DMD2Method(DistillMethod[DMD2Config]):
     """Roles that learn from the student's samples: on every step, or on those that do not train the student."""
     sampler: ClassVar[SamplerKind] = "renoise"
     bridges = True
-    calls_one_expert = True
+    one_expert_rollouts: ClassVar[tuple[str, ...]] = ("simulate",)
     summary = "DMD2, distribution matching with a learned critic (arXiv 2405.14867)"
 
     def __init__(self, config: DMD2Config, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:

@@ -12,7 +12,35 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastvideo.distillation.experts import boundary_between, same_steps
 from fastvideo.distillation.noise import expand_time, shift_time
+from fastvideo.distillation.types import UserError
+
+
+def boundary_of_phases(
+    student: float | None, scoring: float | None, given: float | None, times: tuple[float, ...]
+) -> float:
+    """The time between two phases: that of the student's experts, else the given one, else in the middle of the ladder.
+
+    Where no step of the ladder lies between it and that of the scoring experts, theirs is taken, unless another one is
+    given: the student's calls are the same, and each phase is scored by one expert. So a student that was saved with
+    the boundary half-way between two steps goes on.
+
+    Args:
+        student: boundary of the student's experts, ``None`` for one network.
+        scoring: that of teacher and critic.
+        given: ``method.boundary``.
+        times: the ladder.
+
+    Raises:
+        UserError: if another boundary is given than the student's.
+    """
+    if student is not None and given not in (None, student):
+        raise UserError(f"method.boundary: {given:g}, but the student's experts change at {student:g}; leave it out")
+    if student is None and given is not None:
+        return given
+    chosen = boundary_between(times, times[len(times) // 2 - 1]) if student is None else student
+    return scoring if scoring is not None and same_steps(times, scoring, chosen) else chosen
 
 
 def within(u: Tensor, low: float, high: float, shift: float) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fastvideo.distillation.bundle import ModelBundle
 from fastvideo.distillation.config.base import Shares, Time
-from fastvideo.distillation.experts import boundary_between
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
-from fastvideo.distillation.methods.distribution_matching.phase import Phase, within
+from fastvideo.distillation.methods.distribution_matching.phase import Phase, boundary_of_phases, within
 from fastvideo.distillation.methods.distribution_matching.refused import refused
 from fastvideo.distillation.noise import add_noise, full_time
 from fastvideo.distillation.rng import MARGIN, RandomStreams
@@ -39,7 +38,7 @@ class PhasedDMDConfig(DMD2Config):
     the bit."""
     boundary: Time | None = None
     """Time between the phases, for a student of one network; that of its experts for a student of two. The default for
-    one network is in the middle of the ladder."""
+    one network is in the middle of the ladder, or that of the teacher's experts if it divides the ladder alike."""
     teacher_start_steps: NonNegativeInt = 0
     """Guided steps of the teacher from noise to the start of the phase `low`; 0 starts from the student's own phase
     `high`, which fits its sampling, and wants that phase to be trained."""
@@ -54,11 +53,13 @@ class PhasedDMDMethod(DMD2Method):
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
     bridges = False
+    one_expert_rollouts = ("simulate", "data")
     summary = "Phased DMD, distribution matching of each of two experts on its range of noise (arXiv 2510.27684)"
 
     def __init__(self, config: PhasedDMDConfig, bundle: ModelBundle, ladder: Ladder, rng: RandomStreams) -> None:
         super().__init__(config, bundle, ladder, rng)
-        self.boundary = self._boundary()
+        scoring = self.teacher.boundary or self.critic.boundary
+        self.boundary = boundary_of_phases(self.student.boundary, scoring, config.boundary, ladder.times)
         self.above = sum(time >= self.boundary for time in ladder.times)
         self.high = config.experts != "low"
         self.phase = Phase(self.boundary)
@@ -70,19 +71,14 @@ class PhasedDMDMethod(DMD2Method):
         assert isinstance(config, PhasedDMDConfig)
         return {"high": "transformer_2", "low": "transformer", "both": None}[config.experts]
 
-    def _boundary(self) -> float:
-        own, given, times = self.student.boundary, self.config.boundary, self.ladder.times
-        if own is not None and given not in (None, own):
-            raise UserError(f"method.boundary: {given:g}, but the student's experts change at {own:g}; leave it out")
-        chosen = own if own is not None else given
-        return boundary_between(times, times[len(times) // 2 - 1]) if chosen is None else chosen
-
     def _check(self) -> None:
         """Each trained phase has steps and score times, and one expert of teacher and critic."""
         for role in (self.teacher, self.critic):
             if role.boundary not in (None, self.boundary):
+                way = f"set method.boundary: {role.boundary:g}"
+                way = way if self.student.boundary is None else "take a ladder without steps between these two times"
                 own = f"roles.{role.name}: its experts change at {role.boundary:g}"
-                raise UserError(f"{own}, the student's phases at {self.boundary:g}; both have to be one")
+                raise UserError(f"{own}, the student's phases at {self.boundary:g}; both have to be one: {way}")
         steps = {"high": self.above, "low": len(self.ladder) - self.above}
         for side in ("high", "low"):
             if self.config.experts in (side, "both") and not steps[side]:

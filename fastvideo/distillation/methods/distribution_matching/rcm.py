@@ -44,7 +44,6 @@ class RCMConfig(ForcedOptions, DMD2Config, DerivativeConfig):
     score_time_shift: PositiveFloat = 5.0
     """Shift of the uniform noise levels at which teacher and critic are compared and the critic is trained."""
     score_and_train: Annotated[bool, refused("its critic rests on the student's steps")] = False
-    """Not possible here."""
     critic_updates_on_student_steps: Annotated[bool, refused("its critic rests on the student's steps")] = False
     """Not possible here."""
     critic_sees_rung: Annotated[bool, refused("its rollouts take drawn times instead of the ladder's")] = False
@@ -70,6 +69,7 @@ class RCMMethod(Forced, DMD2Method):
     """Student, frozen teacher, critic."""
 
     bridges = False
+    one_expert_rollouts = ()
     Config = RCMConfig
     config: RCMConfig
     summary = "rCM, consistency with distribution matching: diverse and sharp (arXiv 2510.08431)"
