@@ -5,7 +5,7 @@ A whole checkpoint, with VAE and text encoders beside the network, is read for i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -42,6 +42,7 @@ UNKNOWN_LAYOUT = (
     "not convert: give a pipeline folder of diffusers"
 )
 OTHER_SIZE = "for a network of another size than the model's, put the config.json of its folder beside the file"
+OTHER_CONFIG = "the config.json in it describes other weights: copy the folder anew, or mend its config.json"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -116,26 +117,33 @@ def load_single_file(network: nn.Module, path: str, tensors: Mapping[str, Tensor
     network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
 
 
-def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str) -> None:
-    """Check that a file's tensors, given by their shapes under diffusers' names, are those of a network.
+def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str, hint: str = OTHER_SIZE) -> None:
+    """Check that tensors, given by their shapes under diffusers' names, are those of a network.
+
+    Args:
+        path: the file or folder that holds them.
+        hint: the way out if some of them are the network's and others are not.
 
     Raises:
         UserError: with the first that are not.
     """
     own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
-    if missing or unknown:
-        lists = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in
-                 (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
-        hint = OTHER_SIZE if own.keys() & shapes else UNKNOWN_LAYOUT
-        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}; {hint}")
+    way_out = hint if own.keys() & shapes else UNKNOWN_LAYOUT
+    check_names(type(network), own.keys() - shapes.keys(), shapes.keys() - own.keys(), path, way_out)
     wrong = [name for name in own if own[name] != shapes[name]]
     if wrong:
         name = wrong[0]
         raise UserError(
             f"{path}: {len(wrong)} tensors do not fit this network, the first of them {name} with {shapes[name]} where "
-            f"{own[name]} is expected; {OTHER_SIZE}"
+            f"{own[name]} is expected; {hint}"
         )
+
+
+def check_names(cls: type[Any], missing: Iterable[str], unknown: Iterable[str], path: str, hint: str) -> None:
+    """Refuse weights of which some are missing or unknown, with the number of both and their first names."""
+    kinds = (("missing", sorted(missing)), ("unknown", sorted(unknown)))
+    if lists := [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in kinds if names]:
+        raise UserError(f"{path} is no {cls.__name__} of this size: {', '.join(lists)}; {hint}")
 
 
 def of_network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
