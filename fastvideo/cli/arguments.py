@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 from annotated_types import Interval
@@ -29,6 +29,9 @@ OptionalTokens = Annotated[Tokens | None, INT]
 OptionalSteps = Annotated[Steps | None, INT]
 OptionalRate = Annotated[WrittenRate | None, INT]
 OptionalGuidance = Annotated[GuidanceScale | None, FLOAT]
+OptionalArithmetic = Annotated[
+    Literal["float32", "bfloat16"] | None, tyro.conf.arg(metavar="float32|bfloat16", help_behavior_hint="")
+]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fastvideo.cli.arguments import (
     INT,
+    OptionalArithmetic,
     OptionalFile,
     OptionalFrames,
     OptionalGuidance,
@@ -87,9 +88,7 @@ class EvaluateArguments:
     at 480x832."""
     device: str = "cpu"
     """Device: cpu, cuda, cuda:1, mps."""
-    precision: Annotated[
-        Literal["float32", "bfloat16"] | None, tyro.conf.arg(metavar="float32|bfloat16", help_behavior_hint="")
-    ] = None
+    precision: OptionalArithmetic = None
     """Precision of all networks, with --teacher; default: each model's own."""
     share: OptionalText = None
     """I/N: sample only the I-th of N shares of the videos into --out and stop, such as one per GPU: 1/8 to 8/8, each

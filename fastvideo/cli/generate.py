@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fastvideo.cli.arguments import (
     INT,
+    OptionalArithmetic,
     OptionalFrames,
     OptionalGuidance,
     OptionalPath,
@@ -87,6 +88,9 @@ class GenerateArguments:
     """Latent frames of the past that a streaming student sees, instead of those it was trained with."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
+    precision: OptionalArithmetic = None
+    """Precision that the network is held and computed in; bfloat16 takes half of the memory. Default: the model's own
+    (`precision` in its recipe), else float32."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,7 +113,7 @@ def run_generate(arguments: GenerateArguments) -> str:
 
     video_format(arguments.out, arguments.fps or FPS)
     check_writable(arguments.out)
-    opened = open_model(arguments.folder, _sizes(arguments), arguments.device)
+    opened = open_model(arguments.folder, _options(arguments), arguments.device)
     spec = opened.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     _check_flags(arguments, opened.source, spec)
     model = with_network(opened)
@@ -134,10 +138,10 @@ def _check_flags(arguments: GenerateArguments, source: str, spec: SamplerSpec) -
         raise UserError(f'--on-switch {arguments.on_switch}: no prompt changes: add --switch FRAME:"PROMPT"')
 
 
-def _sizes(arguments: GenerateArguments) -> dict[str, int]:
+def _options(arguments: GenerateArguments) -> dict[str, Any]:
     """Fields of the model's config."""
-    names = {"height": "height", "width": "width", "num_frames": "frames", "max_sequence_length": "max_sequence_length"}
-    found = {field: getattr(arguments, name) for field, name in names.items()}
+    found = {field: getattr(arguments, field) for field in ("height", "width", "max_sequence_length", "precision")}
+    found["num_frames"] = arguments.frames
     return {field: value for field, value in found.items() if value is not None}
 
 

@@ -55,7 +55,7 @@ def measure_averages(
     judge = Judge(prompts, seed, split="train")
     own = beside(run, OWN)
     if own.is_dir():
-        model = load_model(str(own))
+        model = load_model(str(own), exact=True)
         _check_judged(run, model, steps)
         yield _measured(model, judge, batch_size, None, 0.0)
     for std in stds:

@@ -115,7 +115,7 @@ def load_source(source: ExportSource) -> LoadedModel:
         UserError: for an unreadable or unfitting model folder, config or checkpoint.
     """
     if source.checkpoint is None:
-        return load_model(str(source.folder))
+        return load_model(str(source.folder), exact=True)
     try:
         verified(source.checkpoint)
     except DamagedError as error:
@@ -135,7 +135,7 @@ def with_weights(source: ExportSource, state: Mapping[str, Tensor], where: Path)
         UserError: for weights of another network.
     """
     adapted = is_adapter(state)  # an adapter's own network, not a result with one merged
-    model = load_model(str(source.folder)) if source.folder and not adapted else _unfinished(source)
+    model = load_model(str(source.folder), exact=True) if source.folder and not adapted else _unfinished(source)
     try:
         if adapted:
             merge(model.network, state, adapter_scaling(source))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, cast, get_args
 
+import torch
 from torch import nn
 
 from fastvideo.data.model import check_sizes, pipeline_class
@@ -149,14 +150,22 @@ def open_model(
 
 
 def load_model(
-    folder: str, options: Mapping[str, Any] | None = None, device: str = "cpu", *, sized: bool = True
+    folder: str,
+    options: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    *,
+    sized: bool = True,
+    exact: bool = False,
 ) -> LoadedModel:
     """Load the network in ``folder``; text encoder and VAE follow on first use.
+
+    Args:
+        exact: as for :func:`with_network`.
 
     Raises:
         UserError: as :func:`open_model`.
     """
-    return with_network(open_model(folder, options, device, sized=sized))
+    return with_network(open_model(folder, options, device, sized=sized), exact=exact)
 
 
 def unloaded(model: OpenedModel) -> OpenedModel:
@@ -165,9 +174,17 @@ def unloaded(model: OpenedModel) -> OpenedModel:
     return OpenedModel(model.source, type(adapter)(adapter.config, adapter.device), model.recipe)
 
 
-def with_network(model: OpenedModel) -> LoadedModel:
-    """Load the network of an opened model."""
-    network = model.adapter.folder.load_network().requires_grad_(False)
+def with_network(model: OpenedModel, *, exact: bool = False) -> LoadedModel:
+    """Load the network of an opened model, in the dtype that it is computed in.
+
+    Args:
+        exact: hold float32 weights, to be written or replaced, whatever the model computes in.
+    """
+    folder, scaling = model.adapter.folder, model.adapter.scaling
+    direct = scaling is not None and not exact
+    network = folder.load_network(dtype=folder.compute_dtype if direct else torch.float32).requires_grad_(False)
+    if scaling is not None and direct:
+        scaling.compute_directly(network)
     return LoadedModel(model.source, model.adapter, model.recipe, network)
 
 

@@ -31,7 +31,7 @@ def run_merge(model: str, out: Path, lora: Sequence[str], network: str | None, o
     """
     if not lora and network is None:
         raise UserError("merge: give --lora FILE[:WEIGHT], or --network FILE, or both")
-    loaded, out = load_model(model, sized=False), Path(os.path.abspath(out))
+    loaded, out = load_model(model, sized=False, exact=True), Path(os.path.abspath(out))
     check_new_folder(out, Path(loaded.source), overwrite, MARK, "merge")
     weights = _network(loaded, network)
     merges = [_read(text, loaded, weights) for text in lora]

@@ -11,13 +11,16 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastvideo.cli import main
 from fastvideo.distillation.adapters.diffusers.single_file import is_quantised, load_tensors
 from fastvideo.distillation.adapters.export.stable_diffusion import original_blocks
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.types import UserError
-from fastvideo.tests.distillation.tiny import made_family
+from fastvideo.tests.distillation.tiny import FAMILIES, made_family
 
 ORIGINAL = {
     "conv_in": "input_blocks.0.0",
@@ -103,6 +106,55 @@ def test_a_checkpoint_with_python_objects_says_to_save_it_otherwise(tmp_path: Pa
     torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": {Callback: {}}}, file)
     with pytest.raises(UserError, match=r"holds Python objects beside tensors: save the weights as \.safetensors$"):
         load_tensors(file)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors of the calls inside held at once, a file's own among them from their first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._seen = 0, dict[int, tuple[StorageWeakRef, int]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, found)):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._seen = {key: held for key, held in self._seen.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+        return found
+
+
+def in_fp8(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A scaled fp8 file of weights, and the float32 products of its matrices."""
+    file, products = dict[str, Tensor](), dict[str, Tensor]()
+    for name, value in weights.items():
+        file[name] = value.contiguous()
+        if value.ndim > 1 and name.endswith(".weight"):
+            scale = value.abs().max() / 448
+            file[name] = (value / scale).to(torch.float8_e4m3fn)
+            file[name.replace(".weight", ".scale_weight")] = scale
+            products[name] = file[name].float() * scale
+    return file, products
+
+
+@pytest.mark.parametrize(("name", "named"), [("wan", str), ("sdxl", unet_name)])
+def test_scaled_fp8_is_held_once_and_rounded_once(name: str, named: Any, tmp_path: Path) -> None:
+    family = FAMILIES[name].make(tmp_path)
+    file, products = in_fp8({named(key): value for key, value in family.folder.load_network().state_dict().items()})
+    save_file(file, tmp_path / "fp8.safetensors")
+    with LiveBytes() as live:
+        network = family.folder.load_network(str(tmp_path / "fp8.safetensors"), torch.bfloat16)
+    state = network.state_dict()
+    size = sum(value.nbytes for value in [*network.parameters(), *network.buffers()])
+    assert size < live.peak < size + 2 * max(value.nbytes for value in products.values()), (
+        "beside it one float32 matrix"
+    )
+    kept = {key for key, value in state.items() if value.dtype == torch.float32 and named(key) in products}
+    assert bool(kept) == (name == "wan"), "its time embedding stays float32"
+    for key, value in state.items():
+        assert torch.equal(value, products.get(named(key), file[named(key)]).to(value.dtype)), key
 
 
 def test_a_text_encoder_in_fp8_makes_no_network_quantised(tmp_path: Path) -> None:

@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 
+from fastvideo.cli import main
 from fastvideo.cli.generate import GenerateArguments, run_generate
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.diffusers.pipeline import read_index
 from fastvideo.distillation.registry import load_adapter
+from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.loading import LoadedModel, families, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
+from fastvideo.tests.distillation.tiny import FAMILIES, wan_folder
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 
 LADDER = [1.0, 0.75, 0.5, 0.25]
@@ -214,3 +219,64 @@ def test_a_named_ladder_replaces_the_students_own() -> None:
         student.sampler(ladder=(0.5, 1.0))
     with pytest.raises(UserError, match="for students"):
         model().sampler(ladder=(1.0, 0.5))
+
+
+PROMPTS = ["a green seven moving up", "red three"]
+SMALL = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+
+
+def bytes_of(model: LoadedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.network.parameters())
+
+
+@torch.no_grad()
+def test_wan_in_bfloat16_is_stock_diffusers_in_bfloat16(tmp_path: Path) -> None:
+    """To the bit, with half of the memory; its time embedding and norms stay float32."""
+    folder = str(wan_folder(tmp_path))
+    model, whole = (load_model(folder, {**SMALL, "precision": name}) for name in ("bfloat16", "float32"))
+    assert bytes_of(model) < 0.6 * bytes_of(whole)
+    assert {parameter.dtype for parameter in whole.network.parameters()} == {torch.float32}
+    stock = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.bfloat16)
+    noise, t = normal((2, *model.adapter.codec.latent_shape), seeded(3)), torch.tensor([0.9, 0.4])
+    condition = model.adapter.conditioner.encode_prompts(PROMPTS)
+    text = condition.of(model.adapter.conditioner.key)["prompt_embeds"].bfloat16()
+    (expected,) = stock.eval()(noise.bfloat16(), t * 1000, text, return_dict=False)
+    assert torch.equal(model.denoiser.velocity(noise, t, condition), expected.float())
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "sdxl", "qwen_image"])
+@torch.no_grad()
+def test_a_network_in_bfloat16_answers_as_one_in_float32_but_for_rounding(name: str, tmp_path: Path) -> None:
+    config = FAMILIES[name].make(tmp_path).config.model_dump(include=set(SMALL) | {"path"})
+    found = []
+    for precision in ("float32", "bfloat16"):
+        model = load_model(config["path"], {**config, "precision": precision})
+        noise, prompts = normal((2, *model.adapter.codec.latent_shape), seeded(3)), FAMILIES[name].prompts
+        condition = model.adapter.conditioner.encode_prompts(list(prompts))
+        found.append(model.denoiser.velocity(noise, torch.tensor([0.9, 0.4]), condition))
+        assert str(next(iter(model.adapter.scaling.matrices(model.network).values())).weight.dtype).endswith(precision)
+    assert 0 < (found[1] - found[0]).norm() / found[0].norm() < 0.01
+
+
+def test_generate_takes_a_precision_and_the_recipe_gives_its_own(tmp_path: Path) -> None:
+    folder = wan_folder(tmp_path)
+    flags = ["--prompt", "red three", "--steps", "2", "--height", "16", "--width", "32", "--frames", "5"]
+    flags += ["--max-sequence-length", "8", "--out"]
+    for name, extra in {
+        "plain": [],
+        "float32": ["--precision", "float32"],
+        "bfloat16": ["--precision", "bfloat16"],
+    }.items():
+        assert main(["generate", str(folder), *flags, str(tmp_path / f"{name}.apng"), *extra]) == 0
+    (folder / "recipe.json").write_text(json.dumps({"model": {**SMALL, "precision": "bfloat16"}}))
+    assert main(["generate", str(folder), *flags, str(tmp_path / "recipe.apng")]) == 0
+    made = {name: (tmp_path / f"{name}.apng").read_bytes() for name in ("plain", "float32", "bfloat16", "recipe")}
+    assert made["plain"] == made["float32"] != made["bfloat16"] == made["recipe"]
+
+
+def test_what_is_exported_is_not_rounded_by_the_precision_of_its_recipe(tmp_path: Path) -> None:
+    folder, out = wan_folder(tmp_path), tmp_path / "out"
+    (folder / "recipe.json").write_text(json.dumps({"model": {**SMALL, "precision": "bfloat16"}, "ladder": LADDER}))
+    assert main(["export", str(folder), "--to", "diffusers", "--out", str(out)]) == 0
+    own, exported = (load_file(next((place / "transformer").glob("*.safetensors"))) for place in (folder, out))
+    assert all(torch.equal(exported[name], value) for name, value in own.items())

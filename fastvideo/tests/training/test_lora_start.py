@@ -238,10 +238,12 @@ def test_scales_belong_to_rows() -> None:
     """A square weight with a scale for each output: broadcasting alone would scale its inputs."""
     weight, scale = torch.ones(2, 2).to(torch.float8_e4m3fn), torch.tensor([2.0, 3.0])
     for shape in ((2,), (2, 1)):
-        found = dequantised("a", {"x.weight": weight, "x.weight_scale": scale.reshape(shape)})
+        found = dequantised(
+            "a", {"x.weight": weight, "x.weight_scale": scale.reshape(shape)}, {"x.weight": torch.float32}
+        )
         assert found["x.weight"].tolist() == [[2, 2], [3, 3]]
     with pytest.raises(UserError, match=r"a: x\.weight: a scale of shape \(3,\) for \(2, 2\) is not known"):
-        dequantised("a", {"x.weight": weight, "x.weight_scale": torch.ones(3)})
+        dequantised("a", {"x.weight": weight, "x.weight_scale": torch.ones(3)}, {})
 
 
 def test_single_files_that_do_not_fit(values: dict[str, Any], one_file: Path, tmp_path: Path) -> None:

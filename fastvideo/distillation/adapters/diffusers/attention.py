@@ -14,6 +14,8 @@ from fastvideo.wording import did_you_mean
 
 NATIVE = "native"
 """Torch's scaled dot product attention, which every network and device has."""
+MODELS = "diffusers.models.modeling_utils"
+"""Logger of diffusers' networks."""
 ATTENTION_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 """Modules that normalise queries and keys, by their names in diffusers' attention."""
 
@@ -47,7 +49,7 @@ def choose_attention(network: Any, name: str) -> None:
             f"{NATIVE!r} is possible, got {name!r}"
         )
     try:
-        with _without_warnings("diffusers.models.modeling_utils"):
+        with without_warnings(MODELS):  # diffusers calls its dispatcher experimental each time
             network.set_attention_backend(name)
     except (RuntimeError, ImportError) as error:
         raise UserError(f"model.attention_backend {name!r}: {error}") from error
@@ -69,8 +71,8 @@ def _in_dtype_of_input(module: nn.Module, inputs: tuple[Any, ...], output: Any) 
 
 
 @contextmanager
-def _without_warnings(logger_name: str) -> Iterator[None]:
-    """Diffusers calls its dispatcher experimental each time; a backend chosen by name needs no warning."""
+def without_warnings(logger_name: str) -> Iterator[None]:
+    """Keep a library's warnings off the terminal, of what is checked here or chosen by name."""
     logger = logging.getLogger(logger_name)
     logger.disabled = True
     try:

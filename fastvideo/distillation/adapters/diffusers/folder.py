@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -31,6 +32,7 @@ from fastvideo.distillation.adapters.diffusers.kernels import check_kernel, coun
 from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, library_class, load_config
 from fastvideo.distillation.adapters.diffusers.plain import PlainFolder
 from fastvideo.distillation.adapters.diffusers.single_file import (
+    OTHER_CONFIG,
     check_fit,
     in_diffusers,
     is_single_file,
@@ -182,7 +184,11 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         return super()._ready(network, path)
 
     def files(self, path: str | None) -> Mapping[str, StoredTensor]:
-        """Places of the network's parameters: in one file for all of a part, or several with an index."""
+        """Places of the network's parameters: in one file for all of a part, or several with an index.
+
+        Raises:
+            UserError: for weights that are not those of the part's ``config.json``.
+        """
         if is_single_file(path):
             raise UserError(
                 f"{path} is one file in another layout, which is read whole; for parallel.shard make a folder of it: "
@@ -191,7 +197,9 @@ class DiffusersFolder(PlainFolder[ConfigT], FolderAbilities):
         parts, found = self._parts(path), dict[str, StoredTensor]()
         for part in parts:
             prefix = f"{part}." if len(parts) > 1 else ""  # as in the module that holds both
-            files = _files_of(Path(self.pipeline.resolved(path)) / part)
+            folder = Path(self.pipeline.resolved(path)) / part
+            files = _files_of(folder)
+            check_stored(self._skeleton(path, torch.float32, part), files, folder)
             found |= {f"{prefix}{name}": StoredTensor(file, name) for name, file in files.items()}
         return found
 
@@ -224,6 +232,19 @@ def _files_of(folder: Path) -> dict[str, Path]:
 
     with safe_open(folder / WHOLE, "pt") as stored:
         return dict.fromkeys(stored.keys(), folder / WHOLE)
+
+
+def check_stored(network: Any, files: Mapping[str, Path], folder: Path) -> None:
+    """:func:`check_fit` of a component's safetensors files, but for tensors that diffusers passes over."""
+    from safetensors import safe_open
+
+    shapes, ignored = dict[str, tuple[int, ...]](), network._keys_to_ignore_on_load_unexpected or ()
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    own = network.state_dict().keys()
+    passed_over = {name for name in shapes.keys() - own if any(re.search(key, name) for key in ignored)}
+    check_fit(network, {name: shapes[name] for name in shapes.keys() - passed_over}, str(folder), OTHER_CONFIG)
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:

@@ -136,8 +136,12 @@ class Pipeline(Generic[ConfigT]):
 
     def frozen(self, cls: type[Any], subfolder: str, **options: Any) -> Any:
         """A component that is never trained, on the device."""
-        module: nn.Module = load_component(cls, self.source, subfolder, **options)
+        module: nn.Module = self.component(cls, self.source, subfolder, **options)
         return module.to(self.device).eval().requires_grad_(False)
+
+    def component(self, cls: type[Any], source: str, subfolder: str, **options: Any) -> Any:
+        """A component of the pipeline folder ``source`` with its weights, as :func:`load_component`."""
+        return load_component(cls, source, subfolder, **options)
 
 
 def local_path(path: str) -> Path:

@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.distillation.adapters.base import DistillAdapter, ModelFolder
-from fastvideo.distillation.adapters.diffusers.pipeline import (
-    ConfigT,
-    Pipeline,
-    PipelineSpec,
-    library_class,
-    load_component,
-)
+from fastvideo.distillation.adapters.diffusers.pipeline import ConfigT, Pipeline, PipelineSpec, library_class
 from fastvideo.distillation.noise import GuidanceValue
 
 
@@ -76,7 +70,8 @@ class PlainFolder(ModelFolder, Generic[ConfigT]):
     def load_network(self, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network in eval mode: published ones have no dropout."""
         source = self.pipeline.resolved(path)
-        networks = [load_component(self._class, source, part, torch_dtype=dtype) for part in self._parts_in(source)]
+        parts, load = self._parts_in(source), self.pipeline.component
+        networks = [load(self._class, source, part, torch_dtype=dtype) for part in parts]
         return self._joined([self._ready(network, path) for network in networks], path).to(self.pipeline.device)
 
     def _ready(self, network: nn.Module, path: str | None) -> nn.Module:

@@ -5,7 +5,7 @@ A whole checkpoint, with VAE and text encoders beside the network, is read for i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,6 +25,8 @@ INPUT_SCALES = (".scale_input", ".input_scale")
 """Scales of activations, which float computation does not need."""
 MARKS = ("scaled_fp8", ".comfy_quant")
 """Tensors that only say that a file is quantised."""
+DROPPED = (*SCALES, *INPUT_SCALES, *MARKS)
+"""Ends of the names of tensors that are no weights."""
 ROOT = "model.diffusion_model."
 """Prefix of the network in a whole checkpoint."""
 UNET = "UNet2DConditionModel"
@@ -42,6 +44,7 @@ UNKNOWN_LAYOUT = (
     "not convert: give a pipeline folder of diffusers"
 )
 OTHER_SIZE = "for a network of another size than the model's, put the config.json of its folder beside the file"
+OTHER_CONFIG = "the config.json in it describes other weights: copy the folder anew, or mend its config.json"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -107,35 +110,56 @@ def _tensors_alone(file: Path, content: dict[str, Any]) -> dict[str, Tensor]:
 def load_single_file(network: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Put a single file's tensors into a network of the right size, which may be on the meta device.
 
+    Each fp8 tensor is let go when it is multiplied out, if nobody else holds it.
+
     Raises:
         UserError: as :func:`dequantised`, :func:`in_diffusers` and :func:`check_fit`.
     """
-    state = in_diffusers(network, dequantised(path, of_network(tensors)), path)
+    tensors = of_network(tensors)
+    state = in_diffusers(network, dequantised(path, tensors, stored_dtypes(network, tensors, path)), path)
     check_fit(network, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
     own = network.state_dict()
-    network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
+    network.load_state_dict({name: state.pop(name).to(own[name].dtype) for name in own}, assign=True)
 
 
-def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str) -> None:
-    """Check that a file's tensors, given by their shapes under diffusers' names, are those of a network.
+def stored_dtypes(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> dict[str, torch.dtype]:
+    """Dtype in a network of each fp8 tensor of a file: its own where it is only renamed, or else that of matrices."""
+    if not any(tensor.dtype in FLOAT8 for tensor in tensors.values()):
+        return {}
+    empty = {name: tensor.to("meta") for name, tensor in tensors.items() if not name.endswith(DROPPED)}
+    renamed = {id(tensor): name for name, tensor in in_diffusers(network, empty, path).items()}
+    own = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    matrices = min(own.values(), key=lambda dtype: dtype.itemsize)
+    return {name: own.get(renamed.get(id(tensor), ""), matrices) for name, tensor in empty.items()}
+
+
+def check_fit(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str, hint: str = OTHER_SIZE) -> None:
+    """Check that tensors, given by their shapes under diffusers' names, are those of a network.
+
+    Args:
+        path: the file or folder that holds them.
+        hint: the way out if some of them are the network's and others are not.
 
     Raises:
         UserError: with the first that are not.
     """
     own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
-    if missing or unknown:
-        lists = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in
-                 (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
-        hint = OTHER_SIZE if own.keys() & shapes else UNKNOWN_LAYOUT
-        raise UserError(f"{path} is no {type(network).__name__} of this size: {', '.join(lists)}; {hint}")
+    way_out = hint if own.keys() & shapes else UNKNOWN_LAYOUT
+    check_names(type(network), own.keys() - shapes.keys(), shapes.keys() - own.keys(), path, way_out)
     wrong = [name for name in own if own[name] != shapes[name]]
     if wrong:
         name = wrong[0]
         raise UserError(
             f"{path}: {len(wrong)} tensors do not fit this network, the first of them {name} with {shapes[name]} where "
-            f"{own[name]} is expected; {OTHER_SIZE}"
+            f"{own[name]} is expected; {hint}"
         )
+
+
+def check_names(cls: type[Any], missing: Iterable[str], unknown: Iterable[str], path: str, hint: str) -> None:
+    """Refuse weights of which some are missing or unknown, with the number of both and their first names."""
+    kinds = (("missing", sorted(missing)), ("unknown", sorted(unknown)))
+    if lists := [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in kinds if names]:
+        raise UserError(f"{path} is no {cls.__name__} of this size: {', '.join(lists)}; {hint}")
 
 
 def of_network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,25 +205,31 @@ def _converted(network: Any, convert: Any, state: Mapping[str, Tensor]) -> dict[
     return found | {name: tensor for name, tensor in state.items() if id(tensor) not in taken}
 
 
-def dequantised(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 weights of fp8 ones times their scales; other tensors as they are.
+def dequantised(path: str, state: dict[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Weights of fp8 ones times their scales, multiplied in float32 and rounded once; other tensors as they are.
+
+    Args:
+        state: the tensors; it is left empty, so that a network is never held twice.
+        dtypes: of the products, by name.
 
     Raises:
         UserError: for weights that are quantised in another way.
     """
     scales = {name.removesuffix(s): value for name, value in state.items() for s in SCALES if name.endswith(s)}
-    dropped = (*SCALES, *INPUT_SCALES, *MARKS)
     found = {}
-    for name, tensor in state.items():
-        if name.endswith(dropped):
+    for name in list(state):
+        tensor = state.pop(name)
+        if name.endswith(DROPPED):
             continue
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
                 f"{path}: {name} holds {kind} numbers: of quantised files, those in scaled fp8 alone are read"
             )
-        scale = scales.get(name.removesuffix(".weight"))
-        found[name] = tensor.float() * _scale_of(f"{path}: {name}", tensor, scale) if tensor.dtype in FLOAT8 else tensor
+        if tensor.dtype in FLOAT8:
+            scale = _scale_of(f"{path}: {name}", tensor, scales.get(name.removesuffix(".weight")))
+            tensor = tensor.float().mul_(scale).to(dtypes[name])
+        found[name] = tensor
     return found
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastvideo.distillation.adapters.diffusers.attention import MODELS, without_warnings
 from fastvideo.distillation.adapters.diffusers.pipeline import (
     EMBEDDED,
     EXPECTED,
@@ -19,7 +20,7 @@ from fastvideo.distillation.adapters.diffusers.pipeline import (
     first_line,
     local_path,
 )
-from fastvideo.distillation.adapters.diffusers.single_file import is_single_file
+from fastvideo.distillation.adapters.diffusers.single_file import OTHER_CONFIG, check_names, is_single_file
 from fastvideo.distillation.types import UserError
 from fastvideo.storage import is_remote, local_folder
 
@@ -43,6 +44,17 @@ class FetchedPipeline(Pipeline[ConfigT]):
             if beside.is_file() and read_object(beside).get("_class_name") == self.spec.network:
                 return str(beside.parent), ""
         return super().config_place(path, part)
+
+    def component(self, cls: type[Any], source: str, subfolder: str, **options: Any) -> Any:
+        """A component with its weights, refused if some are missing, or unknown to diffusers' class.
+
+        Those of transformers' classes may have others beside them, such as the head of a CLIP encoder.
+        """
+        with without_warnings(MODELS):
+            part, info = super().component(cls, source, subfolder, output_loading_info=True, **options)
+        unknown = info["unexpected_keys"] if cls.__module__.startswith("diffusers.") else ()
+        check_names(cls, info["missing_keys"], unknown, str(Path(source, subfolder)), OTHER_CONFIG)
+        return part
 
 
 def read_object(file: Path) -> dict[str, Any]:
