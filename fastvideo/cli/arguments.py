@@ -29,6 +29,10 @@ OptionalTokens = Annotated[Tokens | None, INT]
 OptionalSteps = Annotated[Steps | None, INT]
 OptionalRate = Annotated[WrittenRate | None, INT]
 OptionalGuidance = Annotated[GuidanceScale | None, FLOAT]
+OptionalPrecision = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    tyro.conf.arg(metavar="float32|bfloat16|float16", help_behavior_hint=""),
+]
 OptionalArithmetic = Annotated[
     Literal["float32", "bfloat16"] | None, tyro.conf.arg(metavar="float32|bfloat16", help_behavior_hint="")
 ]

@@ -10,14 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalSteps, Switch, parse
+from fastvideo.cli.arguments import OptionalPrecision, OptionalSteps, Switch, parse
 
 WhichWeights = tyro.conf.create_mutex_group(required=False, title="weights")
 KindSwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff, WhichWeights]
-OptionalPrecision = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    tyro.conf.arg(metavar="float32|bfloat16|float16", help_behavior_hint=""),
-]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import OptionalText, Switch, parse
+from fastvideo.cli.arguments import OptionalPrecision, OptionalText, Switch, parse
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class MergeArguments:
     network: OptionalText = None
     """Single file with weights to take instead of the folder's network: the authors' layout, ComfyUI's, or its scaled
     fp8."""
+    dtype: OptionalPrecision = None
+    """Precision of the network's weights in the folder. Default: as merged, in float32, twice the size of a base in
+    bfloat16."""
     overwrite: Switch = False
     """Replace an earlier merge in that folder."""
 

@@ -16,15 +16,20 @@ from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.types import UserError
 from fastvideo.files import replacing_folder
 from fastvideo.inference.export import check_new_folder
-from fastvideo.inference.exported import without_path
+from fastvideo.inference.exported import in_precision, without_path
 from fastvideo.inference.loading import LoadedModel, load_model
 
 MARK = "merged"
 """Key in the recipe of a merge; only merges may be overwritten."""
 
 
-def run_merge(model: str, out: Path, lora: Sequence[str], network: str | None, overwrite: bool) -> str:
+def run_merge(
+    model: str, out: Path, lora: Sequence[str], network: str | None, overwrite: bool, dtype: str | None = None
+) -> str:
     """Write the folder; returns a line for the terminal.
+
+    Args:
+        dtype: precision of the network's weights, rounded once after all is merged; float32 by default.
 
     Raises:
         UserError: if there is nothing to merge, a file does not fit, or the folder is in use; writes nothing then.
@@ -38,8 +43,10 @@ def run_merge(model: str, out: Path, lora: Sequence[str], network: str | None, o
     for file, weight in merges:
         merge_file(weights, file, weight)
     names = [f"{file.source}:{weight:g}" for file, weight in merges]
-    _save(out, loaded, weights, {**loaded.recipe, MARK: [*([network] if network else []), *names]})
-    return f"{out}: {model} with {', '.join([*([network] if network else []), *names])}"
+    _save(out, loaded, in_precision(weights, dtype), {**loaded.recipe, MARK: [*([network] if network else []), *names]})
+    size = sum(weight.nbytes for weight in weights.parameters()) / 2**20
+    written = f"weights in {dtype or 'float32'}, {size:.1f} MiB"
+    return f"{out}: {model} with {', '.join([*([network] if network else []), *names])}; {written}"
 
 
 def _network(loaded: LoadedModel, path: str | None) -> nn.Module:

@@ -289,6 +289,24 @@ def test_merge_writes_a_folder(base: Path, style: LoRAFile, one_file: Path, tmp_
     assert main([*arguments, "--out", str(tmp_path / "out"), "--overwrite"]) == 0
 
 
+def test_a_merge_is_rounded_once_if_it_is_asked_to(
+    base: Path, style: LoRAFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states, sizes = [], []
+    for options in ([], ["--dtype", "bfloat16"]):
+        out = tmp_path / (options or ["float32"])[-1]
+        assert main(["merge", str(base), "--lora", str(style.source), "--out", str(out), *options]) == 0
+        (file,) = (out / "transformer").glob("*.safetensors")
+        states.append(load_file(file))
+        sizes.append(file.stat().st_size)
+        assert f"; weights in {out.name}, " in capsys.readouterr().out
+    whole, rounded = states
+    assert {value.dtype for value in whole.values()} == {torch.float32}
+    assert rounded["blocks.0.ffn.net.0.proj.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(value.to(rounded[name].dtype), rounded[name]) for name, value in whole.items())
+    assert sizes[1] < 0.65 * sizes[0]
+
+
 def test_merge_mistakes(base: Path, style: LoRAFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in {
         (): "give --lora FILE[:WEIGHT], or --network FILE",
