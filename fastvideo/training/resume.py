@@ -69,15 +69,22 @@ def find_checkpoint(config: Config, session: Session, wanted: Place | None) -> P
     ``None`` for a run that stopped before its first checkpoint was complete: it starts anew.
 
     Raises:
-        UserError: if it is damaged, its config is another run's, or the newest is older than the finished student.
+        UserError: if it is damaged, its config is another run's, the newest is older than the finished student, or it
+            has more steps than the run is to have.
     """
     say = session.tracker.say
     found = session.find_checkpoint(checkpoint_folder(config), wanted, config.checkpoint.mirror)
     saved = found or Path(config.output)
     for line in check_config(config, saved) if (saved / CONFIG).is_file() else []:
         say(f"changed since {saved.name}: {line}")
+    step = 0 if found is None else session.saved_step(found)
     if wanted is None:
-        _check_student(config, found, 0 if found is None else session.saved_step(found))
+        _check_student(config, found, step)
+    if step > config.trainer.max_steps:
+        raise UserError(
+            f"trainer.max_steps is {config.trainer.max_steps}, and {found} has {step} steps: give --trainer.max-steps "
+            f"{step} or more, or an earlier checkpoint with --resume-from"
+        )
     if found is None:
         say(f"{checkpoint_folder(config)} holds no complete checkpoint: starting at step 0")
     return found

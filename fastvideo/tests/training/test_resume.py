@@ -177,6 +177,18 @@ def test_resume_never_replaces_a_finished_student_by_an_older_step(
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("flags", [{"resume": True}, {"resume_from": "step-12"}], ids=["newest", "named"])
+def test_fewer_steps_than_are_done_are_refused_before_the_folder_changes(analytic_values: dict, flags: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    output = run(config_of(values)).parent
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    fewer = config_of(values | {"trainer": values["trainer"] | {"max_steps": 8}})
+    flags = {key: value is True or output / "checkpoints" / value for key, value in flags.items()}
+    with pytest.raises(UserError, match=r"max_steps is 8, and \S+step-12 has 12 steps: give --trainer\.max-steps 12 or"):
+        run(fewer, **flags)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_resume_of_a_folder_that_is_no_run_is_refused(analytic_values: dict) -> None:
     with pytest.raises(UserError, match="is no run's folder"):
         run(config_of(analytic_values), resume=True)
