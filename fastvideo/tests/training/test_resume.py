@@ -184,7 +184,9 @@ def test_fewer_steps_than_are_done_are_refused_before_the_folder_changes(analyti
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     fewer = config_of(values | {"trainer": values["trainer"] | {"max_steps": 8}})
     flags = {key: value is True or output / "checkpoints" / value for key, value in flags.items()}
-    with pytest.raises(UserError, match=r"max_steps is 8, and \S+step-12 has 12 steps: give --trainer\.max-steps 12 or"):
+    with pytest.raises(
+        UserError, match=r"max_steps is 8, and \S+step-12 has 12 steps: give --trainer\.max-steps 12 or"
+    ):
         run(fewer, **flags)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
