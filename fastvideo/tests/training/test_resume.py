@@ -253,6 +253,28 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(analytic_va
         run(config_of(fork), resume_from=Path(values["output"]) / "checkpoints" / "step-6")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoints/step-3", "it does not exist; there are step-6, step-12$"),
+        ("", "it is a folder of checkpoints .step-6, step-12.: name one of them, or .* with --resume$"),
+        ("checkpoints", "it is a folder of checkpoints .step-6, step-12."),
+        ("student", "it is no checkpoint, and holds none$"),
+        ("checkpoints/step-12", r"it has no manifest\.json: its save was not finished$"),
+    ],
+    ids=["absent", "run", "checkpoints", "other", "unfinished"],
+)
+def test_a_path_that_is_no_checkpoint_is_told_from_an_unfinished_one(
+    analytic_values: dict, name: str, message: str
+) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    output = run(config_of(values)).parent
+    if name.endswith("12"):
+        cut_off(values, 12)
+    with pytest.raises(UserError, match=f"cannot be used: {message}"):
+        run(config_of(values), resume_from=output / name)
+
+
 RESUMABLE_FIELDS = {
     *("output", "device", "data.cache", "data.long_prompts"),
     *(f"parallel.{name}" for name in ParallelConfig.model_fields),
