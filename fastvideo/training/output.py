@@ -51,10 +51,9 @@ def check_output(config: Config, *, resume: bool, overwrite: bool, resume_from: 
         return
     if in_use(output):
         if not overwrite:
-            raise UserError(
-                f"output folder {output} holds another run: continue it with --resume, delete it with --overwrite, "
-                f"or choose another with --output"
-            )
+            run = "another run: continue it with --resume, delete it with --overwrite, or"
+            held = run if _is_run(output) else "files that no run made:"
+            raise UserError(f"output folder {output} holds {held} choose another with --output")
         _check_overwrite(config, output)
 
 
@@ -68,10 +67,15 @@ def in_use(output: Path) -> bool:
     return output.is_dir() and any(entry.name != LOCK for entry in output.iterdir())
 
 
+def _is_run(output: Path) -> bool:
+    """True for a folder that --overwrite takes: a run has written its files, or was killed before."""
+    return (output / LOCK).exists() or all((output / name).is_file() for name in RUN_FILES)
+
+
 def _check_overwrite(config: Config, output: Path) -> None:
-    if not (output / LOCK).exists() and not all((output / name).is_file() for name in RUN_FILES):
+    if not _is_run(output):
         raise UserError(
-            f"--overwrite: {output} was not made by a run (no {' and '.join(RUN_FILES)}); delete it yourself"
+            f"--overwrite: {output} was not made by a run (no {' and '.join(RUN_FILES)}); choose another with --output"
         )
     deleted = [entry.resolve() for entry in _made_by_runs(output)]
     for source in filter(os.path.exists, _sources(config)):

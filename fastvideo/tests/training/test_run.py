@@ -89,10 +89,17 @@ def test_an_output_folder_that_holds_something_is_left_alone(analytic_values: di
     run(config_of(analytic_values), overwrite=True)
 
 
+def test_an_empty_name_is_no_folder(analytic_values: dict) -> None:
+    with pytest.raises(UserError, match=r"output: .*the name of a folder is expected, such as outputs/mine"):
+        config_of(analytic_values | {"output": ""})
+
+
 def test_overwrite_never_deletes_a_folder_that_is_not_a_run(analytic_values: dict) -> None:
     precious = Path(analytic_values["output"]) / "precious.txt"
     precious.parent.mkdir()
     precious.write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that no run made: choose another with --output$"):
+        run(config_of(analytic_values))
     with pytest.raises(UserError, match="not made by a run"):
         run(config_of(analytic_values), overwrite=True)
     assert precious.read_text() == "mine"
