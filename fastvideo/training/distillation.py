@@ -40,7 +40,7 @@ class Launch:
     """Continue from this checkpoint, in the output folder that it is in or in a new one. A URL (`s3://...`) may also
     name a run's mirror, whose newest one is taken."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete what the output folder holds."""
+    """Delete what an earlier run made in the output folder; other files stay."""
 
 
 def parse(argv: Sequence[str], model: str | None = None) -> tuple[Launch, Config]:

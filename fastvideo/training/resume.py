@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,10 +22,11 @@ from fastvideo.distillation.engine.validation import ValidationHook
 from fastvideo.distillation.trainer import DistillTrainer
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
+from fastvideo.inference.loading import RECIPE
 from fastvideo.storage import Place
 from fastvideo.wording import see
 
-CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
+CHECKPOINTS, CONFIG, STUDENT = "checkpoints", "config.yaml", "student"
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -67,16 +69,45 @@ def find_checkpoint(config: Config, session: Session, wanted: Place | None) -> P
     ``None`` for a run that stopped before its first checkpoint was complete: it starts anew.
 
     Raises:
-        UserError: if it is damaged, or its config belongs to another run.
+        UserError: if it is damaged, its config is another run's, the newest is older than the finished student, or it
+            has more steps than the run is to have.
     """
     say = session.tracker.say
     found = session.find_checkpoint(checkpoint_folder(config), wanted, config.checkpoint.mirror)
     saved = found or Path(config.output)
     for line in check_config(config, saved) if (saved / CONFIG).is_file() else []:
         say(f"changed since {saved.name}: {line}")
+    step = 0 if found is None else session.saved_step(found)
+    if wanted is None:
+        _check_student(config, found, step)
+    if step > config.trainer.max_steps:
+        raise UserError(
+            f"trainer.max_steps is {config.trainer.max_steps}, and {found} has {step} steps: give --trainer.max-steps "
+            f"{step} or more, or an earlier checkpoint with --resume-from"
+        )
     if found is None:
         say(f"{checkpoint_folder(config)} holds no complete checkpoint: starting at step 0")
     return found
+
+
+def _check_student(config: Config, found: Path | None, step: int) -> None:
+    """Refuse to take steps again that the finished student has: it would be replaced at their end."""
+    student = Path(config.output) / STUDENT
+    file = student / RECIPE
+    finished = json.loads(file.read_text(encoding="utf-8")).get("steps", 0) if file.is_file() else 0
+    if finished <= step:
+        return
+    if found is None:
+        newest, again = f"{checkpoint_folder(config)} holds no complete checkpoint", "start anew with --overwrite"
+    else:
+        newest = f"the newest intact checkpoint is {found}"
+        again = f"go back with --resume-from {shlex.quote(str(found))}"
+    raise UserError(
+        f"--resume: {student} has finished {finished} steps, and {newest}: the steps since would be taken again, and "
+        f"that student replaced. Go on from its weights in a new run with --init-student-from "
+        f"{shlex.quote(str(student))} --output FOLDER, or {again}. With --checkpoint.every N a run saves its last "
+        f"step too{see('nothing-is-left-to-train')}"
+    )
 
 
 def check_config(config: Config, checkpoint: Path) -> list[str]:

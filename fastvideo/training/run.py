@@ -61,7 +61,7 @@ def run(
 
     Args:
         resume: continue from the newest intact checkpoint of the output folder.
-        overwrite: delete the contents of the output folder.
+        overwrite: delete what an earlier run made in the output folder.
         resume_from: continue from this checkpoint (at a URL also from a run's newest), in the output folder that it is
             in or in a new one.
         began: launch time of the run (``time.monotonic``), for the time to its first step; default: now.
@@ -111,7 +111,8 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
     validation = build_validation(config, adapter, method, tracker, processes)
     trainer = build_trainer(config, adapter, method, tracker, processes)
     if processes.is_main:
-        prepare_output(config, overwrite=mode.overwrite)
+        for line in prepare_output(config, overwrite=mode.overwrite):
+            tracker.say(line)
         list_left_out(config, conditioners)
     session.wait_for_all()
     data.faults.attach(output, processes.rank)

@@ -27,6 +27,8 @@ from fastvideo.storage import is_remote
 
 
 def _on_disk(folder: str) -> str:
+    if not folder:
+        raise ValueError("the name of a folder is expected, such as outputs/mine, or . for the working folder")
     if is_remote(folder):
         raise ValueError(f"{folder} is a URL, and a folder on a disk is expected; `checkpoint.mirror` takes a URL")
     return folder

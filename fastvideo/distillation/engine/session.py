@@ -12,7 +12,7 @@ import torch
 
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.config.sections import TrainerConfig
-from fastvideo.distillation.engine.checkpoint.manifest import step_of
+from fastvideo.distillation.engine.checkpoint.manifest import Manifest, step_of
 from fastvideo.distillation.engine.checkpoint.restore import check_intact, fetched, newest
 from fastvideo.distillation.engine.optional.memory import keep_freed_memory
 from fastvideo.distillation.engine.optional.mirror import checkpoints_at, set_aside
@@ -79,6 +79,11 @@ class Session:
         if wanted is not None:
             check_intact(wanted, self.processes)
         return wanted or newest(folder, self.processes, self.tracker.say, mirror)
+
+    @staticmethod
+    def saved_step(checkpoint: Path) -> int:
+        """Step of an intact checkpoint."""
+        return Manifest.read(checkpoint).step
 
     def prepare_mirror(self, url: str | None, resumed: Path | None) -> None:
         """Check that a run can write its mirror, and set aside what is later there than the ``resumed`` checkpoint.

@@ -81,6 +81,7 @@ def test_the_newest_of_both_places_counts_and_damage_is_passed_over(values: dict
     system, root = fsspec.filesystem("s3"), f"{values['checkpoint']['mirror']}/checkpoints"
     system.pipe_file(f"{root}/step-6/shared.json", b"{}")
     shutil.rmtree(checkpoints(values) / "step-6")
+    shutil.rmtree(Path(values["output"]) / "student")
     run(config_of(values), resume=True)
     said = capsys.readouterr().err
     assert "step-6: shared.json has 2 bytes instead of" in said

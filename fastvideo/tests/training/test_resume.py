@@ -84,7 +84,7 @@ def test_a_resumed_run_logs_each_step_once(analytic_values: dict) -> None:
     """The first run dies after step 12 was logged; the newest checkpoint is of step 10."""
     values = analytic_values | {"checkpoint": {"every": 5}}
     run(config_of(values))
-    (Path(values["output"]) / "checkpoints" / "step-12" / "manifest.json").unlink()
+    cut_off(values, 12)
     run(config_of(values), resume=True)
     lines = (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
@@ -98,6 +98,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_but_refused_by_its_path(a
     content = bytearray((newest / "process-0.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "process-0.safetensors").write_bytes(content)
+    shutil.rmtree(Path(values["output"]) / "student")
     with pytest.raises(UserError, match=r"step-12 cannot be used: process-0\.safetensors is damaged"):
         run(config_of(values), resume_from=newest)
     run(config_of(values), resume=True)
@@ -112,7 +113,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_old_ones_are_removed(analyt
     run(config_of(values))
     folder = Path(values["output"]) / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-12", "step-9"]
-    (folder / "step-12" / "manifest.json").unlink()
+    cut_off(values, 12)
     run(config_of(values), resume=True)
     assert (folder / "step-12" / "manifest.json").is_file()
 
@@ -141,14 +142,53 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_starts_anew_on_resum
     values = analytic_values | {"checkpoint": {"every": 6}}
     run(config_of(values))
     whole = result(values)
-    folder = Path(values["output"]) / "checkpoints"
-    for step in (6, 12):
-        (folder / f"step-{step}" / "manifest.json").unlink()
+    cut_off(values, 6, 12)
     run(config_of(values), resume=True)
     assert "startingatstep0" in "".join(capsys.readouterr().err.split())
     assert all(torch.equal(tensor, result(values)[name]) for name, tensor in whole.items())
     lines = (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
+
+
+def cut_off(values: dict[str, Any], *steps: int) -> None:
+    """Leave a run's folder as if it had been killed: some saves were not finished, and there is no student."""
+    for step in steps:
+        (Path(values["output"]) / "checkpoints" / f"step-{step}" / "manifest.json").unlink()
+    shutil.rmtree(Path(values["output"]) / "student")
+
+
+@pytest.mark.parametrize(
+    ("every", "reason"),
+    [
+        (0, r"checkpoints holds no complete checkpoint: .*student --output FOLDER, or start anew with --overwrite"),
+        (5, r"the newest intact checkpoint is \S+step-10: .*FOLDER, or go back with --resume-from \S+step-10"),
+    ],
+)
+def test_resume_never_replaces_a_finished_student_by_an_older_step(
+    analytic_values: dict, every: int, reason: str
+) -> None:
+    values = analytic_values | {"checkpoint": {"every": every}}
+    output = run(config_of(values)).parent
+    shutil.rmtree(output / "checkpoints" / "step-12", ignore_errors=True)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    longer = config_of(values | {"trainer": values["trainer"] | {"max_steps": 14}})
+    with pytest.raises(UserError, match=f"student has finished 12 steps, and .*{reason}"):
+        run(longer, resume=True)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"resume_from": "step-12"}], ids=["newest", "named"])
+def test_fewer_steps_than_are_done_are_refused_before_the_folder_changes(analytic_values: dict, flags: dict) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    output = run(config_of(values)).parent
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    fewer = config_of(values | {"trainer": values["trainer"] | {"max_steps": 8}})
+    flags = {key: value is True or output / "checkpoints" / value for key, value in flags.items()}
+    with pytest.raises(
+        UserError, match=r"max_steps is 8, and \S+step-12 has 12 steps: give --trainer\.max-steps 12 or"
+    ):
+        run(fewer, **flags)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_resume_of_a_folder_that_is_no_run_is_refused(analytic_values: dict) -> None:
@@ -211,6 +251,28 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(analytic_va
     assert all(torch.equal(tensor, result(fork)[name]) for name, tensor in result(values).items())
     with pytest.raises(UserError, match="holds another run"):
         run(config_of(fork), resume_from=Path(values["output"]) / "checkpoints" / "step-6")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoints/step-3", "it does not exist; there are step-6, step-12$"),
+        ("", "it is a folder of checkpoints .step-6, step-12.: name one of them, or .* with --resume$"),
+        ("checkpoints", "it is a folder of checkpoints .step-6, step-12."),
+        ("student", "it is no checkpoint, and holds none$"),
+        ("checkpoints/step-12", r"it has no manifest\.json: its save was not finished$"),
+    ],
+    ids=["absent", "run", "checkpoints", "other", "unfinished"],
+)
+def test_a_path_that_is_no_checkpoint_is_told_from_an_unfinished_one(
+    analytic_values: dict, name: str, message: str
+) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}}
+    output = run(config_of(values)).parent
+    if name.endswith("12"):
+        cut_off(values, 12)
+    with pytest.raises(UserError, match=f"cannot be used: {message}"):
+        run(config_of(values), resume_from=output / name)
 
 
 RESUMABLE_FIELDS = {

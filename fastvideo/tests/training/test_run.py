@@ -27,6 +27,7 @@ from fastvideo.distillation.types import RawBatch
 from fastvideo.errors import UserError
 from fastvideo.tests.preparing import preparer
 from fastvideo.training.data import build_data
+from fastvideo.training.output import prepare_output
 from fastvideo.training.run import run
 
 
@@ -88,10 +89,17 @@ def test_an_output_folder_that_holds_something_is_left_alone(analytic_values: di
     run(config_of(analytic_values), overwrite=True)
 
 
+def test_an_empty_name_is_no_folder(analytic_values: dict) -> None:
+    with pytest.raises(UserError, match=r"output: .*the name of a folder is expected, such as outputs/mine"):
+        config_of(analytic_values | {"output": ""})
+
+
 def test_overwrite_never_deletes_a_folder_that_is_not_a_run(analytic_values: dict) -> None:
     precious = Path(analytic_values["output"]) / "precious.txt"
     precious.parent.mkdir()
     precious.write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that no run made: choose another with --output$"):
+        run(config_of(analytic_values))
     with pytest.raises(UserError, match="not made by a run"):
         run(config_of(analytic_values), overwrite=True)
     assert precious.read_text() == "mine"
@@ -141,6 +149,40 @@ def test_overwrite_never_deletes_what_the_run_reads(analytic_values: dict) -> No
     with pytest.raises(UserError, match=r"would delete .*student, which this run reads"):
         run(again, overwrite=True)
     assert (folder / "network.safetensors").is_file()
+
+
+def test_overwrite_keeps_what_no_run_made(analytic_values: dict, capsys: Any) -> None:
+    values = analytic_values | {"checkpoint": {"every": 6}, "ema": {"post_hoc": {"every": 6}}}
+    output = run(config_of(values)).parent
+    made = {path.name for path in output.iterdir()}
+    mine = ("notes.txt", "my.yaml", "my_export/network.safetensors", "videos/a.mp4")
+    theirs = ("report.html", "metrics.json", "averaged-0.1/recipe.json", "samples/0a/model.json", ".config.yaml.part")
+    for name in (*mine, *theirs):
+        (output / name).parent.mkdir(exist_ok=True, parents=True)
+        (output / name).write_text(name)
+    run(config_of(values | {"trainer": {"max_steps": 2}}), overwrite=True)
+    assert {path.name for path in output.iterdir()} == made | {name.partition("/")[0] for name in mine}
+    assert all((output / name).read_text() == name for name in mine)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-2"]
+    assert "not made by a run: my.yaml, my_export, notes.txt, videos" in " ".join(capsys.readouterr().err.split())
+
+
+def test_overwrite_deletes_everything_that_a_run_makes(analytic_values: dict) -> None:
+    """A run that makes a file of another name must add it to those."""
+    values = analytic_values | {"checkpoint": {"every": 6}, "ema": {"post_hoc": {"every": 6}}}
+    config = config_of(values)
+    output = run(config).parent
+    assert prepare_output(config, overwrite=True) == []
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "environment.json"]
+
+
+def test_overwrite_protects_the_models_that_roles_name(analytic_values: dict) -> None:
+    output = run(config_of(analytic_values)).parent
+    (output / "validation" / "teacher").mkdir(parents=True)
+    model = analytic_values["model"] | {"path": str(output / "validation" / "teacher")}
+    roles = analytic_values["roles"] | {"teacher": {"trainable": False, "model": model}}
+    with pytest.raises(UserError, match=r"would delete \S+validation/teacher, which this run reads"):
+        run(config_of(analytic_values | {"roles": roles}), overwrite=True)
 
 
 def test_data_order_is_pure_resumable_and_disjoint(analytic_values: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def test_last_window_is_logged(analytic_values: dict[str, Any]) -> None:
     (line,) = lines(analytic_values, "metrics.jsonl")
     assert (line["step"], line["window"]) == (4, "cut short")
     assert "student/loss" in line
+    shutil.rmtree(Path(analytic_values["output"]) / "student")
     run(config_of(analytic_values, max_steps=12, log_every=10), resume=True)
     assert [line["step"] for line in lines(analytic_values, "metrics.jsonl")] == [10, 12]
 

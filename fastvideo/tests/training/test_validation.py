@@ -91,7 +91,8 @@ def test_health_is_looked_at_in_every_validation(values: dict[str, Any], tmp_pat
     assert lines[0]["teacher"] == lines[1]["teacher"]
     logged = next(line for line in metrics(folder) if "health/motion" in line)
     assert logged["health/motion"] == lines[0]["student"]["motion"]
-    shutil.rmtree(folder / "checkpoints" / "step-4")
+    for name in ("checkpoints/step-4", "student"):
+        shutil.rmtree(folder / name)
     run(validate(run_schema("wan", "dmd2"), values | changes, "test"), resume=True)
     assert [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()] == lines
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvideo.distillation.engine.checkpoint.checkpoint import INDEX, SHARED, Parts
 from fastvideo.distillation.engine.checkpoint.manifest import (
+    MANIFEST,
     PREFIX,
     DamagedError,
     Manifest,
@@ -137,9 +138,24 @@ def damage(folder: Path, processes: Processes) -> str | None:
     try:
         Manifest.read(folder).check_files(folder, processes.rank, processes.world_size)
     except DamagedError as error:
-        problem = str(error)
+        problem = _no_checkpoint(folder) or str(error)
     found = dict.fromkeys(filter(None, Agreement().from_all(problem)))
     return "; ".join(found) or None
+
+
+def _no_checkpoint(folder: Path) -> str | None:
+    """Reason why a path names no checkpoint at all, with those near it."""
+    inside = _names(folder / "checkpoints") or _names(folder)
+    if inside:
+        return f"it is a folder of checkpoints ({inside}): name one of them, or take the newest of a run with --resume"
+    if not folder.exists():
+        beside = _names(folder.parent)
+        return "it does not exist" + (f"; there are {beside}" if beside else "")
+    return None if PREFIX in folder.name or (folder / MANIFEST).exists() else "it is no checkpoint, and holds none"
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(path.name for path in complete_checkpoints(folder))
 
 
 def restore(folder: Path, parts: Parts, processes: Processes) -> ResumePoint:
