@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 import tempfile
 import traceback
 import warnings
@@ -21,10 +19,9 @@ from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject,
 from fastvideo.conformance.tiny import tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
-from fastvideo.distillation.registry import ADAPTERS, load_adapter
+from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.progress import tracked
-from fastvideo.wording import did_you_mean
 
 RULES = (network_checks, chunk_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
@@ -71,21 +68,7 @@ def find_family(name: str) -> type[DistillAdapter[Any]]:
     Raises:
         UserError: for an unknown family, module or class, or a class that is not an adapter.
     """
-    if ":" not in name:
-        if name not in ADAPTERS:
-            hint = did_you_mean(name, ADAPTERS)
-            raise UserError(f"{name!r} is neither one of {', '.join(ADAPTERS)} nor package.module:Class{hint}")
-        return load_adapter(name)
-    module_name, _, class_name = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: an author runs this beside the file
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"cannot import {module_name!r} (from {Path.cwd()}): {error}") from error
-    except AttributeError as error:
-        raise UserError(f"module {module_name!r} has no class {class_name!r}") from error
-    if not (inspect.isclass(found) and issubclass(found, DistillAdapter)):
-        raise UserError(f"{name!r} is not a subclass of fastvideo.distillation.adapters.base.DistillAdapter")
+    found = load_adapter(name)
     if missing := sorted(found.__abstractmethods__):
         raise UserError(f"{name!r} does not implement {', '.join(missing)}")
     return found

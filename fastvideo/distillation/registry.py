@@ -1,10 +1,16 @@
-"""Names to classes. A new method or family is one file and one line here; its module is imported on first use."""
+"""Names to classes. A new method or family is one file and one line here; its module is imported on first use.
+
+One of another package needs no line: its name in a config is ``package.module:Class``.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 from fastvideo.distillation.adapters.base import DistillAdapter
@@ -85,26 +91,51 @@ EXPORTERS = {
 
 def _load(registry: Mapping[str, str], kind: str, name: str) -> Any:
     if name not in registry:
-        raise UserError(f"unknown {kind} {name!r}: one of {', '.join(registry)}{did_you_mean(name, registry)}")
+        known = f"one of {', '.join(registry)}, or package.module:Class of your own"
+        raise UserError(f"unknown {kind} {name!r}: {known}{did_you_mean(name, registry)}")
     module, attribute = registry[name].split(":")
     return getattr(import_module(module), attribute)
 
 
-def load_method(name: str) -> type[DistillMethod[Any]]:
-    """The method of that name.
+def own_class(name: str, base: type) -> Any:
+    """The class that ``package.module:Class`` names, of an installed package or of a file in the working folder.
 
     Raises:
-        UserError: with the list of names.
+        UserError: for a module or class that is not there, or one that is no subclass of ``base``.
     """
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does
+        sys.path.insert(0, here)
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise UserError(f"cannot import {module!r} (from {here}): {error}") from error
+    except AttributeError as error:
+        raise UserError(f"module {module!r} has no class {attribute!r}") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise UserError(f"{name!r} is not a subclass of {base.__module__}.{base.__qualname__}")
+    return found
+
+
+def load_method(name: str) -> type[DistillMethod[Any]]:
+    """The method of that name, or of ``package.module:Class``.
+
+    Raises:
+        UserError: with the list of names, or as :func:`own_class`.
+    """
+    if ":" in name:
+        return cast(type[DistillMethod[Any]], own_class(name, DistillMethod))
     return cast(type[DistillMethod[Any]], _load(METHODS, "method", name))
 
 
 def load_adapter(name: str) -> type[DistillAdapter[Any]]:
-    """The model family of that name.
+    """The model family of that name, or of ``package.module:Class``.
 
     Raises:
-        UserError: with the list of names.
+        UserError: with the list of names, or as :func:`own_class`.
     """
+    if ":" in name:
+        return cast(type[DistillAdapter[Any]], own_class(name, DistillAdapter))
     return cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name))
 
 

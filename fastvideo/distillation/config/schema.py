@@ -338,9 +338,9 @@ class RunConfig(Section, Generic[AdapterT, MethodT]):
     """Complete config of a run; it is saved beside the result and reproduces the run."""
 
     distill_model: str
-    """Model family; `fastvideo list` shows all."""
+    """Model family; `fastvideo list` shows all. One of your own: package.module:Class."""
     distill_method: str
-    """Algorithm; `fastvideo list` shows all."""
+    """Algorithm; `fastvideo list` shows all. One of your own: package.module:Class."""
     output: Annotated[LocalFolder, RESUMABLE]
     """Folder of the run; it must be new, unless the run resumes or overwrites it."""
     seed: Seed = 0

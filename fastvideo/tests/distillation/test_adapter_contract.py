@@ -251,7 +251,7 @@ def test_negative_conditioning_is_made_once(subject: Subject, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wann", "neither one of wan.*; did you mean 'wan'"),
+        ("wann", "unknown model 'wann': one of wan.*; did you mean 'wan'"),
         ("no_such_module:Adapter", "cannot import 'no_such_module'"),
         ("fastvideo.errors:Adapter", "has no class 'Adapter'"),
         ("fastvideo.errors:UserError", "not a subclass"),
