@@ -65,9 +65,11 @@ def test_a_run_trains_the_student_and_leaves_a_model_that_samples(
 ) -> None:
     source = cogvideox_folder(tiny_wan.parent)
     student = run(config_of(name, source, tmp_path, precision=precision))
-    model, before = load_model(str(student)), CogVideoXAdapter(cogvideox_config(source)).folder.load_network()
-    after = dict(model.network.named_parameters())
+    before = CogVideoXAdapter(cogvideox_config(source)).folder.load_network()
+    after = dict(load_model(str(student), exact=True).network.named_parameters())
     assert not [key for key, value in before.named_parameters() if torch.equal(after[key], value)]
+    model = load_model(str(student))
+    assert model.network.dtype == getattr(torch, precision)
     latents = sample_latents(model.adapter, model.denoiser, Sampling(["a green seven"], model.sampler(), 0))
     assert latents.shape == (1, 4, 3, 4, 4)
     assert latents.isfinite().all()
