@@ -21,8 +21,6 @@ from fastvideo.wording import did_you_mean, nearest
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 NAMES = ("distill_model", "distill_method")
-MERGE = "<<"
-"""YAML's key for the keys of another mapping, which may be there more than once."""
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's names of a key that a section, or a value that is a dataclass, does not have."""
 
@@ -135,7 +133,7 @@ def _check_once(path: str | Path, where: str, keys: Sequence[yaml.ScalarNode]) -
     lines: dict[str, int] = {}
     for key in keys:
         line = key.start_mark.line + 1
-        if key.value in lines and key.value != MERGE:
+        if key.value in lines:
             both = f"in line {lines[key.value]} and in line {line}"
             raise UserError(f"config {path}: {where}{key.value} is there twice, {both}; only the last would count")
         lines[key.value] = line

@@ -136,8 +136,8 @@ def test_a_key_that_is_there_twice_is_refused(text: str, message: str, tmp_path:
 
 
 def test_keys_of_anchors_may_be_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b {x: 2}\nc:\n  <<: *a\n  <<: *b\n  y: 3\nd: *a\n")
-    assert read_yaml(tmp_path / "a.yaml")["c"] == {"x": 2, "y": 3}
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b {x: 2}\nc:\n  <<: [*a, *b]\n  y: 3\nd: *a\n")
+    assert read_yaml(tmp_path / "a.yaml")["c"] == {"x": 1, "y": 3}
     (tmp_path / "a.yaml").write_text("a: &a [1, *a]\n")
     assert list(read_yaml(tmp_path / "a.yaml")) == ["a"]
 
