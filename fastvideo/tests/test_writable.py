@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,25 +31,25 @@ def test_a_folder_without_permission() -> None:
         check_writable(folder / "new" / "a.mp4")
 
     with tempfile.TemporaryDirectory() as name:
-        assert in_child(lambda: ask(Path(name), 0o777)) == 0
-        with pytest.raises(UserError, match=r"--out .*a\.mp4 cannot be written: no permission to write to .*tmp"):
-            raise_in_child(lambda: ask(Path(name), 0o555))
+        assert message_in_child(lambda: ask(Path(name), 0o777)) == ""
+        message = message_in_child(lambda: ask(Path(name), 0o555))
+    assert message.endswith(f"a.mp4 cannot be written: no permission to write to {name}")
 
 
-def raise_in_child(work: object) -> None:
-    """Raise here the message of what ``work`` raises in a forked process."""
+def message_in_child(work: Callable[[], object]) -> str:
+    """Message of the error for the user that ``work`` raises in a forked process; empty if it raises none."""
     ready, told = os.pipe()
 
     def tell() -> None:
         try:
-            work()  # type: ignore[operator]
+            work()
         except UserError as error:
             os.write(told, str(error).encode())
 
     assert in_child(tell) == 0
     os.close(told)
     with os.fdopen(ready) as text:
-        raise UserError(text.read())
+        return text.read()
 
 
 @pytest.mark.parametrize(
