@@ -89,7 +89,9 @@ EXPORTERS = {
 """Exporters, by the diffusers pipeline of their family."""
 
 
-def _load(registry: Mapping[str, str], kind: str, name: str) -> Any:
+def _load(registry: Mapping[str, str], kind: str, name: str, base: type) -> Any:
+    if ":" in name:
+        return own_class(name, base)
     if name not in registry:
         known = f"one of {', '.join(registry)}, or package.module:Class of your own"
         raise UserError(f"unknown {kind} {name!r}: {known}{did_you_mean(name, registry)}")
@@ -123,9 +125,7 @@ def load_method(name: str) -> type[DistillMethod[Any]]:
     Raises:
         UserError: with the list of names, or as :func:`own_class`.
     """
-    if ":" in name:
-        return cast(type[DistillMethod[Any]], own_class(name, DistillMethod))
-    return cast(type[DistillMethod[Any]], _load(METHODS, "method", name))
+    return cast(type[DistillMethod[Any]], _load(METHODS, "method", name, DistillMethod))
 
 
 def load_adapter(name: str) -> type[DistillAdapter[Any]]:
@@ -134,15 +134,13 @@ def load_adapter(name: str) -> type[DistillAdapter[Any]]:
     Raises:
         UserError: with the list of names, or as :func:`own_class`.
     """
-    if ":" in name:
-        return cast(type[DistillAdapter[Any]], own_class(name, DistillAdapter))
-    return cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name))
+    return cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name, DistillAdapter))
 
 
 def load_exporter(config: AdapterConfig) -> Exporter:
     """The exporter of a family; one that refuses if there is none."""
     names = [name for name in config.pipelines if name in EXPORTERS]
-    exporter: type[Exporter] = _load(EXPORTERS, "pipeline", names[0]) if names else Exporter
+    exporter: type[Exporter] = _load(EXPORTERS, "pipeline", names[0], Exporter) if names else Exporter
     return exporter(config)
 
 
