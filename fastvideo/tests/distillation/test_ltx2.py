@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvideo.cli import main
@@ -221,8 +222,13 @@ def test_registers_that_do_not_fill_the_padding_are_refused(family: LTX2Adapter)
 def test_connectors_without_registers_are_refused(family: LTX2Adapter, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(family.config.path, copy)
-    file = copy / "connectors" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"audio_connector_num_learnable_registers": None}))
+    folder = copy / "connectors"
+    config = json.loads((folder / "config.json").read_text()) | {"audio_connector_num_learnable_registers": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["audio_connector.learnable_registers"]
+    save_file(tensors, weights)
     with pytest.raises(UserError, match="the audio connector has no registers"):
         like(family, path=str(copy)).conditioner.encode_prompts(["red"])
 
