@@ -33,7 +33,7 @@ from fastvideo.wording import counted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastvideo.data.video_io import Rate
+    from fastvideo.data.video_io import Frames, Rate
     from fastvideo.distillation.sample import SamplerSpec
     from fastvideo.inference.generate import SoundedVideo
     from fastvideo.inference.loading import LoadedModel
@@ -52,7 +52,8 @@ class GenerateArguments:
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Content of the video, such as "a green seven moving up and left"; empty for a video of anything."""
     image: OptionalPath = None
-    """Image (or clip) that the video continues, for a model made for that; scaled and cropped to the video's size."""
+    """Image (or clip) that the video continues, for a model made for that or a streaming student; scaled and cropped to
+    the video's size."""
     out: Path = Path("video.mp4")
     """Video file; .mp4, .gif, .webp or .apng; .png for a still. Beside any but .mp4, sound replaces the .wav of its
     name."""
@@ -108,6 +109,7 @@ def run_generate(arguments: GenerateArguments) -> str:
         Stopped: for a stream that a signal ended; its file plays.
     """
     from fastvideo.data.video_io import FPS, video_format
+    from fastvideo.inference.first_frames import read_beginning
     from fastvideo.inference.loading import open_model, with_network
     from fastvideo.mount import check_writable
 
@@ -116,8 +118,10 @@ def run_generate(arguments: GenerateArguments) -> str:
     opened = open_model(arguments.folder, _options(arguments), arguments.device)
     spec = opened.sampler(arguments.steps, arguments.guidance, arguments.ladder)
     _check_flags(arguments, opened.source, spec)
-    model = with_network(opened)
-    return _whole(arguments, model, spec) if spec.reach is None else _stream(arguments, model, spec)
+    if spec.reach is None:
+        return _whole(arguments, with_network(opened), spec)
+    given = None if arguments.image is None else read_beginning(arguments.image, opened)
+    return _stream(arguments, with_network(opened), spec, given)
 
 
 def _check_flags(arguments: GenerateArguments, source: str, spec: SamplerSpec) -> None:
@@ -132,8 +136,6 @@ def _check_flags(arguments: GenerateArguments, source: str, spec: SamplerSpec) -
             f"{flag} is for streaming students, and the model in {source} makes whole videos at once: its "
             f"recipe.json has no `streaming`, which training with a causal method writes"
         )
-    if spec.reach is not None and arguments.image is not None:
-        raise UserError(f"--image {arguments.image}: a stream starts from text alone")
     if arguments.on_switch != ON_SWITCH and not arguments.switch:
         raise UserError(f'--on-switch {arguments.on_switch}: no prompt changes: add --switch FRAME:"PROMPT"')
 
@@ -205,8 +207,8 @@ def _write(arguments: GenerateArguments, clip: SoundedVideo, rate: Rate) -> str:
     return f"\n{sound.seconds:.2f} s of sound at {sound.rate} Hz{place}"
 
 
-def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec) -> str:
-    """A video that is written while it is made."""
+def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec, given: Frames | None) -> str:
+    """A video that is written while it is made, behind the frames of ``--image`` if there are any."""
     from fastvideo.data.video_io import FPS
     from fastvideo.inference.stream_file import write_stream
     from fastvideo.inference.streaming import Streamer, window_note, with_window
@@ -214,16 +216,18 @@ def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec)
 
     seen, config = with_window(spec, arguments.window), model.adapter.config
     streamer = Streamer(model, seen, arguments.seed, arguments.negative_prompt)
-    plan = plan_switches(streamer, config.num_frames, [*map(parse_switch, arguments.switch)], arguments.on_switch)
+    wanted, known = [*map(parse_switch, arguments.switch)], 0 if given is None else len(given)
+    plan = plan_switches(streamer, config.num_frames, wanted, arguments.on_switch, known)
     for note in filter(None, (window_note(spec, arguments.window), *plan.notes)):
         print(note, file=sys.stderr)
     begin, scale = time.perf_counter(), _scale(arguments, config.height)
-    with streamer.open(arguments.prompt, frames=config.num_frames) as stream:
+    with streamer.open(arguments.prompt, frames=config.num_frames, given=given) as stream:
         stats = write_stream(stream, plan, config.num_frames, arguments.out, arguments.fps or FPS, scale)
     seconds = time.perf_counter() - begin
     size = f"{config.width}x{config.height}"
     parts = f"{counted(stats.frames, 'frame')} of {size} in {counted(stats.chunks, 'chunk')}"
-    made = f"{parts}, {seconds:.2f} s, {stats.fps:.1f} frames/s"
+    behind = f", the first {known} of {arguments.image}" if known else ""
+    made = f"{parts}{behind}, {seconds:.2f} s, {stats.fps:.1f} frames/s"
     return f"{arguments.out}: {made}\n{streamer.describe(stats.past_bytes)}"
 
 

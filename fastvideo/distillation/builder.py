@@ -552,8 +552,8 @@ def _check_reach(config: Config, families: Families, processes: Processes) -> No
         )
     if frames := max(of_frames(families.main.conditioner).first_frames):
         raise UserError(
-            f"method.reach: this model goes on from given frames ({frames}), and streams start from text alone; leave "
-            f"out model.given_frames, or take a text-to-video model"
+            f"method.reach: this model goes on from given frames ({frames}), and streams have text alone in their "
+            f"condition; leave out model.given_frames, or take a text-to-video model"
         )
     own.check_frames(families.main.codec.latent_shape[1])
     _check_autoregressive(config, own, families)

@@ -1,16 +1,22 @@
-"""Conditioning frames of a video, read from an image or a clip."""
+"""Conditioning frames of a video, read from an image or a clip, and the beginning of a stream."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from fastvideo.data.clips import Policy, Size, read_clips
+from fastvideo.data.clips import Clip, Frames, Policy, Size, read_clips
 from fastvideo.data.faults import VideoError
 from fastvideo.distillation.abilities import of_frames
+from fastvideo.distillation.chunks import spans
+from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.loading import LoadedModel
+from fastvideo.inference.loading import LoadedModel, OpenedModel
+from fastvideo.inference.locks import lock_of
+from fastvideo.wording import counted
 
 
 def first_frames(model: LoadedModel, image: Path | None) -> Tensor | None:
@@ -36,12 +42,58 @@ def read_first_frames(path: Path, height: int, width: int, count: int) -> Tensor
     Raises:
         UserError: for a missing or damaged file, or one with fewer frames.
     """
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist")
-    try:
-        clip = next(read_clips(path, Policy((Size(height, width, count),))))
-    except VideoError as error:
-        raise UserError(f"image {path}: {error}") from error
+    clip = _read(path, (Size(height, width, count),))
     if len(clip.frames) < count:
         raise UserError(f"image {path}: too short: {len(clip.frames)} frames, {count} are needed")
     return clip.tensor[None]
+
+
+def read_beginning(path: Path, model: OpenedModel) -> Frames:
+    """An image, or as many first frames of a clip as a video can have, uint8 ``[n, H, W, 3]``, scaled and cropped.
+
+    Raises:
+        UserError: for a missing or damaged file, or a clip that leaves nothing of the model's ``num_frames`` to make.
+    """
+    config, temporal = model.adapter.config, model.adapter.codec.temporal
+    lengths = range(1, config.num_frames + temporal, temporal)
+    clip = _read(path, tuple(Size(config.height, config.width, count) for count in lengths))
+    if len(clip.frames) >= config.num_frames:
+        raise UserError(
+            f"image {path}: it has {config.num_frames} frames or more, as many as the video is to have, so that none "
+            f"would be made: raise --frames, or cut the clip"
+        )
+    return clip.frames
+
+
+def given_chunks(model: LoadedModel, given: Frames, chunk: int, frames: int | None) -> tuple[Tensor, ...]:
+    """Latents ``[1, C, c, H, W]`` of given frames, in chunks as a stream makes them; ``frames``: of the whole video.
+
+    Raises:
+        UserError: for frames of another size or type, too few for a chunk, or as many as the video.
+    """
+    config, codec = model.adapter.config, model.adapter.codec
+    size, shape = f"{config.height}, {config.width}, 3", [*given.shape]
+    if given.dtype != np.uint8 or given.ndim != 4 or f"{shape[1:]}" != f"[{size}]":
+        raise UserError(f"given: frames are uint8 [n, {size}], got {given.dtype} {shape}")
+    latents, needed = latent_frames(len(given), codec.temporal), first_frame(chunk, codec.temporal)
+    if latents < chunk:
+        raise UserError(
+            f"given: the first chunk of this model has {counted(needed, 'frame')}, and it never met a shorter one: "
+            f"give so many or more, got {len(given)}"
+        )
+    if frames is not None and frames <= len(given):
+        raise UserError(f"given: {len(given)} frames, and a video of {frames} has none behind them")
+    video = torch.from_numpy(given).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with lock_of(codec):
+        encoded = codec.encode(video).float()
+    return torch.split(encoded, [end - start for start, end in spans(latents, chunk)], dim=2)
+
+
+def _read(path: Path, sizes: tuple[Size, ...]) -> Clip:
+    """The first clip of a file."""
+    if not path.is_file():
+        raise UserError(f"image {path} does not exist")
+    try:
+        return next(read_clips(path, Policy(sizes)))
+    except VideoError as error:
+        raise UserError(f"image {path}: {error}") from error

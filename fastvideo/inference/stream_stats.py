@@ -65,9 +65,10 @@ class Clock:
             torch.accelerator.synchronize(self._device)
         self._now[name] = time.perf_counter() - begin
 
-    def finish(self, frames: int) -> None:
-        """Note a chunk of so many video frames."""
-        self._recent.append((self._now, frames))
+    def finish(self, frames: int, *, made: bool = True) -> None:
+        """Note a chunk of so many video frames; the times of one that was given are not of its making."""
+        if made:
+            self._recent.append((self._now, frames))
         self._now, self._chunks = {}, self._chunks + 1
         if frames and self._first is None:
             self._first = time.perf_counter() - self._opened

@@ -20,16 +20,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from fastvideo.distillation.abilities import frame_decoder, of_frames
 from fastvideo.distillation.chunks import Past, Reach, spans
 from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.errors import UserError
 from fastvideo.files import readable_size
+from fastvideo.inference.first_frames import given_chunks
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.locks import lock_of
 from fastvideo.inference.stream_stats import Clock
-from fastvideo.inference.video_stream import Maker, Snapshot, Texts, VideoStream
+from fastvideo.inference.video_stream import Frames, Maker, Snapshot, Texts, VideoStream
 from fastvideo.tiny.captions import parse_caption
 from fastvideo.wording import counted
 
@@ -91,21 +94,28 @@ class Streamer:
         streamer.open(ANY_PROMPT).close()
         return streamer
 
-    def open(self, prompt: str, *, frames: int | None = None, seed: int | None = None) -> VideoStream:
+    def open(
+        self, prompt: str, *, frames: int | None = None, seed: int | None = None, given: Frames | None = None
+    ) -> VideoStream:
         """Begin a stream.
 
         Args:
-            frames: video frames after which it ends; without an end by default.
+            frames: video frames after which it ends, the given ones counted; without an end by default.
             seed: instead of the streamer's.
+            given: uint8 ``[n, H, W, 3]``, an image or a clip that the stream goes on from: its first chunks are these
+                frames as the decoder gives them back.
 
         Raises:
-            UserError: for a prompt that the model cannot take, or a number of frames that no video has.
+            UserError: for a prompt or given frames that the model cannot take, or a number of frames that no video has.
         """
         clock = Clock(self.model.adapter.device)
         first = self.reach.chunk if frames is None else self.first_chunk(frames)
+        chunks: tuple[Tensor, ...] = ()
+        if given is not None:
+            first, chunks = self.reach.chunk, given_chunks(self.model, given, self.reach.chunk, frames)
         noise = SampleNoise(prompt_seeds(self.seed if seed is None else seed, [prompt]), self.model.adapter.device)
         texts, pasts = self._encode(prompt), (Past(self.reach), Past(self.reach))
-        moment = Snapshot(prompt, texts, pasts, noise, self._maker.new_decoder(), first, frames)
+        moment = Snapshot(prompt, texts, pasts, noise, self._maker.new_decoder(), first, frames, given=chunks)
         return VideoStream(self._maker, moment, clock)
 
     def resume(self, snapshot: Snapshot) -> VideoStream:
@@ -171,7 +181,7 @@ def checked_reach(model: LoadedModel, sampler: SamplerSpec) -> Reach:
             f"chunk by chunk (its recipe.json has `streaming`): sample this one with `fastvideo generate`"
         )
     if of_frames(family.conditioner).needs_frames:
-        raise UserError(f"the model in {source} goes on from given frames: streams start from text alone")
+        raise UserError(f"the model in {source} has given frames in its condition, where a stream has its text alone")
     if sampler.times[0] < NEARLY_NOISE:
         raise UserError(
             f"a stream's chunks start from pure noise, time 1, and the ladder from {sampler.times[0]:g}: give one that "

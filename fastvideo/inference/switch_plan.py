@@ -46,15 +46,21 @@ class SwitchPlan:
 
 
 def plan_switches(
-    streamer: Streamer, frames: int, wanted: Sequence[PlannedSwitch], on_switch: OnSwitch = ON_SWITCH
+    streamer: Streamer,
+    frames: int,
+    wanted: Sequence[PlannedSwitch],
+    on_switch: OnSwitch = ON_SWITCH,
+    given: int = 0,
 ) -> SwitchPlan:
-    """Move every switch to the next chunk, and check its prompt.
+    """Move every switch to the next chunk, and check its prompt; the first ``given`` frames are not made.
 
     Raises:
-        UserError: for a switch at the start, behind the last chunk or at the chunk of another one, and for a prompt
-            that the model cannot take.
+        UserError: for a switch at the start, among given frames, behind the last chunk or at the chunk of another one,
+            and for a prompt that the model cannot take.
     """
-    starts = chunk_starts(streamer, frames, [one.frame for one in wanted], restarts=on_switch == "cut")
+    if early := [one.frame for one in wanted if 0 < one.frame < given]:
+        raise UserError(f"--switch {early[0]}: the first {given} frames are given: frame {given} is the first made")
+    starts = chunk_starts(streamer, frames, [one.frame for one in wanted], restarts=on_switch == "cut", given=given)
     prompts: dict[int, str] = {}
     notes = []
     for one in sorted(wanted, key=lambda one: one.frame):
@@ -78,17 +84,21 @@ def _chunk_of(one: PlannedSwitch, starts: Sequence[int], frames: int) -> int:
     return found
 
 
-def chunk_starts(streamer: Streamer, frames: int, wanted: Sequence[int], *, restarts: bool) -> list[int]:
+def chunk_starts(
+    streamer: Streamer, frames: int, wanted: Sequence[int], *, restarts: bool, given: int = 0
+) -> list[int]:
     """First video frames of all chunks; with ``restarts`` a new video, which begins with one frame, at every switch.
+
+    ``given``: frames that the stream goes on from, whose first chunk takes their remainder.
 
     Raises:
         UserError: for a number of frames that no video has.
     """
-    return list(_starts(streamer, frames, sorted(wanted), restarts))
+    return list(_starts(streamer, frames, streamer.first_chunk(given or frames), sorted(wanted), restarts))
 
 
-def _starts(streamer: Streamer, frames: int, wanted: Sequence[int], restarts: bool) -> Iterator[int]:
-    start, latents, begun, waiting = 0, streamer.first_chunk(frames), 0, list(wanted)
+def _starts(streamer: Streamer, frames: int, first: int, wanted: Sequence[int], restarts: bool) -> Iterator[int]:
+    start, latents, begun, waiting = 0, first, 0, list(wanted)
     while start < frames:
         yield start
         if waiting and 0 < waiting[0] <= start:

@@ -55,12 +55,13 @@ class Snapshot:
         pasts: of the finished chunks but the last.
         noise: random stream at its position.
         decode: decoder with its state.
-        chunk: latent frames of the next chunk.
+        chunk: latent frames of the next chunk that is made.
         end: video frames in all; ``None`` without an end.
         frames: video frames so far.
         last: latest chunk, in no past yet.
         switch: latest one that took effect.
         asked: one that waits for the next chunk.
+        given: chunks ``[1, C, c, H, W]`` that come before the first that is made.
     """
 
     prompt: str
@@ -74,6 +75,7 @@ class Snapshot:
     last: Tensor | None = None
     switch: Switch | None = None
     asked: Switch | None = None
+    given: tuple[Tensor, ...] = ()
 
     def fork(self) -> Snapshot:
         """The same moment with a random stream and a decoder of its own, and pasts that share their pieces alone."""
@@ -113,6 +115,10 @@ class Maker:
         """The next chunk ``[1, C, c, H, W]``, and the moment with all before it in the past."""
         channels, *size = self.latent_size
         with lock_of(self.denoiser.network):
+            if moment.given:
+                moment = self.settled(moment)
+            if moment.given:  # a cut leaves none
+                return replace(moment, pasts=_bare(moment.pasts), given=moment.given[1:]), moment.given[0]
             start = moment.noise.draw((channels, moment.chunk, *size))
             with clock.part("commit"):
                 moment = self.settled(moment)
@@ -133,7 +139,7 @@ class Maker:
         if moment.last is None:
             return now
         if switch.on_switch == "cut":
-            return replace(now, pasts=self._stream(now).opened, decode=self.new_decoder())
+            return replace(now, pasts=self._stream(now).opened, decode=self.new_decoder(), given=())
         stream = self._stream(moment)
         return replace(
             now, pasts=stream.switched(stream.commit(moment.pasts, moment.last), *switch.texts, switch.on_switch)
@@ -219,12 +225,13 @@ class VideoStream:
 
     def _advance(self) -> Frames:
         asked = self._asked.popleft() if self._asked else None
+        given = self._moment.given[:1]
         moment, latents = self._maker.latents(replace(self._moment, asked=asked), self._clock)
         with self._clock.part("decode"):
             frames = to_frames(moment.decode(latents)[0])
         if moment.end is not None:
             frames = frames[: moment.end - moment.frames]
-        self._clock.finish(len(frames))
+        self._clock.finish(len(frames), made=not given or latents is not given[0])
         total = moment.frames + len(frames)
         self._moment = replace(moment, last=latents, frames=total, chunk=self._maker.chunk)
         return frames

@@ -115,7 +115,7 @@ def check_streams(source: StreamSource, switches: bool = False) -> None:
     name, codec, reach = source.name, source.model.adapter.codec, source.sampler.reach
     latents, (whole, height, width) = latent_frames(source.frames, codec.temporal), video_shape(source.model.adapter)
     if of_frames(source.model.adapter.conditioner).needs_frames:
-        raise UserError(f"{name} goes on from given frames: streams start from text alone")
+        raise UserError(f"{name} has given frames in its condition, where streams have text alone")
     _check_size(name, (height, width))
     if reach is not None:
         spans(latents, reach.chunk)

@@ -74,7 +74,7 @@ class StreamJudge:
             UserError: for a model that goes on from some.
         """
         if of_frames(conditioner).needs_frames:
-            raise UserError("streams start from text alone, and this model goes on from given frames")
+            raise UserError("streams have text alone in their condition, and this model has given frames there")
 
     def real_batches(self, batch_size: int) -> Iterator[Tensor]:
         """The real streams ``[B, 3, T, 32, 32]`` of the prompts."""

@@ -13,9 +13,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from fastvideo.cli import main
 from fastvideo.cli.generate import GenerateArguments, run_generate
+from fastvideo.data.video_io import write_video
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import load_model
 from fastvideo.inference.streaming import Streamer
@@ -72,6 +75,56 @@ def test_switches(student: str, generate: Callable[..., str], tmp_path: Path, ca
         chunks.append(next(stream))
     assert np.array_equal(frames_of(tmp_path / "a.apng"), np.concatenate(chunks))
     assert capfd.readouterr().err == "--switch 18: inside a chunk; its prompt holds from frame 21 on\n"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """A file of 11 frames of 16x32, and its frames."""
+    path = tmp_path_factory.mktemp("clip") / "clip.apng"
+    write_video(path, torch.rand(3, 11, 16, 32) * 2 - 1, 8)
+    return path, frames_of(path)
+
+
+def test_a_clip_is_continued(
+    clip: tuple[Path, np.ndarray], student: str, generate: Callable[..., str], tmp_path: Path
+) -> None:
+    """The file is the stream behind the clip's first 4k + 1 frames, and a switch comes behind them."""
+    path, seen = clip
+    summary = generate(frames=21, image=path, switch=(f"9:{NEW}", f"14:{OLD}"), on_switch="keep")
+    stream, chunks = Streamer.load(student).open(OLD, frames=21, given=seen[:9]), []
+    while stream.frames < 21:
+        if stream.frames in (9, 17):
+            stream.prompt({9: NEW, 17: OLD}[stream.frames], "keep")
+        chunks.append(next(stream))
+    assert np.array_equal(frames_of(tmp_path / "a.apng"), np.concatenate(chunks))
+    assert f"21 frames of 32x16 in 6 chunks, the first 9 of {path}, " in summary
+
+
+def test_an_image_is_continued(
+    clip: tuple[Path, np.ndarray], student: str, generate: Callable[..., str], tmp_path: Path
+) -> None:
+    Image.fromarray(clip[1][0]).save(tmp_path / "still.png")
+    generate(frames=9, image=tmp_path / "still.png")
+    stream = Streamer.load(student).open(OLD, frames=9, given=clip[1][:1])
+    assert np.array_equal(frames_of(tmp_path / "a.apng"), np.concatenate(list(stream)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 9}, "it has 9 frames or more, as many as the video is to have.*raise --frames, or cut the clip"),
+        (
+            {"frames": 21, "switch": (f"5:{NEW}",)},
+            "--switch 5: the first 9 frames are given: frame 9 is the first made",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_refused_beside_a_clip(
+    clip: tuple[Path, np.ndarray], generate: Callable[..., str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(image=clip[0], **options)
 
 
 def test_a_cut_moves_the_chunks_behind_it(student: str, generate: Callable[..., str], tmp_path: Path) -> None:
@@ -133,7 +186,7 @@ def test_a_signal_leaves_a_video_that_plays(
         ({"negative_prompt": NEW}, "--negative-prompt: guidance leads away from it, and this model runs without"),
         ({"on_switch": "cut"}, "--on-switch cut: no prompt changes: add --switch FRAME"),
         ({"window": 2, "ladder": (0.5,)}, "start from pure noise, time 1"),
-        ({"image": Path("a.png")}, "--image a.png: a stream starts from text alone"),
+        ({"image": Path("no.png")}, "image no.png does not exist"),
         ({"out": Path("/proc/nowhere/a.mp4")}, "--out /proc/nowhere/a.mp4 cannot be written"),
     ],
     ids=str,
@@ -145,10 +198,12 @@ def test_what_is_refused(student: str, tmp_path: Path, options: dict[str, Any], 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"negative_prompt": NEW}, {"on_switch": "cut"}, {"image": Path("a.png")}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"negative_prompt": NEW}, {"on_switch": "cut"}, {"image": Path("no.png")}], ids=str
+)
 def test_flags_are_checked_before_the_weights_are_read(student: str, tmp_path: Path, options: dict[str, Any]) -> None:
     bare = shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')}"):
+    with pytest.raises(UserError, match=f"(--|^){next(iter(options)).replace('_', '-')}"):
         run_generate(GenerateArguments(str(bare), OLD, **{"out": tmp_path / "a.mp4", **options}))
 
 

@@ -15,10 +15,11 @@ import torch
 from fastvideo.data.video_io import to_frames
 from fastvideo.distillation.adapters.diffusers.view import View
 from fastvideo.distillation.chunks import Past, Reach
-from fastvideo.distillation.sample import SamplerSpec
+from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.errors import UserError
 from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
+from fastvideo.inference.stream_batches import StreamBatch, continued
 from fastvideo.inference.streaming import Streamer, window_note, with_window
 from fastvideo.inference.video_stream import Frames, VideoStream
 from fastvideo.tests.distillation.tiny import wan_folder
@@ -265,6 +266,69 @@ def test_stats(streamer: Streamer) -> None:
 def test_frames_that_no_video_has(model: LoadedModel, frames: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Streamer(model, spec(Reach(3))).open(OLD, frames=frames)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Frames:
+    return np.random.default_rng(0).integers(0, 256, (13, 16, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("reach", [REACH, Reach(1), Reach(3)], ids=str)
+def test_a_stream_goes_on_from_given_frames(model: LoadedModel, clip: Frames, reach: Reach) -> None:
+    """Its frames are the continuation of a past of these frames, and before them what the decoder makes of them."""
+    sampler = spec(reach, guidance=1.5)
+    latents = model.adapter.codec.encode(torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
+    real = torch.cat([latents, torch.zeros_like(latents[:, :, : reach.chunk])], dim=2)
+    batch = StreamBatch(model, sampler, [OLD], prompt_seeds(5, [OLD]))
+    ((_, expected),) = continued(batch, real, (4,), 4 * reach.chunk)
+    stream = Streamer(model, sampler, seed=5).open(OLD, given=clip)
+    given, made = taken(stream, 1 if reach.chunk == 3 else 4), taken(stream, 1)
+    decoded = to_frames(model.adapter.codec.decode(latents)[0])
+    assert np.abs(given.astype(int) - decoded).max() <= 1, "a convolution may round by its number of frames"
+    assert np.array_equal(np.concatenate([given[-1:], made]), to_frames(expected[0]))
+    assert stream.frames == 13 + 4 * reach.chunk
+
+
+def test_a_moment_among_given_frames(streamer: Streamer, clip: Frames) -> None:
+    """It goes on with those that are left; a cut forgets them; the times of chunks are those of made ones."""
+    stream = streamer.open(OLD, given=clip)
+    taken(stream, 2)
+    moment = stream.snapshot()
+    assert stream.stats.fps == 0.0
+    whole = taken(stream, 4)
+    assert stream.stats.fps > 0.0
+    again = streamer.resume(moment)
+    assert np.array_equal(taken(again, 4), whole)
+    cut = streamer.resume(moment)
+    cut.prompt(NEW, "cut")
+    assert [len(chunk) for chunk in itertools.islice(cut, 3)] == [1, 4, 4]
+    assert cut.stats.fps > 0.0
+
+
+def test_the_last_chunk_behind_given_frames_is_cut_at_the_end(model: LoadedModel, clip: Frames) -> None:
+    whole, cut = (Streamer(model, spec(Reach(3))).open(OLD, frames=n, given=clip) for n in (25, 17))
+    assert np.array_equal(taken(cut), taken(whole)[:17])
+
+
+@pytest.mark.parametrize(
+    ("count", "frames", "message"),
+    [
+        (12, None, "12 frames: one more than a multiple of 4 is expected, such as 9 or 13"),
+        (5, None, "the first chunk of this model has 9 frames, and it never met a shorter one: .* got 5"),
+        (13, 13, "given: 13 frames, and a video of 13 has none behind them"),
+    ],
+)
+def test_given_frames_that_are_refused(
+    model: LoadedModel, clip: Frames, count: int, frames: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Streamer(model, spec(Reach(3))).open(OLD, frames=frames, given=clip[:count])
+
+
+def test_given_frames_of_another_form_are_refused(streamer: Streamer, clip: Frames) -> None:
+    for other in (clip[:, :8], clip.astype(np.float32), clip[0]):
+        with pytest.raises(UserError, match=r"given: frames are uint8 \[n, 16, 32, 3\], got (uint8|float32) \["):
+            streamer.open(OLD, given=other)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_model_that_goes_on_from_frames_does_not_stream(tiny_wan: Path) -> Non
     given = values(tiny_wan)
     given["model"]["given_frames"] = 1
     config = config_of(given, "here")
-    with pytest.raises(UserError, match=r"method.reach: .* given frames \(1\), and streams start from text alone"):
+    with pytest.raises(UserError, match=r"method.reach: .* given frames \(1\), and streams have text alone"):
         build_method(config, build_adapter(config))
 
 
