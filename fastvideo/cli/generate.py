@@ -121,6 +121,11 @@ def run_generate(arguments: GenerateArguments) -> str:
     if spec.reach is None:
         return _whole(arguments, with_network(opened), spec)
     given = None if arguments.image is None else read_beginning(arguments.image, opened)
+    if given is not None and len(given) == opened.adapter.config.num_frames:
+        raise UserError(
+            f"--image {arguments.image}: it has as many frames as the video is to have, {len(given)} or more, so that "
+            f"none would be made: raise --frames, or cut the clip"
+        )
     return _stream(arguments, with_network(opened), spec, given)
 
 

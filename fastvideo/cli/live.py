@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import INT, OptionalFrames, OptionalText, Switch, parse
+from fastvideo.cli.arguments import INT, OptionalFrames, OptionalPath, OptionalText, Switch, parse
 from fastvideo.cli.console import patience
 from fastvideo.errors import UserError
 from fastvideo.ranges import Seed
@@ -34,6 +34,8 @@ class LiveArguments:
     """Folder of a student that streams, a hub id, or `tiny_stream` for the one that ships with this package."""
     prompt: OptionalText = None
     """First prompt. Default for a model of the tiny world: "a red seven moving left"."""
+    image: OptionalPath = None
+    """Image (or clip, up to the length of the model's videos) that the stream goes on from; scaled and cropped."""
     port: Port = 8321
     """Port at 127.0.0.1, the only address; 0 for any free one."""
     fps: FrameRate = 12.0
@@ -98,6 +100,7 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     """
     import torch
 
+    from fastvideo.inference.first_frames import read_beginning
     from fastvideo.inference.loading import load_model
     from fastvideo.inference.streaming import Streamer, window_note, with_window
     from fastvideo.live.clock import Clock
@@ -114,7 +117,8 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     prompt = FIRST_PROMPT if arguments.prompt is None and world else arguments.prompt
     if prompt is None:
         raise UserError(f"--prompt: the first prompt is needed, as {arguments.folder} is no model of the tiny world")
-    session = Session(streamer, prompt, Clock(arguments.fps), Reader() if world else None)
+    given = None if arguments.image is None else read_beginning(arguments.image, model)
+    session = Session(streamer, prompt, Clock(arguments.fps), Reader() if world else None, given)
     with streamer.open(prompt) as stream:  # libraries choose and compile kernels in the first chunks
         height, width = next(stream).shape[1:3]
         next(stream)

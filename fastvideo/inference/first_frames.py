@@ -49,20 +49,17 @@ def read_first_frames(path: Path, height: int, width: int, count: int) -> Tensor
 
 
 def read_beginning(path: Path, model: OpenedModel) -> Frames:
-    """An image, or as many first frames of a clip as a video can have, uint8 ``[n, H, W, 3]``, scaled and cropped.
+    """An image, or the longest beginning of a clip that is a video of up to ``num_frames``, scaled and cropped.
+
+    Returns:
+        uint8 ``[n, H, W, 3]``.
 
     Raises:
-        UserError: for a missing or damaged file, or a clip that leaves nothing of the model's ``num_frames`` to make.
+        UserError: for a missing or damaged file.
     """
     config, temporal = model.adapter.config, model.adapter.codec.temporal
-    lengths = range(1, config.num_frames + temporal, temporal)
-    clip = _read(path, tuple(Size(config.height, config.width, count) for count in lengths))
-    if len(clip.frames) >= config.num_frames:
-        raise UserError(
-            f"image {path}: it has {config.num_frames} frames or more, as many as the video is to have, so that none "
-            f"would be made: raise --frames, or cut the clip"
-        )
-    return clip.frames
+    lengths = range(1, config.num_frames + 1, temporal)
+    return _read(path, tuple(Size(config.height, config.width, count) for count in lengths)).frames
 
 
 def given_chunks(model: LoadedModel, given: Frames, chunk: int, frames: int | None) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 from fastvideo.errors import UserError
 from fastvideo.inference.stream_stats import StreamStats
 from fastvideo.inference.streaming import Streamer
-from fastvideo.inference.video_stream import VideoStream
+from fastvideo.inference.video_stream import Frames, VideoStream
 from fastvideo.live.clock import Clock
 from fastvideo.live.reading import Reader
 from fastvideo.live.sprites import sprite
@@ -63,6 +63,7 @@ class Session:
     Args:
         streamer: the model.
         prompt: of the first frames.
+        given: uint8 ``[n, H, W, 3]`` that the stream goes on from, each time that it begins.
         clock: of the play-out.
         reader: the judge, for a model of the tiny world.
 
@@ -70,7 +71,14 @@ class Session:
         UserError: for a prompt that the model cannot take.
     """
 
-    def __init__(self, streamer: Streamer, prompt: str, clock: Clock, reader: Reader | None = None) -> None:
+    def __init__(
+        self,
+        streamer: Streamer,
+        prompt: str,
+        clock: Clock,
+        reader: Reader | None = None,
+        given: Frames | None = None,
+    ) -> None:
         self.streamer, self._clock, self._reader = streamer, clock, reader
         self._changed = threading.Condition()
         self._viewers: dict[int, Send] = {}
@@ -79,7 +87,7 @@ class Session:
         self._frame, self._latest, self._closed = 0, b"", False
         self._obeyed, self._obeyed_at = self._wish(prompt, "again", {}), 0
         self.failure: Exception | None = None
-        self._opening = streamer.open(prompt).snapshot()
+        self._opening = streamer.open(prompt, given=given).snapshot()
         self._stream: VideoStream | None = None
         self._worker = threading.Thread(target=self._work, name="live", daemon=True)
 

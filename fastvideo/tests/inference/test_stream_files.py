@@ -112,7 +112,7 @@ def test_an_image_is_continued(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 9}, "it has 9 frames or more, as many as the video is to have.*raise --frames, or cut the clip"),
+        ({"frames": 9}, "it has as many frames as the video is to have, 9 or more.*raise --frames, or cut the clip"),
         (
             {"frames": 21, "switch": (f"5:{NEW}",)},
             "--switch 5: the first 9 frames are given: frame 9 is the first made",

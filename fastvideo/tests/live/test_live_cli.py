@@ -63,6 +63,22 @@ def test_pages_see_the_frames_of_the_stream(student: Path) -> None:
     session.close()
 
 
+def test_a_stream_goes_on_from_an_image(student: Path, tmp_path: Path) -> None:
+    """The first time, and when it starts over."""
+    image = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "still.png")
+    session, _ = verb._prepare(verb.LiveArguments(str(student), PROMPT, image=tmp_path / "still.png"))
+    session.start()
+    viewer, expected = Viewer(session), Streamer.load(str(student)).open(PROMPT, given=image[None])
+    first = [viewer.wait("chunk") for _ in range(3)]
+    for chunk in first:
+        assert np.array_equal(pixels(chunk["sprite"]), next(expected))
+    session.ask(viewer.number, PROMPT, "again")
+    viewer.wait("applied")
+    assert [viewer.wait("chunk")["sprite"] for _ in range(3)] == [chunk["sprite"] for chunk in first]
+    session.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +86,7 @@ def test_pages_see_the_frames_of_the_stream(student: Path) -> None:
         (["STUDENT"], "--prompt: the first prompt is needed, as "),
         (["STUDENT", "--prompt", " "], "the prompt is empty"),
         (["tiny_stream", "--prompt", ""], "the prompt is empty"),
+        (["STUDENT", "--prompt", PROMPT, "--image", "no.png"], "image no.png does not exist"),
         (["STUDENT", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
     ],
 )

@@ -82,7 +82,7 @@ class WorldStreamer:
 
     seconds: float = 0.0
 
-    def open(self, prompt: str) -> Any:
+    def open(self, prompt: str, given: None = None) -> Any:
         return WorldStream(Scene(parse_caption(prompt)), self.seconds)
 
     def resume(self, scene: Scene) -> Any:
