@@ -99,7 +99,7 @@ class Streamer:
             seed: instead of the streamer's.
 
         Raises:
-            UserError: for a prompt that the model cannot take, or a number of frames that no video has.
+            UserError: for a prompt that the model cannot take, a number of frames that no video has, or a seed below 0.
         """
         clock = Clock(self.model.adapter.device)
         first = self.reach.chunk if frames is None else self.first_chunk(frames)

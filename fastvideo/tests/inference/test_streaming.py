@@ -267,6 +267,11 @@ def test_frames_that_no_video_has(model: LoadedModel, frames: int, message: str)
         Streamer(model, spec(Reach(3))).open(OLD, frames=frames)
 
 
+def test_a_seed_below_zero(streamer: Streamer) -> None:
+    with pytest.raises(UserError, match="seed must be 0 or more, got -1"):
+        streamer.open(OLD, seed=-1)
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
