@@ -142,7 +142,10 @@ def test_another_sampler_or_other_weights_are_other_samples(prompts: Path, tmp_p
     weights = next((model / "transformer").glob("*.safetensors"))
     save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights)
     assert "6 videos sampled" in evaluate(teacher=f"{model}:2", **options)
+    (model / "recipe.json").write_text(json.dumps({**load_recipe("tiny"), "steps": 9, "weights": "ema"}))
     assert "6 videos sampled" in evaluate(teacher=f"{model}:3", **options)
+    trained = {"folder": str(model), "steps": 9, "weights": "ema"}
+    assert figures(tmp_path / "out")["students"] == {f"{model}:3": trained}
 
 
 def test_another_precision_is_other_samples_and_so_is_bfloat16_under_autocast(prompts: Path, tmp_path: Path) -> None:
