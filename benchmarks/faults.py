@@ -116,7 +116,7 @@ def overhead(folder: Path) -> dict[str, float]:
     trainer = build_trainer(config, adapter, method, Tracker(folder, enabled=False), alone)
     saving = Saving(trainer.runtime)
     parts = saving.parts(*survivors(trainer, data))
-    hook = saving.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
+    hook = saving.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config), trainer.over)
 
     def block(saved: bool) -> float:
         begin = time.perf_counter()

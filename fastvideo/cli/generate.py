@@ -182,7 +182,8 @@ def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
     """Frames per second of the file.
 
     Raises:
-        UserError: for another than that of the model's sound, or one that the format of the file does not hold.
+        UserError: for another than that of the model's sound, one that the format of the file does not hold, or a
+            folder where the sound goes beside it.
     """
     from fastvideo.data.footage import rate_of
     from fastvideo.data.video_io import FPS, video_format
@@ -194,9 +195,15 @@ def _rate(arguments: GenerateArguments, model: LoadedModel) -> Rate:
     own = codec.sounding_rate
     if arguments.fps not in (None, own):
         raise UserError(f"--fps {arguments.fps}: sound and pictures of this model fit at {own:g}: leave --fps out")
-    exact = rate_of(own)
-    video_format(arguments.out, exact)
+    exact, beside = rate_of(own), _sound_file(arguments.out)
+    if not video_format(arguments.out, exact).has_sound and beside.is_dir():
+        raise UserError(f"--out {arguments.out}: its sound goes into {beside}, which is a folder: choose another name")
     return exact
+
+
+def _sound_file(out: Path) -> Path:
+    """The file beside a video whose format has no sound."""
+    return out.with_suffix(".wav")
 
 
 def _write(arguments: GenerateArguments, clip: SoundedVideo, rate: Rate) -> str:
@@ -208,7 +215,7 @@ def _write(arguments: GenerateArguments, clip: SoundedVideo, rate: Rate) -> str:
     write_video(arguments.out, clip.video, rate, _scale(arguments, clip.video.shape[2]), sound if within else None)
     if sound is None:
         return ""
-    place = "" if within else f" in {write_wav(arguments.out.with_suffix('.wav'), sound)}"
+    place = "" if within else f" in {write_wav(_sound_file(arguments.out), sound)}"
     return f"\n{sound.seconds:.2f} s of sound at {sound.rate} Hz{place}"
 
 

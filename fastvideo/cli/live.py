@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastvideo.cli.arguments import INT, OptionalFrames, OptionalPath, OptionalText, Switch, parse
+from fastvideo.cli.arguments import (
+    INT,
+    OptionalArithmetic,
+    OptionalFrames,
+    OptionalPath,
+    OptionalText,
+    Switch,
+    parse,
+)
 from fastvideo.cli.console import patience
 from fastvideo.errors import UserError
 from fastvideo.ranges import Seed
@@ -46,6 +54,9 @@ class LiveArguments:
     """Latent frames of the past that a chunk sees, instead of those of the training."""
     device: str = "cpu"
     """Device: cpu, cuda, mps."""
+    precision: OptionalArithmetic = None
+    """Precision that the network is held and computed in; bfloat16 takes half of the memory. Default: the model's own
+    (`precision` in its recipe), else float32."""
     threads: Annotated[Workers | None, INT] = None
     """Threads of the CPU for the model. Default: 1 for a model of the tiny world, which more do not help; else all."""
     open: Switch = False
@@ -108,7 +119,8 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     from fastvideo.live.reading import Reader
     from fastvideo.live.session import Session
 
-    model = load_model(arguments.folder, device=arguments.device)
+    options = {} if arguments.precision is None else {"precision": arguments.precision}
+    model = load_model(arguments.folder, options, arguments.device)
     if note := window_note(model.sampler(), arguments.window):
         print(note, file=sys.stderr)
     streamer, world = Streamer(model, with_window(model.sampler(), arguments.window), arguments.seed), model.is_embedded

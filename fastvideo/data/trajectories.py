@@ -32,8 +32,11 @@ from fastvideo.distillation.abilities import of_folder, of_frames
 from fastvideo.distillation.builder import Adapter, Config
 from fastvideo.distillation.chunks import STREAMING, Masked
 from fastvideo.distillation.config.causal import StreamOptions, reach_of
+from fastvideo.distillation.config.parallel import ParallelConfig
 from fastvideo.distillation.config.reading import config_of
 from fastvideo.distillation.denoiser import Denoiser
+from fastvideo.distillation.engine.placement import Placement
+from fastvideo.distillation.engine.runtime import Processes
 from fastvideo.distillation.registry import load_adapter, load_method
 from fastvideo.distillation.rng import mixed
 from fastvideo.distillation.rollout import Ladder
@@ -82,7 +85,10 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def provenance(config: Config, adapter: Adapter, teacher: nn.Module, kind: TrajectoryKind) -> dict[str, Any]:
-    """Settings of a trajectory, as JSON: stored in a file and compared with a run's."""
+    """Settings of a trajectory, as JSON: stored in a file and compared with a run's.
+
+    ``teacher`` has float32 weights, so that they are the same ones to a run of another precision.
+    """
     reach = reach_of(config.method) if kind == "causal" else None
     return {
         KIND: kind,
@@ -93,6 +99,7 @@ def provenance(config: Config, adapter: Adapter, teacher: nn.Module, kind: Traje
         "family": config.distill_model,
         "model": config.method.teacher_path or config.model.path,
         "teacher": weights_hash(teacher),
+        "dtype": str(adapter.folder.compute_dtype).removeprefix("torch."),
         "ladder": list(config.ladder.times),
         "guidance": config.method.model_dump(mode="json")["teacher_guidance"],
         "negative_prompt": adapter.conditioner.negative_prompt,
@@ -127,7 +134,8 @@ class TrajectoryJob(FileJob):
         adapter = load_adapter(config.distill_model)(config.model, device)
         adapter.ensure_negative_conditioning()
         of_folder(adapter.folder).check_kernels(trained=False)
-        teacher = Denoiser(adapter, adapter.folder.load_network(config.method.teacher_path))
+        placement = Placement(adapter, Processes(), ParallelConfig())
+        teacher = Denoiser(adapter, placement.load(config.method.teacher_path, trained=False))
         draw = self._sample if self.videos is None else self._continue
         return partial(self._write, partial(draw, config, adapter, teacher))
 

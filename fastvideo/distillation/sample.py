@@ -19,7 +19,7 @@ from fastvideo.distillation.noise import GuidanceValue, add_noise, full_time
 from fastvideo.distillation.rng import mixed, normal, seeded
 from fastvideo.distillation.rollout import Ladder, SamplerKind, Velocity
 from fastvideo.distillation.samplers import generate
-from fastvideo.distillation.types import Condition
+from fastvideo.distillation.types import Condition, UserError
 from fastvideo.sampling_ranges import OnSwitch
 
 Visit = Callable[[int, Tensor], None]
@@ -70,7 +70,12 @@ def prompt_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
     """Noise seed of each prompt, from ``seed``, the prompt, and its earlier occurrences in ``prompts``.
 
     A sample therefore does not depend on batching, order or other prompts.
+
+    Raises:
+        UserError: for a ``seed`` below 0, which callers in Python may give.
     """
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, got {seed}")
     before: Counter[str] = Counter()
     seeds = []
     for prompt in prompts:

@@ -56,12 +56,12 @@ class DistillTrainer:
         """
         with self.runtime.running(self.options.max_steps, self.step):
             self._stop_if_asked(meet=True)
-            while not self._over():
+            while not self.over():
                 begin = time.process_time()
                 self.train_step(data)
                 self.cpu_seconds += time.process_time() - begin
                 due = any(hook.due(self.step) for hook in self.hooks)
-                if due or self._over() or self.step % self.options.log_every == 0:
+                if due or self.over() or self.step % self.options.log_every == 0:
                     self.settle()
                 self._stop_if_asked(meet=due)
             self.runtime.log(self.step, self._spent(), closing=True)
@@ -89,9 +89,9 @@ class DistillTrainer:
             self.runtime.log(step, self._spent())
         self.runtime.call([hook.after_step for hook in self.hooks], step, stepped)
 
-    def _over(self) -> bool:
-        spent = self.options.max_cpu_seconds and self.cpu_seconds >= self.options.max_cpu_seconds
-        return bool(spent) or self.step >= self.options.max_steps
+    def over(self) -> bool:
+        """True after the last step."""
+        return self.step >= self.options.max_steps or 0 < self.options.max_cpu_seconds <= self.cpu_seconds
 
     def _stop_if_asked(self, *, meet: bool) -> None:
         """Stop all processes at the same step if any received a signal."""

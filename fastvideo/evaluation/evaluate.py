@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Generic, TypeVar
 
@@ -34,16 +34,21 @@ DECODE_UNITS = 2
 
 @dataclass(frozen=True)
 class Evaluation(Generic[RowT]):
-    """Rows by name, with the first videos ``[V, 3, T, H, W]`` of each row for the same ``prompts``."""
+    """Rows by name, with the first videos ``[V, 3, T, H, W]`` of each row for the same ``prompts``.
+
+    ``students``: :func:`students_of` the rows.
+    """
 
     rows: Mapping[str, RowT]
     videos: Mapping[str, Tensor]
     prompts: tuple[str, ...]
     settings: Mapping[str, Any]
+    students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """One JSON object: each row under its name, and ``evaluation`` with the settings they share."""
-        return {**{name: row.to_dict() for name, row in self.rows.items()}, "evaluation": dict(self.settings)}
+        """One JSON object: each row under its name, ``evaluation`` with the settings they share, and ``students``."""
+        rows = {name: row.to_dict() for name, row in self.rows.items()}
+        return {**rows, "evaluation": dict(self.settings), "students": dict(self.students)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ def evaluate_rows(
         kind, seconds = kind_of_row(spec, models[spec.folder]), text_seconds[spec.folder]
         measured[name] = _row(judge, samplers[name], sampled, others, floors, seconds, batch_size, kind)
         videos[name] = sampled.videos
-    return Evaluation(measured, videos, judge.prompts[:keep_videos], _settings(judge, batch_size, device))
+    settings, students = _settings(judge, batch_size, device), students_of(rows, models)
+    return Evaluation(measured, videos, judge.prompts[:keep_videos], settings, students)
 
 
 def kind_of_row(spec: RowSpec, model: OpenedModel) -> str:
@@ -103,6 +109,13 @@ def kind_of_row(spec: RowSpec, model: OpenedModel) -> str:
     if spec.ladder is not None and not model.is_student:
         return "untrained"
     return "student" if model.is_student else "teacher"
+
+
+def students_of(rows: Mapping[str, RowSpec], models: Mapping[str, OpenedModel]) -> dict[str, dict[str, Any]]:
+    """The rows of trained models: folder, steps of the training and kind of weights; ``models`` are by folder."""
+    found = {name: {"folder": spec.folder, **models[spec.folder].recipe} for name, spec in rows.items()}
+    kept = ("folder", "steps", "weights")
+    return {name: {key: one.get(key) for key in kept} for name, one in found.items() if "steps" in one}
 
 
 def warm_up(model: LoadedModel, prompts: Sequence[str]) -> float:

@@ -20,7 +20,7 @@ from fastvideo.distillation.adapters.base import Codec
 from fastvideo.distillation.sample import SamplerSpec, prompt_seeds
 from fastvideo.environment import environment
 from fastvideo.errors import UserError
-from fastvideo.evaluation.evaluate import Evaluation, kind_of_row
+from fastvideo.evaluation.evaluate import Evaluation, kind_of_row, students_of
 from fastvideo.evaluation.metric import Batch, Figures, Metric, Seen
 from fastvideo.evaluation.metrics import JudgedRow
 from fastvideo.evaluation.rows import RowSpec
@@ -195,7 +195,9 @@ def measure(
         **environment(),
         **settings,
     }
-    return Evaluation(measured, {name: one.videos for name, one in looked.items()}, task.prompts[:keep_videos], about)
+    videos = {name: one.videos for name, one in looked.items()}
+    students = students_of(task.rows, {task.rows[name].folder: row.model for name, row in rows.items()})
+    return Evaluation(measured, videos, task.prompts[:keep_videos], about, students)
 
 
 def look(

@@ -16,7 +16,7 @@ import yaml
 
 from fastvideo.errors import UserError
 from fastvideo.evaluation.measuring import measuring_command
-from fastvideo.wording import nearest
+from fastvideo.wording import counted, nearest
 
 METRICS, VIDEOS, INDEX = "metrics.json", "videos", "index.json"
 CURVES, HEALTH, CONFIG, ENVIRONMENT = "metrics.jsonl", "health.jsonl", "config.yaml", "environment.json"
@@ -31,7 +31,7 @@ ROW_KEYS = (
     *("denoise_seconds_per_video", "end_to_end_seconds_per_video"),
 )
 """Keys of every row besides its figures, see :class:`fastvideo.evaluation.metrics.SampledRow`."""
-NOTES = ("evaluation", "distillation", "families", "goals")
+NOTES = ("evaluation", "students", "distillation", "families", "goals")
 """Keys of ``metrics.json`` that are no rows."""
 MEASURED_WITH = (
     *("prompts", "seed", "split", "reference_videos", "prompts_sha256", "judge_sha256"),
@@ -75,6 +75,7 @@ class Run:
         name: the run's name on the page.
         folder: the run's folder.
         metrics: the object in ``metrics.json``; empty if the run was not measured.
+        student: the recipe of the run's result; empty without one.
         gallery: the kept videos, if any.
         validation: the videos of the last validation, if any.
         curves: points by metric name.
@@ -86,6 +87,7 @@ class Run:
     name: str
     folder: Path
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    student: Mapping[str, Any] = field(default_factory=dict)
     gallery: Gallery | None = None
     validation: Validation | None = None
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
@@ -112,6 +114,12 @@ class Run:
         return f"{student} --out {shlex.quote(str(self.folder))}"
 
     @property
+    def strangers(self) -> str:
+        """:func:`strangers` among the figures, with the way to those of the run's student."""
+        found = strangers(self.metrics, self.student)
+        return found and f"{found} For its own, delete {METRICS} and measure again: {self.measuring}"
+
+    @property
     def measurement(self) -> tuple[Any, ...]:
         """The values of ``MEASURED_WITH``."""
         settings = self.metrics.get("evaluation", {})
@@ -121,6 +129,34 @@ class Run:
 def row_names(metrics: Mapping[str, Any]) -> list[str]:
     """The keys of ``metrics.json`` that are rows, in order."""
     return [name for name, value in metrics.items() if isinstance(value, Mapping) and name not in NOTES]
+
+
+def strangers(metrics: Mapping[str, Any], recipe: Mapping[str, Any], folder: str = "student") -> str:
+    """The sentence for figures that are not of the student that they stand with, or may not be; empty if they are.
+
+    Args:
+        metrics: the object in ``metrics.json``.
+        recipe: the student's.
+        folder: the student's, in the run's.
+    """
+    if not metrics or "steps" not in recipe:
+        return ""
+    own = trained(recipe)
+    if "students" not in metrics:
+        return (
+            f"{METRICS} names no step, as an earlier version wrote it: its figures may not be of this student, {own}."
+        )
+    theirs = [trained(one) for one in metrics["students"].values() if one["folder"] == folder]
+    if own in theirs:
+        return ""
+    return f"The figures in {METRICS} are of {theirs[0] if theirs else 'other models'}, and this student is {own}."
+
+
+def trained(recipe: Mapping[str, Any]) -> str:
+    """A student in words: kind of weights and steps of training."""
+    kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights") or "", "weights")
+    steps = counted(recipe["steps"], "step") if "steps" in recipe else "some steps"
+    return f"the {kind} after {steps} of training"
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -137,6 +173,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         name=name or folder.resolve().name,
         folder=folder,
         metrics=metrics,
+        student=read_object(folder / "student" / "recipe.json"),
         gallery=read_gallery(folder),
         validation=read_validation(folder / VALIDATION),
         curves=read_curves(folder / CURVES),

@@ -63,9 +63,16 @@ def save_measured(run: Path, evaluation: Evaluation[Any], **more: object) -> dic
         The object in ``metrics.json``.
     """
     _save_videos(run / VIDEOS, evaluation)
-    figures = {**evaluation.to_dict(), **more}
+    students = {name: {**one, "folder": _inside(run, one["folder"])} for name, one in evaluation.students.items()}
+    figures = {**evaluation.to_dict(), "students": students, **more}
     write_json(run / METRICS, figures)
     return figures
+
+
+def _inside(run: Path, folder: str) -> str:
+    """The path of a model's folder in that of a run; outside of it, as it is."""
+    place, root = Path(folder).resolve(), run.resolve()
+    return str(place.relative_to(root)) if place.is_relative_to(root) else folder
 
 
 def _save_videos(folder: Path, evaluation: Evaluation[Any]) -> None:

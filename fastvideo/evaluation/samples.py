@@ -104,8 +104,14 @@ def sample_key(model: OpenedModel, spec: SamplerSpec) -> dict[str, Any]:
         "latent_shape": list(model.adapter.codec.latent_shape),
         "conditions": model.adapter.conditioner.key,
         "negative_prompt": model.adapter.conditioner.negative_prompt,
-        "precision": model.adapter.config.model_dump().get("precision"),
+        "precision": _arithmetic(model),
     }
+
+
+def _arithmetic(model: OpenedModel) -> str:
+    """The precision that a network is held in; samples of float32 weights under autocast had its name alone."""
+    held = str(model.adapter.folder.compute_dtype).removeprefix("torch.")
+    return held if held == "float32" else f"{held} weights"
 
 
 def weights_key(folder: Path, parts: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from fastvideo.distillation.adapters.diffusers.sources import HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec, guidance_text
-from fastvideo.evaluation.report_run import read_object
+from fastvideo.evaluation.report_run import METRICS, read_object, strangers, trained
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.licences import (
     OTHER_MODELS,
@@ -119,7 +119,7 @@ def model_card(facts: CardFacts, use: Sequence[str] = ()) -> str:
     lines = use or (_stream_usage(facts) if facts.spec.reach else _usage(facts))
     usage = "\n".join(["## Use", "", *lines, ""])
     parts = [_front_matter(facts), _head(facts), usage, _ladder(facts), _recipe(facts)]
-    parts += [_figures(facts.run_file("metrics.json")), _versions(facts), _license(facts)]
+    parts += [_figures(facts), _versions(facts), _license(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -141,9 +141,8 @@ def _head(facts: CardFacts) -> str:
     first = _streams(facts) if facts.spec.reach else f"{facts.pipeline} that samples in {counted(count, 'step')}."
     text = f"# {facts.name}\n\n{first}"
     if "method" in recipe:
-        kind = {"ema": "averaged weights", "live": "last weights"}.get(recipe.get("weights", ""), "weights")
-        text += f" Made from `{facts.base}` by `{recipe['method']}` with FastVideo Distillation: the {kind} after "
-        text += f"{recipe.get('steps', 'some')} steps of training."
+        made = f"Made from `{facts.base}` by `{recipe['method']}` with FastVideo Distillation"
+        text += f" {made}: {trained(recipe)}."
     return text + "".join(f"\n\n> **Warning:** {warning}" for warning in facts.warnings)
 
 
@@ -252,8 +251,12 @@ def _recipe(facts: CardFacts) -> str:
     return f"## Recipe\n\n```yaml\n{yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)}```"
 
 
-def _figures(metrics: Mapping[str, Any]) -> str:
-    """Table with a column per measured model and a line per shared number."""
+def _figures(facts: CardFacts) -> str:
+    """Table with a column per measured model and a line per shared number; only a sentence if they are of others."""
+    metrics, folder = facts.run_file(METRICS), facts.source.folder
+    note = strangers(metrics, facts.recipe, folder.name if folder else "student")
+    if note and "students" in metrics:
+        return f"## Figures\n\n{note}"
     models = {name: row for name, row in metrics.items() if isinstance(row, Mapping) and "network_calls" in row}
     if not models:
         return ""
@@ -261,7 +264,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     names = [name for name in first if all(isinstance(row.get(name), int | float) for row in models.values())]
     lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(f'{row[name]:.4g}' for row in models.values())} |" for name in names]
-    return "\n".join(["## Figures", "", *lines])
+    return "\n".join(["## Figures", "", *([note, ""] if note else []), *lines])
 
 
 def _versions(facts: CardFacts) -> str:

@@ -106,7 +106,8 @@ class Streamer:
                 frames as the decoder gives them back.
 
         Raises:
-            UserError: for a prompt or given frames that the model cannot take, or a number of frames that no video has.
+            UserError: for a prompt or given frames that the model cannot take, a number of frames that no video has, or
+                a seed below 0.
         """
         clock = Clock(self.model.adapter.device)
         first = self.reach.chunk if frames is None else self.first_chunk(frames)

@@ -123,7 +123,8 @@ def _run(config: Config, session: Session, mode: OutputMode) -> Path:
         tracker.say(line)
     tracker.rewind(trainer.step)
     snapshots = saving.snapshots(config.ema.post_hoc, source)
-    checkpoints = saving.checkpoints(checkpoint_folder(config), parts, config.checkpoint, run_facts(config))
+    folder, facts = checkpoint_folder(config), run_facts(config)
+    checkpoints = saving.checkpoints(folder, parts, config.checkpoint, facts, trainer.over)
     trainer.hooks = (start.report_to(tracker), validation, *frame_hooks(trainer, tracker), *snapshots, checkpoints)
     trainer.on_stop = lambda step: (
         f"{checkpoints.save_for_stop(step)}{time_taken()}, go on with: {resume_command(config)}"

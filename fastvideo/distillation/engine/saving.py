@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -44,13 +44,15 @@ class Saving:
         roles = {handle.name: RoleState(handle) for handle in self.bundle if handle.trainable}
         return Parts(roles, shared, own)
 
-    def checkpoints(self, folder: Path, parts: Parts, options: CheckpointConfig, facts: RunFacts) -> CheckpointHook:
-        """A hook that saves ``parts`` when due, and after the last step."""
-        mirror, steps = None, self.runtime.options.max_steps
+    def checkpoints(
+        self, folder: Path, parts: Parts, options: CheckpointConfig, facts: RunFacts, over: Callable[[], bool]
+    ) -> CheckpointHook:
+        """A hook that saves ``parts`` when due, and after the last step, behind which the run is ``over``."""
+        mirror = None
         if options.mirror is not None and self.processes.is_main:
             mirror = Mirror(checkpoints_at(options.mirror), folder, options, self.runtime.tracker.say)
             self.runtime.figures_beside.append(mirror.figures)
-        return CheckpointHook(folder, parts, self.processes, options, steps, facts, mirror)
+        return CheckpointHook(folder, parts, self.processes, options, over, facts, mirror)
 
     def snapshots(self, options: PostHocConfig | None, source: Path | None) -> tuple[Snapshots, ...]:
         """The hook that writes averages of the student, after a ``source`` that was restored; none if not asked for."""

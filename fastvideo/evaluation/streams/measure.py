@@ -16,7 +16,7 @@ from fastvideo.distillation.chunks import Reach, spans
 from fastvideo.distillation.frames import first_frame, latent_frames
 from fastvideo.distillation.types import UserError
 from fastvideo.environment import environment
-from fastvideo.evaluation.evaluate import Evaluation, kind_of_row
+from fastvideo.evaluation.evaluate import Evaluation, kind_of_row, students_of
 from fastvideo.evaluation.measuring import video_shape
 from fastvideo.evaluation.metrics import ATTRIBUTES, SampledRow, named_attributes
 from fastvideo.evaluation.rows import RowSpec
@@ -103,7 +103,7 @@ def measure_streams(rows: Mapping[str, RowSpec], task: StreamTask) -> Evaluation
             reals[key] = real_streams(source.model, judge, task.batch_size)
         one = _Measurement(source, task, reals[key])
         measured[name], videos[name] = one.row(kind_of_row(rows[name], source.model)), one.sampled.videos
-    return Evaluation(measured, videos, judge.prompts[: task.keep], _settings(task))
+    return Evaluation(measured, videos, judge.prompts[: task.keep], _settings(task), students_of(rows, models))
 
 
 def check_streams(source: StreamSource, switches: bool = False) -> None:

@@ -15,16 +15,20 @@ import yaml
 from fastvideo.cli import main
 from fastvideo.data.order import MemorySource
 from fastvideo.data.schema import floats, metadata_of
-from fastvideo.data.trajectories import precompute
+from fastvideo.data.trajectories import precompute, trajectory_times
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.registry import run_schema
 from fastvideo.distillation.rng import mixed, normal, seeded
+from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
 from fastvideo.distillation.types import UserError
+from fastvideo.inference.loading import load_model
+from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.training.data import open_source
 from fastvideo.training.run import run
 
 ROWS, LADDER = 10, [1.0, 0.9, 0.5]
+PROMPTS = ["red three", "green seven"]
 MakeConfig = Callable[..., dict[str, Any]]
 
 
@@ -97,6 +101,27 @@ def test_the_metadata_says_how_it_was_made(values: MakeConfig, tmp_path: Path) -
     assert len(made["solver_times"]) == 9
     assert len(made["teacher"]) == 64
     assert (made["family"], made["model"], made["latents"]) == ("analytic", "denoiser", "normalised")
+
+
+def test_a_teacher_in_bfloat16_walks_as_one_that_is_loaded_to_sample(
+    values: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+    chosen = {"path": str(wan_folder(tmp_path)), **size, "precision": "bfloat16"}
+    config = {**values(), "distill_model": "wan", "roles": {"student": {"trainable": True}}, "model": chosen}
+    call = [*command(tmp_path, config), "--count", "2"]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    assert main(call) == 0
+    model = load_model(chosen["path"], chosen)
+    condition, negative = map(model.adapter.conditioner.encode_prompts, (PROMPTS, ["", ""]))
+    spec = SamplerSpec.teacher(trajectory_times(validate(run_schema("wan", "kd"), config, "test"), model.adapter), 2.0)
+    noise = SampleNoise([mixed(4, row) for row in range(2)])
+    expected = sample(model.denoiser, noise, model.adapter.codec.latent_shape, spec, condition, negative)
+    assert torch.equal(torch.stack([row["vae_latent"] for row in read(tmp_path / "out")]), expected)
+    config["model"] = {**chosen, "precision": "float32"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(call) == 2
+    assert "begun with other settings (dtype: bfloat16 -> float32)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def toy_run(name: str, folder: Path, *, accumulation: int = 1, **save: Any) -> T
     if save:
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})
         options = CheckpointConfig(**save)
-        trainer.hooks = (CheckpointHook(folder / "checkpoints", parts, Processes(), options, STEPS, facts),)
+        trainer.hooks = (CheckpointHook(folder / "checkpoints", parts, Processes(), options, trainer.over, facts),)
     return ToyRun(trainer, stream, parts, folder)
 
 

@@ -326,7 +326,10 @@ def test_generate_writes_the_sound_into_the_video_or_beside_it(family: LTX2Adapt
     assert np.corrcoef(exact[0], heard[0, : exact.shape[1]])[0, 1] > 0.9
     with pytest.raises(UserError, match="--fps 8: sound and pictures of this model fit at 24: leave --fps out"):
         run_generate(arguments(out=tmp_path / "c.mp4", fps=8))
-    assert not (tmp_path / "c.mp4").exists()
+    (tmp_path / "c.wav").mkdir()
+    with pytest.raises(UserError, match=r"c.gif: its sound goes into .*c.wav, which is a folder: choose another name"):
+        run_generate(arguments(out=tmp_path / "c.gif"))
+    assert not [*tmp_path.glob("c.[mg]*")]
 
 
 def test_videos_with_sound_are_prepared_and_trained_on(family: LTX2Adapter, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastvideo.data.video_io import write_video
 from fastvideo.errors import UserError
 from fastvideo.evaluation.judge import Judge
 from fastvideo.evaluation.report import write_report
+from fastvideo.evaluation.samples import KEY, Clips, Samples
 from fastvideo.inference.loading import load_recipe
 from fastvideo.tiny.paths import PIPELINE_FOLDER
 from fastvideo.tiny.world import TinyWorld
@@ -141,7 +142,22 @@ def test_another_sampler_or_other_weights_are_other_samples(prompts: Path, tmp_p
     weights = next((model / "transformer").glob("*.safetensors"))
     save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights)
     assert "6 videos sampled" in evaluate(teacher=f"{model}:2", **options)
+    (model / "recipe.json").write_text(json.dumps({**load_recipe("tiny"), "steps": 9, "weights": "ema"}))
     assert "6 videos sampled" in evaluate(teacher=f"{model}:3", **options)
+    trained = {"folder": str(model), "steps": 9, "weights": "ema"}
+    assert figures(tmp_path / "out")["students"] == {f"{model}:3": trained}
+
+
+def test_another_precision_is_other_samples_and_so_is_bfloat16_under_autocast(prompts: Path, tmp_path: Path) -> None:
+    """Those of networks with float32 weights under autocast lie in a folder of the precision's name alone."""
+    options = {"prompts": prompts, "out": tmp_path / "out", "metrics": ("motion",)}
+    assert "6 videos sampled" in evaluate(**options)
+    (whole,) = (tmp_path / "out" / "samples").iterdir()
+    earlier = Samples(whole.parent, {**json.loads((whole / KEY).read_text()), "precision": "bfloat16"}, Clips((), 0))
+    shutil.copytree(whole, earlier.folder)
+    assert "6 videos sampled" in evaluate(**options, precision="bfloat16")
+    assert "6 reused" in evaluate(**options, precision="bfloat16")
+    assert "6 reused" in evaluate(**options)
 
 
 @pytest.mark.slow

@@ -31,7 +31,13 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The shipped teacher with a student's recipe."""
     folder = tmp_path_factory.mktemp("models") / "student"
     shutil.copytree(PIPELINE_FOLDER, folder)
-    recipe = {"ladder": LADDER, "sampler": "renoise", "guidance": 1.0, "model": load_recipe("tiny")["model"]}
+    recipe = {
+        "ladder": LADDER,
+        "sampler": "renoise",
+        "guidance": 1.0,
+        "steps": 7,
+        "model": load_recipe("tiny")["model"],
+    }
     (folder / "recipe.json").write_text(json.dumps(recipe))
     return str(folder)
 
@@ -115,7 +121,9 @@ def test_command_measures_folders(student: str, tmp_path: Path) -> None:
     out = tmp_path / "metrics.json"
     console = Console(width=160, record=True)
     run_evaluate(EvaluateArguments((f"{student}:1",), prompts=16, out=out), console)
-    assert json.loads(out.read_text())[f"{student}:1"]["network_calls"] == 1
+    found = json.loads(out.read_text())
+    assert found[f"{student}:1"]["network_calls"] == 1
+    assert found["students"] == {f"{student}:1": {"folder": student, "steps": 7, "weights": None}}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 

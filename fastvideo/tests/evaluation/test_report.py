@@ -6,6 +6,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -71,6 +72,28 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert "$" not in text
     assert "4 network calls instead of 100: 25\u00d7 faster" in text
     assert "200 student updates" in text
+
+
+def test_figures_of_an_earlier_student_of_the_run_are_told_from_its_own(tmp_path: Path) -> None:
+    """Also in a folder that was moved, and if another model of as many steps was measured beside it."""
+    student, earlier = tmp_path / "before" / "student", {"steps": 400, "weights": "ema"}
+    students = {"student_4": {"folder": str(student), **earlier}, "b": {"folder": "b", "steps": 800, "weights": "ema"}}
+    make_run(student.parent, replace(measured(), students=students))
+    folder = student.parent.rename(tmp_path / "run")
+    for recipe, said in (
+        (earlier, ""),
+        ({"steps": 800, "weights": "ema"}, "of the averaged weights after 400 steps of training, and this student is "),
+        ({"steps": 400, "weights": "live"}, "and this student is the last weights after 400 steps of training. For "),
+    ):
+        (folder / "student").mkdir(exist_ok=True)
+        (folder / "student" / "recipe.json").write_text(json.dumps(recipe))
+        page = write_report([folder]).read_text()
+        assert said in page
+        assert ("and this student is" in page) == bool(said)
+    figures = json.loads((folder / "metrics.json").read_text())
+    figures.pop("students")
+    (folder / "metrics.json").write_text(json.dumps(figures))
+    assert "metrics.json names no step, as an earlier version wrote it" in write_report([folder]).read_text()
 
 
 def test_page_of_a_run_that_was_not_measured_shows_its_training(tmp_path: Path) -> None:

@@ -44,6 +44,38 @@ def test_the_cards_lines_run_as_they_stand(distilled: Path, tmp_path: Path, monk
     assert Path("video.gif").stat().st_size > 0
 
 
+AFTER = "of training, and this student is the"
+
+
+@pytest.mark.parametrize(
+    ("trained", "flags", "said", "shown"),
+    [
+        ({"folder": "student"}, [], "", True),
+        ({"folder": "student"}, ["--live"], f"averaged weights after 2 steps {AFTER} last weights after 2", False),
+        (
+            {"folder": "student", "steps": 1},
+            [],
+            f"averaged weights after 1 step {AFTER} averaged weights after 2",
+            False,
+        ),
+        ({"folder": "../other"}, [], "are of other models, and this student is the averaged weights", False),
+        (None, [], "metrics.json names no step, as an earlier version wrote it", True),
+    ],
+    ids=["own", "live", "earlier", "other", "unnamed"],
+)
+def test_figures_of_another_student_are_not_on_the_card(
+    trained: dict[str, Any] | None, flags: list[str], said: str, shown: bool, distilled: Path, tmp_path: Path
+) -> None:
+    measured = Path(shutil.copytree(distilled, tmp_path / "run"))
+    students = {} if trained is None else {"students": {"student_4": {"steps": 2, "weights": "ema", **trained}}}
+    figures = {"student_4": {"network_calls": 4, "frechet": 11.25}, **students}
+    (measured / "metrics.json").write_text(json.dumps(figures))
+    card = (export(measured, tmp_path / "out", *flags) / "README.md").read_text()
+    assert said in card
+    assert ("this student" in card) == bool(said)
+    assert ("| frechet | 11.25 |" in card) == shown
+
+
 def test_the_base_models_licence_is_passed_on(student: Callable[..., Path], tmp_path: Path) -> None:
     source = student()
     (source / "README.md").write_text("---\nlicense: mit\nbase_model: someone/theirs\n---\n# Theirs\n")

@@ -121,6 +121,14 @@ def test_folder_that_is_not_a_pipeline(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("call", ["generate FOLDER", "evaluate FOLDER:1 --prompts 8", "live FOLDER --port 0"])
+def test_a_runs_folder_in_place_of_its_student(call: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model_index.json").touch()
+    assert main(call.replace("FOLDER", str(tmp_path)).split()) == 2
+    assert f"is a run's folder: give {tmp_path}/student, the model that it made" in capsys.readouterr().err
+
+
 def test_pipeline_of_an_unknown_family(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
     with pytest.raises(UserError, match="KolorsPipeline"):

@@ -331,6 +331,11 @@ def test_given_frames_of_another_form_are_refused(streamer: Streamer, clip: Fram
             streamer.open(OLD, given=other)
 
 
+def test_a_seed_below_zero(streamer: Streamer) -> None:
+    with pytest.raises(UserError, match="seed must be 0 or more, got -1"):
+        streamer.open(OLD, seed=-1)
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [

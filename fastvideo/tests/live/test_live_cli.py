@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastvideo.cli import live as verb
@@ -94,6 +95,17 @@ def test_bad_input(arguments: list[str], message: str, student: Path, capsys: py
     words = [str(student) if word == "STUDENT" else word for word in arguments]
     assert main(["live", *words, *([] if "--port" in words else ["--port", "0"])]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [([], torch.float32), (["--precision", "bfloat16"], torch.bfloat16)], ids=str
+)
+def test_a_precision(flags: list[str], dtype: torch.dtype, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = list[Session]()
+    monkeypatch.setattr("fastvideo.live.server.serve", lambda session, page, listening: served.append(session))
+    assert main(["live", str(student), "--prompt", PROMPT, "--port", "0", *flags]) == 0
+    assert served[0].streamer.model.network.blocks[0].attn1.to_q.weight.dtype == dtype  # type: ignore[union-attr, index]
+    served[0].close()
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

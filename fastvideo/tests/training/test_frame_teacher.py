@@ -64,9 +64,8 @@ class Toy:
         self.method, self.trainer = method, DistillTrainer(method, preparer(adapter), loop, runtime)
         self.parts = Saving(runtime).parts(*survivors(self.trainer, self.stream))
         facts = RunFacts("seed: 3\n", "0" * 64, {"torch": torch.__version__})
-        saving = CheckpointHook(
-            folder / "checkpoints", self.parts, Processes(), CheckpointConfig(every=every, keep=9), STEPS, facts
-        )
+        options, over = CheckpointConfig(every=every, keep=9), self.trainer.over
+        saving = CheckpointHook(folder / "checkpoints", self.parts, Processes(), options, over, facts)
         self.said: list[str] = []
         self.tracker.say = self.said.append  # type: ignore[method-assign]
         self.trainer.hooks = (*frame_hooks(self.trainer, self.tracker), saving)

@@ -41,6 +41,21 @@ def test_resume_continues_bit_exactly_between_a_student_and_a_critic_step(
     assert last[0] == last[1]
 
 
+def test_a_run_that_its_budget_ended_between_two_checkpoints_goes_on_exactly(
+    analytic_values: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = analytic_values | {"checkpoint": {"every": 4}}
+    whole, parts = (values | {"output": str(tmp_path / name)} for name in ("whole", "parts"))
+    run(config_of(whole))
+    clock = iter(range(1000))  # each step takes one second
+    monkeypatch.setattr("fastvideo.distillation.trainer.time.process_time", lambda: float(next(clock)))
+    run(config_of(parts | {"trainer": values["trainer"] | {"max_cpu_seconds": 4.5}}))
+    assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["step-4", "step-5"]
+    run(config_of(parts), resume=True)
+    first, second = result(whole), result(parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_snapshots_of_a_resumed_run_are_those_of_an_undisturbed_one(analytic_values: dict, tmp_path: Path) -> None:
     """To the byte, and later ones than the checkpoint are gone; from another run's checkpoint they are copied."""
     values = analytic_values | {"checkpoint": {"every": 5, "keep": 4}, "ema": {"post_hoc": {"every": 2, "keep": 4}}}

@@ -24,6 +24,7 @@ from fastvideo.distillation.adapters.diffusers.single_file import OTHER_CONFIG, 
 from fastvideo.distillation.types import UserError
 from fastvideo.storage import is_remote, local_folder
 
+INDEX = "model_index.json"
 ADAPTER_HINT = "it holds a LoRA, which goes into a role's `loras` or `lora.init_from`, or into `fastvideo merge`"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -83,8 +84,11 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     """
     folder = _fetched(path)
     _check_links(folder)
-    if folder.is_dir() and not (folder / "model_index.json").exists() and _holds_adapter(folder):
-        raise UserError(f"model folder {path!r} has no model_index.json: {EXPECTED}; {ADAPTER_HINT}")
+    if folder.is_dir() and not (folder / INDEX).exists():
+        if (folder / "student" / INDEX).exists():
+            raise UserError(f"{path!r} is a run's folder: give {path.rstrip('/')}/student, the model that it made")
+        if _holds_adapter(folder):
+            raise UserError(f"model folder {path!r} has no {INDEX}: {EXPECTED}; {ADAPTER_HINT}")
     return checked_pipeline(folder, path, pipeline_classes)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,7 +72,7 @@ class CheckpointHook:
 
     Args:
         folder: parent of the ``step-N`` directories.
-        last_step: saved too.
+        over: true after the last step, which is saved too.
         mirror: of the main process, if checkpoints are uploaded.
     """
 
@@ -82,12 +82,12 @@ class CheckpointHook:
         parts: Parts,
         processes: Processes,
         options: CheckpointConfig,
-        last_step: int,
+        over: Callable[[], bool],
         facts: RunFacts,
         mirror: Mirror | None = None,
     ) -> None:
         self.folder, self.parts, self.processes = folder, parts, processes
-        self.options, self.last_step, self.facts = options, last_step, facts
+        self.options, self.over, self.facts = options, over, facts
         self.mirror = mirror
         self._thread = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
         self._in_flight: Future[None] | None = None
@@ -95,7 +95,7 @@ class CheckpointHook:
     def due(self, step: int) -> bool:
         """True after every ``options.every`` steps, and after the last."""
         every = self.options.every
-        return bool(every) and (step % every == 0 or step == self.last_step)
+        return bool(every) and (step % every == 0 or self.over())
 
     def after_step(self, step: int, active: Sequence[str]) -> None:
         """Save if this step is due.

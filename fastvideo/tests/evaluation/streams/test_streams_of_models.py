@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "student"
     shutil.copytree(wan_folder(tmp_path_factory.mktemp("wan")), folder)
     recipe = {"ladder": [1.0, 0.6], "guidance": 1.0, "sampler": "renoise", "streaming": STREAMING, "model": SIZE}
+    recipe |= {"steps": 7, "weights": "live"}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     return str(folder)
 
@@ -153,6 +154,7 @@ def test_command_measures_streams(folder: str, tmp_path: Path) -> None:
     assert row["series"]["frechet_bias"]["at"] == [16]
     assert {"speed_last", "seam_acceleration", "switch_median", "frechet_last_floor"} <= set(row)
     assert values["evaluation"]["frames"] == 25
+    assert values["students"][f"{folder}:1"] == {"folder": folder, "steps": 7, "weights": "live"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 models side by side" in page
     assert page.count('class="strip frames"') == 4
