@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
@@ -16,6 +17,7 @@ from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 
+RECIPE = "recipe.json"
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
 """Fields of a family's config that every model but an embedded one must name."""
 
@@ -55,9 +57,8 @@ def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
     Raises:
         UserError: if there is no such model, or a size is unknown.
     """
-    source = resolve_pipeline(path, tuple(families()))
+    source, family = find_model(path)
     pipeline = pipeline_class(source)
-    family = families()[pipeline]
     named = {name: value for name, value in given.items() if value is not None}
     known = {**_pipeline_sizes(path, pipeline), **read_recipe(source).get("model", {}), **named}
     config = load_adapter(family).Config
@@ -66,6 +67,19 @@ def choose_model(path: str, given: Mapping[str, int | None]) -> ModelChoice:
     if "prompt_cache_mib" in config.model_fields:  # every caption is encoded once
         fields["prompt_cache_mib"] = 0
     return ModelChoice(family, validate(config, {**fields, "path": path}, f"of the model {path!r}").model_dump())
+
+
+def find_model(path: str) -> tuple[str, str]:
+    """The pipeline folder behind a path, and its family: a class of your own that its recipe names, or its pipeline's.
+
+    Raises:
+        UserError: as :func:`resolve_pipeline`, or for a class that cannot be imported.
+    """
+    named = read_recipe(path).get("distill_model", "") if Path(path, RECIPE).is_file() else ""
+    if ":" in named:
+        load_adapter(named)  # its pipelines are known now
+    source = resolve_pipeline(path, tuple(families()))
+    return source, named if ":" in named else families()[pipeline_class(source)]
 
 
 def pipeline_class(source: str) -> str:

@@ -128,25 +128,36 @@ def load_method(name: str) -> type[DistillMethod[Any]]:
     return cast(type[DistillMethod[Any]], _load(METHODS, "method", name, DistillMethod))
 
 
+_own_families: dict[str, str] = {}
+"""Adapters of other packages that this process has loaded, by their pipelines."""
+
+
 def load_adapter(name: str) -> type[DistillAdapter[Any]]:
-    """The model family of that name, or of ``package.module:Class``.
+    """The model family of that name, or of ``package.module:Class``, whose pipelines are known from then on.
 
     Raises:
         UserError: with the list of names, or as :func:`own_class`.
     """
-    return cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name, DistillAdapter))
+    found = cast(type[DistillAdapter[Any]], _load(ADAPTERS, "model", name, DistillAdapter))
+    if ":" in name:
+        _own_families.update(dict.fromkeys(found.Config.pipelines, name))
+    return found
 
 
 def load_exporter(config: AdapterConfig) -> Exporter:
     """The exporter of a family; one that refuses if there is none."""
-    names = [name for name in config.pipelines if name in EXPORTERS]
-    exporter: type[Exporter] = _load(EXPORTERS, "pipeline", names[0], Exporter) if names else Exporter
+    name = next((name for name in config.pipelines if name in EXPORTERS), config.exporter)
+    exporter: type[Exporter] = _load(EXPORTERS, "pipeline", name, Exporter) if name else Exporter
     return exporter(config)
 
 
-@cache
 def families() -> dict[str, str]:
     """The adapter of each diffusers pipeline class (``_class_name`` in ``model_index.json``), as the adapters say."""
+    return _own_families | _families()
+
+
+@cache
+def _families() -> dict[str, str]:
     return {pipeline: name for name in ADAPTERS for pipeline in load_adapter(name).Config.pipelines}
 
 

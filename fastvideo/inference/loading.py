@@ -10,25 +10,23 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from fastvideo.data.model import check_sizes, pipeline_class
+from fastvideo.data.model import RECIPE, check_sizes, find_model
 from fastvideo.devices import check_device
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED
-from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
 from fastvideo.distillation.config.base import by_time
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.denoiser import Denoiser
 from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.noise import GuidanceValue
-from fastvideo.distillation.registry import families, load_adapter
+from fastvideo.distillation.registry import load_adapter
 from fastvideo.distillation.rollout import Ladder, SamplerKind
 from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import UserError
 
-RECIPE = "recipe.json"
 TEACHER_STEPS = 50
 """Steps of a teacher whose recipe has no `sampling_steps`."""
 OF_THE_MACHINE = frozenset({"attention_backend", "compile_blocks"})
@@ -137,9 +135,8 @@ def open_model(
             in neither recipe nor options, an option is wrong, or the device is not here.
     """
     check_device(device)
-    source = resolve_pipeline(folder, tuple(families()))
-    recipe = read_recipe(source)
-    family = load_adapter(families()[pipeline_class(source)])
+    source, name = find_model(folder)
+    recipe, family = read_recipe(source), load_adapter(name)
     written = {key: value for key, value in recipe.get("model", {}).items() if key not in OF_THE_MACHINE}
     fields = {**written, **(options or {}), "path": source}
     if sized:
@@ -194,7 +191,7 @@ def load_recipe(folder: str) -> dict[str, Any]:
     Raises:
         UserError: if the folder is not a pipeline of a known family or the recipe is not readable.
     """
-    return read_recipe(resolve_pipeline(folder, tuple(families())))
+    return read_recipe(find_model(folder)[0])
 
 
 def student_sampler(recipe: Mapping[str, Any]) -> SamplerKind:

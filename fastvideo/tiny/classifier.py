@@ -93,6 +93,7 @@ class TinyClassifier(nn.Module):
     def load(cls, folder: Path) -> TinyClassifier:
         """The frozen classifier saved in `folder`, in eval mode."""
         config = ClassifierConfig(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
-        model = cls(config)
+        with torch.random.fork_rng(devices=[]):  # the first draws of its layers are thrown away
+            model = cls(config)
         model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         return model.eval().requires_grad_(False)

@@ -27,6 +27,8 @@ class AdapterConfig(Section):
     """Sizes whose default fits every model of the family; others are named for each model."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipeline classes (``_class_name`` in ``model_index.json``) that ``path`` may hold."""
+    exporter: ClassVar[str] = ""
+    """``package.module:Class`` of the exporter, for pipelines that the registry has none for."""
     reversed_time: ClassVar[bool] = False
     """The network's own time falls towards pure noise."""
     level: ClassVar[Level] = "tiny equality"
@@ -48,8 +50,7 @@ class TrainerConfig(Section):
     max_steps: Annotated[PositiveInt, RESUMABLE] = 1000
     """Steps of the run; in DMD2 most of them update the critic alone."""
     max_cpu_seconds: Annotated[Seconds, RESUMABLE] = 0.0
-    """CPU time of this process for steps, without validation and checkpoints, after which the run ends early; 0 sets no
-    limit. Other work on the machine does not count."""
+    """CPU seconds of this process inside steps after which the run ends, whatever else the machine does; 0: none."""
     grad_accumulation: PositiveInt = 1
     """Micro-batches per step; the effective batch is this x batch size x processes."""
     max_grad_norm: PositiveFloat = 1.0

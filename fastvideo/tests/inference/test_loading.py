@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 
 from fastvideo.cli import main
 from fastvideo.cli.generate import GenerateArguments, run_generate
+from fastvideo.distillation import registry
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
 from fastvideo.distillation.adapters.diffusers.pipeline import read_index
-from fastvideo.distillation.registry import load_adapter
+from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.rng import normal, seeded
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, prompt_seeds
 from fastvideo.distillation.samplers import euler
 from fastvideo.distillation.types import UserError
-from fastvideo.inference.loading import LoadedModel, families, load_model
+from fastvideo.inference.loading import LoadedModel, load_model
 from fastvideo.inference.sampler import Sampling, sample_latents
 from fastvideo.tests.distillation.tiny import FAMILIES, wan_folder
 from fastvideo.tiny.paths import PIPELINE_FOLDER
@@ -158,9 +159,9 @@ def test_damaged_recipe(tmp_path: Path) -> None:
 def second_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A registered adapter that names a pipeline class."""
     monkeypatch.setattr(AnalyticConfig, "pipelines", ("ToyPipeline",))
-    families.cache_clear()
+    registry._families.cache_clear()
     yield
-    families.cache_clear()
+    registry._families.cache_clear()
 
 
 @pytest.mark.usefixtures("second_family")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,12 +11,21 @@ import pytest
 import yaml
 
 from fastvideo.cli import main
-from fastvideo.distillation.registry import load_adapter, load_method
+from fastvideo.data.model import choose_model
+from fastvideo.distillation import registry
+from fastvideo.distillation.registry import load_adapter, load_exporter, load_method
 from fastvideo.errors import UserError
+from fastvideo.inference.loading import load_model
+from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.faults.runs import analytic_run
 
 OWN = """
+from typing import ClassVar
+
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
+from fastvideo.distillation.adapters.export.wan import WanExporter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
+from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 
 class Config(DMD2Config):
@@ -26,6 +37,16 @@ class Method(DMD2Method):
 class Family(AnalyticAdapter):
     pass
 
+class VideosConfig(WanFamilyConfig):
+    pipelines: ClassVar[tuple[str, ...]] = ("MochiPipeline",)
+    exporter: ClassVar[str] = "own_classes:VideosExporter"
+
+class Videos(WanFamily):
+    Config = VideosConfig
+
+class VideosExporter(WanExporter):
+    pass
+
 VALUE = 1
 """
 
@@ -35,6 +56,7 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_classes.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(registry, "_own_families", {})
 
 
 def test_a_method_and_a_family_of_a_file_here_train_and_resume_by_command(tmp_path: Path) -> None:
@@ -45,6 +67,23 @@ def test_a_method_and_a_family_of_a_file_here_train_and_resume_by_command(tmp_pa
     assert main(["distill", "--config", "own.yaml"]) == 0
     assert main(["distill", "--config", "run/config.yaml", "--resume", "--trainer.max-steps", "8"]) == 0
     assert (tmp_path / "run" / "checkpoints" / "step-8").is_dir()
+
+
+def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(tmp_path: Path) -> None:
+    """Its pipeline is unknown without the recipe, and has its exporter; so are students of a family of your own."""
+    folder = shutil.copytree(wan_folder(tmp_path), tmp_path / "student")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "MochiPipeline"}))
+    with pytest.raises(UserError, match="MochiPipeline"):
+        load_model(str(folder))
+    size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+    recipe = {"distill_model": "own_classes:Videos", "model": size, "ladder": [1.0, 0.5], "sampler": "renoise"}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    adapter = load_model(str(folder)).adapter
+    assert type(adapter).__name__ == "Videos"
+    assert type(load_exporter(adapter.config)).__name__ == "VideosExporter"
+    assert choose_model(str(folder), {}).family == "own_classes:Videos"
+    assert main(["generate", str(folder), "--prompt", "a red seven", "--out", str(tmp_path / "a.mp4")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def guiding(guidance: GuidanceValue) -> str:
 class FlowConfig(PipelineConfig):
     """Options of a flow family."""
 
+    exporter: ClassVar[str] = "fastvideo.distillation.adapters.export.flow:FlowExporter"
     stock: ClassVar[StockCall] = StockCall()
     packing: ClassVar[Packing] = Patches(2)
     """Layout of latents inside the network."""
