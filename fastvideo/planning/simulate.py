@@ -111,7 +111,7 @@ class Kind:
 
 
 def _peaks(config: Config, kind: Kind, depth: int | None) -> dict[str, int]:
-    """Bytes alive at once for the loss of each role, in the first step, which trains all, with its longest choices."""
+    """Bytes alive at once for the loss of each role, in the first step that trains it, with its longest choices."""
     peaks = dict[str, int]()
     with _ready(config, kind, depth) as (method, batch), LiveBytes() as memory:
 
@@ -119,7 +119,8 @@ def _peaks(config: Config, kind: Kind, depth: int | None) -> dict[str, int]:
             peaks[role] = max(memory.peak, peaks.get(role, 0))
             memory.peak = memory.live
 
-        _train(method, batch, 0, keep)
+        for step in _first_steps(method, config.trainer.max_steps):
+            _train(method, batch, step, keep)
     return peaks
 
 
@@ -134,17 +135,18 @@ class _Operations:
 
 
 def _operations(config: Config, kind: Kind, depth: int | None) -> _Operations:
-    """Operations of the same step, counted apart: their counter holds on to what recomputation would have freed."""
+    """Operations of the same steps, counted apart: their counter holds on to what recomputation would have freed."""
     counter = Counter()
     with _ready(config, kind, depth) as (method, batch):
         spent, calls = dict.fromkeys(method.bundle.roles, 0), dict.fromkeys(method.bundle.roles, 0)
         for handle in method.bundle:
             _count_forwards(handle.network, counter, spent, calls, handle.name)
         with counter:
-            backwards = _train(method, batch, 0)
+            steps = [_train(method, batch, step) for step in _first_steps(method, config.trainer.max_steps)]
     rest = counter.total - sum(spent.values())
     forward = {name: spent[name] / max(calls[name], 1) for name in spent}
-    return _Operations(forward, rest / max(sum(backwards.values()), 1), counter.total, counter.attention)
+    backwards = sum(sum(trained.values()) for trained in steps)
+    return _Operations(forward, rest / max(backwards, 1), counter.total, counter.attention)
 
 
 @contextmanager
@@ -178,24 +180,41 @@ def _counts(config: Config, kind: Kind, depth: int | None) -> tuple[dict[str, fl
     with _ready(config, kind, depth) as (method, batch):
         forwards, backwards = dict.fromkeys(method.bundle.roles, 0.0), dict.fromkeys(method.bundle.roles, 0.0)
         assert isinstance(method.rng, WorstCase)
-        period = _period(method)
-        for step in range(min(period, 2)):
+        for step, of_steps in _shares(method, config.trainer.max_steps).items():
             for method.rng.longest in (True, False):
                 called = dict.fromkeys(method.bundle.roles, 0)
                 hooks = [h.network.register_forward_hook(_adder(called, h.name)) for h in method.bundle]
                 trained = _train(method, batch, step)
                 for hook in hooks:
                     hook.remove()
-                share = (1 if step == 0 else period - 1) / period * method.rng.share
+                share = of_steps * method.rng.share
                 for role in method.bundle.roles:
                     forwards[role] += share * called[role]
                     backwards[role] += share * trained[role]
     return forwards, backwards
 
 
-def _period(method: Method) -> int:
+def _first_steps(method: Method, steps: int) -> list[int]:
+    """The first steps that train a role."""
+    shares, trained = _shares(method, steps), set[str]()
+    found = []
+    for step in shares:
+        if not trained >= (active := set(method.active_roles(step))):
+            found.append(step)
+            trained |= active
+    return found
+
+
+def _shares(method: Method, steps: int) -> dict[int, float]:
+    """A step of each kind with the share of its kind: of the first period, or of all ``steps`` if that lacks a role."""
     first = method.active_roles(0)
-    return next((step for step in range(1, LONGEST_PERIOD) if method.active_roles(step) == first), LONGEST_PERIOD)
+    period = next((step for step in range(1, LONGEST_PERIOD) if method.active_roles(step) == first), LONGEST_PERIOD)
+    if {role for step in range(min(period, 2)) for role in method.active_roles(step)} >= set(method.trainable_roles):
+        return {0: 1 / period, 1: (period - 1) / period} if period > 1 else {0: 1.0}
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for step in range(steps):
+        kinds.setdefault(method.active_roles(step), []).append(step)
+    return {own[0]: len(own) / steps for own in kinds.values()}
 
 
 def _train(method: Method, batch: Batch, step: int, after: Callable[[str], None] | None = None) -> dict[str, int]:

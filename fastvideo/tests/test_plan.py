@@ -21,6 +21,7 @@ from fastvideo.distillation.config.schema import DataConfig
 from fastvideo.distillation.engine.optional.snapshots import disk_bytes
 from fastvideo.distillation.engine.parallel.distributed import Processes
 from fastvideo.distillation.engine.placement import EmptyPlacement
+from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Method
 from fastvideo.distillation.types import UserError
 from fastvideo.planning.advice import advise, changes
 from fastvideo.planning.data import check_there
@@ -181,6 +182,26 @@ def test_the_simulated_step_holds_what_a_real_one_holds(recompute: str) -> None:
     assert max(planned.peaks.values()) == pytest.approx(memory.peak, rel=0.02)
     assert planned.calls == pytest.approx({"student": 2.2, "teacher": 0.4, "critic": 1.0})
     assert sum(planned.backwards.values()) == pytest.approx(1.0)
+
+
+class WarmedUp(DMD2Method):
+    """DMD2 whose critic trains alone for the first half of 40 steps."""
+
+    def active_roles(self, step: int) -> tuple[str, ...]:
+        return ("critic",) if step < 20 else super().active_roles(step - 20)
+
+
+@pytest.mark.slow
+def test_a_role_that_trains_later_is_counted() -> None:
+    """Its loss at its height, and calls and backward passes by their share of all steps."""
+    plain, warm = (
+        simulate(fake_run(config_of(TINY, "--trainer.max-steps", "40", *own)), split=False, leave=False)
+        for own in ((), ("--distill-method", f"{__name__}:WarmedUp"))
+    )
+    assert warm.peaks == plain.peaks
+    assert warm.backwards["student"] == pytest.approx(plain.backwards["student"] / 2)
+    assert warm.calls["teacher"] == pytest.approx(plain.calls["teacher"] / 2)
+    assert warm.flops < plain.flops
 
 
 @pytest.mark.slow
