@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
@@ -17,7 +16,6 @@ from fastvideo.distillation.config.sections import AdapterConfig
 from fastvideo.distillation.registry import families, load_adapter
 from fastvideo.distillation.types import UserError
 
-RECIPE = "recipe.json"
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
 """Fields of a family's config that every model but an embedded one must name."""
 
@@ -75,7 +73,7 @@ def find_model(path: str) -> tuple[str, str]:
     Raises:
         UserError: as :func:`resolve_pipeline`, or for a class that cannot be imported.
     """
-    named = read_recipe(path).get("distill_model", "") if Path(path, RECIPE).is_file() else ""
+    named = str(read_recipe(path).get("distill_model"))
     if ":" in named:
         load_adapter(named)  # its pipelines are known now
     source = resolve_pipeline(path, tuple(families()))

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from fastvideo.data.model import RECIPE, check_sizes, find_model
+from fastvideo.data.model import check_sizes, find_model
 from fastvideo.devices import check_device
 from fastvideo.distillation.abilities import of_folder
 from fastvideo.distillation.adapters.base import DistillAdapter
@@ -27,6 +27,7 @@ from fastvideo.distillation.sample import SamplerSpec
 from fastvideo.distillation.stream_recipe import streaming_of
 from fastvideo.distillation.types import UserError
 
+RECIPE = "recipe.json"
 TEACHER_STEPS = 50
 """Steps of a teacher whose recipe has no `sampling_steps`."""
 OF_THE_MACHINE = frozenset({"attention_backend", "compile_blocks"})
