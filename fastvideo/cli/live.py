@@ -112,7 +112,7 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     import torch
 
     from fastvideo.inference.first_frames import read_beginning
-    from fastvideo.inference.loading import load_model
+    from fastvideo.inference.loading import open_model, with_network
     from fastvideo.inference.streaming import Streamer, window_note, with_window
     from fastvideo.live.clock import Clock
     from fastvideo.live.page import render
@@ -120,7 +120,9 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     from fastvideo.live.session import Session
 
     options = {} if arguments.precision is None else {"precision": arguments.precision}
-    model = load_model(arguments.folder, options, arguments.device)
+    opened = open_model(arguments.folder, options, arguments.device)
+    given = None if arguments.image is None else read_beginning(arguments.image, opened)
+    model = with_network(opened)
     if note := window_note(model.sampler(), arguments.window):
         print(note, file=sys.stderr)
     streamer, world = Streamer(model, with_window(model.sampler(), arguments.window), arguments.seed), model.is_embedded
@@ -129,7 +131,6 @@ def _prepare(arguments: LiveArguments) -> tuple[Session, str]:
     prompt = FIRST_PROMPT if arguments.prompt is None and world else arguments.prompt
     if prompt is None:
         raise UserError(f"--prompt: the first prompt is needed, as {arguments.folder} is no model of the tiny world")
-    given = None if arguments.image is None else read_beginning(arguments.image, model)
     session = Session(streamer, prompt, Clock(arguments.fps), Reader() if world else None, given)
     with streamer.open(prompt) as stream:  # libraries choose and compile kernels in the first chunks
         height, width = next(stream).shape[1:3]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastvideo.cli import live as verb
 from fastvideo.cli import main
+from fastvideo.errors import UserError
 from fastvideo.inference.streaming import Streamer
 from fastvideo.live.clock import Clock
 from fastvideo.live.server import listen
@@ -78,6 +79,12 @@ def test_a_stream_goes_on_from_an_image(student: Path, tmp_path: Path) -> None:
     viewer.wait("applied")
     assert [viewer.wait("chunk")["sprite"] for _ in range(3)] == [chunk["sprite"] for chunk in first]
     session.close()
+
+
+def test_an_image_is_read_before_the_weights(student: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="image no.png does not exist"):
+        verb._prepare(verb.LiveArguments(str(bare), PROMPT, image=Path("no.png")))
 
 
 @pytest.mark.parametrize(
