@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fastvideo.data.video_io import Frames, Rate
     from fastvideo.distillation.sample import SamplerSpec
     from fastvideo.inference.generate import SoundedVideo
-    from fastvideo.inference.loading import LoadedModel
+    from fastvideo.inference.loading import LoadedModel, OpenedModel
 
 WATCHABLE = 256
 """Pixels of height below which a video is enlarged for the file."""
@@ -109,7 +109,6 @@ def run_generate(arguments: GenerateArguments) -> str:
         Stopped: for a stream that a signal ended; its file plays.
     """
     from fastvideo.data.video_io import FPS, video_format
-    from fastvideo.inference.first_frames import read_beginning
     from fastvideo.inference.loading import open_model, with_network
     from fastvideo.mount import check_writable
 
@@ -120,12 +119,7 @@ def run_generate(arguments: GenerateArguments) -> str:
     _check_flags(arguments, opened.source, spec)
     if spec.reach is None:
         return _whole(arguments, with_network(opened), spec)
-    given = None if arguments.image is None else read_beginning(arguments.image, opened)
-    if given is not None and len(given) == opened.adapter.config.num_frames:
-        raise UserError(
-            f"--image {arguments.image}: it has as many frames as the video is to have, {len(given)} or more, so that "
-            f"none would be made: raise --frames, or cut the clip"
-        )
+    given = _given(arguments, opened)
     return _stream(arguments, with_network(opened), spec, given)
 
 
@@ -217,6 +211,25 @@ def _write(arguments: GenerateArguments, clip: SoundedVideo, rate: Rate) -> str:
         return ""
     place = "" if within else f" in {write_wav(_sound_file(arguments.out), sound)}"
     return f"\n{sound.seconds:.2f} s of sound at {sound.rate} Hz{place}"
+
+
+def _given(arguments: GenerateArguments, opened: OpenedModel) -> Frames | None:
+    """The frames of ``--image`` that a stream goes on from, read before the weights are.
+
+    Raises:
+        UserError: for a file that cannot be read, or one that leaves no frame to make.
+    """
+    from fastvideo.inference.first_frames import read_beginning
+
+    if arguments.image is None:
+        return None
+    given = read_beginning(arguments.image, opened)
+    if len(given) == opened.adapter.config.num_frames:
+        raise UserError(
+            f"--image {arguments.image}: it has as many frames as the video is to have, {len(given)} or more, so that "
+            f"none would be made: raise --frames, or cut the clip"
+        )
+    return given
 
 
 def _stream(arguments: GenerateArguments, model: LoadedModel, spec: SamplerSpec, given: Frames | None) -> str:

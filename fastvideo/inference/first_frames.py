@@ -69,9 +69,10 @@ def given_chunks(model: LoadedModel, given: Frames, chunk: int, frames: int | No
         UserError: for frames of another size or type, too few for a chunk, or as many as the video.
     """
     config, codec = model.adapter.config, model.adapter.codec
-    size, shape = f"{config.height}, {config.width}, 3", [*given.shape]
-    if given.dtype != np.uint8 or given.ndim != 4 or f"{shape[1:]}" != f"[{size}]":
-        raise UserError(f"given: frames are uint8 [n, {size}], got {given.dtype} {shape}")
+    wanted = (len(given), config.height, config.width, 3)
+    if given.dtype != np.uint8 or given.shape != wanted:
+        size = f"[n, {config.height}, {config.width}, 3]"
+        raise UserError(f"given: frames are uint8 {size}, got {given.dtype} {[*given.shape]}")
     latents, needed = latent_frames(len(given), codec.temporal), first_frame(chunk, codec.temporal)
     if latents < chunk:
         raise UserError(
