@@ -114,9 +114,9 @@ class Run:
         return f"{student} --out {shlex.quote(str(self.folder))}"
 
     @property
-    def strangers(self) -> str:
-        """:func:`strangers` among the figures, with the way to those of the run's student."""
-        found = strangers(self.metrics, self.student)
+    def mismatch(self) -> str:
+        """:func:`mismatch` among the figures, with the way to those of the run's student."""
+        found = mismatch(self.metrics, self.student)
         return found and f"{found} For its own, delete {METRICS} and measure again: {self.measuring}"
 
     @property
@@ -131,7 +131,7 @@ def row_names(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name, value in metrics.items() if isinstance(value, Mapping) and name not in NOTES]
 
 
-def strangers(metrics: Mapping[str, Any], recipe: Mapping[str, Any], folder: str = "student") -> str:
+def mismatch(metrics: Mapping[str, Any], recipe: Mapping[str, Any], folder: str = "student") -> str:
     """The sentence for figures that are not of the student that they stand with, or may not be; empty if they are.
 
     Args:

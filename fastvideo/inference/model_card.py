@@ -20,7 +20,7 @@ from fastvideo.distillation.adapters.diffusers.sources import HUB_ID
 from fastvideo.distillation.adapters.export.base import Exporter, StockSampler
 from fastvideo.distillation.registry import load_exporter
 from fastvideo.distillation.sample import SamplerSpec, guidance_text
-from fastvideo.evaluation.report_run import METRICS, read_object, strangers, trained
+from fastvideo.evaluation.report_run import METRICS, mismatch, read_object, trained
 from fastvideo.inference.export_source import ExportSource
 from fastvideo.inference.licences import (
     OTHER_MODELS,
@@ -254,7 +254,7 @@ def _recipe(facts: CardFacts) -> str:
 def _figures(facts: CardFacts) -> str:
     """Table with a column per measured model and a line per shared number; only a sentence if they are of others."""
     metrics, folder = facts.run_file(METRICS), facts.source.folder
-    note = strangers(metrics, facts.recipe, folder.name if folder else "student")
+    note = mismatch(metrics, facts.recipe, folder.name if folder else "student")
     if note and "students" in metrics:
         return f"## Figures\n\n{note}"
     models = {name: row for name, row in metrics.items() if isinstance(row, Mapping) and "network_calls" in row}
