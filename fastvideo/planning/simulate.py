@@ -195,7 +195,7 @@ def _counts(config: Config, kind: Kind, depth: int | None) -> tuple[dict[str, fl
 
 
 def _first_steps(method: Method, steps: int) -> list[int]:
-    """The first steps that train a role."""
+    """The first step that trains each role."""
     shares, trained = _shares(method, steps), set[str]()
     found = []
     for step in shares:
