@@ -83,7 +83,7 @@ def test_a_stream_goes_on_from_an_image(student: Path, tmp_path: Path) -> None:
 
 def test_an_image_is_read_before_the_weights(student: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match="image no.png does not exist"):
+    with pytest.raises(UserError, match=r"image no\.png does not exist"):
         verb._prepare(verb.LiveArguments(str(bare), PROMPT, image=Path("no.png")))
 
 
