@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from unittest.mock import patch
 import pytest
 
 from fastvideo.tests.cache import FOLDER
+
+gc.set_threshold(50_000)  # looking for cycles among the objects of torch and its company takes a tenth of the time
 
 
 def pytest_configure(config: pytest.Config) -> None:
