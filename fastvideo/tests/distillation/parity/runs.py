@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -141,9 +142,23 @@ def steady(handle: RoleHandle) -> None:
         group["eps"], group["lr"] = 1e-3, 1e-2
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor or all of its shards."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors, joined from the shards of all processes: one exchange for all, not one for each."""
+    shards = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    own = {name: shard.detach().clone() for name, shard in shards.items()}
+    split = next((t for t in tensors.values() if isinstance(t, DTensor)), None)
+    if split is None:
+        return own
+    dimension = next(i for i, placement in enumerate(split.placements) if placement.is_shard())
+    group = split.device_mesh.get_group(dimension)
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, own, group)
+    return {
+        name: torch.cat([part[name] for part in parts], t.placements[dimension].dim)
+        if isinstance(t, DTensor)
+        else own[name]
+        for name, t in tensors.items()
+    }
 
 
 def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Processes, **parallel: Any) -> Result:
@@ -164,7 +179,8 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
 
     def recorded(training: RoleTraining, skip: Tensor | None = None) -> None:
         handle = handles[id(training)]
-        seen[handle.name] = {n: whole(p.grad) for n, p in handle.named_parameters().items() if p.grad is not None}
+        named = handle.named_parameters().items()
+        seen[handle.name] = whole({n: p.grad for n, p in named if p.grad is not None})
         stepped(training, skip)
 
     data, losses = batches(case, adapter, processes.data_rank), {}
@@ -181,7 +197,7 @@ def train(case: Case, folders: Mapping[str, Mapping[str, Path]], processes: Proc
             }
     finally:
         RoleTraining.step = stepped  # type: ignore[method-assign]
-    weights = {f"{h.name}/{name}": whole(p) for h in trained for name, p in h.network.named_parameters()}
+    weights = whole({f"{h.name}/{name}": p for h in trained for name, p in h.network.named_parameters()})
     return Result(losses, gradients, weights)
 
 
