@@ -166,4 +166,10 @@ def run_schema(model: str, method: str) -> type[RunConfig[Any, Any]]:
     """The config's class for a family and a method."""
     adapter: type[AdapterConfig] = load_adapter(model).Config
     options: type[MethodConfig] = load_method(method).Config
+    return _schema(adapter, options)
+
+
+@cache
+def _schema(adapter: type[AdapterConfig], options: type[MethodConfig]) -> type[RunConfig[Any, Any]]:
+    """Kept: pydantic forgets a class that nobody holds, and looks for its docstrings again in all modules."""
     return RunConfig[adapter, options]  # type: ignore[valid-type]
