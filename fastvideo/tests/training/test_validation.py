@@ -17,6 +17,8 @@ from fastvideo.errors import UserError
 from fastvideo.training.run import run
 
 PROMPTS = ["a green seven moving up and left", "a red three", "a digit"]
+SHORT = {"prompts": 1, "seeds": 1, "teacher_steps": 2}
+"""A look at the health that takes a moment."""
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_the_trajectory_is_the_same_with_and_without_validation(values: dict[str
 
 
 def test_validation_writes_videos_of_live_and_averaged_weights(values: dict[str, Any], tmp_path: Path) -> None:
-    trained(values, validation={"every": 2, "prompts": PROMPTS})
+    trained(values, validation={"every": 2, "prompts": PROMPTS}, health=SHORT)
     written = sorted(file.name for file in (tmp_path / "plain" / "validation").iterdir())
     looked_at = [f"step-00000{step}-{name}.mp4" for step in (2, 4) for name in ("ema", "student", "x0")]
     assert written == ["reference.json", *looked_at, "teacher.mp4"]
@@ -71,8 +73,7 @@ def test_validation_shows_the_weights_asked_for_and_no_panel_unless_asked(
     weights: str, averaged: bool, names: list[str], values: dict[str, Any], tmp_path: Path
 ) -> None:
     watched = {"every": 4, "prompts": PROMPTS[:1], "weights": weights}
-    health = {"prompts": 1, "seeds": 1, "teacher_steps": 2, "panels": False}
-    trained(values, validation=watched, health=health, ema={"enabled": averaged})
+    trained(values, validation=watched, health=SHORT | {"panels": False}, ema={"enabled": averaged})
     written = sorted(file.name for file in (tmp_path / "plain" / "validation").glob("step-*"))
     assert written == [f"step-000004-{name}.mp4" for name in names]
 
@@ -125,7 +126,7 @@ def test_fifty_steps_with_and_without_validation_and_health_end_in_the_same_bits
 
 
 def test_validation_on_the_tiny_world_is_scored(values: dict[str, Any], tmp_path: Path) -> None:
-    trained(values, validation={"every": 4, "world_prompts": 4})
+    trained(values, validation={"every": 4, "world_prompts": 4}, health=SHORT)
     scored = next(line for line in metrics(tmp_path / "plain") if "validation/ema/frechet" in line)
     assert scored["step"] == 4
     assert 0.0 <= scored["validation/student/digit_accuracy"] <= 1.0
