@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching import flow_map_loss
@@ -18,7 +19,7 @@ from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, RawBatch, UserError
-from fastvideo.tests.distillation.tiny import FAMILIES, wan_config
+from fastvideo.tests.distillation.tiny import wan_config
 from fastvideo.tests.distillation.toys import (
     LADDER,
     MEAN,
@@ -238,15 +239,26 @@ def test_the_declared_sampler_reproduces_the_truth(name: str) -> None:
     assert float(x0.var()) == pytest.approx(STD**2, rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def wan(tiny_wan: Path) -> WanFamily:
+    """Toy Wan in bfloat16, which knows the empty prompt."""
+    family = WanFamily(wan_config(tiny_wan, precision="bfloat16"))
+    family.ensure_negative_conditioning()
+    return family
+
+
+@pytest.fixture(scope="module")
+def network(wan: WanFamily) -> nn.Module:
+    """Its network, for copies."""
+    return wan.folder.load_network()
+
+
 @every_method
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch: RMSNorm runs unfused
-def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, tiny_wan: Path) -> None:
-    wan: DistillAdapter[Any] = FAMILIES["wan"].make(tiny_wan.parent)
-    wan = type(wan)(wan_config(tiny_wan, precision="bfloat16"))
-    wan.ensure_negative_conditioning()
+def test_bfloat16_forwards_over_float32_weights_stay_finite(name: str, wan: WanFamily, network: nn.Module) -> None:
     cls, toy = load_method(name), toy_of(name)
     config = cls.Config(**toy.config)
-    networks = {role: wan.folder.load_network() for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
+    networks = {role: deepcopy(network) for role in (*cls.trainable_roles, *cls.frozen_roles, *toy.optional)}
     if "flow_map" in cls.needs_of(config):
         wan.folder.add_flow_map(networks["student"])
     networks |= cls.heads(config, dict.fromkeys(networks, wan))
