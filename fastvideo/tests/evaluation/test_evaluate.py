@@ -44,7 +44,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return Judge(24, seed=1, reference=256)
+    return Judge(12, seed=1, reference=256)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def evaluation(student: str, judge: Judge) -> Evaluation:
         "untrained_4": RowSpec("tiny", ladder=LADDER, kind="renoise"),
         "student_4": RowSpec(student),
     }
-    return evaluate_rows(rows, judge=judge, keep_videos=3, batch_size=16)
+    return evaluate_rows(rows, judge=judge, keep_videos=3, batch_size=8)
 
 
 def test_rows_have_every_promised_figure(evaluation: Evaluation) -> None:
@@ -69,7 +69,7 @@ def test_rows_have_every_promised_figure(evaluation: Evaluation) -> None:
     for name, calls in (("teacher_1", 2), ("untrained_4", 4), ("student_4", 4)):
         assert set(ISSUE_KEYS) <= set(values[name])
         assert values[name]["network_calls"] == calls
-        assert values[name]["samples"] == 24
+        assert values[name]["samples"] == 12
         assert values[name]["kind"] == name.split("_")[0]
         assert values[name]["denoise_seconds_per_video"] < values[name]["end_to_end_seconds_per_video"]
         assert 0 < values[name]["frechet_floor"] < values[name]["frechet"]
@@ -95,7 +95,7 @@ def test_table_and_json(evaluation: Evaluation, tmp_path: Path) -> None:
     save_measured(tmp_path / "out", evaluation, distillation={"wall_seconds": 1})
     values = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert values["distillation"] == {"wall_seconds": 1}
-    assert values["evaluation"]["prompts"] == 24
+    assert values["evaluation"]["prompts"] == 12
 
 
 def test_comparison_has_the_six_rows(student: str) -> None:
