@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def test_recipe_builds(recipe: Path, tiny_wan: Path) -> None:
     loaded = set(config.roles) - set(
         load_method(config.distill_method).heads(config.method, dict.fromkeys(config.roles, adapter))
     )
-    method = build_method(config, adapter, networks={role: adapter.folder.load_network() for role in loaded})
+    network = adapter.folder.load_network()
+    method = build_method(config, adapter, networks={role: deepcopy(network) for role in loaded})
     assert method.bundle.roles == tuple(config.roles)
     assert method.ladder.times == config.ladder.times
     for handle in method.bundle:
