@@ -105,8 +105,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     text = read_text(Path(path), f"config {path}")
     try:
-        _check_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
-        content = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        _check_keys(path, root)
+        content = None if root is None else loader.construct_document(root)
     except NOT_YAML as error:
         raise UserError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
