@@ -125,7 +125,10 @@ def test_fifty_steps_with_and_without_validation_and_health_end_in_the_same_bits
     assert len((tmp_path / "watched" / "health.jsonl").read_text().splitlines()) == 5
 
 
-def test_validation_on_the_tiny_world_is_scored(values: dict[str, Any], tmp_path: Path) -> None:
+def test_validation_on_the_tiny_world_is_scored(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvideo.training.validation.VALIDATION_REFERENCE", 64)
     trained(values, validation={"every": 4, "world_prompts": 4}, health=SHORT)
     scored = next(line for line in metrics(tmp_path / "plain") if "validation/ema/frechet" in line)
     assert scored["step"] == 4
