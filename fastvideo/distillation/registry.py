@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import sysconfig
+import traceback
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -103,20 +105,43 @@ def own_class(name: str, base: type) -> Any:
     """The class that ``package.module:Class`` names, of an installed package or of a file in the working folder.
 
     Raises:
-        UserError: for a module or class that is not there, or one that is no subclass of ``base``.
+        UserError: for a module that is not there or fails while it is imported (with file and line), a class that it
+            does not have (with the nearest one), or one that is no subclass of ``base``.
     """
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does
         sys.path.insert(0, here)
     try:
-        found = getattr(import_module(module), attribute)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise UserError(f"cannot import {module!r} (from {here}): {error}") from error
-    except AttributeError as error:
-        raise UserError(f"module {module!r} has no class {attribute!r}") from error
+        imported = vars(import_module(module))
+    except Exception as error:  # a module may raise anything
+        place = _place(error)
+        raise UserError(f"cannot import {module!r} (from {here}): {place}{_cause(error, bool(place))}") from error
+    if attribute not in imported:
+        own = [word for word, found in imported.items() if inspect.isclass(found) and found.__module__ == module]
+        known = [word for word in own if issubclass(imported[word], base)] or own
+        listed = f"; it has {', '.join(known)}" if known else ""
+        raise UserError(f"module {module!r} has no class {attribute!r}{listed}{did_you_mean(attribute, known)}")
+    found = imported[attribute]
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise UserError(f"{name!r} is not a subclass of {base.__module__}.{base.__qualname__}")
     return found
+
+
+def _place(error: Exception) -> str:
+    """``file:line: `` of the last line outside of Python's and installed packages that an import ran; empty if none."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: "
+    shipped = ("<frozen ", sysconfig.get_path("stdlib"))
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
+    ran = [one for one in frames if "site-packages" in one.filename or not one.filename.startswith(shipped)]
+    own = [one for one in ran if "site-packages" not in one.filename] or ran
+    return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+
+
+def _cause(error: Exception, inside: bool) -> str:
+    """What an import ended with; of a module that is not there, its sentence alone."""
+    text = (error.msg if isinstance(error, SyntaxError) else str(error)) or "no message"
+    return f"{type(error).__name__}: {text}" if inside else text
 
 
 def load_method(name: str) -> type[DistillMethod[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -91,7 +92,7 @@ def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(tmp_path: Pa
     [
         ("no_such_file:Method", r"cannot import 'no_such_file' \(from .*\): No module named"),
         (":Method", "cannot import ''"),
-        ("own_classes:Methud", "module 'own_classes' has no class 'Methud'"),
+        ("own_classes:Methud", "module 'own_classes' has no class 'Methud'; it has Method; did you mean 'Method'"),
         ("own_classes:VALUE", "'own_classes:VALUE' is not a subclass of .*DistillMethod"),
         ("own_classes:Family", "'own_classes:Family' is not a subclass of .*DistillMethod"),
         ("dmd", r"unknown method 'dmd': one of .*, or package\.module:Class of your own; did you mean 'dmd2'"),
@@ -100,6 +101,31 @@ def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(tmp_path: Pa
 def test_what_is_no_method_is_a_sentence(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_method(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\ndef f(:\n", r"broken\.py:2: SyntaxError: invalid syntax$"),
+        ("import no_such_package\n", r"broken\.py:1: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("\nfrom own_classes import Methods\n", r"broken\.py:2: ImportError: cannot import name 'Methods'"),
+        ("class Method(DMD2Method):\n    pass\n", r"broken\.py:1: NameError: name 'DMD2Method' is not defined"),
+        ("import json\n\njson.loads('{')\n", r"broken\.py:3: JSONDecodeError: "),
+    ],
+)
+def test_a_module_that_fails_at_import_is_a_sentence_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    """Whoever wants the traceback has it as the cause; the command has its exit code of a mistake."""
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=message) as caught:
+        load_method("broken:Method")
+    assert caught.value.__cause__ is not None
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(analytic_run(tmp_path) | {"distill_method": "broken:Method"}))
+    assert main(["distill", "--config", "own.yaml"]) == 2
+    assert "broken.py:" in capsys.readouterr().err
 
 
 def test_a_method_is_no_family() -> None:
