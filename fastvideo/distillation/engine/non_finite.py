@@ -21,7 +21,7 @@ from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.engine.parallel.distributed import any_rank
 from fastvideo.distillation.engine.parallel.sharding import local, norms_of
 from fastvideo.distillation.types import RawBatch, RoleLoss
-from fastvideo.errors import RunError
+from fastvideo.errors import RunError, UserError
 from fastvideo.stopping import received
 from fastvideo.wording import see
 
@@ -110,11 +110,30 @@ class StepRecord:
     finite: FiniteCheck = field(init=False)
 
     def add(self, loss: RoleLoss) -> None:
-        """Keep a loss and its metrics."""
+        """Keep a loss and its metrics.
+
+        Raises:
+            UserError: with step, role and name, if the role is not active, or a value is no scalar tensor.
+        """
+        at = f"step {self.step} of the method: its loss for role {loss.role!r}"
+        if loss.role not in self.active:
+            raise UserError(f"{at} is of no active role; active_roles({self.step}) are {_listed(self.active)}")
         values = {"loss": loss.value, **loss.metrics}
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.shape != ():
+                found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                what = "value" if name == "loss" else f"metric {name!r}"
+                raise UserError(f"{at} has {found} as {what}; give a scalar tensor, such as its .mean()")
         self.losses.append((loss.role, loss.value.detach()))
         self.metrics.append({f"{loss.role}/{name}": value.detach() for name, value in values.items()})
         self.trained.append(loss.role)
+
+    def untrained(self) -> str:
+        """The sentence about a micro-batch whose losses were not those of the active roles."""
+        return (
+            f"step {self.step} of the method: active_roles({self.step}) are {_listed(self.active)}, and its losses "
+            f"were for {_listed(self.trained)}; every active role gets a loss, and no other"
+        )
 
     def check(self) -> FiniteCheck:
         """Check all losses and gradients; all roles of the step are skipped, or none."""
@@ -133,6 +152,10 @@ class StepRecord:
             own = dict(batch.extras) if batch.latents is None else {**batch.extras, "latents": batch.latents}
             found |= {f"batch-{i}/{name}": value for name, value in own.items()}
         return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def _listed(roles: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(roles)) or "none"
 
 
 class NonFiniteGuard:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvideo.distillation.bundle import ModelBundle, frozen
 from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.non_finite import NonFiniteGuard, StepRecord, clip_gradient
-from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory
+from fastvideo.distillation.engine.optional.diagnosis import StepProfile, explaining_memory, explaining_recomputation
 from fastvideo.distillation.engine.optional.performance import Performance, TokenSource, shortly
 from fastvideo.distillation.engine.optional.recorder import STACKS
 from fastvideo.distillation.engine.optional.watchdog import Watchdog
@@ -113,7 +113,7 @@ class Runtime:
         """Batches of one step; gradients are synchronised in the last alone, or as the config says.
 
         Raises:
-            RuntimeError: if the losses of a batch were not those of the active roles.
+            UserError: if the losses of a batch were not those of the active roles.
         """
         record = self._record
         for left in reversed(range(self.options.grad_accumulation)):
@@ -124,23 +124,18 @@ class Runtime:
             self.performance.saw(record.batches[-1])
             yield record.batches[-1]
             if set(record.trained) != set(record.active):
-                raise RuntimeError(
-                    f"the method declared {record.active} active and yielded losses for {tuple(record.trained)}"
-                )
+                raise UserError(record.untrained())
 
     def backward(self, loss: RoleLoss) -> None:
         """Accumulate a loss's gradient before the next loss is asked for: one graph is alive at a time.
 
         Raises:
-            RuntimeError: if its role is not active.
+            UserError: if its role is not active, its value or a metric is no scalar, or recomputed calls differ.
         """
-        record = self._record
-        if loss.role not in record.active:
-            raise RuntimeError(f"the method yielded a loss for {loss.role!r}, active are {record.active}")
-        with frozen([self.bundle[role] for role in loss.frozen]):  # recomputed forwards too
+        self._record.add(loss)
+        with frozen([self.bundle[role] for role in loss.frozen]), explaining_recomputation(loss):
             (loss.value / self.options.grad_accumulation).backward()  # type: ignore[no-untyped-call]
         self._free_gathered()
-        record.add(loss)
 
     def update(self) -> None:
         """Average gradients over processes, clip them, step optimizers, schedules and averages of the active roles.

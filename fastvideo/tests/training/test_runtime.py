@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
+from fastvideo.distillation.bundle import frozen
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.sections import TrainerConfig
 from fastvideo.distillation.engine.optional import diagnosis
@@ -47,11 +49,11 @@ def test_frozen_roles_get_no_gradient() -> None:
     runtime = Runtime(method, TrainerConfig(), Tracker(Path(), enabled=False))
     student, critic = method.bundle["student"], method.bundle["critic"]
     outcomes = []
-    for frozen in ((), ("critic",)):
+    for names in ((), ("critic",)):
         value = sum(p.square().sum() for handle in (student, critic) for p in handle.parameters())
         with runtime.step(0, ("student",)):
             next(runtime.micro_batches(iter([RawBatch(("0",))])))
-            runtime.backward(RoleLoss("student", value, frozen=frozen))
+            runtime.backward(RoleLoss("student", value, frozen=names))
         outcomes.append([p.grad for handle in (student, critic) for p in handle.parameters()])
         assert all(p.requires_grad for p in critic.parameters())
         for handle in (student, critic):
@@ -60,6 +62,46 @@ def test_frozen_roles_get_no_gradient() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*(o[:own] for o in outcomes), strict=True))
     assert all(gradient is not None for gradient in outcomes[0])
     assert all(gradient is None for gradient in outcomes[1][own:])
+
+
+MISTAKES = [
+    (RoleLoss("critic", torch.ones(())), "step 3 of the method: its loss for role 'critic' is of no active role; "),
+    (
+        RoleLoss("student", torch.ones(2)),
+        r"step 3 of the method: its loss for role 'student' has a tensor \[2\] as value",
+    ),
+    (
+        RoleLoss("student", torch.ones(()), {"gap": torch.ones(1, 4)}),
+        r"has a tensor \[1, 4\] as metric 'gap'; give a sc",
+    ),
+    (RoleLoss("student", torch.ones(()), {"gap": 0.5}), "has a float as metric 'gap'"),  # type: ignore[dict-item]
+]
+
+
+@pytest.mark.parametrize(("loss", "message"), MISTAKES)
+def test_a_loss_that_cannot_be_trained_on_is_named(loss: RoleLoss, message: str) -> None:
+    """With step, role and metric: the method that yielded it is in no traceback."""
+    runtime = Runtime(toy_method("dmd2", spy()), TrainerConfig(), Tracker(Path(), enabled=False))
+    with runtime.step(3, ("student",)):
+        batches = runtime.micro_batches(iter([RawBatch(("0",))]))
+        next(batches)
+        with pytest.raises(UserError, match=message):
+            runtime.backward(loss)
+        with pytest.raises(UserError, match=r"active_roles\(3\) are student, and its losses were for none"):
+            next(batches)
+
+
+def test_a_role_frozen_in_its_loss_alone_is_said_when_its_call_is_recomputed() -> None:
+    method = toy_method("dmd2", spy())
+    runtime = Runtime(method, TrainerConfig(), Tracker(Path(), enabled=False))
+    student, critic = (method.bundle[role].parameters()[0] for role in ("student", "critic"))
+    for call, fails in ((nullcontext(), True), (frozen((method.bundle["critic"],)), False)):
+        with call:
+            value = checkpoint(lambda x: x * critic, student, use_reentrant=False).sum()
+        with runtime.step(0, ("student",)):
+            next(runtime.micro_batches(iter([RawBatch(("0",))])))
+            with pytest.raises(UserError, match="here critic, inside `with frozen") if fails else nullcontext():
+                runtime.backward(RoleLoss("student", value, frozen=("critic",)))
 
 
 def averaged(times: int, rank: int, size: int) -> list[torch.Tensor]:

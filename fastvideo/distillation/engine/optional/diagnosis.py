@@ -1,4 +1,4 @@
-"""Traces of some steps for torch's profiler, and snapshots of memory that ran out."""
+"""Traces of some steps for torch's profiler, snapshots of memory that ran out, and what torch's errors mean here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import CheckpointError
 
 from fastvideo.distillation.config.sections import ProfileConfig
-from fastvideo.errors import RunError
+from fastvideo.distillation.types import RoleLoss
+from fastvideo.errors import RunError, UserError
 from fastvideo.wording import see
 
 ENTRIES = 100_000
@@ -77,3 +79,20 @@ def explaining_memory(snapshot: Path | None) -> Iterator[None]:
     finally:
         if snapshot is not None:
             torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@contextmanager
+def explaining_recomputation(loss: RoleLoss) -> Iterator[None]:
+    """Turn torch's error about a recomputed call, inside the backward of ``loss``, into the rule on frozen roles.
+
+    Raises:
+        UserError: instead of torch's error.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise UserError(
+            f"the loss of role {loss.role!r}: parallel.activation_checkpointing calls its networks again in backward, "
+            f"where they kept other tensors than at first. Call the roles of its RoleLoss(frozen=...), here "
+            f"{', '.join(loss.frozen) or 'none'}, inside `with frozen((self.ROLE,)):`, and no other role"
+        ) from error
