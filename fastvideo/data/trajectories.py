@@ -1,8 +1,8 @@
 """``fastvideo precompute-trajectories``: a teacher's trajectories from noise to data, in Parquet, with their settings.
 
-One row is one trajectory: the teacher's states at the times of the student's ladder, those times, and the end (as
-``vae_latent``). A causal one has the end among its states, at time 0, and as ``vae_latent`` the video of the dataset
-that each of its chunks went on from.
+One row is one trajectory: the teacher's states at the times that the method asks for, mostly the ladder's, those times,
+and the end (as ``vae_latent``). A causal one has the end among its states, at time 0, and as ``vae_latent`` the video
+of the dataset that each of its chunks went on from.
 
 A row's noise is a function of (seed, row), and the rows of a file go through the network in batches of a fixed size, so
 that any number of processes and interruptions gives the same bytes.
@@ -59,8 +59,13 @@ FIELDS = {
 
 
 def trajectory_times(config: Config, adapter: Adapter) -> tuple[float, ...]:
-    """The teacher's times: its own sampler's, with the ladder's among them."""
-    return joined(adapter.folder.teacher_times(config.method.teacher_steps), config.ladder.times)
+    """The teacher's times: its own sampler's, with those of the stored states among them."""
+    return joined(adapter.folder.teacher_times(config.method.teacher_steps), stored(config).times)
+
+
+def stored(config: Config) -> Ladder:
+    """Times of the states that the method asks for."""
+    return Ladder(config.method.stored_times(config.ladder.times))
 
 
 def joined(times: Sequence[float], kept: Sequence[float], tolerance: float = 1e-6) -> tuple[float, ...]:
@@ -71,8 +76,7 @@ def joined(times: Sequence[float], kept: Sequence[float], tolerance: float = 1e-
 
 def state_times(config: Config, kind: TrajectoryKind) -> tuple[float, ...]:
     """Times of the stored states; a causal trajectory has its end among them."""
-    ladder = Ladder(config.ladder.times)
-    return ladder.with_end if kind == "causal" else ladder.times
+    return stored(config).with_end if kind == "causal" else stored(config).times
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -100,7 +104,7 @@ def provenance(config: Config, adapter: Adapter, teacher: nn.Module, kind: Traje
         "model": config.method.teacher_path or config.model.path,
         "teacher": weights_hash(teacher),
         "dtype": str(adapter.folder.compute_dtype).removeprefix("torch."),
-        "ladder": list(config.ladder.times),
+        "ladder": list(stored(config).times),
         "guidance": config.method.model_dump(mode="json")["teacher_guidance"],
         "negative_prompt": adapter.conditioner.negative_prompt,
         "solver": "euler",
@@ -191,8 +195,8 @@ def _sampler(config: Config, adapter: Adapter) -> SamplerSpec:
 
 
 def _keep(states: list[Tensor], sampler: SamplerSpec, config: Config, step: int, x_t: Tensor) -> None:
-    """Add the states at the ladder's times to ``states``."""
-    if sampler.times[step] in config.ladder.times:
+    """Add the states to be stored to ``states``."""
+    if sampler.times[step] in stored(config).times:
         states.append(x_t)
 
 

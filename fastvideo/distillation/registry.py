@@ -20,6 +20,7 @@ from fastvideo.distillation.adapters.export.base import Exporter
 from fastvideo.distillation.config.base import MethodConfig
 from fastvideo.distillation.config.schema import RunConfig
 from fastvideo.distillation.config.sections import AdapterConfig
+from fastvideo.distillation.config.trajectories import TrajectoryOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.errors import UserError
 from fastvideo.wording import did_you_mean
@@ -148,9 +149,16 @@ def load_method(name: str) -> type[DistillMethod[Any]]:
     """The method of that name, or of ``package.module:Class``.
 
     Raises:
-        UserError: with the list of names, or as :func:`own_class`.
+        UserError: with the list of names, or as :func:`own_class`, or if it trains on stored trajectories and its
+            config does not say which.
     """
-    return cast(type[DistillMethod[Any]], _load(METHODS, "method", name, DistillMethod))
+    found = cast(type[DistillMethod[Any]], _load(METHODS, "method", name, DistillMethod))
+    if found.needs_trajectories and not issubclass(found.Config, TrajectoryOptions):
+        raise UserError(
+            f"{name} has needs_trajectories, so its config says which trajectories: derive {found.Config.__qualname__} "
+            f"from {TrajectoryOptions.__module__}.{TrajectoryOptions.__qualname__}"
+        )
+    return found
 
 
 _own_families: dict[str, str] = {}

@@ -37,7 +37,7 @@ class DistillMethod(ABC, Generic[ConfigT]):
     averaged_roles: ClassVar[tuple[str, ...]] = ()
     """Trained roles whose average is part of the algorithm, so that a run without it is another one."""
     needs_trajectories: ClassVar[bool] = False
-    """True if it trains on a teacher's stored trajectories."""
+    """True if it trains on a teacher's stored trajectories; its ``Config`` has ``TrajectoryOptions`` then."""
     bridges: ClassVar[bool] = False
     """True if teacher and critic may use another latent space than the student (``ModelBundle.bridge``)."""
     one_expert_rollouts: ClassVar[tuple[str, ...]] = ()

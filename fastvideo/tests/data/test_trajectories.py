@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from fastvideo.data.schema import floats, metadata_of
 from fastvideo.data.trajectories import precompute, trajectory_times
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.config.reading import validate
-from fastvideo.distillation.registry import run_schema
+from fastvideo.distillation.methods.fine_tuning.sft import SFTMethod
+from fastvideo.distillation.methods.knowledge_distillation.kd import KDConfig, KDMethod
+from fastvideo.distillation.registry import METHODS, load_method, run_schema
 from fastvideo.distillation.rng import mixed, normal, seeded
 from fastvideo.distillation.sample import SampleNoise, SamplerSpec, sample
-from fastvideo.distillation.types import UserError
+from fastvideo.distillation.types import Batch, RoleLoss, UserError
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.training.data import open_source
@@ -176,6 +178,48 @@ def test_a_run_that_is_not_theirs_is_refused_with_both_values(
     config = as_config(changed)
     with pytest.raises(UserError, match=message):
         open_source(config, AnalyticAdapter(config.model))
+
+
+class PairsConfig(KDConfig):
+    """Noise and sample alone, as reflow has them."""
+
+    def stored_times(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        return (1.0,)
+
+
+class PairsMethod(KDMethod):
+    """Reads no state between noise and sample."""
+
+    Config = PairsConfig
+
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        assert batch.trajectory is not None
+        assert batch.trajectory.states.shape[1] == 1
+        u = self.bundle["student"].velocity(batch.latents, torch.full((len(batch),), 0.5), batch.condition)
+        yield RoleLoss("student", batch.mean((u - batch.trajectory.states[:, 0] + batch.latents).square()))
+
+
+def test_a_method_says_which_states_it_reads_and_pairs_serve_any_ladder(
+    values: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "pairs", f"{__name__}:PairsMethod")
+    made = {**values(), "distill_method": "pairs"}
+    assert main(command(tmp_path, made)) == 0
+    assert all(row["trajectory_times"].tolist() == [1.0] for row in read(tmp_path / "out"))
+    config = validate(run_schema("analytic", "pairs"), {**made, "ladder": {"times": [1.0, 0.75]}}, "test")
+    assert (run(config) / "recipe.json").is_file()
+
+
+class BareMethod(SFTMethod):
+    """Has no field of what it says to need."""
+
+    needs_trajectories = True
+
+
+def test_a_config_without_the_fields_of_trajectories_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "bare", f"{__name__}:BareMethod")
+    with pytest.raises(UserError, match=r"bare has needs_trajectories.* derive SFTConfig from .*TrajectoryOptions"):
+        load_method("bare")
 
 
 def test_videos_are_no_trajectories(values: MakeConfig, tmp_path: Path) -> None:

@@ -13,33 +13,23 @@ from typing import ClassVar
 
 import torch
 
-from fastvideo.distillation.config.base import Guidance, MethodConfig, OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.base import OptimizerConfig, OptimizerOptions
+from fastvideo.distillation.config.trajectories import TrajectoryOptions
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rollout import SamplerKind
-from fastvideo.distillation.trajectory import Trajectory, TrajectoryKind
+from fastvideo.distillation.trajectory import Trajectory
 from fastvideo.distillation.types import Batch, RoleLoss, UserError
-from fastvideo.ranges import LearningRate, Steps
+from fastvideo.ranges import LearningRate
 
 TOLERANCE = 1e-6
 """Largest difference of a stored state's time from the ladder's: float32 rounding."""
 
 
-class KDConfig(MethodConfig, OptimizerOptions):
+class KDConfig(TrajectoryOptions, OptimizerOptions):
     """Options of knowledge distillation; stored trajectories must match those of the teacher."""
 
-    teacher_path: str | None = None
-    """Weights of the teacher; the model's own path if not given."""
-    teacher_guidance: Guidance = 6.0
-    """Guidance of the teacher's trajectory in the standard convention; the student learns it in."""
-    teacher_steps: Steps = 48
-    """Euler steps of the teacher's trajectory, at the times of the family's sampler; the ladder's times are added."""
     learning_rate: LearningRate = 7e-5
     """AdamW learning rate."""
-
-    @property
-    def trajectory_kinds(self) -> tuple[TrajectoryKind, ...]:
-        """Kinds of stored trajectories that are trained on."""
-        return ("bidirectional",)
 
 
 class KDMethod(DistillMethod[KDConfig]):
