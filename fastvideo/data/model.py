@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvideo.distillation.adapters.diffusers.folder import read_recipe
 from fastvideo.distillation.adapters.diffusers.pipeline import EMBEDDED, read_index
-from fastvideo.distillation.adapters.diffusers.sources import resolve_pipeline
+from fastvideo.distillation.adapters.diffusers.sources import fetched, resolve_pipeline
 from fastvideo.distillation.builder import Adapter
 from fastvideo.distillation.config.reading import validate
 from fastvideo.distillation.config.sections import AdapterConfig
@@ -73,7 +73,7 @@ def find_model(path: str) -> tuple[str, str]:
     Raises:
         UserError: as :func:`resolve_pipeline`, or for a class that cannot be imported.
     """
-    named = str(read_recipe(path).get("distill_model"))
+    named = str(read_recipe(str(fetched(path))).get("distill_model"))
     if ":" in named:
         load_adapter(named)  # its pipelines are known now
     source = resolve_pipeline(path, tuple(families()))

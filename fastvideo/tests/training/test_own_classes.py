@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from fastvideo.cli import main
-from fastvideo.data.model import choose_model
+from fastvideo.data.model import choose_model, find_model
 from fastvideo.distillation import registry
 from fastvideo.distillation.registry import load_adapter, load_exporter, load_method
 from fastvideo.errors import UserError
+from fastvideo.evaluation.report_run import read_run
 from fastvideo.inference.loading import load_model
 from fastvideo.tests.distillation.tiny import wan_folder
 from fastvideo.tests.faults.runs import analytic_run
@@ -68,9 +69,12 @@ def test_a_method_and_a_family_of_a_file_here_train_and_resume_by_command(tmp_pa
     assert main(["distill", "--config", "own.yaml"]) == 0
     assert main(["distill", "--config", "run/config.yaml", "--resume", "--trainer.max-steps", "8"]) == 0
     assert (tmp_path / "run" / "checkpoints" / "step-8").is_dir()
+    assert read_run(tmp_path / "run").recipe == "Method \u00d7 Family", "in titles as it is written"
 
 
-def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(tmp_path: Path) -> None:
+def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its pipeline is unknown without the recipe, and has its exporter; so are students of a family of your own."""
     folder = shutil.copytree(wan_folder(tmp_path), tmp_path / "student")
     index = json.loads((folder / "model_index.json").read_text())
@@ -84,6 +88,9 @@ def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(tmp_path: Pa
     assert type(adapter).__name__ == "Videos"
     assert type(load_exporter(adapter.config)).__name__ == "VideosExporter"
     assert choose_model(str(folder), {}).family == "own_classes:Videos"
+    monkeypatch.setattr(registry, "_own_families", {})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(folder))
+    assert find_model("someone/their-student") == (str(folder), "own_classes:Videos"), "by its recipe on the Hub too"
     assert main(["generate", str(folder), "--prompt", "a red seven", "--out", str(tmp_path / "a.mp4")]) == 0
 
 

@@ -82,7 +82,7 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     Raises:
         UserError: if there is no such folder, it is not a diffusers pipeline, or one of another family.
     """
-    folder = _fetched(path)
+    folder = fetched(path)
     _check_links(folder)
     if folder.is_dir() and not (folder / INDEX).exists():
         if (folder / "student" / INDEX).exists():
@@ -92,7 +92,7 @@ def resolve_pipeline(path: str, pipeline_classes: tuple[str, ...]) -> str:
     return checked_pipeline(folder, path, pipeline_classes)
 
 
-def _fetched(path: str) -> Path:
+def fetched(path: str) -> Path:
     """The folder behind a path, a name, a hub id or a URL; it may not exist."""
     if is_remote(path):
         return local_folder(path)
