@@ -1,4 +1,4 @@
-"""Words of messages: counts, the nearest known word, and the entry of the page on troubleshooting."""
+"""Words of messages and titles: counts, the nearest known word, and the entry of the page on troubleshooting."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _abbreviates(word: str, whole: str) -> bool:
     letters = iter(whole)
     return all(letter in letters for letter in word)
+
+
+def title_of(name: str) -> str:
+    """A method or family in a title: ``DMD2`` for ``dmd2``, and the class of ``papers.sid:SiDMethod`` as it is written."""
+    return name.rpartition(":")[2] if ":" in name else name.upper()
 
 
 def counted(count: int, noun: str) -> str:

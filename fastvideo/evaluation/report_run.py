@@ -16,7 +16,7 @@ import yaml
 
 from fastvideo.errors import UserError
 from fastvideo.evaluation.measuring import measuring_command
-from fastvideo.wording import counted, nearest
+from fastvideo.wording import counted, nearest, title_of
 
 METRICS, VIDEOS, INDEX = "metrics.json", "videos", "index.json"
 CURVES, HEALTH, CONFIG, ENVIRONMENT = "metrics.jsonl", "health.jsonl", "config.yaml", "environment.json"
@@ -102,9 +102,9 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Method and family, such as "DMD2 x WAN"."""
+        """Method and family, such as "DMD2 x WAN", or the class of one's own."""
         values = self.settings
-        names = [str(values[key]).upper() for key in ("distill_method", "distill_model") if key in values]
+        names = [title_of(str(values[key])) for key in ("distill_method", "distill_model") if key in values]
         return " \u00d7 ".join(names)
 
     @property

@@ -132,7 +132,7 @@ def _front_matter(facts: CardFacts) -> str:
     if base:
         values["base_model"] = base
     kind = ("distillation", "few-step") if facts.stock is not None or facts.spec.reach else ()
-    values["tags"] = [tag for tag in (*kind, family, method) if tag]
+    values["tags"] = [*kind, *(str(name).rpartition(":")[2] for name in (family, method) if name)]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
