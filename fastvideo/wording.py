@@ -36,7 +36,7 @@ def _abbreviates(word: str, whole: str) -> bool:
 
 
 def title_of(name: str) -> str:
-    """A method or family in a title: ``DMD2`` for ``dmd2``, and the class of ``papers.sid:SiDMethod`` as it is written."""
+    """A method or family in a title: ``DMD2`` for ``dmd2``, the class of ``papers.sid:SiDMethod`` as it is written."""
     return name.rpartition(":")[2] if ":" in name else name.upper()
 
 

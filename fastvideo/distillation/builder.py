@@ -351,7 +351,7 @@ def build_on(
     for name, role in config.roles.items():
         unit_done()
         handles.append(_handle(config, families, name, {**heads, **(networks or {})}, switches))
-        handles[-1].boundary = boundary_of(handles[-1].network)
+        handles[-1].boundary, handles[-1].is_head = boundary_of(handles[-1].network), name in heads
         if role.init_from is not None:
             load = families.by_role[name].folder.load_network
             notes.append(start_from(handles[-1], role.init_from, load, processes))

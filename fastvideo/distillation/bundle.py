@@ -43,6 +43,9 @@ class RoleHandle(Denoiser):
         training: optimizer, lr schedule and averages of a trained role.
     """
 
+    is_head = False
+    """True for a network of the method's own (``DistillMethod.heads``), which answers no velocity."""
+
     def __init__(
         self,
         name: str,

@@ -95,8 +95,12 @@ class HealthCheck:
         return measure(*grouped, block=videos.shape[-1] // latents.shape[-1])
 
     def _find_reference(self) -> tuple[str, Figures]:
-        """Figures of the teacher's videos, or of real ones of the tiny world; none where there is neither."""
-        source = "teacher" if "teacher" in self.method.bundle else "real"
+        """Figures of the frozen teacher's videos, or of real ones of the tiny world; none where there is neither.
+
+        A teacher that the run changes is no reference: it is another one at every validation.
+        """
+        teacher = self.method.bundle.get("teacher")
+        source = "teacher" if teacher is not None and not teacher.trainable else "real"
         file, key = self.folder / REFERENCE, self._key()
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not self.shared.processes.main_says(kept.get("key") == key):
@@ -106,7 +110,7 @@ class HealthCheck:
                 replace_file(file, json.dumps(kept, indent=2) + "\n")
         if not kept.get("figures") and self.shared.writes:
             self.tracker.say(
-                "health: no teacher role and no tiny world to compare with; figures are logged, without alarms"
+                "health: no frozen teacher role and no tiny world to compare with; figures are logged, without alarms"
             )
         return source, kept.get("figures", {})
 
@@ -153,13 +157,19 @@ class HealthCheck:
             if handle.trainable and (size := relative_update(handle)) is not None
         }
         found = {f"{role}_movement": value for role, value in moved.items()}
-        if moved.get("student") and "critic" in moved:
+        if moved.get("student") and "critic" in moved and self._has_critic:
             found["update_balance"] = moved["critic"] / moved["student"]
         return found
 
+    @property
+    def _has_critic(self) -> bool:
+        """True if a role ``critic`` denoises, as DMD's does; a head of that name, such as a WGAN's, scores samples."""
+        critic = self.method.bundle.get("critic")
+        return critic is not None and not critic.is_head
+
     def _panels(self, latents: Tensor | None, step: int) -> dict[str, float]:
         """Estimates of the clean video by student, critic and teacher at one noisy one; the DMD gradient from them."""
-        if "teacher" not in self.method.bundle or "critic" not in self.method.bundle:
+        if "teacher" not in self.method.bundle or not self._has_critic:
             return {}
         count, size = min(PANEL_VIDEOS, len(self.wanted.prompts)), self.wanted.batch_size
         x0 = self.shared.from_main(None if latents is None else latents[:count], count)
