@@ -29,17 +29,18 @@ def tiny_options(family: str, folder: Path) -> dict[str, Any]:
     """
     if family in SHIPPED:
         return dict(SHIPPED[family])
+    if ":" in family:
+        raise UserError(
+            f"--tiny makes pipelines of the project's families. For {family} write one of diffusers' classes "
+            f"by fastvideo.conformance.tiny.save_tiny, and give its folder: --set path=FOLDER height=16 width=32"
+        )
     if family not in MADE:
         raise UserError(f"--tiny: {family} has no tiny pipeline; {', '.join([*SHIPPED, *MADE])} have")
     if folder.is_dir():  # made before
         return made_options(family, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = MADE[family].make()
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                perturb(part.eval())
-        _save(pipeline, folder)
+        save_tiny(MADE[family].make(), folder)
     return made_options(family, folder)
 
 
@@ -49,7 +50,11 @@ def made_options(family: str, folder: Path) -> dict[str, Any]:
     return {"path": str(folder), **made.sizes, "max_sequence_length": made.length}
 
 
-def _save(pipeline: Any, folder: Path) -> None:
+def save_tiny(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers pipeline of tiny random parts, with noise on every parameter, for the checks of a family."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            perturb(part.eval())
     with without_progress_bar():
         pipeline.save_pretrained(folder)
 
