@@ -33,7 +33,7 @@ VERBS = {
     "merge": ("fastvideo.cli.merge", "merge LoRA files of any program into a model, or read its network from one file"),
     "report": ("fastvideo.cli.report", "write the page of a run, or of several runs side by side"),
     "schedule": ("fastvideo.cli.schedule", "show a config's noise levels: the network's real input"),
-    "conformance": ("fastvideo.cli.conformance", "check that a model family fulfils the adapter contract"),
+    "conformance": ("fastvideo.cli.conformance", "check that a model family or a method fulfils its contract"),
     "list": ("fastvideo.cli.listing", "list methods and model families"),
     "recipes": ("fastvideo.cli.recipes", "list the ready configs, which `distill --config NAME` takes by name"),
 }

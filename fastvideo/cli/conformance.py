@@ -1,4 +1,4 @@
-"""``fastvideo conformance``: check that a model family fulfils the adapter contract."""
+"""``fastvideo conformance``: check that a model family, or a method, fulfils its contract."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConformanceArguments:
-    """Check that a model family fulfils the adapter contract. Exit code 0: it does; 1: a check failed; 2: misuse."""
+    """Check that a model family fulfils the adapter contract, or a method its own. Exit code 0: it does; 1: a check
+    failed; 2: misuse. A method is examined in four steps on roles whose networks are known exactly."""
 
-    family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY")]
-    """A registered family, or your class as package.module:Class."""
+    examined: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY|METHOD")]
+    """A registered family or method, or your class as package.module:Class."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None
-    """A run's config, whose `model` section the adapter is built from."""
+    """A run's config, whose `model` section the adapter is built from (`method`: the method)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
-    """Options of the family over it, such as path=my/folder height=32."""
+    """Options over it, such as path=my/folder height=32; of a method, such as student_every=2."""
     tiny: bool = False
     """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download. Some
     families have variants: flux2-dev, ltx2-2.3."""
@@ -47,23 +48,27 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
-    from fastvideo.conformance.run import conform, find_family, model_options
+    from fastvideo.conformance.run import conform, conform_method, find_family, find_method, options_of
     from fastvideo.conformance.tiny import family_of
 
-    family = find_family(family_of(arguments.family) if arguments.tiny else arguments.family)
-    options = model_options(arguments.config, arguments.set)
-    tiny = arguments.family if arguments.tiny else None
-    if arguments.tiny and "OMP_NUM_THREADS" not in os.environ:  # at this size more threads wait for each other
+    name, tiny = arguments.examined, arguments.examined if arguments.tiny else None
+    method = find_method(name)
+    small = arguments.tiny or method is not None
+    if small and "OMP_NUM_THREADS" not in os.environ:  # at this size more threads wait for each other
         torch.set_num_threads(1)
-    begun = time.monotonic()
-    outcomes = conform(family, options, arguments.prompts, arguments.device, tiny)
+    begun, options = time.monotonic(), options_of("method" if method else "model", arguments.config, arguments.set)
+    if method is not None:
+        outcomes = conform_method(method, options)
+    else:
+        family = find_family(name if tiny is None else family_of(tiny))
+        outcomes = conform(family, options, arguments.prompts, arguments.device, tiny)
     seconds = round(time.monotonic() - begun, 2)
     console(160).print(table(outcomes))
     counts = Counter(outcome.result for outcome in outcomes)
     passed, failed, others = counts["passed"], counts["FAILED"], counts["not applicable"]
-    print(f"{family.__name__}: {passed} of {passed + failed} checks hold; {others} do not apply")
+    print(f"{(method or family).__name__}: {passed} of {passed + failed} checks hold; {others} do not apply")
     names = [outcome.name for outcome in outcomes if outcome.result == "FAILED"]
-    figures = {"family": arguments.family, "passed": passed, "failed": names, "not_applicable": others}
+    figures = {"method" if method else "family": name, "passed": passed, "failed": names, "not_applicable": others}
     print(json.dumps({**figures, "seconds": seconds, "threads": torch.get_num_threads()}))
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""Run the checks on one adapter."""
+"""Run the checks on one family, or one method."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, network_checks, stock_checks
+from fastvideo.conformance.method_checks import METHOD_CHECKS
+from fastvideo.conformance.method_subject import MethodSubject
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.conformance.tiny import tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
-from fastvideo.distillation.registry import load_adapter
+from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.registry import METHODS, load_adapter, load_method, own_class
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.progress import tracked
 
+T = TypeVar("T")
 RULES = (network_checks, chunk_checks, feature_checks, folder_checks, stock_checks)
 """The modules whose import fills :data:`CHECKS`."""
 
@@ -37,7 +41,7 @@ class Outcome:
     where: str = ""
 
 
-def examine(subject: Subject, checks: Iterable[Check] = tuple(CHECKS)) -> Iterator[Outcome]:
+def examine(subject: Subject | MethodSubject, checks: Iterable[Check] = tuple(CHECKS)) -> Iterator[Outcome]:
     """Run ``checks`` in order; a failure does not stop the rest."""
     for rule in checks:
         try:
@@ -46,17 +50,17 @@ def examine(subject: Subject, checks: Iterable[Check] = tuple(CHECKS)) -> Iterat
             yield Outcome(rule.name, "not applicable", str(reason))
         except Violation as violation:
             yield Outcome(rule.name, "FAILED", str(violation), rule.where)
-        except Exception as error:  # an adapter under examination may raise anything
+        except Exception as error:  # a class under examination may raise anything
             message = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-            yield Outcome(rule.name, "FAILED", message, f"{rule.where}, raised at {place(error, subject.adapter)}")
+            yield Outcome(rule.name, "FAILED", message, f"{rule.where}, raised at {place(error, subject.examined)}")
         else:
             yield Outcome(rule.name, "passed")
 
 
-def place(error: Exception, adapter: DistillAdapter[Any]) -> str:
-    """``file:line`` where ``error`` left the adapter's own module, else where it was raised."""
+def place(error: Exception, examined: type) -> str:
+    """``file:line`` where ``error`` left the module of the examined class, else where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = inspect.getsourcefile(type(adapter))
+    own = inspect.getsourcefile(examined)
     inside = [frame for frame in frames if frame.filename == own]
     last = (inside or frames)[-1]
     return f"{Path(last.filename).name}:{last.lineno}"
@@ -68,22 +72,36 @@ def find_family(name: str) -> type[DistillAdapter[Any]]:
     Raises:
         UserError: for an unknown family, module or class, or a class that is not an adapter.
     """
-    found = load_adapter(name)
-    if missing := sorted(found.__abstractmethods__):
+    return _whole(name, load_adapter(name))
+
+
+def find_method(name: str) -> type[DistillMethod[Any]] | None:
+    """The class of a registered method, or of a ``package.module:Class`` that is one; ``None`` for a family's name.
+
+    Raises:
+        UserError: as :func:`load_method`, or for a class that does not implement all of it.
+    """
+    if name not in METHODS and not (":" in name and issubclass(own_class(name, object), DistillMethod)):
+        return None
+    return _whole(name, load_method(name))
+
+
+def _whole(name: str, found: type[T]) -> type[T]:
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise UserError(f"{name!r} does not implement {', '.join(missing)}")
     return found
 
 
-def model_options(config: Path | None, settings: Iterable[str]) -> dict[str, Any]:
-    """The ``model`` section of a run's config, overridden by ``key=value`` settings.
+def options_of(section: str, config: Path | None, settings: Iterable[str]) -> dict[str, Any]:
+    """The ``model`` or ``method`` section of a run's config, overridden by ``key=value`` settings.
 
     Raises:
         UserError: for another form of setting, or an unreadable config.
     """
     options: dict[str, Any] = {}
     if config is not None:
-        section = read_yaml(config).get("model", {})
-        options |= section if isinstance(section, Mapping) else {}
+        given = read_yaml(config).get(section, {})
+        options |= given if isinstance(given, Mapping) else {}
     for setting in settings:
         key, found, value = setting.partition("=")
         if not found:
@@ -110,6 +128,17 @@ def quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.set_verbosity(level)
             logger.enable_progress_bar()
+
+
+def conform_method(method: type[DistillMethod[Any]], options: Mapping[str, Any]) -> list[Outcome]:
+    """Run every check of a method on it, on exact roles of toy size, with a progress bar.
+
+    Raises:
+        UserError: for a wrong option.
+    """
+    subject = MethodSubject(method, options)
+    _ = subject.config
+    return list(tracked(examine(subject, METHOD_CHECKS), "conformance", total=len(METHOD_CHECKS)))
 
 
 def conform(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ class Subject:
     adapter: DistillAdapter[Any]
     prompts: tuple[str, str]
     folder: Path
+
+    @property
+    def examined(self) -> type:
+        """The adapter's class."""
+        return type(self.adapter)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -108,22 +113,23 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of the contract: its name, its function, and the adapter's members to look at when it fails."""
+    """One rule of a contract: its name, its function, and the members to look at when it fails."""
 
     name: str
-    run: Callable[[Subject], None]
+    run: Callable[[Any], None]
     where: str
 
 
 CHECKS: list[Check] = []
-"""Every rule, in the order of the report."""
+"""Every rule of a family, in the order of the report."""
+Rule = TypeVar("Rule", bound=Callable[[Any], None])
 
 
-def check(where: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+def check(where: str, into: list[Check] = CHECKS) -> Callable[[Rule], Rule]:
     """Register a function as a rule, named after it, with spaces."""
 
-    def register(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        CHECKS.append(Check(run.__name__.replace("_", " "), run, where))
+    def register(run: Rule) -> Rule:
+        into.append(Check(run.__name__.replace("_", " "), run, where))
         return run
 
     return register

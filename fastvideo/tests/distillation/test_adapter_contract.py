@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastvideo.conformance.run import CHECKS, examine, find_family
 from fastvideo.conformance.subject import Check, NotApplicable, Subject
+from fastvideo.conformance.tiny import MADE, save_tiny
 from fastvideo.distillation.adapters.analytic import (
     AnalyticAdapter,
     AnalyticCodec,
@@ -281,6 +282,61 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["conformance", "sdxl"]) == 2
     assert "give its folder as --set path=FOLDER, or --tiny" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+OWN_METHOD = """
+from fastvideo.distillation.methods.fine_tuning.sft import SFTMethod
+from fastvideo.distillation.types import RoleLoss
+
+class Mine(SFTMethod):
+    def losses(self, batch, step):
+        for loss in super().losses(batch, step):
+            per_sample = batch.latents.mean((1, 2, 3, 4))
+            yield RoleLoss(loss.role, loss.value / per_sample.std(), {"level": per_sample})
+"""
+
+
+def test_a_method_of_ones_own_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastvideo.cli import main
+
+    (tmp_path / "conform_method.py").write_text(OWN_METHOD)
+    monkeypatch.chdir(tmp_path)
+    assert main(["conformance", "sft", "--set", "learning_rate=0.01"]) == 0
+    assert main(["conformance", "conform_method:Mine"]) == 1
+    shown = capsys.readouterr().out
+    assert "metric 'level'" in shown
+    wrong = ["a loss is a finite scalar with scalar metrics off the graph", "a sample does not feel another one"]
+    figures = json.loads(shown.splitlines()[-1])
+    assert (figures["method"], figures["failed"]) == ("conform_method:Mine", wrong)
+    for arguments, message in (
+        (["sft", "--set", "learning_rat=1"], "did you mean 'learning_rate'"),
+        (["conform_method:SFTMethod", "--set", "x"], "--set takes key=value"),
+    ):
+        assert main(["conformance", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_tiny_pipeline_of_ones_own_is_written_and_given_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastvideo.cli import main
+
+    source = "from fastvideo.distillation.adapters.sdxl import SDXLAdapter\n\n\nclass Mine(SDXLAdapter):\n"
+    (tmp_path / "conform_tiny.py").write_text(source + '    summary = "mine"\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(["conformance", "conform_tiny:Mine", "--tiny"]) == 2
+    assert "by fastvideo.conformance.tiny.save_tiny, and give its folder" in capsys.readouterr().err
+    made = MADE["sdxl"]
+    pipeline = made.make()
+    before = pipeline.unet.conv_in.bias.clone()
+    save_tiny(pipeline, tmp_path / "small")
+    assert not torch.equal(pipeline.unet.conv_in.bias, before), "zero layers would hide mistakes"
+    sizes = [f"{name}={size}" for name, size in made.sizes.items()]
+    settings = ["path=small", f"max_sequence_length={made.length}", *sizes]
+    assert main(["conformance", "conform_tiny:Mine", "--set", *settings]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["passed"] > 20
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,22 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvideo.conformance.method_subject import LADDER, MEAN, STD, MethodSubject, backward
+from fastvideo.conformance.method_subject import analytic_batch as analytic_batch
+from fastvideo.conformance.method_subject import gaussian as gaussian
 from fastvideo.distillation.adapters.analytic import AnalyticAdapter, AnalyticConfig
-from fastvideo.distillation.builder import initialising
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.chunks import Context, Past
 from fastvideo.distillation.engine.training import RoleTraining, training_of
 from fastvideo.distillation.grids import uniform_ladder
 from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.registry import load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.rollout import Ladder
 from fastvideo.distillation.trajectory import STATE_TIMES, STATES
-from fastvideo.distillation.types import Batch, Condition, Given, RawBatch
-from fastvideo.tests.preparing import preparer
-
-LADDER = Ladder((1.0, 0.9, 0.75, 0.5))
-MEAN, STD = 0.7, 0.4
-"""The truth that analytic teachers know: every element is drawn from N(MEAN, STD^2)."""
+from fastvideo.distillation.types import Batch, Condition, Given
 
 
 @dataclass(frozen=True)
@@ -115,28 +112,9 @@ def spy(shape: tuple[int, int, int, int] = (1, 1, 4, 4)) -> SpyAdapter:
     return adapter
 
 
-def gaussian(adapter: AnalyticAdapter, kind: str, mean: float = MEAN, std: float = STD) -> nn.Module:
-    """A ``denoiser`` or ``consistency`` network of N(mean, std^2)."""
-    config = adapter.config.model_copy(update={"means": (mean,), "stds": (std,)})
-    return AnalyticAdapter(config).folder.load_network(kind)
-
-
 def moments(handle: RoleHandle) -> tuple[float, float]:
     """Mean and standard deviation of a one-component network."""
     return float(handle.network.mean.detach()), float(handle.network.std.detach())
-
-
-def analytic_batch(
-    adapter: AnalyticAdapter, count: int, *, captions: Sequence[str] = (), seed: int = 5, latents: bool = True
-) -> Batch:
-    """A prepared batch of exact data, N(MEAN + caption, STD^2), with the walks that end there."""
-    captions = tuple(captions) or ("",) * count
-    mean = MEAN + adapter.conditioner.encode_prompts(captions).of("analytic")["shift"].view(-1, 1, 1, 1, 1)
-    noise = torch.randn((count, *adapter.codec.latent_shape), generator=torch.Generator().manual_seed(seed))
-    if not latents:
-        return preparer(adapter)(RawBatch(captions))
-    walk = [(1 - t) * mean + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * noise for t in LADDER.times]
-    return preparer(adapter)(RawBatch(captions, mean + STD * noise, trajectory_extras(torch.stack(walk, 1))))
 
 
 def trajectory_extras(states: Tensor) -> dict[str, Tensor]:
@@ -171,7 +149,7 @@ def train(
         handle.training = RoleTraining(optimizer, schedule, averages)
     for step in range(steps):
         for loss in method.losses(batches(step), step):
-            loss.value.backward()
+            backward(method, loss)
         for role in method.active_roles(step):
             training_of(method.bundle[role]).step()
 
@@ -251,27 +229,10 @@ def toy_of(name: str) -> Toy:
     return TOYS[name]
 
 
-def toy_bundle(
-    method: type[DistillMethod[Any]],
-    adapter: AnalyticAdapter,
-    student: str,
-    mean: float = MEAN,
-    std: float = STD,
-    heads: Mapping[str, nn.Module] | None = None,
-    optional: tuple[str, ...] = (),
-) -> ModelBundle:
-    """Every role that a method asks for: the truth, except that trainable ones start at N(mean, std^2).
-
-    ``heads`` are the networks of roles that are the method's own, ``optional`` further roles to have.
-    """
-    handles = []
-    for role in (*method.trainable_roles, *method.frozen_roles, *optional):
-        trained = role in method.trainable_roles
-        kind = student if role in ("student", "cm_teacher") else "denoiser"
-        start = (mean, std) if trained else (MEAN, STD)
-        network = (heads or {}).get(role) or gaussian(adapter, kind, *start)
-        handles.append(RoleHandle(role, adapter, network, trainable=trained))
-    return ModelBundle(handles)
+def subject_of(name: str, **options: Any) -> MethodSubject:
+    """A registered method under examination, with its toy config."""
+    toy = toy_of(name)
+    return MethodSubject(load_method(name), {**toy.config, **options}, toy.student, toy.optional)
 
 
 def toy_method(
@@ -284,11 +245,4 @@ def toy_method(
     **options: Any,
 ) -> DistillMethod[Any]:
     """A registered method on analytic roles: the truth, except that trained ones start at N(mean, std^2)."""
-    from fastvideo.distillation.registry import load_method
-
-    cls, toy = load_method(name), toy_of(name)
-    config = cls.Config(**{**toy.config, **options})
-    with initialising(1):
-        heads = cls.heads(config, dict.fromkeys((*cls.trainable_roles, *cls.frozen_roles), adapter))
-    bundle = toy_bundle(cls, adapter, toy.student, mean, std, heads, toy.optional)
-    return cls(config, bundle, LADDER, rng or RandomStreams(3))
+    return subject_of(name, **options).made(adapter, mean, std, rng)

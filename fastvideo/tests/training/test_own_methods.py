@@ -160,7 +160,7 @@ def test_adapters_on_one_network_are_copied(tmp_path: Path, monkeypatch: pytest.
 
 
 def copied(rank: int, size: int, folder: Path) -> list[bool]:
-    """Whether a student, gathered by a call, is its teacher after a copy: of whole networks, and by parameters alone."""
+    """Whether a student, gathered by a call, is its teacher after a copy: of whole networks, and of parameters."""
     family, found = FAMILIES["wan"].make(folder), []
     layout = ParallelConfig(shard=size, keep_gathered="all")
     placement = Placement(family, Processes(rank=rank, world_size=size, shard=size), layout)
