@@ -14,6 +14,8 @@ import pytest
 from fastvideo.tests.cache import FOLDER
 
 gc.set_threshold(50_000)  # looking for cycles among the objects of torch and its company takes a tenth of the time
+# A fork has none of its parent's threads, and waits for ever if it frees what they belong to, such as PyAV's rescaler.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from fastvideo.tests import launch
@@ -38,3 +41,19 @@ def test_a_command_that_is_a_fork_writes_its_stack_to_its_log() -> None:
     child = Child(wait_for_ever)
     assert child.wait(60) == -signal.SIGALRM
     assert "in wait_for_ever" in child.text
+
+
+def leave_a_cycle() -> None:
+    """Leave a frame that PyAV rescaled, by threads of its own, to the collector of cycles."""
+    frame = av.VideoFrame.from_ndarray(np.zeros((256, 256, 3), np.uint8), format="rgb24")
+    cycle: list[object] = [frame, frame.reformat(64, 64, "yuv420p")]
+    cycle.append(cycle)
+
+
+def test_a_fork_does_not_free_what_threads_of_its_parent_belong_to() -> None:
+    gc.disable()
+    try:
+        leave_a_cycle()
+        assert in_child(gc.collect) == 0
+    finally:
+        gc.enable()
