@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,11 @@ def help_of(arguments: tuple[str, ...], cache: dict[tuple[str, ...], str] = {}) 
     return cache[arguments]
 
 
-def known_flags(verb: str) -> set[str]:
+def known_flags(verb: str, config: str = RECIPE) -> set[str]:
     """The flags of a verb; for ``distill`` and ``plan`` those of a config too."""
     pages = [help_of((verb,))]
     if verb in ("distill", "plan"):
-        pages.append(help_of(("distill", "--config", str(ROOT / RECIPE))))
+        pages.append(help_of(("distill", "--config", str(ROOT / config))))
     return {flag for text in pages for flag in re.findall(r"--[a-z0-9][a-z0-9.-]*", text)}
 
 
@@ -129,7 +130,8 @@ def check_command(words: list[str]) -> None:
         entry = rest[0]
     if entry:
         own = {word.split("=")[0] for word in rest if word.startswith("--")} - {"--nproc-per-node", "--help"}
-        assert own <= known_flags(entry), f"unknown flags {own - known_flags(entry)}"
+        config = next((file for flag, file in pairwise(rest) if flag == "--config" and file.startswith(OURS)), RECIPE)
+        assert own <= known_flags(entry, config), f"unknown flags {own - known_flags(entry, config)}"
     for word in rest:
         if word.startswith(OURS) and "." in Path(word).name:
             assert (ROOT / word).exists(), f"{word} does not exist"
