@@ -18,13 +18,14 @@ from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, n
 from fastvideo.conformance.method_checks import METHOD_CHECKS
 from fastvideo.conformance.method_subject import MethodSubject
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
-from fastvideo.conformance.tiny import tiny_options
+from fastvideo.conformance.tiny import MADE, tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
 from fastvideo.distillation.config.reading import read_yaml, validate
 from fastvideo.distillation.methods.base import DistillMethod
-from fastvideo.distillation.registry import METHODS, load_adapter, load_method, own_class
+from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method, own_class
 from fastvideo.distillation.types import UserError
 from fastvideo.inference.progress import tracked
+from fastvideo.wording import did_you_mean
 
 T = TypeVar("T")
 RULES = (network_checks, chunk_checks, feature_checks, folder_checks, stock_checks)
@@ -50,14 +51,14 @@ def examine(subject: Subject | MethodSubject, checks: Iterable[Check] = tuple(CH
             yield Outcome(rule.name, "not applicable", str(reason))
         except Violation as violation:
             yield Outcome(rule.name, "FAILED", str(violation), rule.where)
-        except Exception as error:  # a class under examination may raise anything
+        except (Exception, SystemExit) as error:  # a class under examination may raise anything
             message = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
             yield Outcome(rule.name, "FAILED", message, f"{rule.where}, raised at {place(error, subject.examined)}")
         else:
             yield Outcome(rule.name, "passed")
 
 
-def place(error: Exception, examined: type) -> str:
+def place(error: BaseException, examined: type) -> str:
     """``file:line`` where ``error`` left the module of the examined class, else where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     own = inspect.getsourcefile(examined)
@@ -79,11 +80,19 @@ def find_method(name: str) -> type[DistillMethod[Any]] | None:
     """The class of a registered method, or of a ``package.module:Class`` that is one; ``None`` for a family's name.
 
     Raises:
-        UserError: as :func:`load_method`, or for a class that does not implement all of it.
+        UserError: as :func:`load_method`, for a class that is neither or does not implement all of it, or for a name
+            of neither.
     """
-    if name not in METHODS and not (":" in name and issubclass(own_class(name, object), DistillMethod)):
-        return None
-    return _whole(name, load_method(name))
+    if ":" in name:
+        if not issubclass(found := own_class(name, object), (DistillMethod, DistillAdapter)):
+            raise UserError(f"{name!r} is neither a DistillMethod nor a DistillAdapter")
+        return _whole(name, load_method(name)) if issubclass(found, DistillMethod) else None
+    if name in METHODS:
+        return load_method(name)
+    if name not in ADAPTERS and name not in MADE:
+        known = f"families are {', '.join(ADAPTERS)}; methods {', '.join(METHODS)}; your own is package.module:Class"
+        raise UserError(f"unknown name {name!r}: {known}{did_you_mean(name, [*ADAPTERS, *METHODS])}")
+    return None
 
 
 def _whole(name: str, found: type[T]) -> type[T]:

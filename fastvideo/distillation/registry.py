@@ -114,7 +114,7 @@ def own_class(name: str, base: type) -> Any:
         sys.path.insert(0, here)
     try:
         imported = vars(import_module(module))
-    except Exception as error:  # a module may raise anything
+    except (Exception, SystemExit) as error:  # a module may raise anything, and a script ends
         place = _place(error)
         raise UserError(f"cannot import {module!r} (from {here}): {place}{_cause(error, bool(place))}") from error
     if attribute not in imported:
@@ -123,12 +123,14 @@ def own_class(name: str, base: type) -> Any:
         listed = f"; it has {', '.join(known)}" if known else ""
         raise UserError(f"module {module!r} has no class {attribute!r}{listed}{did_you_mean(attribute, known)}")
     found = imported[attribute]
-    if not (inspect.isclass(found) and issubclass(found, base)):
+    if not inspect.isclass(found):
+        raise UserError(f"{name!r} is no class, but of type {type(found).__name__}")
+    if not issubclass(found, base):
         raise UserError(f"{name!r} is not a subclass of {base.__module__}.{base.__qualname__}")
     return found
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """``file:line: `` of the last line outside of Python's and installed packages that an import ran; empty if none."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: "
@@ -139,7 +141,7 @@ def _place(error: Exception) -> str:
     return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
 
 
-def _cause(error: Exception, inside: bool) -> str:
+def _cause(error: BaseException, inside: bool) -> str:
     """What an import ended with; of a module that is not there, its sentence alone."""
     text = (error.msg if isinstance(error, SyntaxError) else str(error)) or "no message"
     return f"{type(error).__name__}: {text}" if inside else text
@@ -149,10 +151,15 @@ def load_method(name: str) -> type[DistillMethod[Any]]:
     """The method of that name, or of ``package.module:Class``.
 
     Raises:
-        UserError: with the list of names, or as :func:`own_class`, or if it trains on stored trajectories and its
-            config does not say which.
+        UserError: with the list of names, or as :func:`own_class`, or if it does not declare what it has to, or trains
+            on stored trajectories and its config does not say which.
     """
     found = cast(type[DistillMethod[Any]], _load(METHODS, "method", name, DistillMethod))
+    if missing := [one for one in DistillMethod.__annotations__ if not hasattr(found, one)]:
+        raise UserError(f"{name} does not declare {', '.join(missing)}, as every DistillMethod has to")
+    if not (inspect.isclass(found.Config) and issubclass(found.Config, MethodConfig)):
+        wanted = f"{MethodConfig.__module__}.{MethodConfig.__qualname__}"
+        raise UserError(f"{name}.Config is no subclass of {wanted}, whose fields are the options of a method")
     if found.needs_trajectories and not issubclass(found.Config, TrajectoryOptions):
         raise UserError(
             f"{name} has needs_trajectories, so its config says which trajectories: derive {found.Config.__qualname__} "

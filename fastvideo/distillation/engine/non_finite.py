@@ -113,17 +113,23 @@ class StepRecord:
         """Keep a loss and its metrics.
 
         Raises:
-            UserError: with step, role and name, if the role is not active, or a value is no scalar tensor.
+            UserError: with step, role and name, if the role is not active, a value is no scalar tensor, or the loss
+                has no gradient.
         """
+        if not isinstance(loss, RoleLoss):
+            raise UserError(f"step {self.step} of the method: it yielded a {type(loss).__name__}, expected a RoleLoss")
         at = f"step {self.step} of the method: its loss for role {loss.role!r}"
         if loss.role not in self.active:
             raise UserError(f"{at} is of no active role; active_roles({self.step}) are {_listed(self.active)}")
         values = {"loss": loss.value, **loss.metrics}
         for name, value in values.items():
-            if not isinstance(value, Tensor) or value.shape != ():
-                found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-                what = "value" if name == "loss" else f"metric {name!r}"
-                raise UserError(f"{at} has {found} as {what}; give a scalar tensor, such as its .mean()")
+            what = "value" if name == "loss" else f"metric {name!r}"
+            if not isinstance(value, Tensor):
+                raise UserError(f"{at} has a {type(value).__name__} as {what}; give a scalar tensor")
+            if value.shape != ():
+                raise UserError(f"{at} has a tensor {list(value.shape)} as {what}; give a scalar, such as its .mean()")
+        if not loss.value.requires_grad:
+            raise UserError(f"{at} has no gradient: nothing in it is trained, or it was made under no_grad")
         self.losses.append((loss.role, loss.value.detach()))
         self.metrics.append({f"{loss.role}/{name}": value.detach() for name, value in values.items()})
         self.trained.append(loss.role)

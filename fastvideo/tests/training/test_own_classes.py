@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fastvideo.cli import main
+from fastvideo.conformance.run import find_method
 from fastvideo.data.model import choose_model, find_model
 from fastvideo.distillation import registry
 from fastvideo.distillation.registry import load_adapter, load_exporter, load_method
@@ -28,6 +29,7 @@ from fastvideo.distillation.adapters.analytic import AnalyticAdapter
 from fastvideo.distillation.adapters.export.wan import WanExporter
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.adapters.wan_family.inputs import WanFamilyConfig
+from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching.dmd2 import DMD2Config, DMD2Method
 
 class Config(DMD2Config):
@@ -48,6 +50,12 @@ class Videos(WanFamily):
 
 class VideosExporter(WanExporter):
     pass
+
+class Unfinished(DistillMethod):
+    sampler = "euler"
+
+class Plain(DMD2Method):
+    Config = dict
 
 VALUE = 1
 """
@@ -99,8 +107,16 @@ def test_a_model_folder_is_read_by_the_family_that_its_recipe_names(
     [
         ("no_such_file:Method", r"cannot import 'no_such_file' \(from .*\): No module named"),
         (":Method", "cannot import ''"),
-        ("own_classes:Methud", "module 'own_classes' has no class 'Methud'; it has Method; did you mean 'Method'"),
-        ("own_classes:VALUE", "'own_classes:VALUE' is not a subclass of .*DistillMethod"),
+        ("own_classes:Methud", "module 'own_classes' has no class 'Methud'; it has Method, .*; did you mean 'Method'"),
+        ("own_classes:VALUE", "'own_classes:VALUE' is no class, but of type int"),
+        (
+            "own_classes:Unfinished",
+            "own_classes:Unfinished does not declare Config, trainable_roles, summary, as every",
+        ),
+        (
+            "own_classes:Plain",
+            r"own_classes:Plain\.Config is no subclass of .*MethodConfig, whose fields are the options",
+        ),
         ("own_classes:Family", "'own_classes:Family' is not a subclass of .*DistillMethod"),
         ("dmd", r"unknown method 'dmd': one of .*, or package\.module:Class of your own; did you mean 'dmd2'"),
     ],
@@ -118,6 +134,7 @@ def test_what_is_no_method_is_a_sentence(name: str, message: str) -> None:
         ("\nfrom own_classes import Methods\n", r"broken\.py:2: ImportError: cannot import name 'Methods'"),
         ("class Method(DMD2Method):\n    pass\n", r"broken\.py:1: NameError: name 'DMD2Method' is not defined"),
         ("import json\n\njson.loads('{')\n", r"broken\.py:3: JSONDecodeError: "),
+        ("import sys\nsys.exit(0)\n", r"broken\.py:2: SystemExit: 0"),
     ],
 )
 def test_a_module_that_fails_at_import_is_a_sentence_with_its_line(
@@ -138,3 +155,15 @@ def test_a_module_that_fails_at_import_is_a_sentence_with_its_line(
 def test_a_method_is_no_family() -> None:
     with pytest.raises(UserError, match=r"'own_classes:Method' is not a subclass of .*DistillAdapter"):
         load_adapter("own_classes:Method")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dmd", r"unknown name 'dmd': families are .*; methods .*; did you mean 'dmd2'"),
+        ("own_classes:Config", "'own_classes:Config' is neither a DistillMethod nor a DistillAdapter"),
+    ],
+)
+def test_what_is_neither_is_not_examined(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_method(name)

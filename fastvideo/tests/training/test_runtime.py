@@ -75,11 +75,13 @@ MISTAKES = [
         r"has a tensor \[1, 4\] as metric 'gap'; give a sc",
     ),
     (RoleLoss("student", torch.ones(()), {"gap": 0.5}), "has a float as metric 'gap'"),  # type: ignore[dict-item]
+    (RoleLoss("student", torch.ones(())), "its loss for role 'student' has no gradient: nothing in it is trained"),
+    (("student", torch.ones(())), "step 3 of the method: it yielded a tuple, expected a RoleLoss"),
 ]
 
 
 @pytest.mark.parametrize(("loss", "message"), MISTAKES)
-def test_a_loss_that_cannot_be_trained_on_is_named(loss: RoleLoss, message: str) -> None:
+def test_a_loss_that_cannot_be_trained_on_is_named(loss: Any, message: str) -> None:
     """With step, role and metric: the method that yielded it is in no traceback."""
     runtime = Runtime(toy_method("dmd2", spy()), TrainerConfig(), Tracker(Path(), enabled=False))
     with runtime.step(3, ("student",)):
