@@ -30,9 +30,9 @@ class ConformanceArguments:
     examined: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY|METHOD")]
     """A registered family or method, or your class as package.module:Class."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None
-    """A run's config, whose `model` section the adapter is built from (`method`: the method)."""
+    """A run's config, or a recipe's name, whose `model` section the adapter is built from (`method`: the method)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
-    """Options over it, such as path=my/folder height=32; of a method, such as student_every=2."""
+    """Options over it, such as path=my/folder height=32; of a method, such as student_every=2 time_range=[0.1,0.9]."""
     tiny: bool = False
     """Take the family's tiny pipeline of random weights, which is made on the spot in seconds, without a download. Some
     families have variants: flux2-dev, ltx2-2.3."""
@@ -42,23 +42,38 @@ class ConformanceArguments:
     """Device: cpu, cuda, mps."""
 
 
+SHORTER = "give shorter intervals with --set"
+
+
+def _refuse_family_options(arguments: ConformanceArguments) -> None:
+    from fastvideo.errors import UserError
+
+    fields = ("tiny", "prompts", "device")
+    given = [f"--{name}" for name in fields if getattr(arguments, name) != getattr(ConformanceArguments, name)]
+    if given:
+        raise UserError(f"{', '.join(given)}: for a family alone; {arguments.examined!r} is a method")
+
+
 def main(argv: Sequence[str]) -> int:
     """Check; returns the exit code."""
     arguments = parse(ConformanceArguments, argv, "conformance")
 
     import torch
 
-    from fastvideo.conformance.run import conform, conform_method, find_family, find_method, options_of
+    from fastvideo.conformance.run import conform, conform_method, find_family, find_method, options_of, untrained
     from fastvideo.conformance.tiny import family_of
 
     name, tiny = arguments.examined, arguments.examined if arguments.tiny else None
     method = find_method(name)
+    if method is not None:
+        _refuse_family_options(arguments)
     small = arguments.tiny or method is not None
     if small and "OMP_NUM_THREADS" not in os.environ:  # at this size more threads wait for each other
         torch.set_num_threads(1)
-    begun, options = time.monotonic(), options_of("method" if method else "model", arguments.config, arguments.set)
+    begun, section = time.monotonic(), "method" if method else "model"
+    options, idle = options_of(section, arguments.config, arguments.set, method), list[str]()
     if method is not None:
-        outcomes = conform_method(method, options)
+        outcomes, idle = conform_method(method, options), untrained(method, options)
     else:
         family = find_family(name if tiny is None else family_of(tiny))
         outcomes = conform(family, options, arguments.prompts, arguments.device, tiny)
@@ -67,8 +82,11 @@ def main(argv: Sequence[str]) -> int:
     counts = Counter(outcome.result for outcome in outcomes)
     passed, failed, others = counts["passed"], counts["FAILED"], counts["not applicable"]
     print(f"{(method or family).__name__}: {passed} of {passed + failed} checks hold; {others} do not apply")
+    for role in idle:
+        print(f"{role} was trained in none of the four steps, so its loss was not examined: {SHORTER}")
     names = [outcome.name for outcome in outcomes if outcome.result == "FAILED"]
     figures = {"method" if method else "family": name, "passed": passed, "failed": names, "not_applicable": others}
+    figures |= {"untrained": idle} if method else {}
     print(json.dumps({**figures, "seconds": seconds, "threads": torch.get_num_threads()}))
     return 1 if failed else 0
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, get_args
+
 import torch
 from torch import Tensor
 
-from fastvideo.conformance.method_subject import STEPS, MethodSubject, Seen, backward
+from fastvideo.conformance.method_subject import (
+    LATER,
+    STEPS,
+    MethodSubject,
+    Seen,
+    backward,
+    losses_of,
+    obey_the_trainer,
+)
 from fastvideo.conformance.subject import Check, NotApplicable, check, require
-from fastvideo.distillation.types import RoleLoss, UserError
+from fastvideo.distillation.methods.base import DistillMethod
+from fastvideo.distillation.rng import RandomStreams, normal, seeded
+from fastvideo.distillation.rollout import SamplerKind
+from fastvideo.distillation.types import RoleLoss
 
 METHOD_CHECKS: list[Check] = []
 """Every rule of a method, in the order of the report."""
@@ -17,39 +31,46 @@ def _said(loss: RoleLoss, step: int) -> str:
     return f"step {step}, the loss of role {loss.role!r}"
 
 
-@check("summary, trainable_roles, frozen_roles, optimizers", METHOD_CHECKS)
+@check("summary, sampler, trainable_roles, frozen_roles, averaged_roles, optimizers", METHOD_CHECKS)
 def it_declares_itself(subject: MethodSubject) -> None:
-    cls = subject.examined
-    require(bool(cls.summary.strip()), "summary is empty")
-    require(bool(cls.trainable_roles), "trainable_roles is empty")
+    cls, samplers = subject.examined, get_args(SamplerKind)
+    for name in ("trainable_roles", "frozen_roles", "optional_roles", "averaged_roles"):
+        roles: object = getattr(cls, name, ())
+        require(isinstance(roles, tuple), f"{name} is {roles!r}, expected a tuple: write {_tuple(roles)}")
+    require(bool(getattr(cls, "summary", "").strip()), "summary is empty")
+    sampler = getattr(cls, "sampler", None)
+    require(sampler in samplers, f"sampler is {sampler!r}, expected one of {', '.join(samplers)}")
+    require(bool(getattr(cls, "trainable_roles", ())), "trainable_roles is empty")
     both = sorted(set(cls.trainable_roles) & set(cls.frozen_roles))
     require(not both, f"{', '.join(both)} are trainable_roles and frozen_roles")
+    others = sorted(set(cls.averaged_roles) - set(cls.trainable_roles))
+    require(not others, f"averaged_roles name {', '.join(others)}, expected some of {cls.trainable_roles}")
     found = sorted(cls.optimizers(subject.config))
     require(found == sorted(cls.trainable_roles), f"optimizers are of {found}, trainable_roles {cls.trainable_roles}")
 
 
+def _tuple(roles: object) -> str:
+    return repr(tuple(roles) if isinstance(roles, list | set) else (roles,))
+
+
 @check("active_roles, losses", METHOD_CHECKS)
 def every_active_role_and_no_other_gets_a_loss(subject: MethodSubject) -> None:
-    found = [(step, loss.role, method.active_roles(step)) for method, step, loss in subject.losses()]
+    method, batch = subject.begun()
     for step in STEPS:
-        roles, active = (
-            {role for at, role, _ in found if at == step},
-            {r for at, _, a in found if at == step for r in a},
-        )
-        require(
-            bool(roles) and roles == active, f"step {step}: losses for {sorted(roles)}, active are {sorted(active)}"
-        )
+        roles, active = {loss.role for loss in losses_of(method, batch, step)}, set(method.active_roles(step))
+        same = bool(roles) and roles == active
+        require(same, f"step {step}: losses for {sorted(roles)}, active are {sorted(active)}")
 
 
 @check("losses", METHOD_CHECKS)
 def a_loss_is_a_finite_scalar_with_scalar_metrics_off_the_graph(subject: MethodSubject) -> None:
     for _, step, loss in subject.losses():
         said, value = _said(loss, step), loss.value
-        require(value.shape == () and value.dtype == torch.float32, f"{said}: {list(value.shape)}, {value.dtype}")
-        require(value.isfinite(), f"{said}: {value.item()}")
-        require(value.requires_grad, f"{said}: no gradient")
+        obey_the_trainer(loss, step, (loss.role,))
+        require(value.dtype == torch.float32, f"{said} is a {value.dtype} scalar, expected a float32 scalar")
+        require(value.isfinite(), f"{said} is {value.item()}, expected a finite number")
+        require(value.requires_grad, f"{said}: its value does not require grad, so nothing would be trained")
         for name, metric in loss.metrics.items():
-            require(metric.shape == (), f"{said}: metric {name!r} has shape {list(metric.shape)}")
             require(not metric.requires_grad, f"{said}: metric {name!r} is not detached, and keeps the graph")
 
 
@@ -64,45 +85,106 @@ def backward_of_a_loss_reaches_its_role_alone(subject: MethodSubject) -> None:
 
 
 @check("losses: no yield inside a with", METHOD_CHECKS)
-def the_gradient_mode_never_leaks_to_the_trainer(subject: MethodSubject) -> None:
-    for enabled in (True, False):
-        with torch.set_grad_enabled(enabled):
-            for _, step, loss in subject.losses():
-                require(torch.is_grad_enabled() == enabled, f"{_said(loss, step)}: changed where it is yielded")
+def no_mode_leaks_to_the_trainer(subject: MethodSubject) -> None:
+    with torch.enable_grad():
+        method, batch = subject.begun()
+        for step in STEPS:
+            for loss in losses_of(method, batch, step):
+                _require_no_leak(method, f"{_said(loss, step)}: where it is yielded")
+            _require_no_leak(method, f"step {step}: at its end")
+
+
+def _require_no_leak(method: DistillMethod[Any], when: str) -> None:
+    require(torch.is_grad_enabled(), f"{when}, gradients are switched off")
+    lowered = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    require(not lowered, f"{when}, autocast is on")
+    trained = [handle for handle in method.bundle if handle.trainable]
+    held = [one.name for one in trained if not all(p.requires_grad for p in one.network.parameters())]
+    require(not held, f"{when}, {', '.join(held)} is frozen; name it in RoleLoss(frozen=...)")
 
 
 @check("losses", METHOD_CHECKS)
 def frozen_roles_stay_the_same_to_the_bit(subject: MethodSubject) -> None:
-    before = dict[str, list[Tensor]]()
-    for method, step, loss in subject.losses():
-        frozen = [handle for handle in method.bundle if handle.name not in subject.examined.trainable_roles]
-        now = {handle.name: [value.clone() for value in handle.network.state_dict().values()] for handle in frozen}
-        before = before or now
-        wrong = [role for role, own in now.items() if not all(map(torch.equal, own, before[role]))]
-        require(not wrong, f"step {step} changed frozen roles: {', '.join(wrong)}")
-        backward(method, loss)
+    method, batch = subject.begun()
+    before, steps = _frozen_state(method), seeded(1)
+    for step in STEPS:
+        for loss in losses_of(method, batch, step):
+            _require_same(before, method, step)
+            backward(method, loss)
+        _require_same(before, method, step)
+        _move(method, steps)
+
+
+def _frozen_state(method: DistillMethod[Any]) -> Mapping[str, list[Tensor]]:
+    frozen = [handle for handle in method.bundle if not handle.trainable]
+    return {handle.name: [value.clone() for value in handle.network.state_dict().values()] for handle in frozen}
+
+
+def _require_same(before: Mapping[str, list[Tensor]], method: DistillMethod[Any], step: int) -> None:
+    now = _frozen_state(method)
+    wrong = [role for role, own in now.items() if not all(map(torch.equal, own, before[role]))]
+    require(not wrong, f"step {step} changed frozen roles: {', '.join(wrong)}")
+
+
+@torch.no_grad()
+def _move(method: DistillMethod[Any], generator: torch.Generator) -> None:
+    """Trained roles a little away, as by an optimizer, so that a copy of one is no copy of its start."""
+    for handle in method.bundle:
+        for parameter in handle.parameters() if handle.trainable else ():
+            parameter.add_(normal(tuple(parameter.shape), generator), alpha=0.01)
 
 
 @check("losses: self.rng", METHOD_CHECKS)
 def draws_come_from_the_methods_own_streams(subject: MethodSubject) -> None:
     before = torch.get_rng_state()
-    values = [[float(loss.value.detach()) for *_, loss in subject.losses(seed=seed)] for seed in (1, 1, 2)]
+    values, used = [], False
+    for seed in (1, 1, 2):
+        found = []
+        for method, step, loss in subject.losses(seed=seed):
+            found.append(_flat(method, loss))
+            require(found[-1].isfinite().all(), f"{_said(loss, step)}, or its gradient, is not finite")
+            used = used or _drawn(method.rng, seed)
+        values.append(torch.cat(found))
     require(torch.equal(torch.get_rng_state(), before), "it drew from torch's global stream; draw from self.rng")
-    require(values[0] == values[1], "the same seed gives other losses")
-    require(values[0] != values[2], "another seed gives the same losses")
+    require(torch.equal(values[0], values[1]), "the same seed gives other losses")
+    if not used:
+        raise NotApplicable("it draws nothing from self.rng")
+    require(not torch.equal(values[0], values[2]), "another seed gives the same losses and gradients")
+
+
+def _flat(method: DistillMethod[Any], loss: RoleLoss) -> Tensor:
+    """A loss, and the gradients that it leaves."""
+    network = method.bundle[loss.role].network
+    network.zero_grad()
+    if loss.value.requires_grad:
+        backward(method, loss)
+    gradients = [p.grad.detach().flatten().clone() for p in network.parameters() if p.grad is not None]
+    return torch.cat([loss.value.detach().view(1), *gradients])
+
+
+def _drawn(rng: RandomStreams, seed: int) -> bool:
+    new = RandomStreams(seed)
+    pairs = ((rng.local, new.local), (rng.shared, new.shared))
+    return not all(torch.equal(one.get_state(), other.get_state()) for one, other in pairs)
 
 
 @check("uses_latents", METHOD_CHECKS)
 def latents_are_asked_for_where_they_are_used_and_nowhere_else(subject: MethodSubject) -> None:
     if subject.examined.needs_trajectories:
         raise NotApplicable("it trains on trajectories, which a run refuses to begin without")
-    uses, refused = subject.examined.uses_latents(subject.config), ""
+    uses, refused, alone = subject.examined.uses_latents(subject.config), "", list[float]()
+    steps = (*STEPS, *LATER)
+    both = [float(loss.value.detach()) for *_, loss in subject.losses(steps=steps)]  # errors here are not about latents
     try:
-        list(subject.losses(latents=False))
-    except UserError as error:
-        refused = str(error)
-    require(not uses or bool(refused), f"uses_latents is True, and {len(STEPS)} steps read no batch.latents")
-    require(uses or not refused, f"uses_latents is False, and prompts alone: {refused}")
+        alone += [float(loss.value.detach()) for *_, loss in subject.losses(latents=False, steps=steps)]
+    except Exception as error:  # None where a tensor was expected may raise anything
+        refused = f"{type(error).__name__}: {error}"
+    require(uses or not refused, f"uses_latents is False, and without latents: {refused}")
+    unread = uses and not refused and alone == both
+    later = "or reads them only at other steps: give shorter intervals with --set"
+    require(
+        not unread, f"uses_latents is True, and it read neither batch.latents nor x0 in {len(steps)} steps, {later}"
+    )
 
 
 @check("losses: batch.mean, mean_over_generated", METHOD_CHECKS)

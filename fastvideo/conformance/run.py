@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import sysconfig
 import tempfile
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import yaml
 
+import fastvideo
 from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.method_checks import METHOD_CHECKS
 from fastvideo.conformance.method_subject import MethodSubject
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.conformance.tiny import MADE, tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
+from fastvideo.distillation.config.overrides import EMPTY, NOT_YAML
 from fastvideo.distillation.config.reading import read_yaml, validate
+from fastvideo.distillation.config.recipes import find_config
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.registry import ADAPTERS, METHODS, load_adapter, load_method, own_class
 from fastvideo.distillation.types import UserError
@@ -59,11 +64,13 @@ def examine(subject: Subject | MethodSubject, checks: Iterable[Check] = tuple(CH
 
 
 def place(error: BaseException, examined: type) -> str:
-    """``file:line`` where ``error`` left the module of the examined class, else where it was raised."""
+    """``file:line`` where ``error`` left the module of the examined class, else the last line that is neither of this
+    package nor of an installed one nor Python's, else where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = inspect.getsourcefile(examined)
-    inside = [frame for frame in frames if frame.filename == own]
-    last = (inside or frames)[-1]
+    shipped = (str(Path(fastvideo.__file__).parent), sysconfig.get_path("stdlib"), "<")
+    inside = [frame for frame in frames if frame.filename == inspect.getsourcefile(examined)]
+    outside = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(shipped)]
+    last = (inside or outside or frames)[-1]
     return f"{Path(last.filename).name}:{last.lineno}"
 
 
@@ -101,22 +108,48 @@ def _whole(name: str, found: type[T]) -> type[T]:
     return found
 
 
-def options_of(section: str, config: Path | None, settings: Iterable[str]) -> dict[str, Any]:
-    """The ``model`` or ``method`` section of a run's config, overridden by ``key=value`` settings.
+def options_of(
+    section: str,
+    config: Path | None,
+    settings: Iterable[str],
+    method: type[DistillMethod[Any]] | None = None,
+) -> dict[str, Any]:
+    """The ``model`` or ``method`` section of a run's config, overridden by ``key=value`` settings of (dotted) keys.
 
     Raises:
-        UserError: for another form of setting, or an unreadable config.
+        UserError: for another form of setting, an unreadable config, or one of another method than ``method``.
     """
     options: dict[str, Any] = {}
     if config is not None:
-        given = read_yaml(config).get(section, {})
-        options |= given if isinstance(given, Mapping) else {}
+        values = read_yaml(find_config(config))
+        named = values.get("distill_method")
+        if method is not None and named is not None and load_method(str(named)) is not method:
+            raise UserError(f"config {config}: its distill_method is {named}, not {method.__name__}")
+        given = values.get(section) or {}
+        if not isinstance(given, Mapping):
+            raise UserError(f"config {config}: {section}: a mapping of options is expected, got {given!r}")
+        options |= given
     for setting in settings:
-        key, found, value = setting.partition("=")
+        key, found, word = setting.partition("=")
         if not found:
             raise UserError(f"--set takes key=value, got {setting!r}")
-        options[key] = value
+        *above, last = key.split(".")
+        inner = options
+        for part in above:
+            held = inner.get(part)
+            inner[part] = inner = dict(held) if isinstance(held, Mapping) else {}
+        inner[last] = _value(word)
     return options
+
+
+def _value(word: str) -> Any:
+    """Lists, mappings and nothing as YAML; other words as they are, which options read by their type."""
+    if word in EMPTY:
+        return None
+    try:
+        return yaml.safe_load(word) if word.startswith(("[", "{")) else word
+    except NOT_YAML:
+        return word
 
 
 @contextmanager
@@ -142,12 +175,34 @@ def quiet() -> Iterator[None]:
 def conform_method(method: type[DistillMethod[Any]], options: Mapping[str, Any]) -> list[Outcome]:
     """Run every check of a method on it, on exact roles of toy size, with a progress bar.
 
+    One with ``optional_roles`` is checked without them, and with all.
+
     Raises:
         UserError: for a wrong option.
     """
     subject = MethodSubject(method, options)
     _ = subject.config
-    return list(tracked(examine(subject, METHOD_CHECKS), "conformance", total=len(METHOD_CHECKS)))
+    total = len(METHOD_CHECKS)
+    outcomes = list(tracked(examine(subject, METHOD_CHECKS), "conformance", total=total))
+    if not method.optional_roles:
+        return outcomes
+    full = examine(replace(subject, optional=tuple(method.optional_roles)), METHOD_CHECKS)
+    added = f"with the optional {', '.join(method.optional_roles)}: "
+    return [_worse(*pair, added) for pair in zip(outcomes, tracked(full, "with all roles", total=total), strict=True)]
+
+
+def _worse(bare: Outcome, full: Outcome, added: str) -> Outcome:
+    if bare.result != "FAILED" and full.result == "FAILED":
+        return replace(full, message=added + full.message)
+    return full if bare.result == "not applicable" else bare
+
+
+def untrained(method: type[DistillMethod[Any]], options: Mapping[str, Any]) -> list[str]:
+    """Trainable roles that no step of the checks trains; empty if it cannot be made, which the checks tell."""
+    try:
+        return MethodSubject(method, options).untrained()
+    except Exception:  # a class under examination may raise anything
+        return []
 
 
 def conform(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvideo.conformance.run import CHECKS, examine, find_family
+from fastvideo.conformance.run import CHECKS, examine, find_family, options_of
 from fastvideo.conformance.subject import Check, NotApplicable, Subject
 from fastvideo.conformance.tiny import MADE, save_tiny
 from fastvideo.distillation.adapters.analytic import (
@@ -310,12 +310,63 @@ def test_a_method_of_ones_own_by_the_command(
     wrong = ["a loss is a finite scalar with scalar metrics off the graph", "a sample does not feel another one"]
     figures = json.loads(shown.splitlines()[-1])
     assert (figures["method"], figures["failed"]) == ("conform_method:Mine", wrong)
+    for name, text in (("text", "method: fast"), ("other", "distill_method: dmd2"), ("same", "distill_method: sft")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert main(["conformance", "sft", "--config", "same.yaml"]) == 0
     for arguments, message in (
         (["sft", "--set", "learning_rat=1"], "did you mean 'learning_rate'"),
+        (["sft", "--tiny", "--prompts", "1", "2"], "--tiny, --prompts: for a family alone; 'sft' is a method"),
+        (["sft", "--config", "text.yaml"], "method: a mapping of options is expected, got 'fast'"),
+        (["sft", "--config", "other.yaml"], "its distill_method is dmd2, not SFTMethod"),
+        (["sft", "--config", "tiny_sdxl_dmd2"], "its distill_method is dmd2, not SFTMethod"),
         (["conform_method:SFTMethod", "--set", "x"], "--set takes key=value"),
     ):
         assert main(["conformance", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+INHERITING = """
+from conform_base import Base
+
+class Late(Base):
+    def active_roles(self, step):
+        return ("student",) if step > 9 else ()
+
+class Inheriting(Base):
+    pass
+"""
+
+
+def test_what_a_method_inherits_is_placed_and_what_it_never_trains_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastvideo.cli import main
+
+    base = OWN_METHOD[: OWN_METHOD.index("        for")].replace("Mine", "Base")
+    (tmp_path / "conform_base.py").write_text(f"{base}        yield batch.latents.view(7)\n")
+    (tmp_path / "conform_inheriting.py").write_text(INHERITING)
+    monkeypatch.chdir(tmp_path)
+    assert main(["conformance", "conform_inheriting:Inheriting"]) == 1
+    shown = capsys.readouterr().out
+    assert "raised at conform_base.py:7" in " ".join(shown.split())
+    assert json.loads(shown.splitlines()[-1])["untrained"] == []
+    assert main(["conformance", "conform_inheriting:Late"]) == 1
+    shown = capsys.readouterr().out
+    assert "\nstudent was trained in none of the four steps, so its loss was not examined: give shorter" in shown
+    assert json.loads(shown.splitlines()[-1])["untrained"] == ["student"]
+
+
+def test_settings_go_over_the_config_by_dotted_keys(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("method:\n  reach: {chunk: 3, sink: 0}\n  rate: 1\n")
+    settings = ["reach.chunk=2", "times=[0.1, 0.9]", "teacher_path=null", "other.name=1e-4", "path=[x"]
+    assert options_of("method", tmp_path / "run.yaml", settings) == {
+        "reach": {"chunk": "2", "sink": 0},
+        "rate": 1,
+        "times": [0.1, 0.9],
+        "teacher_path": None,
+        "other": {"name": "1e-4"},
+        "path": "[x",
+    }
 
 
 def test_a_tiny_pipeline_of_ones_own_is_written_and_given_by_its_folder(

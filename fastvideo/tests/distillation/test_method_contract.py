@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ from torch import Tensor, nn
 
 from fastvideo.conformance.method_checks import METHOD_CHECKS
 from fastvideo.conformance.method_subject import backward
+from fastvideo.conformance.run import conform_method, untrained
 from fastvideo.conformance.subject import Check, NotApplicable
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
-from fastvideo.distillation.bundle import ModelBundle, RoleHandle
+from fastvideo.distillation.bundle import ModelBundle, RoleHandle, frozen
+from fastvideo.distillation.copying import copy_role
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.methods.distribution_matching import flow_map_loss
+from fastvideo.distillation.methods.fine_tuning.sft import SFTConfig, SFTMethod
+from fastvideo.distillation.noise import full_time
 from fastvideo.distillation.registry import METHODS, load_method
 from fastvideo.distillation.rng import RandomStreams
 from fastvideo.distillation.samplers import generate
 from fastvideo.distillation.trajectory import Trajectory
-from fastvideo.distillation.types import Batch, RawBatch
+from fastvideo.distillation.types import Batch, RawBatch, RoleLoss, UserError
 from fastvideo.tests.distillation.tiny import wan_config
 from fastvideo.tests.distillation.toys import (
     LADDER,
@@ -69,6 +75,192 @@ def test_it_obeys(rule: Check, name: str) -> None:
     """The rules of ``fastvideo conformance METHOD``."""
     with suppress(NotApplicable):
         rule.run(subject_of(name))
+
+
+@every_method
+def test_its_defaults_obey_too(name: str) -> None:
+    """The plain command, with and without optional roles."""
+    options = {"balance": False} if name.startswith("anyflow") else {}
+    assert [outcome for outcome in conform_method(load_method(name), options) if outcome.result == "FAILED"] == []
+
+
+Losses = Callable[[SFTMethod, Batch, int], Any]
+
+
+def findings(losses: Losses, **members: Any) -> dict[str, str]:
+    """What is found of a small method: the message of each check that does not pass, by its name."""
+    cls = type("Mine", (SFTMethod,), {"losses": losses, **members})
+    return {outcome.name: outcome.message for outcome in conform_method(cls, {}) if outcome.result != "passed"}
+
+
+def usual(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    return SFTMethod.losses(method, batch, step)
+
+
+def changing(change: Callable[[RoleLoss], Any]) -> Losses:
+    return lambda method, batch, step: (change(loss) for loss in SFTMethod.losses(method, batch, step))
+
+
+def one_step(method: SFTMethod, batch: Batch, noise: Tensor) -> RoleLoss:
+    x0 = method.bundle["student"].x0(noise, full_time(noise, 1.0), batch.condition)
+    return RoleLoss("student", batch.mean((x0 - batch.latents).square()))
+
+
+def copies_first(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    method.bundle["teacher"].network.load_state_dict(method.bundle["student"].network.state_dict())
+    yield from usual(method, batch, step)
+
+
+def copies_last(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    yield from usual(method, batch, step)
+    if step == 3:
+        method.bundle["teacher"].network.load_state_dict(method.bundle["student"].network.state_dict())
+
+
+def begins_alike(method: SFTMethod, *given: Any) -> None:
+    SFTMethod.__init__(method, *given)
+    method.bundle["teacher"].network.load_state_dict(method.bundle["student"].network.state_dict())
+
+
+def yields_in_autocast(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    found = list(usual(method, batch, step))
+    with torch.autocast("cpu", torch.bfloat16):
+        yield from found
+
+
+def yields_frozen(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    found = list(usual(method, batch, step))
+    with frozen([method.bundle["student"]]):
+        yield from found
+
+
+def ends_without_grad(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    yield from usual(method, batch, step)
+    torch.set_grad_enabled(False)
+
+
+def idles(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    return iter(()) if step % 2 else usual(method, batch, step)
+
+
+def reads_x0(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    assert batch.x0 is not None
+    yield from usual(method, batch, step)
+
+
+def refuses_all(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    raise UserError("not today")
+
+
+def asks_for_optional(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    assert method.bundle.get("teacher") is None
+    yield from usual(method, batch, step)
+
+
+FROZEN, LEAK, SCALAR = "frozen roles stay the same to the bit", "no mode leaks to the trainer", "a loss is a finite"
+ACTIVE, DRAWS, LATENTS = "every active role and no", "draws come from the methods own", "latents are asked for"
+DECLARES, WITH_TEACHER = "it declares itself", {"frozen_roles": ("teacher",)}
+PROMPTS_ALONE = {"uses_latents": staticmethod(lambda config: False)}
+
+
+@pytest.mark.parametrize(
+    ("losses", "members", "rule", "message"),
+    [
+        (copies_first, WITH_TEACHER, FROZEN, "step 0 changed frozen roles: teacher"),
+        (copies_last, WITH_TEACHER, FROZEN, "step 3 changed frozen roles: teacher"),
+        (copies_first, {**WITH_TEACHER, "__init__": begins_alike}, FROZEN, "step 1 changed frozen roles: teacher"),
+        (yields_in_autocast, {}, LEAK, "'student': where it is yielded, autocast is on"),
+        (yields_frozen, {}, LEAK, "where it is yielded, student is frozen"),
+        (ends_without_grad, {}, LEAK, "step 0: at its end, gradients are switched off"),
+        (usual, {"trainable_roles": "student"}, DECLARES, "expected a tuple: write ('student',)"),
+        (usual, {"sampler": "ddim"}, DECLARES, "sampler is 'ddim', expected one of renoise, euler, flow_map"),
+        (usual, {"averaged_roles": ("critic",)}, DECLARES, "averaged_roles name critic"),
+        (changing(lambda loss: replace(loss, value=0.5)), {}, ACTIVE, "has a float as value; give a scalar tensor"),
+        (changing(lambda loss: replace(loss, metrics={"a": 0.5})), {}, SCALAR, "has a float as metric 'a'"),
+        (changing(lambda loss: (loss.role, loss.value)), {}, ACTIVE, "losses yields a tuple; a RoleLoss is expected"),
+        (lambda method, batch, step: None, {}, ACTIVE, "step 0: losses returns None; yield every RoleLoss"),
+        (lambda *given: next(usual(*given)), {}, ACTIVE, "losses returns a RoleLoss; yield every RoleLoss"),
+        (changing(lambda loss: replace(loss, role="studnet")), {}, SCALAR, "of no active role; active_roles(0) are st"),
+        (changing(lambda loss: replace(loss, frozen=("critc",))), {}, SCALAR, "names critc; the roles are student"),
+        (changing(lambda loss: replace(loss, value=loss.value.double())), {}, SCALAR, "expected a float32 scalar"),
+        (changing(lambda loss: replace(loss, value=loss.value.detach())), {}, SCALAR, "does not require grad"),
+        (changing(lambda loss: replace(loss, value=loss.value * torch.nan)), {}, DRAWS, "is not finite"),
+        (changing(lambda loss: replace(loss, value=loss.value * 0)), {}, DRAWS, "another seed gives the same losses"),
+        (lambda method, batch, step: iter([batch.trajectory.states]), {}, ACTIVE, "'NoneType' object has no"),
+        (idles, {}, ACTIVE, "step 1: losses for [], active are ['student']"),
+        (reads_x0, PROMPTS_ALONE, LATENTS, "uses_latents is False, and without latents: Asser"),
+        (refuses_all, PROMPTS_ALONE, LATENTS, "UserError: not today"),
+        (asks_for_optional, {"optional_roles": ("teacher",)}, ACTIVE, "with the optional teacher: AssertionError"),
+    ],
+)
+def test_what_a_run_would_regret_is_found(losses: Losses, members: dict[str, Any], rule: str, message: str) -> None:
+    with torch.enable_grad():  # one leaves it switched off
+        (found,) = [said for name, said in findings(losses, **members).items() if name.startswith(rule)]
+    assert message in found
+
+
+def penalised(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    """A penalty on a gradient, as WGAN-GP has: it needs the gradient mode of a run."""
+    x = method.rng.normal_like(batch.latents).requires_grad_()
+    velocity = method.bundle["student"].velocity(x, full_time(x, 0.5), batch.condition)
+    (gradient,) = torch.autograd.grad(velocity.square().sum(), x, create_graph=True)
+    yield RoleLoss("student", batch.mean((gradient - 1).square()))
+
+
+def temporal(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    x = method.rng.normal_like(batch.latents)
+    velocity = method.bundle["student"].velocity(x, full_time(x, 0.5), batch.condition)
+    assert x.shape[2] > 1
+    yield RoleLoss("student", (velocity[:, :, 1:] - velocity[:, :, :-1]).square().mean())
+
+
+def late(method: SFTMethod, batch: Batch, step: int) -> Iterator[RoleLoss]:
+    x = method.rng.normal(batch.shape)
+    velocity = method.bundle["student"].velocity(x, full_time(x, 0.5), batch.condition)
+    yield RoleLoss("student", batch.mean((velocity - (batch.latents if step > 9 else 0)).square()))
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        (penalised, {}),
+        (temporal, {}),
+        (late, {}),
+        (lambda self, batch, step: iter([one_step(self, batch, self.rng.normal(batch.shape))]), {}),
+        (
+            lambda self, batch, step: iter([one_step(self, batch, torch.ones(batch.shape))]),
+            {"draws come from the methods own streams": "it draws nothing from self.rng"},
+        ),
+    ],
+    ids=["gradient_penalty", "temporal", "late_latents", "one_step", "no_draws"],
+)
+def test_unusual_methods_obey(losses: Losses, found: dict[str, str]) -> None:
+    assert findings(losses) == found
+
+
+class Warming(SFTMethod):
+    """A student that waits for its critic, which it replaces once."""
+
+    trainable_roles = ("student", "critic")
+    sampler = "renoise"
+
+    @classmethod
+    def optimizers(cls, config: Any) -> Any:
+        assert isinstance(config, SFTConfig)
+        return dict.fromkeys(cls.trainable_roles, config.optimizer_of(1e-4))
+
+    def active_roles(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[RoleLoss]:
+        copy_role(self.bundle["student"], self.bundle["critic"])
+        yield from super().losses(batch, step)
+
+
+def test_a_role_that_no_step_trains_is_named_and_can_be_copied_to() -> None:
+    assert untrained(Warming, {}) == ["critic"]
+    assert untrained(SFTMethod, {}) == []
+    assert {outcome.result for outcome in conform_method(Warming, {})} == {"passed"}
 
 
 @every_method

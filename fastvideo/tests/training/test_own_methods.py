@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastvideo.conformance.run import conform_method, untrained
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.config.parallel import ParallelConfig
@@ -93,6 +94,12 @@ class RelayMethod(ValueMethod):
             target = teacher.x0(noise, full_time(noise, 0.9), batch.condition)
         x0 = student.x0(noise, full_time(noise, 1.0), batch.condition)
         yield RoleLoss("student", batch.mean((x0 - target).square()))
+
+
+def test_both_obey_what_every_method_must() -> None:
+    for method, idle in ((ValueMethod, []), (RelayMethod, ["teacher"])):
+        assert {outcome.result for outcome in conform_method(method, {})} == {"passed"}
+        assert untrained(method, {}) == idle
 
 
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: type[DistillMethod[Any]], **roles: Any) -> Path:
