@@ -15,11 +15,15 @@ import tyro
 
 from fastvideo.cli.arguments import parse
 from fastvideo.cli.console import console
+from fastvideo.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fastvideo.conformance.run import Outcome
+
+
+OF_FAMILIES = ("tiny", "prompts", "device")
 
 
 @dataclass(frozen=True)
@@ -42,38 +46,27 @@ class ConformanceArguments:
     """Device: cpu, cuda, mps."""
 
 
-SHORTER = "give shorter intervals with --set"
-
-
-def _refuse_family_options(arguments: ConformanceArguments) -> None:
-    from fastvideo.errors import UserError
-
-    fields = ("tiny", "prompts", "device")
-    given = [f"--{name}" for name in fields if getattr(arguments, name) != getattr(ConformanceArguments, name)]
-    if given:
-        raise UserError(f"{', '.join(given)}: for a family alone; {arguments.examined!r} is a method")
-
-
 def main(argv: Sequence[str]) -> int:
     """Check; returns the exit code."""
     arguments = parse(ConformanceArguments, argv, "conformance")
 
     import torch
 
-    from fastvideo.conformance.run import conform, conform_method, find_family, find_method, options_of, untrained
+    from fastvideo.conformance.run import conform, conform_method, find_family, find_method, idle_roles, options_of
     from fastvideo.conformance.tiny import family_of
 
     name, tiny = arguments.examined, arguments.examined if arguments.tiny else None
     method = find_method(name)
-    if method is not None:
-        _refuse_family_options(arguments)
+    given = [f"--{key}" for key in OF_FAMILIES if getattr(arguments, key) != getattr(ConformanceArguments, key)]
+    if method is not None and given:
+        raise UserError(f"{', '.join(given)}: for a family alone; {name!r} is a method")
     small = arguments.tiny or method is not None
     if small and "OMP_NUM_THREADS" not in os.environ:  # at this size more threads wait for each other
         torch.set_num_threads(1)
     begun, section = time.monotonic(), "method" if method else "model"
     options, idle = options_of(section, arguments.config, arguments.set, method), list[str]()
     if method is not None:
-        outcomes, idle = conform_method(method, options), untrained(method, options)
+        outcomes, idle = conform_method(method, options), idle_roles(method, options)
     else:
         family = find_family(name if tiny is None else family_of(tiny))
         outcomes = conform(family, options, arguments.prompts, arguments.device, tiny)
@@ -83,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
     passed, failed, others = counts["passed"], counts["FAILED"], counts["not applicable"]
     print(f"{(method or family).__name__}: {passed} of {passed + failed} checks hold; {others} do not apply")
     for role in idle:
-        print(f"{role} was trained in none of the four steps, so its loss was not examined: {SHORTER}")
+        print(f"{role} was trained in none of the four steps, so its loss was not examined: ", end="")
+        print("give shorter intervals with --set")
     names = [outcome.name for outcome in outcomes if outcome.result == "FAILED"]
     figures = {"method" if method else "family": name, "passed": passed, "failed": names, "not_applicable": others}
     figures |= {"untrained": idle} if method else {}

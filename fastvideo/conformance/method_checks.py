@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fastvideo.conformance.method_subject import (
-    LATER,
-    STEPS,
-    MethodSubject,
-    Seen,
-    backward,
-    losses_of,
-    obey_the_trainer,
-)
+from fastvideo.conformance.method_subject import STEPS, MethodSubject, Seen, backward, losses_of, obey_the_trainer
 from fastvideo.conformance.subject import Check, NotApplicable, check, require
 from fastvideo.distillation.methods.base import DistillMethod
 from fastvideo.distillation.rng import RandomStreams, normal, seeded
@@ -36,7 +27,7 @@ def it_declares_itself(subject: MethodSubject) -> None:
     cls, samplers = subject.examined, get_args(SamplerKind)
     for name in ("trainable_roles", "frozen_roles", "optional_roles", "averaged_roles"):
         roles: object = getattr(cls, name, ())
-        require(isinstance(roles, tuple), f"{name} is {roles!r}, expected a tuple: write {_tuple(roles)}")
+        require(isinstance(roles, tuple), f"{name} is {roles!r}, expected a tuple, such as ('student',)")
     require(bool(getattr(cls, "summary", "").strip()), "summary is empty")
     sampler = getattr(cls, "sampler", None)
     require(sampler in samplers, f"sampler is {sampler!r}, expected one of {', '.join(samplers)}")
@@ -49,17 +40,14 @@ def it_declares_itself(subject: MethodSubject) -> None:
     require(found == sorted(cls.trainable_roles), f"optimizers are of {found}, trainable_roles {cls.trainable_roles}")
 
 
-def _tuple(roles: object) -> str:
-    return repr(tuple(roles) if isinstance(roles, list | set) else (roles,))
-
-
 @check("active_roles, losses", METHOD_CHECKS)
 def every_active_role_and_no_other_gets_a_loss(subject: MethodSubject) -> None:
     method, batch = subject.begun()
     for step in STEPS:
         roles, active = {loss.role for loss in losses_of(method, batch, step)}, set(method.active_roles(step))
-        same = bool(roles) and roles == active
-        require(same, f"step {step}: losses for {sorted(roles)}, active are {sorted(active)}")
+        require(
+            bool(roles) and roles == active, f"step {step}: losses for {sorted(roles)}, active are {sorted(active)}"
+        )
 
 
 @check("losses", METHOD_CHECKS)
@@ -87,43 +75,29 @@ def backward_of_a_loss_reaches_its_role_alone(subject: MethodSubject) -> None:
 @check("losses: no yield inside a with", METHOD_CHECKS)
 def no_mode_leaks_to_the_trainer(subject: MethodSubject) -> None:
     with torch.enable_grad():
-        method, batch = subject.begun()
-        for step in STEPS:
-            for loss in losses_of(method, batch, step):
-                _require_no_leak(method, f"{_said(loss, step)}: where it is yielded")
-            _require_no_leak(method, f"step {step}: at its end")
-
-
-def _require_no_leak(method: DistillMethod[Any], when: str) -> None:
-    require(torch.is_grad_enabled(), f"{when}, gradients are switched off")
-    lowered = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-    require(not lowered, f"{when}, autocast is on")
-    trained = [handle for handle in method.bundle if handle.trainable]
-    held = [one.name for one in trained if not all(p.requires_grad for p in one.network.parameters())]
-    require(not held, f"{when}, {', '.join(held)} is frozen; name it in RoleLoss(frozen=...)")
+        for method, step, loss in subject.moments():
+            when = f"{_said(loss, step)}: where it is yielded" if loss else f"step {step}: around it"
+            require(torch.is_grad_enabled(), f"{when}, gradients are switched off")
+            require(not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))), f"{when}, autocast is on")
+            frozen = {h.name for h in method.bundle for p in h.network.parameters() if p.requires_grad != h.trainable}
+            require(
+                not frozen, f"{when}, {', '.join(sorted(frozen))} is frozen or freed; name it in RoleLoss(frozen=...)"
+            )
 
 
 @check("losses", METHOD_CHECKS)
 def frozen_roles_stay_the_same_to_the_bit(subject: MethodSubject) -> None:
-    method, batch = subject.begun()
-    before, steps = _frozen_state(method), seeded(1)
-    for step in STEPS:
-        for loss in losses_of(method, batch, step):
-            _require_same(before, method, step)
+    before, generator = dict[str, list[Tensor]](), seeded(1)
+    for method, step, loss in subject.moments():
+        frozen = [handle for handle in method.bundle if not handle.trainable]
+        now = {handle.name: [value.clone() for value in handle.network.state_dict().values()] for handle in frozen}
+        before = before or now
+        wrong = [role for role, own in now.items() if not all(map(torch.equal, own, before[role]))]
+        require(not wrong, f"step {step} changed frozen roles: {', '.join(wrong)}")
+        if loss is None:
+            _move(method, generator)
+        else:
             backward(method, loss)
-        _require_same(before, method, step)
-        _move(method, steps)
-
-
-def _frozen_state(method: DistillMethod[Any]) -> Mapping[str, list[Tensor]]:
-    frozen = [handle for handle in method.bundle if not handle.trainable]
-    return {handle.name: [value.clone() for value in handle.network.state_dict().values()] for handle in frozen}
-
-
-def _require_same(before: Mapping[str, list[Tensor]], method: DistillMethod[Any], step: int) -> None:
-    now = _frozen_state(method)
-    wrong = [role for role, own in now.items() if not all(map(torch.equal, own, before[role]))]
-    require(not wrong, f"step {step} changed frozen roles: {', '.join(wrong)}")
 
 
 @torch.no_grad()
@@ -143,7 +117,8 @@ def draws_come_from_the_methods_own_streams(subject: MethodSubject) -> None:
         for method, step, loss in subject.losses(seed=seed):
             found.append(_flat(method, loss))
             require(found[-1].isfinite().all(), f"{_said(loss, step)}, or its gradient, is not finite")
-            used = used or _drawn(method.rng, seed)
+            new = RandomStreams(seed).state_dict().values()
+            used = used or not all(map(torch.equal, method.rng.state_dict().values(), new))
         values.append(torch.cat(found))
     require(torch.equal(torch.get_rng_state(), before), "it drew from torch's global stream; draw from self.rng")
     require(torch.equal(values[0], values[1]), "the same seed gives other losses")
@@ -153,19 +128,13 @@ def draws_come_from_the_methods_own_streams(subject: MethodSubject) -> None:
 
 
 def _flat(method: DistillMethod[Any], loss: RoleLoss) -> Tensor:
-    """A loss, and the gradients that it leaves."""
+    """A loss, and the gradients that it leaves its role; a constant leaves none."""
     network = method.bundle[loss.role].network
     network.zero_grad()
     if loss.value.requires_grad:
         backward(method, loss)
-    gradients = [p.grad.detach().flatten().clone() for p in network.parameters() if p.grad is not None]
+    gradients = [p.grad.detach().flatten() for p in network.parameters() if p.grad is not None]
     return torch.cat([loss.value.detach().view(1), *gradients])
-
-
-def _drawn(rng: RandomStreams, seed: int) -> bool:
-    new = RandomStreams(seed)
-    pairs = ((rng.local, new.local), (rng.shared, new.shared))
-    return not all(torch.equal(one.get_state(), other.get_state()) for one, other in pairs)
 
 
 @check("uses_latents", METHOD_CHECKS)
@@ -173,18 +142,15 @@ def latents_are_asked_for_where_they_are_used_and_nowhere_else(subject: MethodSu
     if subject.examined.needs_trajectories:
         raise NotApplicable("it trains on trajectories, which a run refuses to begin without")
     uses, refused, alone = subject.examined.uses_latents(subject.config), "", list[float]()
-    steps = (*STEPS, *LATER)
-    both = [float(loss.value.detach()) for *_, loss in subject.losses(steps=steps)]  # errors here are not about latents
+    both = [float(loss.value.detach()) for *_, loss in subject.losses(later=True)]  # errors here are not about latents
     try:
-        alone += [float(loss.value.detach()) for *_, loss in subject.losses(latents=False, steps=steps)]
+        alone += [float(loss.value.detach()) for *_, loss in subject.losses(latents=False, later=True)]
     except Exception as error:  # None where a tensor was expected may raise anything
         refused = f"{type(error).__name__}: {error}"
     require(uses or not refused, f"uses_latents is False, and without latents: {refused}")
     unread = uses and not refused and alone == both
-    later = "or reads them only at other steps: give shorter intervals with --set"
-    require(
-        not unread, f"uses_latents is True, and it read neither batch.latents nor x0 in {len(steps)} steps, {later}"
-    )
+    later = "or it reads them only at other steps: give shorter intervals with --set"
+    require(not unread, f"uses_latents is True, and no step that was taken read batch.latents or x0, {later}")
 
 
 @check("losses: batch.mean, mean_over_generated", METHOD_CHECKS)

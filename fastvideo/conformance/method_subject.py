@@ -66,7 +66,7 @@ class MethodSubject:
         Trainable roles that no step trains are there to be copied to, so they have networks like the student's.
         """
         method = self._made(adapter, (mean, std), rng, ())
-        idle = _untrained(method)
+        idle = untrained(method)
         return self._made(adapter, (mean, std), rng, idle) if idle else method
 
     def _made(
@@ -80,15 +80,10 @@ class MethodSubject:
             heads = cls.heads(config, dict.fromkeys(roles, adapter))
         for role in roles:
             kind = student if role in ("student", "cm_teacher", *idle) else "denoiser"
-            network = heads.get(role) or gaussian(
-                adapter, kind, *(start if role in cls.trainable_roles else (MEAN, STD))
-            )
-            handles.append(RoleHandle(role, adapter, network, trainable=role in cls.trainable_roles))
+            trained = role in cls.trainable_roles
+            network = heads.get(role) or gaussian(adapter, kind, *(start if trained else (MEAN, STD)))
+            handles.append(RoleHandle(role, adapter, network, trained))
         return cls(config, ModelBundle(handles), LADDER, rng or RandomStreams(3))
-
-    def untrained(self) -> list[str]:
-        """Trainable roles that none of the steps trains."""
-        return _untrained(self.begun()[0])
 
     def begun(
         self, captions: Sequence[str] = ("",) * 4, *, seed: int = 3, latents: bool = True, seen: Seen | None = None
@@ -106,22 +101,25 @@ class MethodSubject:
         return self.made(adapter, rng=RandomStreams(seed)), batch
 
     def losses(
-        self,
-        captions: Sequence[str] = ("",) * 4,
-        *,
-        seed: int = 3,
-        latents: bool = True,
-        seen: Seen | None = None,
-        steps: Iterable[int] = STEPS,
+        self, captions: Sequence[str] = ("",) * 4, *, later: bool = False, **given: Any
     ) -> Iterator[tuple[DistillMethod[Any], int, RoleLoss]]:
-        """The losses of a few steps on one batch of the truth, each with its method and step."""
-        method, batch = self.begun(captions, seed=seed, latents=latents, seen=seen)
-        for step in steps:
+        """The losses of a few steps on one batch of the truth, each with its method and step; ``later`` ones too."""
+        method, batch = self.begun(captions, **given)
+        for step in (*STEPS, *(LATER if later else ())):
             for loss in losses_of(method, batch, step):
                 yield method, step, loss
 
+    def moments(self) -> Iterator[tuple[DistillMethod[Any], int, RoleLoss | None]]:
+        """The method when it is made, at each loss, and at the end of each step, where there is none."""
+        method, batch = self.begun()
+        yield method, 0, None
+        for step in STEPS:
+            yield from ((method, step, loss) for loss in losses_of(method, batch, step))
+            yield method, step, None
 
-def _untrained(method: DistillMethod[Any]) -> list[str]:
+
+def untrained(method: DistillMethod[Any]) -> list[str]:
+    """Trainable roles that none of the steps trains."""
     active = {role for step in STEPS for role in method.active_roles(step)}
     return [role for role in method.trainable_roles if role not in active]
 
@@ -133,9 +131,9 @@ def losses_of(method: DistillMethod[Any], batch: Batch, step: int) -> Iterator[R
         Violation: for what no backward could begin with, in the words of a run.
     """
     found: object = method.losses(batch, step)
-    require(isinstance(found, Iterable), f"step {step}: losses returns {_named(found)}; yield every RoleLoss")
+    require(isinstance(found, Iterable), f"step {step}: losses returns a {type(found).__name__}; yield every RoleLoss")
     for loss in found:  # type: ignore[attr-defined]
-        require(isinstance(loss, RoleLoss), f"step {step}: losses yields {_named(loss)}; a RoleLoss is expected")
+        require(isinstance(loss, RoleLoss), f"step {step}: losses yields a {type(loss).__name__}, not a RoleLoss")
         known = loss.role in method.trainable_roles
         obey_the_trainer(RoleLoss(loss.role, loss.value), step, (loss.role,) if known else method.active_roles(step))
         unknown, roles = sorted(set(loss.frozen) - set(method.bundle.roles)), ", ".join(method.bundle.roles)
@@ -149,10 +147,6 @@ def obey_the_trainer(loss: RoleLoss, step: int, active: Sequence[str]) -> None:
         StepRecord(step, tuple(active), {}).add(loss)
     except UserError as error:
         raise Violation(str(error)) from error
-
-
-def _named(found: object) -> str:
-    return "None" if found is None else f"a {type(found).__name__}"
 
 
 class Seen(list[Tensor]):

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,7 @@ import yaml
 import fastvideo
 from fastvideo.conformance import chunk_checks, feature_checks, folder_checks, network_checks, stock_checks
 from fastvideo.conformance.method_checks import METHOD_CHECKS
-from fastvideo.conformance.method_subject import MethodSubject
+from fastvideo.conformance.method_subject import MethodSubject, untrained
 from fastvideo.conformance.subject import CHECKS, Check, NotApplicable, Subject, Violation
 from fastvideo.conformance.tiny import MADE, tiny_options
 from fastvideo.distillation.adapters.base import DistillAdapter
@@ -109,10 +109,7 @@ def _whole(name: str, found: type[T]) -> type[T]:
 
 
 def options_of(
-    section: str,
-    config: Path | None,
-    settings: Iterable[str],
-    method: type[DistillMethod[Any]] | None = None,
+    section: str, config: Path | None, settings: Iterable[str], method: type | None = None
 ) -> dict[str, Any]:
     """The ``model`` or ``method`` section of a run's config, overridden by ``key=value`` settings of (dotted) keys.
 
@@ -138,18 +135,11 @@ def options_of(
         for part in above:
             held = inner.get(part)
             inner[part] = inner = dict(held) if isinstance(held, Mapping) else {}
-        inner[last] = _value(word)
+        inner[last] = None if word in EMPTY else word  # which the option reads by its type
+        if word.startswith(("[", "{")):
+            with suppress(*NOT_YAML):
+                inner[last] = yaml.safe_load(word)
     return options
-
-
-def _value(word: str) -> Any:
-    """Lists, mappings and nothing as YAML; other words as they are, which options read by their type."""
-    if word in EMPTY:
-        return None
-    try:
-        return yaml.safe_load(word) if word.startswith(("[", "{")) else word
-    except NOT_YAML:
-        return word
 
 
 @contextmanager
@@ -186,23 +176,17 @@ def conform_method(method: type[DistillMethod[Any]], options: Mapping[str, Any])
     outcomes = list(tracked(examine(subject, METHOD_CHECKS), "conformance", total=total))
     if not method.optional_roles:
         return outcomes
-    full = examine(replace(subject, optional=tuple(method.optional_roles)), METHOD_CHECKS)
+    full = tracked(examine(replace(subject, optional=method.optional_roles), METHOD_CHECKS), "all roles", total=total)
     added = f"with the optional {', '.join(method.optional_roles)}: "
-    return [_worse(*pair, added) for pair in zip(outcomes, tracked(full, "with all roles", total=total), strict=True)]
+    worse = {one.name: replace(one, message=added + one.message) for one in full if one.result == "FAILED"}
+    return [one if one.result == "FAILED" else worse.get(one.name, one) for one in outcomes]
 
 
-def _worse(bare: Outcome, full: Outcome, added: str) -> Outcome:
-    if bare.result != "FAILED" and full.result == "FAILED":
-        return replace(full, message=added + full.message)
-    return full if bare.result == "not applicable" else bare
-
-
-def untrained(method: type[DistillMethod[Any]], options: Mapping[str, Any]) -> list[str]:
-    """Trainable roles that no step of the checks trains; empty if it cannot be made, which the checks tell."""
-    try:
-        return MethodSubject(method, options).untrained()
-    except Exception:  # a class under examination may raise anything
-        return []
+def idle_roles(method: type[DistillMethod[Any]], options: Mapping[str, Any]) -> list[str]:
+    """Trainable roles that no step of the checks trains; none for a method that cannot begin, as the checks tell."""
+    with suppress(Exception):
+        return untrained(MethodSubject(method, options).begun()[0])
+    return []
 
 
 def conform(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvideo.conformance.method_checks import METHOD_CHECKS
 from fastvideo.conformance.method_subject import backward
-from fastvideo.conformance.run import conform_method, untrained
+from fastvideo.conformance.run import conform_method, idle_roles
 from fastvideo.conformance.subject import Check, NotApplicable
 from fastvideo.distillation.adapters.wan_family.adapter import WanFamily
 from fastvideo.distillation.bundle import ModelBundle, RoleHandle, frozen
@@ -168,17 +168,17 @@ PROMPTS_ALONE = {"uses_latents": staticmethod(lambda config: False)}
     [
         (copies_first, WITH_TEACHER, FROZEN, "step 0 changed frozen roles: teacher"),
         (copies_last, WITH_TEACHER, FROZEN, "step 3 changed frozen roles: teacher"),
-        (copies_first, {**WITH_TEACHER, "__init__": begins_alike}, FROZEN, "step 1 changed frozen roles: teacher"),
+        (copies_first, {**WITH_TEACHER, "__init__": begins_alike}, FROZEN, "step 0 changed frozen roles: teacher"),
         (yields_in_autocast, {}, LEAK, "'student': where it is yielded, autocast is on"),
         (yields_frozen, {}, LEAK, "where it is yielded, student is frozen"),
-        (ends_without_grad, {}, LEAK, "step 0: at its end, gradients are switched off"),
-        (usual, {"trainable_roles": "student"}, DECLARES, "expected a tuple: write ('student',)"),
+        (ends_without_grad, {}, LEAK, "step 0: around it, gradients are switched off"),
+        (usual, {"trainable_roles": "student"}, DECLARES, "expected a tuple, such as ('student',)"),
         (usual, {"sampler": "ddim"}, DECLARES, "sampler is 'ddim', expected one of renoise, euler, flow_map"),
         (usual, {"averaged_roles": ("critic",)}, DECLARES, "averaged_roles name critic"),
         (changing(lambda loss: replace(loss, value=0.5)), {}, ACTIVE, "has a float as value; give a scalar tensor"),
         (changing(lambda loss: replace(loss, metrics={"a": 0.5})), {}, SCALAR, "has a float as metric 'a'"),
-        (changing(lambda loss: (loss.role, loss.value)), {}, ACTIVE, "losses yields a tuple; a RoleLoss is expected"),
-        (lambda method, batch, step: None, {}, ACTIVE, "step 0: losses returns None; yield every RoleLoss"),
+        (changing(lambda loss: (loss.role, loss.value)), {}, ACTIVE, "losses yields a tuple, not a RoleLoss"),
+        (lambda method, batch, step: None, {}, ACTIVE, "step 0: losses returns a NoneType; yield every RoleLoss"),
         (lambda *given: next(usual(*given)), {}, ACTIVE, "losses returns a RoleLoss; yield every RoleLoss"),
         (changing(lambda loss: replace(loss, role="studnet")), {}, SCALAR, "of no active role; active_roles(0) are st"),
         (changing(lambda loss: replace(loss, frozen=("critc",))), {}, SCALAR, "names critc; the roles are student"),
@@ -258,8 +258,8 @@ class Warming(SFTMethod):
 
 
 def test_a_role_that_no_step_trains_is_named_and_can_be_copied_to() -> None:
-    assert untrained(Warming, {}) == ["critic"]
-    assert untrained(SFTMethod, {}) == []
+    assert idle_roles(Warming, {}) == ["critic"]
+    assert idle_roles(SFTMethod, {}) == []
     assert {outcome.result for outcome in conform_method(Warming, {})} == {"passed"}
 
 

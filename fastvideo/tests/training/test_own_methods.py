@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastvideo.conformance.run import conform_method, untrained
+from fastvideo.conformance.run import conform_method, idle_roles
 from fastvideo.distillation.bundle import RoleHandle
 from fastvideo.distillation.config.base import MethodConfig, OptimizerConfig, OptimizerOptions
 from fastvideo.distillation.config.parallel import ParallelConfig
@@ -99,7 +99,7 @@ class RelayMethod(ValueMethod):
 def test_both_obey_what_every_method_must() -> None:
     for method, idle in ((ValueMethod, []), (RelayMethod, ["teacher"])):
         assert {outcome.result for outcome in conform_method(method, {})} == {"passed"}
-        assert untrained(method, {}) == idle
+        assert idle_roles(method, {}) == idle
 
 
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: type[DistillMethod[Any]], **roles: Any) -> Path:
