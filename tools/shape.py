@@ -281,7 +281,7 @@ BUDGETS = {
     "sampling_loops": Budget(1, goal=1),
     "adapter_members": Budget(14, goal=14),
     "longest_function": Budget(60, goal=60),
-    "package_lines": Budget(49400, goal=19000),
+    "package_lines": Budget(49550, goal=19000),
 }
 """Lower a budget in the commit that earns it; raise it for a feature alone, in a commit that names it."""
 
