@@ -57,7 +57,6 @@ def a_loss_is_a_finite_scalar_with_scalar_metrics_off_the_graph(subject: MethodS
         obey_the_trainer(loss, step, (loss.role,))
         require(value.dtype == torch.float32, f"{said} is a {value.dtype} scalar, expected a float32 scalar")
         require(value.isfinite(), f"{said} is {value.item()}, expected a finite number")
-        require(value.requires_grad, f"{said}: its value does not require grad, so nothing would be trained")
         for name, metric in loss.metrics.items():
             require(not metric.requires_grad, f"{said}: metric {name!r} is not detached, and keeps the graph")
 
@@ -128,11 +127,10 @@ def draws_come_from_the_methods_own_streams(subject: MethodSubject) -> None:
 
 
 def _flat(method: DistillMethod[Any], loss: RoleLoss) -> Tensor:
-    """A loss, and the gradients that it leaves its role; a constant leaves none."""
+    """A loss, and the gradients that it leaves its role."""
     network = method.bundle[loss.role].network
     network.zero_grad()
-    if loss.value.requires_grad:
-        backward(method, loss)
+    backward(method, loss)
     gradients = [p.grad.detach().flatten() for p in network.parameters() if p.grad is not None]
     return torch.cat([loss.value.detach().view(1), *gradients])
 

@@ -196,6 +196,5 @@ def analytic_batch(
 
 def backward(method: DistillMethod[Any], loss: RoleLoss) -> None:
     """Backward of one loss, as a run takes it: roles that it names as frozen get no gradient."""
-    require(loss.value.requires_grad, f"the loss of role {loss.role!r} does not require grad")
     with frozen([method.bundle[role] for role in loss.frozen]):
         loss.value.backward()  # type: ignore[no-untyped-call]

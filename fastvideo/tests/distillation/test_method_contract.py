@@ -183,7 +183,7 @@ PROMPTS_ALONE = {"uses_latents": staticmethod(lambda config: False)}
         (changing(lambda loss: replace(loss, role="studnet")), {}, SCALAR, "of no active role; active_roles(0) are st"),
         (changing(lambda loss: replace(loss, frozen=("critc",))), {}, SCALAR, "names critc; the roles are student"),
         (changing(lambda loss: replace(loss, value=loss.value.double())), {}, SCALAR, "expected a float32 scalar"),
-        (changing(lambda loss: replace(loss, value=loss.value.detach())), {}, SCALAR, "does not require grad"),
+        (changing(lambda loss: replace(loss, value=loss.value.detach())), {}, SCALAR, "has no gradient: nothing"),
         (changing(lambda loss: replace(loss, value=loss.value * torch.nan)), {}, DRAWS, "is not finite"),
         (changing(lambda loss: replace(loss, value=loss.value * 0)), {}, DRAWS, "another seed gives the same losses"),
         (lambda method, batch, step: iter([batch.trajectory.states]), {}, ACTIVE, "'NoneType' object has no"),
