@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 OF_FAMILIES = ("tiny", "prompts", "device")
+"""Arguments that a method has no use for."""
 
 
 @dataclass(frozen=True)

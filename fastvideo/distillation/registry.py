@@ -142,7 +142,7 @@ def _place(error: BaseException) -> str:
 
 
 def _cause(error: BaseException, inside: bool) -> str:
-    """What an import ended with; of a module that is not there, its sentence alone."""
+    """Type and text of the error that ended an import; of a module that is not there, its sentence alone."""
     text = (error.msg if isinstance(error, SyntaxError) else str(error)) or "no message"
     return f"{type(error).__name__}: {text}" if inside else text
 

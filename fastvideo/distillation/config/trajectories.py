@@ -10,7 +10,7 @@ from fastvideo.ranges import Steps
 
 
 class TrajectoryOptions(MethodConfig):
-    """What `fastvideo precompute-trajectories` reads of a method with ``needs_trajectories``."""
+    """Options of a method with ``needs_trajectories``, as `fastvideo precompute-trajectories` reads them too."""
 
     teacher_path: str | None = None
     """Weights of the teacher; the model's own path if not given."""
